@@ -1,0 +1,131 @@
+#include "zimage_mxfp8/cpu_target.h"
+
+#include <atomic>
+#include <cstdlib>
+
+#include "cpu/kernels.h"
+#include "zimage_mxfp8/error.h"
+
+// ZM_X86_TARGETS is set by the build where the AVX2 and AVX-512 kernels are compiled in. This file
+// is the one place that asks the processor what it has.
+#if defined(ZM_X86_TARGETS) && defined(_MSC_VER) && !defined(__clang__)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace zimage_mxfp8 {
+namespace {
+
+#ifdef ZM_X86_TARGETS
+#if defined(_MSC_VER) && !defined(__clang__)
+bool os_saves(unsigned long long state) {
+  int leaf1[4];
+  __cpuidex(leaf1, 1, 0);
+  const bool osxsave = leaf1[2] & (1 << 27);
+  return osxsave && (_xgetbv(0) & state) == state;
+}
+
+bool has_leaf7_ebx(int mask) {
+  int leaf7[4];
+  __cpuidex(leaf7, 7, 0);
+  return (leaf7[1] & mask) == mask;
+}
+
+bool cpu_has_avx2() { return os_saves(0x6) && has_leaf7_ebx(1 << 5); }
+
+bool cpu_has_avx512() {
+  const int f = 1 << 16, dq = 1 << 17, bw = 1 << 30, vl = static_cast<int>(1u << 31);
+  return os_saves(0xE6) && has_leaf7_ebx(f | dq | bw | vl);
+}
+#else
+bool cpu_has_avx2() { return __builtin_cpu_supports("avx2"); }
+
+bool cpu_has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+#endif
+
+constexpr int kUndecided = -1;
+std::atomic<int> g_active{kUndecided};
+
+CpuTarget parse(const std::string& target_name) {
+  for (const CpuTarget target : {CpuTarget::kBaseline, CpuTarget::kAVX2, CpuTarget::kAVX512}) {
+    if (target_name == name(target)) return target;
+  }
+  throw InvalidArgument("unknown CPU target \"" + target_name +
+                        "\": use baseline, avx2 or avx512");
+}
+
+CpuTarget require_available(CpuTarget target) {
+  std::string available;
+  for (const CpuTarget candidate : available_cpu_targets()) {
+    if (candidate == target) return target;
+    available += available.empty() ? "" : ", ";
+    available += name(candidate);
+  }
+  throw Unsupported(std::string("CPU target \"") + name(target) +
+                    "\" is not available on this machine; available: " + available);
+}
+
+CpuTarget decide() {
+  if (const char* forced = std::getenv("ZIMAGE_MXFP8_CPU"); forced && *forced) {
+    return require_available(parse(forced));
+  }
+  return available_cpu_targets().back();
+}
+
+}  // namespace
+
+const char* name(CpuTarget target) {
+  switch (target) {
+    case CpuTarget::kAVX512:
+      return "avx512";
+    case CpuTarget::kAVX2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+std::vector<CpuTarget> available_cpu_targets() {
+  std::vector<CpuTarget> targets{CpuTarget::kBaseline};
+#ifdef ZM_X86_TARGETS
+  if (cpu_has_avx2()) targets.push_back(CpuTarget::kAVX2);
+  if (cpu_has_avx512()) targets.push_back(CpuTarget::kAVX512);
+#endif
+  return targets;
+}
+
+CpuTarget active_cpu_target() {
+  int active = g_active.load(std::memory_order_relaxed);
+  if (active == kUndecided) {
+    active = static_cast<int>(decide());
+    g_active.store(active, std::memory_order_relaxed);
+  }
+  return static_cast<CpuTarget>(active);
+}
+
+void force_cpu_target(const std::string& target_name) {
+  g_active.store(static_cast<int>(require_available(parse(target_name))),
+                 std::memory_order_relaxed);
+}
+
+namespace detail {
+
+const Kernels& active_kernels() {
+  switch (active_cpu_target()) {
+#ifdef ZM_X86_TARGETS
+    case CpuTarget::kAVX512:
+      return avx512::kKernels;
+    case CpuTarget::kAVX2:
+      return avx2::kKernels;
+#endif
+    default:
+      return baseline::kKernels;
+  }
+}
+
+}  // namespace detail
+}  // namespace zimage_mxfp8

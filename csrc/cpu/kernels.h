@@ -1,0 +1,83 @@
+// The CPU kernels, each compiled once per CpuTarget from one source file (*_cpu.cpp).
+//
+// Those sources include nothing that defines inline functions with external linkage, other than
+// constexpr index arithmetic: the linker would keep one copy of such a function, maybe one with
+// AVX-512 in it, for all targets.
+#pragma once
+
+#include <stdint.h>
+
+namespace zimage_mxfp8 {
+
+enum class DType : uint8_t;
+
+namespace detail {
+
+// Pointers are those of the whole matrix; a kernel is given the rows to handle.
+struct QuantizeTask {
+  const void* source;
+  DType dtype;
+  int64_t row_stride;
+  int64_t rows, cols;
+  uint8_t* codes;
+  uint8_t* scales;
+};
+
+struct DequantizeTask {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  int64_t rows, cols;
+  void* target;
+  DType dtype;
+  int64_t row_stride;
+};
+
+struct ResidualTask {
+  const void* original;
+  DType dtype;
+  int64_t row_stride;
+  const uint8_t* codes;
+  const uint8_t* scales;
+  int64_t rows, cols;
+};
+
+struct ResidualSums {
+  double squared_error, squared_signal, max_error;
+};
+
+// A kernel handles rows [row_begin, row_end); for quantize_tile these are padded rows of one
+// 128-row tile.
+struct Kernels {
+  // Returns whether a NaN or an infinity was met.
+  bool (*quantize_tile)(const QuantizeTask&, int64_t row_begin, int64_t row_end);
+  void (*dequantize_rows)(const DequantizeTask&, int64_t row_begin, int64_t row_end);
+  ResidualSums (*residual_sums)(const ResidualTask&, int64_t row_begin, int64_t row_end);
+  void (*residual_dot)(const ResidualTask&, const double* x, double* out, int64_t row_begin,
+                       int64_t row_end);
+  bool (*row_is_finite)(const void* row, DType dtype, int64_t count);
+  void (*cast_row)(const void* source, DType source_dtype, void* target, DType target_dtype,
+                   int64_t count);
+};
+
+#define ZM_DECLARE_KERNELS(target)                                                               \
+  namespace target {                                                                             \
+  bool quantize_tile(const QuantizeTask&, int64_t, int64_t);                                     \
+  void dequantize_rows(const DequantizeTask&, int64_t, int64_t);                                 \
+  ResidualSums residual_sums(const ResidualTask&, int64_t, int64_t);                             \
+  void residual_dot(const ResidualTask&, const double*, double*, int64_t, int64_t);              \
+  bool row_is_finite(const void*, DType, int64_t);                                               \
+  void cast_row(const void*, DType, void*, DType, int64_t);                                      \
+  inline constexpr Kernels kKernels{quantize_tile, dequantize_rows, residual_sums, residual_dot, \
+                                    row_is_finite, cast_row};                                    \
+  }
+
+ZM_DECLARE_KERNELS(baseline)
+ZM_DECLARE_KERNELS(avx2)
+ZM_DECLARE_KERNELS(avx512)
+#undef ZM_DECLARE_KERNELS
+
+// The kernels of active_cpu_target().
+const Kernels& active_kernels();
+
+}  // namespace detail
+}  // namespace zimage_mxfp8

@@ -1,0 +1,42 @@
+// MXFP8 encoding and decoding (OCP Microscaling Formats v1.0: E4M3 elements, E8M0 scales, blocks
+// of 32 along a row), with NVIDIA's round-up rule for the scale.
+#pragma once
+
+#include <optional>
+
+#include "zimage_mxfp8/matrix.h"
+
+namespace zimage_mxfp8 {
+
+// Encodes `source` into `target`, which the caller allocated.
+//
+//   scale byte = clamp(ceil(log2(amax / 448)) + 127, 0, 254), the value being 2^(byte - 127)
+//   code       = x * 2^(127 - byte), to nearest even, in E4M3 (saturation cannot occur)
+//
+// A block whose amax is below 448 * 2^-127 becomes scale 0 and codes 0 (also one of only -0.0):
+// readers disagree on what scale byte 0 means, and so they need not agree. Elements and rows
+// that only padding adds have code 0; scales of padding are 0.
+//
+// Deterministic: the bytes depend neither on the CPU target nor on `threads` (0: one a core).
+// Denormals count whatever the caller's flush-to-zero mode.
+//
+// Throws InvalidArgument if shapes disagree, a size is negative or a pointer is null;
+// NonFiniteValue for the first NaN or infinity in row-major order (the target is then
+// unspecified).
+void quantize(const ConstMatrixView& source, const MXFP8View& target, int threads = 0);
+
+// Decodes `source` into `target`: e4m3(code) * 2^(byte - 127), rounded to nearest even where the
+// target's type is too narrow. Codes 0x7F and 0xFF and scale byte 255 give NaN.
+//
+// Throws InvalidArgument as quantize does.
+void dequantize(const ConstMXFP8View& source, const MatrixView& target, int threads = 0);
+
+struct Position {
+  std::int64_t row;
+  std::int64_t column;
+};
+
+// The first NaN or infinity of `matrix` in row-major order.
+std::optional<Position> find_nonfinite(const ConstMatrixView& matrix, int threads = 0);
+
+}  // namespace zimage_mxfp8

@@ -1,0 +1,232 @@
+"""MXFP8 encoding and decoding of arrays: NumPy arrays and torch CPU tensors.
+
+Format: OCP Microscaling Formats v1.0, E4M3 elements in blocks of 32 along the last axis, one E8M0
+scale a block, with NVIDIA's round-up scale. Scales are in the 128x4 blocked layout that
+Blackwell's tensor cores read.
+
+torch is never imported from here: a tensor is recognised by its type, and its own module serves
+it. NumPy has no bfloat16 or float8 of its own; arrays with the types of ml_dtypes are understood.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from . import _core
+from .dtypes import FLOAT_NAMES, DTypeName
+from .errors import InvalidArgumentError, UnsupportedError
+
+__all__ = ["MXFP8Array", "dequantize", "from_blocked", "quantize", "to_blocked"]
+
+BLOCK_SIZE = 32
+_FLOAT_DTYPES = tuple(FLOAT_NAMES.values())
+
+
+def padded_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the codes of a matrix: both sizes rounded up to a multiple of 32."""
+    rows, cols = shape
+    return -(-rows // 32) * 32, -(-cols // 32) * 32
+
+
+def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the blocked scales of a matrix (`shape` before padding)."""
+    rows, cols = padded_shape(shape)
+    return -(-rows // 128) * 128, -(-(cols // 32) // 4) * 4
+
+
+@dataclass(frozen=True)
+class MXFP8Array:
+    """A matrix in MXFP8.
+
+    Attributes:
+        codes: E4M3 bit patterns, [roundup(N, 32), roundup(K, 32)], row-major. A NumPy array of
+            uint8 (`codes.view(ml_dtypes.float8_e4m3fn)` for numbers) or a torch tensor of
+            float8_e4m3fn.
+        scales: E8M0 bytes, [roundup(N, 128), roundup(ceil(K / 32), 4)] in the 128x4 blocked
+            layout, uint8.
+        shape: (N, K) of the matrix, without padding.
+    """
+
+    codes: Any
+    scales: Any
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales."""
+        return int(np.prod(self.codes.shape)) + int(np.prod(self.scales.shape))
+
+
+def _torch_of(array: object) -> Any:
+    """The torch module if `array` is a torch tensor, else None."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and isinstance(array, torch.Tensor) else None
+
+
+def _plain(array: Any, name: str) -> tuple[Any, str]:
+    """An array as something that the core accepts, and the name of its dtype."""
+    if _torch_of(array) is not None:
+        if array.device.type != "cpu":
+            raise InvalidArgumentError(
+                f"{name} is on {array.device}; move it to the CPU first ({name}.cpu())"
+            )
+        dtype = str(array.dtype).removeprefix("torch.")
+        array = array.detach()
+        contiguous = array.dim() != 2 or array.stride(-1) == 1 or array.shape[-1] <= 1
+        return (array if contiguous else array.contiguous()), dtype
+    if not isinstance(array, np.ndarray):
+        raise InvalidArgumentError(
+            f"{name} must be a NumPy array or a torch tensor, not {type(array).__name__}"
+        )
+    dtype = array.dtype.name
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.ndim == 2 and array.shape[1] > 1 and array.strides[1] != array.itemsize:
+        array = np.ascontiguousarray(array)
+    # bfloat16 from ml_dtypes does not export a buffer: pass the bits.
+    return (array.view(np.uint16) if dtype == "bfloat16" else array), dtype
+
+
+def _bytes(array: Any, name: str) -> Any:
+    """Codes or scales as a C-contiguous array of uint8 that the core accepts."""
+    torch = _torch_of(array)
+    if torch is not None:
+        if array.element_size() != 1:
+            raise InvalidArgumentError(f"{name} must have 1-byte elements, not {array.dtype}")
+        return array.detach().contiguous().view(torch.uint8)
+    if not isinstance(array, np.ndarray) or array.itemsize != 1:
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise InvalidArgumentError(
+            f"{name} must be a NumPy array or a torch tensor with 1-byte elements, not {kind}"
+        )
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+def _empty_bytes(shape: tuple[int, ...], like: Any) -> Any:
+    torch = _torch_of(like)
+    return np.empty(shape, np.uint8) if torch is None else torch.empty(shape, dtype=torch.uint8)
+
+
+def _require_2d(array: Any, name: str) -> tuple[int, int]:
+    shape = tuple(int(size) for size in array.shape)
+    if len(shape) != 2:
+        raise InvalidArgumentError(f"{name} must have 2 dimensions, not {len(shape)}")
+    return cast("tuple[int, int]", shape)
+
+
+def quantize(array: Any, *, threads: int = 0) -> MXFP8Array:
+    """Encode a matrix in MXFP8.
+
+    Scale byte: `clamp(ceil(log2(amax / 448)) + 127, 0, 254)`. Codes: `x * 2^(127 - byte)` to
+    nearest even. The bytes do not depend on the processor or on `threads`.
+
+    Args:
+        array: [N, K] of bfloat16, float16 or float32; a NumPy array or a torch CPU tensor.
+        threads: threads to use; 0 means one a core.
+
+    Returns:
+        An `MXFP8Array` of the same kind (NumPy or torch) as `array`.
+
+    Raises:
+        InvalidArgumentError: not a matrix, or another dtype or device.
+        NonFiniteError: `array` has a NaN or an infinity; the error has its row and column.
+    """
+    source, dtype = _plain(array, "array")
+    if dtype not in _FLOAT_DTYPES:
+        raise InvalidArgumentError(f"array must be bfloat16, float16 or float32, not {dtype}")
+    shape = _require_2d(source, "array")
+    codes = _empty_bytes(padded_shape(shape), like=source)
+    scales = _empty_bytes(scale_shape(shape), like=source)
+    _core.quantize(source, cast("DTypeName", dtype), codes, scales, threads)
+    torch = _torch_of(source)
+    return MXFP8Array(codes if torch is None else codes.view(torch.float8_e4m3fn), scales, shape)
+
+
+def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -> Any:
+    """Decode a matrix from MXFP8: `e4m3(code) * 2^(byte - 127)`.
+
+    Args:
+        array: what `quantize` gave, or codes and scales from a file.
+        dtype: "bfloat16", "float16" or "float32" (or the NumPy or torch dtype of that name).
+            Exact but for values outside the range of bfloat16 or float16, which are rounded to
+            nearest even. bfloat16 in NumPy needs the ml_dtypes package.
+        threads: threads to use; 0 means one a core.
+
+    Returns:
+        [N, K] of `dtype`, NumPy or torch as the codes are.
+
+    Raises:
+        InvalidArgumentError: codes or scales do not have the shapes that `array.shape` asks for.
+        UnsupportedError: bfloat16 in NumPy without ml_dtypes.
+    """
+    name = _dtype_name(dtype)
+    codes, scales = _bytes(array.codes, "codes"), _bytes(array.scales, "scales")
+    rows, cols = (int(size) for size in array.shape)
+    for what, given, expected in (
+        ("codes", codes, padded_shape((rows, cols))),
+        ("scales", scales, scale_shape((rows, cols))),
+    ):
+        if tuple(given.shape) != expected:
+            raise InvalidArgumentError(
+                f"{what} of a {rows}x{cols} matrix must be {list(expected)}, "
+                f"not {list(given.shape)}"
+            )
+    torch = _torch_of(codes)
+    if torch is not None:
+        target = torch.empty((rows, cols), dtype=getattr(torch, name))
+        _core.dequantize(codes, scales, target, name, threads)
+        return target
+    if name == "bfloat16":
+        bits = np.empty((rows, cols), np.uint16)
+        _core.dequantize(codes, scales, bits, name, threads)
+        return bits.view(_bfloat16())
+    result = np.empty((rows, cols), name)
+    _core.dequantize(codes, scales, result, name, threads)
+    return result
+
+
+def to_blocked(scales: Any) -> Any:
+    """Row-major block scales [rows, blocks] -> the 128x4 blocked layout, padded with 0.
+
+    Returns uint8 [roundup(rows, 128), roundup(blocks, 4)], NumPy or torch as `scales` is.
+    """
+    plain = _bytes(scales, "scales")
+    rows, cols = _require_2d(plain, "scales")
+    blocked = _empty_bytes((-(-rows // 128) * 128, -(-cols // 4) * 4), like=plain)
+    _core.to_blocked(plain, blocked)
+    return blocked
+
+
+def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
+    """The 128x4 blocked layout -> row-major block scales [rows, cols], without the padding.
+
+    `blocked` has roundup(rows, 128) * roundup(cols, 4) bytes in any shape.
+    """
+    tiles = _bytes(blocked, "blocked")
+    plain = _empty_bytes((rows, cols), like=tiles)
+    _core.from_blocked(tiles, plain)
+    return plain
+
+
+def _dtype_name(dtype: Any) -> DTypeName:
+    text = dtype if isinstance(dtype, str) else str(dtype)
+    if isinstance(dtype, (type, np.dtype)):
+        text = np.dtype(dtype).name
+    text = text.removeprefix("torch.")
+    if text not in _FLOAT_DTYPES:
+        raise InvalidArgumentError(f"dtype must be bfloat16, float16 or float32, not {text}")
+    return cast("DTypeName", text)
+
+
+def _bfloat16() -> Any:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise UnsupportedError(
+            "NumPy has no bfloat16: install ml_dtypes, or ask for float32"
+        ) from None
+    return ml_dtypes.bfloat16

@@ -1,0 +1,45 @@
+"""Exceptions of this package. Every one derives from `Error`."""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class InvalidArgumentError(Error, ValueError):
+    """A shape, dtype, stride or option that the operation does not accept."""
+
+
+class UnsupportedError(Error, RuntimeError):
+    """Something that this build or this machine cannot do."""
+
+
+class NonFiniteError(Error, ValueError):
+    """A NaN or an infinity in a matrix that is to be quantised.
+
+    Attributes:
+        row: row of the first such value in row-major order.
+        column: its column.
+    """
+
+    def __init__(self, message: str, row: int, column: int) -> None:
+        super().__init__(message)
+        self.row = row
+        self.column = column
+
+
+class CheckpointError(Error):
+    """A checkpoint that cannot be read, or is not what the operation needs."""
+
+
+class RecipeError(Error):
+    """A recipe file or a pattern that cannot be used."""
+
+
+class OutputError(Error):
+    """An output that cannot be written, or must not be."""
+
+
+class UsageError(Error):
+    """Options that do not go together."""
