@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +22,6 @@ from .errors import InvalidArgumentError, UnsupportedError
 
 __all__ = ["MXFP8Array", "dequantize", "from_blocked", "quantize", "to_blocked"]
 
-BLOCK_SIZE = 32
-_FLOAT_DTYPES = tuple(FLOAT_NAMES.values())
 
 
 def padded_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -112,10 +110,10 @@ def _empty_bytes(shape: tuple[int, ...], like: Any) -> Any:
 
 
 def _require_2d(array: Any, name: str) -> tuple[int, int]:
-    shape = tuple(int(size) for size in array.shape)
-    if len(shape) != 2:
-        raise InvalidArgumentError(f"{name} must have 2 dimensions, not {len(shape)}")
-    return cast("tuple[int, int]", shape)
+    if len(array.shape) != 2:
+        raise InvalidArgumentError(f"{name} must have 2 dimensions, not {len(array.shape)}")
+    rows, cols = array.shape
+    return int(rows), int(cols)
 
 
 def quantize(array: Any, *, threads: int = 0) -> MXFP8Array:
@@ -136,12 +134,11 @@ def quantize(array: Any, *, threads: int = 0) -> MXFP8Array:
         NonFiniteError: `array` has a NaN or an infinity; the error has its row and column.
     """
     source, dtype = _plain(array, "array")
-    if dtype not in _FLOAT_DTYPES:
-        raise InvalidArgumentError(f"array must be bfloat16, float16 or float32, not {dtype}")
+    dtype_name = _dtype_name(dtype, "array")
     shape = _require_2d(source, "array")
     codes = _empty_bytes(padded_shape(shape), like=source)
     scales = _empty_bytes(scale_shape(shape), like=source)
-    _core.quantize(source, cast("DTypeName", dtype), codes, scales, threads)
+    _core.quantize(source, dtype_name, codes, scales, threads)
     torch = _torch_of(source)
     return MXFP8Array(codes if torch is None else codes.view(torch.float8_e4m3fn), scales, shape)
 
@@ -163,7 +160,7 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
         InvalidArgumentError: codes or scales do not have the shapes that `array.shape` asks for.
         UnsupportedError: bfloat16 in NumPy without ml_dtypes.
     """
-    name = _dtype_name(dtype)
+    name = _dtype_name(dtype, "dtype")
     codes, scales = _bytes(array.codes, "codes"), _bytes(array.scales, "scales")
     rows, cols = (int(size) for size in array.shape)
     for what, given, expected in (
@@ -212,14 +209,13 @@ def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
     return plain
 
 
-def _dtype_name(dtype: Any) -> DTypeName:
-    text = dtype if isinstance(dtype, str) else str(dtype)
-    if isinstance(dtype, (type, np.dtype)):
-        text = np.dtype(dtype).name
+def _dtype_name(dtype: Any, what: str) -> DTypeName:
+    text = np.dtype(dtype).name if isinstance(dtype, (type, np.dtype)) else str(dtype)
     text = text.removeprefix("torch.")
-    if text not in _FLOAT_DTYPES:
-        raise InvalidArgumentError(f"dtype must be bfloat16, float16 or float32, not {text}")
-    return cast("DTypeName", text)
+    for name in FLOAT_NAMES.values():
+        if text == name:
+            return name
+    raise InvalidArgumentError(f"{what} must be bfloat16, float16 or float32, not {text}")
 
 
 def _bfloat16() -> Any:

@@ -1,0 +1,1 @@
+"""Checkpoint files: reading, checking, naming and writing them."""

@@ -1,0 +1,211 @@
+"""The header of a safetensors file: strict parsing, and writing in the library's own order.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON (padded with spaces), then the
+data. The JSON maps each name to dtype, shape and [begin, end) offsets into the data; the ranges
+must cover the data exactly. `__metadata__` maps strings to strings.
+(https://github.com/huggingface/safetensors, "Format")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..dtypes import SAFETENSORS_BITS
+from ..errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+_DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_BITS)}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: `begin` and `end` are absolute positions in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    file_size: int
+
+
+def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor; `dtype` is a key of `SAFETENSORS_BITS`."""
+    return math.prod(shape) * SAFETENSORS_BITS[dtype] // 8
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is no safetensors file, or breaks a rule of the
+            format. The sentence names the file and, where there is one, the tensor.
+    """
+    try:
+        with path.open("rb") as file:
+            file_size = path.stat().st_size
+            prefix = file.read(8)
+            _reject_other_formats(path, prefix)
+            if len(prefix) < 8:
+                _fail(path, f"is no safetensors file: it has only {file_size} bytes")
+            length = int.from_bytes(prefix, "little")
+            if length > file_size - 8:
+                _fail(
+                    path,
+                    f"is truncated or no safetensors file: its header should have {length:,} "
+                    f"bytes, the file has {file_size:,}; download it again",
+                )
+            if length > MAX_HEADER_BYTES:
+                _fail(path, f"has a header of {length:,} bytes, over the format's limit of 100 MB")
+            text = file.read(length)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    entries = _parse_json(path, text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _fail(path, "has a __metadata__ that does not map strings to strings")
+    data_begin = 8 + length
+    tensors = {name: _parse_entry(path, name, entry, data_begin) for name, entry in entries.items()}
+    _check_coverage(path, tensors, data_begin, file_size)
+    return Header(tensors, metadata, file_size)
+
+
+def layout_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Lay out a file: its first bytes, and where each tensor's data goes.
+
+    Args:
+        tensors: name -> (safetensors dtype, shape).
+        metadata: goes to `__metadata__`, in this order; left out if empty.
+
+    Returns:
+        The header with its length prefix, and each tensor's place in the file, in file order.
+        Both as the safetensors library would choose them: widest types first, then by name.
+    """
+    order = sorted(tensors, key=lambda name: (_DTYPE_RANK[tensors[name][0]], name))
+    document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        begin, end = end, end + tensor_nbytes(dtype, shape)
+        places[name] = begin, end
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    infos = {
+        name: TensorInfo(*tensors[name], start + begin, start + end)
+        for name, (begin, end) in places.items()
+    }
+    return len(text).to_bytes(8, "little") + text, infos
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error for a file that the operating system does not let us read."""
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path} does not exist")
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def _fail(path: Path, what: str) -> NoReturn:
+    raise CheckpointError(f"{path} {what}")
+
+
+def _reject_other_formats(path: Path, prefix: bytes) -> None:
+    if prefix[:4] == b"GGUF":
+        _fail(path, "is a GGUF file, which is already quantised; start from the BF16 checkpoint")
+    if prefix[:4] == b"PK\x03\x04":
+        _fail(path, "is a PyTorch pickle (.ckpt, .pt); only safetensors files are read")
+
+
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            seen: set[str] = set()
+            name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            _fail(path, f'has the name "{name}" twice in its header')
+        return result
+
+    def no_constants(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        document = json.loads(
+            text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants
+        )
+    except (ValueError, RecursionError) as error:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        _fail(path, f"has a header that is not JSON ({detail}); download it again")
+    if not isinstance(document, dict):
+        _fail(path, "has a header that is not a JSON object")
+    return document
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _parse_entry(path: Path, name: str, entry: object, data_begin: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _fail(path, f'has a header entry "{name}" without exactly dtype, shape and data_offsets')
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_BITS:
+        _fail(path, f'gives tensor "{name}" the unknown dtype {json.dumps(dtype)}')
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        _fail(path, f'gives tensor "{name}" a shape that is no list of sizes')
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(_is_size(offset) for offset in offsets)
+        or offsets[0] > offsets[1]
+    ):
+        _fail(path, f'gives tensor "{name}" data_offsets that are no [begin, end]')
+    bits = math.prod(shape) * SAFETENSORS_BITS[dtype]
+    begin, end = offsets
+    if bits != (end - begin) * 8:
+        _fail(
+            path,
+            f'gives tensor "{name}" {end - begin:,} bytes, but {dtype} {shape} needs '
+            f"{bits / 8 if bits % 8 else bits // 8:,}",
+        )
+    return TensorInfo(dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+
+def _check_coverage(
+    path: Path, tensors: Mapping[str, TensorInfo], data_begin: int, file_size: int
+) -> None:
+    position, previous = data_begin, ""
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin < position:
+            _fail(path, f'has tensors that overlap: "{previous}" and "{name}"')
+        if info.begin > position:
+            _fail(path, f'has {info.begin - position:,} unused bytes before tensor "{name}"')
+        if info.end > file_size:
+            _fail(
+                path,
+                f'is truncated: tensor "{name}" ends at byte {info.end:,}, the file has '
+                f"{file_size:,}; download it again",
+            )
+        position, previous = info.end, name
+    if position != file_size:
+        _fail(path, f"has {file_size - position:,} bytes after its last tensor")

@@ -1,0 +1,186 @@
+"""Output files that appear whole or not at all.
+
+A file is written beside its target under a hidden name, flushed to the disk and renamed. The
+hidden file is locked while its writer lives, so that a later run can tell what a crash left
+behind from what another process is writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import OutputError, UsageError
+
+_SUFFIX = ".zimage-mxfp8-partial"
+
+# _try_lock: True if this process now holds the lock, False if another does, None if the
+# filesystem has no locks (some network mounts). Closing the file releases it.
+if os.name == "nt":  # pragma: no cover - tested on Linux only
+    import msvcrt
+
+    def _try_lock(fd: int) -> bool | None:
+        try:
+            os.lseek(fd, 1 << 62, os.SEEK_SET)  # a byte that no reader or writer touches
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _try_lock(fd: int) -> bool | None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+        return True
+
+
+def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
+    """Check that `target` may be written.
+
+    Raises:
+        UsageError: it is one of the sources.
+        OutputError: its folder is missing or not writable, it is a folder, or it exists and
+            `overwrite` is not given.
+    """
+    for source in sources:
+        if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
+            raise UsageError(f"the output {target} is the input; choose another name")
+    folder = target.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(f"the output folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"the output folder {folder} is not writable")
+    if target.is_dir():
+        raise OutputError(f"the output {target} is a folder; name a file")
+    if target.exists() and not overwrite:
+        raise OutputError(f"the output {target} exists; give --overwrite to replace it")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what crashed runs left in a folder; files of runs that live are left alone."""
+    for path in folder.glob(f".*{_SUFFIX}"):
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            if _try_lock(file.fileno()):
+                path.unlink()  # on Windows this fails while open; the next run overwrites it
+
+
+class AtomicFile:
+    """A file of known size that replaces `target` when it is complete.
+
+    Use as a context manager: leaving it normally publishes the file, leaving it with an exception
+    deletes what was written. `open()` gives handles for writing, one a thread.
+
+    Args:
+        target: the final name.
+        size: bytes that the file will have; free space is checked before anything is written.
+
+    Raises:
+        OutputError: not enough space, another process writes the same target, or any failure to
+            write. The old target is untouched then.
+    """
+
+    def __init__(self, target: Path, size: int) -> None:
+        self.target = target
+        self.size = size
+        self._final = target.resolve()  # a link stays a link, and what it names is replaced
+        self._partial = self._final.with_name(f".{self._final.name}{_SUFFIX}")
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> AtomicFile:
+        folder = self._partial.parent
+        remove_leftovers(folder)
+        free = shutil.disk_usage(folder).free
+        if self.size > free:
+            raise OutputError(
+                f"{self.target} needs {self.size:,} bytes, but {folder} has {free:,} free"
+            )
+        self._file = self._create()
+        return self
+
+    def _create(self) -> BinaryIO:
+        while True:
+            try:
+                file = self._partial.open("r+b" if self._partial.exists() else "x+b", buffering=0)
+            except (FileExistsError, FileNotFoundError):
+                continue  # made or cleaned up by another process in between
+            except OSError as error:
+                raise self.failure(error) from None
+            if _try_lock(file.fileno()) is False:
+                file.close()
+                raise OutputError(f"another process is writing {self.target}")
+            try:
+                if self._partial.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    file.truncate(0)
+                    return file
+            except FileNotFoundError:
+                pass
+            file.close()
+
+    def open(self) -> BinaryIO:
+        """A further handle for writing."""
+        try:
+            return self._partial.open("r+b", buffering=0)
+        except OSError as error:
+            raise self.failure(error) from None
+
+    def failure(self, error: OSError) -> OutputError:
+        """What to raise for a failed write."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return OutputError(
+                f"{self.target} could not be written: {error.strerror}; "
+                f"{self.size:,} bytes are needed, nothing was kept"
+            )
+        return OutputError(f"{self.target} could not be written: {error.strerror or error}")
+
+    def flush(self) -> None:
+        """Hand what was written so far to the disk."""
+        assert self._file is not None
+        os.fsync(self._file.fileno())
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._file is not None
+        published = False
+        try:
+            if kind is not None:
+                return
+            self.flush()
+            if os.name == "nt":  # pragma: no cover - an open file cannot be renamed there
+                self._file.close()
+            self._partial.replace(self._final)
+            published = True
+            _flush_folder(self._partial.parent)
+        except OSError as error:
+            raise self.failure(error) from None
+        finally:
+            if os.name == "nt":  # pragma: no cover
+                self._file.close()
+            if not published:
+                with contextlib.suppress(OSError):
+                    self._partial.unlink()
+            self._file.close()
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # pragma: no cover - folders cannot be opened there
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_fully(file: BinaryIO, position: int, data: memoryview) -> None:
+    """Write all of `data` at `position`; the operating system may take it in parts."""
+    file.seek(position)
+    while data:
+        written = file.write(data)
+        data = data[written:]

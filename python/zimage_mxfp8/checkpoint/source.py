@@ -1,0 +1,202 @@
+"""Checkpoints to read: a safetensors file, or a diffusers folder with shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from io import FileIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import CheckpointError
+from .header import read_header, unreadable
+
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_DIFFUSERS_INDEX = _DIFFUSERS_WEIGHTS + ".index.json"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive bytes of a file."""
+
+    path: Path
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor to read. Its bytes are those of `segments`, one after another."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return sum(segment.nbytes for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and the metadata of the file (or of all shards).
+
+    Attributes:
+        path: the file or the folder that was asked for.
+        files: the safetensors files that it consists of.
+    """
+
+    path: Path
+    tensors: dict[str, SourceTensor]
+    metadata: dict[str, str]
+    files: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the header(s) of a safetensors file or of a diffusers folder.
+
+    A folder is a transformer folder (shards with `diffusion_pytorch_model.safetensors.index.json`,
+    or a single `diffusion_pytorch_model.safetensors`) or has one called `transformer`.
+
+    Raises:
+        CheckpointError: unreadable, malformed, incomplete, or without any tensor.
+    """
+    shards = _folder_shards(path) if path.is_dir() else {path: None}
+    tensors: dict[str, SourceTensor] = {}
+    metadata: dict[str, str] = {}
+    for file, expected in shards.items():
+        header = read_header(file)
+        for name in sorted(expected or ()):
+            if name not in header.tensors:
+                raise CheckpointError(
+                    f'{file} lacks tensor "{name}", which the index of {path} puts there'
+                )
+        for name, info in header.tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f'{file} has tensor "{name}", which is also in {tensors[name].segments[0].path}'
+                )
+            segment = Segment(file, info.begin, info.nbytes)
+            tensors[name] = SourceTensor(name, info.dtype, info.shape, (segment,))
+        for key, value in header.metadata.items():
+            metadata.setdefault(key, value)
+    if not tensors:
+        raise CheckpointError(f"{path} has no tensors")
+    return Checkpoint(path, tensors, metadata, tuple(shards))
+
+
+def _folder_shards(folder: Path) -> Mapping[Path, set[str] | None]:
+    """The safetensors files of a diffusers folder, each with the tensors it must have."""
+    for candidate in (folder, folder / "transformer"):
+        if (candidate / _DIFFUSERS_INDEX).is_file():
+            return _read_index(candidate / _DIFFUSERS_INDEX)
+        if (candidate / _DIFFUSERS_WEIGHTS).is_file():
+            return {candidate / _DIFFUSERS_WEIGHTS: None}
+    raise CheckpointError(
+        f"{folder} is no diffusers folder: neither it nor its transformer/ has {_DIFFUSERS_INDEX} "
+        f"or {_DIFFUSERS_WEIGHTS}"
+    )
+
+
+def _read_index(index: Path) -> dict[Path, set[str] | None]:
+    try:
+        document = json.loads(index.read_text("utf-8"))
+    except OSError as error:
+        raise unreadable(index, error) from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{index} is not JSON; download it again") from None
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map that names the shard of each tensor")
+    shards: dict[Path, set[str] | None] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or shard in (".", ".."):
+            raise CheckpointError(f'{index} gives tensor "{tensor}" no shard name')
+        if any(mark in shard for mark in ("/", "\\", ":", "\0")):
+            raise CheckpointError(
+                f'{index} puts tensor "{tensor}" into "{shard}", which is outside its folder'
+            )
+        file = index.parent / shard
+        if not file.is_file():
+            raise CheckpointError(
+                f'{index} names shard "{shard}", which is missing; download it again'
+            )
+        names = shards.setdefault(file, set())
+        assert names is not None
+        names.add(tensor)
+    return shards
+
+
+class TensorReader:
+    """Reads tensors from files that stay open. Not for use by two threads at once."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, FileIO] = {}
+
+    def read_into(self, tensor: SourceTensor, begin: int, target: npt.NDArray[np.uint8]) -> None:
+        """Fill `target` with the bytes [begin, begin + target.size) of a tensor.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter.
+        """
+        view = target.data
+        for path, position, count in _pieces(tensor, begin, target.size):
+            try:
+                complete = self._read_piece(path, position, view[:count])
+            except OSError as error:
+                complete, cause = False, error.strerror or str(error)
+            else:
+                cause = "the file became shorter"
+            if not complete:
+                raise CheckpointError(f'{path} cannot be read at tensor "{tensor.name}": {cause}')
+            view = view[count:]
+
+    def _read_piece(self, path: Path, position: int, view: memoryview) -> bool:
+        if path not in self._files:
+            self._files[path] = path.open("rb", buffering=0)
+        file = self._files[path]
+        file.seek(position)
+        while view:
+            got = file.readinto(view)
+            if not got:
+                return False
+            view = view[got:]
+        return True
+
+    def read(self, tensor: SourceTensor) -> npt.NDArray[np.uint8]:
+        """All bytes of a tensor."""
+        data = np.empty(tensor.nbytes, np.uint8)
+        self.read_into(tensor, 0, data)
+        return data
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pieces(tensor: SourceTensor, begin: int, count: int) -> Iterator[tuple[Path, int, int]]:
+    """(file, position, bytes) of the range [begin, begin + count) of a tensor's bytes."""
+    for segment in tensor.segments:
+        take = min(segment.nbytes - begin, count)
+        if take > 0:
+            yield segment.path, segment.begin + begin, take
+            count -= take
+        begin = max(begin - segment.nbytes, 0)

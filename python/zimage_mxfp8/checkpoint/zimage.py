@@ -1,0 +1,125 @@
+"""What the tensors of Z-Image are called: recognition, layouts and groups.
+
+Names are those of the ComfyUI single file, which the original repository shares. An all-in-one
+file holds them under `model.diffusion_model.`, beside a text encoder and a VAE. Diffusers splits
+`attention.qkv` and renames a few others; `to_comfyui_layout` undoes that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from ..errors import CheckpointError
+from .source import Checkpoint, SourceTensor
+
+SINGLE_FILE_PREFIX = "model.diffusion_model."
+_SIGNATURE = (
+    "cap_embedder.1.weight",
+    "noise_refiner.0.attention.k_norm.weight",
+    "cap_pad_token",
+)
+
+_DIFFUSERS_NAMES = (
+    (re.compile(r"\.attention\.to_out\.0\."), ".attention.out."),
+    (re.compile(r"\.attention\.norm_([qk])\."), r".attention.\1_norm."),
+    (re.compile(r"^all_x_embedder\.2-1\."), "x_embedder."),
+    (re.compile(r"^all_final_layer\.2-1\."), "final_layer."),
+)
+_DIFFUSERS_QKV = re.compile(r"^(?P<block>.+)\.attention\.to_(?P<part>[qkv])\.(?P<kind>.+)$")
+
+_BLOCK_TENSOR = re.compile(r"^(?P<stack>layers|noise_refiner|context_refiner)\.\d+\.(?P<part>.+)$")
+_EMBEDDERS = ("x_embedder.", "cap_embedder.", "t_embedder.", "x_pad_token", "cap_pad_token")
+
+
+def is_zimage(names: Collection[str]) -> bool:
+    """Whether these tensor names are those of a Z-Image transformer in the ComfyUI layout."""
+    prefix = model_prefix(names)
+    return all(prefix + name in names for name in _SIGNATURE)
+
+
+def model_prefix(names: Collection[str]) -> str:
+    """What stands before the transformer's tensor names: `SINGLE_FILE_PREFIX` or nothing."""
+    return SINGLE_FILE_PREFIX if any(n.startswith(SINGLE_FILE_PREFIX) for n in names) else ""
+
+
+def is_diffusers_layout(names: Collection[str]) -> bool:
+    """Whether these are the names of a diffusers `ZImageTransformer2DModel`."""
+    return any(name.startswith("all_x_embedder.") for name in names)
+
+
+def to_comfyui_layout(checkpoint: Checkpoint) -> Checkpoint:
+    """Rename a diffusers checkpoint's tensors and stack q, k and v; others pass unchanged.
+
+    Nothing is read: the stacked tensor is the three tensors' bytes in a row.
+
+    Raises:
+        CheckpointError: q, k and v are incomplete or do not fit together, or two tensors get the
+            same name.
+    """
+    if not is_diffusers_layout(checkpoint.tensors):
+        return checkpoint
+    tensors: dict[str, SourceTensor] = {}
+    parts: dict[tuple[str, str], dict[str, SourceTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if match := _DIFFUSERS_QKV.match(name):
+            parts.setdefault((match["block"], match["kind"]), {})[match["part"]] = tensor
+            continue
+        for pattern, replacement in _DIFFUSERS_NAMES:
+            name = pattern.sub(replacement, name)
+        tensors[name] = SourceTensor(name, tensor.dtype, tensor.shape, tensor.segments)
+    for (block, kind), found in parts.items():
+        fused = _stack_qkv(checkpoint, f"{block}.attention", kind, found)
+        if fused.name in tensors:
+            raise CheckpointError(
+                f'{checkpoint.path} has both "{fused.name}" and the tensors it is made of'
+            )
+        tensors[fused.name] = fused
+    return Checkpoint(checkpoint.path, tensors, checkpoint.metadata, checkpoint.files)
+
+
+def _stack_qkv(
+    checkpoint: Checkpoint, attention: str, kind: str, found: dict[str, SourceTensor]
+) -> SourceTensor:
+    names = {part: f"{attention}.to_{part}.{kind}" for part in "qkv"}
+    for part in "qkv":
+        if part not in found:
+            raise CheckpointError(
+                f'{checkpoint.path} lacks tensor "{names[part]}", which belongs to '
+                f'"{next(iter(found.values())).name}"; download it again'
+            )
+    q, k, v = (found[part] for part in "qkv")
+    for other in (k, v):
+        if (other.dtype, len(other.shape), other.shape[1:]) != (q.dtype, len(q.shape), q.shape[1:]):
+            raise CheckpointError(
+                f"{checkpoint.path} has tensors that cannot be stacked: "
+                f'"{q.name}" is {q.dtype} {list(q.shape)}, '
+                f'"{other.name}" is {other.dtype} {list(other.shape)}'
+            )
+    if not q.shape:
+        raise CheckpointError(f'{checkpoint.path} has the scalar "{q.name}", which is no weight')
+    return SourceTensor(
+        f"{attention}.qkv.{kind}",
+        q.dtype,
+        (q.shape[0] + k.shape[0] + v.shape[0], *q.shape[1:]),
+        q.segments + k.segments + v.segments,
+    )
+
+
+def group_of(name: str, prefix: str) -> str:
+    """The group that a tensor is shown under in tables; `prefix` as from `model_prefix`."""
+    if not name.startswith(prefix):
+        return name.split(".", 1)[0] + " (not the transformer)"
+    inner = name[len(prefix) :]
+    if match := _BLOCK_TENSOR.match(inner):
+        part = match["part"]
+        if "norm" in part:
+            return f"{match['stack']} norms"
+        for ending in (".weight", ".bias", ".weight_scale", ".comfy_quant"):
+            part = part.removesuffix(ending)
+        return f"{match['stack']} {part.removesuffix('.0')}"
+    if inner.startswith(_EMBEDDERS):
+        return "embedders"
+    if inner.startswith("final_layer."):
+        return "final_layer"
+    return "other"

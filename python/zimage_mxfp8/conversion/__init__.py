@@ -1,0 +1,1 @@
+"""Conversion of checkpoints to MXFP8: the plan, the streaming work and the report."""

@@ -1,0 +1,178 @@
+"""Bias correction: what to add to a layer's bias so that quantisation does not move its output.
+
+With weights Wq instead of W, a layer's mean output moves by `-E[x] (W - Wq)^T`, so the bias that
+keeps the mean is `b + E[x] (W - Wq)^T`. Each mode here yields, per layer, the vector that stands
+for E[x].
+
+In Z-Image the quantised layers with a bias are the modulations of the blocks. Their input is the
+output of `t_embedder`, which depends on nothing but the timestep: over the timesteps of a sampler
+its mean is exact, and comes from the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import _core
+from ..checkpoint.quantization import WEIGHT_SUFFIX
+from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
+from ..dtypes import FLOAT_NAMES
+from ..errors import CheckpointError, UnsupportedError, UsageError
+from .plan import Plan
+
+Mode = Literal["timesteps", "synthetic", "none"]
+MODES: tuple[Mode, ...] = ("timesteps", "synthetic", "none")
+Vector = npt.NDArray[np.float64]
+
+_MODULATION = re.compile(r"^(layers|noise_refiner)\.\d+\.adaLN_modulation\.0$")
+
+# (forward passes, shift) of the flow-match Euler sampler: Z-Image Turbo and the base model.
+_SAMPLERS = {"turbo": (8, 3.0), "base": (50, 6.0)}
+
+
+def sampler_timesteps(sampler: str | int) -> Vector:
+    """The model's timesteps, 0 (noise) to 1000 (image), of a whole sampling run.
+
+    Args:
+        sampler: "turbo" (8 steps, shift 3), "base" (50 steps, shift 6), or a number of steps with
+            Turbo's shift.
+
+    Raises:
+        UsageError: anything else.
+    """
+    try:
+        steps, shift = (
+            _SAMPLERS[sampler] if sampler in _SAMPLERS else (int(sampler), _SAMPLERS["turbo"][1])
+        )
+    except ValueError:
+        steps = 0
+    if steps < 1:
+        raise UsageError(f"--timesteps must be a number from 1 on, turbo or base, not {sampler}")
+    sigma = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
+    return 1000.0 * (1.0 - sigma)
+
+
+def timestep_features(timesteps: Vector, dim: int, max_period: float = 10000.0) -> Vector:
+    """Sinusoidal features [steps, dim]: cosines, then sines."""
+    half = dim // 2
+    frequencies = np.exp(-np.log(max_period) * np.arange(half) / half)
+    angles = timesteps[:, None] * frequencies
+    features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    return np.pad(features, ((0, 0), (0, dim % 2)))
+
+
+def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> Vector:
+    """Output of `t_embedder` for each timestep, [steps, dim], in float64.
+
+    Raises:
+        CheckpointError: the embedder's tensors are missing or do not fit together.
+    """
+    parts: dict[str, Vector] = {}
+    with TensorReader() as reader:
+        for part in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"):
+            name = f"{prefix}t_embedder.{part}"
+            tensor = checkpoint.tensors.get(name)
+            if tensor is None or tensor.dtype not in FLOAT_NAMES:
+                raise CheckpointError(
+                    f'{checkpoint.path} has no floating-point tensor "{name}", which '
+                    "--bias-correction timesteps needs; use --bias-correction none"
+                )
+            parts[part] = to_float64(tensor, reader.read(tensor)).reshape(tensor.shape)
+    w0, b0, w2, b2 = parts.values()
+    try:
+        hidden = timestep_features(timesteps, w0.shape[-1]) @ w0.T + b0
+        return np.asarray(hidden / (1.0 + np.exp(-hidden)) @ w2.T + b2)
+    except ValueError:
+        raise CheckpointError(
+            f"{checkpoint.path} has t_embedder tensors whose shapes do not fit together"
+        ) from None
+
+
+def correction_inputs(
+    plan: Plan, mode: Mode, *, sampler: str | int, samples: int, seed: int
+) -> tuple[dict[str, Vector], list[str]]:
+    """The vector that stands for E[x], for each quantised layer with a bias.
+
+    Args:
+        plan: the conversion.
+        mode: "timesteps": the exact mean of `t_embedder`'s output. "synthetic": minus the mean of
+            random inputs, which is what convert_to_quant 1.3.4 uses. "none": no correction.
+        sampler: for "timesteps", see `sampler_timesteps`.
+        samples: for "synthetic", rows of random input.
+        seed: for "synthetic", seed of the random numbers.
+
+    Returns:
+        Layer name -> vector of K, and the names of the layers whose biases stay as they are
+        although a correction was asked for (their inputs do not follow from the checkpoint).
+    """
+    layers = {planned.layer: planned.source for planned in plan.quantized if planned.bias}
+    if not layers or mode == "none":
+        return {}, []
+    if mode == "synthetic":
+        means = _random_means(plan.checkpoint, samples, seed)
+        return {layer: -means[weight.shape[1]] for layer, weight in layers.items()}, []
+    known = {n: t for n, t in layers.items() if _MODULATION.match(n.removeprefix(plan.prefix))}
+    if not known:
+        return {}, sorted(layers)
+    mean = embedder_outputs(plan.checkpoint, plan.prefix, sampler_timesteps(sampler)).mean(axis=0)
+    for layer, weight in known.items():
+        if weight.shape[1] != mean.size:
+            raise CheckpointError(
+                f'{plan.checkpoint.path}: tensor "{layer}.weight" has {weight.shape[1]} columns, '
+                f"but t_embedder gives {mean.size} values"
+            )
+    return dict.fromkeys(known, mean), sorted(layers.keys() - known.keys())
+
+
+def _random_means(checkpoint: Checkpoint, samples: int, seed: int) -> dict[int, Vector]:
+    """Column means of convert_to_quant's random inputs, by number of columns.
+
+    It draws one matrix for each new number of columns, over all 2-D weights in name order, from
+    one generator; the mean of its products is the product with the mean.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError(
+            "--bias-correction synthetic needs torch for convert_to_quant's random numbers: "
+            'pip install "zimage-mxfp8[torch]"'
+        ) from None
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    means: dict[int, Vector] = {}
+    for columns in _weight_columns(checkpoint.tensors.values()):
+        if columns not in means:
+            drawn: Any = torch.randn(samples, columns, generator=generator, dtype=torch.float32)
+            means[columns] = drawn.mean(dim=0, dtype=torch.float64).numpy()
+    return means
+
+
+def _weight_columns(tensors: Iterable[SourceTensor]) -> list[int]:
+    weights = [t for t in tensors if t.name.endswith(WEIGHT_SUFFIX) and len(t.shape) == 2]
+    return [tensor.shape[1] for tensor in sorted(weights, key=lambda t: t.name)]
+
+
+def to_float64(tensor: SourceTensor, data: npt.NDArray[np.uint8]) -> Vector:
+    """The numbers of BF16, F16 or F32 bytes."""
+    bits = 32 if tensor.dtype == "F32" else 16
+    source = data.view(f"u{bits // 8}").reshape(1, -1)
+    target = np.empty(source.shape, np.float32)
+    _core.cast(source, FLOAT_NAMES[tensor.dtype], target, "float32", 1)
+    return target.reshape(-1).astype(np.float64)
+
+
+def add_to_bias(
+    bias: SourceTensor, data: npt.NDArray[np.uint8], change: Vector
+) -> npt.NDArray[np.uint8]:
+    """A bias's bytes plus a vector, rounded to the bias's type."""
+    total = (to_float64(bias, data) + change).astype(np.float32).reshape(1, -1)
+    if bias.dtype == "F32":
+        return total.reshape(-1).view(np.uint8)
+    rounded = np.empty(total.shape, np.uint16)
+    _core.cast(total, "float32", rounded, FLOAT_NAMES[bias.dtype], 1)
+    return rounded.reshape(-1).view(np.uint8)

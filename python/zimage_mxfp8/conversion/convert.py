@@ -1,0 +1,360 @@
+"""Converting a checkpoint to MXFP8."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import _core
+from ..checkpoint import quantization as marks
+from ..checkpoint.output import AtomicFile, check_target
+from ..checkpoint.source import SourceTensor, open_checkpoint
+from ..checkpoint.zimage import to_comfyui_layout
+from ..codec import padded_shape, scale_shape
+from ..dtypes import FLOAT_NAMES
+from ..errors import NonFiniteError, UsageError
+from ..pipeline import Job, Lane, ProgressCallback, byte_chunks, copy_jobs, row_chunks, run_jobs
+from ..recipes import DEFAULT, Recipe, load_recipe
+from .bias_correction import MODES, Mode, Vector, add_to_bias, correction_inputs, sampler_timesteps
+from .plan import Plan, PlannedTensor, make_plan
+from .report import ConversionReport, ErrorStats
+
+NonFinite = Literal["error", "keep"]
+Bytes = npt.NDArray[np.uint8]
+
+
+def default_output(source: Path) -> Path:
+    """The input's name with `-mxfp8` before the suffix (`.safetensors` for a folder)."""
+    source = Path(os.path.abspath(source))  # noqa: PTH100 - keeps links, unlike resolve()
+    suffix = ".safetensors" if source.is_dir() else source.suffix
+    stem = source.name if source.is_dir() else source.stem
+    return source.with_name(f"{stem}-mxfp8{suffix}")
+
+
+def plan_conversion(
+    source: str | os.PathLike[str],
+    *,
+    recipe: str | os.PathLike[str] | Recipe = DEFAULT,
+    exclude_layers: Iterable[str] = (),
+    any_model: bool = False,
+    nonfinite: NonFinite = "error",
+    threads: int = 0,
+) -> Plan:
+    """Decide what a conversion would do, without writing anything.
+
+    Arguments and errors are those of `convert`. Reads the header only, or, with
+    `nonfinite="keep"`, every weight that the recipe would quantise.
+    """
+    if nonfinite not in ("error", "keep"):
+        raise UsageError(f'nonfinite must be "error" or "keep", not "{nonfinite}"')
+    if threads < 0:
+        raise UsageError("threads must be 0 (one a core) or more")
+    rules = recipe if isinstance(recipe, Recipe) else load_recipe(os.fspath(recipe))
+    rules = rules.excluding(exclude_layers)
+    checkpoint = to_comfyui_layout(open_checkpoint(Path(source)))
+    plan = make_plan(checkpoint, rules, any_model=any_model)
+    if nonfinite == "keep" and (names := _find_nonfinite(plan, threads)):
+        plan = make_plan(checkpoint, rules, any_model=any_model, keep_names=names)
+        kept = [f'"{name}" has NaN or Inf and stays as it is' for name in sorted(names)]
+        plan = replace(plan, warnings=(*kept, *plan.warnings))
+    return plan
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    recipe: str | os.PathLike[str] | Recipe = DEFAULT,
+    exclude_layers: Iterable[str] = (),
+    any_model: bool = False,
+    nonfinite: NonFinite = "error",
+    bias_correction: Mode = "timesteps",
+    timesteps: str | int = "turbo",
+    calibration_samples: int = 3072,
+    seed: int = 42,
+    overwrite: bool = False,
+    error_stats: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> ConversionReport:
+    """Convert a Z-Image checkpoint to MXFP8, for ComfyUI and for this package.
+
+    Reading, encoding and writing overlap, and memory does not grow with the checkpoint. The output
+    appears whole or not at all, and depends on the input and the options alone.
+
+    Args:
+        source: a ComfyUI single file (with or without `model.diffusion_model.`, alone or in an
+            all-in-one file) or a diffusers folder; BF16, F16 or F32 weights.
+        output: file to write; by default the input's name with `-mxfp8` before the suffix.
+        recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`.
+        exclude_layers: regular expressions, searched in the tensors' full names; what they match
+            stays as it is, besides what the recipe keeps.
+        any_model: accept a checkpoint that is not Z-Image, and quantise every 2-D weight that no
+            pattern excludes.
+        nonfinite: what to do with a weight that has NaN or Inf: "error", or "keep" it as it is
+            (the weights are then read twice).
+        bias_correction: "timesteps" adds what keeps a modulation's mean output over the sampler's
+            timesteps; "synthetic" reproduces convert_to_quant 1.3.4 (needs torch); "none" leaves
+            biases alone.
+        timesteps: for "timesteps": "turbo" (8 steps), "base" (50 steps) or a number of steps.
+        calibration_samples: for "synthetic": rows of random input.
+        seed: for "synthetic": seed of the random numbers.
+        overwrite: replace an existing output.
+        error_stats: measure each layer's error in the same pass; see `ConversionReport.errors`.
+        threads: cores to use; 0 means all.
+        progress: called with a `Progress` from this thread, many times a second.
+
+    Returns:
+        A `ConversionReport`.
+
+    Raises:
+        UsageError: options that do not go together, or the output is the input.
+        RecipeError: a recipe file that is none.
+        CheckpointError: the input is unreadable, malformed, not Z-Image or quantised already.
+        NonFiniteError: a weight has NaN or Inf; the sentence names tensor, row and column.
+        OutputError: the output cannot be written, or exists already.
+    """
+    started = time.perf_counter()
+    if bias_correction not in MODES:
+        raise UsageError(f"bias_correction must be one of {', '.join(MODES)}")
+    if calibration_samples < 1:
+        raise UsageError("calibration_samples must be 1 or more")
+    if bias_correction == "timesteps":
+        sampler_timesteps(timesteps)  # refuse nonsense even where no layer needs it
+    target = default_output(Path(source)) if output is None else Path(output)
+    plan = plan_conversion(
+        source,
+        recipe=recipe,
+        exclude_layers=exclude_layers,
+        any_model=any_model,
+        nonfinite=nonfinite,
+        threads=threads,
+    )
+    check_target(target, (plan.checkpoint.path, *plan.checkpoint.files), overwrite=overwrite)
+    corrections, uncorrected = correction_inputs(
+        plan, bias_correction, sampler=timesteps, samples=calibration_samples, seed=seed
+    )
+    warnings = list(plan.warnings)
+    if uncorrected:
+        warnings.append(
+            f"{len(uncorrected)} biases stay as they are, because their layers' inputs do not "
+            f'follow from the checkpoint ("{uncorrected[0]}" is one)'
+        )
+    collected: dict[tuple[str, int], ErrorStats] | None = {} if error_stats else None
+    with AtomicFile(target, plan.size) as file:
+        jobs = _conversion_jobs(plan, corrections, collected)
+        run_jobs(jobs, file, threads=threads, progress=progress)
+    return ConversionReport(
+        input=str(source),
+        output=str(target),
+        recipe=plan.recipe.name,
+        bias_correction=bias_correction,
+        quantized=len(plan.quantized),
+        kept=dict(Counter(p.reason for p in plan.tensors.values() if p.reason)),
+        corrected_biases=len(corrections),
+        input_bytes=plan.checkpoint.nbytes,
+        output_bytes=plan.size - len(plan.header),
+        file_bytes=plan.size,
+        seconds=time.perf_counter() - started,
+        warnings=warnings,
+        errors=None if collected is None else _merge_stats(collected),
+    )
+
+
+def _merge_stats(collected: Mapping[tuple[str, int], ErrorStats]) -> dict[str, ErrorStats]:
+    """Per-chunk statistics -> per tensor, added in row order so that sums do not vary."""
+    merged: dict[str, ErrorStats] = {}
+    for name, row in sorted(collected):
+        merged.setdefault(name, ErrorStats()).add(collected[name, row])
+    return merged
+
+
+def _conversion_jobs(
+    plan: Plan,
+    corrections: Mapping[str, Vector],
+    collected: dict[tuple[str, int], ErrorStats] | None,
+) -> list[Job]:
+    """The jobs that write a plan's output, in the order of the output file."""
+    header = np.frombuffer(plan.header, np.uint8)
+    jobs = [Job("", 0, lambda lane: lane.write(0, header))]
+    corrected = {f"{layer}.bias" for layer in corrections}
+    for name in sorted(plan.tensors, key=lambda name: plan.places[name].begin):
+        planned = plan.tensors[name]
+        if name in corrected:
+            continue  # written with its layer
+        if planned.action == "quantize":
+            jobs += _quantize_jobs(plan, planned, corrections.get(planned.layer), collected)
+        elif planned.action == "cast":
+            jobs += _cast_jobs(planned.source, plan.places[name].begin)
+        else:
+            jobs += copy_jobs(planned.source, plan.places[name].begin)
+    return jobs
+
+
+def as_matrix(tensor: SourceTensor, data: Bytes, rows: int) -> npt.NDArray[np.generic]:
+    """Bytes of `rows` rows of a matrix as an array of 2- or 4-byte integers for the core."""
+    item = "u4" if tensor.dtype == "F32" else "u2"
+    return data.view(item).reshape(rows, tensor.shape[1])
+
+
+def encode_rows(
+    lane: Lane, tensor: SourceTensor, begin: int, end: int, source_rounding: bool
+) -> tuple[Bytes, Bytes, Bytes]:
+    """Read rows [begin, end) of a weight and encode them.
+
+    `begin` is a multiple of 128. Returns the source's bytes, the codes [padded rows, padded
+    columns] and the blocked scales, all in the lane's scratch memory.
+
+    Raises:
+        NonFiniteError: NaN or Inf; row and column are those of the whole tensor.
+    """
+    rows, cols = end - begin, tensor.shape[1]
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    data = lane.read(tensor, begin * row_bytes, rows * row_bytes)
+    matrix, dtype = as_matrix(tensor, data, rows), FLOAT_NAMES[tensor.dtype]
+    if source_rounding and dtype != "bfloat16":
+        rounded = lane.scratch("rounded", rows * cols * 2).view(np.uint16).reshape(rows, cols)
+        _core.cast(matrix, dtype, rounded, "bfloat16", 1)
+        matrix, dtype = rounded, "bfloat16"
+    codes = lane.scratch("codes", math.prod(padded_shape((rows, cols))))
+    scales = lane.scratch("scales", math.prod(scale_shape((rows, cols))))
+    try:
+        _core.quantize(matrix, dtype, codes, scales, 1)
+    except NonFiniteError as error:
+        row = begin + error.row
+        raise NonFiniteError(
+            f'tensor "{tensor.name}" has NaN or Inf at row {row}, column {error.column}; '
+            "--nonfinite keep leaves such tensors as they are",
+            row,
+            error.column,
+        ) from None
+    return data, codes, scales
+
+
+def measure_rows(
+    tensor: SourceTensor, data: Bytes, rows: int, codes: Bytes, scales: Bytes
+) -> ErrorStats:
+    """Error statistics of encoded rows; arguments as `encode_rows` gives them."""
+    cols = tensor.shape[1]
+    matrix = as_matrix(tensor, data, rows)
+    error, signal, worst = _core.measure_residual(
+        matrix, FLOAT_NAMES[tensor.dtype], codes, scales, 1
+    )
+    plain = np.empty((rows, -(-cols // 32)), np.uint8)
+    _core.from_blocked(scales, plain)
+    histogram = np.bincount(plain.reshape(-1), minlength=256)
+    return ErrorStats(error, signal, worst, rows * cols, histogram)
+
+
+def _quantize_jobs(
+    plan: Plan,
+    planned: PlannedTensor,
+    correction: Vector | None,
+    collected: dict[tuple[str, int], ErrorStats] | None,
+) -> list[Job]:
+    tensor = planned.source
+    rows, cols = tensor.shape
+    codes_at = plan.places[tensor.name].begin
+    scales_at = plan.places[planned.layer + marks.SCALE_SUFFIX].begin
+    code_cols = padded_shape((rows, cols))[1]
+    scale_cols = scale_shape((rows, cols))[1]
+    marker_at = plan.places[planned.layer + marks.MARKER_SUFFIX].begin
+    marker = np.frombuffer(marks.marker_bytes(marks.layer_marker((rows, cols))), np.uint8)
+
+    def job(begin: int, end: int) -> Job:
+        def run(lane: Lane) -> None:
+            data, codes, scales = encode_rows(lane, tensor, begin, end, plan.recipe.source_rounding)
+            lane.write(codes_at + begin * code_cols, codes)
+            lane.write(scales_at + begin * scale_cols, scales)
+            if begin == 0:
+                lane.write(marker_at, marker)
+            if correction is not None:
+                _correct_bias(lane, plan, planned, correction, begin, end, data, codes, scales)
+            if collected is not None:
+                collected[tensor.name, begin] = measure_rows(
+                    tensor, data, end - begin, codes, scales
+                )
+
+        return Job(tensor.name, (end - begin) * (tensor.nbytes // rows), run)
+
+    return [job(begin, end) for begin, end in row_chunks(tensor)]
+
+
+def _correct_bias(
+    lane: Lane,
+    plan: Plan,
+    planned: PlannedTensor,
+    correction: Vector,
+    begin: int,
+    end: int,
+    data: Bytes,
+    codes: Bytes,
+    scales: Bytes,
+) -> None:
+    """Write elements [begin, end) of the bias of a layer whose rows were just encoded."""
+    assert planned.bias is not None
+    tensor, bias = planned.source, plan.checkpoint.tensors[planned.bias]
+    rows = end - begin
+    change = np.empty(rows, np.float64)
+    _core.residual_times_vector(
+        as_matrix(tensor, data, rows),
+        FLOAT_NAMES[tensor.dtype],
+        codes,
+        scales,
+        correction,
+        change,
+        1,
+    )
+    item = bias.nbytes // bias.shape[0]
+    old = lane.read(bias, begin * item, rows * item, "bias")
+    new = add_to_bias(bias, old, change)
+    lane.write(plan.places[bias.name].begin + begin * item, new)
+
+
+def _cast_jobs(tensor: SourceTensor, position: int) -> list[Job]:
+    """Jobs that write an F16 or F32 tensor as BF16."""
+    item = 4 if tensor.dtype == "F32" else 2
+
+    def job(begin: int, end: int) -> Job:
+        def run(lane: Lane) -> None:
+            source = lane.read(tensor, begin, end - begin).view(f"u{item}").reshape(1, -1)
+            target = lane.scratch("cast", source.size * 2).view(np.uint16).reshape(1, -1)
+            _core.cast(source, FLOAT_NAMES[tensor.dtype], target, "bfloat16", 1)
+            lane.write(position + begin // item * 2, target)
+
+        return Job(tensor.name, end - begin, run)
+
+    return [job(begin, end) for begin, end in byte_chunks(tensor)]
+
+
+def _find_nonfinite(plan: Plan, threads: int) -> set[str]:
+    """Names of the weights to be quantised that have NaN or Inf."""
+    found: set[str] = set()
+
+    def job(tensor: SourceTensor, begin: int, end: int) -> Job:
+        row_bytes = tensor.nbytes // tensor.shape[0]
+
+        def run(lane: Lane) -> None:
+            data = lane.read(tensor, begin * row_bytes, (end - begin) * row_bytes)
+            matrix = as_matrix(tensor, data, end - begin)
+            if _core.find_nonfinite(matrix, FLOAT_NAMES[tensor.dtype], 1) is not None:
+                found.add(tensor.name)
+
+        return Job(tensor.name, (end - begin) * row_bytes, run)
+
+    jobs = [
+        job(planned.source, begin, end)
+        for planned in plan.quantized
+        for begin, end in row_chunks(planned.source)
+    ]
+    run_jobs(jobs, None, threads=threads)
+    return found

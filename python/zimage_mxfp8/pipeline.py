@@ -1,0 +1,190 @@
+"""Streaming work from checkpoint to checkpoint: jobs, each of which reads, computes and writes.
+
+Workers take jobs in order, so that the reading of one overlaps with the arithmetic and the
+writing of others. Every job has its own place in the output: the bytes do not depend on which
+worker ran when. Memory is bounded by workers times chunk size.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .checkpoint.output import AtomicFile, write_fully
+from .checkpoint.source import SourceTensor, TensorReader
+
+CHUNK_BYTES = 8 << 20
+_MAX_WORKERS = 16  # more would only queue for the memory bus
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a long operation, given to progress callbacks.
+
+    Attributes:
+        done: bytes of the input that are finished.
+        total: bytes of the input.
+        tensor: the tensor that was worked on last.
+    """
+
+    done: int
+    total: int
+    tensor: str
+
+
+ProgressCallback = Callable[[Progress], object]
+
+
+class Lane:
+    """What one worker owns: open files and scratch memory."""
+
+    def __init__(self, output: AtomicFile | None) -> None:
+        self._output = output
+        self._reader = TensorReader()
+        self._file: BinaryIO | None = None
+        self._scratch: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def scratch(self, use: str, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Reusable memory; its content lasts until the next call for the same `use`."""
+        if use not in self._scratch or self._scratch[use].size < nbytes:
+            self._scratch[use] = np.empty(nbytes, np.uint8)
+        return self._scratch[use][:nbytes]
+
+    def read(
+        self, tensor: SourceTensor, begin: int, nbytes: int, use: str = "source"
+    ) -> npt.NDArray[np.uint8]:
+        """The bytes [begin, begin + nbytes) of a tensor, in scratch memory."""
+        data = self.scratch(use, nbytes)
+        self._reader.read_into(tensor, begin, data)
+        return data
+
+    def write(self, position: int, data: npt.NDArray[Any]) -> None:
+        """Write an array's bytes at a position of the output."""
+        assert self._output is not None
+        if self._file is None:
+            self._file = self._output.open()
+        try:
+            write_fully(self._file, position, data.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise self._output.failure(error) from None
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+        if self._file is not None:
+            self._file.close()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work.
+
+    Attributes:
+        tensor: name of the tensor that it is part of.
+        nbytes: bytes of the input that it covers, for progress.
+        run: does the work, on a worker's thread.
+    """
+
+    tensor: str
+    nbytes: int
+    run: Callable[[Lane], None]
+
+
+def row_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
+    """Split a matrix into row ranges of about `CHUNK_BYTES`, each a multiple of 128 rows.
+
+    128 rows make one tile row of the blocked scales, so the codes and the scales of a chunk are
+    contiguous in the output.
+    """
+    rows = tensor.shape[0]
+    row_bytes = max(tensor.nbytes // max(rows, 1), 1)
+    step = max(CHUNK_BYTES // (row_bytes * 128), 1) * 128
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def byte_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
+    """Split a tensor's bytes into ranges of `CHUNK_BYTES`."""
+    return [
+        (begin, min(begin + CHUNK_BYTES, tensor.nbytes))
+        for begin in range(0, tensor.nbytes, CHUNK_BYTES)
+    ]
+
+
+def copy_jobs(tensor: SourceTensor, position: int) -> list[Job]:
+    """Jobs that copy a tensor unchanged to a position of the output."""
+
+    def job(begin: int, end: int) -> Job:
+        def run(lane: Lane) -> None:
+            lane.write(position + begin, lane.read(tensor, begin, end - begin))
+
+        return Job(tensor.name, end - begin, run)
+
+    return [job(begin, end) for begin, end in byte_chunks(tensor)]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    output: AtomicFile | None,
+    *,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Run jobs on `threads` cores (0: all) and report progress from the calling thread.
+
+    Raises whatever a job raised; of several failures the one of the first job, so that the same
+    input gives the same error. No job starts after a failure.
+    """
+    cores = threads or _core.default_threads()
+    workers = max(min(cores + 1, _MAX_WORKERS, len(jobs)), 1)  # one more to keep the disk busy
+    numbers = iter(range(len(jobs)))
+    lock, stop = threading.Lock(), threading.Event()
+    failures: dict[int, BaseException] = {}
+    finished: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        lane = Lane(output)
+        try:
+            while not stop.is_set():
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                try:
+                    jobs[number].run(lane)
+                except BaseException as error:  # handed to the calling thread
+                    failures[number] = error
+                    stop.set()
+                    return
+                finished.put(jobs[number])
+        finally:
+            lane.close()
+            finished.put(None)
+
+    pool = [threading.Thread(target=work, name=f"zimage-mxfp8-{i}") for i in range(workers)]
+    total = sum(job.nbytes for job in jobs)
+    done = 0
+    for thread in pool:
+        thread.start()
+    try:
+        running = workers
+        while running:
+            job = finished.get()
+            if job is None:
+                running -= 1
+                continue
+            done += job.nbytes
+            if progress is not None:
+                progress(Progress(done, total, job.tensor))
+    finally:  # also when the callback raises, or on Ctrl-C
+        stop.set()
+        for thread in pool:
+            thread.join()
+    if failures:
+        raise failures[min(failures)]

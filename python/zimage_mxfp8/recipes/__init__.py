@@ -1,0 +1,184 @@
+"""Recipes: which layers stay in the source's precision, and why.
+
+A recipe is data. The built-in ones are the TOML files beside this module; users write their own:
+
+    title = "..."                     # optional
+    extends = "uniform"               # optional: a built-in recipe whose patterns come first
+
+    [[keep]]
+    name = "first blocks"
+    pattern = '^layers\\.[01]\\.'      # Python regular expression, searched in the tensor's name
+    reason = "why they stay"
+
+Names are matched without the prefix of all-in-one files (`model.diffusion_model.`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_FOLDER = Path(__file__).parent
+DEFAULT = "uniform"
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """Layers that are not quantised.
+
+    Attributes:
+        name: short title of the rule.
+        pattern: regular expression, searched in tensor names.
+        reason: why these layers stay as they are.
+        full_name: whether the prefix of all-in-one files counts as part of the name.
+    """
+
+    name: str
+    pattern: re.Pattern[str]
+    reason: str
+    full_name: bool = False
+
+    def matches(self, tensor_name: str, prefix: str) -> bool:
+        """Whether the rule keeps a tensor, whose name starts with `prefix`."""
+        name = tensor_name if self.full_name else tensor_name[len(prefix) :]
+        return self.pattern.search(name) is not None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of rules.
+
+    Attributes:
+        name: name of a built-in recipe, or the path of a file.
+        title: one line.
+        description: some sentences.
+        keep: the rules; the first that matches a layer gives the reason.
+        source_rounding: round F16 and F32 weights to BF16 before they are quantised or kept, as
+            convert_to_quant does.
+    """
+
+    name: str
+    title: str
+    description: str
+    keep: tuple[KeepRule, ...]
+    source_rounding: bool = False
+
+    def excluding(self, patterns: Iterable[str]) -> Recipe:
+        """This recipe with more patterns, searched in the tensors' full names.
+
+        Raises:
+            UsageError: a pattern is no regular expression.
+        """
+        rules = []
+        for pattern in patterns:
+            try:
+                compiled = re.compile(pattern)
+            except re.error as error:
+                raise UsageError(
+                    f'--exclude-layers "{pattern}" is no regular expression: {error}'
+                ) from None
+            rules.append(
+                KeepRule(f"--exclude-layers {pattern}", compiled, "--exclude-layers", True)
+            )
+        return Recipe(
+            self.name, self.title, self.description, self.keep + tuple(rules), self.source_rounding
+        )
+
+    def with_rules_of(self, other: Recipe) -> Recipe:
+        """Both recipes' rules."""
+        keep = self.keep + tuple(rule for rule in other.keep if rule not in self.keep)
+        rounding = self.source_rounding or other.source_rounding
+        return Recipe(f"{self.name}+{other.name}", self.title, self.description, keep, rounding)
+
+
+def builtin_names() -> list[str]:
+    """Names of the built-in recipes, the default first."""
+    return sorted((path.stem for path in _FOLDER.glob("*.toml")), key=lambda n: (n != DEFAULT, n))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A built-in recipe by name, or a recipe from a TOML file by path.
+
+    Raises:
+        UsageError: no built-in recipe or file of that name.
+        RecipeError: a file that is no recipe; the sentence says what is wrong and where.
+    """
+    text = str(name_or_path)
+    if text in builtin_names():
+        return _read(_FOLDER / f"{text}.toml", text)
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UsageError(
+            f'there is no recipe "{text}": name one of {", ".join(builtin_names())} or a TOML file'
+        )
+    return _read(path, text)
+
+
+def _read(path: Path, name: str) -> Recipe:
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # TOML or UTF-8
+        raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+    known = {
+        "title": str,
+        "description": str,
+        "extends": str,
+        "source_rounding": str,
+        "keep": list,
+    }
+    for key, value in document.items():
+        if key not in known:
+            raise RecipeError(f'recipe {path} has the unknown key "{key}"')
+        if not isinstance(value, known[key]):
+            raise RecipeError(f'recipe {path}: "{key}" must be a {known[key].__name__}')
+    rounding = document.get("source_rounding", "")
+    if rounding not in ("", "bfloat16"):
+        raise RecipeError(f'recipe {path}: "source_rounding" can only be "bfloat16"')
+    keep: tuple[KeepRule, ...] = ()
+    base = None
+    if "extends" in document:
+        if document["extends"] not in builtin_names():
+            raise RecipeError(
+                f'recipe {path} extends "{document["extends"]}", which is none of '
+                f"{', '.join(builtin_names())}"
+            )
+        base = load_recipe(document["extends"])
+        keep = base.keep
+    keep += tuple(
+        _rule(path, number, entry) for number, entry in enumerate(document.get("keep", ()), 1)
+    )
+    return Recipe(
+        name,
+        document.get("title", path.stem),
+        " ".join(document.get("description", "").split()),
+        keep,
+        bool(rounding) or (base is not None and base.source_rounding),
+    )
+
+
+def _rule(path: Path, number: int, entry: Any) -> KeepRule:
+    where = f"recipe {path}, [[keep]] number {number}"
+    if not isinstance(entry, dict) or set(entry) != {"name", "pattern", "reason"}:
+        raise RecipeError(f"{where} must have exactly name, pattern and reason")
+    if not all(isinstance(value, str) and value for value in entry.values()):
+        raise RecipeError(f"{where}: name, pattern and reason must be text")
+    try:
+        pattern = re.compile(entry["pattern"])
+    except re.error as error:
+        raise RecipeError(
+            f'{where}: the pattern "{entry["pattern"]}" is no regular expression: {error}'
+        ) from None
+    return KeepRule(entry["name"], pattern, entry["reason"])
