@@ -23,7 +23,6 @@ from .errors import InvalidArgumentError, UnsupportedError
 __all__ = ["MXFP8Array", "dequantize", "from_blocked", "quantize", "to_blocked"]
 
 
-
 def padded_shape(shape: tuple[int, int]) -> tuple[int, int]:
     """Shape of the codes of a matrix: both sizes rounded up to a multiple of 32."""
     rows, cols = shape

@@ -16,60 +16,10 @@ import numpy.typing as npt
 from . import _core
 from .checkpoint.header import TensorInfo, layout_header
 from .checkpoint.output import AtomicFile, check_target
+from .checkpoint.zimage import zimage_shapes
 from .pipeline import Job, Lane, ProgressCallback, run_jobs
 
 _CHUNK = 1 << 20  # elements that one job draws
-_HEAD_DIM = 128
-_PATCH_FEATURES = 64  # 2 x 2 patches of 16 latent channels
-
-
-def zimage_shapes(
-    dim: int = 3840, layers: int = 30, refiner_layers: int = 2, caption_dim: int = 2560
-) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of Z-Image's tensors in the ComfyUI layout; the defaults are the real model's.
-
-    Args:
-        dim: width of the model, a multiple of 128.
-        layers: number of main blocks.
-        refiner_layers: number of blocks in each of the two refiners.
-        caption_dim: features of the text encoder.
-    """
-    hidden = int(dim / 3 * 8)
-    modulation = min(dim, 256)
-    shapes: dict[str, tuple[int, ...]] = {
-        "x_embedder.weight": (dim, _PATCH_FEATURES),
-        "x_embedder.bias": (dim,),
-        "cap_embedder.0.weight": (caption_dim,),
-        "cap_embedder.1.weight": (dim, caption_dim),
-        "cap_embedder.1.bias": (dim,),
-        "t_embedder.mlp.0.weight": (1024, 256),
-        "t_embedder.mlp.0.bias": (1024,),
-        "t_embedder.mlp.2.weight": (modulation, 1024),
-        "t_embedder.mlp.2.bias": (modulation,),
-        "x_pad_token": (1, dim),
-        "cap_pad_token": (1, dim),
-        "final_layer.linear.weight": (_PATCH_FEATURES, dim),
-        "final_layer.linear.bias": (_PATCH_FEATURES,),
-        "final_layer.adaLN_modulation.1.weight": (dim, modulation),
-        "final_layer.adaLN_modulation.1.bias": (dim,),
-    }
-    stacks = {"layers": layers, "noise_refiner": refiner_layers, "context_refiner": refiner_layers}
-    for stack, count in stacks.items():
-        for i in range(count):
-            block = f"{stack}.{i}."
-            shapes[block + "attention.qkv.weight"] = (3 * dim, dim)
-            shapes[block + "attention.out.weight"] = (dim, dim)
-            shapes[block + "attention.q_norm.weight"] = (_HEAD_DIM,)
-            shapes[block + "attention.k_norm.weight"] = (_HEAD_DIM,)
-            shapes[block + "feed_forward.w1.weight"] = (hidden, dim)
-            shapes[block + "feed_forward.w2.weight"] = (dim, hidden)
-            shapes[block + "feed_forward.w3.weight"] = (hidden, dim)
-            for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-                shapes[f"{block}{norm}.weight"] = (dim,)
-            if stack != "context_refiner":
-                shapes[block + "adaLN_modulation.0.weight"] = (4 * dim, modulation)
-                shapes[block + "adaLN_modulation.0.bias"] = (4 * dim,)
-    return shapes
 
 
 def write_synthetic_checkpoint(

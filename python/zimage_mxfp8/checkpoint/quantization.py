@@ -54,7 +54,12 @@ def quantized_format(checkpoint: Checkpoint, prefix: str) -> tuple[str, str] | N
         if name.endswith(".weight_scale_2"):
             return "NVFP4", name
     if HEADER_KEY in checkpoint.metadata:
-        return _format_of_header(checkpoint.metadata[HEADER_KEY]), HEADER_KEY
+        layers = header_layers(checkpoint.metadata[HEADER_KEY])
+        if layers is None:
+            return "ComfyUI quantised", HEADER_KEY
+        formats = {_format_of(layers[name]) for name in layers if name.startswith(prefix)}
+        if formats:
+            return " and ".join(sorted(formats)), HEADER_KEY
     if markers:
         scale = markers[0].removesuffix(MARKER_SUFFIX) + SCALE_SUFFIX
         tensor = checkpoint.tensors.get(scale)
@@ -74,10 +79,18 @@ def quantized_format(checkpoint: Checkpoint, prefix: str) -> tuple[str, str] | N
     return None
 
 
-def _format_of_header(value: str) -> str:
+def header_layers(value: str) -> dict[str, Any] | None:
+    """The layers in a header's `_quantization_metadata`, or None if it has another form."""
     try:
-        layers = json.loads(value)["layers"]
-        formats = {str(layer["format"]) for layer in layers.values()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return "ComfyUI quantised"
-    return " and ".join(sorted(f.upper() for f in formats)) or "ComfyUI quantised"
+        document = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    layers = document.get("layers") if isinstance(document, dict) else None
+    if not isinstance(layers, dict) or document.get("format_version") != "1.0":
+        return None
+    return layers
+
+
+def _format_of(layer: Any) -> str:
+    kind = layer.get("format") if isinstance(layer, dict) else None
+    return str(kind).upper() if kind else "ComfyUI quantised"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from io import FileIO
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt

@@ -8,7 +8,7 @@ file holds them under `model.diffusion_model.`, beside a text encoder and a VAE.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from ..errors import CheckpointError
 from .source import Checkpoint, SourceTensor
@@ -28,8 +28,66 @@ _DIFFUSERS_NAMES = (
 )
 _DIFFUSERS_QKV = re.compile(r"^(?P<block>.+)\.attention\.to_(?P<part>[qkv])\.(?P<kind>.+)$")
 
+_HEAD_DIM = 128
+_PATCH_FEATURES = 64  # 2 x 2 patches of 16 latent channels
+
 _BLOCK_TENSOR = re.compile(r"^(?P<stack>layers|noise_refiner|context_refiner)\.\d+\.(?P<part>.+)$")
+_STACKS = ("layers", "noise_refiner", "context_refiner")
 _EMBEDDERS = ("x_embedder.", "cap_embedder.", "t_embedder.", "x_pad_token", "cap_pad_token")
+
+
+def zimage_shapes(
+    dim: int = 3840,
+    layers: int = 30,
+    refiner_layers: int = 2,
+    caption_dim: int = 2560,
+    hidden: int | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of Z-Image's tensors in the ComfyUI layout; the defaults are the real model's.
+
+    Args:
+        dim: width of the model, a multiple of 128.
+        layers: number of main blocks.
+        refiner_layers: number of blocks in each of the two refiners.
+        caption_dim: features of the text encoder.
+        hidden: width of the feed-forward layers, by default int(dim / 3 * 8).
+    """
+    hidden = int(dim / 3 * 8) if hidden is None else hidden
+    modulation = min(dim, 256)
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_embedder.weight": (dim, _PATCH_FEATURES),
+        "x_embedder.bias": (dim,),
+        "cap_embedder.0.weight": (caption_dim,),
+        "cap_embedder.1.weight": (dim, caption_dim),
+        "cap_embedder.1.bias": (dim,),
+        "t_embedder.mlp.0.weight": (1024, 256),
+        "t_embedder.mlp.0.bias": (1024,),
+        "t_embedder.mlp.2.weight": (modulation, 1024),
+        "t_embedder.mlp.2.bias": (modulation,),
+        "x_pad_token": (1, dim),
+        "cap_pad_token": (1, dim),
+        "final_layer.linear.weight": (_PATCH_FEATURES, dim),
+        "final_layer.linear.bias": (_PATCH_FEATURES,),
+        "final_layer.adaLN_modulation.1.weight": (dim, modulation),
+        "final_layer.adaLN_modulation.1.bias": (dim,),
+    }
+    stacks = {"layers": layers, "noise_refiner": refiner_layers, "context_refiner": refiner_layers}
+    for stack, count in stacks.items():
+        for i in range(count):
+            block = f"{stack}.{i}."
+            shapes[block + "attention.qkv.weight"] = (3 * dim, dim)
+            shapes[block + "attention.out.weight"] = (dim, dim)
+            shapes[block + "attention.q_norm.weight"] = (_HEAD_DIM,)
+            shapes[block + "attention.k_norm.weight"] = (_HEAD_DIM,)
+            shapes[block + "feed_forward.w1.weight"] = (hidden, dim)
+            shapes[block + "feed_forward.w2.weight"] = (dim, hidden)
+            shapes[block + "feed_forward.w3.weight"] = (hidden, dim)
+            for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+                shapes[f"{block}{norm}.weight"] = (dim,)
+            if stack != "context_refiner":
+                shapes[block + "adaLN_modulation.0.weight"] = (4 * dim, modulation)
+                shapes[block + "adaLN_modulation.0.bias"] = (4 * dim,)
+    return shapes
 
 
 def is_zimage(names: Collection[str]) -> bool:
@@ -123,3 +181,40 @@ def group_of(name: str, prefix: str) -> str:
     if inner.startswith("final_layer."):
         return "final_layer"
     return "other"
+
+
+def missing_tensors(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> list[tuple[str, str]]:
+    """What keeps a set of tensors from being a whole Z-Image transformer.
+
+    Args:
+        shapes: name -> logical shape (that before padding, for quantised weights).
+        prefix: as from `model_prefix`.
+
+    Returns:
+        (tensor, what is wrong with it), in name order. The number of blocks and the widths are
+        taken from the tensors themselves.
+    """
+    inner = {n[len(prefix) :]: shape for n, shape in shapes.items() if n.startswith(prefix)}
+    counts = {
+        stack: 1
+        + max((int(m[1]) for n in inner if (m := re.match(rf"{stack}\.(\d+)\.", n))), default=-1)
+        for stack in _STACKS
+    }
+    dim, caption_dim = inner["cap_embedder.1.weight"]
+    first_w1 = next(
+        (s for n, s in sorted(inner.items()) if n.endswith("feed_forward.w1.weight")), None
+    )
+    expected = zimage_shapes(
+        dim,
+        counts["layers"],
+        max(counts["noise_refiner"], counts["context_refiner"]),
+        caption_dim,
+        first_w1[0] if first_w1 else None,
+    )
+    problems = []
+    for name, shape in expected.items():
+        if name not in inner:
+            problems.append((prefix + name, "is missing"))
+        elif inner[name] != shape:
+            problems.append((prefix + name, f"is {list(inner[name])}, not {list(shape)}"))
+    return sorted(problems)

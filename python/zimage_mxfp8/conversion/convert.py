@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import Counter
@@ -21,9 +20,10 @@ from ..checkpoint.source import SourceTensor, open_checkpoint
 from ..checkpoint.zimage import to_comfyui_layout
 from ..codec import padded_shape, scale_shape
 from ..dtypes import FLOAT_NAMES
-from ..errors import NonFiniteError, UsageError
+from ..errors import UsageError
 from ..pipeline import Job, Lane, ProgressCallback, byte_chunks, copy_jobs, row_chunks, run_jobs
 from ..recipes import DEFAULT, Recipe, load_recipe
+from ..rows import as_matrix, encode_rows, measure_rows
 from .bias_correction import MODES, Mode, Vector, add_to_bias, correction_inputs, sampler_timesteps
 from .plan import Plan, PlannedTensor, make_plan
 from .report import ConversionReport, ErrorStats
@@ -198,61 +198,6 @@ def _conversion_jobs(
         else:
             jobs += copy_jobs(planned.source, plan.places[name].begin)
     return jobs
-
-
-def as_matrix(tensor: SourceTensor, data: Bytes, rows: int) -> npt.NDArray[np.generic]:
-    """Bytes of `rows` rows of a matrix as an array of 2- or 4-byte integers for the core."""
-    item = "u4" if tensor.dtype == "F32" else "u2"
-    return data.view(item).reshape(rows, tensor.shape[1])
-
-
-def encode_rows(
-    lane: Lane, tensor: SourceTensor, begin: int, end: int, source_rounding: bool
-) -> tuple[Bytes, Bytes, Bytes]:
-    """Read rows [begin, end) of a weight and encode them.
-
-    `begin` is a multiple of 128. Returns the source's bytes, the codes [padded rows, padded
-    columns] and the blocked scales, all in the lane's scratch memory.
-
-    Raises:
-        NonFiniteError: NaN or Inf; row and column are those of the whole tensor.
-    """
-    rows, cols = end - begin, tensor.shape[1]
-    row_bytes = tensor.nbytes // tensor.shape[0]
-    data = lane.read(tensor, begin * row_bytes, rows * row_bytes)
-    matrix, dtype = as_matrix(tensor, data, rows), FLOAT_NAMES[tensor.dtype]
-    if source_rounding and dtype != "bfloat16":
-        rounded = lane.scratch("rounded", rows * cols * 2).view(np.uint16).reshape(rows, cols)
-        _core.cast(matrix, dtype, rounded, "bfloat16", 1)
-        matrix, dtype = rounded, "bfloat16"
-    codes = lane.scratch("codes", math.prod(padded_shape((rows, cols))))
-    scales = lane.scratch("scales", math.prod(scale_shape((rows, cols))))
-    try:
-        _core.quantize(matrix, dtype, codes, scales, 1)
-    except NonFiniteError as error:
-        row = begin + error.row
-        raise NonFiniteError(
-            f'tensor "{tensor.name}" has NaN or Inf at row {row}, column {error.column}; '
-            "--nonfinite keep leaves such tensors as they are",
-            row,
-            error.column,
-        ) from None
-    return data, codes, scales
-
-
-def measure_rows(
-    tensor: SourceTensor, data: Bytes, rows: int, codes: Bytes, scales: Bytes
-) -> ErrorStats:
-    """Error statistics of encoded rows; arguments as `encode_rows` gives them."""
-    cols = tensor.shape[1]
-    matrix = as_matrix(tensor, data, rows)
-    error, signal, worst = _core.measure_residual(
-        matrix, FLOAT_NAMES[tensor.dtype], codes, scales, 1
-    )
-    plain = np.empty((rows, -(-cols // 32)), np.uint8)
-    _core.from_blocked(scales, plain)
-    histogram = np.bincount(plain.reshape(-1), minlength=256)
-    return ErrorStats(error, signal, worst, rows * cols, histogram)
 
 
 def _quantize_jobs(

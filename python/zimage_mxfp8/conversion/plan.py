@@ -117,7 +117,9 @@ def make_plan(
         for name in sorted(names)
     }
     outputs = _output_tensors(checkpoint, tensors)
-    markers = {
+    # An all-in-one file may describe a quantised text encoder there; that stays.
+    markers = marks.header_layers(checkpoint.metadata.get(marks.HEADER_KEY, "")) or {}
+    markers |= {
         planned.layer: marks.layer_marker(_matrix_shape(planned.source))
         for planned in tensors.values()
         if planned.action == "quantize"

@@ -1,0 +1,50 @@
+"""Argument types and options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def spellings(*names: str) -> list[str]:
+    """Each option name in its dash and its underscore spelling."""
+    result = list(names)
+    for name in names:
+        body = name.lstrip("-")
+        for other in (body.replace("-", "_"), body.replace("_", "-")):
+            if name.startswith("--") and f"--{other}" not in result:
+                result.append(f"--{other}")
+    return result
+
+
+def count(minimum: int) -> type[int]:
+    """A whole number of at least `minimum`, for `type=`."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < minimum:
+            raise ValueError
+        return number
+
+    parse.__name__ = f"number of at least {minimum}"
+    return parse  # type: ignore[return-value]
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """`--threads`."""
+    parser.add_argument(
+        "--threads",
+        type=count(0),
+        default=0,
+        metavar="N",
+        help="cores to use (default: all)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """`--overwrite`."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

@@ -1,0 +1,39 @@
+"""`zimage-mxfp8 dequantize`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .arguments import add_overwrite, add_threads
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to the parser."""
+    parser = commands.add_parser(
+        "dequantize",
+        help="decode an MXFP8 file to a plain BF16 checkpoint",
+        description="Write the BF16 checkpoint that an MXFP8 file stands for.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    add_overwrite(parser)
+    add_threads(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..dequantization import dequantize_checkpoint
+    from . import display
+
+    with display.progress_bar("decoding") as progress:
+        dequantize_checkpoint(
+            arguments.file,
+            arguments.output,
+            overwrite=arguments.overwrite,
+            threads=arguments.threads,
+            progress=progress,
+        )
+    print(f"{arguments.output}: {display.size_text(arguments.output.stat().st_size)} in BF16")
+    return 0

@@ -1,0 +1,106 @@
+"""How results look on a terminal: tables, sizes and progress bars."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from ..conversion.report import ErrorStats
+from ..pipeline import Progress, ProgressCallback
+
+_PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that prints text as it is (names may hold brackets)."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PLAIN_WIDTH
+    return Console(stderr=stderr, markup=False, highlight=False, width=width, soft_wrap=False)
+
+
+def print_json(document: Any) -> None:
+    """Print JSON for machines."""
+    print(json.dumps(document, indent=2))
+
+
+def warn(sentences: Sequence[str]) -> None:
+    """Print warnings to stderr."""
+    for sentence in sentences:
+        print(f"zimage-mxfp8: warning: {sentence}", file=sys.stderr)
+
+
+def size_text(nbytes: int) -> str:
+    """A size in binary units, as people read it."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table; columns whose names end with ">" are right-aligned."""
+    result = Table(title=title, title_justify="left")
+    for column in columns:
+        result.add_column(
+            column.removesuffix(">"), justify="right" if column.endswith(">") else "left"
+        )
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def error_table(errors: dict[str, ErrorStats], worst: int = 10) -> Table:
+    """Error statistics: all layers together, then the layers with the largest error."""
+    total = ErrorStats()
+    for stats in errors.values():
+        total.add(stats)
+    order = sorted(errors, key=lambda name: -errors[name].relative_squared_error)[:worst]
+    shown = {"all layers": total, **{name: errors[name] for name in order}}
+    return table(
+        f"Error against the original (the {len(order)} worst of {len(errors)} layers)",
+        ["tensor", "relative squared error>", "SNR (dB)>", "largest error>"],
+        [
+            [name, f"{s.relative_squared_error:.3e}", f"{s.snr_db:.1f}", f"{s.max_error:.3e}"]
+            for name, s in shown.items()
+        ],
+    )
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
+    """A progress bar on stderr with throughput and time left; None if that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bar = Bar(
+        TextColumn(title),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(title, total=None)
+
+        def update(progress: Progress) -> None:
+            bar.update(task, completed=progress.done, total=progress.total)
+
+        yield update

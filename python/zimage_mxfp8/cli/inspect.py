@@ -1,0 +1,54 @@
+"""`zimage-mxfp8 inspect`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .arguments import add_json
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to the parser."""
+    parser = commands.add_parser(
+        "inspect",
+        help="show what is in a checkpoint",
+        description="Show the tensors of a safetensors file or a diffusers folder, by groups.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("file", type=Path, metavar="PATH")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..inspection import inspect
+    from . import display
+
+    found = inspect(arguments.file)
+    if arguments.json:
+        display.print_json(found.to_dict())
+        return 0
+    rows = [
+        [
+            group.name,
+            ", ".join(f"{count} {form}" for form, count in group.formats.items()),
+            f"{group.parameters:,}",
+            display.size_text(group.nbytes),
+        ]
+        for group in found.groups
+    ]
+    files = f", {found.files} files" if found.files > 1 else ""
+    out = display.console()
+    out.print(
+        display.table(
+            f"{found.path}: {found.kind}{files}",
+            ["group", "tensors", "parameters>", "size>"],
+            rows,
+        )
+    )
+    out.print(f"{found.parameters:,} parameters, {display.size_text(found.nbytes)}")
+    for key, value in found.metadata.items():
+        out.print(f"metadata {key}: {value if len(value) <= 200 else value[:200] + '...'}")
+    display.warn(found.breaches)
+    return 0

@@ -1,0 +1,53 @@
+"""`zimage-mxfp8 recipes`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .arguments import add_json
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to the parser."""
+    parser = commands.add_parser(
+        "recipes",
+        help="show the recipes: which layers stay as they are, and why",
+        description="Show the built-in recipes, or those named (a TOML file too).",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("names", nargs="*", metavar="NAME|FILE")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..recipes import DEFAULT, builtin_names, load_recipe
+    from . import display
+
+    recipes = [load_recipe(name) for name in arguments.names or builtin_names()]
+    if arguments.json:
+        display.print_json(
+            [
+                {
+                    "name": recipe.name,
+                    "title": recipe.title,
+                    "description": recipe.description,
+                    "keep": [
+                        {"name": r.name, "pattern": r.pattern.pattern, "reason": r.reason}
+                        for r in recipe.keep
+                    ],
+                }
+                for recipe in recipes
+            ]
+        )
+        return 0
+    out = display.console()
+    for recipe in recipes:
+        default = " (the default)" if recipe.name == DEFAULT else ""
+        out.print(f"{recipe.name}{default}: {recipe.title}", style="bold")
+        if recipe.description:
+            out.print(recipe.description)
+        rows = [[rule.name, rule.pattern.pattern, rule.reason] for rule in recipe.keep]
+        out.print(display.table(None, ["kept", "pattern", "why"], rows))
+        out.print()
+    return 0

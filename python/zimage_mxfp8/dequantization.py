@@ -1,0 +1,96 @@
+"""Decoding an MXFP8 checkpoint back to a plain BF16 one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from . import _core
+from .checkpoint import quantization as marks
+from .checkpoint.header import layout_header
+from .checkpoint.mxfp8_layers import MXFP8Layer, find_layers
+from .checkpoint.output import AtomicFile, check_target
+from .checkpoint.source import open_checkpoint
+from .errors import CheckpointError
+from .pipeline import Job, Lane, ProgressCallback, copy_jobs, row_chunks, run_jobs
+from .rows import read_encoded
+
+
+def dequantize_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Write the checkpoint that an MXFP8 file stands for, with plain BF16 weights.
+
+    Padding is cut off, scales and markers go, everything else is copied (corrected biases stay
+    corrected: they belong to the rounded weights).
+
+    Args:
+        source: the MXFP8 file.
+        output: file to write.
+        overwrite: replace an existing output.
+        threads: cores to use; 0 means all.
+        progress: called with a `Progress` from this thread.
+
+    Raises:
+        CheckpointError: the input is unreadable, has no MXFP8 layers, or breaks the contract.
+        UsageError: the output is the input.
+        OutputError: the output cannot be written, or exists already.
+    """
+    target = Path(output)
+    checkpoint = open_checkpoint(Path(source))
+    check_target(target, (checkpoint.path, *checkpoint.files), overwrite=overwrite)
+    layers, breaches = find_layers(checkpoint)
+    if breaches:
+        raise CheckpointError(f"{source}: {breaches[0]} ({len(breaches)} breaches in all)")
+    if not layers:
+        raise CheckpointError(f"{source} has no MXFP8 layers: it is not quantised")
+
+    weights = {layer.weight.name: layer for layer in layers}
+    dropped = {layer.scale.name for layer in layers} | {
+        layer.name + marks.MARKER_SUFFIX for layer in layers
+    }
+    outputs = {
+        name: ("BF16", weights[name].shape) if name in weights else (tensor.dtype, tensor.shape)
+        for name, tensor in checkpoint.tensors.items()
+        if name not in dropped
+    }
+    metadata = dict(checkpoint.metadata)
+    names = {layer.name for layer in layers}
+    described = marks.header_layers(metadata.pop(marks.HEADER_KEY, "")) or {}
+    if others := {name: layer for name, layer in described.items() if name not in names}:
+        metadata[marks.HEADER_KEY] = marks.header_value(others)
+    header, places = layout_header(outputs, metadata)
+    first = np.frombuffer(header, np.uint8)
+    jobs = [Job("", 0, lambda lane: lane.write(0, first))]
+    for name, info in places.items():
+        if name in weights:
+            jobs += _decode_jobs(weights[name], info.begin)
+        else:
+            jobs += copy_jobs(checkpoint.tensors[name], info.begin)
+    size = max(info.end for info in places.values())
+    with AtomicFile(target, size) as file:
+        run_jobs(jobs, file, threads=threads, progress=progress)
+
+
+def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:
+    rows, cols = layer.shape
+
+    def job(begin: int, end: int) -> Job:
+        def run(lane: Lane) -> None:
+            codes, scales = read_encoded(lane, layer, begin, end)
+            real = min(end, rows) - begin
+            plain = lane.scratch("plain", real * cols * 2).view(np.uint16).reshape(real, cols)
+            _core.dequantize(codes, scales, plain, "bfloat16", 1)
+            lane.write(position + begin * cols * 2, plain)
+
+        return Job(layer.weight.name, (end - begin) * layer.weight.shape[1], run)
+
+    # Padding never fills a chunk of its own: it is less than 32 rows, and chunks end at 128.
+    return [job(begin, end) for begin, end in row_chunks(layer.weight)]

@@ -1,0 +1,353 @@
+"""Checking an MXFP8 checkpoint against the file contract, and against its original."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+
+from . import _core
+from .checkpoint import quantization as marks
+from .checkpoint.mxfp8_layers import AGAIN, Breach, MXFP8Layer, find_layers
+from .checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from .checkpoint.zimage import (
+    is_diffusers_layout,
+    is_zimage,
+    missing_tensors,
+    model_prefix,
+    to_comfyui_layout,
+)
+from .codec import padded_shape, scale_shape
+from .conversion.report import ErrorStats
+from .dtypes import FLOAT_NAMES
+from .errors import CheckpointError
+from .pipeline import Job, Lane, ProgressCallback, byte_chunks, row_chunks, run_jobs
+from .rows import encode_rows, measure_rows, read_encoded
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass
+class ValidationReport:
+    """What `validate` found.
+
+    Attributes:
+        file: the file that was checked.
+        against: the original it was compared with, if any.
+        layers: number of MXFP8 layers that are stored as the contract says.
+        breaches: broken rules; empty for a sound file.
+        notes: things worth knowing that are no breaches.
+        errors: per layer's weight, its error against the original; empty without one.
+    """
+
+    file: str
+    against: str | None
+    layers: int
+    breaches: list[Breach] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    errors: dict[str, ErrorStats] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no rule is broken."""
+        return not self.breaches
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "file": self.file,
+            "against": self.against,
+            "ok": self.ok,
+            "layers": self.layers,
+            "breaches": [vars(breach) for breach in self.breaches],
+            "notes": self.notes,
+            "tensors": {name: stats.to_dict() for name, stats in self.errors.items()},
+        }
+
+
+def validate(
+    file: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> ValidationReport:
+    """Check an MXFP8 checkpoint.
+
+    Checks names, types, shapes, markers and the header, then the data: NaN codes and scales,
+    padding, blocks of zeros. With the original it also encodes every layer again and compares
+    codes, scales and their order byte by byte, compares all other tensors, and measures errors.
+
+    Args:
+        file: the MXFP8 file.
+        against: the checkpoint that it was converted from (file or diffusers folder).
+        threads: cores to use; 0 means all.
+        progress: called with a `Progress` from this thread.
+
+    Raises:
+        CheckpointError: a file is unreadable or malformed, or `file` has nothing quantised in it.
+    """
+    checkpoint = open_checkpoint(Path(file))
+    layers, breaches = find_layers(checkpoint)
+    if not layers and not breaches:
+        raise CheckpointError(f"{file} has no MXFP8 layers: it is not quantised")
+    report = ValidationReport(
+        str(file), None if against is None else str(against), len(layers), breaches
+    )
+    _check_readable_by_others(checkpoint, report)
+    _check_model(checkpoint, layers, report)
+    scan = _DataScan(report)
+    jobs = [job for layer in layers for job in scan.jobs(layer)]
+    comparison = None
+    if against is not None:
+        original = to_comfyui_layout(open_checkpoint(Path(against)))
+        comparison = _Comparison(checkpoint, layers, original, report)
+        jobs += comparison.jobs()
+    run_jobs(jobs, None, threads=threads, progress=progress)
+    scan.finish()
+    if comparison is not None:
+        comparison.finish()
+    return report
+
+
+def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) -> None:
+    """The safetensors library, which parses on its own, must see the same tensors."""
+    for path in checkpoint.files:
+        try:
+            with safetensors.safe_open(path, framework="np") as opened:
+                seen = set(opened.keys())
+        except (safetensors.SafetensorError, OSError) as error:
+            report.breaches.append(
+                Breach(path.name, f"is refused by the safetensors library: {error}", AGAIN)
+            )
+            continue
+        if lost := sorted(set(checkpoint.tensors) - seen):
+            report.breaches.append(Breach(lost[0], "is unseen by the safetensors library", AGAIN))
+
+
+def _check_model(
+    checkpoint: Checkpoint, layers: list[MXFP8Layer], report: ValidationReport
+) -> None:
+    if is_diffusers_layout(checkpoint.tensors):
+        report.breaches.append(
+            Breach(
+                next(n for n in checkpoint.tensors if n.startswith("all_x_embedder.")),
+                "is a diffusers name: converters between layouts leave scales behind",
+                "convert the original to MXFP8 last",
+            )
+        )
+        return
+    if not is_zimage(checkpoint.tensors):
+        report.notes.append("not a Z-Image transformer: its tensors were not counted")
+        return
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    shapes.update({layer.weight.name: layer.shape for layer in layers})
+    if len(shapes[model_prefix(shapes) + "cap_embedder.1.weight"]) != 2:
+        return
+    for name, problem in missing_tensors(shapes, model_prefix(shapes)):
+        report.breaches.append(Breach(name, problem, "complete the original and " + AGAIN))
+
+
+class _DataScan:
+    """Looks at codes and scales by themselves."""
+
+    def __init__(self, report: ValidationReport) -> None:
+        self._report = report
+        self._found: list[tuple[str, str, int]] = []  # appended to by all workers
+
+    def jobs(self, layer: MXFP8Layer) -> list[Job]:
+        code_cols = layer.weight.shape[1]
+
+        def job(begin: int, end: int) -> Job:
+            def run(lane: Lane) -> None:
+                codes, scales = read_encoded(lane, layer, begin, end)
+                self._scan(layer, codes.reshape(-1, code_cols), scales, begin)
+
+            return Job(layer.weight.name, (end - begin) * code_cols, run)
+
+        return [job(begin, end) for begin, end in row_chunks(layer.weight)]
+
+    def _scan(self, layer: MXFP8Layer, codes: Bytes, scales: Bytes, begin: int) -> None:
+        rows, cols = layer.shape
+        real_rows = min(rows - begin, codes.shape[0])
+        blocks = -(-cols // 32)
+        magnitude = codes & 0x7F
+        self._count(layer.weight.name, "NaN codes", int((magnitude == 0x7F).sum()))
+        padding = int(np.count_nonzero(codes[real_rows:])) + int(np.count_nonzero(codes[:, cols:]))
+        self._count(layer.weight.name, "codes other than 0 in its padding", padding)
+
+        plain = np.empty((codes.shape[0], blocks), np.uint8)
+        _core.from_blocked(scales, plain)
+        self._count(layer.scale.name, "NaN scales (byte 255)", int((plain == 255).sum()))
+        stray = int(np.count_nonzero(scales)) - int(np.count_nonzero(plain[:real_rows]))
+        self._count(layer.scale.name, "scales other than 0 in its padding", stray)
+
+        words = magnitude.view(np.uint64).reshape(codes.shape[0], blocks, 4)
+        is_zero = (words[..., 0] | words[..., 1] | words[..., 2] | words[..., 3]) == 0
+        orphans = int((is_zero & (plain != 0)).sum())
+        self._count(layer.scale.name, "scales other than 0 for blocks of zeros", orphans)
+
+    def _count(self, tensor: str, problem: str, count: int) -> None:
+        if count:
+            self._found.append((tensor, problem, count))
+
+    def finish(self) -> None:
+        totals: Counter[tuple[str, str]] = Counter()
+        for tensor, problem, count in self._found:
+            totals[tensor, problem] += count
+        for (tensor, problem), count in sorted(totals.items()):
+            self._report.breaches.append(Breach(tensor, f"has {count:,} {problem}", AGAIN))
+
+
+class _Comparison:
+    """Compares a file with its original."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: list[MXFP8Layer],
+        original: Checkpoint,
+        report: ValidationReport,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._layers = {layer.name: layer for layer in layers}
+        self._original = original
+        self._report = report
+        # Layer, way of rounding the source (see Recipe.source_rounding), differing codes, scales;
+        # appended to by all workers.
+        self._differences: list[tuple[str, bool, int, int]] = []
+        self._stats: dict[tuple[str, int], ErrorStats] = {}
+        self._changed: set[str] = set()
+
+    def jobs(self) -> list[Job]:
+        jobs = []
+        weights = {layer.weight.name: layer for layer in self._layers.values()}
+        biases = {layer.name + ".bias" for layer in self._layers.values()}
+        for name, tensor in self._original.tensors.items():
+            found = self._checkpoint.tensors.get(name)
+            if found is None:
+                self._breach(name, "is missing, though the original has it")
+            elif name in weights:
+                jobs += self._weight_jobs(weights[name], tensor)
+            elif found.dtype == "F8_E4M3" and tensor.dtype in FLOAT_NAMES:
+                continue  # a layer with breaches of its own
+            elif name not in biases:
+                jobs += self._copy_check_jobs(found, tensor)
+            elif (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+                self._breach(name, "has another type or shape than the original's")
+        for name in sorted(self._checkpoint.tensors.keys() - self._original.tensors.keys()):
+            if not name.endswith((marks.SCALE_SUFFIX, marks.MARKER_SUFFIX)):
+                self._breach(name, "is not in the original")
+        return jobs
+
+    def _breach(self, tensor: str, problem: str) -> None:
+        self._report.breaches.append(Breach(tensor, problem, AGAIN))
+
+    def _weight_jobs(self, layer: MXFP8Layer, original: SourceTensor) -> list[Job]:
+        if original.shape != layer.shape or original.dtype not in FLOAT_NAMES:
+            self._breach(
+                layer.weight.name,
+                f"encodes {list(layer.shape)}, but the original is {original.dtype} "
+                f"{list(original.shape)}",
+            )
+            return []
+        roundings = (False,) if original.dtype == "BF16" else (False, True)
+
+        def job(begin: int, end: int) -> Job:
+            def run(lane: Lane) -> None:
+                rows = padded_shape((end - begin, 1))[0]
+                file_codes, file_scales = read_encoded(lane, layer, begin, begin + rows)
+                for rounding in roundings:
+                    data, codes, scales = encode_rows(lane, original, begin, end, rounding)
+                    wrong_codes = int(np.count_nonzero(codes != file_codes))
+                    wrong_scales = int(np.count_nonzero(scales != file_scales))
+                    self._differences.append((layer.name, rounding, wrong_codes, wrong_scales))
+                self._stats[layer.weight.name, begin] = measure_rows(
+                    original, data, end - begin, file_codes, file_scales
+                )
+
+            return Job(layer.weight.name, (end - begin) * layer.shape[1], run)
+
+        return [job(begin, end) for begin, end in row_chunks(original)]
+
+    def _copy_check_jobs(self, found: SourceTensor, original: SourceTensor) -> list[Job]:
+        """Jobs that compare a tensor that was kept, or cast to BF16."""
+        cast = found.dtype == "BF16" and original.dtype in ("F16", "F32")
+        if found.shape != original.shape or (found.dtype != original.dtype and not cast):
+            self._breach(
+                found.name,
+                f"is {found.dtype} {list(found.shape)}, the original {original.dtype} "
+                f"{list(original.shape)}",
+            )
+            return []
+        item = 4 if original.dtype == "F32" else 2
+
+        def job(begin: int, end: int) -> Job:
+            def run(lane: Lane) -> None:
+                expected = lane.read(original, begin, end - begin)
+                if cast:
+                    source = expected.view(f"u{item}").reshape(1, -1)
+                    rounded = np.empty(source.shape, np.uint16)
+                    _core.cast(source, FLOAT_NAMES[original.dtype], rounded, "bfloat16", 1)
+                    expected = rounded.view(np.uint8).reshape(-1)
+                at = begin // item * 2 if cast else begin
+                if not np.array_equal(expected, lane.read(found, at, expected.size, "file")):
+                    self._changed.add(found.name)
+
+            return Job(found.name, end - begin, run)
+
+        return [job(begin, end) for begin, end in byte_chunks(original)]
+
+    def finish(self) -> None:
+        for name in sorted(self._changed):
+            self._breach(name, "differs from the original, though it is not quantised")
+        wrong: dict[str, dict[bool, list[int]]] = {}
+        for name, rounding, codes, scales in self._differences:
+            total = wrong.setdefault(name, {}).setdefault(rounding, [0, 0])
+            total[0] += codes
+            total[1] += scales
+        for name in sorted(wrong):
+            codes, scales = min(wrong[name].values(), key=sum)
+            layer = self._layers[name]
+            if scales:
+                problem = self._diagnose_scales(layer) or (
+                    f"has {scales:,} scales that differ from the original's"
+                )
+                self._breach(layer.scale.name, problem)
+            if codes:
+                self._breach(
+                    layer.weight.name,
+                    f"has {codes:,} codes that are not the original's rounded to nearest",
+                )
+        for name, row in sorted(self._stats):
+            self._report.errors.setdefault(name, ErrorStats()).add(self._stats[name, row])
+
+    def _diagnose_scales(self, layer: MXFP8Layer) -> str | None:
+        """What order a layer's scales are in, if it is a known wrong one."""
+        lane = Lane(None)
+        try:
+            expected = np.empty(scale_shape(layer.shape), np.uint8)
+            tensor = self._original.tensors[layer.weight.name]
+            for begin, end in row_chunks(tensor):
+                _, _, scales = encode_rows(lane, tensor, begin, end, source_rounding=False)
+                rows = scales.size // expected.shape[1]
+                expected[begin : begin + rows] = scales.reshape(rows, -1)
+            found = lane.read(layer.scale, 0, layer.scale.nbytes)
+        finally:
+            lane.close()
+        rearranged = np.empty(expected.size, np.uint8)
+        _core.to_blocked(expected, rearranged)
+        if np.array_equal(found, rearranged):
+            return "has its scales swizzled twice"
+        _core.from_blocked(expected, rearranged.reshape(expected.shape))
+        if np.array_equal(found, rearranged):
+            return "has its scales in row-major order, not in the 128x4 blocked layout"
+        if np.array_equal(np.sort(found), np.sort(expected.reshape(-1))):
+            return "has the right scales in a wrong order"
+        return None
