@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from zimage_mxfp8 import _core
+from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def cpu_target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once per CPU target; skips those that this machine lacks."""
+    if request.param not in _core.available_cpu_targets():
+        pytest.skip(f"this machine has no {request.param}")
+    before = _core.active_cpu_target()
+    _core.force_cpu_target(request.param)
+    yield request.param
+    _core.force_cpu_target(before)
+
+
+def random_tensors(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(shape, generator=generator) * (0.05 if len(shape) > 1 else 1)).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def small_shapes(layers: int = 30) -> dict[str, tuple[int, ...]]:
+    """Z-Image with ragged sizes: neither the widths nor the hidden size are multiples of 32."""
+    return zimage_shapes(dim=40, layers=layers, caption_dim=50, hidden=75)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Tensors:
+    return random_tensors(small_shapes())
+
+
+@pytest.fixture(scope="session")
+def small_file(small_model: Tensors, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ComfyUI-layout BF16 checkpoint; tests must not change it."""
+    path = tmp_path_factory.mktemp("small") / "model.safetensors"
+    save_file(small_model, path)
+    return path
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Run:
+    """Runs `zimage-mxfp8` in a process of its own, in `tmp_path`, without a terminal."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "zimage_mxfp8.cli.main", *map(str, arguments)]
+        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+            command,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **options.pop("env", {})},  # type: ignore[dict-item]
+            timeout=120,
+            **options,
+        )
+
+    return run
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+

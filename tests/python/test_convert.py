@@ -1,0 +1,450 @@
+"""Conversion: equality with convert_to_quant, inputs of every kind, and the shape of the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run, Tensors, random_tensors, small_shapes, tensor_bytes
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8.checkpoint.header import layout_header
+from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+
+# The model card's exclusions, as a regular expression for --exclude-layers.
+CARD_EXCLUSIONS = (
+    r"layers\.29\.attention\.qkv|layers\.(22|23|24|25|26|27|28|29)\.adaLN_modulation\.0|"
+    r"context_refiner\.(0|1)\.attention\.out|context_refiner\.1\.feed_forward\.w2|"
+    r"noise_refiner\.1\.attention\.qkv|noise_refiner\.1\.attention\.out|"
+    r"noise_refiner\.1\.feed_forward\.w2|noise_refiner\.(0|1)\.feed_forward\.w3"
+)
+PREFIX = "model.diffusion_model."
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def card_command(source: Path, output: Path, *extra: str) -> list[str]:
+    """The model card's command line, without the program's name."""
+    return [
+        *("-i", str(source), "-o", str(output), "--mxfp8", "--zimage", "--comfy_quant"),
+        *("--save-quant-metadata", "--simple", "--low-memory", "--calib-samples", "64"),
+        *("--exclude-layers", CARD_EXCLUSIONS, *extra),
+    ]
+
+
+def run_convert_to_quant(arguments: list[str]) -> None:
+    code = "from convert_to_quant.convert_to_quant import main; main()"
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=300
+    )
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
+# ---- the peer
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("dtype", "prefix", "layers"),
+    [
+        (torch.bfloat16, "", 30),
+        (torch.bfloat16, PREFIX, 3),
+        (torch.float16, "", 3),
+        (torch.float32, PREFIX, 3),
+    ],
+)
+def test_drop_in_equals_convert_to_quant_byte_for_byte(
+    cli: Run, tmp_path: Path, dtype: torch.dtype, prefix: str, layers: int
+) -> None:
+    tensors = random_tensors(small_shapes(layers), dtype)
+    source, ours, peers = (tmp_path / f"{n}.safetensors" for n in ("in", "ours", "peers"))
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, source)
+    run_convert_to_quant(card_command(source, peers))
+    result = cli("convert", *card_command(source, ours))
+    assert result.returncode == 0, result.stderr
+    assert sha256(ours) == sha256(peers)
+    assert load_file(peers)[f"{prefix}layers.0.feed_forward.w2.weight"].shape == (64, 96)
+
+
+@pytest.mark.peer
+def test_drop_in_refiner_filter_equals_convert_to_quant(
+    cli: Run, tmp_path: Path
+) -> None:
+    source, ours, peers = (tmp_path / f"{n}.safetensors" for n in ("in", "ours", "peers"))
+    save_file(random_tensors(small_shapes(2)), source)
+    run_convert_to_quant(card_command(source, peers, "--zimage_refiner"))
+    assert cli("convert", *card_command(source, ours, "--zimage-refiner")).returncode == 0
+    assert sha256(ours) == sha256(peers)
+
+
+@pytest.mark.peer
+def test_uniform_recipe_equals_convert_to_quant_but_for_biases(
+    small_file: Path, tmp_path: Path
+) -> None:
+    """The peer without its filter, given the recipe as exclusions: the same layers and bytes."""
+    ours, peers = tmp_path / "ours.safetensors", tmp_path / "peers.safetensors"
+    zm.convert(small_file, ours)
+    keep = CARD_EXCLUSIONS + "|x_embedder|cap_embedder|t_embedder|final_layer"
+    run_convert_to_quant(
+        ["-i", str(small_file), "-o", str(peers), "--mxfp8", "--simple", "--calib-samples", "8"]
+        + ["--exclude-layers", keep, "--manual_seed", "42"]
+    )
+    found, want = load_file(ours), load_file(peers)
+    assert found.keys() == want.keys()
+    corrected = {n.replace("comfy_quant", "bias") for n in found if n.endswith("comfy_quant")}
+    for name in want:
+        if name not in corrected:
+            assert tensor_bytes(found[name]) == tensor_bytes(want[name]), name
+    assert metadata_of(ours) == metadata_of(peers)
+
+
+# ---- recipes on the full model
+
+
+@pytest.fixture(scope="module")
+def full_size_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model's header over a sparse file: enough for planning, no space on the disk."""
+    path = tmp_path_factory.mktemp("full") / "full.safetensors"
+    header, places = layout_header({n: ("BF16", s) for n, s in zimage_shapes().items()}, {})
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(max(info.end for info in places.values()))
+    return path
+
+
+def test_full_model_counts(full_size_file: Path) -> None:
+    plan = zm.plan_conversion(full_size_file)
+    assert len(plan.tensors) == 453
+    assert plan.checkpoint.nbytes == 12_309_817_472
+    assert len(plan.quantized) == 185
+    markers = sum(i.nbytes for n, i in plan.places.items() if n.endswith(".comfy_quant"))
+    assert plan.size - len(plan.header) - markers == 6_671_130_752
+    assert not plan.warnings
+
+
+def test_full_model_with_the_peers_filter(full_size_file: Path) -> None:
+    plan = zm.plan_conversion(full_size_file, recipe="zimage", exclude_layers=[CARD_EXCLUSIONS])
+    assert len(plan.quantized) == 161
+    assert round((plan.size - len(plan.header)) / 2**30, 3) == 6.298
+    assert not plan.warnings
+
+
+def test_dry_run_tells_the_exact_size(cli: Run, small_file: Path, tmp_path: Path) -> None:
+    planned = json.loads(cli("convert", "-i", small_file, "--dry-run", "--json").stdout)
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+    zm.convert(small_file, tmp_path / "out.safetensors")
+    assert planned["file_bytes"] == (tmp_path / "out.safetensors").stat().st_size
+    assert planned["quantized"] == 185
+    kinds = {tensor["becomes"] for tensor in planned["tensors"].values()}
+    assert kinds == {"MXFP8", "BF16"}
+    text = cli("convert", "-i", small_file, "--dry-run").stdout
+    assert f"exactly {planned['file_bytes']:,} bytes" in text
+    assert "layers feed_forward.w1" in text
+
+
+# ---- inputs
+
+
+def to_diffusers(tensors: Tensors) -> Tensors:
+    """The diffusers layout of a ComfyUI-layout model, spelled out here independently."""
+    result = {}
+    for name, tensor in tensors.items():
+        if name.endswith("attention.qkv.weight"):
+            base = name.removesuffix("qkv.weight")
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                result[f"{base}to_{part}.weight"] = piece.contiguous()
+            continue
+        name = name.replace("attention.out.", "attention.to_out.0.")
+        name = re.sub(r"attention\.([qk])_norm", r"attention.norm_\1", name)
+        name = re.sub(r"^x_embedder\.", "all_x_embedder.2-1.", name)
+        name = re.sub(r"^final_layer\.", "all_final_layer.2-1.", name)
+        result[name] = tensor
+    return result
+
+
+def write_shards(folder: Path, tensors: Tensors, shards: int = 3) -> None:
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for i in range(shards):
+        file = f"diffusion_pytorch_model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_diffusers_names_are_those_of_diffusers() -> None:
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+
+    shapes = zimage_shapes(dim=256, layers=2, refiner_layers=1, caption_dim=48)
+    model = ZImageTransformer2DModel(
+        dim=256, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=48
+    )
+    names = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    ours = to_diffusers({n: torch.zeros(s) for n, s in shapes.items()})
+    assert {name: tuple(value.shape) for name, value in ours.items()} == names
+
+
+@pytest.mark.parametrize("form", ["pipeline folder", "transformer folder", "one file", "no shards"])
+def test_diffusers_checkpoints_become_the_single_file(
+    small_model: Tensors, small_file: Path, tmp_path: Path, form: str
+) -> None:
+    tensors = to_diffusers(small_model)
+    source = tmp_path / "Z-Image"
+    if form == "pipeline folder":
+        write_shards(source / "transformer", tensors)
+    elif form == "transformer folder":
+        write_shards(source, tensors)
+    elif form == "no shards":
+        source.mkdir()
+        save_file(tensors, source / "diffusion_pytorch_model.safetensors")
+    else:
+        source = tmp_path / "Z-Image.safetensors"
+        save_file(tensors, source)
+    output, want = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    zm.convert(source, output)
+    zm.convert(small_file, want)
+    found, expected = load_file(output), load_file(want)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor_bytes(found[name]) == tensor_bytes(tensor), name
+    extra = {"format": "pt"} if "folder" in form else {}
+    assert metadata_of(output) == metadata_of(want) | extra
+
+
+def test_all_in_one_file(small_model: Tensors, small_file: Path, tmp_path: Path) -> None:
+    others = {
+        "text_encoders.qwen3_4b.transformer.model.layers.0.mlp.up_proj.weight": torch.randn(64, 32),
+        "text_encoders.qwen3_4b.transformer.fp8.weight": torch.randn(32, 32).to(
+            torch.float8_e4m3fn
+        ),
+        "text_encoders.qwen3_4b.transformer.fp8.weight_scale": torch.tensor(0.5),
+        "vae.decoder.conv_in.weight": torch.randn(8, 4, 3, 3).half(),
+        "vae.steps": torch.tensor(7),
+        "vae.empty": torch.zeros(0, 4),
+    }
+    encoder_layers = {"text_encoders.qwen3_4b.transformer.fp8": {"format": "float8_e4m3fn"}}
+    metadata = {
+        "modelspec.title": "Z-Image é",
+        "_quantization_metadata": json.dumps({"format_version": "1.0", "layers": encoder_layers}),
+    }
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file({PREFIX + n: t for n, t in small_model.items()} | others, source, metadata=metadata)
+    report = zm.convert(source, output)
+    assert report.kept["not part of the transformer"] == len(others)
+    found = load_file(output)
+    for name, tensor in others.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert tensor_bytes(found[name]) == tensor_bytes(tensor), name
+    zm.convert(small_file, tmp_path / "alone.safetensors")
+    for name, tensor in load_file(tmp_path / "alone.safetensors").items():
+        assert tensor_bytes(found[PREFIX + name]) == tensor_bytes(tensor), name
+    written = metadata_of(output)
+    assert written["modelspec.title"] == "Z-Image é"
+    layers = json.loads(written["_quantization_metadata"])["layers"]
+    assert len(layers) == 186
+    assert layers["text_encoders.qwen3_4b.transformer.fp8"] == {"format": "float8_e4m3fn"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_wide_sources_are_quantised_directly(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = random_tensors(small_shapes(2), dtype)
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    zm.convert(source, output, bias_correction="none")
+    found = load_file(output)
+    name = "layers.0.feed_forward.w2"
+    direct = zm.quantize(tensors[f"{name}.weight"])
+    rounded = zm.quantize(tensors[f"{name}.weight"].to(torch.bfloat16))
+    codes = tensor_bytes(found[f"{name}.weight"])
+    assert codes == tensor_bytes(direct.codes)
+    assert codes != tensor_bytes(rounded.codes)
+    assert found["x_embedder.weight"].dtype == dtype, "what is kept keeps its type"
+
+
+def test_output_is_what_the_contract_says(
+    small_model: Tensors, small_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    zm.convert(small_file, output, bias_correction="none")
+    found = load_file(output)
+    layers = json.loads(metadata_of(output)["_quantization_metadata"])
+    assert layers["format_version"] == "1.0"
+    assert list(layers["layers"]) == sorted(layers["layers"])
+    expected = dict(small_model)
+    for layer, described in layers["layers"].items():
+        weight = expected.pop(f"{layer}.weight")
+        rows, cols = weight.shape
+        text = (
+            '{"format": "mxfp8", "group_size": 32, "orig_dtype": "torch.bfloat16", '
+            f'"orig_shape": [{rows}, {cols}]}}'
+        )
+        assert tensor_bytes(found.pop(f"{layer}.comfy_quant")).decode() == text
+        assert described == json.loads(text)
+        encoded = zm.quantize(weight)
+        codes, scale = found.pop(f"{layer}.weight"), found.pop(f"{layer}.weight_scale")
+        assert codes.dtype == torch.float8_e4m3fn and scale.dtype == torch.uint8
+        assert tensor_bytes(codes) == tensor_bytes(encoded.codes)
+        assert torch.equal(scale, encoded.scales)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor_bytes(found[name]) == tensor_bytes(tensor), name
+
+
+def test_file_is_laid_out_as_the_safetensors_library_does(small_file: Path, tmp_path: Path) -> None:
+    output, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    zm.convert(small_file, output)
+    save_file(load_file(output), again, metadata=metadata_of(output))
+    assert sha256(output) == sha256(again)
+
+
+def test_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
+    # Large enough for several chunks a tensor.
+    shapes = small_shapes(2) | {"layers.0.feed_forward.w1.weight": (3000, 2100)}
+    source = tmp_path / "in.safetensors"
+    save_file(random_tensors(shapes), source)
+    results = set()
+    for threads in (1, 2, 7, 0):
+        output = tmp_path / f"{threads}.safetensors"
+        report = zm.convert(source, output, threads=threads, error_stats=True)
+        document = report.to_dict()
+        numbers = json.dumps([document["total"], document["tensors"]])
+        results.add((sha256(output), numbers))
+    assert len(results) == 1
+
+
+def test_other_models(tmp_path: Path) -> None:
+    tensors = {
+        "blocks.0.fc.weight": torch.randn(40, 64).bfloat16(),
+        "blocks.0.fc.bias": torch.randn(40).bfloat16(),
+        "blocks.1.fc.weight": torch.randn(40, 64).bfloat16(),
+        "head.weight": torch.randn(8, 64).bfloat16(),
+        "ids.weight": torch.arange(12).reshape(3, 4),
+    }
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    with pytest.raises(zm.CheckpointError, match="not a Z-Image checkpoint; give --any-model"):
+        zm.convert(source, output)
+    report = zm.convert(source, output, any_model=True, exclude_layers=[r"^head\.", "nothing"])
+    found = load_file(output)
+    quantised = {name.removesuffix(".comfy_quant") for name in found if "comfy_quant" in name}
+    assert quantised == {"blocks.0.fc", "blocks.1.fc"}
+    assert tensor_bytes(found["blocks.0.fc.bias"]) == tensor_bytes(tensors["blocks.0.fc.bias"])
+    assert report.warnings == [
+        "10 patterns of recipe uniform match nothing in this model",
+        'pattern "nothing" matches no tensor',
+        "1 biases stay as they are, because their layers' inputs do not follow from the "
+        'checkpoint ("blocks.0.fc" is one)',
+    ]
+
+
+def test_nonfinite_weights(cli: Run, small_model: Tensors, small_file: Path, tmp_path: Path) -> None:
+    tensors = dict(small_model)
+    bad, kept = "layers.3.feed_forward.w2.weight", "layers.29.attention.qkv.weight"
+    tensors[bad] = tensors[bad].clone()
+    tensors[bad][39, 70] = float("nan")
+    tensors[kept] = tensors[kept].clone()
+    tensors[kept][0, 0] = float("inf")  # not quantised, so no matter
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    result = cli("convert", "-i", source, "-o", output)
+    assert result.returncode == 1
+    assert f'tensor "{bad}" has NaN or Inf at row 39, column 70' in result.stderr
+    assert "--nonfinite keep" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors"]
+
+    result = cli("convert", "-i", source, "-o", output, "--nonfinite", "keep")
+    assert result.returncode == 0 and bad in result.stderr
+    found = load_file(output)
+    assert found[bad].dtype == torch.bfloat16
+    assert tensor_bytes(found[bad]) == tensor_bytes(tensors[bad])
+    zm.convert(small_file, tmp_path / "sound.safetensors")
+    for name, tensor in load_file(tmp_path / "sound.safetensors").items():
+        if not name.startswith(bad.removesuffix("weight")) and name != kept:
+            assert tensor_bytes(found[name]) == tensor_bytes(tensor), name
+
+
+# ---- the function and its report
+
+
+def test_default_output_name(small_file: Path, tmp_path: Path, cli: Run) -> None:
+    source = tmp_path / "z_image_turbo_bf16.safetensors"
+    source.symlink_to(small_file)
+    assert cli("convert", "-i", source).returncode == 0
+    assert (tmp_path / "z_image_turbo_bf16-mxfp8.safetensors").exists()
+    folder = tmp_path / "Z-Image.v1"
+    write_shards(folder / "transformer", to_diffusers(load_file(small_file)))
+    assert cli("convert", "-i", f"{folder}/").returncode == 0
+    assert (tmp_path / "Z-Image.v1-mxfp8.safetensors").exists()
+
+
+def test_report(small_model: Tensors, small_file: Path, tmp_path: Path) -> None:
+    seen: list[zm.Progress] = []
+    output = tmp_path / "out.safetensors"
+    report = zm.convert(small_file, output, error_stats=True, progress=seen.append)
+    assert report.quantized == 185 and sum(report.kept.values()) == 453 - 185
+    assert report.file_bytes == output.stat().st_size
+    assert report.corrected_biases == 24
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert seen[-1].done == seen[-1].total
+    assert report.errors is not None and len(report.errors) == 185
+    name = "layers.5.feed_forward.w2.weight"
+    weight = small_model[name].double().numpy()
+    encoded = zm.quantize(small_model[name])
+    difference = weight - zm.dequantize(encoded, "float32").double().numpy()
+    stats = report.errors[name]
+    np.testing.assert_allclose(
+        stats.relative_squared_error, (difference**2).sum() / (weight**2).sum(), rtol=1e-12
+    )
+    np.testing.assert_allclose(stats.snr_db, -10 * np.log10(stats.relative_squared_error))
+    assert stats.max_error == np.abs(difference).max()
+    scales = zm.from_blocked(encoded.scales.numpy(), 40, 3)
+    np.testing.assert_array_equal(stats.scale_histogram, np.bincount(scales.ravel(), minlength=256))
+    json.dumps(report.to_dict())
+
+
+def test_report_of_all_zero_weights_is_json(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(t.shape) for name, t in random_tensors(small_shapes(1)).items()}
+    source = tmp_path / "in.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, source)
+    report = zm.convert(source, tmp_path / "out.safetensors", error_stats=True)
+    document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert document["total"]["relative_squared_error"] == 0
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    code = (
+        "import re, sys, zimage_mxfp8 as zm\n"
+        "zm.convert(sys.argv[1], sys.argv[1] + '.out', any_model=True, threads=2)\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    peaks = []
+    for megabytes in (64, 512):
+        source = tmp_path / f"{megabytes}.safetensors"
+        shapes = {f"{i}.weight": (4096, 8192) for i in range(megabytes // 64)}
+        header, places = layout_header({n: ("BF16", s) for n, s in shapes.items()}, {})
+        with source.open("wb") as file:  # zeros, but real work: they are read and encoded
+            file.write(header)
+            file.truncate(max(info.end for info in places.values()))
+        result = subprocess.run(
+            [sys.executable, "-c", code, source], capture_output=True, text=True, check=True
+        )
+        peaks.append(int(result.stdout) / 1024)
+    assert peaks[1] < peaks[0] + 16, peaks
+    assert peaks[1] < 300, peaks
