@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 
@@ -79,4 +78,3 @@ def cli(tmp_path: Path) -> Run:
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-

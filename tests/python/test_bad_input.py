@@ -18,7 +18,6 @@ import torch
 from conftest import Run, Tensors, random_tensors, small_shapes
 from safetensors.torch import save_file
 from test_convert import PREFIX, to_diffusers, write_shards
-
 from zimage_mxfp8.checkpoint.output import AtomicFile, check_target
 from zimage_mxfp8.errors import OutputError
 
@@ -182,7 +181,10 @@ def test_index_that_is_not_json(cli: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.pop("layers.0.attention.to_k.weight"), 'lacks tensor "layers.0.attention.to_k'),
+        (
+            lambda t: t.pop("layers.0.attention.to_k.weight"),
+            'lacks tensor "layers.0.attention.to_k',
+        ),
         (
             lambda t: t.update(
                 {"layers.0.attention.to_k.weight": t["layers.0.attention.to_k.weight"].float()}

@@ -12,12 +12,11 @@ import comfy_kitchen
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 import torch
+import zimage_mxfp8 as zm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import reference
-import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
 
 DTYPES = {
@@ -184,9 +183,7 @@ def test_ragged_shapes_are_padded_with_zeros(
 @pytest.mark.peer
 @pytest.mark.parametrize("shape", [(40, 50), (160, 96), (300, 700), (1, 31)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_equals_comfy_kitchen(
-    cpu_target: str, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_equals_comfy_kitchen(cpu_target: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(shape[0])
     spread = torch.exp(torch.randn(shape, generator=generator) * 1.5)
     matrix = (torch.randn(shape, generator=generator) * spread).to(dtype)
@@ -222,9 +219,9 @@ def test_equals_comfy_kitchen_on_every_maximum(dtype: str) -> None:
 def test_e4m3_rounding_equals_ml_dtypes_and_torch(cpu_target: str) -> None:
     # With a maximum of 448 the scale is 1, and codes are plain E4M3 conversions.
     random = np.random.default_rng(2)
-    matrix = (random.standard_normal((256, 64)) * np.exp2(random.uniform(-12, 7, (256, 64)))).astype(
-        np.float32
-    )
+    matrix = (
+        random.standard_normal((256, 64)) * np.exp2(random.uniform(-12, 7, (256, 64)))
+    ).astype(np.float32)
     matrix = np.clip(matrix, -448, 448)
     matrix[:, ::32] = 448
     codes, scales = encode(matrix)
@@ -297,8 +294,15 @@ def test_same_bytes_on_every_target_and_thread_count(dtype: str) -> None:
             _core.residual_times_vector(
                 matrix.view(f"u{matrix.itemsize}"), dtype, encoded.codes, encoded.scales, x, out
             )
-            results.add((encoded.codes.tobytes(), encoded.scales.tobytes(), plain.tobytes(),
-                         struct.pack("3d", *stats), out.tobytes()))
+            results.add(
+                (
+                    encoded.codes.tobytes(),
+                    encoded.scales.tobytes(),
+                    plain.tobytes(),
+                    struct.pack("3d", *stats),
+                    out.tobytes(),
+                )
+            )
     assert len(results) == 1
 
 

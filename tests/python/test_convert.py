@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zimage_mxfp8 as zm
 from conftest import Run, Tensors, random_tensors, small_shapes, tensor_bytes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-import zimage_mxfp8 as zm
 from zimage_mxfp8.checkpoint.header import layout_header
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 
@@ -82,9 +81,7 @@ def test_drop_in_equals_convert_to_quant_byte_for_byte(
 
 
 @pytest.mark.peer
-def test_drop_in_refiner_filter_equals_convert_to_quant(
-    cli: Run, tmp_path: Path
-) -> None:
+def test_drop_in_refiner_filter_equals_convert_to_quant(cli: Run, tmp_path: Path) -> None:
     source, ours, peers = (tmp_path / f"{n}.safetensors" for n in ("in", "ours", "peers"))
     save_file(random_tensors(small_shapes(2)), source)
     run_convert_to_quant(card_command(source, peers, "--zimage_refiner"))
@@ -354,7 +351,9 @@ def test_other_models(tmp_path: Path) -> None:
     ]
 
 
-def test_nonfinite_weights(cli: Run, small_model: Tensors, small_file: Path, tmp_path: Path) -> None:
+def test_nonfinite_weights(
+    cli: Run, small_model: Tensors, small_file: Path, tmp_path: Path
+) -> None:
     tensors = dict(small_model)
     bad, kept = "layers.3.feed_forward.w2.weight", "layers.29.attention.qkv.weight"
     tensors[bad] = tensors[bad].clone()

@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-
 from zimage_mxfp8.checkpoint.header import TensorInfo, layout_header, read_header
 from zimage_mxfp8.errors import CheckpointError
 
@@ -37,9 +36,9 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 
-names = st.text(
-    st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12
-).filter(lambda name: name != "__metadata__")
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 tensors = st.dictionaries(
     names, st.tuples(st.sampled_from(sorted(TORCH_DTYPES)), shapes), max_size=8
@@ -126,7 +125,10 @@ MALFORMED: dict[str, tuple[object, bytes, int | None, str]] = {
     "shape disagrees": ({"a": entry(shape=[3])}, b"1234", None, "BF16 [3] needs 6"),
     "huge shape": ({"a": entry(shape=[2**62, 2**62])}, b"1234", None, 'tensor "a" 4 bytes'),
     "overlap": (
-        {"a": entry(), "b": entry(offsets=[2, 6])}, b"123456", None, 'overlap: "a" and "b"'
+        {"a": entry(), "b": entry(offsets=[2, 6])},
+        b"123456",
+        None,
+        'overlap: "a" and "b"',
     ),
     "hole": ({"a": entry(), "b": entry(offsets=[6, 10])}, b"0123456789", None, 'before tensor "b"'),
     "hole at the start": ({"a": entry(offsets=[2, 6])}, b"123456", None, 'before tensor "a"'),

@@ -232,17 +232,14 @@ def print_summary(report: ConversionReport) -> None:
     rows += [[f"kept: {reason}", str(number)] for reason, number in report.kept.items()]
     if report.corrected_biases:
         rows.append([f"biases corrected ({report.bias_correction})", str(report.corrected_biases)])
-    out = display.console()
-    out.print(
-        display.table(f"{report.output} (recipe {report.recipe})", ["what", "tensors>"], rows)
-    )
+    display.print_table(f"{report.output} (recipe {report.recipe})", ["what", "tensors>"], rows)
     speed = report.input_bytes / report.seconds / 1e9 if report.seconds else 0.0
-    out.print(
+    display.console().print(
         f"{display.size_text(report.input_bytes)} -> {display.size_text(report.output_bytes)} "
         f"({report.ratio - 1:+.1%}) in {report.seconds:.1f} s, {speed:.2f} GB/s"
     )
     if report.errors is not None:
-        out.print(display.error_table(report.errors))
+        display.print_errors(report.errors)
 
 
 def _dry_run(arguments: argparse.Namespace, recipe: Recipe) -> int:
@@ -262,35 +259,29 @@ def _dry_run(arguments: argparse.Namespace, recipe: Recipe) -> int:
     if arguments.json:
         display.print_json(_plan_document(plan, output))
         return 0
-    out = display.console()
-    out.print(
-        display.table(
-            "Tensors",
-            ["tensor", "type", "shape", "becomes", "bytes>", "why"],
+    display.print_table(
+        "Tensors",
+        ["tensor", "type", "shape", "becomes", "bytes>", "why"],
+        [
             [
-                [
-                    name,
-                    planned.source.dtype,
-                    "x".join(map(str, planned.source.shape)) or "scalar",
-                    _becomes(plan, name),
-                    f"{plan.output_nbytes(name):,}",
-                    planned.reason,
-                ]
-                for name, planned in plan.tensors.items()
-            ],
-        )
+                name,
+                planned.source.dtype,
+                "x".join(map(str, planned.source.shape)) or "scalar",
+                _becomes(plan, name),
+                f"{plan.output_nbytes(name):,}",
+                planned.reason,
+            ]
+            for name, planned in plan.tensors.items()
+        ],
     )
-    out.print(
-        display.table(
-            "Groups",
-            ["group", "quantised>", "kept>", "bytes now>", "bytes then>"],
-            _group_rows(plan),
-        )
+    display.print_table(
+        "Groups", ["group", "quantised>", "kept>", "bytes now>", "bytes then>"], _group_rows(plan)
     )
     before = plan.checkpoint.nbytes
-    out.print(
+    display.console().print(
         f"{output} would have exactly {plan.size:,} bytes ({display.size_text(plan.size)}), "
-        f"{plan.size / before - 1:+.1%}; {len(plan.quantized)} layers in MXFP8"
+        f"{plan.size / before - 1:+.1%}; {len(plan.quantized)} layers in MXFP8",
+        soft_wrap=True,
     )
     return 0
 

@@ -53,26 +53,29 @@ def size_text(nbytes: int) -> str:
     return f"{size:.2f} GiB"
 
 
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table; columns whose names end with ">" are right-aligned."""
-    result = Table(title=title, title_justify="left")
+def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; columns whose names end with ">" are right-aligned."""
+    out = console()
+    if title:
+        out.print(title, style="bold", soft_wrap=True)  # the table would wrap it to its own width
+    table = Table()
     for column in columns:
-        result.add_column(
+        table.add_column(
             column.removesuffix(">"), justify="right" if column.endswith(">") else "left"
         )
     for row in rows:
-        result.add_row(*row)
-    return result
+        table.add_row(*row)
+    out.print(table)
 
 
-def error_table(errors: dict[str, ErrorStats], worst: int = 10) -> Table:
-    """Error statistics: all layers together, then the layers with the largest error."""
+def print_errors(errors: dict[str, ErrorStats], worst: int = 10) -> None:
+    """Print error statistics: all layers together, then the layers with the largest error."""
     total = ErrorStats()
     for stats in errors.values():
         total.add(stats)
     order = sorted(errors, key=lambda name: -errors[name].relative_squared_error)[:worst]
     shown = {"all layers": total, **{name: errors[name] for name in order}}
-    return table(
+    print_table(
         f"Error against the original (the {len(order)} worst of {len(errors)} layers)",
         ["tensor", "relative squared error>", "SNR (dB)>", "largest error>"],
         [

@@ -39,14 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
         for group in found.groups
     ]
     files = f", {found.files} files" if found.files > 1 else ""
-    out = display.console()
-    out.print(
-        display.table(
-            f"{found.path}: {found.kind}{files}",
-            ["group", "tensors", "parameters>", "size>"],
-            rows,
-        )
+    display.print_table(
+        f"{found.path}: {found.kind}{files}", ["group", "tensors", "parameters>", "size>"], rows
     )
+    out = display.console()
     out.print(f"{found.parameters:,} parameters, {display.size_text(found.nbytes)}")
     for key, value in found.metadata.items():
         out.print(f"metadata {key}: {value if len(value) <= 200 else value[:200] + '...'}")

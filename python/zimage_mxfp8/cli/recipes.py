@@ -48,6 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
         if recipe.description:
             out.print(recipe.description)
         rows = [[rule.name, rule.pattern.pattern, rule.reason] for rule in recipe.keep]
-        out.print(display.table(None, ["kept", "pattern", "why"], rows))
+        display.print_table(None, ["kept", "pattern", "why"], rows)
         out.print()
     return 0

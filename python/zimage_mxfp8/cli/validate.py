@@ -62,7 +62,7 @@ def print_report(report: ValidationReport) -> None:
     for note in report.notes:
         out.print(f"note: {note}")
     if report.errors:
-        out.print(display.error_table(report.errors))
+        display.print_errors(report.errors)
     compared = "; codes, scales and their order equal the original's" if report.against else ""
     if report.ok:
         out.print(f"{report.file}: sound, {report.layers} MXFP8 layers{compared}", soft_wrap=True)
