@@ -169,14 +169,14 @@ template <typename Type>
 inline int32_t block_maximum(const typename Type::Storage* raw) {
   // Sign-and-magnitude formats order like integers, so the narrow types need no widening.
   using Magnitude = typename Type::Magnitude;
-  constexpr Magnitude sign_free = static_cast<Magnitude>(~Magnitude{0} ^ (Magnitude{1} << (8 * sizeof(Magnitude) - 1)));
+  constexpr Magnitude sign_free =
+      static_cast<Magnitude>(~Magnitude{0} ^ (Magnitude{1} << (8 * sizeof(Magnitude) - 1)));
   Magnitude maximum = 0;
   for (int i = 0; i < kBlock; ++i) {
     const Magnitude magnitude = static_cast<Magnitude>(raw[i]) & sign_free;
     maximum = magnitude > maximum ? magnitude : maximum;
   }
-  return static_cast<int32_t>(
-      Type::widen(static_cast<typename Type::Storage>(maximum)));
+  return static_cast<int32_t>(Type::widen(static_cast<typename Type::Storage>(maximum)));
 }
 
 // Scale byte of a block whose largest magnitude is a finite `amax` of at least 448 * 2^-127:
@@ -222,8 +222,8 @@ inline uint8_t encode_any_block(const typename Type::Storage* raw, int32_t amax,
   } else {
     for (int i = 0; i < kBlock; ++i) {
       const uint32_t bits = Type::widen(raw[i]);
-      codes[i] = static_cast<uint8_t>(encode_exactly(bits & 0x7FFFFFFF, byte) |
-                                      ((bits >> 24) & 0x80));
+      codes[i] =
+          static_cast<uint8_t>(encode_exactly(bits & 0x7FFFFFFF, byte) | ((bits >> 24) & 0x80));
     }
   }
   return static_cast<uint8_t>(byte);

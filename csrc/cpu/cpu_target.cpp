@@ -54,8 +54,7 @@ CpuTarget parse(const std::string& target_name) {
   for (const CpuTarget target : {CpuTarget::kBaseline, CpuTarget::kAVX2, CpuTarget::kAVX512}) {
     if (target_name == name(target)) return target;
   }
-  throw InvalidArgument("unknown CPU target \"" + target_name +
-                        "\": use baseline, avx2 or avx512");
+  throw InvalidArgument("unknown CPU target \"" + target_name + "\": use baseline, avx2 or avx512");
 }
 
 CpuTarget require_available(CpuTarget target) {

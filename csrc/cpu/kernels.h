@@ -59,16 +59,16 @@ struct Kernels {
                    int64_t count);
 };
 
-#define ZM_DECLARE_KERNELS(target)                                                               \
-  namespace target {                                                                             \
-  bool quantize_tile(const QuantizeTask&, int64_t, int64_t);                                     \
-  void dequantize_rows(const DequantizeTask&, int64_t, int64_t);                                 \
-  ResidualSums residual_sums(const ResidualTask&, int64_t, int64_t);                             \
-  void residual_dot(const ResidualTask&, const double*, double*, int64_t, int64_t);              \
-  bool row_is_finite(const void*, DType, int64_t);                                               \
-  void cast_row(const void*, DType, void*, DType, int64_t);                                      \
-  inline constexpr Kernels kKernels{quantize_tile, dequantize_rows, residual_sums, residual_dot, \
-                                    row_is_finite, cast_row};                                    \
+#define ZM_DECLARE_KERNELS(target)                                                  \
+  namespace target {                                                                \
+  bool quantize_tile(const QuantizeTask&, int64_t, int64_t);                        \
+  void dequantize_rows(const DequantizeTask&, int64_t, int64_t);                    \
+  ResidualSums residual_sums(const ResidualTask&, int64_t, int64_t);                \
+  void residual_dot(const ResidualTask&, const double*, double*, int64_t, int64_t); \
+  bool row_is_finite(const void*, DType, int64_t);                                  \
+  void cast_row(const void*, DType, void*, DType, int64_t);                         \
+  inline constexpr Kernels kKernels{quantize_tile, dequantize_rows, residual_sums,  \
+                                    residual_dot,  row_is_finite,   cast_row};      \
   }
 
 ZM_DECLARE_KERNELS(baseline)

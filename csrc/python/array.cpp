@@ -51,8 +51,8 @@ void Array::import_dlpack(const py::object& object) {
     throw InvalidArgument(std::string(name_) + " is not in CPU memory");
   }
   const py::object exported = object.attr("__dlpack__")();
-  auto* managed = static_cast<dlpack::ManagedTensor*>(
-      PyCapsule_GetPointer(exported.ptr(), "dltensor"));
+  auto* managed =
+      static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(exported.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();
   PyCapsule_SetName(exported.ptr(), "used_dltensor");
   owner_ = std::shared_ptr<void>(managed, [](void* pointer) {

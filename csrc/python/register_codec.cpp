@@ -156,14 +156,13 @@ void register_codec(py::module_& module) {
   using py::arg;
   module.def("quantize", &py_quantize, arg("source"), arg("dtype"), arg("codes"), arg("scales"),
              arg("threads") = 0);
-  module.def("dequantize", &py_dequantize, arg("codes"), arg("scales"), arg("target"),
-             arg("dtype"), arg("threads") = 0);
-  module.def("find_nonfinite", &py_find_nonfinite, arg("source"), arg("dtype"),
+  module.def("dequantize", &py_dequantize, arg("codes"), arg("scales"), arg("target"), arg("dtype"),
              arg("threads") = 0);
+  module.def("find_nonfinite", &py_find_nonfinite, arg("source"), arg("dtype"), arg("threads") = 0);
   module.def("cast", &py_cast, arg("source"), arg("source_dtype"), arg("target"),
              arg("target_dtype"), arg("threads") = 0);
-  module.def("measure_residual", &py_measure_residual, arg("original"), arg("dtype"),
-             arg("codes"), arg("scales"), arg("threads") = 0);
+  module.def("measure_residual", &py_measure_residual, arg("original"), arg("dtype"), arg("codes"),
+             arg("scales"), arg("threads") = 0);
   module.def("residual_times_vector", &py_residual_times_vector, arg("original"), arg("dtype"),
              arg("codes"), arg("scales"), arg("x"), arg("out"), arg("threads") = 0);
   module.def("to_blocked", &py_to_blocked, arg("row_major"), arg("blocked"));

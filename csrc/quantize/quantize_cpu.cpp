@@ -60,8 +60,8 @@ bool quantize_tile(const QuantizeTask& task, int64_t row_begin, int64_t row_end)
         const int64_t column = block * kBlock;
         const int64_t left = task.cols - column, most = kStrip * kBlock;
         uint8_t bytes[kStrip];
-        finite &= encode_strip<Type>(source, column, left < most ? left : most, codes + column,
-                                     bytes);
+        finite &=
+            encode_strip<Type>(source, column, left < most ? left : most, codes + column, bytes);
         for (int64_t b = block; b < blocks && b < block + kStrip; ++b) {
           task.scales[scale_offset(row, b, tiles)] = bytes[b - block];
         }

@@ -12,7 +12,7 @@ namespace {
 
 detail::ResidualTask make_task(const ConstMatrixView& original, const ConstMXFP8View& quantized) {
   detail::check_pair(original, quantized, "the original");
-  return {original.data,   original.dtype,   original.row_stride, quantized.codes,
+  return {original.data,    original.dtype, original.row_stride, quantized.codes,
           quantized.scales, quantized.rows, quantized.cols};
 }
 

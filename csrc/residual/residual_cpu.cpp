@@ -20,8 +20,9 @@ void for_each_block(const ResidualTask& task, int64_t row, Visit visit) {
   const int64_t blocks = ceil_div(task.cols, kBlock);
   const int64_t tiles = ceil_div(blocks, 4);
   const uint8_t* codes = task.codes + row * blocks * kBlock;
-  const char* original = static_cast<const char*>(task.original) +
-                         row * task.row_stride * static_cast<int64_t>(sizeof(typename Type::Storage));
+  const char* original =
+      static_cast<const char*>(task.original) +
+      row * task.row_stride * static_cast<int64_t>(sizeof(typename Type::Storage));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t column = block * kBlock;
     const int64_t left = task.cols - column;
@@ -39,7 +40,7 @@ ResidualSums residual_sums(const ResidualTask& task, int64_t row_begin, int64_t 
     double error[kLanes] = {}, signal[kLanes] = {}, worst[kLanes] = {};
     for (int64_t row = row_begin; row < row_end; ++row) {
       for_each_block<decltype(type)>(
-          task, row, [&](int64_t, const uint32_t(&w)[kBlock], const uint32_t(&wq)[kBlock]) {
+          task, row, [&](int64_t, const uint32_t (&w)[kBlock], const uint32_t (&wq)[kBlock]) {
             for (int half = 0; half < kBlock; half += kLanes) {
               for (int i = 0; i < kLanes; ++i) {
                 const double value = as_float(w[half + i]);
@@ -64,7 +65,8 @@ void residual_dot(const ResidualTask& task, const double* x, double* out, int64_
     for (int64_t row = row_begin; row < row_end; ++row) {
       double lanes[kLanes] = {};
       for_each_block<decltype(type)>(
-          task, row, [&](int64_t column, const uint32_t(&w)[kBlock], const uint32_t(&wq)[kBlock]) {
+          task, row,
+          [&](int64_t column, const uint32_t (&w)[kBlock], const uint32_t (&wq)[kBlock]) {
             double factor[kBlock] = {};
             const int64_t left = task.cols - column;
             memcpy(factor, x + column,

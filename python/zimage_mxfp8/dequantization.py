@@ -86,9 +86,11 @@ def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:
         def run(lane: Lane) -> None:
             codes, scales = read_encoded(lane, layer, begin, end)
             real = min(end, rows) - begin
-            plain = lane.scratch("plain", real * cols * 2).view(np.uint16).reshape(real, cols)
-            _core.dequantize(codes, scales, plain, "bfloat16", 1)
-            lane.write(position + begin * cols * 2, plain)
+            at = position + begin * cols * 2
+            plain = lane.scratch("plain", real * cols * 2, at)
+            matrix = plain.view(np.uint16).reshape(real, cols)
+            _core.dequantize(codes, scales, matrix, "bfloat16", 1)
+            lane.write(at, plain)
 
         return Job(layer.weight.name, (end - begin) * layer.weight.shape[1], run)
 

@@ -11,16 +11,16 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .checkpoint.output import AtomicFile, write_fully
+from .checkpoint.output import BLOCK, AtomicFile, Writer
 from .checkpoint.source import SourceTensor, TensorReader
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 _MAX_WORKERS = 16  # more would only queue for the memory bus
 
 
@@ -48,38 +48,53 @@ class Lane:
     def __init__(self, output: AtomicFile | None) -> None:
         self._output = output
         self._reader = TensorReader()
-        self._file: BinaryIO | None = None
+        self._writer: Writer | None = None
         self._scratch: dict[str, npt.NDArray[np.uint8]] = {}
 
-    def scratch(self, use: str, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Reusable memory; its content lasts until the next call for the same `use`."""
-        if use not in self._scratch or self._scratch[use].size < nbytes:
-            self._scratch[use] = np.empty(nbytes, np.uint8)
-        return self._scratch[use][:nbytes]
+    def scratch(self, use: str, nbytes: int, position: int = 0) -> npt.NDArray[np.uint8]:
+        """Reusable memory; its content lasts until the next call for the same `use`.
+
+        Give the output position that it will be written to: the memory is then aligned so that
+        it can go to the disk directly.
+        """
+        if use not in self._scratch or self._scratch[use].size < nbytes + 2 * BLOCK:
+            self._scratch[use] = np.empty(nbytes + 2 * BLOCK, np.uint8)
+        memory = self._scratch[use]
+        begin = (position - memory.ctypes.data) % BLOCK
+        return memory[begin : begin + nbytes]
 
     def read(
-        self, tensor: SourceTensor, begin: int, nbytes: int, use: str = "source"
+        self, tensor: SourceTensor, begin: int, nbytes: int, use: str = "source", position: int = 0
     ) -> npt.NDArray[np.uint8]:
         """The bytes [begin, begin + nbytes) of a tensor, in scratch memory."""
-        data = self.scratch(use, nbytes)
+        data = self.scratch(use, nbytes, position)
         self._reader.read_into(tensor, begin, data)
         return data
 
     def write(self, position: int, data: npt.NDArray[Any]) -> None:
         """Write an array's bytes at a position of the output."""
         assert self._output is not None
-        if self._file is None:
-            self._file = self._output.open()
+        if self._writer is None:
+            self._writer = self._output.open()
         try:
-            write_fully(self._file, position, data.reshape(-1).view(np.uint8).data)
+            self._writer.write(position, data.reshape(-1).view(np.uint8))
         except OSError as error:
             raise self._output.failure(error) from None
+
+    def flush(self) -> None:
+        """Bring everything that was written into the output file."""
+        if self._writer is not None:
+            assert self._output is not None
+            try:
+                self._writer.flush()
+            except OSError as error:
+                raise self._output.failure(error) from None
 
     def close(self) -> None:
         """Close the files."""
         self._reader.close()
-        if self._file is not None:
-            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 @dataclass(frozen=True)
@@ -122,7 +137,8 @@ def copy_jobs(tensor: SourceTensor, position: int) -> list[Job]:
 
     def job(begin: int, end: int) -> Job:
         def run(lane: Lane) -> None:
-            lane.write(position + begin, lane.read(tensor, begin, end - begin))
+            data = lane.read(tensor, begin, end - begin, position=position + begin)
+            lane.write(position + begin, data)
 
         return Job(tensor.name, end - begin, run)
 
@@ -150,19 +166,19 @@ def run_jobs(
 
     def work() -> None:
         lane = Lane(output)
+        number: int | None = None
         try:
             while not stop.is_set():
                 with lock:
                     number = next(numbers, None)
                 if number is None:
+                    lane.flush()
                     return
-                try:
-                    jobs[number].run(lane)
-                except BaseException as error:  # handed to the calling thread
-                    failures[number] = error
-                    stop.set()
-                    return
+                jobs[number].run(lane)
                 finished.put(jobs[number])
+        except BaseException as error:  # handed to the calling thread
+            failures[len(jobs) if number is None else number] = error
+            stop.set()
         finally:
             lane.close()
             finished.put(None)

@@ -26,12 +26,19 @@ def as_matrix(tensor: SourceTensor, data: Bytes, rows: int) -> npt.NDArray[np.ge
 
 
 def encode_rows(
-    lane: Lane, tensor: SourceTensor, begin: int, end: int, source_rounding: bool
+    lane: Lane,
+    tensor: SourceTensor,
+    begin: int,
+    end: int,
+    source_rounding: bool,
+    positions: tuple[int, int] = (0, 0),
 ) -> tuple[Bytes, Bytes, Bytes]:
     """Read rows [begin, end) of a weight and encode them.
 
-    `begin` is a multiple of 128. Returns the source's bytes, the codes [padded rows, padded
-    columns] and the blocked scales, all in the lane's scratch memory.
+    `begin` is a multiple of 128; `positions` are where codes and scales will be written.
+
+    Returns the source's bytes, the codes [padded rows, padded columns] and the blocked scales, all
+    in the lane's scratch memory.
 
     Raises:
         NonFiniteError: NaN or Inf; row and column are those of the whole tensor.
@@ -44,8 +51,8 @@ def encode_rows(
         rounded = lane.scratch("rounded", rows * cols * 2).view(np.uint16).reshape(rows, cols)
         _core.cast(matrix, dtype, rounded, "bfloat16", 1)
         matrix, dtype = rounded, "bfloat16"
-    codes = lane.scratch("codes", math.prod(padded_shape((rows, cols))))
-    scales = lane.scratch("scales", math.prod(scale_shape((rows, cols))))
+    codes = lane.scratch("codes", math.prod(padded_shape((rows, cols))), positions[0])
+    scales = lane.scratch("scales", math.prod(scale_shape((rows, cols))), positions[1])
     try:
         _core.quantize(matrix, dtype, codes, scales, 1)
     except NonFiniteError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 

@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import Run, Tensors, random_tensors, small_shapes
 from safetensors.torch import save_file
+
+from conftest import Run, Tensors, random_tensors, small_shapes
 from test_convert import PREFIX, to_diffusers, write_shards
 from zimage_mxfp8.checkpoint.output import AtomicFile, check_target
 from zimage_mxfp8.errors import OutputError
@@ -445,8 +447,10 @@ def test_two_writers_of_one_target(small_file: Path, cli: Run, tmp_path: Path) -
         result = cli("convert", "-i", small_file, "-o", "o.safetensors")
         fails(result, 1, "another process is writing")
         assert cli("convert", "-i", small_file, "-o", "other.safetensors").returncode == 0
-        with file.open() as handle:
-            handle.write(b"0123456789")
+        writer = file.open()
+        writer.write(0, np.frombuffer(b"0123456789", np.uint8))
+        writer.flush()
+        writer.close()
     assert (tmp_path / "o.safetensors").read_bytes() == b"0123456789"
     only(tmp_path, "o.safetensors", "other.safetensors")
 

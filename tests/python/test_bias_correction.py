@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zimage_mxfp8 as zm
-from conftest import Tensors, random_tensors, small_shapes
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from safetensors.torch import load_file, save_file
+
+import zimage_mxfp8 as zm
+from conftest import Tensors, random_tensors, small_shapes
 from test_convert import PREFIX, card_command, run_convert_to_quant
 from zimage_mxfp8.checkpoint.source import open_checkpoint
 from zimage_mxfp8.conversion.bias_correction import embedder_outputs, sampler_timesteps
@@ -149,7 +150,7 @@ def test_synthetic_equals_convert_to_quant(tmp_path: Path) -> None:
     assert len(biases) > 8
     entries = differing = 0
     for name in biases:
-        # BF16 bit patterns of one sign are consecutive, so differences count units in the last place
+        # BF16 bit patterns of one sign are consecutive: differences count last places
         a, b = (tensor.view(torch.int16).int() for tensor in (found[name], want[name]))
         assert int((a - b).abs().max()) <= 1, name
         entries += a.numel()

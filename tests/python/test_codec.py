@@ -12,11 +12,12 @@ import comfy_kitchen
 import ml_dtypes
 import numpy as np
 import pytest
-import reference
 import torch
-import zimage_mxfp8 as zm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import reference
+import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
 
 DTYPES = {

@@ -13,9 +13,10 @@ from pathlib import Path
 import comfy_kitchen
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 import zimage_mxfp8 as zm
 from conftest import Run, Tensors, tensor_bytes
-from safetensors.torch import load_file, save_file
 from test_convert import metadata_of, sha256
 from zimage_mxfp8.synthetic import write_synthetic_checkpoint
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zimage_mxfp8 as zm
-from conftest import Run, Tensors, random_tensors, small_shapes, tensor_bytes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+import zimage_mxfp8 as zm
+from conftest import Run, Tensors, random_tensors, small_shapes, tensor_bytes
 from zimage_mxfp8.checkpoint.header import layout_header
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 
@@ -313,7 +314,7 @@ def test_file_is_laid_out_as_the_safetensors_library_does(small_file: Path, tmp_
 
 def test_same_bytes_whatever_the_threads(tmp_path: Path) -> None:
     # Large enough for several chunks a tensor.
-    shapes = small_shapes(2) | {"layers.0.feed_forward.w1.weight": (3000, 2100)}
+    shapes = small_shapes(2) | {"layers.0.feed_forward.w1.weight": (9000, 2100)}
     source = tmp_path / "in.safetensors"
     save_file(random_tensors(shapes), source)
     results = set()

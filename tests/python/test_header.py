@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+
 from zimage_mxfp8.checkpoint.header import TensorInfo, layout_header, read_header
 from zimage_mxfp8.errors import CheckpointError
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 import zimage_mxfp8 as zm
 from conftest import Run
 from zimage_mxfp8.recipes import builtin_names

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import zimage_mxfp8 as zm
-from conftest import Run, Tensors, random_tensors, small_shapes
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+import zimage_mxfp8 as zm
+from conftest import Run, Tensors, random_tensors, small_shapes
 from test_convert import PREFIX, card_command, to_diffusers
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.validation import ValidationReport, validate

@@ -3,6 +3,10 @@
 A file is written beside its target under a hidden name, flushed to the disk and renamed. The
 hidden file is locked while its writer lives, so that a later run can tell what a crash left
 behind from what another process is writing.
+
+Where the system allows it, whole blocks go to the disk directly instead of through the page cache:
+the data is flushed before the rename anyway, and filling the cache with gigabytes that nobody
+reads again costs more than the encoding.
 """
 
 from __future__ import annotations
@@ -15,8 +19,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import OutputError, UsageError
 
+BLOCK = 4096  # bytes; what disks and page caches are divided into
+_MOST_KEPT = 16 << 20  # bytes of small pieces that a writer keeps
 _SUFFIX = ".zimage-mxfp8-partial"
 
 # _try_lock: True if this process now holds the lock, False if another does, None if the
@@ -72,6 +81,87 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()  # on Windows this fails while open; the next run overwrites it
 
 
+class Writer:
+    """Writes at given positions of a file; `flush` it when all is written, and `close` it.
+
+    Data whose address and position leave the same remainder modulo `BLOCK` goes to the disk
+    directly, all but its first and last partial blocks. Those and other small pieces are kept
+    until `flush`, because a write through the cache waits for every direct write under way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("r+b", buffering=0)
+        self._kept: list[tuple[int, bytes]] = []
+        self._kept_bytes = 0
+        self._direct: int | None = None
+        flag = getattr(os, "O_DIRECT", 0)  # Linux; elsewhere everything goes through the cache
+        if flag:
+            with contextlib.suppress(OSError):  # a filesystem that cannot do it
+                self._direct = os.open(path, os.O_WRONLY | flag)
+
+    def write(self, position: int, data: npt.NDArray[np.uint8]) -> None:
+        """Write `data` at `position`, now or at the next `flush`.
+
+        Raises:
+            OSError: as the system says.
+        """
+        head = -position % BLOCK
+        whole = (data.size - head) // BLOCK * BLOCK
+        aligned = (data.ctypes.data - position) % BLOCK == 0
+        if self._direct is None or not aligned:
+            self._write_cached(position, data.data)
+        elif whole <= 0:
+            self._keep(position, data)
+        else:
+            tail = head + whole
+            self._keep(position, data[:head])
+            self._write_direct(position + head, data[head:tail])
+            self._keep(position + tail, data[tail:])
+
+    def _keep(self, position: int, data: npt.NDArray[np.uint8]) -> None:
+        if data.size:
+            self._kept.append((position, data.tobytes()))
+            self._kept_bytes += data.size
+            if self._kept_bytes > _MOST_KEPT:
+                self.flush()
+
+    def _write_direct(self, position: int, data: npt.NDArray[np.uint8]) -> None:
+        assert self._direct is not None
+        try:
+            written = os.pwrite(self._direct, data.data, position)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            os.close(self._direct)  # opened, but wants blocks of another size
+            self._direct = None
+            written = 0
+        if written < data.size:
+            self._write_cached(position + written, data[written:].data)
+
+    def _write_cached(self, position: int, view: memoryview) -> None:
+        self._file.seek(position)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def flush(self) -> None:
+        """Write what was kept.
+
+        Raises:
+            OSError: as the system says.
+        """
+        for position, piece in sorted(self._kept):
+            self._write_cached(position, memoryview(piece))
+        self._kept.clear()
+        self._kept_bytes = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
+
+
 class AtomicFile:
     """A file of known size that replaces `target` when it is complete.
 
@@ -103,6 +193,11 @@ class AtomicFile:
                 f"{self.target} needs {self.size:,} bytes, but {folder} has {free:,} free"
             )
         self._file = self._create()
+        try:
+            self._file.truncate(self.size)
+        except OSError as error:
+            self._discard()
+            raise self.failure(error) from None
         return self
 
     def _create(self) -> BinaryIO:
@@ -124,10 +219,10 @@ class AtomicFile:
                 pass
             file.close()
 
-    def open(self) -> BinaryIO:
-        """A further handle for writing."""
+    def open(self) -> Writer:
+        """A handle for writing, for one thread."""
         try:
-            return self._partial.open("r+b", buffering=0)
+            return Writer(self._partial)
         except OSError as error:
             raise self.failure(error) from None
 
@@ -140,32 +235,32 @@ class AtomicFile:
             )
         return OutputError(f"{self.target} could not be written: {error.strerror or error}")
 
-    def flush(self) -> None:
-        """Hand what was written so far to the disk."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            self._publish()
+        except OSError as error:
+            self._discard()
+            raise self.failure(error) from None
+
+    def _publish(self) -> None:
         assert self._file is not None
         os.fsync(self._file.fileno())
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert self._file is not None
-        published = False
-        try:
-            if kind is not None:
-                return
-            self.flush()
-            if os.name == "nt":  # pragma: no cover - an open file cannot be renamed there
-                self._file.close()
-            self._partial.replace(self._final)
-            published = True
-            _flush_folder(self._partial.parent)
-        except OSError as error:
-            raise self.failure(error) from None
-        finally:
-            if os.name == "nt":  # pragma: no cover
-                self._file.close()
-            if not published:
-                with contextlib.suppress(OSError):
-                    self._partial.unlink()
+        if os.name == "nt":  # pragma: no cover - an open file cannot be renamed there
             self._file.close()
+        self._partial.replace(self._final)
+        _flush_folder(self._partial.parent)
+        self._file.close()  # with the lock, which kept others from cleaning the file up
+
+    def _discard(self) -> None:
+        assert self._file is not None
+        if os.name == "nt":  # pragma: no cover
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._partial.unlink()
+        self._file.close()
 
 
 def _flush_folder(folder: Path) -> None:
@@ -178,9 +273,18 @@ def _flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_fully(file: BinaryIO, position: int, data: memoryview) -> None:
-    """Write all of `data` at `position`; the operating system may take it in parts."""
-    file.seek(position)
-    while data:
-        written = file.write(data)
-        data = data[written:]
+def write_file(target: Path, content: bytes) -> None:
+    """Write a whole small file, atomically.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with AtomicFile(target, len(content)) as file:
+        writer = file.open()
+        try:
+            writer.write(0, np.frombuffer(content, np.uint8))
+            writer.flush()
+        except OSError as error:
+            raise file.failure(error) from None
+        finally:
+            writer.close()

@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(arguments, recipe)
 
-    from ..checkpoint.output import AtomicFile, check_target, write_fully
+    from ..checkpoint.output import check_target, write_file
     from ..conversion.convert import convert, default_output
     from . import display
 
@@ -191,9 +191,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if arguments.report is not None:
-        text = json.dumps(report.to_dict(), indent=1).encode()
-        with AtomicFile(arguments.report, len(text)) as file, file.open() as handle:
-            write_fully(handle, 0, memoryview(text))
+        write_file(arguments.report, json.dumps(report.to_dict(), indent=1).encode())
     display.warn(report.warnings)
     if arguments.json:
         document = report.to_dict()

@@ -217,9 +217,12 @@ def _quantize_jobs(
 
     def job(begin: int, end: int) -> Job:
         def run(lane: Lane) -> None:
-            data, codes, scales = encode_rows(lane, tensor, begin, end, plan.recipe.source_rounding)
-            lane.write(codes_at + begin * code_cols, codes)
-            lane.write(scales_at + begin * scale_cols, scales)
+            positions = codes_at + begin * code_cols, scales_at + begin * scale_cols
+            data, codes, scales = encode_rows(
+                lane, tensor, begin, end, plan.recipe.source_rounding, positions
+            )
+            lane.write(positions[0], codes)
+            lane.write(positions[1], scales)
             if begin == 0:
                 lane.write(marker_at, marker)
             if correction is not None:
