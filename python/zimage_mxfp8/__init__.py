@@ -11,6 +11,7 @@ from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
 from .conversion.convert import convert, plan_conversion
 from .conversion.plan import Plan
 from .conversion.report import ConversionReport, ErrorStats
+from .dequantization import dequantize_checkpoint
 from .errors import (
     CheckpointError,
     Error,
@@ -21,14 +22,17 @@ from .errors import (
     UnsupportedError,
     UsageError,
 )
+from .inspection import Inspection, inspect
 from .pipeline import Progress
 from .recipes import Recipe, load_recipe
+from .validation import ValidationReport, validate
 
 __all__ = [
     "CheckpointError",
     "ConversionReport",
     "Error",
     "ErrorStats",
+    "Inspection",
     "InvalidArgumentError",
     "MXFP8Array",
     "NonFiniteError",
@@ -39,12 +43,16 @@ __all__ = [
     "RecipeError",
     "UnsupportedError",
     "UsageError",
+    "ValidationReport",
     "__version__",
     "convert",
     "dequantize",
+    "dequantize_checkpoint",
     "from_blocked",
+    "inspect",
     "load_recipe",
     "plan_conversion",
     "quantize",
     "to_blocked",
+    "validate",
 ]

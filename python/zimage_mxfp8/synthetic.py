@@ -34,7 +34,7 @@ def write_synthetic_checkpoint(
     """Write a BF16 checkpoint with random weights.
 
     Matrices are normal with a spread that differs from row to row and a few outliers; norms are
-    near 1. The same shapes and seed give the same bytes.
+    near 1, biases near 0. The same shapes and seed give the same bytes.
 
     Args:
         path: file to write.
@@ -67,7 +67,8 @@ def write_synthetic_checkpoint(
 def _random_job(name: str, info: TensorInfo, seed: int, begin: int, end: int) -> Job:
     def run(lane: Lane) -> None:
         key = np.random.SeedSequence([seed, zlib.crc32(name.encode()), begin])
-        values = _draw(np.random.Generator(np.random.SFC64(key)), info.shape, begin, end - begin)
+        random = np.random.Generator(np.random.SFC64(key))
+        values = _draw(random, name, info.shape, begin, end - begin)
         bits = np.empty((1, values.size), np.uint16)
         _core.cast(values.reshape(1, -1), "float32", bits, "bfloat16", 1)
         lane.write(info.begin + 2 * begin, bits)
@@ -76,11 +77,11 @@ def _random_job(name: str, info: TensorInfo, seed: int, begin: int, end: int) ->
 
 
 def _draw(
-    random: np.random.Generator, shape: tuple[int, ...], begin: int, count: int
+    random: np.random.Generator, name: str, shape: tuple[int, ...], begin: int, count: int
 ) -> npt.NDArray[np.float32]:
     values = random.standard_normal(count, dtype=np.float32)
     if len(shape) < 2:
-        return values * np.float32(0.1) + np.float32(1.0)
+        return values * np.float32(0.1) + np.float32("norm" in name or "cap_embedder.0" in name)
     columns = shape[1]
     rows = (begin + np.arange(count)) // columns
     # A spread per row without drawing one: a smooth function of the row's number.
