@@ -163,6 +163,8 @@ def main() -> None:
             f"| {name} | {median:.1f} | {walls[0]:.1f}-{walls[-1]:.1f} | {cpu:.1f} "
             f"| {max(r.peak for r in runs):.0f} | {factor} |"
         )
+    starts = [run([ours, "--help"], log).wall for _ in range(9)]
+    print(f"\nstart-up, zimage-mxfp8 --help: {statistics.median(starts):.2f} s, median of 9")
     if arguments.json:
         arguments.json.write_text(
             json.dumps({n: [vars(r) for r in runs] for n, runs in results.items()}, indent=1)

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 
 import comfy_kitchen
 import ml_dtypes
@@ -410,6 +411,17 @@ def test_scale_layout(rows: int, cols: int, seed: int) -> None:
     np.testing.assert_array_equal(zm.from_blocked(blocked, rows, cols), scales)
     as_tensor = zm.to_blocked(torch.from_numpy(scales))
     assert torch.equal(as_tensor, torch.from_numpy(blocked))
+
+
+def test_other_python_threads_run_meanwhile() -> None:
+    matrix = np.ones((8192, 8192), np.float32)
+    worker = threading.Thread(target=zm.quantize, args=(matrix,), kwargs={"threads": 1})
+    steps = 0
+    worker.start()
+    while worker.is_alive():
+        steps += 1
+    # With the GIL held, the loop would get at most a few turns before and after the call.
+    assert steps > 1000
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -130,7 +130,7 @@ class Writer:
         try:
             written = os.pwrite(self._direct, data.data, position)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             os.close(self._direct)  # opened, but wants blocks of another size
             self._direct = None
@@ -187,7 +187,10 @@ class AtomicFile:
     def __enter__(self) -> AtomicFile:
         folder = self._partial.parent
         remove_leftovers(folder)
-        free = shutil.disk_usage(folder).free
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise self.failure(error) from None
         if self.size > free:
             raise OutputError(
                 f"{self.target} needs {self.size:,} bytes, but {folder} has {free:,} free"

@@ -1,0 +1,118 @@
+"""Writing: pieces at any position and alignment arrive whole, directly or through the cache."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zimage_mxfp8.checkpoint.output import BLOCK, AtomicFile, Writer, write_file
+from zimage_mxfp8.errors import OutputError
+from zimage_mxfp8.pipeline import Lane
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("output")
+
+
+def write_in_pieces(target: Path, content: bytes, cuts: list[int], seed: int) -> None:
+    """Write `content` cut at `cuts`, in random order, by two writers in turn."""
+    edges = sorted({0, len(content), *(cut for cut in cuts if cut < len(content))})
+    pieces = list(itertools.pairwise(edges))
+    random.Random(seed).shuffle(pieces)
+    with AtomicFile(target, len(content)) as file:
+        lanes = [Lane(file), Lane(file)]
+        for i, (begin, end) in enumerate(pieces):
+            lane = lanes[i % 2]
+            # Sometimes aligned for direct writing, sometimes not.
+            data = lane.scratch("piece", end - begin, begin if i % 3 else begin + 1)
+            data[:] = np.frombuffer(content[begin:end], np.uint8)
+            lane.write(begin, data)
+        for lane in lanes:
+            lane.flush()
+            lane.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(0, 9 * BLOCK),
+    cuts=st.lists(st.integers(1, 9 * BLOCK) | st.integers(1, 9).map(BLOCK.__mul__), max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_pieces_arrive_whole(folder: Path, size: int, cuts: list[int], seed: int) -> None:
+    content = random.Random(seed).randbytes(size)
+    write_in_pieces(folder / "file", content, cuts, seed)
+    assert (folder / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("refused", ["open", "write", "part"])
+def test_without_direct_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    real_open, real_pwrite = os.open, os.pwrite
+    calls = []
+
+    def refuse_open(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            calls.append("open")
+            raise OSError(errno.EINVAL, "no direct writing here")
+        return real_open(path, flags, *rest)
+
+    def refuse_write(*_: object) -> int:
+        calls.append("write")
+        raise OSError(errno.EINVAL, "blocks of another size")
+
+    def write_part(fd: int, data: memoryview, position: int) -> int:
+        calls.append("part")
+        return real_pwrite(fd, data[:BLOCK], position)
+
+    if refused == "open":
+        monkeypatch.setattr(os, "open", refuse_open)
+    else:
+        monkeypatch.setattr(os, "pwrite", refuse_write if refused == "write" else write_part)
+    content = random.Random(1).randbytes(50 * BLOCK + 77)
+    write_in_pieces(tmp_path / "file", content, [3, 20 * BLOCK, 40 * BLOCK + 5], 1)
+    assert (tmp_path / "file").read_bytes() == content
+    assert refused in calls
+
+
+def test_direct_writing_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    real = os.pwrite
+    monkeypatch.setattr(
+        os, "pwrite", lambda fd, d, at: written.append((at, len(d))) or real(fd, d, at)
+    )
+    (tmp_path / "probe").touch()
+    writer = Writer(tmp_path / "probe")
+    has_direct = writer._direct is not None
+    writer.close()
+    if not has_direct:
+        pytest.skip("this filesystem has no direct writing")
+    cuts = [10, 20 * BLOCK + 10, 60 * BLOCK]
+    write_in_pieces(tmp_path / "file", bytes(100 * BLOCK), cuts, 0)
+    assert sum(count for _, count in written) >= 18 * BLOCK
+    assert all(at % BLOCK == 0 and count % BLOCK == 0 for at, count in written)
+
+
+def test_failed_write_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="could not be written: No space left on device"):
+        write_file(tmp_path / "file", b"content")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_went_away_is_a_sentence(tmp_path: Path) -> None:
+    file = AtomicFile(tmp_path / "gone" / "file", 1000)
+    with pytest.raises(OutputError, match="could not be written: No such file"), file:
+        pass
