@@ -56,8 +56,8 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads,
   pool.reserve(static_cast<std::size_t>(workers - 1));
   try {
     for (std::int64_t i = 1; i < workers; ++i) pool.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started, and this one, do the work.
+  } catch (...) {
+    // No more threads or memory to be had: those that started, and this one, do the work.
   }
   work();
   for (std::thread& thread : pool) thread.join();

@@ -32,6 +32,9 @@ void Array::import_buffer(const py::object& object, Access access) {
                                                     ? " must be a writable array"
                                                     : " does not export a strided buffer"));
   }
+  if (view->itemsize == 0) {
+    throw InvalidArgument(std::string(name_) + " has elements without bytes");
+  }
   data_ = static_cast<std::uint8_t*>(view->buf);
   item_size_ = view->itemsize;
   shape_.assign(view->shape, view->shape + view->ndim);

@@ -43,7 +43,6 @@ View matrix(const Array& array, const std::string& dtype_name) {
 
 template <typename View>
 View mxfp8(const Array& codes, const Array& scales, std::int64_t rows, std::int64_t cols) {
-  if (rows < 0 || cols < 0) throw InvalidArgument("rows and cols must not be negative");
   const MXFP8Shape shape{rows, cols};
   codes.require_contiguous(shape.code_bytes());
   scales.require_contiguous(shape.scale_bytes());

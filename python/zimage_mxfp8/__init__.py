@@ -1,31 +1,68 @@
 """Z-Image in MXFP8: conversion of checkpoints, and the codec that it stands on.
 
-import zimage_mxfp8 as zm
+    import zimage_mxfp8 as zm
 
-report = zm.convert("z_image_turbo_bf16.safetensors", "z_image_turbo-mxfp8.safetensors")
-encoded = zm.quantize(matrix)  # NumPy or torch
+    report = zm.convert("z_image_turbo_bf16.safetensors", "z_image_turbo-mxfp8.safetensors")
+    encoded = zm.quantize(matrix)  # NumPy or torch
+
+Names are imported when they are first used, so that the command line starts quickly.
 """
 
-from ._core import __version__
-from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
-from .conversion.convert import convert, plan_conversion
-from .conversion.plan import Plan
-from .conversion.report import ConversionReport, ErrorStats
-from .dequantization import dequantize_checkpoint
-from .errors import (
-    CheckpointError,
-    Error,
-    InvalidArgumentError,
-    NonFiniteError,
-    OutputError,
-    RecipeError,
-    UnsupportedError,
-    UsageError,
-)
-from .inspection import Inspection, inspect
-from .pipeline import Progress
-from .recipes import Recipe, load_recipe
-from .validation import ValidationReport, validate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._core import __version__
+    from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
+    from .conversion.convert import convert, plan_conversion
+    from .conversion.plan import Plan
+    from .conversion.report import ConversionReport
+    from .dequantization import dequantize_checkpoint
+    from .error_stats import ErrorStats
+    from .errors import (
+        CheckpointError,
+        Error,
+        InvalidArgumentError,
+        NonFiniteError,
+        OutputError,
+        RecipeError,
+        UnsupportedError,
+        UsageError,
+    )
+    from .inspection import Inspection, inspect
+    from .pipeline import Progress
+    from .recipes import Recipe, load_recipe
+    from .validation import ValidationReport, validate
+
+_HOME = {
+    "__version__": "_core",
+    "MXFP8Array": "codec",
+    "dequantize": "codec",
+    "from_blocked": "codec",
+    "quantize": "codec",
+    "to_blocked": "codec",
+    "convert": "conversion.convert",
+    "plan_conversion": "conversion.convert",
+    "Plan": "conversion.plan",
+    "ConversionReport": "conversion.report",
+    "dequantize_checkpoint": "dequantization",
+    "ErrorStats": "error_stats",
+    "CheckpointError": "errors",
+    "Error": "errors",
+    "InvalidArgumentError": "errors",
+    "NonFiniteError": "errors",
+    "OutputError": "errors",
+    "RecipeError": "errors",
+    "UnsupportedError": "errors",
+    "UsageError": "errors",
+    "Inspection": "inspection",
+    "inspect": "inspection",
+    "Progress": "pipeline",
+    "Recipe": "recipes",
+    "load_recipe": "recipes",
+    "ValidationReport": "validation",
+    "validate": "validation",
+}
 
 __all__ = [
     "CheckpointError",
@@ -56,3 +93,14 @@ __all__ = [
     "to_blocked",
     "validate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,6 +11,7 @@ it. NumPy has no bfloat16 or float8 of its own; arrays with the types of ml_dtyp
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +24,20 @@ from .errors import InvalidArgumentError, UnsupportedError
 __all__ = ["MXFP8Array", "dequantize", "from_blocked", "quantize", "to_blocked"]
 
 
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
 def padded_shape(shape: tuple[int, int]) -> tuple[int, int]:
     """Shape of the codes of a matrix: both sizes rounded up to a multiple of 32."""
     rows, cols = shape
-    return -(-rows // 32) * 32, -(-cols // 32) * 32
+    return _round_up(rows, 32), _round_up(cols, 32)
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     """Shape of the blocked scales of a matrix (`shape` before padding)."""
     rows, cols = padded_shape(shape)
-    return -(-rows // 128) * 128, -(-(cols // 32) // 4) * 4
+    return _round_up(rows, 128), _round_up(cols // 32, 4)
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ def _plain(array: Any, name: str) -> tuple[Any, str]:
             )
         dtype = str(array.dtype).removeprefix("torch.")
         array = array.detach()
-        contiguous = array.dim() != 2 or array.stride(-1) == 1 or array.shape[-1] <= 1
-        return (array if contiguous else array.contiguous()), dtype
+        strides = array.stride() if array.dim() == 2 else (0, 0)
+        usable = array.dim() != 2 or _rows_are_usable(array.shape, strides)
+        return (array if usable else array.contiguous()), dtype
     if not isinstance(array, np.ndarray):
         raise InvalidArgumentError(
             f"{name} must be a NumPy array or a torch tensor, not {type(array).__name__}"
@@ -82,10 +88,18 @@ def _plain(array: Any, name: str) -> tuple[Any, str]:
     dtype = array.dtype.name
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    if array.ndim == 2 and array.shape[1] > 1 and array.strides[1] != array.itemsize:
-        array = np.ascontiguousarray(array)
+    if array.ndim == 2:
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        if not _rows_are_usable(array.shape, strides):
+            array = np.ascontiguousarray(array)
     # bfloat16 from ml_dtypes does not export a buffer: pass the bits.
     return (array.view(np.uint16) if dtype == "bfloat16" else array), dtype
+
+
+def _rows_are_usable(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the core can read a matrix in place: elements of a row adjacent, rows apart."""
+    rows, cols = shape
+    return (cols <= 1 or strides[1] == 1) and (rows <= 1 or strides[0] >= cols)
 
 
 def _bytes(array: Any, name: str) -> Any:
@@ -189,10 +203,13 @@ def to_blocked(scales: Any) -> Any:
     """Row-major block scales [rows, blocks] -> the 128x4 blocked layout, padded with 0.
 
     Returns uint8 [roundup(rows, 128), roundup(blocks, 4)], NumPy or torch as `scales` is.
+
+    Raises:
+        InvalidArgumentError: not a matrix of 1-byte elements.
     """
     plain = _bytes(scales, "scales")
     rows, cols = _require_2d(plain, "scales")
-    blocked = _empty_bytes((-(-rows // 128) * 128, -(-cols // 4) * 4), like=plain)
+    blocked = _empty_bytes((_round_up(rows, 128), _round_up(cols, 4)), like=plain)
     _core.to_blocked(plain, blocked)
     return blocked
 
@@ -201,7 +218,12 @@ def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
     """The 128x4 blocked layout -> row-major block scales [rows, cols], without the padding.
 
     `blocked` has roundup(rows, 128) * roundup(cols, 4) bytes in any shape.
+
+    Raises:
+        InvalidArgumentError: another number of bytes, or a negative size.
     """
+    if rows < 0 or cols < 0:
+        raise InvalidArgumentError("rows and cols must not be negative")
     tiles = _bytes(blocked, "blocked")
     plain = _empty_bytes((rows, cols), like=tiles)
     _core.from_blocked(tiles, plain)

@@ -16,6 +16,7 @@ from .checkpoint.source import open_checkpoint
 from .errors import CheckpointError
 from .pipeline import Job, Lane, ProgressCallback, copy_jobs, row_chunks, run_jobs
 from .rows import read_encoded
+from .text import plural
 
 
 def dequantize_checkpoint(
@@ -48,7 +49,8 @@ def dequantize_checkpoint(
     check_target(target, (checkpoint.path, *checkpoint.files), overwrite=overwrite)
     layers, breaches = find_layers(checkpoint)
     if breaches:
-        raise CheckpointError(f"{source}: {breaches[0]} ({len(breaches)} breaches in all)")
+        count = plural(len(breaches), "breach", "breaches")
+        raise CheckpointError(f"{source} breaks the contract: {breaches[0]} ({count} in all)")
     if not layers:
         raise CheckpointError(f"{source} has no MXFP8 layers: it is not quantised")
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 DTypeName = Literal["bfloat16", "float16", "float32"]
 
 # Bits of one element, in the order in which the safetensors library lays out tensors (widest
@@ -39,3 +42,8 @@ FLOAT_NAMES: Final[dict[str, DTypeName]] = {
     "F16": "float16",
     "F32": "float32",
 }
+
+
+def as_integers(dtype: str, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.generic]:
+    """Bytes of BF16, F16 or F32 as integers of that width, which is how the core takes them."""
+    return data.view(f"u{SAFETENSORS_BITS[dtype] // 8}")

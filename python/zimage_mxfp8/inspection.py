@@ -34,10 +34,21 @@ class Group:
 
 @dataclass
 class Inspection:
-    """What `inspect` found; `kind` is what the file looks like."""
+    """What `inspect` found.
+
+    Attributes:
+        path: what was looked at.
+        kind: model and layout that the tensor names show.
+        quantization: format that the transformer is quantised with, or None.
+        files: number of safetensors files.
+        metadata: of the header, without the description of quantised layers.
+        groups: sums by group, the largest first.
+        breaches: what is wrong with its MXFP8 layers.
+    """
 
     path: str
     kind: str
+    quantization: str | None
     files: int
     metadata: dict[str, str]
     groups: list[Group]
@@ -91,11 +102,14 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         diffusers = is_diffusers_layout(checkpoint.tensors)
         kind = "Z-Image, diffusers layout" if diffusers else "not Z-Image"
     metadata = {k: v for k, v in checkpoint.metadata.items() if k != marks.HEADER_KEY}
+    quantization = marks.quantized_format(checkpoint, prefix)
+    is_mxfp8 = quantization is not None and "MXFP8" in quantization[0]
     return Inspection(
         str(path),
         kind,
+        quantization[0] if quantization else None,
         len(checkpoint.files),
         metadata,
         sorted(groups.values(), key=lambda group: -group.nbytes),
-        [str(breach) for breach in breaches],
+        [str(breach) for breach in breaches] if is_mxfp8 else [],
     )

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from . import _core
 from .checkpoint.output import BLOCK, AtomicFile, Writer
 from .checkpoint.source import SourceTensor, TensorReader
+from .errors import UnsupportedError
 
 CHUNK_BYTES = 16 << 20
 _MAX_WORKERS = 16  # more would only queue for the memory bus
@@ -183,13 +184,20 @@ def run_jobs(
             lane.close()
             finished.put(None)
 
-    pool = [threading.Thread(target=work, name=f"zimage-mxfp8-{i}") for i in range(workers)]
+    pool: list[threading.Thread] = []
     total = sum(job.nbytes for job in jobs)
     done = 0
-    for thread in pool:
-        thread.start()
     try:
-        running = workers
+        for i in range(workers):
+            thread = threading.Thread(target=work, name=f"zimage-mxfp8-{i}")
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads; those that started go on
+                if not pool:
+                    raise UnsupportedError("the system does not let a thread start") from None
+                break
+            pool.append(thread)
+        running = len(pool)
         while running:
             job = finished.get()
             if job is None:

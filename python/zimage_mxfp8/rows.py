@@ -11,8 +11,8 @@ from . import _core
 from .checkpoint.mxfp8_layers import MXFP8Layer
 from .checkpoint.source import SourceTensor
 from .codec import padded_shape, scale_shape
-from .conversion.report import ErrorStats
-from .dtypes import FLOAT_NAMES
+from .dtypes import FLOAT_NAMES, DTypeName, as_integers
+from .error_stats import ErrorStats
 from .errors import NonFiniteError
 from .pipeline import Lane
 
@@ -21,8 +21,18 @@ Bytes = npt.NDArray[np.uint8]
 
 def as_matrix(tensor: SourceTensor, data: Bytes, rows: int) -> npt.NDArray[np.generic]:
     """Bytes of `rows` rows of a matrix as an array of 2- or 4-byte integers for the core."""
-    item = "u4" if tensor.dtype == "F32" else "u2"
-    return data.view(item).reshape(rows, tensor.shape[1])
+    return as_integers(tensor.dtype, data).reshape(rows, tensor.shape[1])
+
+
+def round_to_bfloat16(
+    lane: Lane, matrix: npt.NDArray[np.generic], dtype: DTypeName
+) -> tuple[npt.NDArray[np.generic], DTypeName]:
+    """A matrix as BF16 bits, in the lane's scratch memory if it has another type."""
+    if dtype == "bfloat16":
+        return matrix, dtype
+    rounded = lane.scratch("rounded", matrix.size * 2).view(np.uint16).reshape(matrix.shape)
+    _core.cast(matrix, dtype, rounded, "bfloat16", 1)
+    return rounded, "bfloat16"
 
 
 def encode_rows(
@@ -47,10 +57,8 @@ def encode_rows(
     row_bytes = tensor.nbytes // tensor.shape[0]
     data = lane.read(tensor, begin * row_bytes, rows * row_bytes)
     matrix, dtype = as_matrix(tensor, data, rows), FLOAT_NAMES[tensor.dtype]
-    if source_rounding and dtype != "bfloat16":
-        rounded = lane.scratch("rounded", rows * cols * 2).view(np.uint16).reshape(rows, cols)
-        _core.cast(matrix, dtype, rounded, "bfloat16", 1)
-        matrix, dtype = rounded, "bfloat16"
+    if source_rounding:
+        matrix, dtype = round_to_bfloat16(lane, matrix, dtype)
     codes = lane.scratch("codes", math.prod(padded_shape((rows, cols))), positions[0])
     scales = lane.scratch("scales", math.prod(scale_shape((rows, cols))), positions[1])
     try:

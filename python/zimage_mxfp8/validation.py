@@ -24,11 +24,13 @@ from .checkpoint.zimage import (
     to_comfyui_layout,
 )
 from .codec import padded_shape, scale_shape
-from .conversion.report import ErrorStats
-from .dtypes import FLOAT_NAMES
+from .conversion.bias_correction import to_float64
+from .dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
+from .error_stats import ErrorStats
 from .errors import CheckpointError
 from .pipeline import Job, Lane, ProgressCallback, byte_chunks, row_chunks, run_jobs
-from .rows import encode_rows, measure_rows, read_encoded
+from .rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
+from .text import plural
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -91,7 +93,9 @@ def validate(
         progress: called with a `Progress` from this thread.
 
     Raises:
-        CheckpointError: a file is unreadable or malformed, or `file` has nothing quantised in it.
+        CheckpointError: a file is unreadable or malformed, `file` has nothing quantised in it, or
+            `against` is quantised itself.
+        NonFiniteError: the original has NaN or Inf in a weight that is quantised in `file`.
     """
     checkpoint = open_checkpoint(Path(file))
     layers, breaches = find_layers(checkpoint)
@@ -107,6 +111,8 @@ def validate(
     comparison = None
     if against is not None:
         original = to_comfyui_layout(open_checkpoint(Path(against)))
+        if found := marks.quantized_format(original, model_prefix(original.tensors)):
+            raise CheckpointError(f"{against} is no original: it is quantised itself ({found[0]})")
         comparison = _Comparison(checkpoint, layers, original, report)
         jobs += comparison.jobs()
     run_jobs(jobs, None, threads=threads, progress=progress)
@@ -178,31 +184,37 @@ class _DataScan:
         real_rows = min(rows - begin, codes.shape[0])
         blocks = -(-cols // 32)
         magnitude = codes & 0x7F
-        self._count(layer.weight.name, "NaN codes", int((magnitude == 0x7F).sum()))
+        self._count(layer.weight.name, "has NaN codes", int((magnitude == 0x7F).sum()))
         padding = int(np.count_nonzero(codes[real_rows:])) + int(np.count_nonzero(codes[:, cols:]))
-        self._count(layer.weight.name, "codes other than 0 in its padding", padding)
+        self._count(layer.weight.name, "has codes other than 0 in its padding", padding)
 
         plain = np.empty((codes.shape[0], blocks), np.uint8)
         _core.from_blocked(scales, plain)
-        self._count(layer.scale.name, "NaN scales (byte 255)", int((plain == 255).sum()))
+        self._count(layer.scale.name, "has NaN scales", int((plain == 255).sum()))
         stray = int(np.count_nonzero(scales)) - int(np.count_nonzero(plain[:real_rows]))
-        self._count(layer.scale.name, "scales other than 0 in its padding", stray)
+        self._count(layer.scale.name, "has scales other than 0 in its padding", stray)
 
         words = magnitude.view(np.uint64).reshape(codes.shape[0], blocks, 4)
         is_zero = (words[..., 0] | words[..., 1] | words[..., 2] | words[..., 3]) == 0
         orphans = int((is_zero & (plain != 0)).sum())
-        self._count(layer.scale.name, "scales other than 0 for blocks of zeros", orphans)
+        self._count(layer.scale.name, "has scales other than 0 for blocks of zeros", orphans)
+        ambiguous = int((~is_zero & (plain == 0)).sum())
+        if ambiguous:
+            self._report.notes.append(
+                f'"{layer.scale.name}" has {plural(ambiguous, "block")} of numbers with scale 0, '
+                "which comfy-kitchen reads as 0 and the hardware as 2^-127"
+            )
 
-    def _count(self, tensor: str, problem: str, count: int) -> None:
+    def _count(self, tensor: str, what: str, count: int) -> None:
         if count:
-            self._found.append((tensor, problem, count))
+            self._found.append((tensor, what, count))
 
     def finish(self) -> None:
         totals: Counter[tuple[str, str]] = Counter()
-        for tensor, problem, count in self._found:
-            totals[tensor, problem] += count
-        for (tensor, problem), count in sorted(totals.items()):
-            self._report.breaches.append(Breach(tensor, f"has {count:,} {problem}", AGAIN))
+        for tensor, what, count in self._found:
+            totals[tensor, what] += count
+        for (tensor, what), count in sorted(totals.items()):
+            self._report.breaches.append(Breach(tensor, f"{what} ({count:,})", AGAIN))
 
 
 class _Comparison:
@@ -224,9 +236,13 @@ class _Comparison:
         self._differences: list[tuple[str, bool, int, int]] = []
         self._stats: dict[tuple[str, int], ErrorStats] = {}
         self._changed: set[str] = set()
+        self._bias_changes: list[float] = []
 
     def jobs(self) -> list[Job]:
         jobs = []
+        for key, value in self._original.metadata.items():
+            if key != marks.HEADER_KEY and self._checkpoint.metadata.get(key) != value:
+                self._breach(key, "is metadata of the original that is lost or changed")
         weights = {layer.weight.name: layer for layer in self._layers.values()}
         biases = {layer.name + ".bias" for layer in self._layers.values()}
         for name, tensor in self._original.tensors.items():
@@ -241,6 +257,8 @@ class _Comparison:
                 jobs += self._copy_check_jobs(found, tensor)
             elif (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
                 self._breach(name, "has another type or shape than the original's")
+            elif found.dtype in FLOAT_NAMES:
+                jobs.append(self._bias_job(found, tensor))
         for name in sorted(self._checkpoint.tensors.keys() - self._original.tensors.keys()):
             if not name.endswith((marks.SCALE_SUFFIX, marks.MARKER_SUFFIX)):
                 self._breach(name, "is not in the original")
@@ -276,6 +294,19 @@ class _Comparison:
 
         return [job(begin, end) for begin, end in row_chunks(original)]
 
+    def _bias_job(self, found: SourceTensor, original: SourceTensor) -> Job:
+        """A job that compares a bias, which the correction may have moved."""
+
+        def run(lane: Lane) -> None:
+            old = to_float64(original, lane.read(original, 0, original.nbytes))
+            new = to_float64(found, lane.read(found, 0, found.nbytes, "file"))
+            if np.isfinite(old).all() and not np.isfinite(new).all():
+                self._breach(found.name, "has NaN or Inf, which the original's has not")
+            elif old.size:
+                self._bias_changes.append(float(np.abs(new - old).max()))
+
+        return Job(found.name, original.nbytes, run)
+
     def _copy_check_jobs(self, found: SourceTensor, original: SourceTensor) -> list[Job]:
         """Jobs that compare a tensor that was kept, or cast to BF16."""
         cast = found.dtype == "BF16" and original.dtype in ("F16", "F32")
@@ -286,16 +317,15 @@ class _Comparison:
                 f"{list(original.shape)}",
             )
             return []
-        item = 4 if original.dtype == "F32" else 2
+        item = SAFETENSORS_BITS[original.dtype] // 8
 
         def job(begin: int, end: int) -> Job:
             def run(lane: Lane) -> None:
                 expected = lane.read(original, begin, end - begin)
                 if cast:
-                    source = expected.view(f"u{item}").reshape(1, -1)
-                    rounded = np.empty(source.shape, np.uint16)
-                    _core.cast(source, FLOAT_NAMES[original.dtype], rounded, "bfloat16", 1)
-                    expected = rounded.view(np.uint8).reshape(-1)
+                    source = as_integers(original.dtype, expected).reshape(1, -1)
+                    rounded, _ = round_to_bfloat16(lane, source, FLOAT_NAMES[original.dtype])
+                    expected = rounded.reshape(-1).view(np.uint8)
                 at = begin // item * 2 if cast else begin
                 if not np.array_equal(expected, lane.read(found, at, expected.size, "file")):
                     self._changed.add(found.name)
@@ -305,6 +335,12 @@ class _Comparison:
         return [job(begin, end) for begin, end in byte_chunks(original)]
 
     def finish(self) -> None:
+        moved = [change for change in self._bias_changes if change != 0]
+        if moved:
+            self._report.notes.append(
+                f"{plural(len(moved), 'bias differs', 'biases differ')} from the original's, by up "
+                f"to {max(moved):.2e}: the bias correction, which is not checked"
+            )
         for name in sorted(self._changed):
             self._breach(name, "differs from the original, though it is not quantised")
         wrong: dict[str, dict[bool, list[int]]] = {}
@@ -313,29 +349,30 @@ class _Comparison:
             total[0] += codes
             total[1] += scales
         for name in sorted(wrong):
-            codes, scales = min(wrong[name].values(), key=sum)
+            rounding = min(wrong[name], key=lambda way: sum(wrong[name][way]))
+            codes, scales = wrong[name][rounding]
             layer = self._layers[name]
             if scales:
-                problem = self._diagnose_scales(layer) or (
-                    f"has {scales:,} scales that differ from the original's"
+                problem = self._diagnose_scales(layer, rounding) or (
+                    f"has scales that differ from the original's ({scales:,})"
                 )
                 self._breach(layer.scale.name, problem)
             if codes:
                 self._breach(
                     layer.weight.name,
-                    f"has {codes:,} codes that are not the original's rounded to nearest",
+                    f"has codes that are not the original's rounded to nearest ({codes:,})",
                 )
         for name, row in sorted(self._stats):
             self._report.errors.setdefault(name, ErrorStats()).add(self._stats[name, row])
 
-    def _diagnose_scales(self, layer: MXFP8Layer) -> str | None:
+    def _diagnose_scales(self, layer: MXFP8Layer, source_rounding: bool) -> str | None:
         """What order a layer's scales are in, if it is a known wrong one."""
         lane = Lane(None)
         try:
             expected = np.empty(scale_shape(layer.shape), np.uint8)
             tensor = self._original.tensors[layer.weight.name]
             for begin, end in row_chunks(tensor):
-                _, _, scales = encode_rows(lane, tensor, begin, end, source_rounding=False)
+                _, _, scales = encode_rows(lane, tensor, begin, end, source_rounding)
                 rows = scales.size // expected.shape[1]
                 expected[begin : begin + rows] = scales.reshape(rows, -1)
             found = lane.read(layer.scale, 0, layer.scale.nbytes)

@@ -27,6 +27,14 @@ def cpu_target(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.force_cpu_target(before)
 
 
+@pytest.fixture
+def restored_target() -> Iterator[None]:
+    """Restores the CPU target after a test that forces others."""
+    before = _core.active_cpu_target()
+    yield
+    _core.force_cpu_target(before)
+
+
 def random_tensors(
     shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> Tensors:

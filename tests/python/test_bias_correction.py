@@ -130,7 +130,8 @@ def test_number_of_timesteps_matters(small_file: Path, tmp_path: Path) -> None:
 @pytest.mark.peer
 def test_synthetic_equals_convert_to_quant(tmp_path: Path) -> None:
     source, ours, peers = (tmp_path / f"{n}.safetensors" for n in ("in", "ours", "peers"))
-    save_file(random_tensors(small_shapes(6)), source)
+    wide = {f"{LAYER}.weight": (6000, 40), f"{LAYER}.bias": (6000,)}
+    save_file(random_tensors(small_shapes(6) | wide), source)
     arguments = card_command(source, peers, "--manual_seed", "7")
     arguments.remove("--zimage")  # whose filter leaves no layer with a bias
     run_convert_to_quant(arguments)

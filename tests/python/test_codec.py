@@ -8,13 +8,15 @@ import struct
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import comfy_kitchen
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference
@@ -75,9 +77,10 @@ def test_every_value_as_block_maximum(cpu_target: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("maximum", [448.0, 449.0, 2.0**-14, 1.0])
+@pytest.mark.parametrize("maximum", [448.0, 449.0, 2.0**-14, 1.0, 65504.0, 3.3895e38])
 def test_every_value_under_a_maximum(cpu_target: str, dtype: str, maximum: float) -> None:
     values = all_16bit(dtype)
+    maximum = min(maximum, float(np.abs(values.astype(np.float64)).max()))
     values = values[np.abs(values.astype(np.float64)) <= maximum]
     top = DTYPES[dtype].type(maximum)
     matrix = np.zeros((-(-values.size // 31), 32), DTYPES[dtype])
@@ -133,7 +136,10 @@ def finite_floats(dtype: str) -> st.SearchStrategy[float]:
     return st.floats(allow_nan=False, allow_infinity=False, width=width)
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.usefixtures("restored_target")
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_blocks(dtype: str, data: st.DataObject) -> None:
@@ -278,6 +284,18 @@ def test_nonfinite_values_are_errors(cpu_target: str, dtype: str, value: float) 
         assert (caught.value.row, caught.value.column) == (77, 691)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_nonfinite_pattern_is_found(cpu_target: str, dtype: str) -> None:
+    patterns = np.arange(65536, dtype=np.uint16)
+    nonfinite = patterns[~np.isfinite(patterns.view(DTYPES[dtype]).astype(np.float32))]
+    assert nonfinite.size == (256 if dtype == "bfloat16" else 2048)
+    row = np.zeros((1, 40), np.uint16)
+    for pattern in nonfinite:
+        row[0, 37] = pattern
+        assert _core.find_nonfinite(row, dtype) == (0, 37)
+
+
+@pytest.mark.usefixtures("restored_target")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bytes_on_every_target_and_thread_count(dtype: str) -> None:
     random = np.random.default_rng(4)
@@ -413,15 +431,41 @@ def test_scale_layout(rows: int, cols: int, seed: int) -> None:
     assert torch.equal(as_tensor, torch.from_numpy(blocked))
 
 
-def test_other_python_threads_run_meanwhile() -> None:
+def test_other_python_threads_run_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = np.ones((8192, 8192), np.float32)
-    worker = threading.Thread(target=zm.quantize, args=(matrix,), kwargs={"threads": 1})
-    steps = 0
-    worker.start()
-    while worker.is_alive():
-        steps += 1
-    # With the GIL held, the loop would get at most a few turns before and after the call.
-    assert steps > 1000
+    events = []
+
+    def work() -> None:
+        events.append("begin")
+        zm.quantize(matrix, threads=1)
+        events.append("end")
+
+    # Nothing but a call that releases the GIL, such as sleep, lets another thread run now.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        worker = threading.Thread(target=work)
+        worker.start()
+        seen = []
+        while worker.is_alive():
+            seen.append(tuple(events))
+            time.sleep(0.001)
+    finally:
+        sys.setswitchinterval(interval)
+    worker.join()
+    assert seen.count(("begin",)) >= 3
+
+
+def test_views_with_odd_strides() -> None:
+    base = np.random.default_rng(8).standard_normal((6, 64)).astype(np.float32)
+    for view in (base[::-1], np.broadcast_to(base[:1], (5, 64)), base[:, ::-1]):
+        want = zm.quantize(view.copy())
+        assert zm.quantize(view).codes.tobytes() == want.codes.tobytes()
+    tensor = torch.from_numpy(base)
+    expanded = zm.quantize(tensor[:1].expand(5, 64)).codes.view(torch.uint8)
+    assert torch.equal(expanded, zm.quantize(tensor[:1].repeat(5, 1)).codes.view(torch.uint8))
+    with pytest.raises(zm.InvalidArgumentError, match="elements without bytes"):
+        _core.to_blocked(np.empty((2, 2), "V0"), np.zeros(512, np.uint8))
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -449,11 +493,13 @@ def test_unknown_target_in_the_environment() -> None:
     assert 'unknown CPU target "sse9"' in result.stdout
 
 
-def test_converting_imports_no_torch() -> None:
+def test_converting_imports_no_torch(small_file: Path, tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np, zimage_mxfp8 as zm\n"
         "zm.dequantize(zm.quantize(np.ones((2, 32), np.float32)))\n"
-        "import zimage_mxfp8.cli.main\n"
+        "from zimage_mxfp8.cli.main import main\n"
+        f"assert main(['convert', '-i', {str(small_file)!r}, '-o', {str(tmp_path / 'o')!r}]) == 0\n"
+        f"assert main(['validate', {str(tmp_path / 'o')!r}, '--against', {str(small_file)!r}]) == 0\n"
         "print('torch' in sys.modules)"
     )
-    assert run_python(code).stdout.strip() == "False"
+    assert run_python(code).stdout.splitlines()[-1] == "False"

@@ -52,7 +52,7 @@ def run_in_terminal(arguments: list[str]) -> str:
 def test_convert_is_quiet_without_a_terminal(cli: Run, small_file: Path, tmp_path: Path) -> None:
     result = cli("convert", "-i", small_file, "-o", "o.safetensors")
     size = (tmp_path / "o.safetensors").stat().st_size
-    assert result.stdout == f"o.safetensors: 185 layers in MXFP8, {size} bytes\n"
+    assert result.stdout == f"o.safetensors: 185 layers in MXFP8, {size:,} bytes\n"
     assert result.stderr == ""
 
 
@@ -84,7 +84,7 @@ def test_convert_json_and_report(cli: Run, small_file: Path, tmp_path: Path) -> 
     }
     assert sum(entry["scale_histogram"].values()) == 120 * 2
     again = cli("convert", "-i", small_file, "-o", "other.safetensors", "--report", "r.json")
-    assert again.returncode == 1 and "r.json exists; give --overwrite" in again.stderr
+    assert again.returncode == 1 and "r.json exists; --overwrite" in again.stderr
     assert not (tmp_path / "other.safetensors").exists()
 
 
@@ -164,6 +164,14 @@ def test_inspect(cli: Run, small_model: Tensors, small_file: Path, converted: Pa
     assert "not Z-Image" not in cli("inspect", small_file).stdout
 
 
+def test_inspect_of_other_formats(cli: Run, small_model: Tensors, tmp_path: Path) -> None:
+    name = "layers.0.feed_forward.w1.weight"
+    scaled = {name: small_model[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)}
+    save_file(small_model | scaled, tmp_path / "a.safetensors")
+    result = cli("inspect", "a.safetensors")
+    assert "quantised: FP8 with scales" in result.stdout and result.stderr == ""
+
+
 def test_inspect_of_something_else(cli: Run, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "a.safetensors", {"note": "[N, K]"})
     text = cli("inspect", "a.safetensors").stdout
@@ -198,6 +206,14 @@ def test_version_and_help(cli: Run) -> None:
     for command in ("", "convert", "inspect", "validate", "dequantize", "recipes", "demo"):
         result = cli(*command.split(), "--help")
         assert result.returncode == 0 and "usage: zimage-mxfp8" in result.stdout
+
+
+def test_names_that_the_terminal_cannot_show(cli: Run, tmp_path: Path) -> None:
+    save_file({"é\nß": torch.zeros(3)}, tmp_path / "ü.safetensors")
+    for command in (("inspect", "ü.safetensors"), ("convert", "-i", "ü.safetensors"), ("recipes",)):
+        result = cli(*command, env={"PYTHONIOENCODING": "ascii"})
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr.splitlines()) <= 1
 
 
 def test_closed_pipe_is_no_traceback(small_file: Path) -> None:

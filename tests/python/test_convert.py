@@ -347,7 +347,7 @@ def test_other_models(tmp_path: Path) -> None:
     assert report.warnings == [
         "10 patterns of recipe uniform match nothing in this model",
         'pattern "nothing" matches no tensor',
-        "1 biases stay as they are, because their layers' inputs do not follow from the "
+        "1 bias cannot be corrected, because their layers' inputs do not follow from the "
         'checkpoint ("blocks.0.fc" is one)',
     ]
 
@@ -378,6 +378,34 @@ def test_nonfinite_weights(
     for name, tensor in load_file(tmp_path / "sound.safetensors").items():
         if not name.startswith(bad.removesuffix("weight")) and name != kept:
             assert tensor_bytes(found[name]) == tensor_bytes(tensor), name
+
+
+def test_nonfinite_keep_keeps_the_source_type(tmp_path: Path) -> None:
+    tensors = random_tensors(small_shapes(2), torch.float32)
+    nan, overflow = "layers.0.feed_forward.w2.weight", "layers.1.feed_forward.w2.weight"
+    tensors[nan][3, 3] = float("nan")
+    tensors[overflow][0, 0] = 3.4e38  # finite in F32, infinite once rounded to BF16
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    with pytest.raises(zm.NonFiniteError, match=r"layers\.0\.feed_forward\.w2.* row 3, column 3"):
+        zm.convert(source, output, recipe="zimage")
+    zm.convert(source, output, recipe="zimage", nonfinite="keep")
+    found = load_file(output)
+    for name in (nan, overflow):
+        assert found[name].dtype == torch.float32
+        assert tensor_bytes(found[name]) == tensor_bytes(tensors[name])
+    assert found["x_embedder.weight"].dtype == torch.bfloat16, "as convert_to_quant does"
+    zm.convert(source, output, nonfinite="keep", overwrite=True)
+    assert load_file(output)[overflow].dtype == torch.float8_e4m3fn, "quantised directly"
+
+
+def test_any_model_changes_nothing_for_zimage(small_model: Tensors, tmp_path: Path) -> None:
+    source = tmp_path / "in.safetensors"
+    others = {"vae.x.weight": torch.randn(32, 32).bfloat16()}
+    save_file({PREFIX + n: t for n, t in small_model.items()} | others, source)
+    for any_model in (False, True):
+        zm.convert(source, tmp_path / f"{any_model}.safetensors", any_model=any_model)
+    assert sha256(tmp_path / "False.safetensors") == sha256(tmp_path / "True.safetensors")
 
 
 # ---- the function and its report

@@ -105,10 +105,11 @@ def test_patterns_that_match_nothing_are_reported(cli: Run, small_file: Path) ->
     assert result.stderr == 'zimage-mxfp8: warning: pattern "layers.99" matches no tensor\n'
 
 
-def test_recipe_without_layers_to_quantise_is_reported(cli: Run, small_file: Path) -> None:
+def test_nothing_to_quantise_is_an_error(cli: Run, small_file: Path, tmp_path: Path) -> None:
     result = cli("convert", "-i", small_file, "-o", "o.safetensors", "--exclude-layers", ".")
-    assert result.returncode == 0
-    assert "no layer is quantised" in result.stderr
+    assert result.returncode == 1
+    assert "has nothing to quantise: the recipe and --exclude-layers keep every" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_recipes_command(cli: Run, tmp_path: Path) -> None:

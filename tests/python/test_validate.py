@@ -25,7 +25,8 @@ HEADER = "_quantization_metadata"
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sizes for which the blocked scales and the logical scales have the same shape, and others."""
     path = tmp_path_factory.mktemp("validate") / "original.safetensors"
-    save_file(random_tensors(zimage_shapes(dim=128, layers=3, caption_dim=48, hidden=341)), path)
+    shapes = zimage_shapes(dim=128, layers=3, caption_dim=48, hidden=341)
+    save_file(random_tensors(shapes), path, {"origin": "here"})
     return path
 
 
@@ -85,7 +86,8 @@ def test_the_peers_output_is_sound(original: Path, tmp_path: Path) -> None:
 
 
 def test_diffusers_original(original: Path, converted: Path, tmp_path: Path) -> None:
-    save_file(to_diffusers(load_file(original)), tmp_path / "diffusers.safetensors")
+    tensors = to_diffusers(load_file(original))
+    save_file(tensors, tmp_path / "diffusers.safetensors", {"origin": "here"})
     assert validate(converted, tmp_path / "diffusers.safetensors").ok
 
 
@@ -126,14 +128,24 @@ def change_code(tensors: Tensors, _: object) -> None:
         (swizzle_twice, f"{LAYER}.weight_scale", "has its scales swizzled twice"),
         (unswizzle, f"{LAYER}.weight_scale", "row-major order, not in the 128x4"),
         (shuffle, f"{LAYER}.weight_scale", "the right scales in a wrong order"),
-        (bump_scale, f"{LAYER}.weight_scale", "has 1 scales that differ"),
-        (change_code, f"{LAYER}.weight", "has 1 codes that are not"),
+        (bump_scale, f"{LAYER}.weight_scale", "has scales that differ from the original's (1)"),
+        (
+            change_code,
+            f"{LAYER}.weight",
+            "has codes that are not the original's rounded to nearest (1)",
+        ),
         (
             lambda t, _: t.__setitem__("x_embedder.bias", t["x_embedder.bias"] + 1),
             "x_embedder.bias",
             "differs from the original, though it is not quantised",
         ),
         (lambda t, _: t.pop("x_pad_token"), "x_pad_token", "is missing"),
+        (lambda _, m: m.pop("origin"), "origin", "is metadata of the original that is lost"),
+        (
+            lambda t, _: t["layers.0.adaLN_modulation.0.bias"].__setitem__(3, float("nan")),
+            "layers.0.adaLN_modulation.0.bias",
+            "has NaN or Inf",
+        ),
         (
             lambda t, _: t.update({"more": torch.zeros(3)}),
             "more",
@@ -227,14 +239,14 @@ WEIGHT, SCALE, MARKER = (f"{LAYER}.{part}" for part in ("weight", "weight_scale"
         (
             lambda t, _: t[WEIGHT].view(torch.uint8)[3].__setitem__(3, 0x7F),
             WEIGHT,
-            "has 1 NaN codes",
+            "has NaN codes (1)",
         ),
         (
             lambda t, _: t[WEIGHT].view(torch.uint8)[:, 341:].fill_(1),
             WEIGHT,
-            f"has {128 * 11} codes other than 0 in its padding".replace("1408", "1,408"),
+            "has codes other than 0 in its padding (1,408)",
         ),
-        (lambda t, _: t[SCALE][0].__setitem__(0, 255), SCALE, "has 1 NaN scales"),
+        (lambda t, _: t[SCALE][0].__setitem__(0, 255), SCALE, "has NaN scales (1)"),
         (lambda t, _: t[SCALE].view(-1).__setitem__(-1, 9), SCALE, "other than 0 in its padding"),
         (lambda t, _: t[WEIGHT].view(torch.uint8)[0].fill_(0), SCALE, "for blocks of zeros"),
         (lambda t, _: t.pop("layers.0.attention_norm1.weight"), None, "is missing"),
@@ -257,6 +269,38 @@ def test_what_the_file_itself_shows(
     assert any(
         (tensor is None or b.tensor == tensor) and problem in b.problem for b in report.breaches
     ), sentences(report)
+
+
+@pytest.mark.parametrize("recipe", ["uniform", "zimage"])
+def test_wrong_order_is_named_for_wide_sources_too(tmp_path: Path, recipe: str) -> None:
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(random_tensors(small_shapes(2), torch.float32), source)
+    zm.convert(source, output, recipe=recipe)
+    report = validate(damage(output, tmp_path, swizzle_twice), source)
+    assert [b.problem for b in report.breaches if "swizzled twice" in b.problem]
+
+
+def test_scale_0_over_numbers_is_a_note(converted: Path, tmp_path: Path) -> None:
+    def change(tensors: Tensors, _: object) -> None:
+        tensors[SCALE].view(-1)[0] = 0
+
+    report = validate(damage(converted, tmp_path, change))
+    assert any("comfy-kitchen reads as 0" in note for note in report.notes)
+
+
+def test_stray_block_numbers_cost_nothing(converted: Path, tmp_path: Path) -> None:
+    def change(tensors: Tensors, _: object) -> None:
+        tensors["layers.99999999.x"] = torch.zeros(0)
+        tensors[f"layers.{'9' * 5000}.x"] = torch.zeros(0)
+
+    report = validate(damage(converted, tmp_path, change))
+    assert any(b.tensor.startswith("layers.3.") for b in report.breaches)
+    assert len(report.breaches) < 50
+
+
+def test_quantised_original(converted: Path) -> None:
+    with pytest.raises(zm.CheckpointError, match="is no original: it is quantised itself"):
+        validate(converted, converted)
 
 
 def test_unquantised_file(original: Path) -> None:

@@ -20,7 +20,8 @@ constexpr std::int64_t scale_offset(std::int64_t row, std::int64_t block,
 void to_blocked(const std::uint8_t* row_major, std::int64_t rows, std::int64_t cols,
                 std::uint8_t* blocked);
 
-// The inverse; reads round_up(rows, 128) * round_up(cols, 4) bytes, writes rows * cols.
+// The inverse; reads round_up(rows, 128) * round_up(cols, 4) bytes, writes rows * cols. Throws as
+// to_blocked does.
 void from_blocked(const std::uint8_t* blocked, std::int64_t rows, std::int64_t cols,
                   std::uint8_t* row_major);
 

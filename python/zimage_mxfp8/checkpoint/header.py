@@ -43,7 +43,6 @@ class Header:
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
-    file_size: int
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
@@ -84,7 +83,7 @@ def read_header(path: Path) -> Header:
     data_begin = 8 + length
     tensors = {name: _parse_entry(path, name, entry, data_begin) for name, entry in entries.items()}
     _check_coverage(path, tensors, data_begin, file_size)
-    return Header(tensors, metadata, file_size)
+    return Header(tensors, metadata)
 
 
 def layout_header(
@@ -158,11 +157,15 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
         _fail(path, f"has a header that is not JSON ({detail}); download it again")
     if not isinstance(document, dict):
         _fail(path, "has a header that is not a JSON object")
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        _fail(path, "has a header with half a surrogate pair, which is no Unicode text")
     return document
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _parse_entry(path: Path, name: str, entry: object, data_begin: int) -> TensorInfo:
@@ -183,10 +186,10 @@ def _parse_entry(path: Path, name: str, entry: object, data_begin: int) -> Tenso
     bits = math.prod(shape) * SAFETENSORS_BITS[dtype]
     begin, end = offsets
     if bits != (end - begin) * 8:
+        needed = "more than any file has" if bits >= 2**66 else f"{bits / 8:,.10g}"
         _fail(
             path,
-            f'gives tensor "{name}" {end - begin:,} bytes, but {dtype} {shape} needs '
-            f"{bits / 8 if bits % 8 else bits // 8:,}",
+            f'gives tensor "{name}" {end - begin:,} bytes, but {dtype} {shape} needs {needed}',
         )
     return TensorInfo(dtype, tuple(shape), data_begin + begin, data_begin + end)
 

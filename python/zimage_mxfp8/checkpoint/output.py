@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from ..errors import OutputError, UsageError
 
-BLOCK = 4096  # bytes; what disks and page caches are divided into
+BLOCK = max(4096, mmap.PAGESIZE)  # bytes; what disks and page caches are divided into
 _MOST_KEPT = 16 << 20  # bytes of small pieces that a writer keeps
 _SUFFIX = ".zimage-mxfp8-partial"
 
@@ -37,8 +38,8 @@ if os.name == "nt":  # pragma: no cover - tested on Linux only
         try:
             os.lseek(fd, 1 << 62, os.SEEK_SET)  # a byte that no reader or writer touches
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            return False
+        except OSError as error:
+            return False if error.errno == errno.EACCES else None
         return True
 else:
     import fcntl
@@ -70,15 +71,19 @@ def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> N
     if target.is_dir():
         raise OutputError(f"the output {target} is a folder; name a file")
     if target.exists() and not overwrite:
-        raise OutputError(f"the output {target} exists; give --overwrite to replace it")
+        raise OutputError(f"the output {target} exists; --overwrite (overwrite=True) replaces it")
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what crashed runs left in a folder; files of runs that live are left alone."""
     for path in folder.glob(f".*{_SUFFIX}"):
-        with contextlib.suppress(OSError), path.open("r+b") as file:
-            if _try_lock(file.fileno()):
-                path.unlink()  # on Windows this fails while open; the next run overwrites it
+        with contextlib.suppress(OSError):
+            with path.open("r+b") as file:
+                abandoned = _try_lock(file.fileno())
+                if abandoned and os.name != "nt":
+                    path.unlink()  # while the lock keeps a new writer away
+            if abandoned and os.name == "nt":  # pragma: no cover - no unlinking of open files there
+                path.unlink()
 
 
 class Writer:
@@ -204,11 +209,10 @@ class AtomicFile:
         return self
 
     def _create(self) -> BinaryIO:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
         while True:
             try:
-                file = self._partial.open("r+b" if self._partial.exists() else "x+b", buffering=0)
-            except (FileExistsError, FileNotFoundError):
-                continue  # made or cleaned up by another process in between
+                file = os.fdopen(os.open(self._partial, flags, 0o666), "r+b", buffering=0)
             except OSError as error:
                 raise self.failure(error) from None
             if _try_lock(file.fileno()) is False:
@@ -220,7 +224,7 @@ class AtomicFile:
                     return file
             except FileNotFoundError:
                 pass
-            file.close()
+            file.close()  # cleaned up by another process in between
 
     def open(self) -> Writer:
         """A handle for writing, for one thread."""
@@ -254,7 +258,8 @@ class AtomicFile:
         if os.name == "nt":  # pragma: no cover - an open file cannot be renamed there
             self._file.close()
         self._partial.replace(self._final)
-        _flush_folder(self._partial.parent)
+        with contextlib.suppress(OSError):  # the file is there, and sound, whatever this says
+            _flush_folder(self._partial.parent)
         self._file.close()  # with the lock, which kept others from cleaning the file up
 
     def _discard(self) -> None:

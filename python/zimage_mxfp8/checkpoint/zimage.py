@@ -195,11 +195,14 @@ def missing_tensors(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> list[
         taken from the tensors themselves.
     """
     inner = {n[len(prefix) :]: shape for n, shape in shapes.items() if n.startswith(prefix)}
-    counts = {
-        stack: 1
-        + max((int(m[1]) for n in inner if (m := re.match(rf"{stack}\.(\d+)\.", n))), default=-1)
-        for stack in _STACKS
-    }
+    # As many blocks as there are different numbers: a stray "layers.999999." is one, not a million.
+    blocks: dict[str, set[str]] = {stack: set() for stack in _STACKS}
+    for name in inner:
+        stack, _, rest = name.partition(".")
+        number, dot, _ = rest.partition(".")
+        if stack in blocks and dot and number.isdecimal():
+            blocks[stack].add(number)
+    counts = {stack: len(numbers) for stack, numbers in blocks.items()}
     dim, caption_dim = inner["cap_embedder.1.weight"]
     first_w1 = next(
         (s for n, s in sorted(inner.items()) if n.endswith("feed_forward.w1.weight")), None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
 
 
 def spellings(*names: str) -> list[str]:
@@ -14,6 +17,21 @@ def spellings(*names: str) -> list[str]:
             if name.startswith("--") and f"--{other}" not in result:
                 result.append(f"--{other}")
     return result
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"zimage-mxfp8: error: {message} (see {self.prog} --help)\n")
+
+
+def file_path(text: str) -> Path:
+    """A file to write, for `type=`."""
+    if text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    return Path(text)
 
 
 def count(minimum: int) -> type[int]:

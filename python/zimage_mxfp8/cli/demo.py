@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.output is None:
         with tempfile.TemporaryDirectory(prefix="zimage-mxfp8-demo-") as folder:
-            return _demo(Path(folder))
+            code = _demo(Path(folder))
+        print("The files were temporary; zimage-mxfp8 demo -o FOLDER keeps them.")
+        return code
     arguments.output.mkdir(parents=True, exist_ok=True)
     return _demo(arguments.output)
 

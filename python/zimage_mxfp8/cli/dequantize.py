@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_overwrite, add_threads
+from .arguments import add_overwrite, add_threads, file_path
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.set_defaults(run=run)
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    parser.add_argument("-o", "--output", type=file_path, required=True, metavar="OUT")
     add_overwrite(parser)
     add_threads(parser)
 
@@ -35,5 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
             threads=arguments.threads,
             progress=progress,
         )
-    print(f"{arguments.output}: {display.size_text(arguments.output.stat().st_size)} in BF16")
+    size = display.size_text(arguments.output.stat().st_size)
+    print(f"{arguments.output}: {size}, MXFP8 weights decoded to BF16")
     return 0

@@ -19,10 +19,10 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ..conversion.report import ErrorStats
+from ..error_stats import ErrorStats
 from ..pipeline import Progress, ProgressCallback
 
-_PLAIN_WIDTH = 120  # of tables that go to a file or a pipe
+_PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
 
 
 def console(stderr: bool = False) -> Console:
@@ -61,7 +61,9 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
     table = Table()
     for column in columns:
         table.add_column(
-            column.removesuffix(">"), justify="right" if column.endswith(">") else "left"
+            column.removesuffix(">"),
+            justify="right" if column.endswith(">") else "left",
+            overflow="fold",  # a name cut short with "..." would hide its end
         )
     for row in rows:
         table.add_row(*row)
@@ -76,8 +78,8 @@ def print_errors(errors: dict[str, ErrorStats], worst: int = 10) -> None:
     order = sorted(errors, key=lambda name: -errors[name].relative_squared_error)[:worst]
     shown = {"all layers": total, **{name: errors[name] for name in order}}
     print_table(
-        f"Error against the original (the {len(order)} worst of {len(errors)} layers)",
-        ["tensor", "relative squared error>", "SNR (dB)>", "largest error>"],
+        f"Relative squared error against the original: all, and the {len(order)} worst layers",
+        ["tensor", "squared error>", "SNR (dB)>", "largest>"],
         [
             [name, f"{s.relative_squared_error:.3e}", f"{s.snr_db:.1f}", f"{s.max_error:.3e}"]
             for name, s in shown.items()

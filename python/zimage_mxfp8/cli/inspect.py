@@ -39,8 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
         for group in found.groups
     ]
     files = f", {found.files} files" if found.files > 1 else ""
+    quantized = f", quantised: {found.quantization}" if found.quantization else ""
     display.print_table(
-        f"{found.path}: {found.kind}{files}", ["group", "tensors", "parameters>", "size>"], rows
+        f"{found.path}: {found.kind}{quantized}{files}",
+        ["group", "tensors", "parameters>", "size>"],
+        rows,
     )
     out = display.console()
     out.print(f"{found.parameters:,} parameters, {display.size_text(found.nbytes)}")

@@ -7,6 +7,7 @@ they run, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from importlib.metadata import version
 
 from ..errors import Error, UsageError
 from . import convert, demo, dequantize, inspect, recipes, validate
+from .arguments import Parser
 
 _COMMANDS = (convert, inspect, validate, dequantize, recipes, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="zimage-mxfp8",
         description="Convert Z-Image checkpoints to MXFP8, check them and look inside.",
     )
@@ -35,9 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may hold what the encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     arguments = build_parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         return _fail(str(error), 2)
     except Error as error:
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was kept", 130)
     except MemoryError:
-        return _fail("out of memory; --threads 1 needs the least", 1)
+        return _fail("out of memory; --threads 1 needs less", 1)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -55,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(f"zimage-mxfp8: error: {sentence}", file=sys.stderr)
+    line = " ".join(sentence.splitlines())  # names in files may hold line breaks
+    print(f"zimage-mxfp8: error: {line}", file=sys.stderr)
     return code
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..text import plural
 from .arguments import add_json, add_threads
 
 if TYPE_CHECKING:
@@ -60,11 +61,12 @@ def print_report(report: ValidationReport) -> None:
     if len(report.breaches) > _MOST_SHOWN:
         out.print(f"... and {len(report.breaches) - _MOST_SHOWN} more breaches (--json has all)")
     for note in report.notes:
-        out.print(f"note: {note}")
+        out.print(f"note: {note}", soft_wrap=True)
     if report.errors:
         display.print_errors(report.errors)
     compared = "; codes, scales and their order equal the original's" if report.against else ""
     if report.ok:
         out.print(f"{report.file}: sound, {report.layers} MXFP8 layers{compared}", soft_wrap=True)
     else:
-        out.print(f"{report.file}: {len(report.breaches)} breaches of the contract")
+        count = plural(len(report.breaches), "breach", "breaches")
+        out.print(f"{report.file}: {count} of the contract", soft_wrap=True)

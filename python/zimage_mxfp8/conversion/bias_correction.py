@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .. import _core
 from ..checkpoint.quantization import WEIGHT_SUFFIX
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
-from ..dtypes import FLOAT_NAMES
+from ..dtypes import FLOAT_NAMES, as_integers
 from ..errors import CheckpointError, UnsupportedError, UsageError
 from .plan import Plan
 
@@ -51,8 +51,8 @@ def sampler_timesteps(sampler: str | int) -> Vector:
         )
     except ValueError:
         steps = 0
-    if steps < 1:
-        raise UsageError(f"--timesteps must be a number from 1 on, turbo or base, not {sampler}")
+    if not 1 <= steps <= 1000:
+        raise UsageError(f"--timesteps must be turbo, base or a number up to 1000, not {sampler}")
     sigma = np.linspace(1.0, 0.0, steps + 1)[:-1]
     sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
     return 1000.0 * (1.0 - sigma)
@@ -159,8 +159,7 @@ def _weight_columns(tensors: Iterable[SourceTensor]) -> list[int]:
 
 def to_float64(tensor: SourceTensor, data: npt.NDArray[np.uint8]) -> Vector:
     """The numbers of BF16, F16 or F32 bytes."""
-    bits = 32 if tensor.dtype == "F32" else 16
-    source = data.view(f"u{bits // 8}").reshape(1, -1)
+    source = as_integers(tensor.dtype, data).reshape(1, -1)
     target = np.empty(source.shape, np.float32)
     _core.cast(source, FLOAT_NAMES[tensor.dtype], target, "float32", 1)
     return target.reshape(-1).astype(np.float64)

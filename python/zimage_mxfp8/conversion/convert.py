@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
@@ -15,18 +16,20 @@ import numpy.typing as npt
 
 from .. import _core
 from ..checkpoint import quantization as marks
-from ..checkpoint.output import AtomicFile, check_target
+from ..checkpoint.output import AtomicFile, check_target, write_file
 from ..checkpoint.source import SourceTensor, open_checkpoint
 from ..checkpoint.zimage import to_comfyui_layout
 from ..codec import padded_shape, scale_shape
-from ..dtypes import FLOAT_NAMES
+from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
+from ..error_stats import ErrorStats
 from ..errors import UsageError
 from ..pipeline import Job, Lane, ProgressCallback, byte_chunks, copy_jobs, row_chunks, run_jobs
 from ..recipes import DEFAULT, Recipe, load_recipe
-from ..rows import as_matrix, encode_rows, measure_rows
+from ..rows import as_matrix, encode_rows, measure_rows, round_to_bfloat16
+from ..text import plural
 from .bias_correction import MODES, Mode, Vector, add_to_bias, correction_inputs, sampler_timesteps
 from .plan import Plan, PlannedTensor, make_plan
-from .report import ConversionReport, ErrorStats
+from .report import ConversionReport
 
 NonFinite = Literal["error", "keep"]
 Bytes = npt.NDArray[np.uint8]
@@ -83,6 +86,7 @@ def convert(
     seed: int = 42,
     overwrite: bool = False,
     error_stats: bool = False,
+    report: str | os.PathLike[str] | None = None,
     threads: int = 0,
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
@@ -108,8 +112,9 @@ def convert(
         timesteps: for "timesteps": "turbo" (8 steps), "base" (50 steps) or a number of steps.
         calibration_samples: for "synthetic": rows of random input.
         seed: for "synthetic": seed of the random numbers.
-        overwrite: replace an existing output.
+        overwrite: replace an existing output, and an existing report.
         error_stats: measure each layer's error in the same pass; see `ConversionReport.errors`.
+        report: file to write the `ConversionReport` to as JSON, with each layer's error.
         threads: cores to use; 0 means all.
         progress: called with a `Progress` from this thread, many times a second.
 
@@ -139,21 +144,27 @@ def convert(
         nonfinite=nonfinite,
         threads=threads,
     )
-    check_target(target, (plan.checkpoint.path, *plan.checkpoint.files), overwrite=overwrite)
+    sources = (plan.checkpoint.path, *plan.checkpoint.files)
+    check_target(target, sources, overwrite=overwrite)
+    if report is not None:
+        if Path(report).resolve() == target.resolve():
+            raise UsageError("the report and the output are the same file")
+        check_target(Path(report), sources, overwrite=overwrite)
     corrections, uncorrected = correction_inputs(
         plan, bias_correction, sampler=timesteps, samples=calibration_samples, seed=seed
     )
     warnings = list(plan.warnings)
     if uncorrected:
         warnings.append(
-            f"{len(uncorrected)} biases stay as they are, because their layers' inputs do not "
-            f'follow from the checkpoint ("{uncorrected[0]}" is one)'
+            f"{plural(len(uncorrected), 'bias', 'biases')} cannot be corrected, because their "
+            f'layers\' inputs do not follow from the checkpoint ("{uncorrected[0]}" is one)'
         )
-    collected: dict[tuple[str, int], ErrorStats] | None = {} if error_stats else None
+    measure = error_stats or report is not None
+    collected: dict[tuple[str, int], ErrorStats] | None = {} if measure else None
     with AtomicFile(target, plan.size) as file:
         jobs = _conversion_jobs(plan, corrections, collected)
         run_jobs(jobs, file, threads=threads, progress=progress)
-    return ConversionReport(
+    result = ConversionReport(
         input=str(source),
         output=str(target),
         recipe=plan.recipe.name,
@@ -168,6 +179,9 @@ def convert(
         warnings=warnings,
         errors=None if collected is None else _merge_stats(collected),
     )
+    if report is not None:
+        write_file(Path(report), json.dumps(result.to_dict(), indent=1).encode())
+    return result
 
 
 def _merge_stats(collected: Mapping[tuple[str, int], ErrorStats]) -> dict[str, ErrorStats]:
@@ -270,13 +284,13 @@ def _correct_bias(
 
 def _cast_jobs(tensor: SourceTensor, position: int) -> list[Job]:
     """Jobs that write an F16 or F32 tensor as BF16."""
-    item = 4 if tensor.dtype == "F32" else 2
+    item = SAFETENSORS_BITS[tensor.dtype] // 8
 
     def job(begin: int, end: int) -> Job:
         def run(lane: Lane) -> None:
-            source = lane.read(tensor, begin, end - begin).view(f"u{item}").reshape(1, -1)
-            target = lane.scratch("cast", source.size * 2).view(np.uint16).reshape(1, -1)
-            _core.cast(source, FLOAT_NAMES[tensor.dtype], target, "bfloat16", 1)
+            data = lane.read(tensor, begin, end - begin)
+            source = as_integers(tensor.dtype, data).reshape(1, -1)
+            target, _ = round_to_bfloat16(lane, source, FLOAT_NAMES[tensor.dtype])
             lane.write(position + begin // item * 2, target)
 
         return Job(tensor.name, end - begin, run)
@@ -293,8 +307,10 @@ def _find_nonfinite(plan: Plan, threads: int) -> set[str]:
 
         def run(lane: Lane) -> None:
             data = lane.read(tensor, begin * row_bytes, (end - begin) * row_bytes)
-            matrix = as_matrix(tensor, data, end - begin)
-            if _core.find_nonfinite(matrix, FLOAT_NAMES[tensor.dtype], 1) is not None:
+            matrix, dtype = as_matrix(tensor, data, end - begin), FLOAT_NAMES[tensor.dtype]
+            if plan.recipe.source_rounding:
+                matrix, dtype = round_to_bfloat16(lane, matrix, dtype)
+            if _core.find_nonfinite(matrix, dtype, 1) is not None:
                 found.add(tensor.name)
 
         return Job(tensor.name, (end - begin) * row_bytes, run)

@@ -93,15 +93,15 @@ def make_plan(
     Args:
         checkpoint: the source.
         recipe: which layers stay as they are.
-        any_model: accept what is not Z-Image; then every tensor counts as part of the model.
+        any_model: accept what is not Z-Image; every tensor of it counts as part of the model.
         keep_names: tensors to keep although the recipe would quantise them (NaN or Inf inside).
 
     Raises:
-        CheckpointError: not Z-Image, quantised already, or a weight of a type that cannot be
-            quantised.
+        CheckpointError: not Z-Image, quantised already, nothing to quantise, or a weight of a type
+            that cannot be quantised.
     """
     names = checkpoint.tensors.keys()
-    prefix = "" if any_model else model_prefix(names)
+    prefix = model_prefix(names) if is_zimage(names) else ""
     if not any_model and not is_zimage(names):
         raise CheckpointError(
             f"{checkpoint.path} is not a Z-Image checkpoint; give --any-model to quantise every "
@@ -116,6 +116,11 @@ def make_plan(
         name: _plan_tensor(checkpoint, checkpoint.tensors[name], recipe, prefix, keep_names)
         for name in sorted(names)
     }
+    if not any(planned.action == "quantize" for planned in tensors.values()):
+        raise CheckpointError(
+            f"{checkpoint.path} has nothing to quantise: the recipe and --exclude-layers keep "
+            "every 2-D weight"
+        )
     outputs = _output_tensors(checkpoint, tensors)
     # An all-in-one file may describe a quantised text encoder there; that stays.
     markers = marks.header_layers(checkpoint.metadata.get(marks.HEADER_KEY, "")) or {}
@@ -124,9 +129,7 @@ def make_plan(
         for planned in tensors.values()
         if planned.action == "quantize"
     }
-    metadata = dict(checkpoint.metadata)
-    if markers:
-        metadata[marks.HEADER_KEY] = marks.header_value(markers)
+    metadata = checkpoint.metadata | {marks.HEADER_KEY: marks.header_value(markers)}
     header, places = layout_header(outputs, metadata)
     size = max((info.end for info in places.values()), default=len(header))
     warnings = _warnings(tensors, recipe, prefix, is_zimage(names))
@@ -142,19 +145,17 @@ def _plan_tensor(
 ) -> PlannedTensor:
     group = group_of(tensor.name, prefix)
 
-    def kept(reason: str) -> PlannedTensor:
-        is_matrix = len(tensor.shape) == 2 and tensor.name.endswith(marks.WEIGHT_SUFFIX)
-        cast = recipe.source_rounding and is_matrix and tensor.dtype in ("F16", "F32")
-        inside = tensor.name.startswith(prefix)
-        return PlannedTensor(tensor, "cast" if cast and inside else "keep", reason, group)
+    def kept(reason: str, action: Action = "keep") -> PlannedTensor:
+        return PlannedTensor(tensor, action, reason, group)
 
     if not tensor.name.startswith(prefix):
         return kept("not part of the transformer")
     if len(tensor.shape) != 2 or not tensor.name.endswith(marks.WEIGHT_SUFFIX):
-        return kept("not a 2-D weight")
+        return kept("not a weight matrix")
     for rule in recipe.keep:
         if rule.matches(tensor.name, prefix):
-            return kept(rule.reason)
+            cast = recipe.source_rounding and tensor.dtype in ("F16", "F32")
+            return kept(rule.reason, "cast" if cast else "keep")
     if tensor.name in keep_names:
         return kept("has NaN or Inf (--nonfinite keep)")
     if tensor.nbytes == 0:
@@ -219,6 +220,4 @@ def _warnings(
                 f"{len(ours)} patterns of recipe {recipe.name} match nothing in this model"
             )
     warnings += [f'pattern "{rule.pattern.pattern}" matches no tensor' for rule in idle]
-    if not any(planned.action == "quantize" for planned in tensors.values()):
-        warnings.append("no layer is quantised: the recipe excludes every 2-D weight")
     return tuple(warnings)

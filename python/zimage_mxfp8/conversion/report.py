@@ -2,66 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-_INFINITE_DB = 400.0  # stands for "no error at all" in JSON, which has no infinity
-
-
-@dataclass
-class ErrorStats:
-    """How far a quantised matrix is from its original.
-
-    Attributes:
-        squared_error: sum of (w - wq)^2.
-        squared_signal: sum of w^2.
-        max_error: largest |w - wq|.
-        elements: number of elements.
-        scale_histogram: how many blocks have each scale byte, [256].
-    """
-
-    squared_error: float = 0.0
-    squared_signal: float = 0.0
-    max_error: float = 0.0
-    elements: int = 0
-    scale_histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
-
-    def add(self, other: ErrorStats) -> None:
-        """Take in further rows."""
-        self.squared_error += other.squared_error
-        self.squared_signal += other.squared_signal
-        self.max_error = max(self.max_error, other.max_error)
-        self.elements += other.elements
-        self.scale_histogram = self.scale_histogram + other.scale_histogram
-
-    @property
-    def relative_squared_error(self) -> float:
-        """Squared error over squared signal; 0 for a matrix of zeros."""
-        return self.squared_error / self.squared_signal if self.squared_signal else 0.0
-
-    @property
-    def snr_db(self) -> float:
-        """Signal-to-noise ratio in dB."""
-        if not self.relative_squared_error:
-            return _INFINITE_DB
-        return -10.0 * math.log10(self.relative_squared_error)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; the histogram has only the scale bytes that occur."""
-        return {
-            "relative_squared_error": self.relative_squared_error,
-            "snr_db": self.snr_db,
-            "max_error": self.max_error,
-            "elements": self.elements,
-            "scale_histogram": {
-                str(byte): int(self.scale_histogram[byte])
-                for byte in np.flatnonzero(self.scale_histogram)
-            },
-        }
+from ..error_stats import ErrorStats
 
 
 @dataclass

@@ -119,6 +119,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return _read(_FOLDER / f"{text}.toml", text)
     path = Path(name_or_path)
     if not path.is_file():
+        if path.suffix == ".toml":
+            raise UsageError(f"the recipe file {path} does not exist")
         raise UsageError(
             f'there is no recipe "{text}": name one of {", ".join(builtin_names())} or a TOML file'
         )
