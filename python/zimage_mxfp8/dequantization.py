@@ -40,7 +40,8 @@ def dequantize_checkpoint(
         progress: called with a `Progress` from this thread.
 
     Raises:
-        CheckpointError: the input is unreadable, has no MXFP8 layers, or breaks the contract.
+        CheckpointError: the input is unreadable, has no MXFP8 layers, breaks the contract, or has
+            NaN in its codes or scales.
         UsageError: the output is the input.
         OutputError: the output cannot be written, or exists already.
     """
@@ -77,7 +78,7 @@ def dequantize_checkpoint(
         else:
             jobs += copy_jobs(checkpoint.tensors[name], info.begin)
     size = max(info.end for info in places.values())
-    with AtomicFile(target, size) as file:
+    with AtomicFile(target, size, overwrite=overwrite) as file:
         run_jobs(jobs, file, threads=threads, progress=progress)
 
 
@@ -87,6 +88,11 @@ def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:
     def job(begin: int, end: int) -> Job:
         def run(lane: Lane) -> None:
             codes, scales = read_encoded(lane, layer, begin, end)
+            if ((codes & 0x7F) == 0x7F).any() or (scales == 255).any():
+                raise CheckpointError(
+                    f'{layer.weight.segments[0].path}: layer "{layer.name}" has NaN codes or '
+                    "scales, so it is damaged; zimage-mxfp8 validate says more"
+                )
             real = min(end, rows) - begin
             at = position + begin * cols * 2
             plain = lane.scratch("plain", real * cols * 2, at)

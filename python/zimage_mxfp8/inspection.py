@@ -108,7 +108,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         str(path),
         kind,
         quantization[0] if quantization else None,
-        len(checkpoint.files),
+        sum(file.suffix == ".safetensors" for file in checkpoint.files),
         metadata,
         sorted(groups.values(), key=lambda group: -group.nbytes),
         [str(breach) for breach in breaches] if is_mxfp8 else [],

@@ -7,6 +7,7 @@ worker ran when. Memory is bounded by workers times chunk size.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -146,6 +147,13 @@ def copy_jobs(tensor: SourceTensor, position: int) -> list[Job]:
     return [job(begin, end) for begin, end in byte_chunks(tensor)]
 
 
+def _join(thread: threading.Thread) -> None:
+    """Wait for a thread, however often Ctrl-C is pressed: it writes to a file that goes away."""
+    while thread.is_alive():
+        with contextlib.suppress(KeyboardInterrupt):
+            thread.join()
+
+
 def run_jobs(
     jobs: Sequence[Job],
     output: AtomicFile | None,
@@ -209,6 +217,6 @@ def run_jobs(
     finally:  # also when the callback raises, or on Ctrl-C
         stop.set()
         for thread in pool:
-            thread.join()
+            _join(thread)
     if failures:
         raise failures[min(failures)]

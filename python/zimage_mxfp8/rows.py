@@ -66,8 +66,8 @@ def encode_rows(
     except NonFiniteError as error:
         row = begin + error.row
         raise NonFiniteError(
-            f'tensor "{tensor.name}" has NaN or Inf at row {row}, column {error.column}; '
-            "--nonfinite keep leaves such tensors as they are",
+            f'{tensor.segments[0].path}: tensor "{tensor.name}" has NaN or Inf at row {row}, '
+            f"column {error.column}; --nonfinite keep leaves such tensors as they are",
             row,
             error.column,
         ) from None

@@ -60,7 +60,7 @@ def write_synthetic_checkpoint(
             _random_job(name, info, seed, begin, min(begin + _CHUNK, count))
             for begin in range(0, count, _CHUNK)
         ]
-    with AtomicFile(target, size) as file:
+    with AtomicFile(target, size, overwrite=overwrite) as file:
         run_jobs(jobs, file, threads=threads, progress=progress)
 
 

@@ -27,7 +27,7 @@ from .codec import padded_shape, scale_shape
 from .conversion.bias_correction import to_float64
 from .dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from .error_stats import ErrorStats
-from .errors import CheckpointError
+from .errors import CheckpointError, NonFiniteError
 from .pipeline import Job, Lane, ProgressCallback, byte_chunks, row_chunks, run_jobs
 from .rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
 from .text import plural
@@ -95,7 +95,6 @@ def validate(
     Raises:
         CheckpointError: a file is unreadable or malformed, `file` has nothing quantised in it, or
             `against` is quantised itself.
-        NonFiniteError: the original has NaN or Inf in a weight that is quantised in `file`.
     """
     checkpoint = open_checkpoint(Path(file))
     layers, breaches = find_layers(checkpoint)
@@ -125,6 +124,8 @@ def validate(
 def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) -> None:
     """The safetensors library, which parses on its own, must see the same tensors."""
     for path in checkpoint.files:
+        if path.suffix == ".json":
+            continue
         try:
             with safetensors.safe_open(path, framework="np") as opened:
                 seen = set(opened.keys())
@@ -282,7 +283,15 @@ class _Comparison:
                 rows = padded_shape((end - begin, 1))[0]
                 file_codes, file_scales = read_encoded(lane, layer, begin, begin + rows)
                 for rounding in roundings:
-                    data, codes, scales = encode_rows(lane, original, begin, end, rounding)
+                    try:
+                        data, codes, scales = encode_rows(lane, original, begin, end, rounding)
+                    except NonFiniteError as error:
+                        self._breach(
+                            layer.weight.name,
+                            f"encodes an original with NaN or Inf (row {error.row}, column "
+                            f"{error.column})",
+                        )
+                        return
                     wrong_codes = int(np.count_nonzero(codes != file_codes))
                     wrong_scales = int(np.count_nonzero(scales != file_scales))
                     self._differences.append((layer.name, rounding, wrong_codes, wrong_scales))

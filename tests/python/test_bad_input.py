@@ -191,7 +191,7 @@ def test_index_that_is_not_json(cli: Run, tmp_path: Path) -> None:
         ),
         (
             lambda t: t.update({"layers.0.attention.qkv.weight": torch.zeros(120, 40).bfloat16()}),
-            "has both",
+            "both under its own and under its diffusers name",
         ),
     ],
 )
@@ -235,6 +235,8 @@ def test_invalid_regular_expression(cli: Run, small_file: Path, tmp_path: Path) 
         (["--layer-config", "a.json"], "asks convert_to_quant for mixed formats"),
         (["--device", "cuda"], "--device"),
         (["--no-such-option"], "--no-such-option"),
+        (["--exclude-layers", "a{99999999999999}"], "is no regular expression"),
+        (["--exclude-layers", "(" * 5000 + ")" * 5000], "is no regular expression"),
         (["--dry-run", "--report", "r.json"], "--report needs a conversion"),
         (["--report", "../{folder}/o.safetensors"], "the report and the output are the same file"),
         (["--recipe", "none.toml"], "the recipe file none.toml does not exist"),
@@ -245,7 +247,7 @@ def test_invalid_regular_expression(cli: Run, small_file: Path, tmp_path: Path) 
 def test_wrong_usage(
     cli: Run, small_file: Path, tmp_path: Path, arguments: list[str], sentence: str
 ) -> None:
-    arguments = [argument.format(folder=tmp_path.name) for argument in arguments]
+    arguments = [argument.replace("{folder}", tmp_path.name) for argument in arguments]
     result = cli("convert", "-i", small_file, "-o", "o.safetensors", *arguments)
     fails(result, 2, sentence)
     assert len(result.stderr.splitlines()) == 1
@@ -341,10 +343,34 @@ def test_free_space_is_checked_first(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with (
         pytest.raises(OutputError, match=r"needs 1,001 bytes, but .* has 1,000 free"),
-        AtomicFile(tmp_path / "o.safetensors", 1001),
+        AtomicFile(tmp_path / "o.safetensors", 1001, overwrite=False),
     ):
         pass
     only(tmp_path)
+
+
+def test_other_inputs_are_protected(cli: Run, small_file: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "z", to_diffusers(random_tensors(small_shapes(1))))
+    index = tmp_path / "z" / "diffusion_pytorch_model.safetensors.index.json"
+    (tmp_path / "my.toml").write_text('title = "mine"')
+    before = index.read_bytes()
+    fails(cli("convert", "-i", "z", "-o", index, "--overwrite"), 2, "is the input")
+    arguments = ("-i", small_file, "-o", "my.toml", "--recipe", "my.toml", "--overwrite")
+    fails(cli("convert", *arguments), 2, "is the input")
+    assert index.read_bytes() == before and (tmp_path / "my.toml").stat().st_size < 99
+
+
+def test_what_is_no_regular_file(cli: Run, small_file: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    fails(cli("convert", "-i", "pipe", "-o", "o.safetensors"), 1, "pipe is not a regular file")
+    fails(cli("convert", "-i", "/dev/zero", "-o", "o.safetensors"), 1, "is not a regular file")
+    fails(cli("inspect", "pipe"), 1, "pipe is not a regular file")
+    result = cli("convert", "-i", small_file, "-o", "pipe", "--overwrite")
+    fails(result, 1, "pipe is not a regular file")
+    assert (tmp_path / "pipe").is_fifo()
+    fails(cli("convert", "-i", small_file, "-o", "loop"), 1, "loop leads nowhere")
+    fails(cli("convert", "-i", "/"), 2, "give one with -o")
 
 
 def test_report_is_no_shard_of_the_input(cli: Run, tmp_path: Path) -> None:
@@ -492,7 +518,7 @@ def test_next_run_cleans_up_for_other_targets_too(
 
 
 def test_two_writers_of_one_target(small_file: Path, cli: Run, tmp_path: Path) -> None:
-    with AtomicFile(tmp_path / "o.safetensors", 10) as file:
+    with AtomicFile(tmp_path / "o.safetensors", 10, overwrite=False) as file:
         result = cli("convert", "-i", small_file, "-o", "o.safetensors")
         fails(result, 1, "another process is writing")
         assert cli("convert", "-i", small_file, "-o", "other.safetensors").returncode == 0
@@ -517,7 +543,7 @@ def test_interrupt(slow_file: Path, tmp_path: Path) -> None:
             break
         output.write_bytes(b"old")  # it was done before the signal came
     assert child.returncode == 130
-    assert errors == "zimage-mxfp8: error: interrupted; nothing was kept\n"
+    assert errors == "zimage-mxfp8: error: interrupted; no partial output was left\n"
     assert output.read_bytes() == b"old"
     only(tmp_path, "o.safetensors")
 

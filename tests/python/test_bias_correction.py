@@ -172,15 +172,50 @@ def test_missing_embedder_is_named(small_model: Tensors, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("t_embedder.mlp.2.weight", (40, 1000)), ("layers.3.adaLN_modulation.0.weight", (160, 41))],
+    [
+        ("t_embedder.mlp.2.weight", (40, 1000)),
+        ("t_embedder.mlp.2.weight", (1,) * 70),
+        ("t_embedder.mlp.0.weight", ()),
+        ("t_embedder.mlp.0.weight", (1, 256)),
+        ("t_embedder.mlp.0.weight", (0, 10**8)),
+        ("t_embedder.mlp.2.bias", ()),
+        ("layers.3.adaLN_modulation.0.weight", (160, 41)),
+    ],
 )
 def test_shapes_that_do_not_fit(
-    small_model: Tensors, tmp_path: Path, name: str, shape: tuple[int, int]
+    small_model: Tensors, tmp_path: Path, name: str, shape: tuple[int, ...]
 ) -> None:
     source = tmp_path / "in.safetensors"
-    save_file({**small_model, name: torch.zeros(shape).bfloat16()}, source)
+    save_file({**small_model, name: torch.zeros(shape, dtype=torch.bfloat16)}, source)
     with pytest.raises(zm.CheckpointError, match=r"t_embedder"):
         zm.convert(source, tmp_path / "out.safetensors")
+
+
+def test_embedder_with_nan_is_named(small_model: Tensors, tmp_path: Path) -> None:
+    name = "t_embedder.mlp.0.bias"
+    tensors = small_model | {name: small_model[name].clone()}
+    tensors[name][7] = float("nan")
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    with pytest.raises(zm.CheckpointError, match=r"t_embedder\.mlp\.0\.bias.* has NaN or Inf"):
+        zm.convert(source, output)
+    assert not output.exists()
+    zm.convert(source, output, bias_correction="none")
+
+
+def test_large_values_in_the_embedder(small_model: Tensors, tmp_path: Path) -> None:
+    name = "t_embedder.mlp.0.bias"
+    tensors = small_model | {name: torch.full_like(small_model[name], -8192.0)}
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    zm.convert(source, output)  # silu(-8192) is 0, without a warning
+    assert torch.isfinite(load_file(output)[f"{LAYER}.bias"]).all()
+
+
+@pytest.mark.parametrize(("samples", "seed"), [(0, 1), (10**12, 1), (8, -1), (8, 10**20)])
+def test_random_inputs_within_reason(small_file: Path, samples: int, seed: int) -> None:
+    with pytest.raises(zm.UsageError, match="samples must be"):
+        zm.convert(small_file, bias_correction="synthetic", calibration_samples=samples, seed=seed)
 
 
 def test_unknown_mode(small_file: Path) -> None:

@@ -216,9 +216,35 @@ def test_names_that_the_terminal_cannot_show(cli: Run, tmp_path: Path) -> None:
         assert len(result.stderr.splitlines()) <= 1
 
 
-def test_closed_pipe_is_no_traceback(small_file: Path) -> None:
-    command = (
-        f"{sys.executable} -m zimage_mxfp8.cli.main convert -i {small_file} --dry-run | head -1"
+@pytest.mark.parametrize(
+    "ending", ["| head -1", "| true", ">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full"]
+)
+@pytest.mark.parametrize("command", ["convert -i {} --dry-run", "inspect {} --json", "--help"])
+def test_output_that_goes_nowhere(small_file: Path, command: str, ending: str) -> None:
+    program = f"{sys.executable} -m zimage_mxfp8.cli.main {command.format(small_file)}"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    result = subprocess.run(
+        f"{program} {ending}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert "Traceback" not in result.stderr and "Error" not in result.stderr
+    for word in ("Traceback", "Exception", "Warning"):
+        assert word not in result.stderr
+    if ending == ">/dev/full":
+        assert result.returncode == 1
+        assert result.stderr.startswith("zimage-mxfp8: error: ")
+        assert result.stderr.endswith("No space left on device\n")
+        assert result.stderr.count("\n") == 1
+
+
+def test_dequantize_refuses_nan_codes(cli: Run, converted: Path, tmp_path: Path) -> None:
+    tensors = load_file(converted)
+    tensors["layers.3.attention.out.weight"].view(torch.uint8)[2, 2] = 0x7F
+    save_file(tensors, tmp_path / "broken.safetensors", metadata_of(converted))
+    result = cli("dequantize", "broken.safetensors", "-o", "plain.safetensors")
+    assert result.returncode == 1
+    assert 'broken.safetensors: layer "layers.3.attention.out" has NaN codes' in result.stderr
+    assert not (tmp_path / "plain.safetensors").exists()

@@ -172,8 +172,13 @@ def test_other_files(tmp_path: Path, content: bytes, sentence: str) -> None:
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_header(tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is not a regular file"):
         read_header(tmp_path)
+
+
+def test_header_that_would_be_too_large() -> None:
+    with pytest.raises(CheckpointError, match="over the format's limit of 100 MB"):
+        layout_header({"x" * 100_000_001: ("U8", (1,))}, {})
 
 
 @settings(

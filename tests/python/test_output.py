@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import os
 import random
@@ -28,7 +29,7 @@ def write_in_pieces(target: Path, content: bytes, cuts: list[int], seed: int) ->
     edges = sorted({0, len(content), *(cut for cut in cuts if cut < len(content))})
     pieces = list(itertools.pairwise(edges))
     random.Random(seed).shuffle(pieces)
-    with AtomicFile(target, len(content)) as file:
+    with AtomicFile(target, len(content), overwrite=True) as file:
         lanes = [Lane(file), Lane(file)]
         for i, (begin, end) in enumerate(pieces):
             lane = lanes[i % 2]
@@ -108,11 +109,65 @@ def test_failed_write_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OutputError, match="could not be written: No space left on device"):
-        write_file(tmp_path / "file", b"content")
+        write_file(tmp_path / "file", b"content", overwrite=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_went_away_is_a_sentence(tmp_path: Path) -> None:
-    file = AtomicFile(tmp_path / "gone" / "file", 1000)
+    file = AtomicFile(tmp_path / "gone" / "file", 1000, overwrite=False)
     with pytest.raises(OutputError, match="could not be written: No such file"), file:
         pass
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    with (
+        pytest.raises(OutputError, match="exists; --overwrite"),
+        AtomicFile(target, 3, overwrite=False),
+    ):
+        target.write_bytes(b"theirs")
+    assert target.read_bytes() == b"theirs"
+    with AtomicFile(target, 3, overwrite=True):
+        pass
+    assert target.read_bytes() == bytes(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    write_file(tmp_path / "file", b"content", overwrite=False)
+    assert (tmp_path / "file").read_bytes() == b"content"
+    with pytest.raises(OutputError, match="exists; --overwrite"):
+        write_file(tmp_path / "file", b"more", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("moment", ["truncate", "fsync"])
+def test_interrupted_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    file = AtomicFile(tmp_path / "file", 3, overwrite=False)
+    if moment == "fsync":
+        monkeypatch.setattr(os, "fsync", interrupt)
+    else:
+        monkeypatch.setattr(AtomicFile, "_create", lambda _: Interrupted(tmp_path / "x", "w"))
+    with pytest.raises(KeyboardInterrupt), file:
+        pass
+    assert not [path for path in tmp_path.iterdir() if path.name != "x"]
+
+
+class Interrupted(io.FileIO):
+    def truncate(self, size: int | None = None) -> int:
+        raise KeyboardInterrupt
+
+
+def test_long_names(tmp_path: Path) -> None:
+    name = "ö" * 120  # 240 bytes: legal, but not with a suffix
+    write_file(tmp_path / name, b"content", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == [name]

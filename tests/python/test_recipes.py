@@ -69,6 +69,8 @@ def test_toml_file_alone(small_file: Path, tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("title = ", "is not TOML"),
+        ("keep = " + "[" * 3000 + "]" * 3000, "is not TOML"),
+        ('[[keep]]\nname = "a"\npattern = "a{99999999999}"\nreason = "b"', "number 1: the pattern"),
         ('colour = "red"', 'the unknown key "colour"'),
         ("title = 3", '"title" must be a str'),
         ('extends = "theirs"', 'extends "theirs", which is none of'),

@@ -298,6 +298,15 @@ def test_stray_block_numbers_cost_nothing(converted: Path, tmp_path: Path) -> No
     assert len(report.breaches) < 50
 
 
+def test_original_with_nan(original: Path, converted: Path, tmp_path: Path) -> None:
+    tensors = load_file(original)
+    tensors[WEIGHT][5, 6] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors", {"origin": "here"})
+    report = validate(converted, tmp_path / "nan.safetensors")
+    assert [b.tensor for b in report.breaches] == [WEIGHT]
+    assert "NaN or Inf (row 5, column 6)" in report.breaches[0].problem
+
+
 def test_quantised_original(converted: Path) -> None:
     with pytest.raises(zm.CheckpointError, match="is no original: it is quantised itself"):
         validate(converted, converted)

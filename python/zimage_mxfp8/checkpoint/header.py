@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ def read_header(path: Path) -> Header:
             format. The sentence names the file and, where there is one, the tensor.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            _fail(path, "is not a regular file")
         with path.open("rb") as file:
             file_size = path.stat().st_size
             prefix = file.read(8)
@@ -98,6 +101,9 @@ def layout_header(
     Returns:
         The header with its length prefix, and each tensor's place in the file, in file order.
         Both as the safetensors library would choose them: widest types first, then by name.
+
+    Raises:
+        CheckpointError: the header would be larger than the format allows.
     """
     order = sorted(tensors, key=lambda name: (_DTYPE_RANK[tensors[name][0]], name))
     document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -110,6 +116,10 @@ def layout_header(
         document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"the output's header would have {len(text):,} bytes, over the format's limit of 100 MB"
+        )
     start = 8 + len(text)
     infos = {
         name: TensorInfo(*tensors[name], start + begin, start + end)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import mmap
 import os
 import shutil
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from ..errors import OutputError, UsageError
 
 BLOCK = max(4096, mmap.PAGESIZE)  # bytes; what disks and page caches are divided into
+_MOST_NAME_BYTES = 200  # of a target, for its hidden name to stay under the usual 255
 _MOST_KEPT = 16 << 20  # bytes of small pieces that a writer keeps
 _SUFFIX = ".zimage-mxfp8-partial"
 
@@ -60,6 +62,7 @@ def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> N
         OutputError: its folder is missing or not writable, it is a folder, or it exists and
             `overwrite` is not given.
     """
+    resolved(target)
     for source in sources:
         if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
             raise UsageError(f"the output {target} is the input; choose another name")
@@ -70,8 +73,26 @@ def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> N
         raise OutputError(f"the output folder {folder} is not writable")
     if target.is_dir():
         raise OutputError(f"the output {target} is a folder; name a file")
+    if target.exists() and not target.is_file():
+        raise OutputError(f"the output {target} is not a regular file; name a file")
     if target.exists() and not overwrite:
-        raise OutputError(f"the output {target} exists; --overwrite (overwrite=True) replaces it")
+        raise _exists(target)
+
+
+def resolved(target: Path) -> Path:
+    """The file that `target` names, links followed.
+
+    Raises:
+        OutputError: the links go round in circles.
+    """
+    try:
+        return target.resolve()
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"the output {target} leads nowhere: {error}") from None
+
+
+def _exists(target: Path) -> OutputError:
+    return OutputError(f"the output {target} exists; --overwrite (overwrite=True) replaces it")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -176,17 +197,22 @@ class AtomicFile:
     Args:
         target: the final name.
         size: bytes that the file will have; free space is checked before anything is written.
+        overwrite: replace a target that exists, or appears meanwhile.
 
     Raises:
         OutputError: not enough space, another process writes the same target, or any failure to
             write. The old target is untouched then.
     """
 
-    def __init__(self, target: Path, size: int) -> None:
+    def __init__(self, target: Path, size: int, *, overwrite: bool) -> None:
         self.target = target
         self.size = size
-        self._final = target.resolve()  # a link stays a link, and what it names is replaced
-        self._partial = self._final.with_name(f".{self._final.name}{_SUFFIX}")
+        self._overwrite = overwrite
+        self._final = resolved(target)  # a link stays a link, and what it names is replaced
+        name = self._final.name
+        if len(os.fsencode(name)) > _MOST_NAME_BYTES:
+            name = hashlib.sha256(os.fsencode(name)).hexdigest()
+        self._partial = self._final.with_name(f".{name}{_SUFFIX}")
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> AtomicFile:
@@ -203,9 +229,9 @@ class AtomicFile:
         self._file = self._create()
         try:
             self._file.truncate(self.size)
-        except OSError as error:
+        except BaseException as error:
             self._discard()
-            raise self.failure(error) from None
+            raise (self.failure(error) if isinstance(error, OSError) else error) from None
         return self
 
     def _create(self) -> BinaryIO:
@@ -248,19 +274,36 @@ class AtomicFile:
             return
         try:
             self._publish()
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C while the disk takes its time, too
             self._discard()
-            raise self.failure(error) from None
+            raise (self.failure(error) if isinstance(error, OSError) else error) from None
 
     def _publish(self) -> None:
         assert self._file is not None
         os.fsync(self._file.fileno())
         if os.name == "nt":  # pragma: no cover - an open file cannot be renamed there
             self._file.close()
-        self._partial.replace(self._final)
+        self._rename()
         with contextlib.suppress(OSError):  # the file is there, and sound, whatever this says
             _flush_folder(self._partial.parent)
         self._file.close()  # with the lock, which kept others from cleaning the file up
+
+    def _rename(self) -> None:
+        if self._overwrite:
+            self._partial.replace(self._final)
+            return
+        try:
+            if os.name == "nt":  # pragma: no cover - where rename refuses to replace
+                self._partial.rename(self._final)
+            else:
+                self._final.hardlink_to(self._partial)
+                self._partial.unlink()
+        except FileExistsError:
+            raise _exists(self.target) from None
+        except OSError:  # a filesystem without hard links
+            if self._final.exists():
+                raise _exists(self.target) from None
+            self._partial.replace(self._final)
 
     def _discard(self) -> None:
         assert self._file is not None
@@ -281,13 +324,13 @@ def _flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_file(target: Path, content: bytes) -> None:
+def write_file(target: Path, content: bytes, *, overwrite: bool) -> None:
     """Write a whole small file, atomically.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or exists and `overwrite` is not given.
     """
-    with AtomicFile(target, len(content)) as file:
+    with AtomicFile(target, len(content), overwrite=overwrite) as file:
         writer = file.open()
         try:
             writer.write(0, np.frombuffer(content, np.uint8))

@@ -48,7 +48,7 @@ class Checkpoint:
 
     Attributes:
         path: the file or the folder that was asked for.
-        files: the safetensors files that it consists of.
+        files: the files that it consists of: safetensors, and the index of a folder.
     """
 
     path: Path
@@ -71,7 +71,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: unreadable, malformed, incomplete, or without any tensor.
     """
-    shards = _folder_shards(path) if path.is_dir() else {path: None}
+    shards, index = _folder_shards(path) if path.is_dir() else ({path: None}, None)
     tensors: dict[str, SourceTensor] = {}
     metadata: dict[str, str] = {}
     for file, expected in shards.items():
@@ -92,16 +92,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
             metadata.setdefault(key, value)
     if not tensors:
         raise CheckpointError(f"{path} has no tensors")
-    return Checkpoint(path, tensors, metadata, tuple(shards))
+    files = (*shards, index) if index else tuple(shards)
+    return Checkpoint(path, tensors, metadata, files)
 
 
-def _folder_shards(folder: Path) -> Mapping[Path, set[str] | None]:
-    """The safetensors files of a diffusers folder, each with the tensors it must have."""
+def _folder_shards(folder: Path) -> tuple[Mapping[Path, set[str] | None], Path | None]:
+    """A diffusers folder's safetensors files, each with the tensors it must have; its index."""
     for candidate in (folder, folder / "transformer"):
-        if (candidate / _DIFFUSERS_INDEX).is_file():
-            return _read_index(candidate / _DIFFUSERS_INDEX)
+        index = candidate / _DIFFUSERS_INDEX
+        if index.is_file():
+            return _read_index(index), index
         if (candidate / _DIFFUSERS_WEIGHTS).is_file():
-            return {candidate / _DIFFUSERS_WEIGHTS: None}
+            return {candidate / _DIFFUSERS_WEIGHTS: None}, None
     raise CheckpointError(
         f"{folder} is no diffusers folder: neither it nor its transformer/ has {_DIFFUSERS_INDEX} "
         f"or {_DIFFUSERS_WEIGHTS}"

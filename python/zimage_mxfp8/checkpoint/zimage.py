@@ -8,6 +8,7 @@ file holds them under `model.diffusion_model.`, beside a text encoder and a VAE.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 from ..errors import CheckpointError
@@ -117,7 +118,7 @@ def to_comfyui_layout(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not is_diffusers_layout(checkpoint.tensors):
         return checkpoint
-    tensors: dict[str, SourceTensor] = {}
+    renamed: list[SourceTensor] = []
     parts: dict[tuple[str, str], dict[str, SourceTensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         if match := _DIFFUSERS_QKV.match(name):
@@ -125,14 +126,16 @@ def to_comfyui_layout(checkpoint: Checkpoint) -> Checkpoint:
             continue
         for pattern, replacement in _DIFFUSERS_NAMES:
             name = pattern.sub(replacement, name)
-        tensors[name] = SourceTensor(name, tensor.dtype, tensor.shape, tensor.segments)
+        renamed.append(SourceTensor(name, tensor.dtype, tensor.shape, tensor.segments))
     for (block, kind), found in parts.items():
-        fused = _stack_qkv(checkpoint, f"{block}.attention", kind, found)
-        if fused.name in tensors:
-            raise CheckpointError(
-                f'{checkpoint.path} has both "{fused.name}" and the tensors it is made of'
-            )
-        tensors[fused.name] = fused
+        renamed.append(_stack_qkv(checkpoint, f"{block}.attention", kind, found))
+    tensors = {tensor.name: tensor for tensor in renamed}
+    if len(tensors) < len(renamed):
+        seen = Counter(tensor.name for tensor in renamed)
+        twice = next(name for name, count in seen.items() if count > 1)
+        raise CheckpointError(
+            f'{checkpoint.path} has "{twice}" both under its own and under its diffusers name'
+        )
     return Checkpoint(checkpoint.path, tensors, checkpoint.metadata, checkpoint.files)
 
 

@@ -79,7 +79,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the sampler's steps for --bias-correction timesteps: turbo is 8 (default), base 50",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="show what would happen, and the exact output size"
+        *spellings("--dry-run"),
+        action="store_true",
+        help="show what would happen, and the exact output size",
     )
     parser.add_argument(
         "--report",

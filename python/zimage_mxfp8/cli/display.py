@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ..error_stats import ErrorStats
 from ..pipeline import Progress, ProgressCallback
+from ..text import printable
 
 _PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
 
@@ -29,7 +30,9 @@ def console(stderr: bool = False) -> Console:
     """A console that prints text as it is (names may hold brackets)."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PLAIN_WIDTH
-    return Console(stderr=stderr, markup=False, highlight=False, width=width, soft_wrap=False)
+    return Console(
+        stderr=stderr, markup=False, highlight=False, emoji=False, width=width, soft_wrap=False
+    )
 
 
 def print_json(document: Any) -> None:
@@ -40,7 +43,7 @@ def print_json(document: Any) -> None:
 def warn(sentences: Sequence[str]) -> None:
     """Print warnings to stderr."""
     for sentence in sentences:
-        print(f"zimage-mxfp8: warning: {sentence}", file=sys.stderr)
+        print(f"zimage-mxfp8: warning: {printable(sentence)}", file=sys.stderr)
 
 
 def size_text(nbytes: int) -> str:
@@ -66,7 +69,7 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
             overflow="fold",  # a name cut short with "..." would hide its end
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     out.print(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..text import printable
 from .arguments import add_json
 
 
@@ -48,6 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     out = display.console()
     out.print(f"{found.parameters:,} parameters, {display.size_text(found.nbytes)}")
     for key, value in found.metadata.items():
-        out.print(f"metadata {key}: {value if len(value) <= 200 else value[:200] + '...'}")
+        out.print(f"metadata {key}: {printable(value[:200])}{'...' if len(value) > 200 else ''}")
     display.warn(found.breaches)
     return 0

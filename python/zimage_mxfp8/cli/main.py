@@ -12,8 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from ..errors import Error, UsageError
+from ..text import printable
 from . import convert, demo, dequantize, inspect, recipes, validate
 from .arguments import Parser
 
@@ -37,33 +39,50 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names may hold what the encoding lacks
-            stream.reconfigure(errors="backslashreplace")
-    arguments = build_parser().parse_args(argv)
+    _prepare_streams()
     try:
-        code = int(arguments.run(arguments))
+        code = _run(argv)
+    except SystemExit as error:  # argparse: --help, --version, wrong usage
+        code = error.code if isinstance(error.code, int) else 2
+    try:
         sys.stdout.flush()
-        return code
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if code == 0 and not isinstance(error, BrokenPipeError):
+            return _fail(f"standard output: {error.strerror}", 1)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = build_parser().parse_args(argv)
+        return int(arguments.run(arguments))
     except UsageError as error:
         return _fail(str(error), 2)
     except Error as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was kept", 130)
+        return _fail("interrupted; no partial output was left", 130)
     except MemoryError:
         return _fail("out of memory; --threads 1 needs less", 1)
     except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", 1)
 
 
+def _prepare_streams() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the process's life
+        elif isinstance(stream, io.TextIOWrapper):  # names may hold what the encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _fail(sentence: str, code: int) -> int:
-    line = " ".join(sentence.splitlines())  # names in files may hold line breaks
-    print(f"zimage-mxfp8: error: {line}", file=sys.stderr)
+    print(f"zimage-mxfp8: error: {printable(sentence)}", file=sys.stderr)
     return code
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..text import plural
+from ..text import plural, printable
 from .arguments import add_json, add_threads
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def print_report(report: ValidationReport) -> None:
 
     out = display.console()
     for breach in report.breaches[:_MOST_SHOWN]:
-        out.print(f"breach: {breach}", soft_wrap=True)
+        out.print(f"breach: {printable(str(breach))}", soft_wrap=True)
     if len(report.breaches) > _MOST_SHOWN:
         out.print(f"... and {len(report.breaches) - _MOST_SHOWN} more breaches (--json has all)")
     for note in report.notes:

@@ -71,27 +71,42 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
     """Output of `t_embedder` for each timestep, [steps, dim], in float64.
 
     Raises:
-        CheckpointError: the embedder's tensors are missing or do not fit together.
+        CheckpointError: the embedder's tensors are missing, do not fit together, or have NaN or
+            Inf.
     """
-    parts: dict[str, Vector] = {}
-    with TensorReader() as reader:
-        for part in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"):
-            name = f"{prefix}t_embedder.{part}"
-            tensor = checkpoint.tensors.get(name)
-            if tensor is None or tensor.dtype not in FLOAT_NAMES:
-                raise CheckpointError(
-                    f'{checkpoint.path} has no floating-point tensor "{name}", which '
-                    "--bias-correction timesteps needs; use --bias-correction none"
-                )
-            parts[part] = to_float64(tensor, reader.read(tensor)).reshape(tensor.shape)
-    w0, b0, w2, b2 = parts.values()
-    try:
-        hidden = timestep_features(timesteps, w0.shape[-1]) @ w0.T + b0
-        return np.asarray(hidden / (1.0 + np.exp(-hidden)) @ w2.T + b2)
-    except ValueError:
+    remedy = "--bias-correction none does without"
+    tensors = []
+    for part in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"):
+        name = f"{prefix}t_embedder.{part}"
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None or tensor.dtype not in FLOAT_NAMES:
+            raise CheckpointError(
+                f'{checkpoint.path} has no floating-point tensor "{name}", which '
+                f"--bias-correction timesteps needs; {remedy}"
+            )
+        tensors.append(tensor)
+    w0, b0, w2, b2 = (tensor.shape for tensor in tensors)
+    if not (
+        len(w0) == len(w2) == 2 and b0 == w0[:1] and w2[1:] == b0 and b2 == w2[:1] and 0 not in w0
+    ):
         raise CheckpointError(
-            f"{checkpoint.path} has t_embedder tensors whose shapes do not fit together"
-        ) from None
+            f'{checkpoint.path} has "{prefix}t_embedder" tensors whose shapes do not fit together: '
+            f"{list(w0)}, {list(b0)}, {list(w2)}, {list(b2)}; {remedy}"
+        )
+    values = []
+    with TensorReader() as reader:
+        for tensor in tensors:
+            value = to_float64(tensor, reader.read(tensor)).reshape(tensor.shape)
+            if not np.isfinite(value).all():
+                raise CheckpointError(
+                    f'{checkpoint.path}: tensor "{tensor.name}" has NaN or Inf; {remedy}'
+                )
+            values.append(value)
+    weight0, bias0, weight2, bias2 = values
+    hidden = timestep_features(timesteps, w0[1]) @ weight0.T + bias0
+    with np.errstate(over="ignore"):  # exp of a large number: silu is 0 then, and so it comes out
+        activated = hidden / (1.0 + np.exp(-hidden))
+    return np.asarray(activated @ weight2.T + bias2)
 
 
 def correction_inputs(
@@ -143,11 +158,19 @@ def _random_means(checkpoint: Checkpoint, samples: int, seed: int) -> dict[int, 
             "--bias-correction synthetic needs torch for convert_to_quant's random numbers: "
             'pip install "zimage-mxfp8[torch]"'
         ) from None
+    if not 1 <= samples <= 1_000_000 or not 0 <= seed < 2**63:
+        raise UsageError("samples must be 1 to 1,000,000 and the seed a 63-bit number")
     generator = torch.Generator(device="cpu").manual_seed(seed)
     means: dict[int, Vector] = {}
     for columns in _weight_columns(checkpoint.tensors.values()):
         if columns not in means:
-            drawn: Any = torch.randn(samples, columns, generator=generator, dtype=torch.float32)
+            try:
+                drawn: Any = torch.randn(samples, columns, generator=generator, dtype=torch.float32)
+            except RuntimeError:
+                raise UnsupportedError(
+                    f"torch could not draw {samples:,} x {columns:,} random numbers: not enough "
+                    "memory"
+                ) from None
             means[columns] = drawn.mean(dim=0, dtype=torch.float64).numpy()
     return means
 

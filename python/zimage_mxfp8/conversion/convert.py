@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .. import _core
 from ..checkpoint import quantization as marks
-from ..checkpoint.output import AtomicFile, check_target, write_file
+from ..checkpoint.output import AtomicFile, check_target, resolved, write_file
 from ..checkpoint.source import SourceTensor, open_checkpoint
 from ..checkpoint.zimage import to_comfyui_layout
 from ..codec import padded_shape, scale_shape
@@ -38,6 +38,10 @@ Bytes = npt.NDArray[np.uint8]
 def default_output(source: Path) -> Path:
     """The input's name with `-mxfp8` before the suffix (`.safetensors` for a folder)."""
     source = Path(os.path.abspath(source))  # noqa: PTH100 - keeps links, unlike resolve()
+    if not source.name:
+        raise UsageError(
+            f"there is no name to make the output's from in {source}; give one with -o"
+        )
     suffix = ".safetensors" if source.is_dir() else source.suffix
     stem = source.name if source.is_dir() else source.stem
     return source.with_name(f"{stem}-mxfp8{suffix}")
@@ -131,8 +135,6 @@ def convert(
     started = time.perf_counter()
     if bias_correction not in MODES:
         raise UsageError(f"bias_correction must be one of {', '.join(MODES)}")
-    if calibration_samples < 1:
-        raise UsageError("calibration_samples must be 1 or more")
     if bias_correction == "timesteps":
         sampler_timesteps(timesteps)  # refuse nonsense even where no layer needs it
     target = default_output(Path(source)) if output is None else Path(output)
@@ -144,12 +146,14 @@ def convert(
         nonfinite=nonfinite,
         threads=threads,
     )
-    sources = (plan.checkpoint.path, *plan.checkpoint.files)
+    sources = [plan.checkpoint.path, *plan.checkpoint.files]
+    if Path(plan.recipe.name).is_file():
+        sources.append(Path(plan.recipe.name))
     check_target(target, sources, overwrite=overwrite)
     if report is not None:
-        if Path(report).resolve() == target.resolve():
-            raise UsageError("the report and the output are the same file")
         check_target(Path(report), sources, overwrite=overwrite)
+        if resolved(Path(report)) == resolved(target):
+            raise UsageError("the report and the output are the same file")
     corrections, uncorrected = correction_inputs(
         plan, bias_correction, sampler=timesteps, samples=calibration_samples, seed=seed
     )
@@ -161,7 +165,7 @@ def convert(
         )
     measure = error_stats or report is not None
     collected: dict[tuple[str, int], ErrorStats] | None = {} if measure else None
-    with AtomicFile(target, plan.size) as file:
+    with AtomicFile(target, plan.size, overwrite=overwrite) as file:
         jobs = _conversion_jobs(plan, corrections, collected)
         run_jobs(jobs, file, threads=threads, progress=progress)
     result = ConversionReport(
@@ -180,7 +184,8 @@ def convert(
         errors=None if collected is None else _merge_stats(collected),
     )
     if report is not None:
-        write_file(Path(report), json.dumps(result.to_dict(), indent=1).encode())
+        content = json.dumps(result.to_dict(), indent=1).encode()
+        write_file(Path(report), content, overwrite=overwrite)
     return result
 
 

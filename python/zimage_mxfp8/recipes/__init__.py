@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,8 @@ class Recipe:
         rules = []
         for pattern in patterns:
             try:
-                compiled = re.compile(pattern)
-            except re.error as error:
+                compiled = _compile(pattern)
+            except ValueError as error:
                 raise UsageError(
                     f'--exclude-layers "{pattern}" is no regular expression: {error}'
                 ) from None
@@ -100,6 +101,16 @@ class Recipe:
         keep = self.keep + tuple(rule for rule in other.keep if rule not in self.keep)
         rounding = self.source_rounding or other.source_rounding
         return Recipe(f"{self.name}+{other.name}", self.title, self.description, keep, rounding)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """A regular expression; ValueError if it is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # on spellings that may change one day
+        try:
+            return re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(str(error)) from None
 
 
 def builtin_names() -> list[str]:
@@ -132,7 +143,7 @@ def _read(path: Path, name: str) -> Recipe:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # TOML or UTF-8
+    except (ValueError, RecursionError) as error:  # TOML or UTF-8
         raise RecipeError(f"recipe {path} is not TOML: {error}") from None
     known = {
         "title": str,
@@ -178,8 +189,8 @@ def _rule(path: Path, number: int, entry: Any) -> KeepRule:
     if not all(isinstance(value, str) and value for value in entry.values()):
         raise RecipeError(f"{where}: name, pattern and reason must be text")
     try:
-        pattern = re.compile(entry["pattern"])
-    except re.error as error:
+        pattern = _compile(entry["pattern"])
+    except ValueError as error:
         raise RecipeError(
             f'{where}: the pattern "{entry["pattern"]}" is no regular expression: {error}'
         ) from None
