@@ -20,6 +20,7 @@ import numpy.typing as npt
 from . import _core
 from .checkpoint.output import BLOCK, AtomicFile, Writer
 from .checkpoint.source import SourceTensor, TensorReader
+from .codec import padded_shape
 from .errors import UnsupportedError
 
 CHUNK_BYTES = 16 << 20
@@ -120,8 +121,9 @@ def row_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
     128 rows make one tile row of the blocked scales, so the codes and the scales of a chunk are
     contiguous in the output.
     """
-    rows = tensor.shape[0]
-    row_bytes = max(tensor.nbytes // max(rows, 1), 1)
+    rows, cols = tensor.shape
+    code_cols = padded_shape((1, cols))[1]  # for narrow matrices more than the source has
+    row_bytes = max(tensor.nbytes // max(rows, 1), code_cols, 1)
     step = max(CHUNK_BYTES // (row_bytes * 128), 1) * 128
     return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
 

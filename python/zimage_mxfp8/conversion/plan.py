@@ -15,6 +15,9 @@ from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
 from ..recipes import Recipe
 
+# A tile of 32 to 128 rows is encoded at once; this bounds its memory. Real layers have thousands.
+_MOST_COLUMNS = 1 << 20
+
 Action = Literal["quantize", "keep", "cast"]
 
 
@@ -166,6 +169,11 @@ def _plan_tensor(
         raise CheckpointError(
             f'{checkpoint.path}: tensor "{tensor.name}" is {tensor.dtype}; only BF16, F16 and F32 '
             "weights can be quantised: convert it, or exclude it with --exclude-layers"
+        )
+    if tensor.shape[1] > _MOST_COLUMNS:
+        raise CheckpointError(
+            f'{checkpoint.path}: tensor "{tensor.name}" has {tensor.shape[1]:,} columns; more than '
+            f"{_MOST_COLUMNS:,} cannot be quantised: exclude it with --exclude-layers"
         )
     bias = checkpoint.tensors.get(tensor.name.removesuffix(marks.WEIGHT_SUFFIX) + ".bias")
     has_bias = bias is not None and bias.shape == tensor.shape[:1] and bias.dtype in FLOAT_NAMES
