@@ -36,7 +36,8 @@ struct Position {
   std::int64_t column;
 };
 
-// The first NaN or infinity of `matrix` in row-major order. Throws InvalidArgument as quantize does.
+// The first NaN or infinity of `matrix` in row-major order. Throws InvalidArgument as quantize
+// does.
 std::optional<Position> find_nonfinite(const ConstMatrixView& matrix, int threads = 0);
 
 }  // namespace zimage_mxfp8
