@@ -24,7 +24,7 @@ def test_python_example(small_file: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert result.stdout.splitlines()[-1].startswith("185 ")
+    assert result.stdout.splitlines()[-1].startswith("185 layers quantised, ")
     assert zm.validate(tmp_path / "out.safetensors", small_file).ok
 
 
