@@ -19,6 +19,7 @@ from .checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from .checkpoint.zimage import (
     is_diffusers_layout,
     is_zimage,
+    missing_signature,
     missing_tensors,
     model_prefix,
     to_comfyui_layout,
@@ -151,7 +152,12 @@ def _check_model(
         )
         return
     if not is_zimage(checkpoint.tensors):
-        report.notes.append("not a Z-Image transformer: its tensors were not counted")
+        missing = missing_signature(checkpoint.tensors)
+        for name in missing:
+            problem = "is missing, without which ComfyUI does not recognise Z-Image"
+            report.breaches.append(Breach(name, problem, "complete the original and " + AGAIN))
+        if not missing:
+            report.notes.append("not a Z-Image transformer: its tensors were not counted")
         return
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     shapes.update({layer.weight.name: layer.shape for layer in layers})

@@ -132,6 +132,18 @@ def test_own_output_is_refused(cli: Run, small_file: Path) -> None:
     fails(cli("convert", "-i", "a.safetensors", "-o", "b.safetensors"), 1, "(MXFP8, see")
 
 
+@pytest.mark.parametrize(
+    "name", ["cap_pad_token", "cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight"]
+)
+def test_incomplete_zimage_is_told_from_other_models(cli: Run, tmp_path: Path, name: str) -> None:
+    tensors = random_tensors(small_shapes(1))
+    del tensors[name]
+    save_file(tensors, tmp_path / "in.safetensors")
+    fails(cli("convert", "-i", "in.safetensors"), 1, f'lacks tensor "{name}"', "--any-model")
+    save_file({"a.weight": torch.zeros(32, 32)}, tmp_path / "in.safetensors")
+    fails(cli("convert", "-i", "in.safetensors"), 1, "is not a Z-Image checkpoint")
+
+
 def test_float64_weight(cli: Run, tmp_path: Path) -> None:
     tensors = random_tensors(small_shapes(1))
     name = "layers.0.feed_forward.w1.weight"

@@ -250,6 +250,7 @@ WEIGHT, SCALE, MARKER = (f"{LAYER}.{part}" for part in ("weight", "weight_scale"
         (lambda t, _: t[SCALE].view(-1).__setitem__(-1, 9), SCALE, "other than 0 in its padding"),
         (lambda t, _: t[WEIGHT].view(torch.uint8)[0].fill_(0), SCALE, "for blocks of zeros"),
         (lambda t, _: t.pop("layers.0.attention_norm1.weight"), None, "is missing"),
+        (lambda t, _: t.pop("cap_pad_token"), "cap_pad_token", "does not recognise Z-Image"),
         (
             lambda t, _: t.update({"layers.0.ffn_norm1.weight": torch.zeros(7).bfloat16()}),
             "layers.0.ffn_norm1.weight",

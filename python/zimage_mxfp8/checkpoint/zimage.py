@@ -97,6 +97,14 @@ def is_zimage(names: Collection[str]) -> bool:
     return all(prefix + name in names for name in _SIGNATURE)
 
 
+def missing_signature(names: Collection[str]) -> list[str]:
+    """What keeps a checkpoint from being recognised as Z-Image, if it looks like one otherwise."""
+    prefix = model_prefix(names)
+    if not any(name.startswith(f"{prefix}noise_refiner.") for name in names):
+        return []
+    return [prefix + name for name in _SIGNATURE if prefix + name not in names]
+
+
 def model_prefix(names: Collection[str]) -> str:
     """What stands before the transformer's tensor names: `SINGLE_FILE_PREFIX` or nothing."""
     return SINGLE_FILE_PREFIX if any(n.startswith(SINGLE_FILE_PREFIX) for n in names) else ""

@@ -9,7 +9,7 @@ from typing import Literal
 from ..checkpoint import quantization as marks
 from ..checkpoint.header import TensorInfo, layout_header
 from ..checkpoint.source import Checkpoint, SourceTensor
-from ..checkpoint.zimage import group_of, is_zimage, model_prefix
+from ..checkpoint.zimage import group_of, is_zimage, missing_signature, model_prefix
 from ..codec import padded_shape, scale_shape
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
@@ -106,6 +106,11 @@ def make_plan(
     names = checkpoint.tensors.keys()
     prefix = model_prefix(names) if is_zimage(names) else ""
     if not any_model and not is_zimage(names):
+        if missing := missing_signature(names):
+            raise CheckpointError(
+                f'{checkpoint.path} lacks tensor "{missing[0]}", without which ComfyUI does not '
+                "recognise Z-Image; complete it, or give --any-model"
+            )
         raise CheckpointError(
             f"{checkpoint.path} is not a Z-Image checkpoint; give --any-model to quantise every "
             "2-D weight that no pattern excludes"
