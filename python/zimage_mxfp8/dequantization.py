@@ -9,12 +9,12 @@ import numpy as np
 
 from . import _core
 from .checkpoint import quantization as marks
-from .checkpoint.header import layout_header
+from .checkpoint.header import file_size, layout_header
 from .checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from .checkpoint.output import AtomicFile, check_target
 from .checkpoint.source import open_checkpoint
 from .errors import CheckpointError
-from .pipeline import Job, Lane, ProgressCallback, copy_jobs, row_chunks, run_jobs
+from .pipeline import Job, Lane, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
 from .rows import read_encoded
 from .text import plural
 
@@ -47,7 +47,7 @@ def dequantize_checkpoint(
     """
     target = Path(output)
     checkpoint = open_checkpoint(Path(source))
-    check_target(target, (checkpoint.path, *checkpoint.files), overwrite=overwrite)
+    check_target(target, checkpoint.inputs, overwrite=overwrite)
     layers, breaches = find_layers(checkpoint)
     if breaches:
         count = plural(len(breaches), "breach", "breaches")
@@ -70,15 +70,13 @@ def dequantize_checkpoint(
     if others := {name: layer for name, layer in described.items() if name not in names}:
         metadata[marks.HEADER_KEY] = marks.header_value(others)
     header, places = layout_header(outputs, metadata)
-    first = np.frombuffer(header, np.uint8)
-    jobs = [Job("", 0, lambda lane: lane.write(0, first))]
+    jobs = [header_job(header)]
     for name, info in places.items():
         if name in weights:
             jobs += _decode_jobs(weights[name], info.begin)
         else:
             jobs += copy_jobs(checkpoint.tensors[name], info.begin)
-    size = max(info.end for info in places.values())
-    with AtomicFile(target, size, overwrite=overwrite) as file:
+    with AtomicFile(target, file_size(header, places), overwrite=overwrite) as file:
         run_jobs(jobs, file, threads=threads, progress=progress)
 
 

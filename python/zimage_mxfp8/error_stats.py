@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,3 +63,22 @@ class ErrorStats:
                 for byte in np.flatnonzero(self.scale_histogram)
             },
         }
+
+
+def merge_rows(parts: Mapping[tuple[str, int], ErrorStats]) -> dict[str, ErrorStats]:
+    """(tensor, first row) -> statistics, to tensor -> statistics, added in row order.
+
+    The order keeps the sums the same whichever part came first.
+    """
+    merged: dict[str, ErrorStats] = {}
+    for name, row in sorted(parts):
+        merged.setdefault(name, ErrorStats()).add(parts[name, row])
+    return merged
+
+
+def total(parts: Iterable[ErrorStats]) -> ErrorStats:
+    """All together."""
+    result = ErrorStats()
+    for part in parts:
+        result.add(part)
+    return result

@@ -108,7 +108,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         str(path),
         kind,
         quantization[0] if quantization else None,
-        sum(file.suffix == ".safetensors" for file in checkpoint.files),
+        len(checkpoint.files),
         metadata,
         sorted(groups.values(), key=lambda group: -group.nbytes),
         [str(breach) for breach in breaches] if is_mxfp8 else [],

@@ -136,6 +136,12 @@ def byte_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
     ]
 
 
+def header_job(header: bytes) -> Job:
+    """The job that writes the first bytes of a file."""
+    data = np.frombuffer(header, np.uint8)
+    return Job("", 0, lambda lane: lane.write(0, data))
+
+
 def copy_jobs(tensor: SourceTensor, position: int) -> list[Job]:
     """Jobs that copy a tensor unchanged to a position of the output."""
 

@@ -35,6 +35,21 @@ def round_to_bfloat16(
     return rounded, "bfloat16"
 
 
+def read_rows(
+    lane: Lane, tensor: SourceTensor, begin: int, end: int, source_rounding: bool
+) -> tuple[Bytes, npt.NDArray[np.generic], DTypeName]:
+    """Read rows [begin, end) of a weight: its bytes, and them as a matrix for the core.
+
+    With `source_rounding` the matrix is rounded to BF16, the bytes are not.
+    """
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    data = lane.read(tensor, begin * row_bytes, (end - begin) * row_bytes)
+    matrix, dtype = as_matrix(tensor, data, end - begin), FLOAT_NAMES[tensor.dtype]
+    if source_rounding:
+        matrix, dtype = round_to_bfloat16(lane, matrix, dtype)
+    return data, matrix, dtype
+
+
 def encode_rows(
     lane: Lane,
     tensor: SourceTensor,
@@ -54,11 +69,7 @@ def encode_rows(
         NonFiniteError: NaN or Inf; row and column are those of the whole tensor.
     """
     rows, cols = end - begin, tensor.shape[1]
-    row_bytes = tensor.nbytes // tensor.shape[0]
-    data = lane.read(tensor, begin * row_bytes, rows * row_bytes)
-    matrix, dtype = as_matrix(tensor, data, rows), FLOAT_NAMES[tensor.dtype]
-    if source_rounding:
-        matrix, dtype = round_to_bfloat16(lane, matrix, dtype)
+    data, matrix, dtype = read_rows(lane, tensor, begin, end, source_rounding)
     codes = lane.scratch("codes", math.prod(padded_shape((rows, cols))), positions[0])
     scales = lane.scratch("scales", math.prod(scale_shape((rows, cols))), positions[1])
     try:

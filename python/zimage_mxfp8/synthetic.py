@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .checkpoint.header import TensorInfo, layout_header
+from .checkpoint.header import TensorInfo, file_size, layout_header
 from .checkpoint.output import AtomicFile, check_target
 from .checkpoint.zimage import zimage_shapes
-from .pipeline import Job, Lane, ProgressCallback, run_jobs
+from .pipeline import Job, Lane, ProgressCallback, header_job, run_jobs
 
 _CHUNK = 1 << 20  # elements that one job draws
 
@@ -51,16 +51,14 @@ def write_synthetic_checkpoint(
     check_target(target, (), overwrite=overwrite)
     tensors = {name: ("BF16", shape) for name, shape in (shapes or zimage_shapes()).items()}
     header, places = layout_header(tensors, {})
-    size = max((info.end for info in places.values()), default=len(header))
-    first = np.frombuffer(header, np.uint8)
-    jobs = [Job("", 0, lambda lane: lane.write(0, first))]
+    jobs = [header_job(header)]
     for name, info in places.items():
         count = info.nbytes // 2
         jobs += [
             _random_job(name, info, seed, begin, min(begin + _CHUNK, count))
             for begin in range(0, count, _CHUNK)
         ]
-    with AtomicFile(target, size, overwrite=overwrite) as file:
+    with AtomicFile(target, file_size(header, places), overwrite=overwrite) as file:
         run_jobs(jobs, file, threads=threads, progress=progress)
 
 

@@ -27,7 +27,7 @@ from .checkpoint.zimage import (
 from .codec import padded_shape, scale_shape
 from .conversion.bias_correction import to_float64
 from .dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
-from .error_stats import ErrorStats
+from .error_stats import ErrorStats, merge_rows
 from .errors import CheckpointError, NonFiniteError
 from .pipeline import Job, Lane, ProgressCallback, byte_chunks, row_chunks, run_jobs
 from .rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
@@ -107,14 +107,19 @@ def validate(
     _check_readable_by_others(checkpoint, report)
     _check_model(checkpoint, layers, report)
     scan = _DataScan(report)
-    jobs = [job for layer in layers for job in scan.jobs(layer)]
     comparison = None
+    jobs: list[Job] = []
+    scanned: set[str] = set()
     if against is not None:
         original = to_comfyui_layout(open_checkpoint(Path(against)))
         if found := marks.quantized_format(original, model_prefix(original.tensors)):
             raise CheckpointError(f"{against} is no original: it is quantised itself ({found[0]})")
-        comparison = _Comparison(checkpoint, layers, original, report)
-        jobs += comparison.jobs()
+        comparison = _Comparison(checkpoint, layers, original, report, scan)
+        jobs = comparison.jobs()
+        scanned = comparison.compared
+    for layer in layers:
+        if layer.name not in scanned:
+            jobs += scan.jobs(layer)
     run_jobs(jobs, None, threads=threads, progress=progress)
     scan.finish()
     if comparison is not None:
@@ -124,19 +129,17 @@ def validate(
 
 def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) -> None:
     """The safetensors library, which parses on its own, must see the same tensors."""
-    for path in checkpoint.files:
-        if path.suffix == ".json":
-            continue
-        try:
+    unseen = set(checkpoint.tensors)
+    try:
+        for path in checkpoint.files:
             with safetensors.safe_open(path, framework="np") as opened:
-                seen = set(opened.keys())
-        except (safetensors.SafetensorError, OSError) as error:
-            report.breaches.append(
-                Breach(path.name, f"is refused by the safetensors library: {error}", AGAIN)
-            )
-            continue
-        if lost := sorted(set(checkpoint.tensors) - seen):
-            report.breaches.append(Breach(lost[0], "is unseen by the safetensors library", AGAIN))
+                unseen -= set(opened.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        problem = f"is refused by the safetensors library: {error}"
+        report.breaches.append(Breach(path.name, problem, AGAIN))
+        return
+    if unseen:
+        report.breaches.append(Breach(min(unseen), "is unseen by the safetensors library", AGAIN))
 
 
 def _check_model(
@@ -179,14 +182,15 @@ class _DataScan:
 
         def job(begin: int, end: int) -> Job:
             def run(lane: Lane) -> None:
-                codes, scales = read_encoded(lane, layer, begin, end)
-                self._scan(layer, codes.reshape(-1, code_cols), scales, begin)
+                self.scan(layer, *read_encoded(lane, layer, begin, end), begin)
 
             return Job(layer.weight.name, (end - begin) * code_cols, run)
 
         return [job(begin, end) for begin, end in row_chunks(layer.weight)]
 
-    def _scan(self, layer: MXFP8Layer, codes: Bytes, scales: Bytes, begin: int) -> None:
+    def scan(self, layer: MXFP8Layer, codes: Bytes, scales: Bytes, begin: int) -> None:
+        """Look at the rows from `begin` on, as `read_encoded` gives them."""
+        codes = codes.reshape(-1, layer.weight.shape[1])
         rows, cols = layer.shape
         real_rows = min(rows - begin, codes.shape[0])
         blocks = -(-cols // 32)
@@ -233,7 +237,10 @@ class _Comparison:
         layers: list[MXFP8Layer],
         original: Checkpoint,
         report: ValidationReport,
+        scan: _DataScan,
     ) -> None:
+        self._scan = scan
+        self.compared: set[str] = set()  # layers whose data the jobs read, and so also scan
         self._checkpoint = checkpoint
         self._layers = {layer.name: layer for layer in layers}
         self._original = original
@@ -282,12 +289,14 @@ class _Comparison:
                 f"{list(original.shape)}",
             )
             return []
+        self.compared.add(layer.name)
         roundings = (False,) if original.dtype == "BF16" else (False, True)
 
         def job(begin: int, end: int) -> Job:
             def run(lane: Lane) -> None:
                 rows = padded_shape((end - begin, 1))[0]
                 file_codes, file_scales = read_encoded(lane, layer, begin, begin + rows)
+                self._scan.scan(layer, file_codes, file_scales, begin)
                 for rounding in roundings:
                     try:
                         data, codes, scales = encode_rows(lane, original, begin, end, rounding)
@@ -377,8 +386,7 @@ class _Comparison:
                     layer.weight.name,
                     f"has codes that are not the original's rounded to nearest ({codes:,})",
                 )
-        for name, row in sorted(self._stats):
-            self._report.errors.setdefault(name, ErrorStats()).add(self._stats[name, row])
+        self._report.errors = merge_rows(self._stats)
 
     def _diagnose_scales(self, layer: MXFP8Layer, source_rounding: bool) -> str | None:
         """What order a layer's scales are in, if it is a known wrong one."""

@@ -128,6 +128,11 @@ def layout_header(
     return len(text).to_bytes(8, "little") + text, infos
 
 
+def file_size(header: bytes, places: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the file that `layout_header` laid out."""
+    return max((info.end for info in places.values()), default=len(header))
+
+
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file that the operating system does not let us read."""
     if isinstance(error, FileNotFoundError):

@@ -48,13 +48,20 @@ class Checkpoint:
 
     Attributes:
         path: the file or the folder that was asked for.
-        files: the files that it consists of: safetensors, and the index of a folder.
+        files: the safetensors files that it consists of.
+        index: the index.json that names them, for a folder with shards.
     """
 
     path: Path
     tensors: dict[str, SourceTensor]
     metadata: dict[str, str]
     files: tuple[Path, ...]
+    index: Path | None = None
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Everything that was or will be read, which no output may replace."""
+        return (self.path, *self.files, *([self.index] if self.index else []))
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +99,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             metadata.setdefault(key, value)
     if not tensors:
         raise CheckpointError(f"{path} has no tensors")
-    files = (*shards, index) if index else tuple(shards)
-    return Checkpoint(path, tensors, metadata, files)
+    return Checkpoint(path, tensors, metadata, tuple(shards), index)
 
 
 def _folder_shards(folder: Path) -> tuple[Mapping[Path, set[str] | None], Path | None]:

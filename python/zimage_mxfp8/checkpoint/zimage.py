@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from ..errors import CheckpointError
 from .source import Checkpoint, SourceTensor
@@ -144,7 +145,7 @@ def to_comfyui_layout(checkpoint: Checkpoint) -> Checkpoint:
         raise CheckpointError(
             f'{checkpoint.path} has "{twice}" both under its own and under its diffusers name'
         )
-    return Checkpoint(checkpoint.path, tensors, checkpoint.metadata, checkpoint.files)
+    return replace(checkpoint, tensors=tensors)
 
 
 def _stack_qkv(

@@ -103,13 +103,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError("--report needs a conversion; drop it or --dry-run")
         return dry_run.run(arguments, recipe)
 
-    from ..conversion.convert import convert, default_output
+    from ..conversion.convert import convert
     from . import display
 
     with display.progress_bar("converting") as progress:
         report = convert(
             arguments.input,
-            arguments.output or default_output(arguments.input),
+            arguments.output,
             recipe=recipe,
             exclude_layers=arguments.exclude_layers,
             any_model=arguments.any_model,

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ..error_stats import ErrorStats
+from ..error_stats import ErrorStats, total
 from ..pipeline import Progress, ProgressCallback
 from ..text import printable
 
@@ -75,11 +75,8 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
 
 def print_errors(errors: dict[str, ErrorStats], worst: int = 10) -> None:
     """Print error statistics: all layers together, then the layers with the largest error."""
-    total = ErrorStats()
-    for stats in errors.values():
-        total.add(stats)
     order = sorted(errors, key=lambda name: -errors[name].relative_squared_error)[:worst]
-    shown = {"all layers": total, **{name: errors[name] for name in order}}
+    shown = {"all layers": total(errors.values()), **{name: errors[name] for name in order}}
     print_table(
         f"Relative squared error against the original: all, and the {len(order)} worst layers",
         ["tensor", "squared error>", "SNR (dB)>", "largest>"],

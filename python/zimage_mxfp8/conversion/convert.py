@@ -21,11 +21,20 @@ from ..checkpoint.source import SourceTensor, open_checkpoint
 from ..checkpoint.zimage import to_comfyui_layout
 from ..codec import padded_shape, scale_shape
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
-from ..error_stats import ErrorStats
+from ..error_stats import ErrorStats, merge_rows
 from ..errors import UsageError
-from ..pipeline import Job, Lane, ProgressCallback, byte_chunks, copy_jobs, row_chunks, run_jobs
+from ..pipeline import (
+    Job,
+    Lane,
+    ProgressCallback,
+    byte_chunks,
+    copy_jobs,
+    header_job,
+    row_chunks,
+    run_jobs,
+)
 from ..recipes import DEFAULT, Recipe, load_recipe
-from ..rows import as_matrix, encode_rows, measure_rows, round_to_bfloat16
+from ..rows import as_matrix, encode_rows, measure_rows, read_rows, round_to_bfloat16
 from ..text import plural
 from .bias_correction import MODES, Mode, Vector, add_to_bias, correction_inputs, sampler_timesteps
 from .plan import Plan, PlannedTensor, make_plan
@@ -146,7 +155,7 @@ def convert(
         nonfinite=nonfinite,
         threads=threads,
     )
-    sources = [plan.checkpoint.path, *plan.checkpoint.files]
+    sources = list(plan.checkpoint.inputs)
     if Path(plan.recipe.name).is_file():
         sources.append(Path(plan.recipe.name))
     check_target(target, sources, overwrite=overwrite)
@@ -181,20 +190,12 @@ def convert(
         file_bytes=plan.size,
         seconds=time.perf_counter() - started,
         warnings=warnings,
-        errors=None if collected is None else _merge_stats(collected),
+        errors=None if collected is None else merge_rows(collected),
     )
     if report is not None:
         content = json.dumps(result.to_dict(), indent=1).encode()
         write_file(Path(report), content, overwrite=overwrite)
     return result
-
-
-def _merge_stats(collected: Mapping[tuple[str, int], ErrorStats]) -> dict[str, ErrorStats]:
-    """Per-chunk statistics -> per tensor, added in row order so that sums do not vary."""
-    merged: dict[str, ErrorStats] = {}
-    for name, row in sorted(collected):
-        merged.setdefault(name, ErrorStats()).add(collected[name, row])
-    return merged
 
 
 def _conversion_jobs(
@@ -203,8 +204,7 @@ def _conversion_jobs(
     collected: dict[tuple[str, int], ErrorStats] | None,
 ) -> list[Job]:
     """The jobs that write a plan's output, in the order of the output file."""
-    header = np.frombuffer(plan.header, np.uint8)
-    jobs = [Job("", 0, lambda lane: lane.write(0, header))]
+    jobs = [header_job(plan.header)]
     corrected = {f"{layer}.bias" for layer in corrections}
     for name in sorted(plan.tensors, key=lambda name: plan.places[name].begin):
         planned = plan.tensors[name]
@@ -308,17 +308,12 @@ def _find_nonfinite(plan: Plan, threads: int) -> set[str]:
     found: set[str] = set()
 
     def job(tensor: SourceTensor, begin: int, end: int) -> Job:
-        row_bytes = tensor.nbytes // tensor.shape[0]
-
         def run(lane: Lane) -> None:
-            data = lane.read(tensor, begin * row_bytes, (end - begin) * row_bytes)
-            matrix, dtype = as_matrix(tensor, data, end - begin), FLOAT_NAMES[tensor.dtype]
-            if plan.recipe.source_rounding:
-                matrix, dtype = round_to_bfloat16(lane, matrix, dtype)
+            _, matrix, dtype = read_rows(lane, tensor, begin, end, plan.recipe.source_rounding)
             if _core.find_nonfinite(matrix, dtype, 1) is not None:
                 found.add(tensor.name)
 
-        return Job(tensor.name, (end - begin) * row_bytes, run)
+        return Job(tensor.name, (end - begin) * (tensor.nbytes // tensor.shape[0]), run)
 
     jobs = [
         job(planned.source, begin, end)

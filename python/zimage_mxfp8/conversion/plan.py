@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checkpoint import quantization as marks
-from ..checkpoint.header import TensorInfo, layout_header
+from ..checkpoint.header import TensorInfo, file_size, layout_header
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.zimage import group_of, is_zimage, missing_signature, model_prefix
 from ..codec import padded_shape, scale_shape
@@ -104,8 +104,9 @@ def make_plan(
             that cannot be quantised.
     """
     names = checkpoint.tensors.keys()
-    prefix = model_prefix(names) if is_zimage(names) else ""
-    if not any_model and not is_zimage(names):
+    zimage = is_zimage(names)
+    prefix = model_prefix(names) if zimage else ""
+    if not any_model and not zimage:
         if missing := missing_signature(names):
             raise CheckpointError(
                 f'{checkpoint.path} lacks tensor "{missing[0]}", without which ComfyUI does not '
@@ -139,8 +140,8 @@ def make_plan(
     }
     metadata = checkpoint.metadata | {marks.HEADER_KEY: marks.header_value(markers)}
     header, places = layout_header(outputs, metadata)
-    size = max((info.end for info in places.values()), default=len(header))
-    warnings = _warnings(tensors, recipe, prefix, is_zimage(names))
+    size = file_size(header, places)
+    warnings = _warnings(tensors, recipe, prefix, zimage)
     return Plan(checkpoint, recipe, prefix, tensors, header, places, size, warnings)
 
 

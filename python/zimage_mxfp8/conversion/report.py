@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..error_stats import ErrorStats
+from ..error_stats import ErrorStats, total
 
 
 @dataclass
@@ -53,9 +53,6 @@ class ConversionReport:
             "ratio": self.ratio
         }
         if self.errors is not None:
-            total = ErrorStats()
-            for stats in self.errors.values():
-                total.add(stats)
-            document["total"] = total.to_dict()
+            document["total"] = total(self.errors.values()).to_dict()
             document["tensors"] = {name: stats.to_dict() for name, stats in self.errors.items()}
         return document
