@@ -1,6 +1,6 @@
 #include "zimage_mxfp8/cast.h"
 
-#include "cpu/check.h"
+#include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 

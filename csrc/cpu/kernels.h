@@ -7,39 +7,11 @@
 
 #include <stdint.h>
 
+#include "tasks.h"
+
 namespace zimage_mxfp8 {
 
-enum class DType : uint8_t;
-
 namespace detail {
-
-// Pointers are those of the whole matrix; a kernel is given the rows to handle.
-struct QuantizeTask {
-  const void* source;
-  DType dtype;
-  int64_t row_stride;
-  int64_t rows, cols;
-  uint8_t* codes;
-  uint8_t* scales;
-};
-
-struct DequantizeTask {
-  const uint8_t* codes;
-  const uint8_t* scales;
-  int64_t rows, cols;
-  void* target;
-  DType dtype;
-  int64_t row_stride;
-};
-
-struct ResidualTask {
-  const void* original;
-  DType dtype;
-  int64_t row_stride;
-  const uint8_t* codes;
-  const uint8_t* scales;
-  int64_t rows, cols;
-};
 
 struct ResidualSums {
   double squared_error, squared_signal, max_error;

@@ -15,4 +15,7 @@ int default_threads();
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   const std::function<void(std::int64_t, std::int64_t)>& body);
 
+// Rows that make a range worth a thread of its own (about 50 us of work).
+inline std::int64_t row_grain(std::int64_t cols) { return 65536 / (cols > 0 ? cols : 1) + 1; }
+
 }  // namespace zimage_mxfp8::detail

@@ -9,11 +9,12 @@ namespace py = pybind11;
 
 namespace zimage_mxfp8::python {
 
-Array::Array(const py::object& object, const char* name, Access access) : name_(name) {
+Array::Array(const py::object& object, const char* name, Access access, Memory memory)
+    : name_(name) {
   if (PyObject_CheckBuffer(object.ptr())) {
     import_buffer(object, access);
   } else if (py::hasattr(object, "__dlpack__")) {
-    import_dlpack(object);
+    import_dlpack(object, memory);
   } else {
     throw InvalidArgument(std::string(name_) +
                           " must be an array with the buffer protocol or DLPack");
@@ -47,13 +48,19 @@ void Array::import_buffer(const py::object& object, Access access) {
   owner_ = view;
 }
 
-void Array::import_dlpack(const py::object& object) {
+void Array::import_dlpack(const py::object& object, Memory memory) {
   // Asked first: exporting from a device may synchronise it.
   const auto device = object.attr("__dlpack_device__")().cast<std::pair<int, int>>();
-  if (device.first != dlpack::kCPU) {
-    throw InvalidArgument(std::string(name_) + " is not in CPU memory");
+  const bool on_cuda = device.first == dlpack::kCUDA && memory == Memory::kHostOrCuda;
+  if (device.first != dlpack::kCPU && !on_cuda) {
+    throw InvalidArgument(std::string(name_) + " is not in CPU memory" +
+                          (memory == Memory::kHostOrCuda ? " nor in that of a CUDA device" : ""));
   }
-  const py::object exported = object.attr("__dlpack__")();
+  if (on_cuda) device_ = device.second;
+  // Stream -1: no synchronisation. The caller passes the stream that it works on, and a graph that
+  // is being captured stays intact.
+  const py::object exported =
+      on_cuda ? object.attr("__dlpack__")(py::arg("stream") = -1) : object.attr("__dlpack__")();
   auto* managed =
       static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(exported.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();
@@ -90,6 +97,20 @@ void Array::require_contiguous(std::int64_t bytes) const {
     throw InvalidArgument(std::string(name_) + " must have " + std::to_string(bytes) +
                           " bytes, not " + std::to_string(count * item_size_));
   }
+}
+
+int common_device(std::initializer_list<const Array*> arrays) {
+  const Array& first = **arrays.begin();
+  const auto place = [](const Array& array) {
+    return array.device() < 0 ? "the CPU" : "CUDA device " + std::to_string(array.device());
+  };
+  for (const Array* array : arrays) {
+    if (array->device() != first.device()) {
+      throw InvalidArgument(std::string(first.name()) + " is on " + place(first) + " but " +
+                            array->name() + " is on " + place(*array));
+    }
+  }
+  return first.device();
 }
 
 }  // namespace zimage_mxfp8::python

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -14,12 +15,17 @@ namespace zimage_mxfp8::python {
 class Array {
  public:
   enum class Access { kRead, kWrite };
+  enum class Memory { kHost, kHostOrCuda };
 
   // `name` appears in error messages. Objects with __dlpack__ that do not export a buffer go
-  // through DLPack, everything else through the buffer protocol. Throws InvalidArgument for
-  // device memory, a read-only array that is to be written, or an object that is no array.
-  Array(const pybind11::object& object, const char* name, Access access);
+  // through DLPack, everything else through the buffer protocol. Throws InvalidArgument for memory
+  // of a device that `memory` does not admit, a read-only array that is to be written, or an
+  // object that is no array.
+  Array(const pybind11::object& object, const char* name, Access access,
+        Memory memory = Memory::kHost);
 
+  // The CUDA device that holds the array, -1 for the host.
+  int device() const { return device_; }
   std::uint8_t* data() const { return data_; }
   std::int64_t item_size() const { return item_size_; }
   const std::vector<std::int64_t>& shape() const { return shape_; }
@@ -32,14 +38,18 @@ class Array {
 
  private:
   void import_buffer(const pybind11::object& object, Access access);
-  void import_dlpack(const pybind11::object& object);
+  void import_dlpack(const pybind11::object& object, Memory memory);
 
   const char* name_;
   std::uint8_t* data_ = nullptr;
+  int device_ = -1;
   std::int64_t item_size_ = 0;
   std::vector<std::int64_t> shape_;
   std::vector<std::int64_t> strides_;
   std::shared_ptr<void> owner_;
 };
+
+// The device() that all arrays share. Throws InvalidArgument if they are on several.
+int common_device(std::initializer_list<const Array*> arrays);
 
 }  // namespace zimage_mxfp8::python

@@ -7,6 +7,7 @@
 namespace zimage_mxfp8::python::dlpack {
 
 inline constexpr std::int32_t kCPU = 1;
+inline constexpr std::int32_t kCUDA = 2;
 
 struct Device {
   std::int32_t type;

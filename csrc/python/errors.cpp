@@ -24,6 +24,8 @@ void register_errors() {
       raise("NonFiniteError", py::make_tuple(error.what(), error.row(), error.column()));
     } catch (const Unsupported& error) {
       raise("UnsupportedError", py::make_tuple(error.what()));
+    } catch (const CudaError& error) {
+      raise("CudaError", py::make_tuple(error.what()));
     } catch (const InvalidArgument& error) {
       raise("InvalidArgumentError", py::make_tuple(error.what()));
     } catch (const Error& error) {

@@ -4,36 +4,65 @@
 #include <atomic>
 #include <limits>
 
-#include "cpu/check.h"
+#include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cuda/runtime.h"
+#include "quantize/nonfinite.h"
+#include "quantize/quantize_cuda.h"
 
 namespace zimage_mxfp8 {
+namespace {
+
+detail::QuantizeTask make_task(const ConstMatrixView& source, const MXFP8View& target) {
+  detail::check_pair(source, target, "the source");
+  const detail::PairRanges memory(source, target, "the source");
+  detail::check_disjoint(memory.codes, {memory.plain, memory.scales});
+  detail::check_disjoint(memory.scales, {memory.plain});
+  return {source.data, source.dtype, source.row_stride, source.rows,
+          source.cols, target.codes, target.scales};
+}
+
+}  // namespace
+
+void quantize(const ConstMatrixView& source, const MXFP8View& target, CudaStream stream) {
+  const detail::QuantizeTask task = make_task(source, target);
+  const detail::PairRanges memory(source, target, "the source");
+  detail::check_alignment(memory.plain, element_size(source.dtype));
+  detail::check_alignment(memory.codes, 16);
+  detail::check_alignment(memory.scales, 16);
+  detail::check_device_memory({memory.plain, memory.codes, memory.scales});
+  detail::quantize_cuda(task, stream);
+}
 
 void quantize(const ConstMatrixView& source, const MXFP8View& target, int threads) {
-  detail::check_pair(source, target, "the source");
+  const detail::QuantizeTask task = make_task(source, target);
   const MXFP8Shape shape{source.rows, source.cols};
-  const detail::QuantizeTask task{source.data, source.dtype, source.row_stride, source.rows,
-                                  source.cols, target.codes, target.scales};
   const detail::Kernels& kernels = detail::active_kernels();
   std::atomic<bool> nonfinite{false};
   const std::int64_t tile = 128;
   detail::parallel_for(
       ceil_div(shape.code_rows(), tile), detail::row_grain(source.cols * tile), threads,
       [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end && !nonfinite; ++i) {
+        for (std::int64_t i = begin; i < end; ++i) {
           if (kernels.quantize_tile(task, i * tile, std::min((i + 1) * tile, shape.code_rows()))) {
             nonfinite = true;
           }
         }
       });
-  if (nonfinite) {
-    const Position at = *find_nonfinite(source, threads);
-    throw NonFiniteValue("NaN or infinity at row " + std::to_string(at.row) + ", column " +
-                             std::to_string(at.column),
-                         at.row, at.column);
-  }
+  if (nonfinite) detail::throw_nonfinite(source, threads);
 }
+
+namespace detail {
+
+void throw_nonfinite(const ConstMatrixView& matrix, int threads) {
+  const Position at = *find_nonfinite(matrix, threads);
+  throw NonFiniteValue("NaN or infinity at row " + std::to_string(at.row) + ", column " +
+                           std::to_string(at.column),
+                       at.row, at.column);
+}
+
+}  // namespace detail
 
 std::optional<Position> find_nonfinite(const ConstMatrixView& matrix, int threads) {
   detail::check_matrix(matrix, "the matrix");

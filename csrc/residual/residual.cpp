@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/check.h"
+#include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 

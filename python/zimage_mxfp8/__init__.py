@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .error_stats import ErrorStats
     from .errors import (
         CheckpointError,
+        CudaError,
         Error,
         InvalidArgumentError,
         NonFiniteError,
@@ -48,6 +49,7 @@ _HOME = {
     "dequantize_checkpoint": "dequantization",
     "ErrorStats": "error_stats",
     "CheckpointError": "errors",
+    "CudaError": "errors",
     "Error": "errors",
     "InvalidArgumentError": "errors",
     "NonFiniteError": "errors",
@@ -67,6 +69,7 @@ _HOME = {
 __all__ = [
     "CheckpointError",
     "ConversionReport",
+    "CudaError",
     "Error",
     "ErrorStats",
     "Inspection",

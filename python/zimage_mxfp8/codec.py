@@ -1,11 +1,12 @@
-"""MXFP8 encoding and decoding of arrays: NumPy arrays and torch CPU tensors.
+"""MXFP8 encoding and decoding of arrays: NumPy arrays and torch tensors, on the CPU or on CUDA.
 
 Format: OCP Microscaling Formats v1.0, E4M3 elements in blocks of 32 along the last axis, one E8M0
 scale a block, with NVIDIA's round-up scale. Scales are in the 128x4 blocked layout that
 Blackwell's tensor cores read.
 
 torch is never imported from here: a tensor is recognised by its type, and its own module serves
-it. NumPy has no bfloat16 or float8 of its own; arrays with the types of ml_dtypes are understood.
+it. Tensors on a CUDA device are worked on there, on torch's current stream. NumPy has no bfloat16
+or float8 of its own; arrays with the types of ml_dtypes are understood.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from . import _core
 from .dtypes import FLOAT_NAMES, DTypeName
-from .errors import InvalidArgumentError, UnsupportedError
+from .errors import InvalidArgumentError, NonFiniteError, UnsupportedError
 
 __all__ = ["MXFP8Array", "dequantize", "from_blocked", "quantize", "to_blocked"]
 
@@ -69,13 +70,29 @@ def _torch_of(array: object) -> Any:
     return torch if torch is not None and isinstance(array, torch.Tensor) else None
 
 
+def on_cuda(array: Any) -> bool:
+    """Whether `array` is a torch tensor on a CUDA device."""
+    return _torch_of(array) is not None and array.device.type == "cuda"
+
+
+def _require_cpu(array: Any, name: str) -> None:
+    if _torch_of(array) is not None and array.device.type != "cpu":
+        raise InvalidArgumentError(
+            f"{name} is on {array.device}; move it to the CPU first ({name}.cpu())"
+        )
+
+
+def current_stream(array: Any) -> int:
+    """The address of torch's current stream on the device of `array`; 0 for the CPU."""
+    torch = _torch_of(array)
+    return torch.cuda.current_stream(array.device).cuda_stream if on_cuda(array) else 0
+
+
 def _plain(array: Any, name: str) -> tuple[Any, str]:
     """An array as something that the core accepts, and the name of its dtype."""
     if _torch_of(array) is not None:
-        if array.device.type != "cpu":
-            raise InvalidArgumentError(
-                f"{name} is on {array.device}; move it to the CPU first ({name}.cpu())"
-            )
+        if not on_cuda(array):
+            _require_cpu(array, name)
         dtype = str(array.dtype).removeprefix("torch.")
         array = array.detach()
         strides = array.stride() if array.dim() == 2 else (0, 0)
@@ -102,7 +119,7 @@ def _rows_are_usable(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return (cols <= 1 or strides[1] == 1) and (rows <= 1 or strides[0] >= cols)
 
 
-def _bytes(array: Any, name: str) -> Any:
+def as_bytes(array: Any, name: str) -> Any:
     """Codes or scales as a C-contiguous array of uint8 that the core accepts."""
     torch = _torch_of(array)
     if torch is not None:
@@ -119,7 +136,9 @@ def _bytes(array: Any, name: str) -> Any:
 
 def _empty_bytes(shape: tuple[int, ...], like: Any) -> Any:
     torch = _torch_of(like)
-    return np.empty(shape, np.uint8) if torch is None else torch.empty(shape, dtype=torch.uint8)
+    if torch is None:
+        return np.empty(shape, np.uint8)
+    return torch.empty(shape, dtype=torch.uint8, device=like.device)
 
 
 def _require_2d(array: Any, name: str) -> tuple[int, int]:
@@ -129,30 +148,45 @@ def _require_2d(array: Any, name: str) -> tuple[int, int]:
     return int(rows), int(cols)
 
 
-def quantize(array: Any, *, threads: int = 0) -> MXFP8Array:
+def quantize(
+    array: Any, *, threads: int = 0, nonfinite: Literal["error", "encode"] | None = None
+) -> MXFP8Array:
     """Encode a matrix in MXFP8.
 
     Scale byte: `clamp(ceil(log2(amax / 448)) + 127, 0, 254)`. Codes: `x * 2^(127 - byte)` to
-    nearest even. The bytes do not depend on the processor or on `threads`.
+    nearest even. The bytes depend neither on the processor, nor on the device, nor on `threads`.
 
     Args:
-        array: [N, K] of bfloat16, float16 or float32; a NumPy array or a torch CPU tensor.
-        threads: threads to use; 0 means one a core.
+        array: [N, K] of bfloat16, float16 or float32; a NumPy array or a torch tensor. A tensor
+            on a CUDA device is encoded there, on torch's current stream.
+        threads: threads to use on the CPU; 0 means one a core.
+        nonfinite: what to do with NaN and infinity: raise an "error", or "encode" their blocks as
+            scale 255 and codes 0x7F, which every reader takes for NaN. By default an error on the
+            CPU, and encoded on CUDA, where "error" has to wait for the device.
 
     Returns:
-        An `MXFP8Array` of the same kind (NumPy or torch) as `array`.
+        An `MXFP8Array` of the same kind (NumPy or torch) and on the same device as `array`.
 
     Raises:
         InvalidArgumentError: not a matrix, or another dtype or device.
         NonFiniteError: `array` has a NaN or an infinity; the error has its row and column.
+        UnsupportedError: a CUDA tensor, and this build has no CUDA.
     """
+    if nonfinite not in (None, "error", "encode"):
+        raise InvalidArgumentError(f'nonfinite must be "error" or "encode", not "{nonfinite}"')
     source, dtype = _plain(array, "array")
     dtype_name = _dtype_name(dtype, "array")
     shape = _require_2d(source, "array")
     codes = _empty_bytes(padded_shape(shape), like=source)
     scales = _empty_bytes(scale_shape(shape), like=source)
-    _core.quantize(source, dtype_name, codes, scales, threads)
+    try:
+        _core.quantize(source, dtype_name, codes, scales, threads, current_stream(source))
+    except NonFiniteError:
+        if nonfinite != "encode":
+            raise
     torch = _torch_of(source)
+    if nonfinite == "error" and on_cuda(source) and bool((scales == 255).any()):
+        quantize(source.cpu(), threads=threads)  # raises, and names the place
     return MXFP8Array(codes if torch is None else codes.view(torch.float8_e4m3fn), scales, shape)
 
 
@@ -167,14 +201,15 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
         threads: threads to use; 0 means one a core.
 
     Returns:
-        [N, K] of `dtype`, NumPy or torch as the codes are.
+        [N, K] of `dtype`, NumPy or torch and on the device as the codes are.
 
     Raises:
-        InvalidArgumentError: codes or scales do not have the shapes that `array.shape` asks for.
+        InvalidArgumentError: codes or scales do not have the shapes that `array.shape` asks for,
+            or are on different devices.
         UnsupportedError: bfloat16 in NumPy without ml_dtypes.
     """
     name = _dtype_name(dtype, "dtype")
-    codes, scales = _bytes(array.codes, "codes"), _bytes(array.scales, "scales")
+    codes, scales = as_bytes(array.codes, "codes"), as_bytes(array.scales, "scales")
     rows, cols = (int(size) for size in array.shape)
     for what, given, expected in (
         ("codes", codes, padded_shape((rows, cols))),
@@ -187,8 +222,8 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
             )
     torch = _torch_of(codes)
     if torch is not None:
-        target = torch.empty((rows, cols), dtype=getattr(torch, name))
-        _core.dequantize(codes, scales, target, name, threads)
+        target = torch.empty((rows, cols), dtype=getattr(torch, name), device=codes.device)
+        _core.dequantize(codes, scales, target, name, threads, current_stream(codes))
         return target
     if name == "bfloat16":
         bits = np.empty((rows, cols), np.uint16)
@@ -207,7 +242,8 @@ def to_blocked(scales: Any) -> Any:
     Raises:
         InvalidArgumentError: not a matrix of 1-byte elements.
     """
-    plain = _bytes(scales, "scales")
+    plain = as_bytes(scales, "scales")
+    _require_cpu(plain, "scales")
     rows, cols = _require_2d(plain, "scales")
     blocked = _empty_bytes((_round_up(rows, 128), _round_up(cols, 4)), like=plain)
     _core.to_blocked(plain, blocked)
@@ -224,7 +260,8 @@ def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
     """
     if rows < 0 or cols < 0:
         raise InvalidArgumentError("rows and cols must not be negative")
-    tiles = _bytes(blocked, "blocked")
+    tiles = as_bytes(blocked, "blocked")
+    _require_cpu(tiles, "blocked")
     plain = _empty_bytes((rows, cols), like=tiles)
     _core.from_blocked(tiles, plain)
     return plain

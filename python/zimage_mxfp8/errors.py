@@ -15,6 +15,10 @@ class UnsupportedError(Error, RuntimeError):
     """Something that this build or this machine cannot do."""
 
 
+class CudaError(Error, RuntimeError):
+    """A CUDA call that failed: no memory, no driver, an earlier fault."""
+
+
 class NonFiniteError(Error, ValueError):
     """A NaN or an infinity in a matrix that is to be quantised.
 

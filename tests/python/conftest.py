@@ -16,6 +16,19 @@ from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 Tensors = dict[str, torch.Tensor]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the GPU suite where there is no GPU, or no CUDA in this build."""
+    if not torch.cuda.is_available():
+        reason = "no CUDA device"
+    elif not _core.build_info().cuda:
+        reason = "this build has no CUDA (ZM_CUDA=ON)"
+    else:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def cpu_target(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per CPU target; skips those that this machine lacks."""

@@ -19,8 +19,15 @@ class InvalidArgument : public Error {
   using Error::Error;
 };
 
-// Something that this build or this machine cannot do (a CPU target that was forced but is absent).
+// Something that this build or this machine cannot do: a CPU target that was forced but is absent,
+// a kernel that was left out of the build, a device that has no path.
 class Unsupported : public Error {
+ public:
+  using Error::Error;
+};
+
+// A CUDA call that failed: no memory, no driver, an earlier fault.
+class CudaError : public Error {
  public:
   using Error::Error;
 };

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "zimage_mxfp8/device.h"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8 {
@@ -20,16 +21,24 @@ namespace zimage_mxfp8 {
 // Deterministic: the bytes depend neither on the CPU target nor on `threads` (0: one a core).
 // Denormals count whatever the caller's flush-to-zero mode.
 //
-// Throws InvalidArgument if shapes disagree, a size is negative or a pointer is null;
-// NonFiniteValue for the first NaN or infinity in row-major order (the target is then
-// unspecified).
+// Throws InvalidArgument if shapes disagree, a size is negative, a pointer is null or the target
+// overlaps with the source; NonFiniteValue for the first NaN or infinity in row-major order, after
+// everything is encoded (a block with one has scale 255 and codes 0x7F: NaN for every reader).
 void quantize(const ConstMatrixView& source, const MXFP8View& target, int threads = 0);
+
+// The same on the current CUDA device, with the same bytes (see CudaStream in device.h). Codes and
+// scales are aligned to 16 bytes, the source to its elements. NaN and infinity are not reported:
+// look for scale bytes of 255. Rows that begin at multiples of 16 bytes are fastest.
+void quantize(const ConstMatrixView& source, const MXFP8View& target, CudaStream stream);
 
 // Decodes `source` into `target`: e4m3(code) * 2^(byte - 127), rounded to nearest even where the
 // target's type is too narrow. Codes 0x7F and 0xFF and scale byte 255 give NaN.
 //
 // Throws InvalidArgument as quantize does.
 void dequantize(const ConstMXFP8View& source, const MatrixView& target, int threads = 0);
+
+// The same on the current CUDA device, with the same bytes and the alignments of quantize.
+void dequantize(const ConstMXFP8View& source, const MatrixView& target, CudaStream stream);
 
 struct Position {
   std::int64_t row;

@@ -1,0 +1,36 @@
+// Launching kernels, with every launch checked.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "cuda/runtime.h"
+#include "zimage_mxfp8/device.h"
+
+namespace zimage_mxfp8::detail {
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t threads, CudaStream stream,
+            Arguments&&... arguments) {
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
+      static_cast<Arguments&&>(arguments)...);
+  ZM_CUDA_CHECK(cudaGetLastError());
+}
+
+// Work items as the 32-bit number that kernels count with.
+inline uint32_t checked_count(int64_t count) {
+  if (count > UINT32_MAX / 2) throw InvalidArgument("the matrix is too large for one launch");
+  return static_cast<uint32_t>(count);
+}
+
+inline uint32_t grid_for(uint32_t items, uint32_t items_per_block) {
+  return (items + items_per_block - 1) / items_per_block;
+}
+
+// Whether every row begins at a multiple of 16 bytes.
+inline bool rows_are_aligned(const void* data, int64_t row_stride, size_t element_size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+         static_cast<size_t>(row_stride) * element_size % 16 == 0;
+}
+
+}  // namespace zimage_mxfp8::detail

@@ -1,0 +1,79 @@
+#include "cuda/runtime.h"
+
+#include <cuda_runtime_api.h>
+
+#include "zimage_mxfp8/device.h"
+
+namespace zimage_mxfp8 {
+
+std::vector<CudaDevice> cuda_devices() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();  // no driver or no device is an answer, not a failure
+    return {};
+  }
+  std::vector<CudaDevice> devices;
+  for (int i = 0; i < count; ++i) {
+    cudaDeviceProp properties{};
+    ZM_CUDA_CHECK(cudaGetDeviceProperties(&properties, i));
+    devices.push_back({i, properties.name, properties.major, properties.minor,
+                       properties.multiProcessorCount, properties.totalGlobalMem});
+  }
+  return devices;
+}
+
+namespace detail {
+
+void throw_cuda_error(int code, const char* expression, const char* file, int line) {
+  const auto status = static_cast<cudaError_t>(code);
+  throw CudaError(std::string("CUDA: ") + cudaGetErrorString(status) + " (" +
+                  cudaGetErrorName(status) + " from " + expression + ", " + file + ":" +
+                  std::to_string(line) + ")");
+}
+
+int current_device() {
+  int device = 0;
+  ZM_CUDA_CHECK(cudaGetDevice(&device));
+  return device;
+}
+
+int compute_capability(int device) {
+  int major = 0, minor = 0;
+  ZM_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  ZM_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major * 10 + minor;
+}
+
+void check_device_memory(std::initializer_list<MemoryRange> ranges) {
+  const int device = current_device();
+  for (const MemoryRange& range : ranges) {
+    if (range.bytes == 0) continue;
+    cudaPointerAttributes attributes{};
+    ZM_CUDA_CHECK(cudaPointerGetAttributes(&attributes, range.begin));
+    const bool on_device = attributes.type == cudaMemoryTypeDevice ||
+                           attributes.type == cudaMemoryTypeManaged;
+    if (!on_device) {
+      throw InvalidArgument(std::string(range.what) + " is not in the memory of a CUDA device");
+    }
+    if (attributes.type == cudaMemoryTypeDevice && attributes.device != device) {
+      throw InvalidArgument(std::string(range.what) + " is on CUDA device " +
+                            std::to_string(attributes.device) + ", but the current device is " +
+                            std::to_string(device));
+    }
+  }
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  if (device < 0) return;
+  const int current = current_device();
+  if (current == device) return;
+  ZM_CUDA_CHECK(cudaSetDevice(device));
+  previous_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+}  // namespace detail
+}  // namespace zimage_mxfp8

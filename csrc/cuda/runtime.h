@@ -1,0 +1,43 @@
+// What the operations need of the CUDA runtime, without its headers.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "check.h"
+#include "zimage_mxfp8/error.h"
+
+namespace zimage_mxfp8::detail {
+
+// Compute capability as major * 10 + minor.
+int compute_capability(int device);
+
+int current_device();
+
+// Throws InvalidArgument unless all (non-empty) ranges are memory of the current device.
+void check_device_memory(std::initializer_list<MemoryRange> ranges);
+
+// Makes a device current for a scope. A negative index changes nothing.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+[[noreturn]] void throw_cuda_error(int code, const char* expression, const char* file, int line);
+
+}  // namespace zimage_mxfp8::detail
+
+// Throws CudaError unless `expression` is cudaSuccess.
+#define ZM_CUDA_CHECK(expression)                                                              \
+  do {                                                                                         \
+    const cudaError_t zm_status = (expression);                                                \
+    if (zm_status != cudaSuccess) {                                                            \
+      ::zimage_mxfp8::detail::throw_cuda_error(zm_status, #expression, __FILE_NAME__, __LINE__); \
+    }                                                                                          \
+  } while (false)

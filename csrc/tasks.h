@@ -1,0 +1,41 @@
+// What the dispatchers hand to kernels: checked pointers and sizes of the whole matrices. Plain C
+// types only, for all compilers and all instruction sets (see cpu/kernels.h).
+#pragma once
+
+#include <stdint.h>
+
+namespace zimage_mxfp8 {
+
+enum class DType : uint8_t;
+
+namespace detail {
+
+struct QuantizeTask {
+  const void* source;
+  DType dtype;
+  int64_t row_stride;
+  int64_t rows, cols;
+  uint8_t* codes;
+  uint8_t* scales;
+};
+
+struct DequantizeTask {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  int64_t rows, cols;
+  void* target;
+  DType dtype;
+  int64_t row_stride;
+};
+
+struct ResidualTask {
+  const void* original;
+  DType dtype;
+  int64_t row_stride;
+  const uint8_t* codes;
+  const uint8_t* scales;
+  int64_t rows, cols;
+};
+
+}  // namespace detail
+}  // namespace zimage_mxfp8
