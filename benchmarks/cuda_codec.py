@@ -10,44 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import copy_bandwidth, microseconds
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
 
 SHAPES = ((11520, 3840), (10240, 3840), (4224, 10240), (4224, 3840))
 ROTATED_BYTES = 1 << 30
-
-
-def microseconds(calls: list[Callable[[], object]], repeats: int = 20) -> float:
-    """Median time of one call, of all calls captured in one graph."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[3:])
-
-
-def copy_bandwidth() -> float:
-    """Device copy of 1 GiB in TB/s."""
-    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / microseconds([lambda: target.copy_(source)]) / 1e6
 
 
 def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[float, float]]:

@@ -37,5 +37,17 @@ struct ResidualTask {
   int64_t rows, cols;
 };
 
+struct QuantizeRowsTask {
+  const void* source;
+  DType dtype;
+  int64_t row_stride;
+  int64_t rows, cols;
+  uint8_t* codes;
+  float* scales;
+};
+
+// Rows with a smaller maximum become zeros: their scale could lose bits.
+constexpr float kSmallestRowMaximum = 0x1p-100f;
+
 }  // namespace detail
 }  // namespace zimage_mxfp8

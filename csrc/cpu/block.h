@@ -185,14 +185,13 @@ inline int scale_byte(int32_t amax) {
   return (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x600000 ? 1 : 0);
 }
 
-// Codes of a block with a scale byte of kSafeByte or more.
+// Codes of a block times `factor`, which brings every magnitude to 464 or less (what rounds to 448).
 template <typename Type>
-inline void encode_block(const typename Type::Storage* raw, int byte, uint8_t* codes) {
-  const float inverse = as_float(static_cast<uint32_t>(254 - byte) << 23);
+inline void encode_scaled(const typename Type::Storage* raw, float factor, uint8_t* codes) {
   uint8_t encoded[kBlock];  // local: a byte pointer may alias anything, which stops vectorisation
   for (int i = 0; i < kBlock; ++i) {
     const uint32_t bits = Type::widen(raw[i]);
-    const float scaled = as_float(bits & 0x7FFFFFFF) * inverse;
+    const float scaled = as_float(bits & 0x7FFFFFFF) * factor;
     const uint32_t y = as_bits(scaled);
     // Normal: keep 3 mantissa bits, exponent bias 127 -> 7. Subnormal: adding 2^14 leaves a
     // multiple of 2^-9 in the low bits. Both round to nearest even.
@@ -202,6 +201,12 @@ inline void encode_block(const typename Type::Storage* raw, int byte, uint8_t* c
     encoded[i] = static_cast<uint8_t>(code | ((bits >> 24) & 0x80));
   }
   memcpy(codes, encoded, kBlock);
+}
+
+// Codes of a block with a scale byte of kSafeByte or more.
+template <typename Type>
+inline void encode_block(const typename Type::Storage* raw, int byte, uint8_t* codes) {
+  encode_scaled<Type>(raw, as_float(static_cast<uint32_t>(254 - byte) << 23), codes);
 }
 
 // Codes and scale byte of any block. One with a NaN or an infinity becomes all NaN (scale byte

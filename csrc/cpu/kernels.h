@@ -7,10 +7,10 @@
 
 #include <stdint.h>
 
+#include "gemm/task.h"
 #include "tasks.h"
 
 namespace zimage_mxfp8 {
-
 namespace detail {
 
 struct ResidualSums {
@@ -29,7 +29,14 @@ struct Kernels {
   bool (*row_is_finite)(const void* row, DType dtype, int64_t count);
   void (*cast_row)(const void* source, DType source_dtype, void* target, DType target_dtype,
                    int64_t count);
+  void (*quantize_rows)(const QuantizeRowsTask&, int64_t row_begin, int64_t row_end);
+  // Columns [panel * kGemmPanel, ...) of D, all rows. `scratch` has gemm_scratch(k) floats.
+  void (*gemm_panel)(const GemmTask&, int64_t panel, float* scratch);
 };
+
+constexpr int64_t kGemmPanel = 32;  // columns of D that are computed together
+constexpr int64_t kGemmRows = 4;    // rows
+constexpr int64_t gemm_scratch(int64_t k) { return k * (kGemmPanel + kGemmRows); }
 
 #define ZM_DECLARE_KERNELS(target)                                                  \
   namespace target {                                                                \
@@ -39,8 +46,11 @@ struct Kernels {
   void residual_dot(const ResidualTask&, const double*, double*, int64_t, int64_t); \
   bool row_is_finite(const void*, DType, int64_t);                                  \
   void cast_row(const void*, DType, void*, DType, int64_t);                         \
+  void quantize_rows(const QuantizeRowsTask&, int64_t, int64_t);                    \
+  void gemm_panel(const GemmTask&, int64_t, float*);                                \
   inline constexpr Kernels kKernels{quantize_tile, dequantize_rows, residual_sums,  \
-                                    residual_dot,  row_is_finite,   cast_row};      \
+                                    residual_dot,  row_is_finite,   cast_row,       \
+                                    quantize_rows, gemm_panel};                     \
   }
 
 ZM_DECLARE_KERNELS(baseline)

@@ -1,6 +1,6 @@
 // Eight adjacent elements at a time: loading as float32, encoding to E4M3, decoding, storing.
 //
-// Compiled without flush-to-zero and without contraction, so that the bytes equal the CPU's
+// Compiled without flush-to-zero, and with explicit roundings, so that the bytes equal the CPU's
 // (cpu/block.h, which shares none of this code).
 #pragma once
 
@@ -99,6 +99,26 @@ __device__ void store8(const Elements8<Type>& values, typename Type::Storage* ro
       if (column + i < cols) row[column + i] = values.element[i];
     }
   }
+}
+
+// The same where the lanes of a pair (2i, 2i + 1) hold the halves of 16 elements that begin at a
+// multiple of 16. Float32 is exchanged, so that a store writes whole sectors of 32 bytes.
+template <typename Type, bool aligned>
+__device__ void store8_of_pair(const Elements8<Type>& values, typename Type::Storage* row,
+                               int64_t column, int64_t cols) {
+  const int64_t begin = column & ~int64_t{15};
+  if (sizeof(values) == 16 || !aligned || begin + 16 > cols) {
+    return store8<Type, aligned>(values, row, column, cols);
+  }
+  const bool odd = column != begin;
+  const uint4 given = values.vector[odd ? 0 : sizeof(values) / 16 - 1];
+  const unsigned pair = 3u << (threadIdx.x % 32 & ~1);
+  const uint4 taken = {__shfl_xor_sync(pair, given.x, 1), __shfl_xor_sync(pair, given.y, 1),
+                       __shfl_xor_sync(pair, given.z, 1), __shfl_xor_sync(pair, given.w, 1)};
+  // The even lane has the first quarter and gets the third, the odd one the fourth and the second.
+  uint4* target = reinterpret_cast<uint4*>(row + begin);
+  target[odd ? 1 : 0] = odd ? taken : values.vector[0];
+  target[odd ? 3 : 2] = odd ? values.vector[sizeof(values) / 16 - 1] : taken;
 }
 
 // Largest magnitude as a float32 bit pattern; these order as integers, NaN above infinity.

@@ -10,7 +10,7 @@
 namespace zimage_mxfp8::detail {
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), uint32_t blocks, uint32_t threads, CudaStream stream,
+void launch(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads, CudaStream stream,
             Arguments&&... arguments) {
   kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
       static_cast<Arguments&&>(arguments)...);

@@ -1,16 +1,18 @@
 // What a build without CUDA has in place of cuda/runtime.cpp and of the kernels.
 #include "cuda/runtime.h"
 #include "dequantize/dequantize_cuda.h"
+#include "gemm/gemm_cuda.h"
 #include "quantize/quantize_cuda.h"
+#include "row_scaled/quantize_rows_cuda.h"
 #include "zimage_mxfp8/device.h"
 #include "zimage_mxfp8/staged_quantizer.h"
 
 namespace zimage_mxfp8 {
 namespace {
 
-[[noreturn]] void refuse() {
-  throw Unsupported("this build has no CUDA kernels: rebuild it with ZM_CUDA=ON");
-}
+constexpr const char* kReason = "this build has no CUDA kernels: rebuild it with ZM_CUDA=ON";
+
+[[noreturn]] void refuse() { throw Unsupported(kReason); }
 
 }  // namespace
 
@@ -23,6 +25,13 @@ void StagedQuantizer::quantize(const ConstMatrixView&, const MXFP8View&) { refus
 
 namespace detail {
 
+const std::vector<CudaDevice>& known_devices() {
+  static const std::vector<CudaDevice> none;
+  return none;
+}
+
+int current_device() { refuse(); }
+
 void check_device_memory(std::initializer_list<MemoryRange>) { refuse(); }
 
 DeviceGuard::DeviceGuard(int device) {
@@ -32,6 +41,14 @@ DeviceGuard::~DeviceGuard() = default;
 
 void quantize_cuda(const QuantizeTask&, CudaStream) { refuse(); }
 void dequantize_cuda(const DequantizeTask&, CudaStream) { refuse(); }
+void quantize_rows_cuda(const QuantizeRowsTask&, CudaStream) { refuse(); }
+void gemm_emulated_cuda(const GemmTask&, CudaStream) { refuse(); }
+
+Support supports_cublaslt() { return {false, kReason}; }
+std::size_t workspace_decode(const GemmProblem&) { refuse(); }
+void gemm_decode(const GemmTask&, Workspace, CudaStream) { refuse(); }
+std::size_t workspace_row_scaled(const GemmProblem&) { refuse(); }
+void gemm_row_scaled(const GemmTask&, Workspace, CudaStream) { refuse(); }
 
 }  // namespace detail
 }  // namespace zimage_mxfp8

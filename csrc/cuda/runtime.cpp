@@ -2,11 +2,10 @@
 
 #include <cuda_runtime_api.h>
 
-#include "zimage_mxfp8/device.h"
-
 namespace zimage_mxfp8 {
+namespace {
 
-std::vector<CudaDevice> cuda_devices() {
+std::vector<CudaDevice> look_up_devices() {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess) {
     cudaGetLastError();  // no driver or no device is an answer, not a failure
@@ -22,7 +21,18 @@ std::vector<CudaDevice> cuda_devices() {
   return devices;
 }
 
+}  // namespace
+
+std::vector<CudaDevice> cuda_devices() { return detail::known_devices(); }
+
 namespace detail {
+
+const std::vector<CudaDevice>& known_devices() {
+  static const std::vector<CudaDevice> devices = look_up_devices();
+  return devices;
+}
+
+int multiprocessors(int device) { return find_device(device).multiprocessors; }
 
 void throw_cuda_error(int code, const char* expression, const char* file, int line) {
   const auto status = static_cast<cudaError_t>(code);
@@ -35,13 +45,6 @@ int current_device() {
   int device = 0;
   ZM_CUDA_CHECK(cudaGetDevice(&device));
   return device;
-}
-
-int compute_capability(int device) {
-  int major = 0, minor = 0;
-  ZM_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  ZM_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return major * 10 + minor;
 }
 
 void check_device_memory(std::initializer_list<MemoryRange> ranges) {

@@ -3,16 +3,23 @@
 
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "check.h"
+#include "zimage_mxfp8/device.h"
 #include "zimage_mxfp8/error.h"
 
 namespace zimage_mxfp8::detail {
 
-// Compute capability as major * 10 + minor.
-int compute_capability(int device);
+// The devices, looked up once.
+const std::vector<CudaDevice>& known_devices();
+
+// The device of that index. Throws Unsupported if there is none.
+const CudaDevice& find_device(int index);
 
 int current_device();
+
+int multiprocessors(int device);
 
 // Throws InvalidArgument unless all (non-empty) ranges are memory of the current device.
 void check_device_memory(std::initializer_list<MemoryRange> ranges);

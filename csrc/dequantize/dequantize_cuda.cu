@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
     if (row < task.rows) {
       const uint32_t byte = words[i] >> 8 * (lane / 4 % 4) & 0xFF;
       Storage* target = static_cast<Storage*>(task.target) + row * task.row_stride;
-      store8<Type, aligned>(decode8<Type>(codes[i], byte), target, at.column, task.cols);
+      store8_of_pair<Type, aligned>(decode8<Type>(codes[i], byte), target, at.column, task.cols);
     }
   }
 }

@@ -99,8 +99,8 @@ void Array::require_contiguous(std::int64_t bytes) const {
   }
 }
 
-int common_device(std::initializer_list<const Array*> arrays) {
-  const Array& first = **arrays.begin();
+int common_device(const std::vector<const Array*>& arrays) {
+  const Array& first = *arrays.front();
   const auto place = [](const Array& array) {
     return array.device() < 0 ? "the CPU" : "CUDA device " + std::to_string(array.device());
   };

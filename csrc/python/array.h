@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -50,6 +49,6 @@ class Array {
 };
 
 // The device() that all arrays share. Throws InvalidArgument if they are on several.
-int common_device(std::initializer_list<const Array*> arrays);
+int common_device(const std::vector<const Array*>& arrays);
 
 }  // namespace zimage_mxfp8::python

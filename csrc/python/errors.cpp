@@ -22,6 +22,8 @@ void register_errors() {
       if (failure) std::rethrow_exception(failure);
     } catch (const NonFiniteValue& error) {
       raise("NonFiniteError", py::make_tuple(error.what(), error.row(), error.column()));
+    } catch (const PrecisionLoss& error) {
+      raise("PrecisionLossError", py::make_tuple(error.what(), error.relative_error()));
     } catch (const Unsupported& error) {
       raise("UnsupportedError", py::make_tuple(error.what()));
     } catch (const CudaError& error) {

@@ -40,11 +40,7 @@ struct StagedQuantizer::Resources {
 };
 
 StagedQuantizer::StagedQuantizer(int device) {
-  const std::size_t count = cuda_devices().size();
-  if (device < 0 || static_cast<std::size_t>(device) >= count) {
-    throw Unsupported("there is no CUDA device " + std::to_string(device) + " (" +
-                      std::to_string(count) + " found)");
-  }
+  detail::find_device(device);
   resources_ = std::make_unique<Resources>();
   resources_->device = device;
   const detail::DeviceGuard guard(device);

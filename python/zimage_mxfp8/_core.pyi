@@ -61,3 +61,37 @@ class BuildInfo:
     def architectures(self) -> list[str]: ...
 
 def build_info() -> BuildInfo: ...
+def gemm_paths() -> list[str]: ...
+
+class GemmProblem:
+    def __init__(
+        self, m: int, n: int, k: int, a: str, b: str, dtype: DTypeName, bias: bool
+    ) -> None: ...
+
+def gemm_unsupported(path: str, problem: GemmProblem, device: int) -> str: ...
+def gemm_preferred_path(problem: GemmProblem, device: int) -> Any: ...
+def gemm_workspace_size(path: str, problem: GemmProblem, device: int) -> int: ...
+def gemm(
+    path: str,
+    a: tuple[str, Any, Any, int, int],
+    b: tuple[str, Any, Any, int, int],
+    bias: Any,
+    d: Any,
+    dtype: DTypeName,
+    workspace: Any,
+    threads: int = 0,
+    stream: int = 0,
+) -> None: ...
+def quantize_rows(
+    source: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0, stream: int = 0
+) -> None: ...
+def fold(
+    codes: Any,
+    scales: Any,
+    rows: int,
+    cols: int,
+    out_codes: Any,
+    out_scales: Any,
+    bound: float,
+    threads: int = 0,
+) -> tuple[int, float]: ...

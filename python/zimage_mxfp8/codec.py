@@ -75,7 +75,8 @@ def on_cuda(array: Any) -> bool:
     return _torch_of(array) is not None and array.device.type == "cuda"
 
 
-def _require_cpu(array: Any, name: str) -> None:
+def require_cpu(array: Any, name: str) -> None:
+    """Refuse a tensor that is not in host memory."""
     if _torch_of(array) is not None and array.device.type != "cpu":
         raise InvalidArgumentError(
             f"{name} is on {array.device}; move it to the CPU first ({name}.cpu())"
@@ -88,11 +89,11 @@ def current_stream(array: Any) -> int:
     return torch.cuda.current_stream(array.device).cuda_stream if on_cuda(array) else 0
 
 
-def _plain(array: Any, name: str) -> tuple[Any, str]:
+def plain(array: Any, name: str) -> tuple[Any, str]:
     """An array as something that the core accepts, and the name of its dtype."""
     if _torch_of(array) is not None:
         if not on_cuda(array):
-            _require_cpu(array, name)
+            require_cpu(array, name)
         dtype = str(array.dtype).removeprefix("torch.")
         array = array.detach()
         strides = array.stride() if array.dim() == 2 else (0, 0)
@@ -134,14 +135,19 @@ def as_bytes(array: Any, name: str) -> Any:
     return np.ascontiguousarray(array).view(np.uint8)
 
 
-def _empty_bytes(shape: tuple[int, ...], like: Any) -> Any:
+def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    """A new array of the kind (NumPy or torch) and on the device of `like`.
+
+    bfloat16 in NumPy is uint16: its bits.
+    """
     torch = _torch_of(like)
-    if torch is None:
-        return np.empty(shape, np.uint8)
-    return torch.empty(shape, dtype=torch.uint8, device=like.device)
+    if torch is not None:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    return np.empty(shape, "uint16" if dtype == "bfloat16" else dtype)
 
 
-def _require_2d(array: Any, name: str) -> tuple[int, int]:
+def require_2d(array: Any, name: str) -> tuple[int, int]:
+    """The shape of an array, which must be a matrix."""
     if len(array.shape) != 2:
         raise InvalidArgumentError(f"{name} must have 2 dimensions, not {len(array.shape)}")
     rows, cols = array.shape
@@ -174,13 +180,13 @@ def quantize(
     """
     if nonfinite not in (None, "error", "encode"):
         raise InvalidArgumentError(f'nonfinite must be "error" or "encode", not "{nonfinite}"')
-    source, dtype = _plain(array, "array")
-    dtype_name = _dtype_name(dtype, "array")
-    shape = _require_2d(source, "array")
-    codes = _empty_bytes(padded_shape(shape), like=source)
-    scales = _empty_bytes(scale_shape(shape), like=source)
+    source, dtype = plain(array, "array")
+    name = dtype_name(dtype, "array")
+    shape = require_2d(source, "array")
+    codes = empty(padded_shape(shape), "uint8", like=source)
+    scales = empty(scale_shape(shape), "uint8", like=source)
     try:
-        _core.quantize(source, dtype_name, codes, scales, threads, current_stream(source))
+        _core.quantize(source, name, codes, scales, threads, current_stream(source))
     except NonFiniteError:
         if nonfinite != "encode":
             raise
@@ -208,7 +214,7 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
             or are on different devices.
         UnsupportedError: bfloat16 in NumPy without ml_dtypes.
     """
-    name = _dtype_name(dtype, "dtype")
+    name = dtype_name(dtype, "dtype")
     codes, scales = as_bytes(array.codes, "codes"), as_bytes(array.scales, "scales")
     rows, cols = (int(size) for size in array.shape)
     for what, given, expected in (
@@ -220,18 +226,11 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
                 f"{what} of a {rows}x{cols} matrix must be {list(expected)}, "
                 f"not {list(given.shape)}"
             )
-    torch = _torch_of(codes)
-    if torch is not None:
-        target = torch.empty((rows, cols), dtype=getattr(torch, name), device=codes.device)
-        _core.dequantize(codes, scales, target, name, threads, current_stream(codes))
-        return target
-    if name == "bfloat16":
-        bits = np.empty((rows, cols), np.uint16)
-        _core.dequantize(codes, scales, bits, name, threads)
-        return bits.view(_bfloat16())
-    result = np.empty((rows, cols), name)
-    _core.dequantize(codes, scales, result, name, threads)
-    return result
+    target = empty((rows, cols), name, like=codes)
+    _core.dequantize(codes, scales, target, name, threads, current_stream(codes))
+    if name == "bfloat16" and isinstance(target, np.ndarray):
+        return target.view(bfloat16_type())
+    return target
 
 
 def to_blocked(scales: Any) -> Any:
@@ -242,11 +241,11 @@ def to_blocked(scales: Any) -> Any:
     Raises:
         InvalidArgumentError: not a matrix of 1-byte elements.
     """
-    plain = as_bytes(scales, "scales")
-    _require_cpu(plain, "scales")
-    rows, cols = _require_2d(plain, "scales")
-    blocked = _empty_bytes((_round_up(rows, 128), _round_up(cols, 4)), like=plain)
-    _core.to_blocked(plain, blocked)
+    row_major = as_bytes(scales, "scales")
+    require_cpu(row_major, "scales")
+    rows, cols = require_2d(row_major, "scales")
+    blocked = empty((_round_up(rows, 128), _round_up(cols, 4)), "uint8", like=row_major)
+    _core.to_blocked(row_major, blocked)
     return blocked
 
 
@@ -261,13 +260,14 @@ def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
     if rows < 0 or cols < 0:
         raise InvalidArgumentError("rows and cols must not be negative")
     tiles = as_bytes(blocked, "blocked")
-    _require_cpu(tiles, "blocked")
-    plain = _empty_bytes((rows, cols), like=tiles)
-    _core.from_blocked(tiles, plain)
-    return plain
+    require_cpu(tiles, "blocked")
+    row_major = empty((rows, cols), "uint8", like=tiles)
+    _core.from_blocked(tiles, row_major)
+    return row_major
 
 
-def _dtype_name(dtype: Any, what: str) -> DTypeName:
+def dtype_name(dtype: Any, what: str) -> DTypeName:
+    """The name of a NumPy or torch dtype, which must be bfloat16, float16 or float32."""
     text = np.dtype(dtype).name if isinstance(dtype, (type, np.dtype)) else str(dtype)
     text = text.removeprefix("torch.")
     for name in FLOAT_NAMES.values():
@@ -276,7 +276,8 @@ def _dtype_name(dtype: Any, what: str) -> DTypeName:
     raise InvalidArgumentError(f"{what} must be bfloat16, float16 or float32, not {text}")
 
 
-def _bfloat16() -> Any:
+def bfloat16_type() -> Any:
+    """NumPy's type for bfloat16, which ml_dtypes has."""
     try:
         import ml_dtypes
     except ImportError:
@@ -284,3 +285,13 @@ def _bfloat16() -> Any:
             "NumPy has no bfloat16: install ml_dtypes, or ask for float32"
         ) from None
     return ml_dtypes.bfloat16
+
+
+def bfloat16_bits(array: Any, name: str, size: int) -> Any:
+    """A vector of bfloat16 as something that the core accepts."""
+    if len(array.shape) != 1 or array.shape[0] != size:
+        raise InvalidArgumentError(f"{name} must be [{size}], not {list(array.shape)}")
+    vector, dtype = plain(array, name)
+    if dtype != "bfloat16":
+        raise InvalidArgumentError(f"{name} must be bfloat16, not {dtype}")
+    return vector.contiguous() if _torch_of(vector) is not None else np.ascontiguousarray(vector)

@@ -33,6 +33,18 @@ class NonFiniteError(Error, ValueError):
         self.column = column
 
 
+class PrecisionLossError(Error, ValueError):
+    """A conversion that would lose more than its bound allows.
+
+    Attributes:
+        relative_error: the error that it would add.
+    """
+
+    def __init__(self, message: str, relative_error: float) -> None:
+        super().__init__(message)
+        self.relative_error = relative_error
+
+
 class CheckpointError(Error):
     """A checkpoint that cannot be read, or is not what the operation needs."""
 

@@ -21,6 +21,7 @@ from . import _core
 from .checkpoint.output import BLOCK, AtomicFile, Writer
 from .checkpoint.source import SourceTensor, TensorReader
 from .codec import padded_shape
+from .dtypes import DTypeName
 from .errors import UnsupportedError
 
 CHUNK_BYTES = 16 << 20
@@ -46,10 +47,11 @@ ProgressCallback = Callable[[Progress], object]
 
 
 class Lane:
-    """What one worker owns: open files and scratch memory."""
+    """What one worker owns: open files, scratch memory, and a place on the GPU if it uses one."""
 
-    def __init__(self, output: AtomicFile | None) -> None:
+    def __init__(self, output: AtomicFile | None, cuda_device: int | None = None) -> None:
         self._output = output
+        self._staged = None if cuda_device is None else _core.StagedQuantizer(cuda_device)
         self._reader = TensorReader()
         self._writer: Writer | None = None
         self._scratch: dict[str, npt.NDArray[np.uint8]] = {}
@@ -73,6 +75,19 @@ class Lane:
         data = self.scratch(use, nbytes, position)
         self._reader.read_into(tensor, begin, data)
         return data
+
+    def quantize(
+        self,
+        matrix: npt.NDArray[np.generic],
+        dtype: DTypeName,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.uint8],
+    ) -> None:
+        """Encode a matrix, on this thread or on the GPU."""
+        if self._staged is None:
+            _core.quantize(matrix, dtype, codes, scales, 1)
+        else:
+            self._staged.quantize(matrix, dtype, codes, scales)
 
     def write(self, position: int, data: npt.NDArray[Any]) -> None:
         """Write an array's bytes at a position of the output."""
@@ -167,9 +182,12 @@ def run_jobs(
     output: AtomicFile | None,
     *,
     threads: int = 0,
+    cuda_device: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Run jobs on `threads` cores (0: all) and report progress from the calling thread.
+
+    With `cuda_device` the lanes encode on that device.
 
     Raises whatever a job raised; of several failures the one of the first job, so that the same
     input gives the same error. No job starts after a failure.
@@ -182,9 +200,10 @@ def run_jobs(
     finished: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def work() -> None:
-        lane = Lane(output)
+        lane: Lane | None = None
         number: int | None = None
         try:
+            lane = Lane(output, cuda_device)
             while not stop.is_set():
                 with lock:
                     number = next(numbers, None)
@@ -197,7 +216,8 @@ def run_jobs(
             failures[len(jobs) if number is None else number] = error
             stop.set()
         finally:
-            lane.close()
+            if lane is not None:
+                lane.close()
             finished.put(None)
 
     pool: list[threading.Thread] = []

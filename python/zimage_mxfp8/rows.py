@@ -73,7 +73,7 @@ def encode_rows(
     codes = lane.scratch("codes", math.prod(padded_shape((rows, cols))), positions[0])
     scales = lane.scratch("scales", math.prod(scale_shape((rows, cols))), positions[1])
     try:
-        _core.quantize(matrix, dtype, codes, scales, 1)
+        lane.quantize(matrix, dtype, codes, scales)
     except NonFiniteError as error:
         row = begin + error.row
         raise NonFiniteError(

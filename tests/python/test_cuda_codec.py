@@ -5,14 +5,18 @@ pytest -m gpu
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
+from conftest import Tensors
 from zimage_mxfp8 import _core
 
 pytestmark = pytest.mark.gpu
@@ -173,6 +177,25 @@ def test_staged_quantizer_equals_the_codec() -> None:
         quantizer.quantize(matrix, "float32", codes, scales)
     with pytest.raises(zm.UnsupportedError, match="no CUDA device 99"):
         _core.StagedQuantizer(99)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_convert_writes_the_same_file(small_file: Path, tmp_path: Path, threads: int) -> None:
+    zm.convert(small_file, tmp_path / "cpu")
+    zm.convert(small_file, tmp_path / "cuda", device="cuda", threads=threads)
+    assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
+def test_convert_names_the_nonfinite_value(small_model: Tensors, tmp_path: Path) -> None:
+    name = "layers.0.attention.qkv.weight"
+    broken = small_model[name].clone()
+    broken[100, 33] = torch.inf
+    save_file({**small_model, name: broken}, tmp_path / "broken")
+    with pytest.raises(zm.NonFiniteError, match=f"{name}.* row 100, column 33"):
+        zm.convert(tmp_path / "broken", tmp_path / "out", device="cuda:0")
+    with pytest.raises(zm.UnsupportedError, match="CUDA devices found"):
+        zm.convert(tmp_path / "broken", tmp_path / "out", device="cuda:99")
+    assert not (tmp_path / "out").exists()
 
 
 def test_misuse_is_a_typed_error() -> None:

@@ -32,6 +32,17 @@ class CudaError : public Error {
   using Error::Error;
 };
 
+// A conversion that would lose more than its bound allows.
+class PrecisionLoss : public Error {
+ public:
+  PrecisionLoss(const std::string& what, double relative_error)
+      : Error(what), relative_error_(relative_error) {}
+  double relative_error() const noexcept { return relative_error_; }
+
+ private:
+  double relative_error_;
+};
+
 // A NaN or an infinity in a matrix that is to be quantised.
 class NonFiniteValue : public Error {
  public:

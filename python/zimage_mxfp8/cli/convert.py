@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..devices import cuda_index
 from ..errors import UsageError
 from ..text import plural
 from . import convert_to_quant, dry_run
@@ -91,6 +92,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_overwrite(parser)
     add_threads(parser)
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda|cuda:N",
+        help="where weights are encoded (default: cpu); the bytes are the same",
+    )
     add_json(parser)
     convert_to_quant.add_options(parser)
 
@@ -101,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         if arguments.report is not None:
             raise UsageError("--report needs a conversion; drop it or --dry-run")
+        cuda_index(arguments.device)
         return dry_run.run(arguments, recipe)
 
     from ..conversion.convert import convert
@@ -121,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             report=arguments.report,
             threads=arguments.threads,
+            device=arguments.device,
             progress=progress,
         )
     display.warn(report.warnings)

@@ -86,7 +86,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seed for --bias-correction synthetic (default: 42)",
     )
-    group.add_argument("--device", choices=("cpu",), help="accepted: always so")
     group.add_argument("--verbose", metavar="LEVEL", help="accepted, changes nothing")
     group.add_argument(
         *spellings("--verbose-pinned"), action="store_true", help="accepted, changes nothing"

@@ -20,6 +20,7 @@ from ..checkpoint.output import AtomicFile, check_target, resolved, write_file
 from ..checkpoint.source import SourceTensor, open_checkpoint
 from ..checkpoint.zimage import to_comfyui_layout
 from ..codec import padded_shape, scale_shape
+from ..devices import cuda_index
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..error_stats import ErrorStats, merge_rows
 from ..errors import UsageError
@@ -101,6 +102,7 @@ def convert(
     error_stats: bool = False,
     report: str | os.PathLike[str] | None = None,
     threads: int = 0,
+    device: str = "cpu",
     progress: ProgressCallback | None = None,
 ) -> ConversionReport:
     """Convert a Z-Image checkpoint to MXFP8, for ComfyUI and for this package.
@@ -129,6 +131,7 @@ def convert(
         error_stats: measure each layer's error in the same pass; see `ConversionReport.errors`.
         report: file to write the `ConversionReport` to as JSON, with each layer's error.
         threads: cores to use; 0 means all.
+        device: "cpu", "cuda" or "cuda:N": where weights are encoded; the bytes are the same.
         progress: called with a `Progress` from this thread, many times a second.
 
     Returns:
@@ -140,8 +143,10 @@ def convert(
         CheckpointError: the input is unreadable, malformed, not Z-Image or quantised already.
         NonFiniteError: a weight has NaN or Inf; the sentence names tensor, row and column.
         OutputError: the output cannot be written, or exists already.
+        UnsupportedError: `device` is not there, or this build has no CUDA.
     """
     started = time.perf_counter()
+    cuda_device = cuda_index(device)
     if bias_correction not in MODES:
         raise UsageError(f"bias_correction must be one of {', '.join(MODES)}")
     if bias_correction == "timesteps":
@@ -176,7 +181,7 @@ def convert(
     collected: dict[tuple[str, int], ErrorStats] | None = {} if measure else None
     with AtomicFile(target, plan.size, overwrite=overwrite) as file:
         jobs = _conversion_jobs(plan, corrections, collected)
-        run_jobs(jobs, file, threads=threads, progress=progress)
+        run_jobs(jobs, file, threads=threads, cuda_device=cuda_device, progress=progress)
     result = ConversionReport(
         input=str(source),
         output=str(target),

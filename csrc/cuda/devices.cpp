@@ -1,0 +1,17 @@
+// What holds with and without CUDA.
+#include <string>
+
+#include "cuda/runtime.h"
+
+namespace zimage_mxfp8::detail {
+
+const CudaDevice& find_device(int index) {
+  const std::vector<CudaDevice>& devices = known_devices();
+  if (index < 0 || static_cast<std::size_t>(index) >= devices.size()) {
+    throw Unsupported("there is no CUDA device " + std::to_string(index) + " (" +
+                      std::to_string(devices.size()) + " found)");
+  }
+  return devices[static_cast<std::size_t>(index)];
+}
+
+}  // namespace zimage_mxfp8::detail

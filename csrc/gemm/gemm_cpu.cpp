@@ -1,0 +1,78 @@
+#include "cpu/block.h"
+#include "cpu/kernels.h"
+#include "zimage_mxfp8/gemm.h"
+#include "zimage_mxfp8/scale_layout.h"
+
+namespace zimage_mxfp8::detail::ZM_TARGET {
+
+namespace {
+
+// Row `row` of an operand as `k` floats, `stride` floats apart; without the scale of a row.
+void decode_row(const GemmOperandTask& operand, int64_t row, int64_t k, float* out,
+                int64_t stride) {
+  const int64_t blocks = k / kBlock;
+  for (int64_t block = 0; block < blocks; ++block) {
+    uint32_t bits[kBlock];
+    const int64_t at = row * operand.row_stride + block * kBlock;
+    if (operand.format == OperandFormat::kBFloat16) {
+      load_block<BFloat16>(operand.codes, at, kBlock, bits);
+    } else {
+      uint8_t byte = 127;
+      if (operand.format == OperandFormat::kMXFP8) {
+        byte = static_cast<const uint8_t*>(
+            operand.scales)[scale_offset(row, block, ceil_div(blocks, 4))];
+      }
+      decode_block(static_cast<const uint8_t*>(operand.codes) + at, byte, bits);
+    }
+    for (int i = 0; i < kBlock; ++i) out[(block * kBlock + i) * stride] = as_float(bits[i]);
+  }
+}
+
+float row_scale(const GemmOperandTask& operand, int64_t row) {
+  return operand.format == OperandFormat::kRowScaled
+             ? static_cast<const float*>(operand.scales)[row]
+             : 1.0f;
+}
+
+}  // namespace
+
+void gemm_panel(const GemmTask& task, int64_t panel, float* scratch) {
+  const int64_t first = panel * kGemmPanel;
+  const int64_t columns = task.n - first < kGemmPanel ? task.n - first : kGemmPanel;
+  float* b = scratch;  // [k, kGemmPanel]
+  float* a = scratch + task.k * kGemmPanel;  // [k, kGemmRows]
+  memset(b, 0, static_cast<size_t>(task.k * kGemmPanel) * sizeof(float));
+  memset(a, 0, static_cast<size_t>(task.k * kGemmRows) * sizeof(float));
+  for (int64_t j = 0; j < columns; ++j) decode_row(task.b, first + j, task.k, b + j, kGemmPanel);
+
+  for (int64_t row = 0; row < task.m; row += kGemmRows) {
+    const int64_t rows = task.m - row < kGemmRows ? task.m - row : kGemmRows;
+    for (int64_t i = 0; i < rows; ++i) decode_row(task.a, row + i, task.k, a + i, kGemmRows);
+    float sum[kGemmRows][kGemmPanel] = {};
+    for (int64_t k = 0; k < task.k; ++k) {
+      for (int64_t i = 0; i < kGemmRows; ++i) {
+        for (int64_t j = 0; j < kGemmPanel; ++j) {
+          sum[i][j] += a[k * kGemmRows + i] * b[k * kGemmPanel + j];
+        }
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      uint32_t bits[kBlock] = {};
+      for (int64_t j = 0; j < columns; ++j) {
+        float value = sum[i][j] * row_scale(task.a, row + i) * row_scale(task.b, first + j);
+        if (task.bias) {
+          uint16_t bias;
+          memcpy(&bias, static_cast<const char*>(task.bias) + (first + j) * 2, 2);
+          value += as_float(BFloat16::widen(bias));
+        }
+        bits[j] = as_bits(value);
+      }
+      with_type(task.d_dtype, [&](auto type) {
+        using Type = decltype(type);
+        store_block<Type>(bits, task.d, (row + i) * task.d_row_stride + first, columns);
+      });
+    }
+  }
+}
+
+}  // namespace zimage_mxfp8::detail::ZM_TARGET

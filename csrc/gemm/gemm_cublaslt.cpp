@@ -1,0 +1,168 @@
+// The paths that end in a product of cuBLASLt.
+#include <limits>
+
+#include "dequantize/dequantize_cuda.h"
+#include "gemm/cublaslt.h"
+#include "gemm/gemm_cuda.h"
+#include "zimage_mxfp8/error.h"
+#include "zimage_mxfp8/matrix.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+// Parts of a workspace, each aligned for every use. Without one only the size counts.
+class Parts {
+ public:
+  Parts() = default;
+  explicit Parts(Workspace workspace)
+      : base_(static_cast<char*>(workspace.data)), limit_(workspace.bytes) {}
+
+  void* take(std::int64_t bytes) {
+    void* part = base_ ? base_ + used_ : nullptr;
+    used_ += static_cast<std::size_t>(round_up(bytes, 256));
+    if (used_ > limit_) {  // workspace_size() assumed that D has no gaps between its rows
+      throw Unsupported("cuBLASLt has no algorithm for a D with this row stride");
+    }
+    return part;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_ = nullptr;
+  std::size_t limit_ = std::numeric_limits<std::size_t>::max();
+  std::size_t used_ = 0;
+};
+
+// The last step of both paths: the product, and what cuBLASLt does not do.
+//
+// It adds a bias if D is BF16 and it has an algorithm for that. Otherwise it writes float32 sums, to
+// D itself or, if D is narrower, to the workspace; then the bias is added and the sum rounded.
+class Epilogue {
+ public:
+  // Completes `product`, which has the operands, and takes parts of the workspace.
+  Epilogue(const GemmTask& task, cublaslt::Product& product, Parts& parts) : task_(task) {
+    library_ = parts.take(static_cast<std::int64_t>(cublaslt::kWorkspaceBytes));
+    product.m = static_cast<int>(task.m);
+    product.n = static_cast<int>(task.n);
+    product.k = static_cast<int>(task.k);
+    product.bias = task.bias;
+    product.d = task.d;
+    product.d_dtype = task.d_dtype;
+    product.d_row_stride = task.d_row_stride;
+    fused_ = task.d_dtype == DType::kBFloat16 && cublaslt::has_algorithm(product);
+    if (fused_) return;
+    product.bias = nullptr;
+    product.d_dtype = DType::kFloat32;
+    if (task.d_dtype != DType::kFloat32) {
+      product.d = parts.take(task.m * task.n * 4);
+      product.d_row_stride = task.n;
+    }
+  }
+
+  void run(const cublaslt::Product& product, CudaStream stream) const {
+    cublaslt::multiply(product, library_, stream);
+    if (!fused_ && (product.d != task_.d || task_.bias)) {
+      gemm_finish(static_cast<const float*>(product.d), product.d_row_stride, task_, stream);
+    }
+  }
+
+ private:
+  const GemmTask& task_;
+  void* library_;
+  bool fused_;
+};
+
+// A task of a problem's sizes with pointers that are not to be followed.
+GemmTask task_of(const GemmProblem& problem) {
+  static char somewhere[256];
+  GemmTask task{};
+  task.m = problem.m;
+  task.n = problem.n;
+  task.k = problem.k;
+  task.a = {problem.a, somewhere, somewhere, problem.k};
+  task.b = {problem.b, somewhere, somewhere, problem.k};
+  task.bias = problem.bias ? somewhere : nullptr;
+  task.d = somewhere;
+  task.d_dtype = problem.d;
+  task.d_row_stride = problem.n;
+  return task;
+}
+
+cublaslt::Product row_scaled_product(const GemmTask& task) {
+  cublaslt::Product product{};
+  product.fp8 = true;
+  product.a = task.a.codes;
+  product.b = task.b.codes;
+  product.a_scales = task.a.scales;
+  product.b_scales = task.b.scales;
+  product.a_row_stride = task.a.row_stride;
+  product.b_row_stride = task.b.row_stride;
+  return product;
+}
+
+// An operand in BF16: as it is, or the part of the workspace that it is to be decoded to.
+const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k,
+                    Parts& parts, std::int64_t& row_stride) {
+  if (operand.format == OperandFormat::kBFloat16) {
+    row_stride = operand.row_stride;
+    return operand.codes;
+  }
+  row_stride = k;
+  return parts.take(rows * k * 2);
+}
+
+cublaslt::Product decoded_product(const GemmTask& task, Parts& parts) {
+  cublaslt::Product product{};
+  product.a = decoded(task.a, task.m, task.k, parts, product.a_row_stride);
+  product.b = decoded(task.b, task.n, task.k, parts, product.b_row_stride);
+  return product;
+}
+
+void decode(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, const void* target,
+            CudaStream stream) {
+  if (operand.format == OperandFormat::kBFloat16) return;
+  dequantize_cuda({static_cast<const std::uint8_t*>(operand.codes),
+                   static_cast<const std::uint8_t*>(operand.scales), rows, k,
+                   const_cast<void*>(target), DType::kBFloat16, k},
+                  stream);
+}
+
+}  // namespace
+
+Support supports_cublaslt() {
+  const std::string reason = cublaslt::unavailable();
+  return {reason.empty(), reason};
+}
+
+std::size_t workspace_decode(const GemmProblem& problem) {
+  const GemmTask task = task_of(problem);
+  Parts parts;
+  cublaslt::Product product = decoded_product(task, parts);
+  const Epilogue epilogue(task, product, parts);
+  return parts.used();
+}
+
+void gemm_decode(const GemmTask& task, Workspace workspace, CudaStream stream) {
+  Parts parts(workspace);
+  cublaslt::Product product = decoded_product(task, parts);
+  const Epilogue epilogue(task, product, parts);
+  decode(task.a, task.m, task.k, product.a, stream);
+  decode(task.b, task.n, task.k, product.b, stream);
+  epilogue.run(product, stream);
+}
+
+std::size_t workspace_row_scaled(const GemmProblem& problem) {
+  const GemmTask task = task_of(problem);
+  Parts parts;
+  cublaslt::Product product = row_scaled_product(task);
+  const Epilogue epilogue(task, product, parts);
+  return parts.used();
+}
+
+void gemm_row_scaled(const GemmTask& task, Workspace workspace, CudaStream stream) {
+  Parts parts(workspace);
+  cublaslt::Product product = row_scaled_product(task);
+  Epilogue(task, product, parts).run(product, stream);
+}
+
+}  // namespace zimage_mxfp8::detail

@@ -1,0 +1,109 @@
+#include "cuda/block.cuh"
+#include "cuda/launch.cuh"
+#include "gemm/gemm_cuda.h"
+#include "zimage_mxfp8/scale_layout.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTile = 64;  // rows and columns of D that a block of threads computes, 4x4 a thread
+constexpr int kDepth = static_cast<int>(kBlockSize);
+
+// Elements [k, k + 8) of a row as float32, without the scale of a row.
+__device__ void load_operand8(const GemmOperandTask& operand, int64_t row, int64_t k,
+                              int64_t tiles_per_row, float (&out)[8]) {
+  const int64_t at = row * operand.row_stride + k;
+  if (operand.format == OperandFormat::kBFloat16) {
+    const auto* elements = static_cast<const uint16_t*>(operand.codes);
+    const auto values = load8<BFloat16, true>(elements + at, 0, 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out[i] = BFloat16::widen(values.element[i]);
+    return;
+  }
+  uint32_t byte = 127;
+  if (operand.format == OperandFormat::kMXFP8) {
+    byte = __ldg(static_cast<const uint8_t*>(operand.scales) +
+                 scale_offset(row, k / kBlockSize, tiles_per_row));
+  }
+  const uint2 codes =
+      __ldg(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(operand.codes) + at));
+  const auto values = decode8<Float32>(codes, byte);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(values.element[i]);
+}
+
+__device__ float row_scale(const GemmOperandTask& operand, int64_t row) {
+  return operand.format == OperandFormat::kRowScaled
+             ? static_cast<const float*>(operand.scales)[row]
+             : 1.0f;
+}
+
+template <typename Type>
+__global__ void __launch_bounds__(kThreads) emulated_kernel(const GemmTask task) {
+  __shared__ float a[kDepth][kTile + 4], b[kDepth][kTile + 4];
+  const int64_t row0 = int64_t(blockIdx.y) * kTile, column0 = int64_t(blockIdx.x) * kTile;
+  const int64_t tiles_per_row = ceil_div(task.k, 128);
+  const int load_row = threadIdx.x / 4, load_k = threadIdx.x % 4 * 8;
+  const int tile_row = threadIdx.x / 16 * 4, tile_column = threadIdx.x % 16 * 4;
+  float sum[4][4] = {};
+  for (int64_t k = 0; k < task.k; k += kDepth) {
+    float from_a[8] = {}, from_b[8] = {};
+    if (row0 + load_row < task.m) {
+      load_operand8(task.a, row0 + load_row, k + load_k, tiles_per_row, from_a);
+    }
+    if (column0 + load_row < task.n) {
+      load_operand8(task.b, column0 + load_row, k + load_k, tiles_per_row, from_b);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      a[load_k + i][load_row] = from_a[i];
+      b[load_k + i][load_row] = from_b[i];
+    }
+    __syncthreads();
+    // In order of k for every element, so that the result does not depend on the device.
+#pragma unroll 8
+    for (int depth = 0; depth < kDepth; ++depth) {
+      const float4 x = *reinterpret_cast<const float4*>(&a[depth][tile_row]);
+      const float4 y = *reinterpret_cast<const float4*>(&b[depth][tile_column]);
+      const float xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[i][j] = __fadd_rn(sum[i][j], __fmul_rn(xs[i], ys[j]));
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = row0 + tile_row + i;
+    if (row >= task.m) continue;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t column = column0 + tile_column + j;
+      if (column >= task.n) continue;
+      float value = __fmul_rn(__fmul_rn(sum[i][j], row_scale(task.a, row)),
+                              row_scale(task.b, column));
+      if (task.bias) {
+        value = __fadd_rn(value,
+                          BFloat16::widen(static_cast<const uint16_t*>(task.bias)[column]));
+      }
+      static_cast<typename Type::Storage*>(task.d)[row * task.d_row_stride + column] =
+          Type::narrow(value);
+    }
+  }
+}
+
+}  // namespace
+
+void gemm_emulated_cuda(const GemmTask& task, CudaStream stream) {
+  const uint32_t rows = checked_count(ceil_div(task.m, kTile));
+  const uint32_t columns = checked_count(ceil_div(task.n, kTile));
+  if (rows == 0 || columns == 0) return;
+  with_type(task.d_dtype, [&](auto type) {
+    launch(emulated_kernel<decltype(type)>, dim3(columns, rows), kThreads, stream, task);
+  });
+}
+
+}  // namespace zimage_mxfp8::detail

@@ -1,0 +1,19 @@
+// In place of gemm_sm100.cpp in builds without that target.
+#include "gemm/gemm_cuda.h"
+#include "zimage_mxfp8/error.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+constexpr const char* kReason =
+    "this build has no kernels for sm100: rebuild it with 100f in ZM_CUDA_ARCHS";
+
+}  // namespace
+
+Support supports_sm100() { return {false, kReason}; }
+
+std::size_t workspace_sm100(const GemmProblem&) { throw Unsupported(kReason); }
+
+void gemm_sm100(const GemmTask&, Workspace, CudaStream) { throw Unsupported(kReason); }
+
+}  // namespace zimage_mxfp8::detail

@@ -1,0 +1,32 @@
+// What the GEMM dispatcher hands to kernels.
+#pragma once
+
+#include <stdint.h>
+
+#include "tasks.h"
+
+namespace zimage_mxfp8 {
+
+enum class OperandFormat : uint8_t;
+
+namespace detail {
+
+struct GemmOperandTask {
+  OperandFormat format;
+  const void* codes;   // or BF16 elements
+  const void* scales;  // E8M0 in the blocked layout, or one float32 a row; null for BF16
+  int64_t row_stride;  // elements
+};
+
+// D[m, n] = A[m, k] B[n, k]^T + bias[n]
+struct GemmTask {
+  int64_t m, n, k;
+  GemmOperandTask a, b;
+  const void* bias;  // BF16, or null
+  void* d;
+  DType d_dtype;
+  int64_t d_row_stride;
+};
+
+}  // namespace detail
+}  // namespace zimage_mxfp8

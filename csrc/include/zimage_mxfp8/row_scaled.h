@@ -1,0 +1,39 @@
+// E4M3 with one float32 scale a row: what Hopper's FP8 tensor cores take at full rate.
+#pragma once
+
+#include "zimage_mxfp8/device.h"
+#include "zimage_mxfp8/matrix.h"
+
+namespace zimage_mxfp8 {
+
+// Encodes every row of `source` with a scale of its own, as activations are encoded per token:
+//
+//   scale = amax / 448 (float32),  code = x * (448 / amax), to nearest even, in E4M3
+//
+// A row whose amax is below 2^-100 becomes scale 0 and codes 0. A row with NaN or infinity
+// gets scale NaN, and so a row of NaN in every product. The bytes depend neither on the CPU target
+// nor on the device nor on `threads`.
+//
+// Throws InvalidArgument if shapes disagree, a size is negative, a pointer is null or the target
+// overlaps with the source.
+void quantize_rows(const ConstMatrixView& source, const RowScaledView& target, int threads = 0);
+
+// The same on the current CUDA device (see CudaStream in device.h). Codes are aligned to 16 bytes;
+// columns a multiple of 16 and rows that begin at multiples of 16 bytes are fastest.
+void quantize_rows(const ConstMatrixView& source, const RowScaledView& target, CudaStream stream);
+
+struct FoldStats {
+  std::int64_t changed = 0;     // elements whose value is not the same any more
+  double relative_error = 0.0;  // Frobenius norm of the change / of the matrix
+};
+
+// Folds the scales of the blocks of every row into one power of two: since all are powers of two,
+// what differs moves into the codes' exponents, and only codes that fall below E4M3's normal range
+// (2^-6) lose bits. Both matrices are in host memory.
+//
+// Throws PrecisionLoss if the relative error passes `bound` (the target is then unspecified);
+// InvalidArgument for a NaN code or scale, and as quantize_rows does.
+FoldStats fold(const ConstMXFP8View& source, const RowScaledView& target, double bound = 1e-3,
+               int threads = 0);
+
+}  // namespace zimage_mxfp8

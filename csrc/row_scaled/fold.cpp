@@ -1,0 +1,167 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/parallel.h"
+#include "zimage_mxfp8/row_scaled.h"
+#include "zimage_mxfp8/scale_layout.h"
+
+namespace zimage_mxfp8 {
+namespace {
+
+constexpr int kCodes = 0x7F;     // magnitudes of E4M3 that are numbers
+constexpr int kMostUp = 17;      // 2^-9, the smallest code, can move up so far: 2^8 <= 448
+constexpr int kMostDown = 19;    // from here on every code becomes zero: 448 * 2^-19 < 2^-10
+constexpr int kShifts = kMostUp + kMostDown + 1;
+
+// What becomes of every magnitude of a code whose block's scale is 2^shift times too small.
+struct Shifted {
+  std::array<std::uint8_t, kCodes> code;
+  std::array<double, kCodes> squared_error;  // (value - new value * 2^shift)^2
+};
+
+struct Tables {
+  std::array<double, kCodes> value;
+  std::array<int, kCodes> headroom;  // largest h with value * 2^h <= 448
+  std::array<Shifted, kShifts> shifted;
+
+  Tables() {
+    for (std::size_t i = 0; i < kCodes; ++i) {
+      const int field = static_cast<int>(i >> 3), mantissa = static_cast<int>(i & 7);
+      value[i] = field == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, field - 10);
+      headroom[i] = i == 0 ? kMostUp : static_cast<int>(std::floor(std::log2(448.0 / value[i])));
+    }
+    for (int shift = -kMostUp; shift <= kMostDown; ++shift) {
+      Shifted& table = shifted[static_cast<std::size_t>(shift + kMostUp)];
+      for (std::size_t i = 0; i < kCodes; ++i) {
+        const std::size_t code = nearest(std::ldexp(value[i], -shift));
+        table.code[i] = static_cast<std::uint8_t>(code);
+        const double error = value[i] - std::ldexp(value[code], shift);
+        table.squared_error[i] = error * error;
+      }
+    }
+  }
+
+  // The code nearest to a value of at most 448; ties go to the even one.
+  std::size_t nearest(double wanted) const {
+    const auto above = static_cast<std::size_t>(
+        std::lower_bound(value.begin(), value.end(), wanted) - value.begin());
+    if (above == kCodes) return kCodes - 1;
+    if (above == 0 || value[above] == wanted) return above;
+    const double low = wanted - value[above - 1], high = value[above] - wanted;
+    if (low == high) return above % 2 == 0 ? above : above - 1;
+    return high < low ? above : above - 1;
+  }
+};
+
+const Tables& tables() {
+  static const Tables instance;
+  return instance;
+}
+
+struct RowSums {
+  std::int64_t changed = 0;
+  double squared_error = 0.0, squared_signal = 0.0;
+};
+
+RowSums fold_row(const ConstMXFP8View& source, const RowScaledView& target, std::int64_t row) {
+  const Tables& table = tables();
+  const MXFP8Shape shape{source.rows, source.cols};
+  const std::int64_t blocks = shape.blocks(), tiles = ceil_div(blocks, 4);
+  const std::uint8_t* codes = source.codes + row * shape.code_cols();
+  std::uint8_t* out = target.codes + row * source.cols;
+
+  // The smallest scale that no block overflows; at least 2^-126, a float32 normal.
+  int row_byte = 1;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    std::uint8_t largest = 0;
+    for (std::int64_t i = 0; i < kBlockSize; ++i) {
+      largest = std::max<std::uint8_t>(largest, codes[block * kBlockSize + i] & 0x7F);
+    }
+    const int byte = source.scales[scale_offset(row, block, tiles)];
+    if (largest == 0x7F || byte == 255) {
+      throw InvalidArgument("the matrix has NaN in row " + std::to_string(row) + ", columns " +
+                            std::to_string(block * kBlockSize) + " to " +
+                            std::to_string(block * kBlockSize + kBlockSize - 1));
+    }
+    if (largest != 0) row_byte = std::max(row_byte, byte - table.headroom[largest]);
+  }
+  target.scales[row] = std::ldexp(1.0f, row_byte - 127);
+
+  RowSums sums;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const int byte = source.scales[scale_offset(row, block, tiles)];
+    const int shift = std::clamp(row_byte - byte, -kMostUp, kMostDown);
+    const Shifted& shifted = table.shifted[static_cast<std::size_t>(shift + kMostUp)];
+    double error = 0.0, signal = 0.0;
+    const std::int64_t begin = block * kBlockSize, end = std::min(begin + kBlockSize, source.cols);
+    for (std::int64_t column = begin; column < end; ++column) {
+      const std::uint8_t code = codes[column], magnitude = code & 0x7F;
+      out[column] = static_cast<std::uint8_t>(shifted.code[magnitude] | (code & 0x80));
+      const double squared_error = shifted.squared_error[magnitude];
+      sums.changed += squared_error > 0.0;
+      error += squared_error;
+      signal += table.value[magnitude] * table.value[magnitude];
+    }
+    sums.squared_error += std::ldexp(error, 2 * (byte - 127));
+    sums.squared_signal += std::ldexp(signal, 2 * (byte - 127));
+  }
+  return sums;
+}
+
+}  // namespace
+
+FoldStats fold(const ConstMXFP8View& source, const RowScaledView& target, double bound,
+               int threads) {
+  if (source.rows < 0 || source.cols < 0) throw InvalidArgument("the source has a negative size");
+  if (source.rows != target.rows || source.cols != target.cols) {
+    throw InvalidArgument("the MXFP8 matrix is " + detail::shape_text(source.rows, source.cols) +
+                          " but the row-scaled matrix is " +
+                          detail::shape_text(target.rows, target.cols));
+  }
+  if (source.rows == 0 || source.cols == 0) return {};
+  if (!source.codes || !source.scales || !target.codes || !target.scales) {
+    throw InvalidArgument("codes or scales are a null pointer");
+  }
+  const MXFP8Shape shape{source.rows, source.cols};
+  const detail::MemoryRange codes{target.codes, target.rows * target.cols, "the target's codes"};
+  const detail::MemoryRange scales{target.scales, target.rows * 4, "the target's scales"};
+  const detail::MemoryRange from_codes{source.codes, shape.code_bytes(), "the source's codes"};
+  const detail::MemoryRange from_scales{source.scales, shape.scale_bytes(), "the source's scales"};
+  detail::check_disjoint(codes, {scales, from_codes, from_scales});
+  detail::check_disjoint(scales, {from_codes, from_scales});
+  detail::check_alignment(scales, sizeof(float));
+
+  // One sum a row, added in order: threads do not change the result.
+  std::vector<RowSums> partial(static_cast<std::size_t>(source.rows));
+  detail::parallel_for(source.rows, detail::row_grain(source.cols), threads,
+                       [&](std::int64_t begin, std::int64_t end) {
+                         for (std::int64_t row = begin; row < end; ++row) {
+                           partial[static_cast<std::size_t>(row)] = fold_row(source, target, row);
+                         }
+                       });
+  RowSums total;
+  for (const RowSums& sums : partial) {
+    total.changed += sums.changed;
+    total.squared_error += sums.squared_error;
+    total.squared_signal += sums.squared_signal;
+  }
+  FoldStats stats;
+  stats.changed = total.changed;
+  if (total.squared_signal > 0.0) {
+    stats.relative_error = std::sqrt(total.squared_error / total.squared_signal);
+  }
+  if (stats.relative_error > bound) {
+    throw PrecisionLoss("folding the scales would add a relative error of " +
+                            std::to_string(stats.relative_error) + ", more than the bound of " +
+                            std::to_string(bound),
+                        stats.relative_error);
+  }
+  return stats;
+}
+
+}  // namespace zimage_mxfp8

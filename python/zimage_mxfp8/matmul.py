@@ -1,0 +1,228 @@
+"""Matrix products with 8-bit operands: D = A B^T + bias, for NumPy arrays and torch tensors.
+
+Operands are MXFP8 (`codec.MXFP8Array`), E4M3 with one scale a row (`RowScaledArray`) or plain
+bfloat16. How a product is computed is a path:
+
+    emulated    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
+    decode      operands decoded to bfloat16 in a workspace, then cuBLASLt
+    row-scaled  cuBLASLt's FP8 product of two row-scaled operands; Hopper
+    sm100       block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
+    sm120       the same for 12.0 and 12.1; never run on one
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from . import _core
+from .codec import (
+    MXFP8Array,
+    as_bytes,
+    bfloat16_bits,
+    bfloat16_type,
+    current_stream,
+    dtype_name,
+    empty,
+    on_cuda,
+    plain,
+    require_2d,
+    require_cpu,
+)
+from .dtypes import DTypeName
+from .errors import InvalidArgumentError
+
+__all__ = ["FoldStats", "RowScaledArray", "fold", "gemm", "gemm_path", "quantize_rows"]
+
+Path = Literal["emulated", "decode", "row-scaled", "sm100", "sm120"]
+
+
+@dataclass(frozen=True)
+class RowScaledArray:
+    """A matrix in E4M3 with one scale a row: element = e4m3(code) * scale of its row.
+
+    Attributes:
+        codes: E4M3 bit patterns, [N, K], row-major: NumPy uint8, or torch float8_e4m3fn.
+        scales: float32, [N].
+    """
+
+    codes: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        rows, cols = self.codes.shape
+        return int(rows), int(cols)
+
+
+@dataclass(frozen=True)
+class FoldStats:
+    """What folding the scales of a matrix changed.
+
+    Attributes:
+        changed: elements whose value is not the same any more.
+        relative_error: Frobenius norm of the change, relative to that of the matrix.
+    """
+
+    changed: int
+    relative_error: float
+
+
+def _row_scaled(codes: Any, scales: Any) -> RowScaledArray:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(codes, torch.Tensor):
+        codes = codes.view(torch.float8_e4m3fn)
+    return RowScaledArray(codes, scales)
+
+
+def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
+    """Encode every row of a matrix in E4M3 with a scale of its own, as activations are.
+
+    `scale = amax / 448` in float32, codes `x * (448 / amax)` to nearest even. A row with a maximum
+    below 2^-100 becomes zeros; one with NaN or infinity gets the scale NaN. The bytes depend
+    neither on the processor nor on the device.
+
+    Args:
+        array: [N, K] of bfloat16, float16 or float32; NumPy, or torch on the CPU or on CUDA.
+        threads: threads to use on the CPU; 0 means one a core.
+
+    Raises:
+        InvalidArgumentError: not a matrix, or another dtype or device.
+    """
+    source, name = plain(array, "array")
+    dtype = dtype_name(name, "array")
+    shape = require_2d(source, "array")
+    codes = empty(shape, "uint8", like=source)
+    scales = empty(shape[:1], "float32", like=source)
+    _core.quantize_rows(source, dtype, codes, scales, threads, current_stream(source))
+    return _row_scaled(codes, scales)
+
+
+def fold(
+    array: MXFP8Array, *, bound: float = 1e-3, threads: int = 0
+) -> tuple[RowScaledArray, FoldStats]:
+    """Fold the block scales of an MXFP8 matrix into one power of two a row.
+
+    The scales of the blocks are powers of two, so what differs within a row moves into the codes'
+    exponents; only codes that fall below E4M3's normal range lose bits. The result is what
+    Hopper's FP8 tensor cores take.
+
+    Args:
+        array: in host memory.
+        bound: the largest relative error that may be added.
+        threads: threads to use; 0 means one a core.
+
+    Returns:
+        The row-scaled matrix, and what changed.
+
+    Raises:
+        PrecisionLossError: the error would pass `bound`.
+        InvalidArgumentError: NaN in the matrix, or memory of a device.
+    """
+    codes, scales = as_bytes(array.codes, "codes"), as_bytes(array.scales, "scales")
+    require_cpu(codes, "codes")
+    require_cpu(scales, "scales")
+    rows, cols = array.shape
+    out_codes = empty((rows, cols), "uint8", like=codes)
+    out_scales = empty((rows,), "float32", like=codes)
+    changed, error = _core.fold(codes, scales, rows, cols, out_codes, out_scales, bound, threads)
+    return _row_scaled(out_codes, out_scales), FoldStats(changed, error)
+
+
+Operand = tuple[str, Any, Any, int, int]
+
+
+def _operand(array: Any, name: str) -> Operand:
+    """An operand as the core takes it: format, elements or codes, scales, rows, columns."""
+    if isinstance(array, MXFP8Array):
+        codes, scales = as_bytes(array.codes, name), as_bytes(array.scales, name)
+        return "mxfp8", codes, scales, *array.shape
+    if isinstance(array, RowScaledArray):
+        return "row-scaled", as_bytes(array.codes, name), array.scales, *array.shape
+    matrix, dtype = plain(array, name)
+    if dtype != "bfloat16":
+        raise InvalidArgumentError(
+            f"{name} must be an MXFP8Array, a RowScaledArray or bfloat16, not {dtype}"
+        )
+    return "bfloat16", matrix, None, *require_2d(matrix, name)
+
+
+def _problem(a: Operand, b: Operand, dtype: DTypeName, bias: bool) -> _core.GemmProblem:
+    return _core.GemmProblem(a[3], b[3], a[4], a[0], b[0], dtype, bias)
+
+
+def _device(operand: Operand) -> int:
+    """The index of the CUDA device that holds an operand; -1 for the CPU."""
+    return int(operand[1].device.index) if on_cuda(operand[1]) else -1
+
+
+def gemm_path(a: Any, b: Any, *, dtype: Any = "bfloat16", bias: bool = False) -> Path:
+    """The path that `gemm` takes for such operands when none is asked for.
+
+    Raises:
+        UnsupportedError: the device has none but "emulated"; the sentence says why.
+        InvalidArgumentError: sizes that no path takes.
+    """
+    first, second = _operand(a, "a"), _operand(b, "b")
+    problem = _problem(first, second, dtype_name(dtype, "dtype"), bias)
+    path: Path = _core.gemm_preferred_path(problem, _device(first))
+    return path
+
+
+def gemm(
+    a: Any,
+    b: Any,
+    bias: Any = None,
+    *,
+    dtype: Any = "bfloat16",
+    path: Path | None = None,
+    threads: int = 0,
+) -> Any:
+    """Compute A B^T + bias with 8-bit operands and float32 sums.
+
+    On CUDA it runs on torch's current stream; workspace comes from torch's allocator.
+
+    Args:
+        a: [M, K], an `MXFP8Array`, a `RowScaledArray` or bfloat16.
+        b: [N, K], likewise, of the same kind (NumPy or torch) and on the same device. N is a
+            multiple of 8, K of 32.
+        bias: [N] of bfloat16, or None.
+        dtype: of the result: bfloat16, float16 or float32.
+        path: how it is computed (see the module); by default the device's fastest.
+        threads: threads to use on the CPU; 0 means one a core.
+
+    Returns:
+        [M, N] of `dtype`, NumPy or torch as the operands are.
+
+    Raises:
+        InvalidArgumentError: shapes, dtypes or devices that do not go together.
+        UnsupportedError: the device does not have the path; the sentence says why.
+    """
+    first, second = _operand(a, "a"), _operand(b, "b")
+    name = dtype_name(dtype, "dtype")
+    problem, device = _problem(first, second, name, bias is not None), _device(first)
+    bias_vector = None if bias is None else bfloat16_bits(bias, "bias", second[3])
+    path_name = path or _core.gemm_preferred_path(problem, device)
+    workspace = None
+    if device >= 0:
+        nbytes = _core.gemm_workspace_size(path_name, problem, device)
+        workspace = empty((nbytes,), "uint8", like=first[1]) if nbytes else None
+    result = empty((first[3], second[3]), name, like=first[1])
+    _core.gemm(
+        path_name,
+        first,
+        second,
+        bias_vector,
+        result,
+        name,
+        workspace,
+        threads,
+        current_stream(first[1]),
+    )
+    if name == "bfloat16" and isinstance(result, np.ndarray):
+        return result.view(bfloat16_type())
+    return result
