@@ -5,6 +5,7 @@
 #include "quantize/quantize_cuda.h"
 #include "row_scaled/quantize_rows_cuda.h"
 #include "zimage_mxfp8/device.h"
+#include "zimage_mxfp8/gemm.h"
 #include "zimage_mxfp8/staged_quantizer.h"
 
 namespace zimage_mxfp8 {
@@ -17,6 +18,8 @@ constexpr const char* kReason = "this build has no CUDA kernels: rebuild it with
 }  // namespace
 
 std::vector<CudaDevice> cuda_devices() { return {}; }
+
+std::string cublaslt_version() { return ""; }
 
 struct StagedQuantizer::Resources {};
 StagedQuantizer::StagedQuantizer(int) { refuse(); }

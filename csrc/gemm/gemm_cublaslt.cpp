@@ -7,7 +7,11 @@
 #include "zimage_mxfp8/error.h"
 #include "zimage_mxfp8/matrix.h"
 
-namespace zimage_mxfp8::detail {
+namespace zimage_mxfp8 {
+
+std::string cublaslt_version() { return detail::cublaslt::version(); }
+
+namespace detail {
 namespace {
 
 // Parts of a workspace, each aligned for every use. Without one only the size counts.
@@ -165,4 +169,5 @@ void gemm_row_scaled(const GemmTask& task, Workspace workspace, CudaStream strea
   Epilogue(task, product, parts).run(product, stream);
 }
 
-}  // namespace zimage_mxfp8::detail
+}  // namespace detail
+}  // namespace zimage_mxfp8

@@ -142,6 +142,7 @@ void register_gemm(py::module_& module) {
     for (const GemmPath path : all_gemm_paths()) names.emplace_back(name(path));
     return names;
   });
+  module.def("cublaslt_version", &cublaslt_version);
   py::class_<GemmProblem>(module, "GemmProblem")
       .def(py::init([](std::int64_t m, std::int64_t n, std::int64_t k, const std::string& a,
                        const std::string& b, const std::string& dtype, bool bias) {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .conversion.plan import Plan
     from .conversion.report import ConversionReport
     from .dequantization import dequantize_checkpoint
+    from .diagnosis import Diagnosis, diagnose
     from .error_stats import ErrorStats
     from .errors import (
         CheckpointError,
@@ -49,6 +50,8 @@ _HOME = {
     "Plan": "conversion.plan",
     "ConversionReport": "conversion.report",
     "dequantize_checkpoint": "dequantization",
+    "Diagnosis": "diagnosis",
+    "diagnose": "diagnosis",
     "ErrorStats": "error_stats",
     "CheckpointError": "errors",
     "CudaError": "errors",
@@ -79,6 +82,7 @@ __all__ = [
     "CheckpointError",
     "ConversionReport",
     "CudaError",
+    "Diagnosis",
     "Error",
     "ErrorStats",
     "FoldStats",
@@ -100,6 +104,7 @@ __all__ = [
     "convert",
     "dequantize",
     "dequantize_checkpoint",
+    "diagnose",
     "fold",
     "from_blocked",
     "gemm",

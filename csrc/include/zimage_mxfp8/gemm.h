@@ -49,6 +49,10 @@ const char* name(GemmPath path);
 GemmPath gemm_path(const std::string& path_name);
 std::vector<GemmPath> all_gemm_paths();
 
+// Version of the cuBLASLt that kDecode and kRowScaled use, such as "13.1.0"; empty if there is none.
+// It is loaded when it is first needed: the process's own if it has one, else by its name.
+std::string cublaslt_version();
+
 // The CPU, in place of a device index.
 inline constexpr int kHost = -1;
 

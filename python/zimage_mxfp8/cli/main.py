@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ..errors import Error, UsageError
 from ..text import printable
-from . import convert, demo, dequantize, inspect, recipes, validate
+from . import convert, demo, dequantize, doctor, inspect, recipes, validate
 from .arguments import Parser
 
-_COMMANDS = (convert, inspect, validate, dequantize, recipes, demo)
+_COMMANDS = (convert, inspect, validate, dequantize, recipes, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,10 +31,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"zimage-mxfp8 {version('zimage-mxfp8')}"
     )
+    parser.add_argument(
+        "--cmake-dir",
+        action=_PrintCMakeDir,
+        nargs=0,
+        help="print the folder of the CMake package, for find_package(zimage_mxfp8 CONFIG)",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser
+
+
+class _PrintCMakeDir(argparse.Action):
+    """Like `--version`: print and exit, without a command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_arguments: object) -> None:
+        from ..diagnosis import cmake_dir
+
+        print(cmake_dir())
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
