@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=3840, help="width of the model")
     parser.add_argument("--runs", type=int, default=3, help="runs of ours and of the floor")
     parser.add_argument("--no-peer", action="store_true", help="leave convert_to_quant out")
+    parser.add_argument("--cuda", action="store_true", help="encode on a CUDA device too")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/data"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -135,6 +136,11 @@ def main() -> None:
         ],
         "zimage-mxfp8, recipe uniform": [ours, "convert", "-i", source, "-o", output],
     }
+    if arguments.cuda:
+        commands["zimage-mxfp8, the card's command, --device cuda"] = [
+            *commands["zimage-mxfp8, the card's command"],
+            *("--device", "cuda"),
+        ]
     results: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(arguments.runs):
         for name, command in commands.items():

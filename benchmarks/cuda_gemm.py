@@ -17,7 +17,7 @@ import torch
 from timing import microseconds
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core
+from zimage_mxfp8 import _core, matmul
 
 LINEARS = {
     "qkv": (11520, 3840),
@@ -38,7 +38,7 @@ class Ours:
 
     def __init__(self, path: str, a: object, b: object, m: int, n: int) -> None:
         self.path = path
-        self.parts = [zm.matmul._operand(x, "x") for x in (a, b)]
+        self.parts = [matmul._operand(x, "x") for x in (a, b)]
         problem = _core.GemmProblem(
             m, n, self.parts[0][4], self.parts[0][0], self.parts[1][0], "bfloat16", False
         )
@@ -56,7 +56,7 @@ def supported(path: str, a: str, b: str) -> bool:
     return not _core.gemm_unsupported(path, problem, torch.cuda.current_device())
 
 
-def measure(m: int, n: int, k: int) -> dict[str, float]:
+def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
     """Microseconds of each way to multiply."""
     copies = 1 if m > 1024 else max(CACHE_BYTES // (n * k), 1)
     x = torch.randn(m, k, device="cuda").bfloat16()
@@ -98,7 +98,12 @@ def measure(m: int, n: int, k: int) -> dict[str, float]:
             calls[f"{path}, BF16 x MXFP8"] = [Ours(path, x, b, m, n) for b in encoded]
         if supported(path, "mxfp8", "mxfp8"):
             calls[f"{path}, MXFP8 x MXFP8"] = [Ours(path, x_mx, b, m, n) for b in encoded]
-    return {what: microseconds(functions) for what, functions in calls.items()}
+    peers = ("cuBLAS BF16", "torch._scaled_mm")
+    return {
+        what: microseconds(functions)
+        for what, functions in calls.items()
+        if what in peers or only in what
+    }
 
 
 def main() -> None:
@@ -107,6 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures to a file too")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4224, 128, 32])
+    parser.add_argument("--only", default="", help="of our products, those with this in the name")
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     print("| M | linear | product | us | TFLOP/s | of cuBLAS BF16 | of _scaled_mm |")
@@ -114,7 +120,7 @@ def main() -> None:
     rows = []
     for m in arguments.tokens:
         for linear, (n, k) in LINEARS.items():
-            times = measure(m, n, k)
+            times = measure(m, n, k, arguments.only)
             bf16, fp8 = times["cuBLAS BF16"], times.get("torch._scaled_mm", float("nan"))
             for what, us in times.items():
                 rows.append({"m": m, "linear": linear, "product": what, "us": us})

@@ -185,7 +185,8 @@ inline int scale_byte(int32_t amax) {
   return (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x600000 ? 1 : 0);
 }
 
-// Codes of a block times `factor`, which brings every magnitude to 464 or less (what rounds to 448).
+// Codes of a block times `factor`, which brings every magnitude to 464 or less (what rounds to
+// 448).
 template <typename Type>
 inline void encode_scaled(const typename Type::Storage* raw, float factor, uint8_t* codes) {
   uint8_t encoded[kBlock];  // local: a byte pointer may alias anything, which stops vectorisation

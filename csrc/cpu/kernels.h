@@ -38,19 +38,18 @@ constexpr int64_t kGemmPanel = 32;  // columns of D that are computed together
 constexpr int64_t kGemmRows = 4;    // rows
 constexpr int64_t gemm_scratch(int64_t k) { return k * (kGemmPanel + kGemmRows); }
 
-#define ZM_DECLARE_KERNELS(target)                                                  \
-  namespace target {                                                                \
-  bool quantize_tile(const QuantizeTask&, int64_t, int64_t);                        \
-  void dequantize_rows(const DequantizeTask&, int64_t, int64_t);                    \
-  ResidualSums residual_sums(const ResidualTask&, int64_t, int64_t);                \
-  void residual_dot(const ResidualTask&, const double*, double*, int64_t, int64_t); \
-  bool row_is_finite(const void*, DType, int64_t);                                  \
-  void cast_row(const void*, DType, void*, DType, int64_t);                         \
-  void quantize_rows(const QuantizeRowsTask&, int64_t, int64_t);                    \
-  void gemm_panel(const GemmTask&, int64_t, float*);                                \
-  inline constexpr Kernels kKernels{quantize_tile, dequantize_rows, residual_sums,  \
-                                    residual_dot,  row_is_finite,   cast_row,       \
-                                    quantize_rows, gemm_panel};                     \
+#define ZM_DECLARE_KERNELS(target)                                                               \
+  namespace target {                                                                             \
+  bool quantize_tile(const QuantizeTask&, int64_t, int64_t);                                     \
+  void dequantize_rows(const DequantizeTask&, int64_t, int64_t);                                 \
+  ResidualSums residual_sums(const ResidualTask&, int64_t, int64_t);                             \
+  void residual_dot(const ResidualTask&, const double*, double*, int64_t, int64_t);              \
+  bool row_is_finite(const void*, DType, int64_t);                                               \
+  void cast_row(const void*, DType, void*, DType, int64_t);                                      \
+  void quantize_rows(const QuantizeRowsTask&, int64_t, int64_t);                                 \
+  void gemm_panel(const GemmTask&, int64_t, float*);                                             \
+  inline constexpr Kernels kKernels{quantize_tile, dequantize_rows, residual_sums, residual_dot, \
+                                    row_is_finite, cast_row,        quantize_rows, gemm_panel};  \
   }
 
 ZM_DECLARE_KERNELS(baseline)

@@ -53,8 +53,8 @@ void check_device_memory(std::initializer_list<MemoryRange> ranges) {
     if (range.bytes == 0) continue;
     cudaPointerAttributes attributes{};
     ZM_CUDA_CHECK(cudaPointerGetAttributes(&attributes, range.begin));
-    const bool on_device = attributes.type == cudaMemoryTypeDevice ||
-                           attributes.type == cudaMemoryTypeManaged;
+    const bool on_device =
+        attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
     if (!on_device) {
       throw InvalidArgument(std::string(range.what) + " is not in the memory of a CUDA device");
     }

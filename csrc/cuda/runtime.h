@@ -41,10 +41,10 @@ class DeviceGuard {
 }  // namespace zimage_mxfp8::detail
 
 // Throws CudaError unless `expression` is cudaSuccess.
-#define ZM_CUDA_CHECK(expression)                                                              \
-  do {                                                                                         \
-    const cudaError_t zm_status = (expression);                                                \
-    if (zm_status != cudaSuccess) {                                                            \
+#define ZM_CUDA_CHECK(expression)                                                                \
+  do {                                                                                           \
+    const cudaError_t zm_status = (expression);                                                  \
+    if (zm_status != cudaSuccess) {                                                              \
       ::zimage_mxfp8::detail::throw_cuda_error(zm_status, #expression, __FILE_NAME__, __LINE__); \
-    }                                                                                          \
+    }                                                                                            \
   } while (false)

@@ -1,9 +1,8 @@
-#include "dequantize/dequantize_cuda.h"
-
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cuda/runtime.h"
+#include "dequantize/dequantize_cuda.h"
 #include "zimage_mxfp8/quantize.h"
 
 namespace zimage_mxfp8 {

@@ -1,7 +1,6 @@
-#include "dequantize/dequantize_cuda.h"
-
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "dequantize/dequantize_cuda.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

@@ -1,10 +1,9 @@
 // One block-scaled kernel. The build compiles this file once for each: ZM_CONFIG is a tile of
 // block_scaled_kernel.h, ZM_OUTPUT the CUTLASS type of D, ZM_VARIANT the name in block_scaled.h.
-#include "gemm/block_scaled.h"
-
 #include <string>
 
 #include "cuda/launch.cuh"
+#include "gemm/block_scaled.h"
 #include "gemm/block_scaled_kernel.h"
 
 namespace zimage_mxfp8::detail {

@@ -14,8 +14,8 @@ struct BlockScaledVariant {
 };
 
 // Each is block_scaled.cu, compiled with other settings (csrc/CMakeLists.txt).
-extern const BlockScaledVariant kSM100LargeBF16, kSM100MediumBF16, kSM100SmallBF16,
-    kSM100SmallF32, kSM120BF16, kSM120F32;
+extern const BlockScaledVariant kSM100LargeBF16, kSM100MediumBF16, kSM100SmallBF16, kSM100SmallF32,
+    kSM120BF16, kSM120F32;
 
 // A product with the variant for its output: `bf16`, or `f32` and then bias and rounding to F16.
 std::size_t workspace_block_scaled(const BlockScaledVariant& bf16, const BlockScaledVariant& f32,

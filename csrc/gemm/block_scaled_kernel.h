@@ -5,13 +5,13 @@
 // which is where tests/cpp/test_block_scaled.cu looks at it; CUTLASS types stay inside templates.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
+#include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/operations.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include "gemm/task.h"

@@ -53,8 +53,8 @@ class Library {
                 "nvidia-cublas";
       return;
     }
-#define ZM_CUBLASLT_FUNCTION(name)                                                  \
-  name = reinterpret_cast<decltype(name)>(symbol(handle, "cublasLt" #name));        \
+#define ZM_CUBLASLT_FUNCTION(name)                                           \
+  name = reinterpret_cast<decltype(name)>(symbol(handle, "cublasLt" #name)); \
   if (!name) missing = "this cuBLASLt lacks the function cublasLt" #name;
     ZM_CUBLASLT_FUNCTIONS
 #undef ZM_CUBLASLT_FUNCTION
@@ -118,8 +118,8 @@ abi::Handle handle_of(int device) {
 }
 
 // What the choice of an algorithm depends on.
-using Key = std::tuple<int, int, int, int, bool, DType, bool, std::int64_t, std::int64_t,
-                       std::int64_t>;
+using Key =
+    std::tuple<int, int, int, int, bool, DType, bool, std::int64_t, std::int64_t, std::int64_t>;
 
 struct Descriptors {
   Owned<abi::MatmulDesc> operation;
@@ -158,8 +158,8 @@ struct Descriptors {
     layout(library, d, output, product.n, product.m, product.d_row_stride);
   }
 
-  static void layout(const Library& library, Owned<abi::MatrixLayout>& layout,
-                     abi::DataType type, int rows, int cols, std::int64_t stride) {
+  static void layout(const Library& library, Owned<abi::MatrixLayout>& layout, abi::DataType type,
+                     int rows, int cols, std::int64_t stride) {
     check(library.MatrixLayoutCreate(&layout.handle, type, static_cast<std::uint64_t>(rows),
                                      static_cast<std::uint64_t>(cols), stride),
           "cublasLtMatrixLayoutCreate");
@@ -171,13 +171,12 @@ std::optional<abi::Algorithm> choose(const Library& library, abi::Handle handle,
   Owned<abi::Preference> preference(library.MatmulPreferenceDestroy);
   check(library.MatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
   const auto set = [&](abi::PreferenceAttribute attribute, auto value) {
-    check(library.MatmulPreferenceSetAttribute(preference.handle, attribute, &value,
-                                               sizeof(value)),
+    check(library.MatmulPreferenceSetAttribute(preference.handle, attribute, &value, sizeof(value)),
           "cublasLtMatmulPreferenceSetAttribute");
   };
   set(abi::kMaxWorkspaceBytes, std::uint64_t{kWorkspaceBytes});
-  for (const auto attribute : {abi::kMinAlignmentA, abi::kMinAlignmentB, abi::kMinAlignmentC,
-                               abi::kMinAlignmentD}) {
+  for (const auto attribute :
+       {abi::kMinAlignmentA, abi::kMinAlignmentB, abi::kMinAlignmentC, abi::kMinAlignmentD}) {
     set(attribute, std::uint32_t{16});
   }
   abi::HeuristicResult result{};
@@ -195,8 +194,15 @@ std::optional<abi::Algorithm> find_algorithm(const Library& library, int device,
                                              const Product& product) {
   static std::mutex mutex;
   static std::map<Key, std::optional<abi::Algorithm>> known;
-  const Key key{device, product.m, product.n, product.k, product.fp8, product.d_dtype,
-                product.bias != nullptr, product.a_row_stride, product.b_row_stride,
+  const Key key{device,
+                product.m,
+                product.n,
+                product.k,
+                product.fp8,
+                product.d_dtype,
+                product.bias != nullptr,
+                product.a_row_stride,
+                product.b_row_stride,
                 product.d_row_stride};
   const abi::Handle handle = handle_of(device);
   const std::lock_guard<std::mutex> lock(mutex);

@@ -74,24 +74,24 @@ Status cublasLtMatmulAlgoGetHeuristic(Handle handle, MatmulDesc operation, Matri
                                       Preference preference, int requested,
                                       HeuristicResult* results, int* returned);
 Status cublasLtMatmul(Handle handle, MatmulDesc operation, const void* alpha, const void* a,
-                      MatrixLayout a_layout, const void* b, MatrixLayout b_layout,
-                      const void* beta, const void* c, MatrixLayout c_layout, void* d,
-                      MatrixLayout d_layout, const Algorithm* algorithm, void* workspace,
-                      std::size_t workspace_bytes, void* stream);
+                      MatrixLayout a_layout, const void* b, MatrixLayout b_layout, const void* beta,
+                      const void* c, MatrixLayout c_layout, void* d, MatrixLayout d_layout,
+                      const Algorithm* algorithm, void* workspace, std::size_t workspace_bytes,
+                      void* stream);
 }
 
-#define ZM_CUBLASLT_FUNCTIONS                     \
-  ZM_CUBLASLT_FUNCTION(Create)                    \
-  ZM_CUBLASLT_FUNCTION(GetVersion)                \
-  ZM_CUBLASLT_FUNCTION(MatmulDescCreate)          \
-  ZM_CUBLASLT_FUNCTION(MatmulDescDestroy)         \
-  ZM_CUBLASLT_FUNCTION(MatmulDescSetAttribute)    \
-  ZM_CUBLASLT_FUNCTION(MatrixLayoutCreate)        \
-  ZM_CUBLASLT_FUNCTION(MatrixLayoutDestroy)       \
-  ZM_CUBLASLT_FUNCTION(MatmulPreferenceCreate)    \
-  ZM_CUBLASLT_FUNCTION(MatmulPreferenceDestroy)   \
+#define ZM_CUBLASLT_FUNCTIONS                        \
+  ZM_CUBLASLT_FUNCTION(Create)                       \
+  ZM_CUBLASLT_FUNCTION(GetVersion)                   \
+  ZM_CUBLASLT_FUNCTION(MatmulDescCreate)             \
+  ZM_CUBLASLT_FUNCTION(MatmulDescDestroy)            \
+  ZM_CUBLASLT_FUNCTION(MatmulDescSetAttribute)       \
+  ZM_CUBLASLT_FUNCTION(MatrixLayoutCreate)           \
+  ZM_CUBLASLT_FUNCTION(MatrixLayoutDestroy)          \
+  ZM_CUBLASLT_FUNCTION(MatmulPreferenceCreate)       \
+  ZM_CUBLASLT_FUNCTION(MatmulPreferenceDestroy)      \
   ZM_CUBLASLT_FUNCTION(MatmulPreferenceSetAttribute) \
-  ZM_CUBLASLT_FUNCTION(MatmulAlgoGetHeuristic)    \
+  ZM_CUBLASLT_FUNCTION(MatmulAlgoGetHeuristic)       \
   ZM_CUBLASLT_FUNCTION(Matmul)
 
 }  // namespace zimage_mxfp8::detail::cublaslt::abi

@@ -70,7 +70,15 @@ Support supports_on(GemmPath path, const GemmProblem& problem, const CudaDevice&
         return not_these("BF16 and MXFP8");
       }
       switch (capability) {
-        case 80: case 86: case 87: case 89: case 90: case 100: case 103: case 120: case 121:
+        case 80:
+        case 86:
+        case 87:
+        case 89:
+        case 90:
+        case 100:
+        case 103:
+        case 120:
+        case 121:
           return detail::supports_cublaslt();
         default:
           return not_here("compute capability 8.0 to 9.0, 10.0, 10.3, 12.0 or 12.1");
@@ -80,16 +88,20 @@ Support supports_on(GemmPath path, const GemmProblem& problem, const CudaDevice&
         return not_these("row-scaled FP8 with row-scaled FP8");
       }
       return capability == 90 ? detail::supports_cublaslt() : not_here("compute capability 9.0");
+    case GemmPath::kSM90:
+      if (!has(OperandFormat::kBFloat16, OperandFormat::kMXFP8)) {
+        return not_these("BF16 with MXFP8");
+      }
+      if (problem.d != DType::kBFloat16) return no("sm90 writes BF16 only");
+      return capability == 90 ? detail::supports_sm90() : not_here("compute capability 9.0");
     case GemmPath::kSM100:
       if (!has(OperandFormat::kMXFP8, OperandFormat::kMXFP8)) return not_these("MXFP8 with MXFP8");
-      return capability == 100 || capability == 103
-                 ? detail::supports_sm100()
-                 : not_here("compute capability 10.0 or 10.3");
+      return capability == 100 || capability == 103 ? detail::supports_sm100()
+                                                    : not_here("compute capability 10.0 or 10.3");
     case GemmPath::kSM120:
       if (!has(OperandFormat::kMXFP8, OperandFormat::kMXFP8)) return not_these("MXFP8 with MXFP8");
-      return capability == 120 || capability == 121
-                 ? detail::supports_sm120()
-                 : not_here("compute capability 12.0 or 12.1");
+      return capability == 120 || capability == 121 ? detail::supports_sm120()
+                                                    : not_here("compute capability 12.0 or 12.1");
   }
   return no("unknown path");
 }
@@ -111,8 +123,11 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
             throw InvalidArgument(std::string(name) + " must be BF16, MXFP8 or row-scaled FP8");
           }
           return {{OperandFormat::kBFloat16, view.data, nullptr, view.row_stride},
-                  view.rows, view.cols, OperandFormat::kBFloat16,
-                  detail::range_of(view, name), {nullptr, 0, name}};
+                  view.rows,
+                  view.cols,
+                  OperandFormat::kBFloat16,
+                  detail::range_of(view, name),
+                  {nullptr, 0, name}};
         } else {
           const bool mx = std::is_same_v<View, ConstMXFP8View>;
           if (view.rows < 0 || view.cols < 0) {
@@ -126,8 +141,12 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
           const auto format = mx ? OperandFormat::kMXFP8 : OperandFormat::kRowScaled;
           const std::int64_t scale_bytes =
               mx ? MXFP8Shape{view.rows, view.cols}.scale_bytes() : view.rows * 4;
-          return {{format, view.codes, view.scales, view.cols}, view.rows, view.cols, format,
-                  {view.codes, view.rows * view.cols, name}, {view.scales, scale_bytes, name}};
+          return {{format, view.codes, view.scales, view.cols},
+                  view.rows,
+                  view.cols,
+                  format,
+                  {view.codes, view.rows * view.cols, name},
+                  {view.scales, scale_bytes, name}};
         }
       },
       operand);
@@ -183,6 +202,8 @@ const char* name(GemmPath path) {
       return "decode";
     case GemmPath::kRowScaled:
       return "row-scaled";
+    case GemmPath::kSM90:
+      return "sm90";
     case GemmPath::kSM100:
       return "sm100";
     default:
@@ -191,8 +212,8 @@ const char* name(GemmPath path) {
 }
 
 std::vector<GemmPath> all_gemm_paths() {
-  return {GemmPath::kEmulated, GemmPath::kDecode, GemmPath::kRowScaled, GemmPath::kSM100,
-          GemmPath::kSM120};
+  return {GemmPath::kEmulated, GemmPath::kDecode, GemmPath::kRowScaled,
+          GemmPath::kSM90,     GemmPath::kSM100,  GemmPath::kSM120};
 }
 
 GemmPath gemm_path(const std::string& path_name) {
@@ -218,9 +239,12 @@ GemmPath preferred_path(const GemmProblem& problem, int device) {
   check_sizes(problem);
   if (device == kHost) return GemmPath::kEmulated;
   const CudaDevice& found = detail::find_device(device);
+  // With many tokens decoding all weights first is the little faster (docs/performance.md).
+  const bool decode_first = problem.m >= 2048;
   std::string reasons;
-  for (const GemmPath path :
-       {GemmPath::kSM100, GemmPath::kSM120, GemmPath::kRowScaled, GemmPath::kDecode}) {
+  for (const GemmPath path : {GemmPath::kSM100, GemmPath::kSM120, GemmPath::kRowScaled,
+                              decode_first ? GemmPath::kDecode : GemmPath::kSM90,
+                              decode_first ? GemmPath::kSM90 : GemmPath::kDecode}) {
     const Support support = supports_on(path, problem, found);
     if (support) return path;
     reasons += "; " + support.reason;
@@ -235,6 +259,7 @@ std::size_t workspace_size(GemmPath path, const GemmProblem& problem, int device
   const detail::DeviceGuard guard(device);
   switch (path) {
     case GemmPath::kEmulated:
+    case GemmPath::kSM90:
       return 0;
     case GemmPath::kDecode:
       return detail::workspace_decode(problem);
@@ -279,6 +304,8 @@ void gemm(GemmPath path, const GemmArguments& arguments, Workspace workspace, Cu
       return detail::gemm_decode(checked.task, workspace, stream);
     case GemmPath::kRowScaled:
       return detail::gemm_row_scaled(checked.task, workspace, stream);
+    case GemmPath::kSM90:
+      return detail::gemm_sm90(checked.task, stream);
     case GemmPath::kSM100:
       return detail::gemm_sm100(checked.task, workspace, stream);
     case GemmPath::kSM120:
@@ -294,8 +321,8 @@ void gemm(const GemmArguments& arguments, int threads) {
   const detail::Kernels& kernels = detail::active_kernels();
   detail::parallel_for(
       ceil_div(task.n, detail::kGemmPanel), 1, threads, [&](std::int64_t begin, std::int64_t end) {
-        const auto scratch = std::make_unique<float[]>(
-            static_cast<std::size_t>(detail::gemm_scratch(task.k)));
+        const auto scratch =
+            std::make_unique<float[]>(static_cast<std::size_t>(detail::gemm_scratch(task.k)));
         for (std::int64_t panel = begin; panel < end; ++panel) {
           kernels.gemm_panel(task, panel, scratch.get());
         }

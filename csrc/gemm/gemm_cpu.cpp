@@ -39,7 +39,7 @@ float row_scale(const GemmOperandTask& operand, int64_t row) {
 void gemm_panel(const GemmTask& task, int64_t panel, float* scratch) {
   const int64_t first = panel * kGemmPanel;
   const int64_t columns = task.n - first < kGemmPanel ? task.n - first : kGemmPanel;
-  float* b = scratch;  // [k, kGemmPanel]
+  float* b = scratch;                        // [k, kGemmPanel]
   float* a = scratch + task.k * kGemmPanel;  // [k, kGemmRows]
   memset(b, 0, static_cast<size_t>(task.k * kGemmPanel) * sizeof(float));
   memset(a, 0, static_cast<size_t>(task.k * kGemmRows) * sizeof(float));

@@ -39,8 +39,8 @@ class Parts {
 
 // The last step of both paths: the product, and what cuBLASLt does not do.
 //
-// It adds a bias if D is BF16 and it has an algorithm for that. Otherwise it writes float32 sums, to
-// D itself or, if D is narrower, to the workspace; then the bias is added and the sum rounded.
+// It adds a bias if D is BF16 and it has an algorithm for that. Otherwise it writes float32 sums,
+// to D itself or, if D is narrower, to the workspace; then the bias is added and the sum rounded.
 class Epilogue {
  public:
   // Completes `product`, which has the operands, and takes parts of the workspace.
@@ -105,8 +105,8 @@ cublaslt::Product row_scaled_product(const GemmTask& task) {
 }
 
 // An operand in BF16: as it is, or the part of the workspace that it is to be decoded to.
-const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k,
-                    Parts& parts, std::int64_t& row_stride) {
+const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, Parts& parts,
+                    std::int64_t& row_stride) {
   if (operand.format == OperandFormat::kBFloat16) {
     row_stride = operand.row_stride;
     return operand.codes;

@@ -11,12 +11,14 @@ namespace zimage_mxfp8::detail {
 
 void gemm_emulated_cuda(const GemmTask& task, CudaStream stream);
 
-// cublaslt_problem() in gemm_cublaslt.cpp decides; the reason names what is missing.
 Support supports_cublaslt();
 std::size_t workspace_decode(const GemmProblem& problem);
 void gemm_decode(const GemmTask& task, Workspace workspace, CudaStream stream);
 std::size_t workspace_row_scaled(const GemmProblem& problem);
 void gemm_row_scaled(const GemmTask& task, Workspace workspace, CudaStream stream);
+
+Support supports_sm90();
+void gemm_sm90(const GemmTask& task, CudaStream stream);
 
 Support supports_sm100();
 std::size_t workspace_sm100(const GemmProblem& problem);

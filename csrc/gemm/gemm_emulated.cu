@@ -83,11 +83,10 @@ __global__ void __launch_bounds__(kThreads) emulated_kernel(const GemmTask task)
     for (int j = 0; j < 4; ++j) {
       const int64_t column = column0 + tile_column + j;
       if (column >= task.n) continue;
-      float value = __fmul_rn(__fmul_rn(sum[i][j], row_scale(task.a, row)),
-                              row_scale(task.b, column));
+      float value =
+          __fmul_rn(__fmul_rn(sum[i][j], row_scale(task.a, row)), row_scale(task.b, column));
       if (task.bias) {
-        value = __fadd_rn(value,
-                          BFloat16::widen(static_cast<const uint16_t*>(task.bias)[column]));
+        value = __fadd_rn(value, BFloat16::widen(static_cast<const uint16_t*>(task.bias)[column]));
       }
       static_cast<typename Type::Storage*>(task.d)[row * task.d_row_stride + column] =
           Type::narrow(value);

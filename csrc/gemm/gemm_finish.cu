@@ -19,8 +19,7 @@ __global__ void __launch_bounds__(kThreads)
   Elements8<Float32> sums;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {  // not through the read-only cache: it may be D itself
-    sums.vector[i] =
-        reinterpret_cast<const uint4*>(source + row * source_row_stride + column)[i];
+    sums.vector[i] = reinterpret_cast<const uint4*>(source + row * source_row_stride + column)[i];
   }
   Elements8<Type> result;
 #pragma unroll

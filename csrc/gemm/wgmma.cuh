@@ -1,5 +1,5 @@
-// Hopper's warpgroup products (PTX ISA, wgmma.mma_async): D[64, N] += A[64, 16] B[N, 16]^T with A in
-// registers, B in shared memory, BF16 operands and float32 sums.
+// Hopper's warpgroup products (PTX ISA, wgmma.mma_async): D[64, N] += A[64, 16] B[N, 16]^T with A
+// in registers, B in shared memory, BF16 operands and float32 sums.
 //
 // Lane l of warp w of the warpgroup holds, with r = 16 w + l / 4 and c = 2 (l % 4),
 //   a[0]: A[r][c, c + 1]     a[1]: A[r + 8][c, c + 1]
@@ -27,7 +27,7 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-// Wgmma<N>::multiply(d, a, b, accumulate): D = A B^T, plus D if `accumulate`.
+// Wgmma<N>::multiply(d, a, b): D += A B^T.
 template <int n>
 struct Wgmma;
 
@@ -50,27 +50,25 @@ struct Wgmma;
 #define ZM_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define ZM_F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
                  "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define ZM_WGMMA(n, sums, a_registers, descriptor, flag, ...)                                     \
+#define ZM_WGMMA(n, sums, a_registers, descriptor, ...)                                           \
   template <>                                                                                     \
   struct Wgmma<n> {                                                                               \
-    static __device__ void multiply(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b,        \
-                                    int accumulate) {                                             \
-      asm volatile("{ .reg .pred p; setp.ne.b32 p, " flag ", 0;\n"                                \
-                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, {"       \
-                   a_registers "}, " descriptor ", p, 1, 1, 0; }"                                 \
+    static __device__ void multiply(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b) {      \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, {"       \
+                   a_registers "}, " descriptor ", 1, 1, 1, 0;"                                   \
                    : __VA_ARGS__                                                                  \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
     }                                                                                             \
   };
-ZM_WGMMA(32, ZM_R0 ", " ZM_R1, "%16, %17, %18, %19", "%20", "%21",
+ZM_WGMMA(32, ZM_R0 ", " ZM_R1, "%16, %17, %18, %19", "%20",
          ZM_F8(0), ZM_F8(8))
-ZM_WGMMA(64, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3, "%32, %33, %34, %35", "%36", "%37",
+ZM_WGMMA(64, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3, "%32, %33, %34, %35", "%36",
          ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24))
-ZM_WGMMA(128, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7, "%64, %65, %66, %67", "%68", "%69",
+ZM_WGMMA(128, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7, "%64, %65, %66, %67", "%68",
          ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56))
-ZM_WGMMA(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96, %97, %98, %99", "%100", "%101",
+ZM_WGMMA(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96, %97, %98, %99", "%100",
          ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88))
-ZM_WGMMA(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128, %129, %130, %131", "%132", "%133",
+ZM_WGMMA(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128, %129, %130, %131", "%132",
          ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88), ZM_F8(96), ZM_F8(104), ZM_F8(112), ZM_F8(120))
 #undef ZM_WGMMA
 #undef ZM_F8

@@ -63,9 +63,9 @@ struct Operand {
   }
 };
 
-void py_gemm(const std::string& path, const py::tuple& a, const py::tuple& b, const py::object& bias,
-             const py::object& d, const std::string& dtype, const py::object& workspace,
-             int threads, std::uintptr_t stream) {
+void py_gemm(const std::string& path, const py::tuple& a, const py::tuple& b,
+             const py::object& bias, const py::object& d, const std::string& dtype,
+             const py::object& workspace, int threads, std::uintptr_t stream) {
   const Operand a_operand(a, "A"), b_operand(b, "B");
   const Array out(d, "D", kWrite, kAnywhere);
   std::optional<Array> bias_array, workspace_array;
@@ -146,7 +146,8 @@ void register_gemm(py::module_& module) {
   py::class_<GemmProblem>(module, "GemmProblem")
       .def(py::init([](std::int64_t m, std::int64_t n, std::int64_t k, const std::string& a,
                        const std::string& b, const std::string& dtype, bool bias) {
-             return GemmProblem{m, n, k, parse_format(a), parse_format(b), parse_dtype(dtype), bias};
+             return GemmProblem{m,   n, k, parse_format(a), parse_format(b), parse_dtype(dtype),
+                                bias};
            }),
            arg("m"), arg("n"), arg("k"), arg("a"), arg("b"), arg("dtype"), arg("bias"));
   // Why the path does not support the problem on the device (-1: the CPU); empty if it does.
@@ -166,8 +167,8 @@ void register_gemm(py::module_& module) {
         return workspace_size(gemm_path(path), problem, device);
       },
       arg("path"), arg("problem"), arg("device"));
-  module.def("gemm", &py_gemm, arg("path"), arg("a"), arg("b"), arg("bias"), arg("d"),
-             arg("dtype"), arg("workspace"), arg("threads") = 0, arg("stream") = 0);
+  module.def("gemm", &py_gemm, arg("path"), arg("a"), arg("b"), arg("bias"), arg("d"), arg("dtype"),
+             arg("workspace"), arg("threads") = 0, arg("stream") = 0);
   module.def("quantize_rows", &py_quantize_rows, arg("source"), arg("dtype"), arg("codes"),
              arg("scales"), arg("threads") = 0, arg("stream") = 0);
   module.def("fold", &py_fold, arg("codes"), arg("scales"), arg("rows"), arg("cols"),

@@ -49,8 +49,6 @@ View mxfp8(const Array& codes, const Array& scales, std::int64_t rows, std::int6
 }
 
 // The address of a cudaStream_t, as Python hands it over.
-inline CudaStream cuda_stream(std::uintptr_t address) {
-  return {reinterpret_cast<void*>(address)};
-}
+inline CudaStream cuda_stream(std::uintptr_t address) { return {reinterpret_cast<void*>(address)}; }
 
 }  // namespace zimage_mxfp8::python

@@ -57,9 +57,9 @@ namespace detail {
 
 void throw_nonfinite(const ConstMatrixView& matrix, int threads) {
   const Position at = *find_nonfinite(matrix, threads);
-  throw NonFiniteValue("NaN or infinity at row " + std::to_string(at.row) + ", column " +
-                           std::to_string(at.column),
-                       at.row, at.column);
+  throw NonFiniteValue(
+      "NaN or infinity at row " + std::to_string(at.row) + ", column " + std::to_string(at.column),
+      at.row, at.column);
 }
 
 }  // namespace detail

@@ -1,7 +1,6 @@
-#include "quantize/quantize_cuda.h"
-
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "quantize/quantize_cuda.h"
 
 namespace zimage_mxfp8::detail {
 namespace {
@@ -62,8 +61,7 @@ void quantize_cuda(const QuantizeTask& task, CudaStream stream) {
     using Type = decltype(type);
     const auto launch_with = [&](auto kernel) {
       launch(kernel, grid_for(steps, kThreads / 32), kThreads, stream, task, steps,
-             static_cast<uint32_t>(ceil_div(task.cols, 128)), shape.code_rows(),
-             shape.code_cols());
+             static_cast<uint32_t>(ceil_div(task.cols, 128)), shape.code_rows(), shape.code_cols());
     };
     if (rows_are_aligned(task.source, task.row_stride, sizeof(typename Type::Storage))) {
       launch_with(quantize_kernel<Type, true>);

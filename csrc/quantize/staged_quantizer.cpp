@@ -60,17 +60,15 @@ void StagedQuantizer::quantize(const ConstMatrixView& source, const MXFP8View& t
   // Rows on the device begin at multiples of 16 bytes, where the kernel is fastest.
   const auto row_bytes = static_cast<std::size_t>(source.cols) * item;
   const std::size_t pitch = (row_bytes + 15) / 16 * 16;
-  resources_->reserve(codes_bytes + scales_bytes +
-                      pitch * static_cast<std::size_t>(source.rows));
+  resources_->reserve(codes_bytes + scales_bytes + pitch * static_cast<std::size_t>(source.rows));
   auto* codes = static_cast<std::uint8_t*>(resources_->memory);
   std::uint8_t* scales = codes + codes_bytes;
   std::uint8_t* matrix = scales + scales_bytes;
 
   const cudaStream_t stream = resources_->stream;
-  ZM_CUDA_CHECK(cudaMemcpy2DAsync(matrix, pitch, source.data,
-                                  static_cast<std::size_t>(source.row_stride) * item, row_bytes,
-                                  static_cast<std::size_t>(source.rows), cudaMemcpyHostToDevice,
-                                  stream));
+  ZM_CUDA_CHECK(cudaMemcpy2DAsync(
+      matrix, pitch, source.data, static_cast<std::size_t>(source.row_stride) * item, row_bytes,
+      static_cast<std::size_t>(source.rows), cudaMemcpyHostToDevice, stream));
   zimage_mxfp8::quantize(ConstMatrixView{matrix, source.dtype, source.rows, source.cols,
                                          static_cast<std::int64_t>(pitch / item)},
                          MXFP8View{codes, scales, source.rows, source.cols}, CudaStream{stream});

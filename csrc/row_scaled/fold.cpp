@@ -13,9 +13,9 @@
 namespace zimage_mxfp8 {
 namespace {
 
-constexpr int kCodes = 0x7F;     // magnitudes of E4M3 that are numbers
-constexpr int kMostUp = 17;      // 2^-9, the smallest code, can move up so far: 2^8 <= 448
-constexpr int kMostDown = 19;    // from here on every code becomes zero: 448 * 2^-19 < 2^-10
+constexpr int kCodes = 0x7F;   // magnitudes of E4M3 that are numbers
+constexpr int kMostUp = 17;    // 2^-9, the smallest code, can move up so far: 2^8 <= 448
+constexpr int kMostDown = 19;  // from here on every code becomes zero: 448 * 2^-19 < 2^-10
 constexpr int kShifts = kMostUp + kMostDown + 1;
 
 // What becomes of every magnitude of a code whose block's scale is 2^shift times too small.

@@ -1,7 +1,6 @@
-#include "row_scaled/quantize_rows_cuda.h"
-
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "row_scaled/quantize_rows_cuda.h"
 
 namespace zimage_mxfp8::detail {
 namespace {
@@ -57,7 +56,8 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeR
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        if (column + i < task.cols) codes[column + i] = (i < 4 ? encoded.x : encoded.y) >> 8 * (i % 4);
+        if (column + i < task.cols)
+          codes[column + i] = (i < 4 ? encoded.x : encoded.y) >> 8 * (i % 4);
       }
     }
   };

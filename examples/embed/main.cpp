@@ -67,7 +67,9 @@ Matrix multiply_on_cpu(const Matrix& a, const Matrix& b) {
   };
   std::vector<std::uint8_t> a_codes, a_scales, b_codes, b_scales;
   Matrix d(kRows * kColumns);
-  zm::gemm({encode(a, kRows, a_codes, a_scales), encode(b, kColumns, b_codes, b_scales), nullptr,
+  zm::gemm({encode(a, kRows, a_codes, a_scales),
+            encode(b, kColumns, b_codes, b_scales),
+            nullptr,
             {d.data(), zm::DType::kFloat32, kRows, kColumns, kColumns}});
 
   Matrix decoded(a.size());
@@ -111,9 +113,10 @@ Matrix multiply_on_gpu(const Matrix& a, const Matrix& b, zm::GemmPath path) {
                  {codes.get<std::uint8_t>(), scales.get<std::uint8_t>(), rows, kDepth}, stream);
     return zm::ConstMXFP8View{codes.get<std::uint8_t>(), scales.get<std::uint8_t>(), rows, kDepth};
   };
-  const zm::GemmArguments arguments{
-      encode(a, kRows, a_codes, a_scales), encode(b, kColumns, b_codes, b_scales), nullptr,
-      {d.get(), zm::DType::kFloat32, kRows, kColumns, kColumns}};
+  const zm::GemmArguments arguments{encode(a, kRows, a_codes, a_scales),
+                                    encode(b, kColumns, b_codes, b_scales),
+                                    nullptr,
+                                    {d.get(), zm::DType::kFloat32, kRows, kColumns, kColumns}};
   const std::size_t bytes = zm::workspace_size(path, zm::problem_of(arguments), 0);
   const DeviceMemory workspace(bytes);
   zm::gemm(path, arguments, {workspace.get(), bytes}, stream);
@@ -139,10 +142,15 @@ int main() {
 #ifdef WITH_CUDA
     const auto devices = zm::cuda_devices();
     if (devices.empty()) std::printf("no CUDA device\n");
-    for (const zm::GemmPath path : devices.empty() ? std::vector<zm::GemmPath>{}
-                                                   : zm::all_gemm_paths()) {
-      const zm::GemmProblem problem{kRows, kColumns, kDepth, zm::OperandFormat::kMXFP8,
-                                    zm::OperandFormat::kMXFP8, zm::DType::kFloat32, false};
+    for (const zm::GemmPath path :
+         devices.empty() ? std::vector<zm::GemmPath>{} : zm::all_gemm_paths()) {
+      const zm::GemmProblem problem{kRows,
+                                    kColumns,
+                                    kDepth,
+                                    zm::OperandFormat::kMXFP8,
+                                    zm::OperandFormat::kMXFP8,
+                                    zm::DType::kFloat32,
+                                    false};
       const zm::Support support = zm::supports(path, problem, 0);
       if (support) {
         report(zm::name(path), multiply_on_gpu(a, b, path));

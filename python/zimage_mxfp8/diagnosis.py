@@ -23,6 +23,7 @@ _PRODUCTS = {
 _MADE_FOR = {
     "decode": "BF16 x MXFP8",
     "row-scaled": "row-scaled FP8",
+    "sm90": "BF16 x MXFP8",
     "sm100": "MXFP8 x MXFP8",
     "sm120": "MXFP8 x MXFP8",
 }

@@ -6,6 +6,7 @@ bfloat16. How a product is computed is a path:
     emulated    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
     decode      operands decoded to bfloat16 in a workspace, then cuBLASLt
     row-scaled  cuBLASLt's FP8 product of two row-scaled operands; Hopper
+    sm90        bfloat16 times MXFP8, decoded on the way to the tensor cores; Hopper
     sm100       block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
     sm120       the same for 12.0 and 12.1; never run on one
 """
@@ -37,7 +38,7 @@ from .errors import InvalidArgumentError
 
 __all__ = ["FoldStats", "RowScaledArray", "fold", "gemm", "gemm_path", "quantize_rows"]
 
-Path = Literal["emulated", "decode", "row-scaled", "sm100", "sm120"]
+Path = Literal["emulated", "decode", "row-scaled", "sm90", "sm100", "sm120"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-// What can be known of the block-scaled kernels without the GPUs that run them: their scale layouts,
-// their shared memory, the problems that they accept, and that the operands which they are given
-// mean the product that the emulated path computes.
+// What can be known of the block-scaled kernels without the GPUs that run them: their scale
+// layouts, their shared memory, the problems that they accept, and that the operands which they are
+// given mean the product that the emulated path computes.
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -26,8 +26,12 @@ struct Shape {
 std::vector<Shape> shapes() {
   std::vector<Shape> all;
   for (const std::int64_t m : {1, 32, 77, 128, 129, 4224}) {
-    for (const auto& [n, k] : {std::pair{11520, 3840}, {3840, 3840}, {10240, 3840}, {3840, 10240},
-                               {15360, 256}, {3840, 2560}}) {
+    for (const auto& [n, k] : {std::pair{11520, 3840},
+                               {3840, 3840},
+                               {10240, 3840},
+                               {3840, 10240},
+                               {15360, 256},
+                               {3840, 2560}}) {
       all.push_back({m, n, k});
     }
   }
@@ -106,8 +110,8 @@ struct Case {
   using Kernel = BlockScaledKernel<Config, Output>;
 };
 
-#define ZM_CASES                                                                  \
-  Case<SM100Large, BF16>, Case<SM100Medium, BF16>, Case<SM100Small, BF16>,        \
+#define ZM_CASES                                                           \
+  Case<SM100Large, BF16>, Case<SM100Medium, BF16>, Case<SM100Small, BF16>, \
       Case<SM100Small, float>, Case<SM120, BF16>, Case<SM120, float>
 
 TEST_CASE_TEMPLATE("shared memory fits the family", T, ZM_CASES) {
@@ -134,8 +138,7 @@ TEST_CASE_TEMPLATE("our scale layout is CuTe's", T, Case<SM100Large, BF16>, Case
     const auto arguments = T::Kernel::arguments(task_of(shape));
     CHECK(equals_ours(arguments.mainloop.layout_SFA, shape.m, shape.k));
     CHECK(equals_ours(arguments.mainloop.layout_SFB, shape.n, shape.k));
-    CHECK(bytes_of(arguments.mainloop.layout_SFA) ==
-          MXFP8Shape{shape.m, shape.k}.scale_bytes());
+    CHECK(bytes_of(arguments.mainloop.layout_SFA) == MXFP8Shape{shape.m, shape.k}.scale_bytes());
   }
   const auto arguments = T::Kernel::arguments(task_of({256, 256, 256}));
   CHECK_FALSE(equals_ours(arguments.mainloop.layout_SFA, 256, 128));  // of another width

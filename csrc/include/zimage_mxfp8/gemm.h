@@ -36,6 +36,9 @@ enum class GemmPath : std::uint8_t {
   // Row-scaled operands, cuBLASLt's FP8 product with row and column scales and fast accumulation.
   // Compute capability 9.0.
   kRowScaled,
+  // BF16 activations and MXFP8 weights, which are decoded to BF16 (exact for scale bytes of 3 and
+  // more) on their way to the tensor cores. D in BF16. Compute capability 9.0.
+  kSM90,
   // MXFP8 operands on Blackwell's block-scaled tensor cores, through CUTLASS. Compute capability
   // 10.0 and 10.3. Compiled and checked, but never run on such a device.
   kSM100,
@@ -43,14 +46,14 @@ enum class GemmPath : std::uint8_t {
   kSM120,
 };
 
-// "emulated", "decode", "row-scaled", "sm100" or "sm120".
+// "emulated", "decode", "row-scaled", "sm90", "sm100" or "sm120".
 const char* name(GemmPath path);
 // Throws InvalidArgument for another name.
 GemmPath gemm_path(const std::string& path_name);
 std::vector<GemmPath> all_gemm_paths();
 
-// Version of the cuBLASLt that kDecode and kRowScaled use, such as "13.1.0"; empty if there is none.
-// It is loaded when it is first needed: the process's own if it has one, else by its name.
+// Version of the cuBLASLt that kDecode and kRowScaled use, such as "13.1.0"; empty if there is
+// none. It is loaded when it is first needed: the process's own if it has one, else by its name.
 std::string cublaslt_version();
 
 // The CPU, in place of a device index.
@@ -67,21 +70,22 @@ struct Support {
 // takes, and Unsupported for a device that is not there.
 Support supports(GemmPath path, const GemmProblem& problem, int device);
 
-// The fastest path that is not kEmulated; on the CPU kEmulated. Throws Unsupported if there is none,
-// naming the device and what would run there.
+// The fastest path that is not kEmulated; on the CPU kEmulated. Throws Unsupported if there is
+// none, naming the device and what would run there.
 GemmPath preferred_path(const GemmProblem& problem, int device);
 
-// Bytes of workspace that gemm() needs. Throws Unsupported if the path does not support the problem.
+// Bytes of workspace that gemm() needs. Throws Unsupported if the path does not support the
+// problem.
 std::size_t workspace_size(GemmPath path, const GemmProblem& problem, int device);
 
 // BF16 elements, MXFP8 codes and blocked scales, or row-scaled codes. K is the matrix's width.
 using GemmOperand = std::variant<ConstMatrixView, ConstMXFP8View, ConstRowScaledView>;
 
 struct GemmArguments {
-  GemmOperand a;       // [M, K]
-  GemmOperand b;       // [N, K]
-  const void* bias;    // [N] BF16, or null
-  MatrixView d;        // [M, N]
+  GemmOperand a;     // [M, K]
+  GemmOperand b;     // [N, K]
+  const void* bias;  // [N] BF16, or null
+  MatrixView d;      // [M, N]
 };
 
 struct Workspace {
@@ -93,9 +97,10 @@ struct Workspace {
 GemmProblem problem_of(const GemmArguments& arguments);
 
 // Computes a product on the current CUDA device (see CudaStream in device.h). All memory but the
-// bias is aligned to 16 bytes, as are the rows of D and of BF16 operands. The workspace has at least
-// workspace_size() bytes, belongs to the call until its work on the stream is done, and may have any
-// content. Call workspace_size() once before a graph is captured: it loads what the path needs.
+// bias is aligned to 16 bytes, as are the rows of D and of BF16 operands. The workspace has at
+// least workspace_size() bytes, belongs to the call until its work on the stream is done, and may
+// have any content. Call workspace_size() once before a graph is captured: it loads what the path
+// needs.
 //
 // Throws InvalidArgument for arguments that break these rules or overlap, Unsupported if the path
 // does not support the problem.

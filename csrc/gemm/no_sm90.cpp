@@ -1,0 +1,17 @@
+// In place of gemm_sm90.cu in builds without that target.
+#include "gemm/gemm_cuda.h"
+#include "zimage_mxfp8/error.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+constexpr const char* kReason =
+    "this build has no kernels for sm90: rebuild it with 90a in ZM_CUDA_ARCHS";
+
+}  // namespace
+
+Support supports_sm90() { return {false, kReason}; }
+
+void gemm_sm90(const GemmTask&, CudaStream) { throw Unsupported(kReason); }
+
+}  // namespace zimage_mxfp8::detail
