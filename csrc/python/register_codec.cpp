@@ -150,7 +150,7 @@ void register_codec(py::module_& module) {
   module.def("dequantize", &py_dequantize, arg("codes"), arg("scales"), arg("target"), arg("dtype"),
              arg("threads") = 0, arg("stream") = 0);
   py::class_<StagedQuantizer>(module, "StagedQuantizer")
-      .def(py::init<int>(), arg("device"))
+      .def(py::init<int>(), arg("device"), py::call_guard<py::gil_scoped_release>())
       .def("quantize", &py_staged_quantize, arg("source"), arg("dtype"), arg("codes"),
            arg("scales"));
   module.def("find_nonfinite", &py_find_nonfinite, arg("source"), arg("dtype"), arg("threads") = 0);

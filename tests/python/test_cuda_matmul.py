@@ -227,12 +227,12 @@ def test_every_code_under_every_scale(path: str, m: int) -> None:
         pytest.skip("has no scales of blocks")
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     codes[127] = codes[255] = 0  # NaN
-    codes = codes.reshape(8, 32).repeat(30, 1)[:232]  # [232, 32]: a block a row
-    scales = torch.arange(4, 236, dtype=torch.int32).to(torch.uint8)[:, None]
+    codes = codes.reshape(8, 32).repeat(26, 1)  # [208, 32]: a block a row
+    scales = torch.arange(24, 232, dtype=torch.int32).to(torch.uint8)[:, None]
     b = zm.MXFP8Array(
-        torch.nn.functional.pad(codes, (0, 0, 0, 24)).cuda(),
+        torch.nn.functional.pad(codes, (0, 0, 0, 16)).cuda(),
         zm.to_blocked(scales).cuda(),
-        (232, 32),
+        (208, 32),
     )
     a = (random(m, 32, 16) / 16).bfloat16()
     left = zm.quantize(a) if OPERANDS[path][-1][0] == "mxfp8" else a

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,7 +25,7 @@ from ..codec import padded_shape, scale_shape
 from ..devices import cuda_index
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..error_stats import ErrorStats, merge_rows
-from ..errors import UsageError
+from ..errors import Error, UsageError
 from ..pipeline import (
     Job,
     Lane,
@@ -147,6 +149,9 @@ def convert(
     """
     started = time.perf_counter()
     cuda_device = cuda_index(device)
+    if cuda_device is not None:
+        # The first use of a device takes half a second: let that pass while we read and plan.
+        threading.Thread(target=_wake, args=(cuda_device,)).start()
     if bias_correction not in MODES:
         raise UsageError(f"bias_correction must be one of {', '.join(MODES)}")
     if bias_correction == "timesteps":
@@ -201,6 +206,12 @@ def convert(
         content = json.dumps(result.to_dict(), indent=1).encode()
         write_file(Path(report), content, overwrite=overwrite)
     return result
+
+
+def _wake(cuda_device: int) -> None:
+    """Use a device for the first time. What fails here fails again where the device is needed."""
+    with contextlib.suppress(Error):
+        _core.StagedQuantizer(cuda_device)
 
 
 def _conversion_jobs(
