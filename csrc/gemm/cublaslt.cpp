@@ -29,7 +29,7 @@ class Library {
 
   std::string missing;
 
-#define ZM_CUBLASLT_FUNCTION(name) decltype(&abi::cublasLt##name) name = nullptr;
+#define ZM_CUBLASLT_FUNCTION(name) abi::name* name = nullptr;
   ZM_CUBLASLT_FUNCTIONS
 #undef ZM_CUBLASLT_FUNCTION
 
@@ -53,8 +53,8 @@ class Library {
                 "nvidia-cublas";
       return;
     }
-#define ZM_CUBLASLT_FUNCTION(name)                                           \
-  name = reinterpret_cast<decltype(name)>(symbol(handle, "cublasLt" #name)); \
+#define ZM_CUBLASLT_FUNCTION(name)                                       \
+  name = reinterpret_cast<abi::name*>(symbol(handle, "cublasLt" #name)); \
   if (!name) missing = "this cuBLASLt lacks the function cublasLt" #name;
     ZM_CUBLASLT_FUNCTIONS
 #undef ZM_CUBLASLT_FUNCTION

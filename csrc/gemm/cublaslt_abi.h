@@ -54,31 +54,29 @@ struct HeuristicResult {
   int reserved[4];
 };
 
-// Only their types are used: the functions are looked up when the library is loaded.
-extern "C" {
-Status cublasLtCreate(Handle* handle);
-std::size_t cublasLtGetVersion();
-Status cublasLtMatmulDescCreate(MatmulDesc* descriptor, ComputeType compute, DataType scale);
-Status cublasLtMatmulDescDestroy(MatmulDesc descriptor);
-Status cublasLtMatmulDescSetAttribute(MatmulDesc descriptor, MatmulDescAttribute attribute,
+// Types of the functions, which are looked up when the library is loaded.
+using Create = Status(Handle* handle);
+using GetVersion = std::size_t();
+using MatmulDescCreate = Status(MatmulDesc* descriptor, ComputeType compute, DataType scale);
+using MatmulDescDestroy = Status(MatmulDesc descriptor);
+using MatmulDescSetAttribute = Status(MatmulDesc descriptor, MatmulDescAttribute attribute,
                                       const void* value, std::size_t bytes);
-Status cublasLtMatrixLayoutCreate(MatrixLayout* layout, DataType type, std::uint64_t rows,
+using MatrixLayoutCreate = Status(MatrixLayout* layout, DataType type, std::uint64_t rows,
                                   std::uint64_t cols, std::int64_t leading_dimension);
-Status cublasLtMatrixLayoutDestroy(MatrixLayout layout);
-Status cublasLtMatmulPreferenceCreate(Preference* preference);
-Status cublasLtMatmulPreferenceDestroy(Preference preference);
-Status cublasLtMatmulPreferenceSetAttribute(Preference preference, PreferenceAttribute attribute,
+using MatrixLayoutDestroy = Status(MatrixLayout layout);
+using MatmulPreferenceCreate = Status(Preference* preference);
+using MatmulPreferenceDestroy = Status(Preference preference);
+using MatmulPreferenceSetAttribute = Status(Preference preference, PreferenceAttribute attribute,
                                             const void* value, std::size_t bytes);
-Status cublasLtMatmulAlgoGetHeuristic(Handle handle, MatmulDesc operation, MatrixLayout a,
+using MatmulAlgoGetHeuristic = Status(Handle handle, MatmulDesc operation, MatrixLayout a,
                                       MatrixLayout b, MatrixLayout c, MatrixLayout d,
                                       Preference preference, int requested,
                                       HeuristicResult* results, int* returned);
-Status cublasLtMatmul(Handle handle, MatmulDesc operation, const void* alpha, const void* a,
+using Matmul = Status(Handle handle, MatmulDesc operation, const void* alpha, const void* a,
                       MatrixLayout a_layout, const void* b, MatrixLayout b_layout, const void* beta,
                       const void* c, MatrixLayout c_layout, void* d, MatrixLayout d_layout,
                       const Algorithm* algorithm, void* workspace, std::size_t workspace_bytes,
                       void* stream);
-}
 
 #define ZM_CUBLASLT_FUNCTIONS                        \
   ZM_CUBLASLT_FUNCTION(Create)                       \

@@ -1,0 +1,182 @@
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "reference.h"
+#include "zimage_mxfp8/error.h"
+#include "zimage_mxfp8/gemm.h"
+#include "zimage_mxfp8/quantize.h"
+#include "zimage_mxfp8/row_scaled.h"
+#include "zimage_mxfp8/scale_layout.h"
+
+using namespace zimage_mxfp8;
+
+namespace {
+
+std::vector<float> ramp(std::int64_t rows, std::int64_t cols, double step) {
+  std::vector<float> values(static_cast<std::size_t>(rows * cols));
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    values[i] = static_cast<float>(std::sin(step * static_cast<double>(i + 1)) *
+                                   std::ldexp(1.0, static_cast<int>(i % 7) - 3));
+  }
+  return values;
+}
+
+struct Encoded {
+  std::vector<std::uint8_t> codes, scales;
+  std::int64_t rows, cols;
+
+  Encoded(const std::vector<float>& values, std::int64_t rows_, std::int64_t cols_)
+      : rows(rows_), cols(cols_) {
+    const MXFP8Shape shape{rows, cols};
+    codes.resize(static_cast<std::size_t>(shape.code_bytes()));
+    scales.resize(static_cast<std::size_t>(shape.scale_bytes()));
+    quantize(ConstMatrixView{values.data(), DType::kFloat32, rows, cols, cols},
+             MXFP8View{codes.data(), scales.data(), rows, cols});
+  }
+  ConstMXFP8View view() const { return {codes.data(), scales.data(), rows, cols}; }
+  double value(std::int64_t row, std::int64_t col) const {
+    const int byte = scales[static_cast<std::size_t>(
+        scale_offset(row, col / 32, ceil_div(ceil_div(cols, 32), 4)))];
+    return std::ldexp(reference::e4m3(codes[static_cast<std::size_t>(row * cols + col)]),
+                      byte - 127);
+  }
+};
+
+struct RowScaled {
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scales;
+  std::int64_t rows, cols;
+
+  RowScaled(std::int64_t rows_, std::int64_t cols_)
+      : codes(static_cast<std::size_t>(rows_ * cols_)),
+        scales(static_cast<std::size_t>(rows_)),
+        rows(rows_),
+        cols(cols_) {}
+  RowScaledView view() { return {codes.data(), scales.data(), rows, cols}; }
+  double value(std::int64_t row, std::int64_t col) const {
+    return reference::e4m3(codes[static_cast<std::size_t>(row * cols + col)]) *
+           static_cast<double>(scales[static_cast<std::size_t>(row)]);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("the emulated product is that of the decoded operands") {
+  const std::int64_t m = 5, n = 40, k = 96;
+  const Encoded a(ramp(m, k, 0.7), m, k), b(ramp(n, k, 0.3), n, k);
+  for (const int threads : {1, 3}) {
+    std::vector<float> d(static_cast<std::size_t>(m * n));
+    gemm({a.view(), b.view(), nullptr, {d.data(), DType::kFloat32, m, n, n}}, threads);
+    for (std::int64_t i = 0; i < m; ++i) {
+      for (std::int64_t j = 0; j < n; ++j) {
+        double want = 0, size = 0;
+        for (std::int64_t x = 0; x < k; ++x) {
+          want += a.value(i, x) * b.value(j, x);
+          size += std::fabs(a.value(i, x) * b.value(j, x));
+        }
+        CHECK(std::fabs(d[static_cast<std::size_t>(i * n + j)] - want) <= size * 1e-6);
+      }
+    }
+  }
+}
+
+TEST_CASE("folding keeps what fits and reports the rest") {
+  const std::int64_t rows = 3, cols = 64;
+  const Encoded source(ramp(rows, cols, 0.9), rows, cols);
+  RowScaled folded(rows, cols);
+  const FoldStats stats = fold(source.view(), folded.view(), 1.0);
+  std::int64_t changed = 0;
+  double error = 0, signal = 0;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < cols; ++j) {
+      const double before = source.value(i, j), after = folded.value(i, j);
+      changed += before != after;
+      error += (before - after) * (before - after);
+      signal += before * before;
+    }
+  }
+  CHECK(stats.changed == changed);
+  CHECK(stats.relative_error == doctest::Approx(std::sqrt(error / signal)));
+}
+
+TEST_CASE("folding refuses what it would spoil") {
+  std::vector<float> values = ramp(2, 64, 0.4);
+  for (std::size_t i = 0; i < 32; ++i) values[i] *= 0x1p-14f;
+  const Encoded source(values, 2, 64);
+  RowScaled folded(2, 64);
+  CHECK_THROWS_AS(fold(source.view(), folded.view(), 1e-12), PrecisionLoss);
+  CHECK_NOTHROW(fold(source.view(), folded.view()));
+}
+
+TEST_CASE("rows are encoded with scales of their own") {
+  const std::vector<float> values = ramp(4, 70, 0.6);
+  RowScaled rows(4, 70);
+  quantize_rows(ConstMatrixView{values.data(), DType::kFloat32, 4, 70, 70}, rows.view());
+  for (std::int64_t i = 0; i < 4; ++i) {
+    double largest = 0;
+    for (std::int64_t j = 0; j < 70; ++j) {
+      largest = std::fmax(largest, std::fabs(values[static_cast<std::size_t>(i * 70 + j)]));
+    }
+    CHECK(rows.scales[static_cast<std::size_t>(i)] == doctest::Approx(largest / 448));
+    for (std::int64_t j = 0; j < 70; ++j) {
+      const double value = values[static_cast<std::size_t>(i * 70 + j)];
+      // Half a step of E4M3: 2^-4 relative, or of its subnormals.
+      CHECK(std::fabs(rows.value(i, j) - value) <=
+            std::fmax(std::fabs(value) * 0x1.01p-4, largest / 448 * 0x1p-10));
+    }
+  }
+}
+
+TEST_CASE("arguments of a product that do not go together") {
+  const Encoded a(ramp(4, 64, 0.5), 4, 64), b(ramp(16, 64, 0.2), 16, 64);
+  const Encoded narrow(ramp(16, 32, 0.2), 16, 32), twelve(ramp(12, 64, 0.2), 12, 64);
+  std::vector<float> d(64);
+  const auto product = [&](const GemmOperand& left, const GemmOperand& right, MatrixView out) {
+    gemm({left, right, nullptr, out});
+  };
+  const MatrixView out{d.data(), DType::kFloat32, 4, 16, 16};
+  CHECK_NOTHROW(product(a.view(), b.view(), out));
+  CHECK_THROWS_AS(product(a.view(), narrow.view(), out), InvalidArgument);
+  CHECK_THROWS_AS(product(a.view(), twelve.view(), out), InvalidArgument);
+  CHECK_THROWS_AS(product(a.view(), b.view(), {d.data(), DType::kFloat32, 4, 15, 15}),
+                  InvalidArgument);
+  CHECK_THROWS_AS(product(a.view(), b.view(), {nullptr, DType::kFloat32, 4, 16, 16}),
+                  InvalidArgument);
+  CHECK_THROWS_AS(product(a.view(), b.view(), {d.data(), DType::kFloat32, 4, 16, 8}),
+                  InvalidArgument);
+  CHECK_THROWS_AS(product(ConstMatrixView{d.data(), DType::kFloat32, 4, 16, 16}, b.view(), out),
+                  InvalidArgument);
+  CHECK_THROWS_AS(product(ConstMXFP8View{nullptr, nullptr, 4, 64}, b.view(), out), InvalidArgument);
+  CHECK_THROWS_AS(gemm_path("fastest"), InvalidArgument);
+  for (const GemmPath path : all_gemm_paths()) CHECK(gemm_path(name(path)) == path);
+}
+
+TEST_CASE("without a device only the emulated path is there") {
+  const GemmProblem problem{
+      4, 16, 64, OperandFormat::kMXFP8, OperandFormat::kMXFP8, DType::kBFloat16, false};
+  CHECK(preferred_path(problem, kHost) == GemmPath::kEmulated);
+  for (const GemmPath path : all_gemm_paths()) {
+    const Support support = supports(path, problem, kHost);
+    CHECK(support.ok == (path == GemmPath::kEmulated));
+    CHECK(support.reason.empty() == support.ok);
+  }
+  const int missing = static_cast<int>(cuda_devices().size());
+  CHECK_THROWS_AS(supports(GemmPath::kDecode, problem, missing), Unsupported);
+  CHECK_THROWS_AS(preferred_path({4, 12, 64, problem.a, problem.b, problem.d, false}, kHost),
+                  InvalidArgument);
+}
+
+TEST_CASE("memory that is written overlaps with nothing") {
+  std::vector<float> memory(4096);
+  auto* bytes = reinterpret_cast<std::uint8_t*>(memory.data());
+  std::vector<std::uint8_t> scales(512);
+  const ConstMatrixView source{memory.data(), DType::kFloat32, 32, 32, 32};
+  CHECK_THROWS_AS(quantize(source, MXFP8View{bytes + 100, scales.data(), 32, 32}), InvalidArgument);
+  CHECK_NOTHROW(quantize(source, MXFP8View{bytes + 4096, scales.data(), 32, 32}));
+  CHECK_THROWS_AS(dequantize(ConstMXFP8View{bytes, scales.data(), 32, 32},
+                             MatrixView{memory.data(), DType::kFloat32, 32, 32, 32}),
+                  InvalidArgument);
+}
