@@ -1,7 +1,7 @@
 // Encodes two matrices in MXFP8, multiplies them and compares with the product of the originals:
 // on the CPU and, where the library has CUDA and the machine a GPU, on the GPU.
 //
-//   cmake -B build -DCMAKE_PREFIX_PATH="$(zimage-mxfp8 --cmake-dir)" && cmake --build build
+//   cmake -B build -Dzimage_mxfp8_DIR="$(zimage-mxfp8 --cmake-dir)" && cmake --build build
 //   build/embed
 #include <zimage_mxfp8/device.h>
 #include <zimage_mxfp8/error.h>

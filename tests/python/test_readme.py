@@ -20,12 +20,17 @@ def blocks(language: str) -> list[str]:
 
 def test_python_example(small_file: Path, tmp_path: Path) -> None:
     shutil.copy(small_file, tmp_path / "in.safetensors")
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     result = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines()[-1].startswith("185 layers quantised, ")
     assert zm.validate(tmp_path / "out.safetensors", small_file).ok
+
+
+def test_products_example() -> None:
+    _, example = blocks("python")
+    subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
 
 
 def test_drop_in_command(small_file: Path, tmp_path: Path) -> None:
