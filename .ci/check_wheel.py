@@ -1,6 +1,6 @@
 """Check what a wheel holds: everything it needs and nothing else.
 
-python .ci/check_wheel.py WHEEL [--cuda]
+python .ci/check_wheel.py [--cuda] WHEEL
 """
 
 import re
@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-wheel, fat = Path(sys.argv[1]), "--cuda" in sys.argv
+wheel, fat = Path(sys.argv[-1]), "--cuda" in sys.argv
 archive = zipfile.ZipFile(wheel)
 names = archive.namelist()
 required = [

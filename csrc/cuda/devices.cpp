@@ -14,4 +14,11 @@ const CudaDevice& find_device(int index) {
   return devices[static_cast<std::size_t>(index)];
 }
 
+void check_device_pair(const PairRanges& memory, DType dtype) {
+  check_alignment(memory.plain, element_size(dtype));
+  check_alignment(memory.codes, 16);
+  check_alignment(memory.scales, 16);
+  check_device_memory({memory.plain, memory.codes, memory.scales});
+}
+
 }  // namespace zimage_mxfp8::detail

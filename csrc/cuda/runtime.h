@@ -24,6 +24,10 @@ int multiprocessors(int device);
 // Throws InvalidArgument unless all (non-empty) ranges are memory of the current device.
 void check_device_memory(std::initializer_list<MemoryRange> ranges);
 
+// Throws InvalidArgument unless a matrix and its MXFP8 form are memory of the current device,
+// aligned as the kernels need it.
+void check_device_pair(const PairRanges& memory, DType dtype);
+
 // Makes a device current for a scope. A negative index changes nothing.
 class DeviceGuard {
  public:
@@ -40,11 +44,17 @@ class DeviceGuard {
 
 }  // namespace zimage_mxfp8::detail
 
+#ifdef __FILE_NAME__
+#define ZM_FILE_NAME __FILE_NAME__
+#else
+#define ZM_FILE_NAME __FILE__
+#endif
+
 // Throws CudaError unless `expression` is cudaSuccess.
-#define ZM_CUDA_CHECK(expression)                                                                \
-  do {                                                                                           \
-    const cudaError_t zm_status = (expression);                                                  \
-    if (zm_status != cudaSuccess) {                                                              \
-      ::zimage_mxfp8::detail::throw_cuda_error(zm_status, #expression, __FILE_NAME__, __LINE__); \
-    }                                                                                            \
+#define ZM_CUDA_CHECK(expression)                                                               \
+  do {                                                                                          \
+    const cudaError_t zm_status = (expression);                                                 \
+    if (zm_status != cudaSuccess) {                                                             \
+      ::zimage_mxfp8::detail::throw_cuda_error(zm_status, #expression, ZM_FILE_NAME, __LINE__); \
+    }                                                                                           \
   } while (false)

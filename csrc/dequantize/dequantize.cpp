@@ -20,11 +20,7 @@ detail::DequantizeTask make_task(const ConstMXFP8View& source, const MatrixView&
 
 void dequantize(const ConstMXFP8View& source, const MatrixView& target, CudaStream stream) {
   const detail::DequantizeTask task = make_task(source, target);
-  const detail::PairRanges memory(target, source, "the target");
-  detail::check_alignment(memory.plain, element_size(target.dtype));
-  detail::check_alignment(memory.codes, 16);
-  detail::check_alignment(memory.scales, 16);
-  detail::check_device_memory({memory.plain, memory.codes, memory.scales});
+  detail::check_device_pair({target, source, "the target"}, target.dtype);
   detail::dequantize_cuda(task, stream);
 }
 

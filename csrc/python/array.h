@@ -48,6 +48,11 @@ class Array {
   std::shared_ptr<void> owner_;
 };
 
+// Arguments of Array's constructor.
+inline constexpr auto kRead = Array::Access::kRead;
+inline constexpr auto kWrite = Array::Access::kWrite;
+inline constexpr auto kAnywhere = Array::Memory::kHostOrCuda;
+
 // The device() that all arrays share. Throws InvalidArgument if they are on several.
 int common_device(const std::vector<const Array*>& arrays);
 

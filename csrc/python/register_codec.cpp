@@ -19,10 +19,6 @@ namespace py = pybind11;
 namespace zimage_mxfp8::python {
 namespace {
 
-constexpr auto kRead = Array::Access::kRead;
-constexpr auto kWrite = Array::Access::kWrite;
-constexpr auto kAnywhere = Array::Memory::kHostOrCuda;
-
 void py_quantize(const py::object& source, const std::string& dtype, const py::object& codes,
                  const py::object& scales, int threads, std::uintptr_t stream) {
   const Array in(source, "source", kRead, kAnywhere);

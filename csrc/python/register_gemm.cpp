@@ -18,10 +18,6 @@ namespace py = pybind11;
 namespace zimage_mxfp8::python {
 namespace {
 
-constexpr auto kRead = Array::Access::kRead;
-constexpr auto kWrite = Array::Access::kWrite;
-constexpr auto kAnywhere = Array::Memory::kHostOrCuda;
-
 // A ConstRowScaledView or RowScaledView.
 template <typename View>
 View row_scaled(const Array& codes, const Array& scales) {

@@ -27,11 +27,7 @@ detail::QuantizeTask make_task(const ConstMatrixView& source, const MXFP8View& t
 
 void quantize(const ConstMatrixView& source, const MXFP8View& target, CudaStream stream) {
   const detail::QuantizeTask task = make_task(source, target);
-  const detail::PairRanges memory(source, target, "the source");
-  detail::check_alignment(memory.plain, element_size(source.dtype));
-  detail::check_alignment(memory.codes, 16);
-  detail::check_alignment(memory.scales, 16);
-  detail::check_device_memory({memory.plain, memory.codes, memory.scales});
+  detail::check_device_pair({source, target, "the source"}, source.dtype);
   detail::quantize_cuda(task, stream);
 }
 
