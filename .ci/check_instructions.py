@@ -1,6 +1,6 @@
 """Check that compiled objects hold the block-scaled tensor core instructions.
 
-    python .ci/check_instructions.py BUILD_FOLDER
+    python .ci/check_instructions.py BUILD_FOLDER NUMBER_OF_OBJECTS
 
 Reads the machine code (SASS) with cuobjdump and nvdisasm, which `pip install
 nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm` brings. A target that CUTLASS does not know as Blackwell
@@ -46,11 +46,11 @@ def count(instruction: str, path: Path) -> int:
     return len(re.findall(instruction, code))
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, expected: int) -> int:
     objects = sorted(folder.rglob("block_scaled.cu.o"))
-    failed = not objects
+    failed = len(objects) != expected
     if failed:
-        print(f"{folder} has no object of block_scaled.cu")
+        print(f"{folder} has {len(objects)} objects of block_scaled.cu, not {expected}")
     for path in objects:
         target = path.parents[1].name.removesuffix(".dir")
         instruction = next(wanted for name, wanted in WANTED.items() if name in target)
@@ -61,4 +61,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -12,9 +12,12 @@ namespace zimage_mxfp8::detail {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads, CudaStream stream,
             Arguments&&... arguments) {
-  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-      static_cast<Arguments&&>(arguments)...);
-  ZM_CUDA_CHECK(cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  // Unlike <<<>>> this tells of this launch alone, not of an error that was there before.
+  ZM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
 }
 
 // Work items as the 32-bit number that kernels count with.

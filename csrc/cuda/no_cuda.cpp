@@ -47,7 +47,7 @@ void dequantize_cuda(const DequantizeTask&, CudaStream) { refuse(); }
 void quantize_rows_cuda(const QuantizeRowsTask&, CudaStream) { refuse(); }
 void gemm_emulated_cuda(const GemmTask&, CudaStream) { refuse(); }
 
-Support supports_cublaslt() { return {false, kReason}; }
+Support supports_cublaslt(const char*) { return {false, kReason}; }
 std::size_t workspace_decode(const GemmProblem&) { refuse(); }
 void gemm_decode(const GemmTask&, Workspace, CudaStream) { refuse(); }
 std::size_t workspace_row_scaled(const GemmProblem&) { refuse(); }

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const DequantizeTask task, uint32_t steps, uint32_t tiles_per_row,
                       int64_t code_cols) {
   using Storage = typename Type::Storage;
-  const uint32_t step = (blockIdx.x * kThreads + threadIdx.x) / 32;
+  const uint32_t step = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   if (step >= steps) return;
   const int lane = threadIdx.x % 32;
   const TileStep at = tile_step(step, tiles_per_row, lane);

@@ -1,6 +1,7 @@
 #include "gemm/cublaslt.h"
 
 #include <array>
+#include <cstdio>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -18,8 +19,8 @@
 namespace zimage_mxfp8::detail::cublaslt {
 namespace {
 
-// The library's functions. Only versions 12 and 13 are asked for: their ABI is the one declared in
-// cublaslt_abi.h.
+// The library's functions. Only versions 12 and 13 are asked for: theirs are declared in
+// cublaslt_abi.h. Scales of rows came with 12.9.
 class Library {
  public:
   static const Library& get() {
@@ -213,7 +214,15 @@ std::optional<abi::Algorithm> find_algorithm(const Library& library, int device,
 
 }  // namespace
 
-std::string unavailable() { return Library::get().missing; }
+std::string unavailable(const char* minimum) {
+  const Library& library = Library::get();
+  if (!library.missing.empty()) return library.missing;
+  int major = 0, minor = 0;
+  std::sscanf(minimum, "%d.%d", &major, &minor);
+  if (library.GetVersion() >= static_cast<std::size_t>(major * 10000 + minor * 100)) return "";
+  return "cuBLASLt " + std::string(minimum) + " or newer is needed, and " + version() +
+         " was found";
+}
 
 std::string version() {
   const Library& library = Library::get();

@@ -79,7 +79,7 @@ Support supports_on(GemmPath path, const GemmProblem& problem, const CudaDevice&
         case 103:
         case 120:
         case 121:
-          return detail::supports_cublaslt();
+          return detail::supports_cublaslt("12.0");
         default:
           return not_here("compute capability 8.0 to 9.0, 10.0, 10.3, 12.0 or 12.1");
       }
@@ -87,7 +87,8 @@ Support supports_on(GemmPath path, const GemmProblem& problem, const CudaDevice&
       if (!has(OperandFormat::kRowScaled, OperandFormat::kRowScaled)) {
         return not_these("row-scaled FP8 with row-scaled FP8");
       }
-      return capability == 90 ? detail::supports_cublaslt() : not_here("compute capability 9.0");
+      return capability == 90 ? detail::supports_cublaslt("12.9")
+                              : not_here("compute capability 9.0");
     case GemmPath::kSM90:
       if (!has(OperandFormat::kBFloat16, OperandFormat::kMXFP8)) {
         return not_these("BF16 with MXFP8");
@@ -122,7 +123,8 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
           if (view.dtype != DType::kBFloat16) {
             throw InvalidArgument(std::string(name) + " must be BF16, MXFP8 or row-scaled FP8");
           }
-          return {{OperandFormat::kBFloat16, view.data, nullptr, view.row_stride},
+          const std::int64_t row_stride = view.rows > 1 ? view.row_stride : view.cols;
+          return {{OperandFormat::kBFloat16, view.data, nullptr, row_stride},
                   view.rows,
                   view.cols,
                   OperandFormat::kBFloat16,
@@ -173,7 +175,8 @@ Checked check(const GemmArguments& arguments) {
   }
   const Checked checked{
       {a.rows, b.rows, a.cols, a.format, b.format, d.dtype, arguments.bias != nullptr},
-      {a.rows, b.rows, a.cols, a.task, b.task, arguments.bias, d.data, d.dtype, d.row_stride},
+      {a.rows, b.rows, a.cols, a.task, b.task, arguments.bias, d.data, d.dtype,
+       d.rows > 1 ? d.row_stride : d.cols},
       a,
       b,
       {arguments.bias, arguments.bias ? b.rows * 2 : 0, "the bias"},
@@ -249,13 +252,16 @@ GemmPath preferred_path(const GemmProblem& problem, int device) {
     if (support) return path;
     reasons += "; " + support.reason;
   }
-  throw Unsupported("no fast path for " + operands_text(problem) + " on " + text(found) + reasons +
-                    ". The path \"emulated\" runs there, slowly, when asked for by name");
+  if (supports_on(GemmPath::kEmulated, problem, found)) {
+    reasons += "; \"emulated\" runs there, slowly, when asked for by name";
+  }
+  throw Unsupported("no fast path for " + operands_text(problem) + " on " + text(found) + reasons);
 }
 
 std::size_t workspace_size(GemmPath path, const GemmProblem& problem, int device) {
   const Support support = supports(path, problem, device);
   if (!support) throw Unsupported(support.reason);
+  if (problem.m == 0 || problem.n == 0 || problem.k == 0) return 0;
   const detail::DeviceGuard guard(device);
   switch (path) {
     case GemmPath::kEmulated:
@@ -281,6 +287,7 @@ void gemm(GemmPath path, const GemmArguments& arguments, Workspace workspace, Cu
   detail::check_disjoint(memory, {checked.a.data, checked.a.scales, checked.b.data,
                                   checked.b.scales, checked.bias, checked.d});
   detail::check_alignment(memory, 256);
+  detail::check_alignment(checked.bias, 16);
   for (const OperandParts* operand : {&checked.a, &checked.b}) {
     const bool bf16 = operand->format == OperandFormat::kBFloat16;
     check_rows(operand->data, operand->task.row_stride, bf16 ? 2 : 1);
@@ -289,13 +296,13 @@ void gemm(GemmPath path, const GemmArguments& arguments, Workspace workspace, Cu
   check_rows(checked.d, checked.task.d_row_stride, element_size(checked.problem.d));
   detail::check_device_memory({checked.a.data, checked.a.scales, checked.b.data, checked.b.scales,
                                checked.bias, checked.d, memory});
+  if (checked.problem.m == 0 || checked.problem.n == 0) return;
   const std::size_t needed = workspace_size(path, checked.problem, detail::current_device());
   if (workspace.bytes < needed) {
     throw InvalidArgument("the workspace has " + std::to_string(workspace.bytes) +
                           " bytes, and the path \"" + name(path) + "\" needs " +
                           std::to_string(needed));
   }
-  if (checked.problem.m == 0 || checked.problem.n == 0) return;
   // Without depth there is nothing to multiply, only the bias; only one path needs to know that.
   switch (checked.problem.k == 0 ? GemmPath::kEmulated : path) {
     case GemmPath::kEmulated:

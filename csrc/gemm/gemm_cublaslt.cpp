@@ -78,7 +78,7 @@ class Epilogue {
 
 // A task of a problem's sizes with pointers that are not to be followed.
 GemmTask task_of(const GemmProblem& problem) {
-  static char somewhere[256];
+  alignas(256) static char somewhere[256];
   GemmTask task{};
   task.m = problem.m;
   task.n = problem.n;
@@ -133,8 +133,8 @@ void decode(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, c
 
 }  // namespace
 
-Support supports_cublaslt() {
-  const std::string reason = cublaslt::unavailable();
+Support supports_cublaslt(const char* minimum) {
+  const std::string reason = cublaslt::unavailable(minimum);
   return {reason.empty(), reason};
 }
 

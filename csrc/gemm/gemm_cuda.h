@@ -11,7 +11,8 @@ namespace zimage_mxfp8::detail {
 
 void gemm_emulated_cuda(const GemmTask& task, CudaStream stream);
 
-Support supports_cublaslt();
+// In version `minimum` or newer.
+Support supports_cublaslt(const char* minimum);
 std::size_t workspace_decode(const GemmProblem& problem);
 void gemm_decode(const GemmTask& task, Workspace workspace, CudaStream stream);
 std::size_t workspace_row_scaled(const GemmProblem& problem);

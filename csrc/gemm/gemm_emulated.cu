@@ -40,9 +40,11 @@ __device__ float row_scale(const GemmOperandTask& operand, int64_t row) {
 }
 
 template <typename Type>
-__global__ void __launch_bounds__(kThreads) emulated_kernel(const GemmTask task) {
+__global__ void __launch_bounds__(kThreads)
+    emulated_kernel(const GemmTask task, uint32_t tile_columns) {
   __shared__ float a[kDepth][kTile + 4], b[kDepth][kTile + 4];
-  const int64_t row0 = int64_t(blockIdx.y) * kTile, column0 = int64_t(blockIdx.x) * kTile;
+  const int64_t row0 = int64_t(blockIdx.x / tile_columns) * kTile;
+  const int64_t column0 = int64_t(blockIdx.x % tile_columns) * kTile;
   const int64_t tiles_per_row = ceil_div(task.k, 128);
   const int load_row = threadIdx.x / 4, load_k = threadIdx.x % 4 * 8;
   const int tile_row = threadIdx.x / 16 * 4, tile_column = threadIdx.x % 16 * 4;
@@ -97,11 +99,11 @@ __global__ void __launch_bounds__(kThreads) emulated_kernel(const GemmTask task)
 }  // namespace
 
 void gemm_emulated_cuda(const GemmTask& task, CudaStream stream) {
-  const uint32_t rows = checked_count(ceil_div(task.m, kTile));
-  const uint32_t columns = checked_count(ceil_div(task.n, kTile));
-  if (rows == 0 || columns == 0) return;
+  const uint32_t columns = static_cast<uint32_t>(ceil_div(task.n, kTile));
+  const uint32_t tiles = checked_count(ceil_div(task.m, kTile) * columns);
+  if (tiles == 0) return;
   with_type(task.d_dtype, [&](auto type) {
-    launch(emulated_kernel<decltype(type)>, dim3(columns, rows), kThreads, stream, task);
+    launch(emulated_kernel<decltype(type)>, tiles, kThreads, stream, task, columns);
   });
 }
 

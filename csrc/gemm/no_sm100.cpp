@@ -6,7 +6,8 @@ namespace zimage_mxfp8::detail {
 namespace {
 
 constexpr const char* kReason =
-    "this build has no kernels for sm100: rebuild it with 100f in ZM_CUDA_ARCHS";
+    "this build has no kernels for sm100: rebuild it with ZM_CUDA=ON, 100f in ZM_CUDA_ARCHS, CUDA "
+    "12.9 or newer and CUTLASS 4.2 or newer";
 
 }  // namespace
 

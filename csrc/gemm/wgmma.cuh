@@ -44,10 +44,6 @@ struct Wgmma;
 #define ZM_R9 "%72, %73, %74, %75, %76, %77, %78, %79"
 #define ZM_R10 "%80, %81, %82, %83, %84, %85, %86, %87"
 #define ZM_R11 "%88, %89, %90, %91, %92, %93, %94, %95"
-#define ZM_R12 "%96, %97, %98, %99, %100, %101, %102, %103"
-#define ZM_R13 "%104, %105, %106, %107, %108, %109, %110, %111"
-#define ZM_R14 "%112, %113, %114, %115, %116, %117, %118, %119"
-#define ZM_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define ZM_F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
                  "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define ZM_WGMMA(n, sums, a_registers, descriptor, ...)                                           \
@@ -68,8 +64,6 @@ ZM_WGMMA(128, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " 
          ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56))
 ZM_WGMMA(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96, %97, %98, %99", "%100",
          ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88))
-ZM_WGMMA(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128, %129, %130, %131", "%132",
-         ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88), ZM_F8(96), ZM_F8(104), ZM_F8(112), ZM_F8(120))
 #undef ZM_WGMMA
 #undef ZM_F8
 #undef ZM_R0
@@ -84,10 +78,6 @@ ZM_WGMMA(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " 
 #undef ZM_R9
 #undef ZM_R10
 #undef ZM_R11
-#undef ZM_R12
-#undef ZM_R13
-#undef ZM_R14
-#undef ZM_R15
 // clang-format on
 
 }  // namespace zimage_mxfp8::detail

@@ -1,5 +1,6 @@
 #include "python/array.h"
 
+#include <algorithm>
 #include <string>
 
 #include "python/dlpack.h"
@@ -87,8 +88,9 @@ void Array::import_dlpack(const py::object& object, Memory memory) {
 
 void Array::require_contiguous(std::int64_t bytes) const {
   std::int64_t count = 1;
+  const bool empty = std::find(shape_.begin(), shape_.end(), 0) != shape_.end();
   for (std::size_t i = shape_.size(); i-- > 0;) {
-    if (shape_[i] != 1 && strides_[i] != count) {
+    if (!empty && shape_[i] != 1 && strides_[i] != count) {
       throw InvalidArgument(std::string(name_) + " must be C-contiguous");
     }
     count *= shape_[i];

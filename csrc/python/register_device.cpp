@@ -16,7 +16,7 @@ void register_device(py::module_& module) {
       .def_readonly("minor", &CudaDevice::minor)
       .def_readonly("multiprocessors", &CudaDevice::multiprocessors)
       .def_readonly("memory", &CudaDevice::memory);
-  module.def("cuda_devices", &cuda_devices);
+  module.def("cuda_devices", &cuda_devices, py::call_guard<py::gil_scoped_release>());
   py::class_<BuildInfo>(module, "BuildInfo")
       .def_readonly("version", &BuildInfo::version)
       .def_readonly("cuda", &BuildInfo::cuda)

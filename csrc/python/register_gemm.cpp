@@ -138,7 +138,7 @@ void register_gemm(py::module_& module) {
     for (const GemmPath path : all_gemm_paths()) names.emplace_back(name(path));
     return names;
   });
-  module.def("cublaslt_version", &cublaslt_version);
+  module.def("cublaslt_version", &cublaslt_version, py::call_guard<py::gil_scoped_release>());
   py::class_<GemmProblem>(module, "GemmProblem")
       .def(py::init([](std::int64_t m, std::int64_t n, std::int64_t k, const std::string& a,
                        const std::string& b, const std::string& dtype, bool bias) {
@@ -152,17 +152,17 @@ void register_gemm(py::module_& module) {
       [](const std::string& path, const GemmProblem& problem, int device) {
         return supports(gemm_path(path), problem, device).reason;
       },
-      arg("path"), arg("problem"), arg("device"));
+      arg("path"), arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>());
   module.def(
       "gemm_preferred_path",
       [](const GemmProblem& problem, int device) { return name(preferred_path(problem, device)); },
-      arg("problem"), arg("device"));
+      arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>());
   module.def(
       "gemm_workspace_size",
       [](const std::string& path, const GemmProblem& problem, int device) {
         return workspace_size(gemm_path(path), problem, device);
       },
-      arg("path"), arg("problem"), arg("device"));
+      arg("path"), arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>());
   module.def("gemm", &py_gemm, arg("path"), arg("a"), arg("b"), arg("bias"), arg("d"), arg("dtype"),
              arg("workspace"), arg("threads") = 0, arg("stream") = 0);
   module.def("quantize_rows", &py_quantize_rows, arg("source"), arg("dtype"), arg("codes"),

@@ -51,6 +51,9 @@ StagedQuantizer::~StagedQuantizer() = default;
 
 void StagedQuantizer::quantize(const ConstMatrixView& source, const MXFP8View& target) {
   detail::check_pair(source, target, "the source");
+  const detail::PairRanges memory(source, target, "the source");
+  detail::check_disjoint(memory.codes, {memory.plain, memory.scales});
+  detail::check_disjoint(memory.scales, {memory.plain});
   if (source.rows == 0 || source.cols == 0) return;
   const detail::DeviceGuard guard(resources_->device);
   const MXFP8Shape shape{source.rows, source.cols};
@@ -65,10 +68,16 @@ void StagedQuantizer::quantize(const ConstMatrixView& source, const MXFP8View& t
   std::uint8_t* scales = codes + codes_bytes;
   std::uint8_t* matrix = scales + scales_bytes;
 
+  const std::size_t source_pitch =
+      source.rows > 1 ? static_cast<std::size_t>(source.row_stride) * item : row_bytes;
+
   const cudaStream_t stream = resources_->stream;
-  ZM_CUDA_CHECK(cudaMemcpy2DAsync(
-      matrix, pitch, source.data, static_cast<std::size_t>(source.row_stride) * item, row_bytes,
-      static_cast<std::size_t>(source.rows), cudaMemcpyHostToDevice, stream));
+  // Whatever fails: nothing touches the caller's memory after the call.
+  const std::unique_ptr<CUstream_st, cudaError_t (*)(cudaStream_t)> wait(stream,
+                                                                         cudaStreamSynchronize);
+  ZM_CUDA_CHECK(cudaMemcpy2DAsync(matrix, pitch, source.data, source_pitch, row_bytes,
+                                  static_cast<std::size_t>(source.rows), cudaMemcpyHostToDevice,
+                                  stream));
   zimage_mxfp8::quantize(ConstMatrixView{matrix, source.dtype, source.rows, source.cols,
                                          static_cast<std::int64_t>(pitch / item)},
                          MXFP8View{codes, scales, source.rows, source.cols}, CudaStream{stream});

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -86,7 +87,7 @@ RowSums fold_row(const ConstMXFP8View& source, const RowScaledView& target, std:
     if (largest == 0x7F || byte == 255) {
       throw InvalidArgument("the matrix has NaN in row " + std::to_string(row) + ", columns " +
                             std::to_string(block * kBlockSize) + " to " +
-                            std::to_string(block * kBlockSize + kBlockSize - 1));
+                            std::to_string(std::min((block + 1) * kBlockSize, source.cols) - 1));
     }
     if (largest != 0) row_byte = std::max(row_byte, byte - table.headroom[largest]);
   }
@@ -117,6 +118,7 @@ RowSums fold_row(const ConstMXFP8View& source, const RowScaledView& target, std:
 
 FoldStats fold(const ConstMXFP8View& source, const RowScaledView& target, double bound,
                int threads) {
+  if (!(bound >= 0.0)) throw InvalidArgument("the bound must be 0 or more");
   if (source.rows < 0 || source.cols < 0) throw InvalidArgument("the source has a negative size");
   if (source.rows != target.rows || source.cols != target.cols) {
     throw InvalidArgument("the MXFP8 matrix is " + detail::shape_text(source.rows, source.cols) +
@@ -156,10 +158,12 @@ FoldStats fold(const ConstMXFP8View& source, const RowScaledView& target, double
     stats.relative_error = std::sqrt(total.squared_error / total.squared_signal);
   }
   if (stats.relative_error > bound) {
-    throw PrecisionLoss("folding the scales would add a relative error of " +
-                            std::to_string(stats.relative_error) + ", more than the bound of " +
-                            std::to_string(bound),
-                        stats.relative_error);
+    char sentence[128];
+    std::snprintf(
+        sentence, sizeof(sentence),
+        "folding the scales would add a relative error of %.2e, more than the bound of %.2e",
+        stats.relative_error, bound);
+    throw PrecisionLoss(sentence, stats.relative_error);
   }
   return stats;
 }

@@ -11,6 +11,8 @@ or float8 of its own; arrays with the types of ml_dtypes are understood.
 
 from __future__ import annotations
 
+import math
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ import numpy as np
 from . import _core
 from .dtypes import FLOAT_NAMES, DTypeName
 from .errors import InvalidArgumentError, NonFiniteError, UnsupportedError
+
+CODES, SCALES = "float8_e4m3fn", "float8_e8m0fnu"  # dtypes of codes and scales, beside uint8
 
 __all__ = ["MXFP8Array", "dequantize", "from_blocked", "quantize", "to_blocked"]
 
@@ -41,7 +45,7 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return _round_up(rows, 128), _round_up(cols // 32, 4)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value
 class MXFP8Array:
     """A matrix in MXFP8.
 
@@ -89,23 +93,35 @@ def current_stream(array: Any) -> int:
     return torch.cuda.current_stream(array.device).cuda_stream if on_cuda(array) else 0
 
 
-def plain(array: Any, name: str) -> tuple[Any, str]:
+def _tensor(array: Any, torch: Any, name: str) -> Any:
+    """A tensor whose memory holds its values: dense, on the CPU or CUDA, nothing lazy."""
+    if array.layout != torch.strided or array.is_nested:
+        raise InvalidArgumentError(f"{name} must be a dense tensor")
+    if not on_cuda(array):
+        require_cpu(array, name)
+    return array.detach().resolve_neg()
+
+
+def _array(array: Any, name: str, kinds: str) -> Any:
+    """A plain NumPy array in native byte order."""
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise InvalidArgumentError(f"{name} must be {kinds}, not {type(array).__name__}")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+_KINDS = "a NumPy array or a torch tensor"
+
+
+def plain(array: Any, name: str, kinds: str = _KINDS) -> tuple[Any, str]:
     """An array as something that the core accepts, and the name of its dtype."""
-    if _torch_of(array) is not None:
-        if not on_cuda(array):
-            require_cpu(array, name)
-        dtype = str(array.dtype).removeprefix("torch.")
-        array = array.detach()
-        strides = array.stride() if array.dim() == 2 else (0, 0)
-        usable = array.dim() != 2 or _rows_are_usable(array.shape, strides)
-        return (array if usable else array.contiguous()), dtype
-    if not isinstance(array, np.ndarray):
-        raise InvalidArgumentError(
-            f"{name} must be a NumPy array or a torch tensor, not {type(array).__name__}"
-        )
+    torch = _torch_of(array)
+    if torch is not None:
+        tensor = _tensor(array, torch, name)
+        usable = tensor.dim() != 2 or _rows_are_usable(tensor.shape, tensor.stride())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return (tensor if usable else tensor.contiguous()), dtype
+    array = _array(array, name, kinds)
     dtype = array.dtype.name
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
     if array.ndim == 2:
         strides = tuple(stride // array.itemsize for stride in array.strides)
         if not _rows_are_usable(array.shape, strides):
@@ -114,25 +130,80 @@ def plain(array: Any, name: str) -> tuple[Any, str]:
     return (array.view(np.uint16) if dtype == "bfloat16" else array), dtype
 
 
+def vector(array: Any, dtype: DTypeName, size: int, name: str) -> Any:
+    """A vector of that dtype and size as something that the core accepts."""
+    values, found = plain(array, name)
+    if found != dtype:
+        raise InvalidArgumentError(f"{name} must be {dtype}, not {found}")
+    if tuple(values.shape) != (size,):
+        raise InvalidArgumentError(f"{name} must be [{size}], not {list(values.shape)}")
+    if _torch_of(values) is None:
+        return np.ascontiguousarray(values)
+    values = values.contiguous()
+    return values if values.data_ptr() % 16 == 0 else values.clone()  # as CUDA needs it
+
+
 def _rows_are_usable(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether the core can read a matrix in place: elements of a row adjacent, rows apart."""
     rows, cols = shape
     return (cols <= 1 or strides[1] == 1) and (rows <= 1 or strides[0] >= cols)
 
 
-def as_bytes(array: Any, name: str) -> Any:
-    """Codes or scales as a C-contiguous array of uint8 that the core accepts."""
+def as_bytes(array: Any, dtype: str, name: str) -> Any:
+    """Codes or scales, uint8 or `dtype`, as a C-contiguous array of uint8 that the core accepts."""
     torch = _torch_of(array)
+    values = _array(array, name, _KINDS) if torch is None else _tensor(array, torch, name)
+    found = values.dtype.name if torch is None else str(values.dtype).removeprefix("torch.")
+    if found not in ("uint8", dtype):
+        raise InvalidArgumentError(f"{name} must be uint8 or {dtype}, not {found}")
     if torch is not None:
-        if array.element_size() != 1:
-            raise InvalidArgumentError(f"{name} must have 1-byte elements, not {array.dtype}")
-        return array.detach().contiguous().view(torch.uint8)
-    if not isinstance(array, np.ndarray) or array.itemsize != 1:
-        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-        raise InvalidArgumentError(
-            f"{name} must be a NumPy array or a torch tensor with 1-byte elements, not {kind}"
-        )
-    return np.ascontiguousarray(array).view(np.uint8)
+        return values.contiguous().view(torch.uint8)
+    return np.ascontiguousarray(values).view(np.uint8)
+
+
+def mxfp8_parts(array: Any, name: str) -> tuple[Any, Any, int, int]:
+    """Codes, scales, rows and columns of an `MXFP8Array`, as the core accepts them.
+
+    Raises:
+        InvalidArgumentError: not an `MXFP8Array`, or its parts do not belong together.
+    """
+    if not isinstance(array, MXFP8Array):
+        raise InvalidArgumentError(f"{name} must be an MXFP8Array, not {type(array).__name__}")
+    rows, cols = dimensions(array.shape, f"the shape of {name}")
+    codes = as_bytes(array.codes, CODES, f"codes of {name}")
+    scales = as_bytes(array.scales, SCALES, f"scales of {name}")
+    for what, given, expected in (
+        ("codes", codes, padded_shape((rows, cols))),
+        ("scales", scales, scale_shape((rows, cols))),
+    ):
+        if tuple(given.shape) != expected:
+            raise InvalidArgumentError(
+                f"{what} of a {rows}x{cols} matrix must be {list(expected)}, "
+                f"not {list(given.shape)}"
+            )
+    return codes, scales, rows, cols
+
+
+def dimensions(shape: Any, what: str) -> tuple[int, int]:
+    """Two sizes."""
+    try:
+        rows, cols = (operator.index(size) for size in shape)
+    except (TypeError, ValueError):
+        rows, cols = -1, -1
+    if not (0 <= rows < 2**40 and 0 <= cols < 2**40):
+        raise InvalidArgumentError(f"{what} must be two sizes, not {str(shape)[:40]}")
+    return rows, cols
+
+
+def thread_count(threads: Any) -> int:
+    """A number of threads."""
+    try:
+        number = operator.index(threads)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**31:
+        raise InvalidArgumentError("threads must be 0 (one a core) or more")
+    return number
 
 
 def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
@@ -178,8 +249,9 @@ def quantize(
         NonFiniteError: `array` has a NaN or an infinity; the error has its row and column.
         UnsupportedError: a CUDA tensor, and this build has no CUDA.
     """
-    if nonfinite not in (None, "error", "encode"):
-        raise InvalidArgumentError(f'nonfinite must be "error" or "encode", not "{nonfinite}"')
+    if nonfinite is not None and str(nonfinite) not in ("error", "encode"):
+        raise InvalidArgumentError('nonfinite must be "error" or "encode"')
+    threads = thread_count(threads)
     source, dtype = plain(array, "array")
     name = dtype_name(dtype, "array")
     shape = require_2d(source, "array")
@@ -215,17 +287,8 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
         UnsupportedError: bfloat16 in NumPy without ml_dtypes.
     """
     name = dtype_name(dtype, "dtype")
-    codes, scales = as_bytes(array.codes, "codes"), as_bytes(array.scales, "scales")
-    rows, cols = (int(size) for size in array.shape)
-    for what, given, expected in (
-        ("codes", codes, padded_shape((rows, cols))),
-        ("scales", scales, scale_shape((rows, cols))),
-    ):
-        if tuple(given.shape) != expected:
-            raise InvalidArgumentError(
-                f"{what} of a {rows}x{cols} matrix must be {list(expected)}, "
-                f"not {list(given.shape)}"
-            )
+    codes, scales, rows, cols = mxfp8_parts(array, "array")
+    threads = thread_count(threads)
     target = empty((rows, cols), name, like=codes)
     _core.dequantize(codes, scales, target, name, threads, current_stream(codes))
     if name == "bfloat16" and isinstance(target, np.ndarray):
@@ -241,7 +304,7 @@ def to_blocked(scales: Any) -> Any:
     Raises:
         InvalidArgumentError: not a matrix of 1-byte elements.
     """
-    row_major = as_bytes(scales, "scales")
+    row_major = as_bytes(scales, SCALES, "scales")
     require_cpu(row_major, "scales")
     rows, cols = require_2d(row_major, "scales")
     blocked = empty((_round_up(rows, 128), _round_up(cols, 4)), "uint8", like=row_major)
@@ -257,10 +320,12 @@ def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
     Raises:
         InvalidArgumentError: another number of bytes, or a negative size.
     """
-    if rows < 0 or cols < 0:
-        raise InvalidArgumentError("rows and cols must not be negative")
-    tiles = as_bytes(blocked, "blocked")
+    rows, cols = dimensions((rows, cols), "rows and cols")
+    tiles = as_bytes(blocked, SCALES, "blocked")
     require_cpu(tiles, "blocked")
+    wanted, found = _round_up(rows, 128) * _round_up(cols, 4), math.prod(tiles.shape)
+    if found != wanted:
+        raise InvalidArgumentError(f"blocked must have {wanted} bytes, not {found}")
     row_major = empty((rows, cols), "uint8", like=tiles)
     _core.from_blocked(tiles, row_major)
     return row_major
@@ -285,13 +350,3 @@ def bfloat16_type() -> Any:
             "NumPy has no bfloat16: install ml_dtypes, or ask for float32"
         ) from None
     return ml_dtypes.bfloat16
-
-
-def bfloat16_bits(array: Any, name: str, size: int) -> Any:
-    """A vector of bfloat16 as something that the core accepts."""
-    if len(array.shape) != 1 or array.shape[0] != size:
-        raise InvalidArgumentError(f"{name} must be [{size}], not {list(array.shape)}")
-    vector, dtype = plain(array, name)
-    if dtype != "bfloat16":
-        raise InvalidArgumentError(f"{name} must be bfloat16, not {dtype}")
-    return vector.contiguous() if _torch_of(vector) is not None else np.ascontiguousarray(vector)

@@ -15,11 +15,12 @@ def cuda_index(device: str) -> int | None:
         UsageError: not the name of a device.
         UnsupportedError: this build has no CUDA, or this machine no such device.
     """
+    device = str(device)  # a torch.device too
     if device == "cpu":
         return None
-    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
+    match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", device)
     if match is None:
-        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", not "{device}"')
+        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", not "{device[:40]}"')
     if not _core.build_info().cuda:
         raise UnsupportedError(
             f"device {device}: this build has no CUDA kernels; use cpu, or install with ZM_CUDA=ON"

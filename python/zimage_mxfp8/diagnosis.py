@@ -59,7 +59,8 @@ class Diagnosis:
         architectures: CUDA targets that were compiled in.
         cutlass: version of CUTLASS that the kernels are made of; "" where there are none.
         cublaslt: version of cuBLASLt that was found; "" if none was.
-        cpu_targets: instruction sets with kernels that this processor has; the last is used.
+        cpu_targets: instruction sets with kernels that this processor has.
+        cpu_target: the one that is used.
         threads: cores that this process may use.
         libraries: versions of the libraries that are installed.
         devices: CUDA devices.
@@ -72,6 +73,7 @@ class Diagnosis:
     cutlass: str
     cublaslt: str
     cpu_targets: list[str]
+    cpu_target: str
     threads: int
     libraries: dict[str, str]
     devices: list[DevicePaths]
@@ -91,7 +93,7 @@ def diagnose() -> Diagnosis:
     build = _core.build_info()
     if build.cuda:
         # torch brings cuBLASLt along: what is found is then what a program with torch finds.
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, OSError):
             importlib.import_module("torch")
     libraries = {}
     for name in _LIBRARIES:
@@ -105,6 +107,7 @@ def diagnose() -> Diagnosis:
         cutlass=build.cutlass,
         cublaslt=_core.cublaslt_version(),
         cpu_targets=_core.available_cpu_targets(),
+        cpu_target=_core.active_cpu_target(),
         threads=_core.default_threads(),
         libraries=libraries,
         devices=[_paths(device) for device in _core.cuda_devices()],

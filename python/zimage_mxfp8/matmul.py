@@ -21,17 +21,20 @@ import numpy as np
 
 from . import _core
 from .codec import (
+    CODES,
     MXFP8Array,
     as_bytes,
-    bfloat16_bits,
     bfloat16_type,
     current_stream,
     dtype_name,
     empty,
+    mxfp8_parts,
     on_cuda,
     plain,
     require_2d,
     require_cpu,
+    thread_count,
+    vector,
 )
 from .dtypes import DTypeName
 from .errors import InvalidArgumentError
@@ -41,7 +44,7 @@ __all__ = ["FoldStats", "RowScaledArray", "fold", "gemm", "gemm_path", "quantize
 Path = Literal["emulated", "decode", "row-scaled", "sm90", "sm100", "sm120"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value
 class RowScaledArray:
     """A matrix in E4M3 with one scale a row: element = e4m3(code) * scale of its row.
 
@@ -99,7 +102,7 @@ def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
     shape = require_2d(source, "array")
     codes = empty(shape, "uint8", like=source)
     scales = empty(shape[:1], "float32", like=source)
-    _core.quantize_rows(source, dtype, codes, scales, threads, current_stream(source))
+    _core.quantize_rows(source, dtype, codes, scales, thread_count(threads), current_stream(source))
     return _row_scaled(codes, scales)
 
 
@@ -124,13 +127,17 @@ def fold(
         PrecisionLossError: the error would pass `bound`.
         InvalidArgumentError: NaN in the matrix, or memory of a device.
     """
-    codes, scales = as_bytes(array.codes, "codes"), as_bytes(array.scales, "scales")
+    codes, scales, rows, cols = mxfp8_parts(array, "array")
     require_cpu(codes, "codes")
     require_cpu(scales, "scales")
-    rows, cols = array.shape
+    try:
+        limit = float(bound)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidArgumentError("bound must be a number") from None
+    threads = thread_count(threads)
     out_codes = empty((rows, cols), "uint8", like=codes)
     out_scales = empty((rows,), "float32", like=codes)
-    changed, error = _core.fold(codes, scales, rows, cols, out_codes, out_scales, bound, threads)
+    changed, error = _core.fold(codes, scales, rows, cols, out_codes, out_scales, limit, threads)
     return _row_scaled(out_codes, out_scales), FoldStats(changed, error)
 
 
@@ -140,16 +147,27 @@ Operand = tuple[str, Any, Any, int, int]
 def _operand(array: Any, name: str) -> Operand:
     """An operand as the core takes it: format, elements or codes, scales, rows, columns."""
     if isinstance(array, MXFP8Array):
-        codes, scales = as_bytes(array.codes, name), as_bytes(array.scales, name)
-        return "mxfp8", codes, scales, *array.shape
+        return "mxfp8", *mxfp8_parts(array, name)
     if isinstance(array, RowScaledArray):
-        return "row-scaled", as_bytes(array.codes, name), array.scales, *array.shape
-    matrix, dtype = plain(array, name)
+        codes = as_bytes(array.codes, CODES, f"codes of {name}")
+        rows, cols = require_2d(codes, f"codes of {name}")
+        scales = vector(array.scales, "float32", rows, f"scales of {name}")
+        return "row-scaled", codes, scales, rows, cols
+    kinds = "an MXFP8Array, a RowScaledArray or an array of bfloat16"
+    matrix, dtype = plain(array, name, kinds)
     if dtype != "bfloat16":
-        raise InvalidArgumentError(
-            f"{name} must be an MXFP8Array, a RowScaledArray or bfloat16, not {dtype}"
-        )
+        raise InvalidArgumentError(f"{name} must be {kinds}, not of {dtype}")
     return "bfloat16", matrix, None, *require_2d(matrix, name)
+
+
+def _operands(a: Any, b: Any) -> tuple[Operand, Operand]:
+    """Both operands, whose widths agree."""
+    first, second = _operand(a, "a"), _operand(b, "b")
+    if first[4] != second[4]:
+        raise InvalidArgumentError(
+            f"a is {list(first[3:])} and b is {list(second[3:])}: their widths differ"
+        )
+    return first, second
 
 
 def _problem(a: Operand, b: Operand, dtype: DTypeName, bias: bool) -> _core.GemmProblem:
@@ -161,15 +179,15 @@ def _device(operand: Operand) -> int:
     return int(operand[1].device.index) if on_cuda(operand[1]) else -1
 
 
-def gemm_path(a: Any, b: Any, *, dtype: Any = "bfloat16", bias: bool = False) -> Path:
-    """The path that `gemm` takes for such operands when none is asked for.
+def gemm_path(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") -> Path:
+    """The path that `gemm` takes for such arguments when none is asked for.
 
     Raises:
         UnsupportedError: the device has none but "emulated"; the sentence says why.
-        InvalidArgumentError: sizes that no path takes.
+        InvalidArgumentError: operands that `gemm` does not take.
     """
-    first, second = _operand(a, "a"), _operand(b, "b")
-    problem = _problem(first, second, dtype_name(dtype, "dtype"), bias)
+    first, second = _operands(a, b)
+    problem = _problem(first, second, dtype_name(dtype, "dtype"), bias is not None)
     path: Path = _core.gemm_preferred_path(problem, _device(first))
     return path
 
@@ -189,25 +207,29 @@ def gemm(
 
     Args:
         a: [M, K], an `MXFP8Array`, a `RowScaledArray` or bfloat16.
-        b: [N, K], likewise, of the same kind (NumPy or torch) and on the same device. N is a
-            multiple of 8, K of 32.
+        b: [N, K], likewise, and on the same device. N is a multiple of 8, K of 32.
         bias: [N] of bfloat16, or None.
         dtype: of the result: bfloat16, float16 or float32.
         path: how it is computed (see the module); by default the device's fastest.
         threads: threads to use on the CPU; 0 means one a core.
 
     Returns:
-        [M, N] of `dtype`, NumPy or torch as the operands are.
+        [M, N] of `dtype`, NumPy or torch as `a` is.
 
     Raises:
         InvalidArgumentError: shapes, dtypes or devices that do not go together.
         UnsupportedError: the device does not have the path; the sentence says why.
     """
-    first, second = _operand(a, "a"), _operand(b, "b")
+    first, second = _operands(a, b)
     name = dtype_name(dtype, "dtype")
+    threads = thread_count(threads)
+    if path is not None and str(path) not in _core.gemm_paths():
+        raise InvalidArgumentError(f"path must be one of {', '.join(_core.gemm_paths())}")
+    if name == "bfloat16" and isinstance(first[1], np.ndarray):
+        bfloat16_type()  # of the result; better missed now than after the work
     problem, device = _problem(first, second, name, bias is not None), _device(first)
-    bias_vector = None if bias is None else bfloat16_bits(bias, "bias", second[3])
-    path_name = path or _core.gemm_preferred_path(problem, device)
+    bias_vector = None if bias is None else vector(bias, "bfloat16", second[3], "bias")
+    path_name = path if path is not None else _core.gemm_preferred_path(problem, device)
     workspace = None
     if device >= 0:
         nbytes = _core.gemm_workspace_size(path_name, problem, device)

@@ -169,6 +169,34 @@ TEST_CASE("without a device only the emulated path is there") {
                   InvalidArgument);
 }
 
+TEST_CASE("host memory is refused where a device's is needed") {
+  // Without CUDA, without a device or with one: a typed error each time, and nothing is touched.
+  std::vector<float> source(32 * 32, 1.0f), d(32 * 32);
+  alignas(16) static std::uint8_t codes[1024], scales[512];
+  const ConstMatrixView view{source.data(), DType::kFloat32, 32, 32, 32};
+  const CudaStream stream;
+  CHECK_THROWS_AS(quantize(view, MXFP8View{codes, scales, 32, 32}, stream), Error);
+  CHECK_THROWS_AS(dequantize(ConstMXFP8View{codes, scales, 32, 32},
+                             MatrixView{d.data(), DType::kFloat32, 32, 32, 32}, stream),
+                  Error);
+  RowScaled rows(32, 32);
+  CHECK_THROWS_AS(quantize_rows(view, rows.view(), stream), Error);
+  const ConstMXFP8View operand{codes, scales, 32, 32};
+  CHECK_THROWS_AS(
+      gemm(GemmPath::kEmulated,
+           {operand, operand, nullptr, {d.data(), DType::kFloat32, 32, 32, 32}}, {}, stream),
+      Error);
+  CHECK_THROWS_AS(quantize(view, MXFP8View{codes + 1, scales, 32, 31}, stream), InvalidArgument);
+  CHECK_THROWS_AS(quantize(view, MXFP8View{codes + 1, scales, 32, 32}, stream), InvalidArgument);
+}
+
+TEST_CASE("bounds of folding that are none") {
+  const Encoded source(ramp(2, 64, 0.4), 2, 64);
+  RowScaled folded(2, 64);
+  CHECK_THROWS_AS(fold(source.view(), folded.view(), -1.0), InvalidArgument);
+  CHECK_THROWS_AS(fold(source.view(), folded.view(), std::nan("")), InvalidArgument);
+}
+
 TEST_CASE("memory that is written overlaps with nothing") {
   std::vector<float> memory(4096);
   auto* bytes = reinterpret_cast<std::uint8_t*>(memory.data());

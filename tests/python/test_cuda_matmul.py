@@ -176,6 +176,31 @@ def test_strided_operands_and_output(path: str) -> None:
     assert (result[:, 72:] == 7).all()
 
 
+@pytest.mark.parametrize("path", [*paths(), "emulated"])
+def test_empty_products(path: str) -> None:
+    kinds = OPERANDS.get(path, [("mxfp8", "mxfp8")])[0]
+    b, bias = operand(kinds[1], random(16, 64, 1)), random(1, 16, 2)[0].bfloat16()
+    empty = torch.zeros(0, 64, device="cuda")
+    assert zm.gemm(operand(kinds[0], empty), b, bias, path=path).shape == (0, 16)
+    nothing = [
+        operand(kind, torch.zeros(rows, 0, device="cuda"))
+        for kind, rows in zip(kinds, (3, 16), strict=True)
+    ]
+    assert torch.equal(zm.gemm(*nothing, bias, path=path), bias.repeat(3, 1))
+
+
+@pytest.mark.parametrize("path", paths())
+def test_a_bias_that_is_a_view(path: str) -> None:
+    kinds = OPERANDS[path][0]
+    a, b = operand(kinds[0], random(40, 288, 1)), operand(kinds[1], random(72, 288, 2))
+    bias = random(1, 80, 3)[0].bfloat16()[3:75]
+    want = zm.gemm(a, b, bias, dtype=torch.float32, path="emulated")
+    assert (
+        relative_error(zm.gemm(a, b, bias, path=path), want)
+        <= SUMS[path] + ROUNDING[torch.bfloat16]
+    )
+
+
 @pytest.mark.parametrize("path", paths())
 def test_many_streams(path: str) -> None:
     kinds = OPERANDS[path][0]
@@ -256,6 +281,18 @@ def test_folded_weights_compute_the_same() -> None:
     result = zm.gemm(a.bfloat16(), device, dtype="float32", path="emulated")
     assert stats.relative_error < 1e-4
     assert relative_error(result, exact) < 3e-3  # a in bfloat16
+
+
+def test_the_device_has_the_paths_of_its_family() -> None:
+    """Else all that is above would pass without having run."""
+    families = {
+        (9, 0): {"decode", "row-scaled", "sm90"},
+        (10, 0): {"decode", "sm100"},
+        (10, 3): {"decode", "sm100"},
+        (12, 0): {"decode", "sm120"},
+        (12, 1): {"decode", "sm120"},
+    }
+    assert set(paths()) == families.get(torch.cuda.get_device_capability(), {"decode"})
 
 
 def test_the_device_has_a_path() -> None:

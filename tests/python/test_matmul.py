@@ -194,33 +194,116 @@ def test_fold_on_every_thread_count() -> None:
 
 
 ENCODED = zm.quantize(np.ones((16, 64), np.float32))
+ROWS = zm.quantize_rows(np.ones((16, 64), np.float32))
 NAN = zm.MXFP8Array(np.full((32, 64), 0x7F, np.uint8), np.zeros((128, 4), np.uint8), (32, 64))
+META = zm.MXFP8Array(torch.ones(32, 64, dtype=torch.uint8, device="meta"), ENCODED.scales, (16, 64))
+
+
+def rows_with(scales: object) -> zm.RowScaledArray:
+    return zm.RowScaledArray(ROWS.codes, scales)
+
+
+def shaped(shape: Any) -> zm.MXFP8Array:
+    return zm.MXFP8Array(ENCODED.codes, ENCODED.scales, shape)
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
         (lambda: zm.gemm(ENCODED, zm.quantize(np.ones((16, 96), np.float32))), "widths differ"),
+        (lambda: zm.gemm_path(ENCODED, zm.quantize(np.ones((16, 96), np.float32))), "widths"),
         (lambda: zm.gemm(ENCODED, zm.quantize(np.ones((12, 64), np.float32))), "N must be a mult"),
         (
             lambda: zm.gemm(*[zm.quantize(np.ones((16, 40), np.float32))] * 2),
             "K must be a multiple of 32, not 40",
         ),
-        (lambda: zm.gemm(ENCODED, np.ones((16, 64), np.float32)), "not float32"),
+        (lambda: zm.gemm(ENCODED, np.ones((16, 64), np.float32)), "not of float32"),
+        (lambda: zm.gemm(None, ENCODED), "a must be an MXFP8Array, a RowScaledArray or"),
         (lambda: zm.gemm(ENCODED, ENCODED, np.ones(15, BFLOAT16)), r"bias must be \[16\]"),
         (lambda: zm.gemm(ENCODED, ENCODED, np.ones(16, np.float32)), "bias must be bfloat16"),
+        (lambda: zm.gemm(ENCODED, ENCODED, [1.0] * 16), "bias must be a NumPy array"),
         (lambda: zm.gemm(ENCODED, ENCODED, dtype="float64"), "not float64"),
-        (lambda: zm.gemm(ENCODED, ENCODED, path="fast"), 'unknown path "fast": use one of'),  # type: ignore[arg-type]
+        (lambda: zm.gemm(ENCODED, ENCODED, path="fast"), "path must be one of emulated"),  # type: ignore[arg-type]
+        (lambda: zm.gemm(ENCODED, ENCODED, path=""), "path must be one of emulated"),  # type: ignore[arg-type]
+        (lambda: zm.gemm(ENCODED, ENCODED, path=3), "path must be one of emulated"),  # type: ignore[arg-type]
         (lambda: zm.gemm(ENCODED, ENCODED, threads=-1), "threads"),
+        (lambda: zm.gemm(ENCODED, ENCODED, threads=1.5), "threads"),  # type: ignore[arg-type]
+        (lambda: zm.quantize(np.ones((2, 32), np.float32), threads=None), "threads"),  # type: ignore[arg-type]
         (lambda: zm.gemm(ENCODED, torch.ones(16, dtype=torch.bfloat16)), "2 dimensions"),
+        (lambda: zm.gemm(ENCODED, META), "codes of b is on meta"),
+        (
+            lambda: zm.gemm(ENCODED, rows_with(ROWS.scales.astype("f8"))),
+            "scales of b must be float32",
+        ),
+        (lambda: zm.gemm(ENCODED, rows_with(ROWS.scales.view("i4"))), "must be float32, not int32"),
+        (lambda: zm.gemm(ENCODED, rows_with(ROWS.scales[:8])), r"scales of b must be \[16\]"),
+        (lambda: zm.gemm(ENCODED, rows_with(ROWS.scales[:, None])), r"scales of b must be \[16\]"),
+        (lambda: zm.gemm(ENCODED, rows_with(None)), "scales of b must be a NumPy array"),
+        (
+            lambda: zm.gemm(ENCODED, zm.RowScaledArray(ROWS.codes.reshape(-1), ROWS.scales)),
+            "codes of b must have 2 dimensions",
+        ),
+        (
+            lambda: zm.gemm(ENCODED, zm.MXFP8Array(ENCODED.codes.T, ENCODED.scales, (16, 64))),
+            "codes of a 16x64 matrix must be",
+        ),
+        (lambda: zm.gemm(ENCODED, shaped((16, 64, 1))), "the shape of b must be two sizes"),
+        (lambda: zm.fold(shaped(None)), "the shape of array must be two sizes"),
+        (lambda: zm.fold(shaped((-16, 64))), "the shape of array must be two sizes"),
+        (lambda: zm.dequantize(shaped((16.0, 64))), "the shape of array must be two sizes"),
+        (
+            lambda: zm.dequantize(
+                zm.MXFP8Array(
+                    torch.ones(32, 64).to(torch.float8_e5m2), torch.ones(128, 4).byte(), (32, 64)
+                )
+            ),
+            "must be uint8 or float8_e4m3fn, not float8_e5m2",
+        ),
+        (lambda: zm.dequantize(None), "array must be an MXFP8Array, not NoneType"),  # type: ignore[arg-type]
+        (lambda: zm.fold(ROWS), "array must be an MXFP8Array, not RowScaledArray"),  # type: ignore[arg-type]
         (lambda: zm.fold(NAN), "NaN in row 0, columns 0 to 31"),
+        (lambda: zm.fold(ENCODED, bound=float("nan")), "bound must be 0 or more"),
+        (lambda: zm.fold(ENCODED, bound=-1), "bound must be 0 or more"),
+        (lambda: zm.fold(ENCODED, bound=None), "bound must be a number"),  # type: ignore[arg-type]
         (lambda: zm.quantize_rows(np.ones(4, np.float32)), "2 dimensions"),
         (lambda: zm.quantize_rows(np.ones((4, 4), np.int8)), "not int8"),
+        (lambda: zm.quantize(torch.eye(4).to_sparse()), "must be a dense tensor"),
+        (lambda: zm.quantize(np.ma.masked_array(np.ones((2, 2)), False)), "not MaskedArray"),
+        (lambda: zm.quantize(np.ones((2, 32), np.float32), nonfinite=np.zeros(3)), "nonfinite"),  # type: ignore[arg-type]
+        (lambda: zm.from_blocked(np.zeros((128, 4), np.uint8), "a", 2), "must be two sizes"),  # type: ignore[arg-type]
+        (lambda: zm.from_blocked(np.zeros((128, 4), np.uint8), 10**6, 10**6), "bytes, not 512"),
     ],
 )
 def test_misuse_is_a_typed_error(call: Callable[[], object], sentence: str) -> None:
     with pytest.raises(zm.InvalidArgumentError, match=sentence):
         call()
+
+
+def test_lazy_negation_and_other_byte_orders_count() -> None:
+    negative = torch.complex(torch.zeros(64, 1), torch.ones(64, 1)).conj().imag
+    assert negative.is_neg()
+    assert (zm.dequantize(zm.quantize(negative)) == -1).all()
+    swapped = zm.RowScaledArray(ROWS.codes, ROWS.scales.astype(">f4"))
+    np.testing.assert_array_equal(
+        zm.gemm(swapped, ENCODED, dtype="float32"), zm.gemm(ROWS, ENCODED, dtype="float32")
+    )
+    parameter = torch.nn.Parameter(torch.from_numpy(ROWS.scales.copy()))
+    tensors = zm.RowScaledArray(torch.from_numpy(ROWS.codes), parameter)
+    assert torch.equal(
+        zm.gemm(tensors, tensors, dtype="float32"),
+        torch.from_numpy(zm.gemm(ROWS, ROWS, dtype="float32")),
+    )
+
+
+def test_arrays_compare_by_identity() -> None:
+    assert ENCODED == ENCODED and shaped((16, 64)) != ENCODED and ROWS in {ROWS}
+
+
+@pytest.mark.parametrize("shape", [(8, 0), (0, 0), (0, 32)])
+def test_empty_tensors(shape: tuple[int, int]) -> None:
+    encoded = zm.quantize(torch.zeros(shape))
+    assert tuple(zm.dequantize(encoded).shape) == shape
+    assert tuple(zm.quantize_rows(torch.zeros(shape)).codes.shape) == shape
 
 
 def test_paths_that_need_a_device() -> None:

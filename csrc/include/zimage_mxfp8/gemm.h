@@ -27,8 +27,8 @@ struct GemmProblem {
 
 // How a product is computed. All accumulate in float32.
 enum class GemmPath : std::uint8_t {
-  // Decoded operands, products added in order of K. Runs on the CPU and on every CUDA device with
-  // the same result; slow. The reference for all others.
+  // Decoded operands, products added in order of K. Runs on the CPU and on CUDA devices of
+  // compute capability 8.0 and newer with the same result; slow. The reference for all others.
   kEmulated,
   // Operands decoded to BF16 (exact for scale bytes of 3 and more) in the workspace, then
   // cuBLASLt's BF16 product. Compute capability 8.0 to 9.0, 10.x, 12.x.
@@ -37,7 +37,8 @@ enum class GemmPath : std::uint8_t {
   // Compute capability 9.0.
   kRowScaled,
   // BF16 activations and MXFP8 weights, which are decoded to BF16 (exact for scale bytes of 3 and
-  // more) on their way to the tensor cores. D in BF16. Compute capability 9.0.
+  // more) on their way to the tensor cores. A block with scale 255 is NaN, but codes 0x7F and 0xFF
+  // under another scale, which no encoder writes, count as 480. D in BF16. Compute capability 9.0.
   kSM90,
   // MXFP8 operands on Blackwell's block-scaled tensor cores, through CUTLASS. Compute capability
   // 10.0 and 10.3. Compiled and checked, but never run on such a device.
@@ -96,11 +97,11 @@ struct Workspace {
 // The problem that arguments state. Throws InvalidArgument if their shapes disagree.
 GemmProblem problem_of(const GemmArguments& arguments);
 
-// Computes a product on the current CUDA device (see CudaStream in device.h). All memory but the
-// bias is aligned to 16 bytes, as are the rows of D and of BF16 operands. The workspace has at
-// least workspace_size() bytes, belongs to the call until its work on the stream is done, and may
-// have any content. Call workspace_size() once before a graph is captured: it loads what the path
-// needs.
+// Computes a product on the current CUDA device (see CudaStream in device.h). All memory is aligned
+// to 16 bytes, as are the rows of D and of BF16 operands; the workspace to 256. It has at least
+// workspace_size() bytes, belongs to the call until its work on the stream is done, and may have
+// any content. Scales of padding are not 255 (quantize() makes them 0). Compute a product of the
+// kind once before a graph is captured, so that what it needs is loaded.
 //
 // Throws InvalidArgument for arguments that break these rules or overlap, Unsupported if the path
 // does not support the problem.

@@ -32,7 +32,8 @@ struct FoldStats {
 // (2^-6) lose bits. Both matrices are in host memory.
 //
 // Throws PrecisionLoss if the relative error passes `bound` (the target is then unspecified);
-// InvalidArgument for a NaN code or scale, and as quantize_rows does.
+// InvalidArgument for a NaN code or scale, a bound that is negative or NaN, and as quantize_rows
+// does.
 FoldStats fold(const ConstMXFP8View& source, const RowScaledView& target, double bound = 1e-3,
                int threads = 0);
 

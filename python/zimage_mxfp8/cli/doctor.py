@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [
         ["zimage-mxfp8", found.version],
         ["Python", found.python],
-        ["CPU kernels", f"{', '.join(found.cpu_targets)}; {found.threads} cores"],
+        ["CPU kernels", f"{found.cpu_target}, of {', '.join(found.cpu_targets)}"],
+        ["cores", str(found.threads)],
         ["CUDA kernels", kernels],
         ["CUTLASS", found.cutlass or "not used"],
         ["cuBLASLt", found.cublaslt or "not found"],

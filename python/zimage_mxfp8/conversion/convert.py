@@ -75,7 +75,7 @@ def plan_conversion(
     """
     if nonfinite not in ("error", "keep"):
         raise UsageError(f'nonfinite must be "error" or "keep", not "{nonfinite}"')
-    if threads < 0:
+    if not isinstance(threads, int) or threads < 0:
         raise UsageError("threads must be 0 (one a core) or more")
     rules = recipe if isinstance(recipe, Recipe) else load_recipe(os.fspath(recipe))
     rules = rules.excluding(exclude_layers)
@@ -149,9 +149,6 @@ def convert(
     """
     started = time.perf_counter()
     cuda_device = cuda_index(device)
-    if cuda_device is not None:
-        # The first use of a device takes half a second: let that pass while we read and plan.
-        threading.Thread(target=_wake, args=(cuda_device,)).start()
     if bias_correction not in MODES:
         raise UsageError(f"bias_correction must be one of {', '.join(MODES)}")
     if bias_correction == "timesteps":
@@ -173,6 +170,10 @@ def convert(
         check_target(Path(report), sources, overwrite=overwrite)
         if resolved(Path(report)) == resolved(target):
             raise UsageError("the report and the output are the same file")
+    if cuda_device is not None:
+        # The first use of a device takes half a second: let that pass while we compute.
+        with contextlib.suppress(RuntimeError):  # no more threads: then it waits
+            threading.Thread(target=_wake, args=(cuda_device,)).start()
     corrections, uncorrected = correction_inputs(
         plan, bias_correction, sampler=timesteps, samples=calibration_samples, seed=seed
     )
