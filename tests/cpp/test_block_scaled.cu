@@ -133,6 +133,14 @@ TEST_CASE_TEMPLATE("every shape can be implemented", T, ZM_CASES) {
         cutlass::Status::kSuccess);
 }
 
+TEST_CASE_TEMPLATE("the workspace is small", T, ZM_CASES) {
+  for (const Shape& shape : shapes()) {
+    auto arguments = T::Kernel::arguments(task_of(shape));
+    arguments.hw_info.sm_count = 148;  // else CUTLASS asks a device
+    CHECK(T::Kernel::Gemm::get_workspace_size(arguments) <= 1 << 20);
+  }
+}
+
 TEST_CASE_TEMPLATE("our scale layout is CuTe's", T, Case<SM100Large, BF16>, Case<SM120, BF16>) {
   for (const Shape& shape : shapes()) {
     const auto arguments = T::Kernel::arguments(task_of(shape));
