@@ -33,7 +33,6 @@ endfunction()
 
 if("100f" IN_LIST ZM_CUDA_TARGETS OR "120f" IN_LIST ZM_CUDA_TARGETS)
   zm_find_cutlass(zm_cutlass_include)
-  set(ZM_CUTLASS_INCLUDE "${zm_cutlass_include}" CACHE INTERNAL "Where CUTLASS was found")
   if(zm_cutlass_include)
     file(STRINGS "${zm_cutlass_include}/cutlass/version.h" zm_lines REGEX "define CUTLASS_(MAJOR|MINOR|PATCH)")
     string(REGEX MATCHALL "[0-9]+" zm_numbers "${zm_lines}")
