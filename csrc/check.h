@@ -88,4 +88,13 @@ struct PairRanges {
         scales{mxfp8.scales, MXFP8Shape{mxfp8.rows, mxfp8.cols}.scale_bytes(), "scales"} {}
 };
 
+// The checks of encoding a matrix, wherever that happens.
+inline PairRanges check_encoding(const ConstMatrixView& source, const MXFP8View& target) {
+  check_pair(source, target, "the source");
+  const PairRanges memory(source, target, "the source");
+  check_disjoint(memory.codes, {memory.plain, memory.scales});
+  check_disjoint(memory.scales, {memory.plain});
+  return memory;
+}
+
 }  // namespace zimage_mxfp8::detail

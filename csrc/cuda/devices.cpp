@@ -7,9 +7,7 @@ namespace zimage_mxfp8::detail {
 
 const CudaDevice& find_device(int index) {
   const std::vector<CudaDevice>& devices = known_devices();
-  if (build_info().cuda.empty()) {
-    throw Unsupported("this build has no CUDA kernels: rebuild it with ZM_CUDA=ON");
-  }
+  if (build_info().cuda.empty()) throw Unsupported(kNoCuda);
   if (index < 0 || static_cast<std::size_t>(index) >= devices.size()) {
     throw Unsupported("there is no CUDA device " + std::to_string(index) + " (" +
                       std::to_string(devices.size()) + " found)");

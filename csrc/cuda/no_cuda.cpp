@@ -11,9 +11,7 @@
 namespace zimage_mxfp8 {
 namespace {
 
-constexpr const char* kReason = "this build has no CUDA kernels: rebuild it with ZM_CUDA=ON";
-
-[[noreturn]] void refuse() { throw Unsupported(kReason); }
+[[noreturn]] void refuse() { throw Unsupported(detail::kNoCuda); }
 
 }  // namespace
 
@@ -47,7 +45,7 @@ void dequantize_cuda(const DequantizeTask&, CudaStream) { refuse(); }
 void quantize_rows_cuda(const QuantizeRowsTask&, CudaStream) { refuse(); }
 void gemm_emulated_cuda(const GemmTask&, CudaStream) { refuse(); }
 
-Support supports_cublaslt(const char*) { return {false, kReason}; }
+Support supports_cublaslt(std::size_t) { return {false, kNoCuda}; }
 std::size_t workspace_decode(const GemmProblem&) { refuse(); }
 void gemm_decode(const GemmTask&, Workspace, CudaStream) { refuse(); }
 std::size_t workspace_row_scaled(const GemmProblem&) { refuse(); }

@@ -1,7 +1,6 @@
 #include "gemm/cublaslt.h"
 
 #include <array>
-#include <cstdio>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -81,6 +80,12 @@ const Library& require_library() {
   const Library& library = Library::get();
   if (!library.missing.empty()) throw Unsupported(library.missing);
   return library;
+}
+
+// A version as the library numbers it: 120900 is 12.9.0.
+std::string text(std::size_t number) {
+  return std::to_string(number / 10000) + "." + std::to_string(number / 100 % 100) + "." +
+         std::to_string(number % 100);
 }
 
 void check(abi::Status status, const char* what) {
@@ -168,7 +173,8 @@ struct Descriptors {
 };
 
 std::optional<abi::Algorithm> choose(const Library& library, abi::Handle handle,
-                                     const Descriptors& descriptors) {
+                                     const Product& product) {
+  const Descriptors descriptors(library, product);
   Owned<abi::Preference> preference(library.MatmulPreferenceDestroy);
   check(library.MatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
   const auto set = [&](abi::PreferenceAttribute attribute, auto value) {
@@ -191,7 +197,6 @@ std::optional<abi::Algorithm> choose(const Library& library, abi::Handle handle,
 
 // The algorithm for a product, looked up once for each kind.
 std::optional<abi::Algorithm> find_algorithm(const Library& library, int device,
-                                             const Descriptors& descriptors,
                                              const Product& product) {
   static std::mutex mutex;
   static std::map<Key, std::optional<abi::Algorithm>> known;
@@ -209,46 +214,39 @@ std::optional<abi::Algorithm> find_algorithm(const Library& library, int device,
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  return known.emplace(key, choose(library, handle, descriptors)).first->second;
+  return known.emplace(key, choose(library, handle, product)).first->second;
 }
 
 }  // namespace
 
-std::string unavailable(const char* minimum) {
+std::string unavailable(std::size_t minimum) {
   const Library& library = Library::get();
   if (!library.missing.empty()) return library.missing;
-  int major = 0, minor = 0;
-  std::sscanf(minimum, "%d.%d", &major, &minor);
-  if (library.GetVersion() >= static_cast<std::size_t>(major * 10000 + minor * 100)) return "";
-  return "cuBLASLt " + std::string(minimum) + " or newer is needed, and " + version() +
-         " was found";
+  if (library.GetVersion() >= minimum) return "";
+  return "cuBLASLt " + text(minimum) + " or newer is needed, and " + version() + " was found";
 }
 
 std::string version() {
   const Library& library = Library::get();
-  if (!library.missing.empty()) return "";
-  const std::size_t number = library.GetVersion();
-  return std::to_string(number / 10000) + "." + std::to_string(number / 100 % 100) + "." +
-         std::to_string(number % 100);
+  return library.missing.empty() ? text(library.GetVersion()) : "";
 }
 
 bool has_algorithm(const Product& product) {
   const Library& library = require_library();
-  return find_algorithm(library, current_device(), Descriptors(library, product), product)
-      .has_value();
+  return find_algorithm(library, current_device(), product).has_value();
 }
 
 void multiply(const Product& product, void* workspace, CudaStream stream) {
   const Library& library = require_library();
   const int device = current_device();
-  const Descriptors descriptors(library, product);
-  const auto algorithm = find_algorithm(library, device, descriptors, product);
+  const auto algorithm = find_algorithm(library, device, product);
   if (!algorithm) {
     throw Unsupported("cuBLASLt " + version() + " has no algorithm for [" +
                       std::to_string(product.m) + ", " + std::to_string(product.k) + "] x [" +
                       std::to_string(product.n) + ", " + std::to_string(product.k) + "]^T in " +
                       (product.fp8 ? "FP8 with row scales" : "BF16") + " on this device");
   }
+  const Descriptors descriptors(library, product);
   const float one = 1.0f, zero = 0.0f;
   check(library.Matmul(handle_of(device), descriptors.operation.handle, &one, product.b,
                        descriptors.a.handle, product.a, descriptors.b.handle, &zero, product.d,

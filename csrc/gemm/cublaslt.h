@@ -28,8 +28,8 @@ struct Product {
 // What cuBLASLt may use of the workspace.
 inline constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;
 
-// Why the library is not there in version `minimum` ("12.9", say) or newer; empty if it is.
-std::string unavailable(const char* minimum);
+// Why the library is not there in version `minimum` (120900 is 12.9.0) or newer; empty if it is.
+std::string unavailable(std::size_t minimum);
 
 // "13.1.0", or empty if the library is not there.
 std::string version();

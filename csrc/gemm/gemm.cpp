@@ -79,7 +79,7 @@ Support supports_on(GemmPath path, const GemmProblem& problem, const CudaDevice&
         case 103:
         case 120:
         case 121:
-          return detail::supports_cublaslt("12.0");
+          return detail::supports_cublaslt(120000);
         default:
           return not_here("compute capability 8.0 to 9.0, 10.0, 10.3, 12.0 or 12.1");
       }
@@ -87,7 +87,7 @@ Support supports_on(GemmPath path, const GemmProblem& problem, const CudaDevice&
       if (!has(OperandFormat::kRowScaled, OperandFormat::kRowScaled)) {
         return not_these("row-scaled FP8 with row-scaled FP8");
       }
-      return capability == 90 ? detail::supports_cublaslt("12.9")
+      return capability == 90 ? detail::supports_cublaslt(120900)
                               : not_here("compute capability 9.0");
     case GemmPath::kSM90:
       if (!has(OperandFormat::kBFloat16, OperandFormat::kMXFP8)) {

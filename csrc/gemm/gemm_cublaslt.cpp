@@ -133,7 +133,7 @@ void decode(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, c
 
 }  // namespace
 
-Support supports_cublaslt(const char* minimum) {
+Support supports_cublaslt(std::size_t minimum) {
   const std::string reason = cublaslt::unavailable(minimum);
   return {reason.empty(), reason};
 }

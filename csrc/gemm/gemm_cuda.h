@@ -11,8 +11,8 @@ namespace zimage_mxfp8::detail {
 
 void gemm_emulated_cuda(const GemmTask& task, CudaStream stream);
 
-// In version `minimum` or newer.
-Support supports_cublaslt(const char* minimum);
+// In version `minimum` (120900 is 12.9.0) or newer.
+Support supports_cublaslt(std::size_t minimum);
 std::size_t workspace_decode(const GemmProblem& problem);
 void gemm_decode(const GemmTask& task, Workspace workspace, CudaStream stream);
 std::size_t workspace_row_scaled(const GemmProblem& problem);

@@ -18,7 +18,6 @@
 #include "gemm/gemm_cuda.h"
 #include "gemm/hopper.cuh"
 #include "gemm/wgmma.cuh"
-#include "zimage_mxfp8/scale_layout.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

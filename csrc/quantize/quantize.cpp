@@ -15,10 +15,6 @@ namespace zimage_mxfp8 {
 namespace {
 
 detail::QuantizeTask make_task(const ConstMatrixView& source, const MXFP8View& target) {
-  detail::check_pair(source, target, "the source");
-  const detail::PairRanges memory(source, target, "the source");
-  detail::check_disjoint(memory.codes, {memory.plain, memory.scales});
-  detail::check_disjoint(memory.scales, {memory.plain});
   return {source.data, source.dtype, source.row_stride, source.rows,
           source.cols, target.codes, target.scales};
 }
@@ -26,12 +22,12 @@ detail::QuantizeTask make_task(const ConstMatrixView& source, const MXFP8View& t
 }  // namespace
 
 void quantize(const ConstMatrixView& source, const MXFP8View& target, CudaStream stream) {
-  const detail::QuantizeTask task = make_task(source, target);
-  detail::check_device_pair({source, target, "the source"}, source.dtype);
-  detail::quantize_cuda(task, stream);
+  detail::check_device_pair(detail::check_encoding(source, target), source.dtype);
+  detail::quantize_cuda(make_task(source, target), stream);
 }
 
 void quantize(const ConstMatrixView& source, const MXFP8View& target, int threads) {
+  detail::check_encoding(source, target);
   const detail::QuantizeTask task = make_task(source, target);
   const MXFP8Shape shape{source.rows, source.cols};
   const detail::Kernels& kernels = detail::active_kernels();

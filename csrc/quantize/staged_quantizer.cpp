@@ -50,10 +50,7 @@ StagedQuantizer::StagedQuantizer(int device) {
 StagedQuantizer::~StagedQuantizer() = default;
 
 void StagedQuantizer::quantize(const ConstMatrixView& source, const MXFP8View& target) {
-  detail::check_pair(source, target, "the source");
-  const detail::PairRanges memory(source, target, "the source");
-  detail::check_disjoint(memory.codes, {memory.plain, memory.scales});
-  detail::check_disjoint(memory.scales, {memory.plain});
+  detail::check_encoding(source, target);
   if (source.rows == 0 || source.cols == 0) return;
   const detail::DeviceGuard guard(resources_->device);
   const MXFP8Shape shape{source.rows, source.cols};

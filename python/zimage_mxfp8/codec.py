@@ -217,6 +217,18 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
     return np.empty(shape, "uint16" if dtype == "bfloat16" else dtype)
 
 
+def as_float8(codes: Any) -> Any:
+    """Codes as users get them: NumPy uint8 as it is, a torch tensor as float8_e4m3fn."""
+    torch = _torch_of(codes)
+    return codes if torch is None else codes.view(torch.float8_e4m3fn)
+
+
+def as_result(array: Any, dtype: DTypeName) -> Any:
+    """What `empty` gave, as users get it: the bits of bfloat16 in NumPy as ml_dtypes's type."""
+    bits = dtype == "bfloat16" and isinstance(array, np.ndarray)
+    return array.view(bfloat16_type()) if bits else array
+
+
 def require_2d(array: Any, name: str) -> tuple[int, int]:
     """The shape of an array, which must be a matrix."""
     if len(array.shape) != 2:
@@ -262,10 +274,9 @@ def quantize(
     except NonFiniteError:
         if nonfinite != "encode":
             raise
-    torch = _torch_of(source)
     if nonfinite == "error" and on_cuda(source) and bool((scales == 255).any()):
         quantize(source.cpu(), threads=threads)  # raises, and names the place
-    return MXFP8Array(codes if torch is None else codes.view(torch.float8_e4m3fn), scales, shape)
+    return MXFP8Array(as_float8(codes), scales, shape)
 
 
 def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -> Any:
@@ -291,9 +302,7 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
     threads = thread_count(threads)
     target = empty((rows, cols), name, like=codes)
     _core.dequantize(codes, scales, target, name, threads, current_stream(codes))
-    if name == "bfloat16" and isinstance(target, np.ndarray):
-        return target.view(bfloat16_type())
-    return target
+    return as_result(target, name)
 
 
 def to_blocked(scales: Any) -> Any:

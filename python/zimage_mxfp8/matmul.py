@@ -13,7 +13,6 @@ bfloat16. How a product is computed is a path:
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +23,8 @@ from .codec import (
     CODES,
     MXFP8Array,
     as_bytes,
+    as_float8,
+    as_result,
     bfloat16_type,
     current_stream,
     dtype_name,
@@ -76,13 +77,6 @@ class FoldStats:
     relative_error: float
 
 
-def _row_scaled(codes: Any, scales: Any) -> RowScaledArray:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(codes, torch.Tensor):
-        codes = codes.view(torch.float8_e4m3fn)
-    return RowScaledArray(codes, scales)
-
-
 def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
     """Encode every row of a matrix in E4M3 with a scale of its own, as activations are.
 
@@ -103,7 +97,7 @@ def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
     codes = empty(shape, "uint8", like=source)
     scales = empty(shape[:1], "float32", like=source)
     _core.quantize_rows(source, dtype, codes, scales, thread_count(threads), current_stream(source))
-    return _row_scaled(codes, scales)
+    return RowScaledArray(as_float8(codes), scales)
 
 
 def fold(
@@ -138,7 +132,7 @@ def fold(
     out_codes = empty((rows, cols), "uint8", like=codes)
     out_scales = empty((rows,), "float32", like=codes)
     changed, error = _core.fold(codes, scales, rows, cols, out_codes, out_scales, limit, threads)
-    return _row_scaled(out_codes, out_scales), FoldStats(changed, error)
+    return RowScaledArray(as_float8(out_codes), out_scales), FoldStats(changed, error)
 
 
 Operand = tuple[str, Any, Any, int, int]
@@ -246,6 +240,4 @@ def gemm(
         threads,
         current_stream(first[1]),
     )
-    if name == "bfloat16" and isinstance(result, np.ndarray):
-        return result.view(bfloat16_type())
-    return result
+    return as_result(result, name)
