@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .matmul import FoldStats, RowScaledArray, fold, gemm, gemm_path, quantize_rows
     from .pipeline import Progress
     from .recipes import Recipe, load_recipe
+    from .transformer.config import ZImageConfig
+    from .transformer.model import ZImageTransformer
     from .validation import ValidationReport, validate
 
 _HOME = {
@@ -74,6 +76,8 @@ _HOME = {
     "Progress": "pipeline",
     "Recipe": "recipes",
     "load_recipe": "recipes",
+    "ZImageConfig": "transformer.config",
+    "ZImageTransformer": "transformer.model",
     "ValidationReport": "validation",
     "validate": "validation",
 }
@@ -100,6 +104,8 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "ValidationReport",
+    "ZImageConfig",
+    "ZImageTransformer",
     "__version__",
     "convert",
     "dequantize",

@@ -1,0 +1,124 @@
+"""A block of the transformer, and stacks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import ops
+from .attention import attend
+from .compute import Form
+from .linear import Linear, multiply
+from .ops import Activation
+from .sequence import Part
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """A block's modulation, [items, dim] each, before 1 + scale and tanh(gate); None for none."""
+
+    scale_attention: torch.Tensor | None = None
+    gate_attention: torch.Tensor | None = None
+    scale_ffn: torch.Tensor | None = None
+    gate_ffn: torch.Tensor | None = None
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each between two RMSNorms.
+
+    Attributes:
+        ffn_in: w1 and w3, stacked if they can be, otherwise as two layers.
+    """
+
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+    attention_norm1: torch.Tensor
+    attention_norm2: torch.Tensor
+    ffn_norm1: torch.Tensor
+    ffn_norm2: torch.Tensor
+
+    def __init__(
+        self,
+        qkv: Linear,
+        out: Linear,
+        ffn_in: Sequence[Linear],
+        ffn_out: Linear,
+        norms: dict[str, torch.Tensor],
+        heads: int,
+    ) -> None:
+        super().__init__()
+        self.qkv, self.out, self.ffn_out = qkv, out, ffn_out
+        self.ffn_in = nn.ModuleList(ffn_in)
+        for name, weight in norms.items():
+            self.register_buffer(name, weight)
+        self._heads = heads
+
+    @property
+    def ffn_forms(self) -> set[Form]:
+        """The forms in which w1 and w3 take their input."""
+        return {layer.form for layer in self.ffn_in}  # type: ignore[misc]
+
+    def attention(self, h: Activation, part: Part) -> torch.Tensor:
+        """Attention of normalised activations."""
+        qkv = multiply(self.qkv, h)
+        ops.rotate_heads(qkv, self.q_norm, self.k_norm, part.rotations, self._heads)
+        return multiply(
+            self.out, ops.encode(attend(qkv, self._heads, part.lengths), {self.out.form})
+        )
+
+    def feed_forward(self, h: Activation) -> torch.Tensor:
+        """w2(silu(w1 h) * w3 h)."""
+        products = [multiply(layer, h) for layer in self.ffn_in]  # type: ignore[arg-type]
+        gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
+        return multiply(self.ffn_out, ops.silu_multiply(gate, up, {self.ffn_out.form}))
+
+
+def run_blocks(
+    blocks: Sequence[Block],
+    x: torch.Tensor,
+    modulations: Sequence[Modulation],
+    part: Part,
+) -> None:
+    """Run blocks one after another, in place on x [tokens, dim].
+
+    The norm at a block's start is fused with the end of the block before it.
+    """
+    h: Activation = {}
+    for i, block in enumerate(blocks):
+        m = modulations[i]
+        if i == 0:
+            h = ops.norm_modulate(
+                x,
+                block.attention_norm1,
+                m.scale_attention,
+                part.items,
+                {block.qkv.form},
+            )
+        h = ops.add_norm_modulate(
+            x,
+            block.attention(h, part),
+            block.attention_norm2,
+            m.gate_attention,
+            block.ffn_norm1,
+            m.scale_ffn,
+            part.items,
+            block.ffn_forms,
+        )
+        y, gate = block.feed_forward(h), m.gate_ffn
+        if i + 1 == len(blocks):
+            ops.add_norm(x, y, block.ffn_norm2, gate, part.items)
+            return
+        following, after = blocks[i + 1], modulations[i + 1]
+        h = ops.add_norm_modulate(
+            x,
+            y,
+            block.ffn_norm2,
+            gate,
+            following.attention_norm1,
+            after.scale_attention,
+            part.items,
+            {following.qkv.form},
+        )

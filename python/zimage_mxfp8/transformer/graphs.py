@@ -1,0 +1,72 @@
+"""CUDA graphs, one for each shape of the inputs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+_LIMIT = 4  # graphs: each keeps the memory of its activations
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+
+class GraphCache:
+    """Runs a function through CUDA graphs, the least recently used of which are dropped.
+
+    The first call with a key runs the function itself, so that what libraries load and choose is
+    there before a graph is captured, and so that a shape that comes only once costs no capture.
+    """
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[Hashable, _Captured | None] = OrderedDict()
+        self._pool: Any = None  # a handle
+
+    def run(
+        self, key: Hashable, function: Function, inputs: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The function's outputs; `key` stands for everything but the inputs' values."""
+        if key not in self._seen:
+            outputs = function(inputs)
+            self._remember(key, None)
+            return outputs
+        captured = self._seen[key]
+        if captured is None:
+            captured = self._capture(function, inputs)
+        self._remember(key, captured)
+        for static, value in zip(captured.inputs, inputs, strict=True):
+            static.copy_(value, non_blocking=True)
+        captured.graph.replay()
+        return [output.clone() for output in captured.outputs]
+
+    def clear(self) -> None:
+        """Drop all graphs and their memory."""
+        self._seen.clear()
+        self._pool = None
+
+    def _remember(self, key: Hashable, captured: _Captured | None) -> None:
+        self._seen[key] = captured
+        self._seen.move_to_end(key)
+        while len(self._seen) > _LIMIT:
+            self._seen.popitem(last=False)
+
+    def _capture(self, function: Function, inputs: list[torch.Tensor]) -> _Captured:
+        static = [tensor.clone() for tensor in inputs]
+        torch.cuda.empty_cache()  # the graph has a memory pool of its own
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Graphs of this cache never run at the same time, so one pool will do for all of them.
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = function(static)
+        return _Captured(graph, static, outputs)

@@ -1,0 +1,176 @@
+"""Linear layers without bias, in the forms that the compute modes need.
+
+Each takes activations in one form (see `compute.Form`) and gives [M, N] in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import _core
+from ..codec import MXFP8Array, dequantize
+from ..errors import PrecisionLossError
+from ..matmul import FoldStats, Path, RowScaledArray, fold, gemm
+from .compute import Compute, Form
+from .ops import pad_columns
+
+
+class Linear(nn.Module):
+    """A linear layer.
+
+    Attributes:
+        form: the form of the activations that it takes.
+        out_features: N.
+        kind: a word for it in tables.
+    """
+
+    form: Form = "bfloat16"
+    kind: str
+
+    def __init__(self, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+
+class PlainLinear(Linear):
+    """Weights as they were before quantisation, [N, K]."""
+
+    kind = "plain"
+    weight: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight.shape[0], weight.dtype)
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, K] -> [M, N]."""
+        return F.linear(x, self.weight)
+
+
+class _MXFP8Linear(Linear):
+    """Weights in MXFP8. Their padding to multiples of 32 takes part, as zeros."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, n: int, dtype: torch.dtype):
+        super().__init__(n, dtype)
+        # As bytes, which nn.Module.to(dtype) leaves alone.
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def _weights(self) -> MXFP8Array:
+        rows, columns = self.codes.shape
+        return MXFP8Array(self.codes, self.scales, (rows, columns))
+
+
+class ExactLinear(_MXFP8Linear):
+    """Decoded weights, which is exact; activations as they are."""
+
+    kind = "exact"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, K] -> [M, N]."""
+        x = pad_columns(x, self.codes.shape[1])
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            out: torch.Tensor = gemm(x, self._weights(), dtype=x.dtype)
+        else:
+            out = F.linear(x, dequantize(self._weights(), x.dtype))
+        return out[:, : self.out_features]
+
+
+class BlockScaledLinear(_MXFP8Linear):
+    """MXFP8 weights times MXFP8 activations."""
+
+    kind = "block-scaled"
+    form: Form = "mxfp8"
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        n: int,
+        dtype: torch.dtype,
+        emulated: bool,
+    ) -> None:
+        super().__init__(codes, scales, n, dtype)
+        self._emulated = emulated
+
+    def forward(self, x: MXFP8Array) -> torch.Tensor:
+        """[M, K] -> [M, N]."""
+        rows, columns = x.shape[0], self.codes.shape[1]
+        a = MXFP8Array(x.codes, x.scales, (rows, columns))
+        path = _emulating_path(self.codes.device) if self._emulated else None
+        out: torch.Tensor = gemm(a, self._weights(), dtype=self.dtype, path=path)
+        return out[:, : self.out_features]
+
+
+def _emulating_path(device: torch.device) -> Path:
+    """The faster of the two that multiply decoded numbers."""
+    if device.type == "cpu":
+        return "emulated"
+    problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
+    return "emulated" if _core.gemm_unsupported("decode", problem, device.index) else "decode"
+
+
+class FoldedLinear(Linear):
+    """Weights in E4M3 with one power of two a row; activations likewise, scaled per token."""
+
+    kind = "folded"
+    form: Form = "row-scaled"
+    codes: torch.Tensor
+    scale_bits: torch.Tensor
+
+    def __init__(self, weights: RowScaledArray, n: int, dtype: torch.dtype) -> None:
+        super().__init__(n, dtype)
+        self.register_buffer("codes", weights.codes.view(torch.uint8))
+        # As integers, which nn.Module.to(dtype) leaves alone.
+        self.register_buffer("scale_bits", weights.scales.view(torch.int32))
+
+    def forward(self, x: RowScaledArray) -> torch.Tensor:
+        """[M, K] -> [M, N]."""
+        weights = RowScaledArray(self.codes, self.scale_bits.view(torch.float32))
+        out: torch.Tensor = gemm(x, weights, dtype=self.dtype)
+        return out[:, : self.out_features]
+
+
+def quantized_linear(
+    codes: torch.Tensor, scales: torch.Tensor, n: int, compute: Compute, dtype: torch.dtype
+) -> tuple[Linear, FoldStats | None]:
+    """The layer for a compute mode, and what folding changed in it.
+
+    A layer whose scales cannot be folded within the bound of `fold` stays exact.
+
+    Args:
+        codes: E4M3 bytes [roundup(N, 32), roundup(K, 32)].
+        scales: E8M0 bytes in the blocked layout.
+        n: N.
+        compute: the mode.
+        dtype: of the activations and results that are not encoded.
+    """
+    if compute == "exact":
+        return ExactLinear(codes, scales, n, dtype), None
+    if compute != "folded":
+        return BlockScaledLinear(codes, scales, n, dtype, compute == "emulated"), None
+    rows, columns = codes.shape
+    try:
+        folded, stats = fold(MXFP8Array(codes, scales, (rows, columns)))
+    except PrecisionLossError:
+        return ExactLinear(codes, scales, n, dtype), None
+    return FoldedLinear(folded, n, dtype), stats
+
+
+def multiply(layer: Linear, activation: dict[Form, Any]) -> torch.Tensor:
+    """A layer's product with activations, of which it takes its own form."""
+    out: torch.Tensor = layer(activation[layer.form])
+    return out

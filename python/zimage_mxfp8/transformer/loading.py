@@ -1,0 +1,205 @@
+"""Building the transformer's layers from a checkpoint, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint.source import SourceTensor
+from ..codec import MXFP8Array, dequantize
+from ..errors import CudaError
+from ..pipeline import ProgressCallback
+from .block import Block
+from .compute import Compute
+from .linear import Linear, PlainLinear, quantized_linear
+from .weights import ModelFile, TensorStream
+
+_SCALE_ROWS = 128  # rows of a tile of scales: stacked matrices have a multiple of it
+_NORMS = {
+    "q_norm": "attention.q_norm.weight",
+    "k_norm": "attention.k_norm.weight",
+    "attention_norm1": "attention_norm1.weight",
+    "attention_norm2": "attention_norm2.weight",
+    "ffn_norm1": "ffn_norm1.weight",
+    "ffn_norm2": "ffn_norm2.weight",
+}
+_MODULATION = "adaLN_modulation.0"
+_OTHERS = (
+    "x_embedder.weight",
+    "x_embedder.bias",
+    "cap_embedder.0.weight",
+    "cap_embedder.1.weight",
+    "cap_embedder.1.bias",
+    "t_embedder.mlp.0.weight",
+    "t_embedder.mlp.0.bias",
+    "t_embedder.mlp.2.weight",
+    "t_embedder.mlp.2.bias",
+    "x_pad_token",
+    "cap_pad_token",
+    "final_layer.linear.weight",
+    "final_layer.linear.bias",
+    "final_layer.adaLN_modulation.1.weight",
+    "final_layer.adaLN_modulation.1.bias",
+)
+_HEADROOM = 1 << 30  # bytes for a forward and for what a block needs while it is made
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a transformer consists of.
+
+    Attributes:
+        blocks: by stack ("noise_refiner", "context_refiner", "layers").
+        modulation: weight and bias of all modulated blocks' modulations, stacked in the order of
+            "noise_refiner", then "layers".
+        others: embedders, pad tokens and the final layer, by tensor name.
+        folded: layers that were folded.
+        worst_fold: the largest relative error that folding added to a layer.
+    """
+
+    blocks: dict[str, list[Block]]
+    modulation: tuple[torch.Tensor, torch.Tensor]
+    others: dict[str, torch.Tensor]
+    folded: int
+    worst_fold: float
+
+
+def load_parts(
+    file: ModelFile,
+    device: torch.device,
+    compute: Compute,
+    dtype: torch.dtype,
+    progress: ProgressCallback | None,
+) -> Parts:
+    """Read all weights to a device.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        CudaError: the device has too little memory; nothing is left on it.
+    """
+    if device.type == "cuda":
+        _check_memory(file, device, dtype)
+    total = sum(tensor.nbytes for tensor in file.tensors.values())
+    with TensorStream(device, total, progress) as stream:
+        return _Loader(file, stream, compute, dtype).load()
+
+
+def _check_memory(file: ModelFile, device: torch.device, dtype: torch.dtype) -> None:
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = file.nbytes(dtype) + _HEADROOM
+    if needed > free:
+        raise CudaError(
+            f"the transformer needs {needed / 2**30:.1f} GiB on {device} with what a forward "
+            f"takes, and {free / 2**30:.1f} GiB are free; close other programs, run it with "
+            'device="cpu", or convert the checkpoint to MXFP8 if it is not'
+        )
+
+
+class _Loader:
+    def __init__(
+        self, file: ModelFile, stream: TensorStream, compute: Compute, dtype: torch.dtype
+    ) -> None:
+        self._file = file
+        self._stream = stream
+        self._compute = compute
+        self._dtype = dtype
+        self._folded = 0
+        self._worst = 0.0
+
+    def load(self) -> Parts:
+        others = self._plain(_OTHERS)
+        blocks: dict[str, list[Block]] = {}
+        weights, biases = [], []
+        config = self._file.config
+        for stack, count in (
+            ("noise_refiner", config.n_refiner_layers),
+            ("context_refiner", config.n_refiner_layers),
+            ("layers", config.n_layers),
+        ):
+            blocks[stack] = []
+            for i in range(count):
+                name = f"{stack}.{i}."
+                blocks[stack].append(self._block(name))
+                if stack != "context_refiner":
+                    modulation = self._plain(
+                        [f"{name}{_MODULATION}.weight", f"{name}{_MODULATION}.bias"]
+                    )
+                    weights.append(modulation[f"{name}{_MODULATION}.weight"])
+                    biases.append(modulation[f"{name}{_MODULATION}.bias"])
+        return Parts(
+            blocks, (torch.cat(weights), torch.cat(biases)), others, self._folded, self._worst
+        )
+
+    def _block(self, name: str) -> Block:
+        norms = self._plain([name + tensor for tensor in _NORMS.values()])
+        ffn = name + "feed_forward."
+        pair = [ffn + "w1", ffn + "w3"]
+        stacks = {
+            "qkv": [name + "attention.qkv"],
+            "out": [name + "attention.out"],
+            **({"w13": pair} if self._can_stack(pair) else {"w1": pair[:1], "w3": pair[1:]}),
+            "w2": [ffn + "w2"],
+        }
+        linears = self._linears(stacks)
+        return Block(
+            linears["qkv"],
+            linears["out"],
+            [linears[key] for key in ("w13", "w1", "w3") if key in linears],
+            linears["w2"],
+            {key: norms[name + tensor] for key, tensor in _NORMS.items()},
+            self._file.config.n_heads,
+        )
+
+    def _can_stack(self, names: Sequence[str]) -> bool:
+        """Whether layers of the same shape can be one."""
+        quantized = [name in self._file.layers for name in names]
+        if not any(quantized):
+            dtypes = {self._file.tensors[name + ".weight"].dtype for name in names}
+            return len(dtypes) == 1
+        return all(quantized) and self._file.layers[names[0]].shape[0] % _SCALE_ROWS == 0
+
+    def _linears(self, stacks: dict[str, list[str]]) -> dict[str, Linear]:
+        """Layers, each of one or several of the file, side by side."""
+        wanted: dict[str, list[SourceTensor]] = {}
+        for key, names in stacks.items():
+            wanted[key] = [self._file.tensors[name + ".weight"] for name in names]
+            if names[0] in self._file.layers:
+                wanted[key + " scales"] = [self._file.layers[name].scale for name in names]
+        raw = self._stream.load(wanted)
+        linears = {}
+        for key, names in stacks.items():
+            if key + " scales" in raw:
+                rows = sum(self._file.layers[name].shape[0] for name in names)
+                linears[key] = self._quantized(raw.pop(key), raw.pop(key + " scales"), rows)
+            else:
+                linears[key] = PlainLinear(raw.pop(key).to(self._dtype))
+        return linears
+
+    def _quantized(self, codes: torch.Tensor, scales: torch.Tensor, rows: int) -> Linear:
+        layer, stats = quantized_linear(codes, scales, rows, self._compute, self._dtype)
+        if stats is not None:
+            self._folded += 1
+            self._worst = max(self._worst, stats.relative_error)
+        return layer
+
+    def _plain(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Tensors by name, decoded where they are quantised."""
+        wanted = {name: [self._file.tensors[name]] for name in names}
+        layers = {
+            name: self._file.layers[name.removesuffix(".weight")]
+            for name in names
+            if name.removesuffix(".weight") in self._file.layers
+        }
+        wanted.update({name + " scales": [layer.scale] for name, layer in layers.items()})
+        raw = self._stream.load(wanted)
+        plain = {}
+        for name in names:
+            tensor = raw[name]
+            if name in layers:
+                array = MXFP8Array(tensor, raw[name + " scales"], layers[name].shape)
+                tensor = dequantize(array, torch.float32)
+            plain[name] = tensor.to(self._dtype)
+        return plain

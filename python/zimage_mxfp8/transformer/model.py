@@ -1,0 +1,360 @@
+"""The transformer as torch and diffusers see it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import CudaError, InvalidArgumentError, UsageError
+from ..pipeline import ProgressCallback
+from . import ops
+from .block import Block, Modulation, run_blocks
+from .compute import DESCRIPTIONS, Compute, choose
+from .config import (
+    FINAL_NORM_EPS,
+    PATCH_SIZE,
+    TIME_FEATURES,
+    TIME_SCALE,
+    ZImageConfig,
+)
+from .graphs import GraphCache
+from .linear import Linear
+from .loading import Parts, load_parts
+from .sequence import Shape, fill_up, image_tokens, layout_of, patchify, unpatchify
+from .weights import open_model
+
+
+@dataclass
+class TransformerOutput:
+    """The transformer's result, where diffusers is not installed."""
+
+    sample: list[torch.Tensor]
+
+
+def _diffusers_classes() -> tuple[Any, Any]:
+    """Base and result: diffusers' own where it is installed, as its pipelines take no other."""
+    try:
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+        from diffusers.models.modeling_utils import ModelMixin
+    except ImportError:
+        return nn.Module, TransformerOutput
+    return ModelMixin, Transformer2DModelOutput
+
+
+Base, Output = _diffusers_classes()
+
+
+class ZImageTransformer(Base):  # type: ignore[misc]
+    """Z-Image's transformer, made with `from_checkpoint`.
+
+    It takes the place of diffusers' `ZImageTransformer2DModel` in its pipelines.
+
+    Attributes:
+        config: the model's sizes.
+        compute: the compute mode, see `from_checkpoint`.
+        worst_fold: the largest relative error that folding added to a layer (mode "folded").
+    """
+
+    def __init__(
+        self, config: ZImageConfig, parts: Parts, compute: Compute, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.compute = compute
+        self.worst_fold = parts.worst_fold
+        self._dtype = dtype
+        self._graphs = GraphCache()
+        self.noise_refiner = nn.ModuleList(parts.blocks["noise_refiner"])
+        self.context_refiner = nn.ModuleList(parts.blocks["context_refiner"])
+        self.layers = nn.ModuleList(parts.blocks["layers"])
+        self.register_buffer("modulation_weight", parts.modulation[0])
+        self.register_buffer("modulation_bias", parts.modulation[1])
+        for name, tensor in parts.others.items():
+            self.register_buffer(name.replace(".", "_"), tensor)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        compute: str = "auto",
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        progress: ProgressCallback | None = None,
+    ) -> ZImageTransformer:
+        """Load a checkpoint.
+
+        All checks come before the first weight goes to the device, and host memory stays small.
+
+        Args:
+            path: an MXFP8 file of `convert` or of ComfyUI's, a plain single file, or a diffusers
+                folder with plain weights. Any number of layers and any width of whole heads.
+            device: where to put the model; by default the current CUDA device if there is one
+                and this build has CUDA, else the CPU.
+            compute: how the MXFP8 layers are multiplied:
+
+                - "mxfp8": MXFP8 x MXFP8 on the tensor cores of compute capability 10.x and 12.x
+                  (these kernels have never run on such a device).
+                - "folded": scales folded into one a row, FP8 tensor cores of 9.0; activations are
+                  quantised per token.
+                - "exact": weights decoded exactly, activations as they are; any device.
+                - "emulated": activations in MXFP8 too, as on 10.x and 12.x, with products of
+                  decoded numbers; any device.
+                - "auto": the first of these that the device has fast; "exact" on the CPU.
+            dtype: bfloat16 or float32, of everything that is not 8 bits wide.
+            progress: called with a `Progress` while weights are read.
+
+        Raises:
+            CheckpointError: unreadable, not Z-Image, incomplete, or quantised in another way; the
+                sentence names the tensor.
+            UsageError: no such mode or dtype, or a mode for MXFP8 and the checkpoint has none.
+            UnsupportedError: the device does not have the mode.
+            CudaError: the device has too little memory.
+        """
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise UsageError(f"dtype must be torch.bfloat16 or torch.float32, not {dtype}")
+        file = open_model(path)
+        place = _device(device)
+        mode = choose(compute, place, bool(file.layers))
+        return cls(file.config, load_parts(file, place, mode, dtype, progress), mode, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.modulation_weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents, captions and results, and of weights that are not 8 bits wide."""
+        return self._dtype
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of a latent image."""
+        return self.config.in_channels
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def __repr__(self) -> str:
+        kinds = Counter(layer.kind for layer in self.modules() if isinstance(layer, Linear))
+        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        return (
+            f"ZImageTransformer({self.config.n_layers} layers, dim {self.config.dim}, "
+            f"{self.device}, {str(self._dtype).removeprefix('torch.')}, "
+            f"{self.nbytes / 2**30:.2f} GiB, compute={self.compute} "
+            f"({DESCRIPTIONS[self.compute]}); linear layers: {layers})"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ZImageTransformer:
+        # .to() and its kin: graphs hold the old addresses, and dtype may change.
+        self._graphs.clear()
+        super()._apply(fn, recurse)
+        if self.modulation_weight.dtype not in (torch.bfloat16, torch.float32):
+            raise UsageError(
+                f"the transformer runs in bfloat16 or float32, not {self.modulation_weight.dtype}"
+            )
+        self._dtype = self.modulation_weight.dtype
+        for layer in self.modules():
+            if isinstance(layer, Linear):
+                layer.dtype = self._dtype
+        return self
+
+    @torch.no_grad()
+    def forward(
+        self,
+        x: Sequence[torch.Tensor],
+        t: torch.Tensor,
+        cap_feats: Sequence[torch.Tensor],
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Predict the velocity of each latent image (its sign as diffusers' model has it).
+
+        Images and captions of a batch may differ in size.
+
+        Args:
+            x: latent images, [16, 1, H, W] each, H and W even.
+            t: [batch], 0 for noise to 1 for an image.
+            cap_feats: caption features, [tokens, cap_feat_dim] each.
+            return_dict: return an object with `sample` instead of a tuple.
+            others: arguments of diffusers' model for what this one does not have (several images
+                an item, ControlNet), which must be None; `joint_attention_kwargs` has no effect.
+
+        Returns:
+            `(sample,)` or an object with it: a list of [16, 1, H, W] in `dtype`.
+
+        Raises:
+            InvalidArgumentError: an argument has another shape or device; the sentence names it.
+            CudaError: the device ran out of memory.
+        """
+        shapes = self._check_inputs(x, t, cap_feats, others)
+        inputs = [
+            *(image.to(self._dtype) for image in x),
+            t.to(self.device, torch.float32),
+            *(caption.to(self._dtype) for caption in cap_feats),
+        ]
+        try:
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
+                    sample = self._graphs.run(shapes, lambda i: self._compute(i, shapes), inputs)
+            else:
+                sample = self._compute(inputs, shapes)
+        except torch.OutOfMemoryError:
+            raise CudaError(self._out_of_memory(shapes)) from None
+        return Output(sample=sample) if return_dict else (sample,)
+
+    def _check_inputs(
+        self,
+        x: Sequence[torch.Tensor],
+        t: torch.Tensor,
+        cap_feats: Sequence[torch.Tensor],
+        others: dict[str, Any],
+    ) -> tuple[Shape, ...]:
+        for name, value in others.items():
+            expected = {"patch_size": PATCH_SIZE, "f_patch_size": 1}.get(name)
+            if name != "joint_attention_kwargs" and value is not None and value != expected:
+                raise InvalidArgumentError(f"{name} is not supported by this transformer")
+        if not isinstance(x, (list, tuple)) or not x:
+            raise InvalidArgumentError("x must be a list of latent images, [16, 1, H, W] each")
+        channels, features = self.config.in_channels, self.config.cap_feat_dim
+        if not isinstance(cap_feats, (list, tuple)) or len(cap_feats) != len(x):
+            raise InvalidArgumentError(
+                f"cap_feats must be a list of {len(x)} captions, as many as x has images"
+            )
+        if not isinstance(t, torch.Tensor) or tuple(t.shape) != (len(x),):
+            found = list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__
+            raise InvalidArgumentError(f"t must be a tensor [{len(x)}], a time each, not {found}")
+        shapes: list[Shape] = []
+        for i, (image, caption) in enumerate(zip(x, cap_feats, strict=True)):
+            _check_tensor(image, f"x[{i}]", self.device)
+            _check_tensor(caption, f"cap_feats[{i}]", self.device)
+            size = tuple(image.shape)
+            if len(size) != 4 or size[0] != channels or 0 in size or any(n % 2 for n in size[2:]):
+                raise InvalidArgumentError(
+                    f"x[{i}] must be [{channels}, 1, H, W] with H and W even, not {list(size)}"
+                )
+            if caption.dim() != 2 or caption.shape[1] != features or not len(caption):
+                raise InvalidArgumentError(
+                    f"cap_feats[{i}] must be [tokens, {features}] with one token at least, not "
+                    f"{list(caption.shape)}"
+                )
+            shapes.append(((size[1], size[2], size[3]), len(caption)))
+        return tuple(shapes)
+
+    def _out_of_memory(self, shapes: Sequence[Shape]) -> str:
+        free, total = torch.cuda.mem_get_info(self.device)
+        tokens = sum(image_tokens(size) + caption for size, caption in shapes)
+        return (
+            f"{self.device} ran out of memory in a forward over {tokens} tokens: "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, "
+            f"{self.nbytes / 2**30:.1f} are the transformer's weights; use a smaller size or "
+            "batch, or --offload"
+        )
+
+    # ---- The model itself, all of which a CUDA graph can hold
+
+    def _compute(self, inputs: list[torch.Tensor], shapes: tuple[Shape, ...]) -> list[torch.Tensor]:
+        batch = len(shapes)
+        images, t, captions = inputs[:batch], inputs[batch], inputs[batch + 1 :]
+        layout = layout_of(shapes, self.device)
+        time = self._embed_time(t)
+        modulations = self._modulations(time)
+        refiners = self.config.n_refiner_layers
+
+        patches = torch.cat([patchify(image) for image in images])
+        x = F.linear(patches, self.x_embedder_weight, self.x_embedder_bias)
+        counts = [image_tokens(size) for size, _ in shapes]
+        x = fill_up(x, counts, layout.images.lengths, self.x_pad_token)
+        run_blocks(_blocks(self.noise_refiner), x, modulations[:refiners], layout.images)
+
+        features = ops.norm_modulate(
+            torch.cat(captions), self.cap_embedder_0_weight, None, None, {"bfloat16"}
+        )["bfloat16"]
+        c = F.linear(features, self.cap_embedder_1_weight, self.cap_embedder_1_bias)
+        c = fill_up(c, [n for _, n in shapes], layout.captions.lengths, self.cap_pad_token)
+        run_blocks(_blocks(self.context_refiner), c, [Modulation()] * refiners, layout.captions)
+
+        parts = zip(
+            x.split(list(layout.images.lengths)),
+            c.split(list(layout.captions.lengths)),
+            strict=True,
+        )
+        joint = torch.cat([tokens for pair in parts for tokens in pair])
+        run_blocks(_blocks(self.layers), joint, modulations[refiners:], layout.joint)
+        items = joint.split(list(layout.joint.lengths))
+        return [
+            unpatchify(self._final(tokens[:count], time[i]), size)
+            for i, (tokens, count, (size, _)) in enumerate(zip(items, counts, shapes, strict=True))
+        ]
+
+    def _embed_time(self, t: torch.Tensor) -> torch.Tensor:
+        """[batch] -> [batch, modulation width]."""
+        half = TIME_FEATURES // 2
+        frequencies = torch.exp(
+            -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+        )
+        angles = (t * TIME_SCALE)[:, None] * frequencies
+        features = torch.cat((angles.cos(), angles.sin()), dim=1).to(self._dtype)
+        hidden = F.linear(features, self.t_embedder_mlp_0_weight, self.t_embedder_mlp_0_bias)
+        return F.linear(F.silu(hidden), self.t_embedder_mlp_2_weight, self.t_embedder_mlp_2_bias)
+
+    def _modulations(self, time: torch.Tensor) -> list[Modulation]:
+        """Of all modulated blocks, in one product: their input is the time alone."""
+        product = F.linear(time, self.modulation_weight, self.modulation_bias)
+        parts = product.unflatten(1, (-1, 4, self.config.dim))
+        return [Modulation(*block.unbind(1)) for block in parts.unbind(1)]
+
+    def _final(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """[n, dim] and the item's [modulation width] -> [n, 64]."""
+        scale = 1 + F.linear(
+            F.silu(time),
+            self.final_layer_adaLN_modulation_1_weight,
+            self.final_layer_adaLN_modulation_1_bias,
+        )
+        normal = F.layer_norm(tokens, tokens.shape[-1:], eps=FINAL_NORM_EPS)
+        return F.linear(
+            normal * scale, self.final_layer_linear_weight, self.final_layer_linear_bias
+        )
+
+
+def _blocks(modules: nn.ModuleList) -> list[Block]:
+    return list(modules)  # type: ignore[arg-type]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        from .. import _core
+
+        usable = torch.cuda.is_available() and bool(_core.build_info().cuda)
+        device = "cuda" if usable else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", not {str(device)!r}')
+    if place.type == "cpu":
+        return place
+    index = torch.cuda.current_device() if place.index is None else place.index
+    return torch.device("cuda", index)
+
+
+def _check_tensor(tensor: Any, name: str, device: torch.device) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidArgumentError(f"{name} must be a torch tensor, not {type(tensor).__name__}")
+    if tensor.device != device:
+        raise InvalidArgumentError(f"{name} is on {tensor.device}, but the model is on {device}")
+    if not tensor.is_floating_point():
+        raise InvalidArgumentError(f"{name} must be floating-point, not {tensor.dtype}")

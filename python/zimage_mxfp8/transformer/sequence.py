@@ -1,0 +1,149 @@
+"""From latents and captions to one sequence of tokens, and back.
+
+Tokens of all images of a batch lie one after another, without padding between them but for that
+which the model itself has: images and captions are filled up to multiples of 32 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from .config import (
+    LATENT_CHANNELS,
+    PATCH_FEATURES,
+    PATCH_SIZE,
+    ROPE_AXES,
+    ROPE_THETA,
+    SEQUENCE_MULTIPLE,
+)
+
+Size = tuple[int, int, int]  # frames, height and width of a latent image
+Shape = tuple[Size, int]  # of a batch's item: its image, the tokens of its caption
+
+
+def padded(tokens: int) -> int:
+    """Tokens with those that fill up."""
+    return -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+
+
+def image_tokens(size: Size) -> int:
+    """Patches of a latent image."""
+    frames, height, width = size
+    return frames * (height // PATCH_SIZE) * (width // PATCH_SIZE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kind of sequence of a batch: its tokens, item after item.
+
+    Attributes:
+        lengths: tokens of each item.
+        items: the item of each token, int32 [tokens]; None if there is one item only.
+        rotations: cosine and sine of each token's rotary angles, float32 [tokens, 64, 2].
+    """
+
+    lengths: tuple[int, ...]
+    items: torch.Tensor | None
+    rotations: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a batch are.
+
+    Attributes:
+        images: of the noise refiner.
+        captions: of the context refiner.
+        joint: of the main blocks; an item's image comes before its caption.
+    """
+
+    images: Part
+    captions: Part
+    joint: Part
+
+
+@lru_cache(maxsize=16)
+def layout_of(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
+    """The layout of a batch; that of the last few is remembered."""
+    images, captions = [], []
+    for (frames, height, width), caption in shapes:
+        length = padded(caption)
+        captions.append(_grid((1, 0, 0), (length, 1, 1)))
+        grid = _grid((length + 1, 0, 0), (frames, height // PATCH_SIZE, width // PATCH_SIZE))
+        images.append(F.pad(grid, (0, 0, 0, padded(len(grid)) - len(grid))))
+    joint = [torch.cat(pair) for pair in zip(images, captions, strict=True)]
+    return Layout(_part(images, device), _part(captions, device), _part(joint, device))
+
+
+def _grid(start: Size, size: Size) -> torch.Tensor:
+    """Positions [tokens, 3], the last axis fastest."""
+    axes = [torch.arange(begin, begin + n) for begin, n in zip(start, size, strict=True)]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+
+
+def _part(positions: list[torch.Tensor], device: torch.device) -> Part:
+    lengths = tuple(len(p) for p in positions)
+    items = None
+    if len(lengths) > 1:
+        items = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(
+            torch.tensor(lengths)
+        )
+        items = items.to(device)
+    return Part(lengths, items, _rotations(torch.cat(positions)).to(device))
+
+
+def _rotations(positions: torch.Tensor) -> torch.Tensor:
+    # Angles in float64, then float32, as those that the model was trained with.
+    angles = []
+    for axis, dim in enumerate(ROPE_AXES):
+        frequencies = ROPE_THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(positions[:, axis, None].double() * frequencies)
+    angle = torch.cat(angles, dim=1).float()
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
+
+
+def patchify(image: torch.Tensor) -> torch.Tensor:
+    """[16, F, H, W] -> [tokens, 64]; a token's features are (row, column, channel) of its patch."""
+    channels, frames, height, width = image.shape
+    patches = image.reshape(
+        channels, frames, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE
+    )
+    return patches.permute(1, 2, 4, 3, 5, 0).reshape(-1, PATCH_FEATURES)
+
+
+def unpatchify(tokens: torch.Tensor, size: Size) -> torch.Tensor:
+    """[tokens, 64] -> [16, F, H, W]."""
+    frames, height, width = size
+    patches = tokens.reshape(
+        frames,
+        height // PATCH_SIZE,
+        width // PATCH_SIZE,
+        PATCH_SIZE,
+        PATCH_SIZE,
+        LATENT_CHANNELS,
+    )
+    return patches.permute(5, 0, 1, 3, 2, 4).reshape(LATENT_CHANNELS, frames, height, width)
+
+
+def fill_up(
+    tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int], filler: torch.Tensor
+) -> torch.Tensor:
+    """Put fillers behind each item's tokens.
+
+    Args:
+        tokens: [sum of counts, C].
+        counts: tokens of each item.
+        lengths: the same with fillers.
+        filler: [1, C].
+    """
+    if list(counts) == list(lengths):
+        return tokens
+    parts: list[torch.Tensor] = []
+    for item, length in zip(tokens.split(list(counts)), lengths, strict=True):
+        parts += [item, filler.expand(length - len(item), -1)]
+    return torch.cat(parts)
