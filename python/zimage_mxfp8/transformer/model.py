@@ -52,7 +52,7 @@ def _diffusers_classes() -> tuple[Any, Any]:
 Base, Output = _diffusers_classes()
 
 
-class ZImageTransformer(Base):  # type: ignore[misc]
+class ZImageTransformer(Base):  # type: ignore[misc, valid-type]
     """Z-Image's transformer, made with `from_checkpoint`.
 
     It takes the place of diffusers' `ZImageTransformer2DModel` in its pipelines.

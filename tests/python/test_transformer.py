@@ -1,0 +1,392 @@
+"""The transformer against diffusers' own, on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zimage_mxfp8 as zm
+from diffusers_reference import (
+    CAPTION,
+    load_reference,
+    make_reference,
+    quantize_inputs,
+    random_inputs,
+    relative_error,
+)
+from zimage_mxfp8.checkpoint.zimage import SINGLE_FILE_PREFIX
+from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
+from zimage_mxfp8.transformer.weights import open_model
+
+BATCHES = {
+    "one image": ([(16, 16)], [32]),
+    "pads on both sides": ([(10, 14)], [5]),
+    "a caption of one token": ([(2, 2)], [1]),
+    "equal items": ([(8, 12), (8, 12)], [32, 32]),
+    "ragged items": ([(16, 16), (4, 30), (2, 2)], [33, 1, 64]),
+}
+# Rounding of float32 in sums of different order.
+FLOAT32 = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with float32 weights; the hidden size is ragged (682)."""
+    path = tmp_path_factory.mktemp("model") / "transformer"
+    make_reference(dim=256).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(folder: Path) -> Path:
+    """The same in MXFP8: two of its layers stay plain in the recipe `uniform`."""
+    path = folder.parent / "quantized.safetensors"
+    zm.convert(folder, path)
+    return path
+
+
+def reference_on(file: Path, tmp_path: Path):
+    """Diffusers' model with the weights that an MXFP8 file stands for."""
+    zm.dequantize_checkpoint(file, tmp_path / "plain.safetensors")
+    reference = make_reference(dim=256)
+    load_reference(reference, tmp_path / "plain.safetensors")
+    return reference
+
+
+def float32(path: Path, compute: str = "auto") -> zm.ZImageTransformer:
+    return zm.ZImageTransformer.from_checkpoint(path, "cpu", compute, torch.float32)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    ("dim", "layers", "refiners"), [(128, 1, 2), (256, 2, 1), (384, 0, 1)], ids=str
+)
+def test_plain_weights_give_what_diffusers_gives(
+    batch: str, dim: int, layers: int, refiners: int, tmp_path: Path
+) -> None:
+    reference = make_reference(dim, layers, refiners)
+    reference.save_pretrained(tmp_path)
+    model = float32(tmp_path)
+    inputs = random_inputs(*BATCHES[batch])
+    want = reference(*inputs, return_dict=False)[0]
+    found = model(*inputs, return_dict=False)[0]
+    assert [x.shape for x in found] == [x.shape for x in want]
+    assert relative_error(found, want) < FLOAT32
+    assert model.config.n_layers == layers
+    assert model.config.n_refiner_layers == refiners
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_exact_is_diffusers_with_the_decoded_weights(
+    batch: str, quantized: Path, tmp_path: Path
+) -> None:
+    inputs = random_inputs(*BATCHES[batch])
+    want = reference_on(quantized, tmp_path)(*inputs, return_dict=False)[0]
+    assert relative_error(float32(quantized, "exact")(*inputs).sample, want) < FLOAT32
+
+
+def assert_equal_but_for_ties(model: zm.ZImageTransformer, reference) -> None:
+    """Sums in another order differ by 1e-7, and where that decides a rounding, by a step of E4M3.
+
+    So some pictures are equal to float32's precision, and the others nearly so.
+    """
+    errors = []
+    for seed in range(9):
+        inputs = random_inputs([(4, 4)], [3], seed)
+        errors.append(relative_error(model(*inputs).sample, reference(*inputs).sample))
+    assert min(errors) < FLOAT32, errors
+    assert max(errors) < 0.03, errors
+
+
+@pytest.mark.peer
+def test_emulated_rounds_activations_to_mxfp8(quantized: Path, tmp_path: Path) -> None:
+    from comfy_kitchen.backends.eager import quantization as comfy
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, -2)
+        columns = flat.shape[1]
+        flat = torch.nn.functional.pad(flat, (0, -columns % 32, 0, -flat.shape[0] % 32))
+        codes, scales = comfy.quantize_mxfp8(flat, True)
+        plain = zm.dequantize(
+            zm.MXFP8Array(codes, scales.view(torch.uint8), tuple(flat.shape)), torch.float32
+        )
+        return plain[: x.flatten(0, -2).shape[0], :columns].reshape(x.shape)
+
+    reference = reference_on(quantized, tmp_path)
+    quantize_inputs(reference, set(open_model(quantized).layers), encode)
+    assert_equal_but_for_ties(float32(quantized, "emulated"), reference)
+
+
+def test_folded_rounds_activations_per_token(quantized: Path, tmp_path: Path) -> None:
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        amax = x.abs().amax(-1, keepdim=True)
+        codes = (x * (448 / amax)).to(torch.float8_e4m3fn)
+        return codes.float() * (amax / 448)
+
+    reference = reference_on(quantized, tmp_path)
+    quantize_inputs(reference, set(open_model(quantized).layers), encode)
+    model = float32(quantized, "folded")
+    assert_equal_but_for_ties(model, reference)
+    assert 0 <= model.worst_fold < 1e-6
+
+
+@pytest.mark.parametrize("compute", ["exact", "folded", "emulated"])
+def test_bfloat16_is_close_to_float32(compute: str, quantized: Path) -> None:
+    inputs = random_inputs(*BATCHES["ragged items"])
+    model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute)
+    found = model(*inputs).sample
+    assert {x.dtype for x in found} == {torch.bfloat16}
+    want = float32(quantized, "exact")(*inputs).sample
+    assert relative_error(found, want) < (0.02 if compute == "exact" else 0.15)
+
+
+@pytest.mark.parametrize("compute", ["exact", "folded", "emulated"])
+def test_two_runs_give_the_same_bytes(compute: str, quantized: Path) -> None:
+    inputs = random_inputs(*BATCHES["ragged items"])
+    first, second = (
+        zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute)(*inputs).sample
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("source", ["single file", "all-in-one file", "float16"])
+def test_other_plain_checkpoints(source: str, quantized: Path, tmp_path: Path) -> None:
+    zm.dequantize_checkpoint(quantized, tmp_path / "plain.safetensors")
+    tensors = load_file(tmp_path / "plain.safetensors")
+    if source == "all-in-one file":
+        tensors = {SINGLE_FILE_PREFIX + name: tensor for name, tensor in tensors.items()}
+        tensors["vae.decoder.weight"] = torch.zeros(3)
+    if source == "float16":
+        tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    inputs = random_inputs(*BATCHES["one image"])
+    found = float32(tmp_path / "other.safetensors")(*inputs).sample
+    want = float32(quantized, "exact")(*inputs).sample
+    assert relative_error(found, want) < (1e-3 if source == "float16" else FLOAT32)
+
+
+def test_a_file_of_convert_to_quant(folder: Path, quantized: Path, tmp_path: Path) -> None:
+    """Recipe `zimage` writes that program's bytes (test_convert.py): modulations stay plain."""
+    zm.convert(folder, tmp_path / "peer.safetensors", recipe="zimage")
+    inputs = random_inputs(*BATCHES["one image"])
+    reference = reference_on(tmp_path / "peer.safetensors", tmp_path)
+    want = reference(*inputs, return_dict=False)[0]
+    assert relative_error(float32(tmp_path / "peer.safetensors")(*inputs).sample, want) < FLOAT32
+
+
+def test_any_quantised_layer_can_be_run(folder: Path, tmp_path: Path) -> None:
+    """Also embedders and the final layer, which no recipe of this package touches."""
+    recipe = tmp_path / "all.toml"
+    recipe.write_text(
+        'title = "every matrix"\n\n[[keep]]\nname = "vectors"\npattern = "norm|pad_token"\n'
+        'reason = "no matrices"\n'
+    )
+    zm.convert(folder, tmp_path / "all.safetensors", recipe=recipe)
+    assert {"x_embedder", "t_embedder.mlp.0"} <= set(
+        open_model(tmp_path / "all.safetensors").layers
+    )
+    inputs = random_inputs(*BATCHES["pads on both sides"])
+    want = reference_on(tmp_path / "all.safetensors", tmp_path)(*inputs, return_dict=False)[0]
+    # Decoded weights of these layers are rounded to nothing: float32 holds them.
+    assert relative_error(float32(tmp_path / "all.safetensors")(*inputs).sample, want) < FLOAT32
+
+
+def test_a_layer_that_cannot_be_folded_stays_exact(
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = zm.fold
+
+    def refuse_squares(array: zm.MXFP8Array):
+        if array.shape[0] == array.shape[1]:
+            raise zm.PrecisionLossError("too much", 1.0)
+        return fold(array)
+
+    monkeypatch.setattr("zimage_mxfp8.transformer.linear.fold", refuse_squares)
+    model = float32(quantized, "folded")
+    kinds = {name: layer.kind for name, layer in model.named_modules() if hasattr(layer, "kind")}
+    assert kinds["layers.0.qkv"] == "folded"
+    assert kinds["layers.0.out"] == "exact"
+    inputs = random_inputs(*BATCHES["one image"])
+    exact = float32(quantized, "exact")(*inputs).sample
+    assert relative_error(model(*inputs).sample, exact) < 0.1
+
+
+def test_progress_ends_at_the_total(quantized: Path) -> None:
+    seen: list[zm.Progress] = []
+    zm.ZImageTransformer.from_checkpoint(quantized, "cpu", progress=seen.append)
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert seen[-1].done <= seen[-1].total
+    assert seen[-1].done > 0.99 * seen[-1].total  # markers are not loaded
+
+
+def test_it_says_what_it_is(quantized: Path) -> None:
+    model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
+    assert "compute=exact" in repr(model)
+    assert "2 layers, dim 256, cpu, bfloat16" in repr(model)
+    assert model.dtype == torch.bfloat16
+    assert model.device == torch.device("cpu")
+    assert model.to(torch.float32).dtype == torch.float32
+    inputs = random_inputs(*BATCHES["one image"])
+    want = float32(quantized)(*inputs).sample
+    # Weights that were rounded to BF16 on loading stay so.
+    assert relative_error(model(*inputs).sample, want) < 5e-3
+
+
+# ---- Modes
+
+
+def test_auto_is_exact_on_the_cpu(quantized: Path) -> None:
+    assert choose("auto", torch.device("cpu"), True) == "exact"
+    assert choose("auto", torch.device("cpu"), False) == "exact"
+
+
+@pytest.mark.parametrize("compute", COMPUTE_MODES)
+def test_modes_of_plain_checkpoints(compute: str, folder: Path) -> None:
+    if compute == "exact":
+        assert float32(folder, compute).compute == "exact"
+        return
+    with pytest.raises(zm.UsageError, match=f"compute={compute}.*not quantised; convert"):
+        float32(folder, compute)
+
+
+def test_native_mxfp8_needs_its_device(quantized: Path) -> None:
+    assert unsupported("mxfp8", torch.device("cpu"))
+    with pytest.raises(zm.UnsupportedError, match=r"compute=mxfp8: .*cpu has folded, exact, emul"):
+        float32(quantized, "mxfp8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"compute": "fp8"}, "compute must be auto, mxfp8, folded, exact, emulated, not 'fp8'"),
+        ({"dtype": torch.float16}, "dtype must be torch.bfloat16 or torch.float32"),
+        ({"device": "tpu"}, "device must be"),
+        ({"device": "mps"}, "device must be"),
+    ],
+)
+def test_options_that_do_not_exist(
+    arguments: dict[str, object], sentence: str, quantized: Path
+) -> None:
+    with pytest.raises(zm.UsageError, match=sentence):
+        zm.ZImageTransformer.from_checkpoint(quantized, **arguments)
+
+
+# ---- Checkpoints that cannot be run
+
+
+def change(source: Path, target: Path, edit) -> Path:
+    from safetensors import safe_open
+
+    with safe_open(source, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
+    edit(tensors, metadata)
+    save_file(tensors, target, metadata)
+    return target
+
+
+def other_format(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    name = "layers.0.attention.out.comfy_quant"
+    marker = json.loads(bytes(tensors[name].tolist()))
+    marker["format"] = "nvfp4"
+    tensors[name] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
+
+
+def other_shape(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    tensors["layers.1.ffn_norm1.weight"] = torch.ones(7)
+
+
+BROKEN = {
+    "lacks a norm": (
+        lambda t, m: t.pop("layers.1.attention.q_norm.weight"),
+        r'"layers.1.attention.q_norm.weight" is missing',
+    ),
+    "lacks a scale": (
+        lambda t, m: t.pop("layers.0.feed_forward.w1.weight_scale"),
+        r'"layers.0.feed_forward.w1.weight_scale" is missing',
+    ),
+    "lacks a marker": (
+        lambda t, m: t.pop("layers.0.feed_forward.w1.comfy_quant"),
+        r'"layers.0.feed_forward.w1.comfy_quant" is missing.*noise',
+    ),
+    "another format": (other_format, r'"layers.0.attention.out.comfy_quant" has the format "nvfp4'),
+    "another shape": (other_shape, r'"layers.1.ffn_norm1.weight" is \[7\], not \[256\]'),
+    "not Z-Image": (
+        lambda t, m: (t.clear(), t.update(a=torch.ones(2)), m.clear()),
+        "is no Z-Image transformer",
+    ),
+    "lacks its signature": (
+        lambda t, m: t.pop("cap_pad_token"),
+        'is no Z-Image transformer: it lacks tensor "cap_pad_token"',
+    ),
+    "integers": (
+        lambda t, m: t.update({"x_pad_token": torch.ones(1, 256, dtype=torch.int8)}),
+        '"x_pad_token" is I8, which this package cannot run',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_checkpoints_are_named(
+    what: str, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit, sentence = BROKEN[what]
+    file = change(quantized, tmp_path / "broken.safetensors", edit)
+    # Nothing is loaded before the checks are done.
+    monkeypatch.setattr("zimage_mxfp8.transformer.model.load_parts", lambda *a: pytest.fail("late"))
+    with pytest.raises(zm.CheckpointError, match=sentence):
+        zm.ZImageTransformer.from_checkpoint(file, "cpu")
+
+
+def test_a_width_without_whole_heads(small_file: Path) -> None:
+    with pytest.raises(zm.CheckpointError, match=r'"cap_embedder.1.weight" is .* multiple of 128'):
+        zm.ZImageTransformer.from_checkpoint(small_file, "cpu")
+
+
+# ---- Arguments of forward
+
+
+@pytest.fixture(scope="module")
+def model(quantized: Path) -> zm.ZImageTransformer:
+    return zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
+
+
+IMAGE, TIME, WORDS = torch.zeros(16, 1, 4, 4), torch.zeros(1), torch.zeros(3, CAPTION)
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "cap_feats", "sentence"),
+    [
+        (IMAGE, TIME, [WORDS], "x must be a list"),
+        ([], TIME, [], "x must be a list"),
+        ([IMAGE[:4]], TIME, [WORDS], r"x\[0\] must be \[16, 1, H, W\].* not \[4, 1, 4, 4\]"),
+        ([IMAGE[..., :3]], TIME, [WORDS], r"x\[0\] must be .* even, not \[16, 1, 4, 3\]"),
+        ([IMAGE[:, 0]], TIME, [WORDS], r"x\[0\] must be"),
+        ([IMAGE.numpy()], TIME, [WORDS], r"x\[0\] must be a torch tensor"),
+        ([IMAGE.int()], TIME, [WORDS], r"x\[0\] must be floating-point"),
+        ([[IMAGE]], TIME, [WORDS], r"x\[0\] must be a torch tensor, not list"),
+        ([IMAGE], TIME, [WORDS, WORDS], "cap_feats must be a list of 1"),
+        ([IMAGE], TIME, [WORDS[:0]], r"cap_feats\[0\] must be \[tokens, 96\] with one token"),
+        ([IMAGE], TIME, [WORDS[:, :5]], r"cap_feats\[0\] must be .* not \[3, 5\]"),
+        ([IMAGE], torch.zeros(2), [WORDS], r"t must be a tensor \[1\]"),
+        ([IMAGE], 0.5, [WORDS], r"t must be a tensor \[1\], a time each, not float"),
+        ([IMAGE.to("meta")], TIME, [WORDS], r"x\[0\] is on meta, but the model is on cpu"),
+    ],
+)
+def test_arguments_are_named(
+    x: object, t: object, cap_feats: object, sentence: str, model: zm.ZImageTransformer
+) -> None:
+    with pytest.raises(zm.InvalidArgumentError, match=sentence):
+        model(x, t, cap_feats)
+
+
+def test_what_diffusers_has_and_this_has_not(model: zm.ZImageTransformer) -> None:
+    inputs = ([IMAGE], TIME, [WORDS])
+    model(*inputs, joint_attention_kwargs=None, patch_size=2, controlnet_block_samples=None)
+    with pytest.raises(zm.InvalidArgumentError, match="controlnet_block_samples is not supported"):
+        model(*inputs, controlnet_block_samples={0: IMAGE})
