@@ -99,7 +99,7 @@ def assert_equal_but_for_ties(model: zm.ZImageTransformer, reference) -> None:
         inputs = random_inputs([(4, 4)], [3], seed)
         errors.append(relative_error(model(*inputs).sample, reference(*inputs).sample))
     assert min(errors) < FLOAT32, errors
-    assert max(errors) < 0.03, errors
+    assert max(errors) < 0.06, errors
 
 
 @pytest.mark.peer

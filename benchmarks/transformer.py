@@ -1,0 +1,288 @@
+"""The whole transformer on a CUDA device: speed, memory, loading, errors and where the time goes,
+beside diffusers' BF16 model under torch.compile, in one run.
+
+    python benchmarks/transformer.py                 # full size; needs 20 GB of disk
+    python benchmarks/transformer.py --only speed    # of: load start speed profile errors
+
+The checkpoint is synthetic. Inputs are random latents and captions. Peer: diffusers'
+`ZImageTransformer2DModel` in BF16 with cuDNN's attention, its blocks compiled by torch.compile for
+the shape that is timed ("regional" compilation, which diffusers recommends); with --whole also
+compiled as a whole for the first shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import ZImageTransformer2DModel
+from safetensors import safe_open
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.conversion.bias_correction import sampler_timesteps
+from zimage_mxfp8.synthetic import write_synthetic_checkpoint
+
+PARTS = ("load", "start", "speed", "profile", "errors")
+# Pixels of a side, pictures, caption tokens.
+SHAPES = [(1024, 1, 128), (512, 1, 128), (1536, 1, 128), (2048, 1, 128), (1024, 4, 128)]
+SHAPES.append((1024, 1, 512))
+MODES = ("folded", "exact")
+Inputs = tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
+
+START = """
+import sys, time
+import torch, zimage_mxfp8 as zm
+model = zm.ZImageTransformer.from_checkpoint(sys.argv[1], "cuda", sys.argv[2])
+x = torch.randn(16, 1, 128, 128, device="cuda")
+c = torch.randn(128, 2560, device="cuda")
+for step in range(8):
+    v = model([x], torch.tensor([step / 8], device="cuda"), [c]).sample[0]
+    x = x - v.float() / 8
+torch.cuda.synchronize()
+"""
+
+
+def random_inputs(side: int, pictures: int, tokens: int, seed: int = 0) -> Inputs:
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    images = [randn(16, 1, side // 8, side // 8) for _ in range(pictures)]
+    times = torch.rand(pictures, generator=generator, device="cuda")
+    return images, times, [randn(tokens, 2560) for _ in range(pictures)]
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call, after warm-up."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def to_diffusers(name: str) -> list[str]:
+    """Diffusers' names of a ComfyUI-layout tensor, in the order in which it is stacked."""
+    if ".attention.qkv." in name:
+        return [name.replace("qkv", f"to_{part}") for part in "qkv"]
+    for old, new in (("out", "to_out.0"), ("q_norm", "norm_q"), ("k_norm", "norm_k")):
+        name = name.replace(f"attention.{old}.", f"attention.{new}.")
+    for old, new in (("x_embedder", "all_x_embedder.2-1"), ("final_layer", "all_final_layer.2-1")):
+        if name.startswith(old + "."):
+            name = name.replace(old, new, 1)
+    return [name]
+
+
+def load_peer(checkpoint: Path, dtype: torch.dtype) -> ZImageTransformer2DModel:
+    with torch.device("meta"):
+        peer = ZImageTransformer2DModel(axes_lens=[1536, 512, 512])
+    state = {}
+    with safe_open(checkpoint, "pt", device="cuda") as file:
+        for name in file.keys():  # noqa: SIM118
+            names = to_diffusers(name)
+            for part, tensor in zip(names, file.get_tensor(name).chunk(len(names)), strict=True):
+                state[part] = tensor.to(dtype)
+    peer.load_state_dict(state, strict=True, assign=True)
+    return peer.eval()
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def measure_load(file: Path) -> dict[str, float]:
+    torch.zeros(1, device="cuda")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    model = zm.ZImageTransformer.from_checkpoint(file, "cuda")
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{model!r}\nworst fold {model.worst_fold:.2e}", flush=True)
+    return {"seconds": seconds, "host MiB above": (after - before) / 1024}
+
+
+def measure_start(file: Path) -> dict[str, float]:
+    result = {}
+    for mode in MODES:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", START, str(file), mode], check=True)
+        result[mode] = time.perf_counter() - began
+    return result
+
+
+def measure_ours(file: Path, repeats: int) -> dict[str, dict[str, float]]:
+    result = {}
+    for mode in MODES:
+        free()
+        model = zm.ZImageTransformer.from_checkpoint(file, "cuda", mode)
+        for shape in SHAPES:
+            inputs = random_inputs(*shape)
+            torch.cuda.reset_peak_memory_stats()
+            ms = milliseconds(lambda i=inputs: model(*i, return_dict=False), repeats)
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            result[f"{mode} {shape}"] = {"ms": ms, "peak GB": peak}
+            model.to("cuda")  # drops the graph, and its memory with it
+        del model
+    return result
+
+
+def measure_peer(checkpoint: Path, repeats: int, whole: bool) -> dict[str, dict[str, float]]:
+    free()
+    peer = load_peer(checkpoint, torch.bfloat16)
+    peer.set_attention_backend("_native_cudnn")
+    result = {}
+    if whole:
+        inputs = random_inputs(*SHAPES[0])
+        compiled = torch.compile(peer)
+        with torch.no_grad():
+            ms = milliseconds(lambda: compiled(*inputs, return_dict=False), repeats)
+        result[f"whole {SHAPES[0]}"] = {"ms": ms}
+        torch._dynamo.reset()
+    for shape in SHAPES:
+        torch._dynamo.reset()
+        peer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        inputs = random_inputs(*shape)
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            ms = milliseconds(lambda i=inputs: peer(*i, return_dict=False), repeats)
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        result[f"regional {shape}"] = {"ms": ms, "peak GB": peak}
+    return result
+
+
+def profile(file: Path) -> list[tuple[str, float, int]]:
+    """(kernel, ms, launches) of one forward, by time."""
+    free()
+    model = zm.ZImageTransformer.from_checkpoint(file, "cuda")
+    inputs = random_inputs(*SHAPES[0])
+    for _ in range(3):
+        model(*inputs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        model(*inputs)
+        torch.cuda.synchronize()
+    rows = [
+        (row.key, row.self_device_time_total / 1000, row.count)
+        for row in profiler.key_averages()
+        if row.self_device_time_total > 0
+    ]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def trajectory(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
+    """Final latents of 8 Euler steps from the same noise."""
+    times = [*(sampler_timesteps("turbo") / 1000).tolist(), 1.0]
+    latents, captions = inputs[0][0].float(), [inputs[2][0].to(dtype)]
+    for now, after in zip(times, times[1:], strict=False):
+        t = torch.tensor([now], device="cuda")
+        with torch.no_grad():
+            v = model([latents.to(dtype)], t, captions, return_dict=False)[0][0]
+        latents = latents + (after - now) * v.float()
+    return latents
+
+
+def measure_errors(checkpoint: Path, file: Path) -> dict[str, dict[str, float]]:
+    inputs = random_inputs(*SHAPES[0])
+    wide = ([x.float() for x in inputs[0]], inputs[1], [c.float() for c in inputs[2]])
+    free()
+    reference = load_peer(checkpoint, torch.float32)
+    with torch.no_grad():
+        want = reference(*wide, return_dict=False)[0][0]
+    final = trajectory(reference, inputs, torch.float32)
+    del reference
+    free()
+
+    def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+        return ((found.float() - wanted).norm() / wanted.norm()).item()
+
+    result = {}
+    models: dict[str, Callable[[], torch.nn.Module]] = {
+        "diffusers BF16": lambda: load_peer(checkpoint, torch.bfloat16),
+        "ours BF16": lambda: zm.ZImageTransformer.from_checkpoint(checkpoint, "cuda"),
+        **{
+            mode: lambda mode=mode: zm.ZImageTransformer.from_checkpoint(file, "cuda", mode)
+            for mode in ("exact", "emulated", "folded")
+        },
+    }
+    for name, make in models.items():
+        model = make()
+        with torch.no_grad():
+            outputs = [model(*inputs, return_dict=False)[0][0].clone() for _ in range(3)]
+        ends = [trajectory(model, inputs, torch.bfloat16) for _ in range(2)]
+        result[name] = {
+            "output": error(outputs[0], want),
+            "latents": error(ends[0], final),
+            "deterministic": float(
+                all(torch.equal(outputs[0], o) for o in outputs) and torch.equal(*ends)
+            ),
+        }
+        print(name, result[name], flush=True)
+        del model, outputs, ends
+        free()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/zimage-mxfp8-benchmark"))
+    parser.add_argument("--layers", type=int, default=30, help="main blocks, for a first look")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--whole", action="store_true", help="compile the peer as a whole too")
+    parser.add_argument("--json", type=Path, help="write the figures to a file too")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.folder / f"bf16-{arguments.layers}.safetensors"
+    file = arguments.folder / f"mxfp8-{arguments.layers}.safetensors"
+    if not file.exists():
+        write_synthetic_checkpoint(
+            checkpoint, zimage_shapes(layers=arguments.layers), overwrite=True
+        )
+        zm.convert(checkpoint, file, overwrite=True)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    figures: dict[str, object] = {}
+
+    def note(what: str, value: object) -> None:
+        figures[what] = value
+        print(f"{what}: {json.dumps(value, indent=1)}", flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=1))
+
+    if "load" in arguments.only:
+        note("load", measure_load(file))
+    if "start" in arguments.only:
+        note("start to the end of 8 steps, seconds", measure_start(file))
+    if "speed" in arguments.only:
+        note("ours", measure_ours(file, arguments.repeats))
+    if "profile" in arguments.only:
+        note("profile", profile(file))
+    if "errors" in arguments.only:
+        note("errors", measure_errors(checkpoint, file))
+    if "speed" in arguments.only:
+        note("peer", measure_peer(checkpoint, arguments.repeats, arguments.whole))
+
+
+if __name__ == "__main__":
+    main()
