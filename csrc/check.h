@@ -57,9 +57,10 @@ inline void check_disjoint(const MemoryRange& written, std::initializer_list<Mem
   }
 }
 
-// Throws InvalidArgument unless a pointer is a multiple of `alignment` bytes.
+// Throws InvalidArgument unless memory begins at a multiple of `alignment` bytes. Where there is
+// none, any pointer will do.
 inline void check_alignment(const MemoryRange& memory, std::size_t alignment) {
-  if (reinterpret_cast<std::uintptr_t>(memory.begin) % alignment != 0) {
+  if (memory.bytes > 0 && reinterpret_cast<std::uintptr_t>(memory.begin) % alignment != 0) {
     throw InvalidArgument(std::string(memory.what) + " must be aligned to " +
                           std::to_string(alignment) + " bytes");
   }

@@ -1,4 +1,4 @@
-// Eight adjacent elements at a time: loading as float32, encoding to E4M3, decoding, storing.
+// 16 bytes of adjacent elements at a time: loading, encoding to E4M3, decoding, storing.
 //
 // Compiled without flush-to-zero, and with explicit roundings, so that the bytes equal the CPU's
 // (cpu/block.h, which shares none of this code).
@@ -6,6 +6,8 @@
 
 #include <cuda_fp8.h>
 #include <stdint.h>
+
+#include <type_traits>
 
 #include "tasks.h"
 #include "zimage_mxfp8/matrix.h"
@@ -61,72 +63,80 @@ void with_type(DType dtype, Function function) {
   }
 }
 
-// Eight elements in memory.
+// Calls `function` with the tag type of `dtype` and with std::true_type if every row begins at a
+// multiple of 16 bytes, else std::false_type; on the host.
+template <typename Function>
+void with_layout(DType dtype, const void* data, int64_t row_stride, Function function) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+                       static_cast<size_t>(row_stride) * element_size(dtype) % 16 == 0;
+  with_type(dtype, [&](auto type) {
+    if (aligned) {
+      function(type, std::true_type{});
+    } else {
+      function(type, std::false_type{});
+    }
+  });
+}
+
+// Elements that a thread handles at a time: 16 bytes, so that what the lanes of a warp load or
+// store is contiguous, however wide the type.
 template <typename Type>
-union Elements8 {
-  typename Type::Storage element[8];
-  uint4 vector[sizeof(typename Type::Storage) / 2];
+constexpr int kWidth = 16 / sizeof(typename Type::Storage);
+
+template <typename Type>
+union Elements {
+  typename Type::Storage element[kWidth<Type>];
+  uint4 vector;
 };
 
-// Loads elements [column, column + 8) of a row, zeros from `cols` on. With `aligned` the row
-// begins at a multiple of 16 bytes.
+// As many E4M3 codes, the first in the lowest byte.
+template <typename Type>
+union Codes {
+  uint32_t word[kWidth<Type> / 4];
+  std::conditional_t<kWidth<Type> == 8, uint2, uint32_t> vector;
+};
+
+// Loads the elements of a row from `column` on, zeros from `cols` on. With `aligned` the row begins
+// at a multiple of 16 bytes; `column` is a multiple of kWidth.
 template <typename Type, bool aligned>
-__device__ Elements8<Type> load8(const typename Type::Storage* row, int64_t column, int64_t cols) {
-  Elements8<Type> loaded;
-  if (aligned && column + 8 <= cols) {
-#pragma unroll
-    for (int i = 0; i < int(sizeof(loaded) / 16); ++i) {
-      loaded.vector[i] = __ldg(reinterpret_cast<const uint4*>(row + column) + i);
-    }
+__device__ Elements<Type> load(const typename Type::Storage* row, int64_t column, int64_t cols) {
+  Elements<Type> loaded;
+  if (aligned && column + kWidth<Type> <= cols) {
+    loaded.vector = __ldg(reinterpret_cast<const uint4*>(row + column));
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) loaded.element[i] = column + i < cols ? __ldg(row + column + i) : 0;
+    for (int i = 0; i < kWidth<Type>; ++i) {
+      loaded.element[i] = column + i < cols ? __ldg(row + column + i) : 0;
+    }
   }
   return loaded;
 }
 
+// The inverse: stores nothing from `cols` on.
 template <typename Type, bool aligned>
-__device__ void store8(const Elements8<Type>& values, typename Type::Storage* row, int64_t column,
-                       int64_t cols) {
-  if (aligned && column + 8 <= cols) {
-#pragma unroll
-    for (int i = 0; i < int(sizeof(values) / 16); ++i) {
-      reinterpret_cast<uint4*>(row + column)[i] = values.vector[i];
-    }
+__device__ void store(const Elements<Type>& values, typename Type::Storage* row, int64_t column,
+                      int64_t cols) {
+  typename Type::Storage* target = row + column;
+  if (aligned && column + kWidth<Type> <= cols) {
+    // An assignment nvcc 13.0 splits, in dequantize_kernel, into four stores of a word each.
+    const uint4 words = values.vector;
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(target), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (column + i < cols) row[column + i] = values.element[i];
+    for (int i = 0; i < kWidth<Type>; ++i) {
+      if (column + i < cols) target[i] = values.element[i];
     }
   }
-}
-
-// The same where the lanes of a pair (2i, 2i + 1) hold the halves of 16 elements that begin at a
-// multiple of 16. Float32 is exchanged, so that a store writes whole sectors of 32 bytes.
-template <typename Type, bool aligned>
-__device__ void store8_of_pair(const Elements8<Type>& values, typename Type::Storage* row,
-                               int64_t column, int64_t cols) {
-  const int64_t begin = column & ~int64_t{15};
-  if (sizeof(values) == 16 || !aligned || begin + 16 > cols) {
-    return store8<Type, aligned>(values, row, column, cols);
-  }
-  const bool odd = column != begin;
-  const uint4 given = values.vector[odd ? 0 : sizeof(values) / 16 - 1];
-  const unsigned pair = 3u << (threadIdx.x % 32 & ~1);
-  const uint4 taken = {__shfl_xor_sync(pair, given.x, 1), __shfl_xor_sync(pair, given.y, 1),
-                       __shfl_xor_sync(pair, given.z, 1), __shfl_xor_sync(pair, given.w, 1)};
-  // The even lane has the first quarter and gets the third, the odd one the fourth and the second.
-  uint4* target = reinterpret_cast<uint4*>(row + begin);
-  target[odd ? 1 : 0] = odd ? taken : values.vector[0];
-  target[odd ? 3 : 2] = odd ? values.vector[sizeof(values) / 16 - 1] : taken;
 }
 
 // Largest magnitude as a float32 bit pattern; these order as integers, NaN above infinity.
 template <typename Type>
-__device__ uint32_t magnitude8(const Elements8<Type>& values) {
+__device__ uint32_t magnitude(const Elements<Type>& values) {
   uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kWidth<Type>; ++i) {
     largest = max(largest, __float_as_uint(Type::widen(values.element[i])) & 0x7FFFFFFF);
   }
   return largest;
@@ -146,17 +156,25 @@ __device__ inline float power_of_two(int exponent) {
   return __uint_as_float(exponent == -127 ? 0x400000u : uint32_t(exponent + 127) << 23);
 }
 
-// Codes of eight elements, the first in the lowest byte, each times `factor`.
+// Codes of elements times `factor`; of zeros if `zero`, of NaN if `nan`, whatever the elements are.
 template <typename Type>
-__device__ uint2 encode8(const Elements8<Type>& values, float factor) {
-  uint32_t pairs[4];
+__device__ Codes<Type> encode(const Elements<Type>& values, float factor, bool zero, bool nan) {
+  Codes<Type> codes;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 scaled = make_float2(__fmul_rn(Type::widen(values.element[2 * i]), factor),
-                                      __fmul_rn(Type::widen(values.element[2 * i + 1]), factor));
-    pairs[i] = __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+  for (int i = 0; i < kWidth<Type> / 4; ++i) {
+    uint32_t pairs[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const auto* pair = values.element + 4 * i + 2 * j;
+      const float2 scaled = make_float2(__fmul_rn(Type::widen(pair[0]), factor),
+                                        __fmul_rn(Type::widen(pair[1]), factor));
+      pairs[j] = __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+    }
+    codes.word[i] = pairs[0] | pairs[1] << 16;
+    if (zero) codes.word[i] = 0;
+    if (nan) codes.word[i] = 0x7F7F7F7F;
   }
-  return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+  return codes;
 }
 
 // The value of two E4M3 codes; NaN codes give some NaN.
@@ -165,23 +183,26 @@ __device__ inline float2 decode2(uint16_t codes) {
   return make_float2(Float16::widen(halves.x), Float16::widen(halves.y));
 }
 
-// Decodes eight codes times 2^(byte - 127), with the CPU's NaN patterns.
+// Decodes codes times 2^(byte - 127), with the CPU's NaN patterns.
 template <typename Type>
-__device__ Elements8<Type> decode8(uint2 codes, uint32_t byte) {
-  Elements8<Type> values;
+__device__ Elements<Type> decode(const Codes<Type>& codes, uint32_t byte) {
+  Elements<Type> values;
   const float scale = power_of_two(int(byte) - 127);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = decode2((i < 2 ? codes.x : codes.y) >> 16 * (i % 2));
+  for (int i = 0; i < kWidth<Type> / 2; ++i) {
+    const float2 pair = decode2(codes.word[i / 2] >> 16 * (i % 2));
     values.element[2 * i] = Type::narrow(__fmul_rn(pair.x, scale));
     values.element[2 * i + 1] = Type::narrow(__fmul_rn(pair.y, scale));
   }
-  const bool has_nan = (__vcmpeq4(codes.x & 0x7F7F7F7F, 0x7F7F7F7F) |
-                        __vcmpeq4(codes.y & 0x7F7F7F7F, 0x7F7F7F7F)) != 0;
+  bool has_nan = false;
+#pragma unroll
+  for (int i = 0; i < kWidth<Type> / 4; ++i) {
+    has_nan |= __vcmpeq4(codes.word[i] & 0x7F7F7F7F, 0x7F7F7F7F) != 0;
+  }
   if (has_nan || byte == 255) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t code = (i < 4 ? codes.x : codes.y) >> 8 * (i % 4) & 0xFF;
+    for (int i = 0; i < kWidth<Type>; ++i) {
+      const uint32_t code = codes.word[i / 4] >> 8 * (i % 4) & 0xFF;
       if (byte == 255) {
         values.element[i] = Type::narrow(__uint_as_float(kNaNBits));
       } else if ((code & 0x7F) == 0x7F) {
@@ -190,28 +211,6 @@ __device__ Elements8<Type> decode8(uint2 codes, uint32_t byte) {
     }
   }
   return values;
-}
-
-// How a warp covers one 128x4 tile of scales: in 16 steps, each of rows r and r + 1 and those 32,
-// 64 and 96 below, 128 columns wide. A lane holds 8 elements of 4 rows, 16 lanes hold the 16
-// blocks whose scales are adjacent in the blocked layout.
-struct TileStep {
-  int64_t row;           // the lane's first row; the others are 32, 64 and 96 below
-  int64_t column;        // the lane's first column
-  int64_t scale_offset;  // of the 16 scales
-};
-
-// Warps that a matrix needs.
-inline int64_t tile_steps(int64_t rows, int64_t cols) {
-  return ceil_div(rows, 128) * 16 * ceil_div(cols, 128);
-}
-
-__device__ inline TileStep tile_step(uint32_t step, uint32_t tiles_per_row, int lane) {
-  const uint32_t tile = step % tiles_per_row, pair = step / tiles_per_row;
-  const int64_t tile_row = pair / 16;
-  const int row = int(pair % 16) * 2 + lane / 16;
-  return {tile_row * 128 + row, int64_t(tile) * 128 + lane % 16 * 8,
-          (tile_row * tiles_per_row + tile) * 512 + row * 16};
 }
 
 }  // namespace zimage_mxfp8::detail

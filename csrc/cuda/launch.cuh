@@ -30,10 +30,4 @@ inline uint32_t grid_for(uint32_t items, uint32_t items_per_block) {
   return (items + items_per_block - 1) / items_per_block;
 }
 
-// Whether every row begins at a multiple of 16 bytes.
-inline bool rows_are_aligned(const void* data, int64_t row_stride, size_t element_size) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-         static_cast<size_t>(row_stride) * element_size % 16 == 0;
-}
-
 }  // namespace zimage_mxfp8::detail

@@ -189,7 +189,8 @@ Checked check(const GemmArguments& arguments) {
 
 void check_rows(const detail::MemoryRange& memory, std::int64_t row_stride, std::size_t item) {
   detail::check_alignment(memory, 16);
-  if (static_cast<std::size_t>(row_stride) * item % 16 != 0) {
+  // Rows without elements may have any stride: that of torch.zeros(3, 0) is 1.
+  if (memory.bytes > 0 && static_cast<std::size_t>(row_stride) * item % 16 != 0) {
     throw InvalidArgument(std::string("the rows of ") + memory.what +
                           " must begin at multiples of 16 bytes");
   }

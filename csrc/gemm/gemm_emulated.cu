@@ -16,7 +16,7 @@ __device__ void load_operand8(const GemmOperandTask& operand, int64_t row, int64
   const int64_t at = row * operand.row_stride + k;
   if (operand.format == OperandFormat::kBFloat16) {
     const auto* elements = static_cast<const uint16_t*>(operand.codes);
-    const auto values = load8<BFloat16, true>(elements + at, 0, 8);
+    const auto values = load<BFloat16, true>(elements + at, 0, 8);
 #pragma unroll
     for (int i = 0; i < 8; ++i) out[i] = BFloat16::widen(values.element[i]);
     return;
@@ -28,9 +28,12 @@ __device__ void load_operand8(const GemmOperandTask& operand, int64_t row, int64
   }
   const uint2 codes =
       __ldg(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(operand.codes) + at));
-  const auto values = decode8<Float32>(codes, byte);
+  const auto first = decode<Float32>({codes.x}, byte), second = decode<Float32>({codes.y}, byte);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(values.element[i]);
+  for (int i = 0; i < 4; ++i) {
+    out[i] = __uint_as_float(first.element[i]);
+    out[4 + i] = __uint_as_float(second.element[i]);
+  }
 }
 
 __device__ float row_scale(const GemmOperandTask& operand, int64_t row) {

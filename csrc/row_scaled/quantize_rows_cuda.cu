@@ -7,10 +7,10 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Chunks of 8 elements that a thread keeps in registers between the two passes over a row; longer
+// Chunks of 16 bytes that a thread keeps in registers between the two passes over a row; longer
 // rows are read again.
 template <typename Type>
-constexpr int kKept = sizeof(typename Type::Storage) == 2 ? 5 : 3;
+constexpr int kKept = sizeof(typename Type::Storage) == 2 ? 5 : 6;
 
 // One block a row.
 template <typename Type, bool aligned>
@@ -18,18 +18,20 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeR
   using Storage = typename Type::Storage;
   const int64_t row = blockIdx.x;
   const Storage* source = static_cast<const Storage*>(task.source) + row * task.row_stride;
-  const auto column_of = [](int chunk) { return (int64_t(chunk) * kThreads + threadIdx.x) * 8; };
+  const auto column_of = [](int chunk) {
+    return (int64_t(chunk) * kThreads + threadIdx.x) * kWidth<Type>;
+  };
 
-  Elements8<Type> kept[kKept<Type>];
+  Elements<Type> kept[kKept<Type>];
   uint32_t amax = 0;
 #pragma unroll
   for (int i = 0; i < kKept<Type>; ++i) {
-    kept[i] = load8<Type, aligned>(source, column_of(i), task.cols);
+    kept[i] = load<Type, aligned>(source, column_of(i), task.cols);
   }
 #pragma unroll
-  for (int i = 0; i < kKept<Type>; ++i) amax = max(amax, magnitude8<Type>(kept[i]));
+  for (int i = 0; i < kKept<Type>; ++i) amax = max(amax, magnitude<Type>(kept[i]));
   for (int i = kKept<Type>; column_of(i) < task.cols; ++i) {
-    amax = max(amax, magnitude8<Type>(load8<Type, aligned>(source, column_of(i), task.cols)));
+    amax = max(amax, magnitude<Type>(load<Type, aligned>(source, column_of(i), task.cols)));
   }
   __shared__ uint32_t of_warp[kThreads / 32];
   amax = __reduce_max_sync(~0u, amax);
@@ -47,26 +49,23 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeR
   }
   const float factor = __fdiv_rn(448.0f, maximum);
   uint8_t* codes = task.codes + row * task.cols;
-  const auto store = [&](const Elements8<Type>& values, int64_t column) {
-    uint2 encoded = encode8<Type>(values, factor);
-    if (zero) encoded = make_uint2(0, 0);
-    if (!finite) encoded = make_uint2(0x7F7F7F7F, 0x7F7F7F7F);
-    if (column + 8 <= task.cols && task.cols % 8 == 0) {
-      *reinterpret_cast<uint2*>(codes + column) = encoded;
+  const auto encode_and_store = [&](const Elements<Type>& values, int64_t column) {
+    const Codes<Type> encoded = encode<Type>(values, factor, zero, !finite);
+    if (column + kWidth<Type> <= task.cols && task.cols % kWidth<Type> == 0) {
+      *reinterpret_cast<decltype(encoded.vector)*>(codes + column) = encoded.vector;
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (column + i < task.cols)
-          codes[column + i] = (i < 4 ? encoded.x : encoded.y) >> 8 * (i % 4);
+      for (int i = 0; i < kWidth<Type>; ++i) {
+        if (column + i < task.cols) codes[column + i] = encoded.word[i / 4] >> 8 * (i % 4);
       }
     }
   };
 #pragma unroll
   for (int i = 0; i < kKept<Type>; ++i) {
-    if (column_of(i) < task.cols) store(kept[i], column_of(i));
+    if (column_of(i) < task.cols) encode_and_store(kept[i], column_of(i));
   }
   for (int i = kKept<Type>; column_of(i) < task.cols; ++i) {
-    store(load8<Type, aligned>(source, column_of(i), task.cols), column_of(i));
+    encode_and_store(load<Type, aligned>(source, column_of(i), task.cols), column_of(i));
   }
 }
 
@@ -75,13 +74,9 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeR
 void quantize_rows_cuda(const QuantizeRowsTask& task, CudaStream stream) {
   const uint32_t rows = checked_count(task.rows);
   if (rows == 0) return;
-  with_type(task.dtype, [&](auto type) {
-    using Type = decltype(type);
-    if (rows_are_aligned(task.source, task.row_stride, sizeof(typename Type::Storage))) {
-      launch(quantize_rows_kernel<Type, true>, rows, kThreads, stream, task);
-    } else {
-      launch(quantize_rows_kernel<Type, false>, rows, kThreads, stream, task);
-    }
+  with_layout(task.dtype, task.source, task.row_stride, [&](auto type, auto aligned) {
+    launch(quantize_rows_kernel<decltype(type), decltype(aligned)::value>, rows, kThreads, stream,
+           task);
   });
 }
 

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "reference.h"
@@ -188,6 +189,35 @@ TEST_CASE("host memory is refused where a device's is needed") {
       Error);
   CHECK_THROWS_AS(quantize(view, MXFP8View{codes + 1, scales, 32, 31}, stream), InvalidArgument);
   CHECK_THROWS_AS(quantize(view, MXFP8View{codes + 1, scales, 32, 32}, stream), InvalidArgument);
+}
+
+TEST_CASE("alignment is asked of elements only") {
+  // The memory below is the host's, so every call is refused; what matters is the reason.
+  const auto reason = [](std::int64_t k, std::int64_t a_row_stride, const std::uint16_t* a) {
+    alignas(16) static std::uint16_t d[3 * 8];
+    alignas(16) static std::uint8_t codes[32 * 32], scales[512];
+    try {
+      gemm(GemmPath::kSM90,
+           {ConstMatrixView{a, DType::kBFloat16, 3, k, a_row_stride},
+            ConstMXFP8View{codes, scales, 8, k},
+            nullptr,
+            {d, DType::kBFloat16, 3, 8, 8}},
+           {}, CudaStream{});
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  alignas(16) static const std::uint16_t a[3 * 40]{};
+  const auto is_of_alignment = [](const std::string& text) {
+    CHECK(!text.empty());
+    return text.find("16 bytes") != std::string::npos;
+  };
+  CHECK(is_of_alignment(reason(32, 33, a)));
+  CHECK(is_of_alignment(reason(32, 32, a + 1)));
+  CHECK(!is_of_alignment(reason(32, 40, a)));
+  CHECK(!is_of_alignment(reason(0, 1, a)));
+  CHECK(!is_of_alignment(reason(0, 1, a + 1)));
 }
 
 TEST_CASE("bounds of folding that are none") {
