@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import resource
 import statistics
@@ -138,7 +139,7 @@ def measure_ours(file: Path, repeats: int) -> dict[str, dict[str, float]]:
         for shape in SHAPES:
             inputs = random_inputs(*shape)
             torch.cuda.reset_peak_memory_stats()
-            ms = milliseconds(lambda i=inputs: model(*i, return_dict=False), repeats)
+            ms = milliseconds(lambda m=model, i=inputs: m(*i, return_dict=False), repeats)
             peak = torch.cuda.max_memory_allocated() / 1e9
             result[f"{mode} {shape}"] = {"ms": ms, "peak GB": peak}
             model.to("cuda")  # drops the graph, and its memory with it
@@ -193,7 +194,7 @@ def trajectory(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> to
     """Final latents of 8 Euler steps from the same noise."""
     times = [*(sampler_timesteps("turbo") / 1000).tolist(), 1.0]
     latents, captions = inputs[0][0].float(), [inputs[2][0].to(dtype)]
-    for now, after in zip(times, times[1:], strict=False):
+    for now, after in itertools.pairwise(times):
         t = torch.tensor([now], device="cuda")
         with torch.no_grad():
             v = model([latents.to(dtype)], t, captions, return_dict=False)[0][0]

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from . import _core
+from .transformer.compute import choose, supported
 
-_LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "comfy-kitchen")
+_LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "transformers", "comfy-kitchen")
 # Kinds of product and their operands, and the one that each path is made for.
 _PRODUCTS = {
     "MXFP8 x MXFP8": ("mxfp8", "mxfp8"),
@@ -39,6 +40,7 @@ class DevicePaths:
         memory: bytes.
         preferred: the path of each kind of product; "" where there is none.
         reasons: why a path is not there, by path, for the kind of operands that it is made for.
+        compute: the transformer's compute modes, the one that "auto" takes first.
     """
 
     name: str
@@ -46,6 +48,7 @@ class DevicePaths:
     memory: int
     preferred: dict[str, str]
     reasons: dict[str, str]
+    compute: list[str]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Diagnosis:
         cpu_target: the one that is used.
         threads: cores that this process may use.
         libraries: versions of the libraries that are installed.
+        cpu_compute: the transformer's compute modes on the CPU, the one that "auto" takes first.
         devices: CUDA devices.
     """
 
@@ -76,6 +80,7 @@ class Diagnosis:
     cpu_target: str
     threads: int
     libraries: dict[str, str]
+    cpu_compute: list[str]
     devices: list[DevicePaths]
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +115,7 @@ def diagnose() -> Diagnosis:
         cpu_target=_core.active_cpu_target(),
         threads=_core.default_threads(),
         libraries=libraries,
+        cpu_compute=_compute_modes(-1),
         devices=[_paths(device) for device in _core.cuda_devices()],
     )
 
@@ -123,5 +129,15 @@ def _paths(device: _core.CudaDevice) -> DevicePaths:
         preferred[what] = _core.gemm_preferred_path(problem, device.index) if usable else ""
         reasons.update({p: why for p, why in missing.items() if why and _MADE_FOR[p] == what})
     return DevicePaths(
-        device.name, f"{device.major}.{device.minor}", device.memory, preferred, reasons
+        device.name,
+        f"{device.major}.{device.minor}",
+        device.memory,
+        preferred,
+        reasons,
+        _compute_modes(device.index),
     )
+
+
+def _compute_modes(device: int) -> list[str]:
+    first = choose("auto", device, quantized=True)
+    return [first, *(mode for mode in supported(device) if mode != first)]

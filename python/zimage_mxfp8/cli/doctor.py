@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         ["CUDA kernels", kernels],
         ["CUTLASS", found.cutlass or "not used"],
         ["cuBLASLt", found.cublaslt or "not found"],
+        ["compute modes on the CPU", _modes(found.cpu_compute)],
         *([name, number] for name, number in found.libraries.items()),
     ]
     display.print_table("Installation", ["what", "version"], rows)
@@ -53,7 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
             [what, path or "only emulated, when asked for"]
             for what, path in device.preferred.items()
         ]
+        paths.append(["transformer's compute modes", _modes(device.compute)])
         display.print_table(title, ["product", "path"], paths)
         reasons = [[path, reason] for path, reason in device.reasons.items()]
         display.print_table(None, ["not taken", "because"], reasons)
     return 0
+
+
+def _modes(modes: list[str]) -> str:
+    return ", ".join([f"{modes[0]} (auto)", *modes[1:]])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from .. import _core
 from ..errors import UnsupportedError, UsageError
 
@@ -31,32 +29,36 @@ DESCRIPTIONS: dict[Compute, str] = {
 _NATIVE_PATHS = ("sm100", "sm120")
 
 
-def unsupported(compute: Compute, device: torch.device) -> str:
+def unsupported(compute: Compute, device: int) -> str:
     """Why a mode is not to be had on a device; "" if it is.
 
     Args:
         compute: the mode.
-        device: with an index, if it is a CUDA device.
+        device: index of a CUDA device, or -1 for the CPU.
     """
-    index = device.index if device.type == "cuda" else -1
-    if device.type == "cuda" and not _core.build_info().cuda:
+    if device >= 0 and not _core.build_info().cuda:
         return "this build has no CUDA kernels; install with ZM_CUDA=ON"
     if compute == "mxfp8":
         problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
-        reasons = [_core.gemm_unsupported(path, problem, index) for path in _NATIVE_PATHS]
+        reasons = [_core.gemm_unsupported(path, problem, device) for path in _NATIVE_PATHS]
         return "" if "" in reasons else reasons[0]
-    if compute == "folded" and index >= 0:
+    if compute == "folded" and device >= 0:
         problem = _core.GemmProblem(128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False)
-        return _core.gemm_unsupported("row-scaled", problem, index)
+        return _core.gemm_unsupported("row-scaled", problem, device)
     return ""
 
 
-def choose(compute: str, device: torch.device, quantized: bool) -> Compute:
+def supported(device: int) -> list[Compute]:
+    """The modes that a device has; on the GPU in order of speed."""
+    return [mode for mode in COMPUTE_MODES if not unsupported(mode, device)]
+
+
+def choose(compute: str, device: int, quantized: bool) -> Compute:
     """The mode to run in.
 
     Args:
         compute: "auto" (the fastest that the device has) or a mode.
-        device: where the model will be.
+        device: where the model will be: index of a CUDA device, or -1 for the CPU.
         quantized: whether the checkpoint has MXFP8 layers; without, there is nothing to choose.
 
     Raises:
@@ -64,9 +66,8 @@ def choose(compute: str, device: torch.device, quantized: bool) -> Compute:
         UnsupportedError: the device does not have the mode.
     """
     if compute == "auto":
-        if not quantized or device.type != "cuda":
-            return "exact"
-        return next(mode for mode in COMPUTE_MODES if not unsupported(mode, device))
+        # On the CPU nothing is faster in 8 bits.
+        return supported(device)[0] if quantized and device >= 0 else "exact"
     modes = {str(mode): mode for mode in COMPUTE_MODES}
     if compute not in modes:
         raise UsageError(f"compute must be auto, {', '.join(COMPUTE_MODES)}, not {compute!r}")
@@ -77,6 +78,6 @@ def choose(compute: str, device: torch.device, quantized: bool) -> Compute:
             "first (zimage-mxfp8 convert), or use compute=exact"
         )
     if why := unsupported(mode, device):
-        usable = [name for name in COMPUTE_MODES if not unsupported(name, device)]
-        raise UnsupportedError(f"compute={mode}: {why}; {device} has {', '.join(usable)}")
+        place = f"cuda:{device}" if device >= 0 else "the CPU"
+        raise UnsupportedError(f"compute={mode}: {why}; {place} has {', '.join(supported(device))}")
     return mode

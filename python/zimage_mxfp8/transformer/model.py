@@ -123,7 +123,8 @@ class ZImageTransformer(Base):  # type: ignore[misc, valid-type]
             raise UsageError(f"dtype must be torch.bfloat16 or torch.float32, not {dtype}")
         file = open_model(path)
         place = _device(device)
-        mode = choose(compute, place, bool(file.layers))
+        index = place.index if place.type == "cuda" else -1
+        mode = choose(compute, index, bool(file.layers))
         return cls(file.config, load_parts(file, place, mode, dtype, progress), mode, dtype)
 
     @property
