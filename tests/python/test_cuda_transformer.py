@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_reference import make_reference, random_inputs, relative_error
 
 import zimage_mxfp8 as zm
+from diffusers_reference import make_reference, random_inputs, relative_error
 from zimage_mxfp8.transformer import attention
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, supported, unsupported
 
