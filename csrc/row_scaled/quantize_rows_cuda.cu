@@ -1,5 +1,7 @@
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "row_scaled/encode_row.cuh"
 #include "row_scaled/quantize_rows_cuda.h"
 
 namespace zimage_mxfp8::detail {
@@ -32,41 +34,18 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeR
     amax = max(amax, magnitude8<Type>(load8<Type, aligned>(source, column_of(i), task.cols)));
   }
   __shared__ uint32_t of_warp[kThreads / 32];
-  amax = __reduce_max_sync(~0u, amax);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = amax;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) amax = max(amax, of_warp[i]);
-
-  const float maximum = __uint_as_float(amax);
-  const bool finite = amax < kInfinityBits;
-  const bool zero = finite && maximum < kSmallestRowMaximum;
-  if (threadIdx.x == 0) {
-    const float scale = zero ? 0.0f : __fdiv_rn(maximum, 448.0f);
-    task.scales[row] = finite ? scale : __uint_as_float(kNaNBits);
-  }
-  const float factor = __fdiv_rn(448.0f, maximum);
+  const RowEncoder encoder(block_max(amax, of_warp));
+  if (threadIdx.x == 0) task.scales[row] = encoder.scale();
   uint8_t* codes = task.codes + row * task.cols;
-  const auto store = [&](const Elements8<Type>& values, int64_t column) {
-    uint2 encoded = encode8<Type>(values, factor);
-    if (zero) encoded = make_uint2(0, 0);
-    if (!finite) encoded = make_uint2(0x7F7F7F7F, 0x7F7F7F7F);
-    if (column + 8 <= task.cols && task.cols % 8 == 0) {
-      *reinterpret_cast<uint2*>(codes + column) = encoded;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (column + i < task.cols)
-          codes[column + i] = (i < 4 ? encoded.x : encoded.y) >> 8 * (i % 4);
-      }
-    }
-  };
 #pragma unroll
   for (int i = 0; i < kKept<Type>; ++i) {
-    if (column_of(i) < task.cols) store(kept[i], column_of(i));
+    if (column_of(i) < task.cols) {
+      store_codes8(encoder.encode(kept[i]), codes, column_of(i), task.cols);
+    }
   }
   for (int i = kKept<Type>; column_of(i) < task.cols; ++i) {
-    store(load8<Type, aligned>(source, column_of(i), task.cols), column_of(i));
+    const auto values = load8<Type, aligned>(source, column_of(i), task.cols);
+    store_codes8(encoder.encode(values), codes, column_of(i), task.cols);
   }
 }
 
