@@ -63,12 +63,17 @@ void with_type(DType dtype, Function function) {
   }
 }
 
+// Whether every row of a matrix begins at a multiple of 16 bytes; on the host.
+inline bool rows_are_aligned(const void* data, int64_t row_stride, size_t item_size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+         static_cast<size_t>(row_stride) * item_size % 16 == 0;
+}
+
 // Calls `function` with the tag type of `dtype` and with std::true_type if every row begins at a
 // multiple of 16 bytes, else std::false_type; on the host.
 template <typename Function>
 void with_layout(DType dtype, const void* data, int64_t row_stride, Function function) {
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                       static_cast<size_t>(row_stride) * element_size(dtype) % 16 == 0;
+  const bool aligned = rows_are_aligned(data, row_stride, element_size(dtype));
   with_type(dtype, [&](auto type) {
     if (aligned) {
       function(type, std::true_type{});

@@ -1,6 +1,7 @@
 // What a build without CUDA has in place of cuda/runtime.cpp and of the kernels.
 #include "cuda/runtime.h"
 #include "dequantize/dequantize_cuda.h"
+#include "fused/fused_cuda.h"
 #include "gemm/gemm_cuda.h"
 #include "quantize/quantize_cuda.h"
 #include "row_scaled/quantize_rows_cuda.h"
@@ -43,6 +44,22 @@ DeviceGuard::~DeviceGuard() = default;
 void quantize_cuda(const QuantizeTask&, CudaStream) { refuse(); }
 void dequantize_cuda(const DequantizeTask&, CudaStream) { refuse(); }
 void quantize_rows_cuda(const QuantizeRowsTask&, CudaStream) { refuse(); }
+void silu_multiply_cuda(const ConstMatrixView&, const ConstMatrixView&, const ActivationView&,
+                        CudaStream) {
+  refuse();
+}
+void norm_modulate_cuda(const ConstMatrixView&, const NormWeights&, Items, float,
+                        const ActivationView&, CudaStream) {
+  refuse();
+}
+void add_norm_modulate_cuda(const MatrixView&, const ConstMatrixView&, const NormWeights&,
+                            const std::optional<NextNorm>&, Items, float, CudaStream) {
+  refuse();
+}
+void rotate_heads_cuda(const MatrixView&, const void*, const void*, const ConstMatrixView&,
+                       std::int64_t, float, CudaStream) {
+  refuse();
+}
 void gemm_emulated_cuda(const GemmTask&, CudaStream) { refuse(); }
 
 Support supports_cublaslt(std::size_t) { return {false, kNoCuda}; }

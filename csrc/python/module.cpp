@@ -10,5 +10,6 @@ PYBIND11_MODULE(_core, module, pybind11::mod_gil_not_used()) {
   zimage_mxfp8::python::register_codec(module);
   zimage_mxfp8::python::register_cpu(module);
   zimage_mxfp8::python::register_device(module);
+  zimage_mxfp8::python::register_fused(module);
   zimage_mxfp8::python::register_gemm(module);
 }

@@ -7,6 +7,7 @@ namespace zimage_mxfp8::python {
 
 void register_codec(pybind11::module_& module);
 void register_cpu(pybind11::module_& module);
+void register_fused(pybind11::module_& module);
 void register_gemm(pybind11::module_& module);
 void register_device(pybind11::module_& module);
 

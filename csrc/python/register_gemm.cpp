@@ -18,51 +18,12 @@ namespace py = pybind11;
 namespace zimage_mxfp8::python {
 namespace {
 
-// A ConstRowScaledView or RowScaledView.
-template <typename View>
-View row_scaled(const Array& codes, const Array& scales) {
-  if (codes.shape().size() != 2) {
-    throw InvalidArgument(std::string(codes.name()) + " must have 2 dimensions");
-  }
-  const std::int64_t rows = codes.shape()[0], cols = codes.shape()[1];
-  codes.require_contiguous(rows * cols);
-  scales.require_contiguous(rows * static_cast<std::int64_t>(sizeof(float)));
-  return {codes.data(), reinterpret_cast<float*>(scales.data()), rows, cols};
-}
-
-OperandFormat parse_format(const std::string& name) {
-  if (name == "bfloat16") return OperandFormat::kBFloat16;
-  if (name == "mxfp8") return OperandFormat::kMXFP8;
-  if (name == "row-scaled") return OperandFormat::kRowScaled;
-  throw InvalidArgument("unknown operand format \"" + name + "\"");
-}
-
-// An operand as Python describes it: (format, elements or codes, scales or None, rows, cols).
-struct Operand {
-  Array data;
-  std::optional<Array> scales;
-  GemmOperand view;
-
-  Operand(const py::tuple& parts, const char* name) : data(parts[1], name, kRead, kAnywhere) {
-    const OperandFormat format = parse_format(parts[0].cast<std::string>());
-    if (format == OperandFormat::kBFloat16) {
-      view = matrix<ConstMatrixView>(data, "bfloat16");
-      return;
-    }
-    scales.emplace(parts[2], name, kRead, kAnywhere);
-    if (format == OperandFormat::kRowScaled) {
-      view = row_scaled<ConstRowScaledView>(data, *scales);
-    } else {
-      view = mxfp8<ConstMXFP8View>(data, *scales, parts[3].cast<std::int64_t>(),
-                                   parts[4].cast<std::int64_t>());
-    }
-  }
-};
+using Operand = FormattedMatrix<ConstMatrixView, ConstMXFP8View, ConstRowScaledView>;
 
 void py_gemm(const std::string& path, const py::tuple& a, const py::tuple& b,
              const py::object& bias, const py::object& d, const std::string& dtype,
              const py::object& workspace, int threads, std::uintptr_t stream) {
-  const Operand a_operand(a, "A"), b_operand(b, "B");
+  const Operand a_operand(a, "A", kRead), b_operand(b, "B", kRead);
   const Array out(d, "D", kWrite, kAnywhere);
   std::optional<Array> bias_array, workspace_array;
   if (!bias.is_none()) bias_array.emplace(bias, "the bias", kRead, kAnywhere);

@@ -1,12 +1,17 @@
 // Arrays from Python as the views that operations take.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <variant>
 
 #include "python/array.h"
 #include "zimage_mxfp8/device.h"
 #include "zimage_mxfp8/error.h"
+#include "zimage_mxfp8/gemm.h"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::python {
@@ -47,6 +52,50 @@ View mxfp8(const Array& codes, const Array& scales, std::int64_t rows, std::int6
   scales.require_contiguous(shape.scale_bytes());
   return {codes.data(), scales.data(), rows, cols};
 }
+
+// A ConstRowScaledView or RowScaledView.
+template <typename View>
+View row_scaled(const Array& codes, const Array& scales) {
+  if (codes.shape().size() != 2) {
+    throw InvalidArgument(std::string(codes.name()) + " must have 2 dimensions");
+  }
+  const std::int64_t rows = codes.shape()[0], cols = codes.shape()[1];
+  codes.require_contiguous(rows * cols);
+  scales.require_contiguous(rows * static_cast<std::int64_t>(sizeof(float)));
+  return {codes.data(), reinterpret_cast<float*>(scales.data()), rows, cols};
+}
+
+inline OperandFormat parse_format(const std::string& name) {
+  if (name == "bfloat16") return OperandFormat::kBFloat16;
+  if (name == "mxfp8") return OperandFormat::kMXFP8;
+  if (name == "row-scaled") return OperandFormat::kRowScaled;
+  throw InvalidArgument("unknown operand format \"" + name + "\"");
+}
+
+// A matrix in one of three formats, as Python describes it: (format, elements or codes, scales or
+// None, rows, cols).
+template <typename Plain, typename MXFP8, typename RowScaled>
+struct FormattedMatrix {
+  Array data;
+  std::optional<Array> scales;
+  std::variant<Plain, MXFP8, RowScaled> view;
+
+  FormattedMatrix(const pybind11::tuple& parts, const char* name, Array::Access access)
+      : data(parts[1], name, access, kAnywhere) {
+    const OperandFormat format = parse_format(parts[0].cast<std::string>());
+    if (format == OperandFormat::kBFloat16) {
+      view = matrix<Plain>(data, "bfloat16");
+      return;
+    }
+    scales.emplace(parts[2], name, access, kAnywhere);
+    if (format == OperandFormat::kRowScaled) {
+      view = row_scaled<RowScaled>(data, *scales);
+    } else {
+      view =
+          mxfp8<MXFP8>(data, *scales, parts[3].cast<std::int64_t>(), parts[4].cast<std::int64_t>());
+    }
+  }
+};
 
 // The address of a cudaStream_t, as Python hands it over.
 inline CudaStream cuda_stream(std::uintptr_t address) { return {reinterpret_cast<void*>(address)}; }

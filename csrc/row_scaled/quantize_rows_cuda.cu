@@ -1,5 +1,7 @@
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "row_scaled/encode_row.cuh"
 #include "row_scaled/quantize_rows_cuda.h"
 
 namespace zimage_mxfp8::detail {
@@ -34,38 +36,18 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeR
     amax = max(amax, magnitude<Type>(load<Type, aligned>(source, column_of(i), task.cols)));
   }
   __shared__ uint32_t of_warp[kThreads / 32];
-  amax = __reduce_max_sync(~0u, amax);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = amax;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) amax = max(amax, of_warp[i]);
-
-  const float maximum = __uint_as_float(amax);
-  const bool finite = amax < kInfinityBits;
-  const bool zero = finite && maximum < kSmallestRowMaximum;
-  if (threadIdx.x == 0) {
-    const float scale = zero ? 0.0f : __fdiv_rn(maximum, 448.0f);
-    task.scales[row] = finite ? scale : __uint_as_float(kNaNBits);
-  }
-  const float factor = __fdiv_rn(448.0f, maximum);
+  const RowEncoder encoder(block_max(amax, of_warp));
+  if (threadIdx.x == 0) task.scales[row] = encoder.scale();
   uint8_t* codes = task.codes + row * task.cols;
-  const auto encode_and_store = [&](const Elements<Type>& values, int64_t column) {
-    const Codes<Type> encoded = encode<Type>(values, factor, zero, !finite);
-    if (column + kWidth<Type> <= task.cols && task.cols % kWidth<Type> == 0) {
-      *reinterpret_cast<decltype(encoded.vector)*>(codes + column) = encoded.vector;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth<Type>; ++i) {
-        if (column + i < task.cols) codes[column + i] = encoded.word[i / 4] >> 8 * (i % 4);
-      }
-    }
-  };
 #pragma unroll
   for (int i = 0; i < kKept<Type>; ++i) {
-    if (column_of(i) < task.cols) encode_and_store(kept[i], column_of(i));
+    if (column_of(i) < task.cols) {
+      store_codes<Type>(encoder.encode(kept[i]), codes, column_of(i), task.cols);
+    }
   }
   for (int i = kKept<Type>; column_of(i) < task.cols; ++i) {
-    encode_and_store(load<Type, aligned>(source, column_of(i), task.cols), column_of(i));
+    const auto values = load<Type, aligned>(source, column_of(i), task.cols);
+    store_codes<Type>(encoder.encode(values), codes, column_of(i), task.cols);
   }
 }
 

@@ -61,6 +61,39 @@ class BuildInfo:
     def architectures(self) -> list[str]: ...
 
 def build_info() -> BuildInfo: ...
+def silu_multiply(
+    gate: Any, up: Any, target: tuple[str, Any, Any, int, int], stream: int = 0
+) -> None: ...
+def norm_modulate(
+    x: Any,
+    weight: Any,
+    scale: Any,
+    items: Any,
+    eps: float,
+    target: tuple[str, Any, Any, int, int],
+    stream: int = 0,
+) -> None: ...
+def add_norm_modulate(
+    x: Any,
+    y: Any,
+    norm_weight: Any,
+    gate: Any,
+    next_weight: Any,
+    next_scale: Any,
+    items: Any,
+    eps: float,
+    target: tuple[str, Any, Any, int, int] | None,
+    stream: int = 0,
+) -> None: ...
+def rotate_heads(
+    qkv: Any,
+    q_weight: Any,
+    k_weight: Any,
+    rotations: Any,
+    heads: int,
+    eps: float,
+    stream: int = 0,
+) -> None: ...
 def gemm_paths() -> list[str]: ...
 def cublaslt_version() -> str: ...
 

@@ -74,6 +74,11 @@ def _torch_of(array: object) -> Any:
     return torch if torch is not None and isinstance(array, torch.Tensor) else None
 
 
+def is_tensor(array: object) -> bool:
+    """Whether `array` is a torch tensor."""
+    return _torch_of(array) is not None
+
+
 def on_cuda(array: Any) -> bool:
     """Whether `array` is a torch tensor on a CUDA device."""
     return _torch_of(array) is not None and array.device.type == "cuda"
@@ -130,7 +135,7 @@ def plain(array: Any, name: str, kinds: str = _KINDS) -> tuple[Any, str]:
     return (array.view(np.uint16) if dtype == "bfloat16" else array), dtype
 
 
-def vector(array: Any, dtype: DTypeName, size: int, name: str) -> Any:
+def vector(array: Any, dtype: str, size: int, name: str) -> Any:
     """A vector of that dtype and size as something that the core accepts."""
     values, found = plain(array, name)
     if found != dtype:

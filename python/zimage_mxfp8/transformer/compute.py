@@ -6,12 +6,12 @@ from typing import Literal
 
 from .. import _core
 from ..errors import UnsupportedError, UsageError
+from ..fused import Form
 
 Compute = Literal["mxfp8", "folded", "exact", "emulated"]
 COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "folded", "exact", "emulated")
 
 # The form in which a mode's layers take their activations.
-Form = Literal["bfloat16", "row-scaled", "mxfp8"]
 FORMS: dict[Compute, Form] = {
     "mxfp8": "mxfp8",
     "folded": "row-scaled",

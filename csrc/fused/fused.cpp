@@ -1,0 +1,219 @@
+#include "zimage_mxfp8/fused.h"
+
+#include <string>
+#include <variant>
+
+#include "check.h"
+#include "cuda/runtime.h"
+#include "fused/fused_cuda.h"
+
+namespace zimage_mxfp8 {
+namespace {
+
+using detail::MemoryRange;
+
+// Memory that an activation occupies: elements, or codes and scales.
+struct ActivationMemory {
+  MemoryRange values, scales;
+};
+
+template <typename View>
+void check_bfloat16(const View& matrix, const char* what) {
+  detail::check_matrix(matrix, what);
+  if (matrix.dtype != DType::kBFloat16) {
+    throw InvalidArgument(std::string(what) + " must be bfloat16");
+  }
+}
+
+// Throws InvalidArgument unless a matrix of the call has the size of the first.
+void check_size(std::int64_t rows, std::int64_t cols, const char* what, const ConstMatrixView& like,
+                const char* like_what) {
+  if (rows != like.rows || cols != like.cols) {
+    throw InvalidArgument(std::string(what) + " is " + detail::shape_text(rows, cols) + " but " +
+                          like_what + " is " + detail::shape_text(like.rows, like.cols));
+  }
+}
+
+void check_columns(std::int64_t cols) {
+  if (cols < 1 || cols > kMaxFusedColumns) {
+    throw InvalidArgument("rows must have 1 to " + std::to_string(kMaxFusedColumns) +
+                          " columns, not " + std::to_string(cols));
+  }
+}
+
+void check_eps(float eps) {
+  if (!(eps >= 0.0f)) throw InvalidArgument("eps must be 0 or more");
+}
+
+ConstMatrixView as_const(const MatrixView& matrix) {
+  return {matrix.data, matrix.dtype, matrix.rows, matrix.cols, matrix.row_stride};
+}
+
+MemoryRange range_of(const ConstMatrixView& matrix, const char* what) {
+  const MemoryRange range = detail::range_of(matrix, what);
+  detail::check_alignment(range, element_size(matrix.dtype));
+  return range;
+}
+
+MemoryRange vector_range(const void* data, std::int64_t count, std::size_t item, const char* what) {
+  if (!data) throw InvalidArgument(std::string(what) + " is a null pointer");
+  const MemoryRange range{data, count * static_cast<std::int64_t>(item), what};
+  detail::check_alignment(range, item);
+  return range;
+}
+
+ActivationMemory check_target(const MatrixView& target, const ConstMatrixView& source,
+                              const char* source_what) {
+  check_bfloat16(target, "the target");
+  check_size(target.rows, target.cols, "the target", source, source_what);
+  return {range_of(as_const(target), "the target"), {nullptr, 0, ""}};
+}
+
+ActivationMemory check_codes(const void* codes, std::int64_t code_bytes, const void* scales,
+                             std::int64_t scale_bytes, std::size_t scale_alignment) {
+  if (!codes || !scales) throw InvalidArgument("codes or scales are a null pointer");
+  const ActivationMemory memory{{codes, code_bytes, "codes"}, {scales, scale_bytes, "scales"}};
+  detail::check_alignment(memory.values, 16);
+  detail::check_alignment(memory.scales, scale_alignment);
+  return memory;
+}
+
+ActivationMemory check_target(const MXFP8View& target, const ConstMatrixView& source,
+                              const char* source_what) {
+  check_size(target.rows, target.cols, "the target", source, source_what);
+  const MXFP8Shape shape{target.rows, target.cols};
+  return check_codes(target.codes, shape.code_bytes(), target.scales, shape.scale_bytes(), 16);
+}
+
+ActivationMemory check_target(const RowScaledView& target, const ConstMatrixView& source,
+                              const char* source_what) {
+  check_size(target.rows, target.cols, "the target", source, source_what);
+  return check_codes(target.codes, target.rows * target.cols, target.scales,
+                     target.rows * static_cast<std::int64_t>(sizeof(float)), sizeof(float));
+}
+
+ActivationMemory check_activation(const ActivationView& target, const ConstMatrixView& source,
+                                  const char* source_what) {
+  return std::visit([&](const auto& view) { return check_target(view, source, source_what); },
+                    target);
+}
+
+// Memory of a norm's weight and modulation; the latter is empty if there is none.
+struct NormMemory {
+  MemoryRange weight, modulation;
+};
+
+NormMemory check_norm(const NormWeights& norm, std::int64_t cols, Items items, const char* weight,
+                      const char* modulation) {
+  NormMemory memory{vector_range(norm.weight, cols, 2, weight), {nullptr, 0, modulation}};
+  if (!norm.modulation) return memory;
+  const ConstMatrixView& rows = *norm.modulation;
+  check_bfloat16(rows, modulation);
+  if (rows.cols != cols) {
+    throw InvalidArgument(std::string(modulation) + " has " + std::to_string(rows.cols) +
+                          " columns, not " + std::to_string(cols));
+  }
+  if (rows.rows < 1 || (!items && rows.rows != 1)) {
+    throw InvalidArgument(std::string(modulation) + " must have " +
+                          (items ? "one row or more" : "one row where there are no items") +
+                          ", not " + std::to_string(rows.rows));
+  }
+  memory.modulation = range_of(rows, modulation);
+  return memory;
+}
+
+MemoryRange check_items(Items items, std::int64_t rows) {
+  if (!items) return {nullptr, 0, "items"};
+  return vector_range(items, rows, sizeof(*items), "items");
+}
+
+}  // namespace
+
+void silu_multiply(const ConstMatrixView& gate, const ConstMatrixView& up,
+                   const ActivationView& target, CudaStream stream) {
+  check_bfloat16(gate, "gate");
+  check_bfloat16(up, "up");
+  check_size(up.rows, up.cols, "up", gate, "gate");
+  check_columns(gate.cols);
+  if (gate.rows == 0) return;
+  const MemoryRange from_gate = range_of(gate, "gate"), from_up = range_of(up, "up");
+  const ActivationMemory to = check_activation(target, gate, "gate");
+  detail::check_disjoint(to.values, {to.scales, from_gate, from_up});
+  detail::check_disjoint(to.scales, {from_gate, from_up});
+  detail::check_device_memory({from_gate, from_up, to.values, to.scales});
+  detail::silu_multiply_cuda(gate, up, target, stream);
+}
+
+void norm_modulate(const ConstMatrixView& x, const NormWeights& norm, Items items, float eps,
+                   const ActivationView& target, CudaStream stream) {
+  check_bfloat16(x, "x");
+  check_columns(x.cols);
+  check_eps(eps);
+  const NormMemory from_norm = check_norm(norm, x.cols, items, "weight", "scale");
+  if (x.rows == 0) return;
+  const MemoryRange from = range_of(x, "x"), from_items = check_items(items, x.rows);
+  const ActivationMemory to = check_activation(target, x, "x");
+  for (const MemoryRange& written : {to.values, to.scales}) {
+    detail::check_disjoint(written, {from, from_norm.weight, from_norm.modulation, from_items});
+  }
+  detail::check_disjoint(to.values, {to.scales});
+  detail::check_device_memory(
+      {from, from_norm.weight, from_norm.modulation, from_items, to.values, to.scales});
+  detail::norm_modulate_cuda(x, norm, items, eps, target, stream);
+}
+
+void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
+                       const std::optional<NextNorm>& next, Items items, float eps,
+                       CudaStream stream) {
+  check_bfloat16(x, "x");
+  check_bfloat16(y, "y");
+  check_size(y.rows, y.cols, "y", as_const(x), "x");
+  check_columns(x.cols);
+  check_eps(eps);
+  const NormMemory from_norm = check_norm(norm, x.cols, items, "norm_weight", "gate");
+  NormMemory from_next{{nullptr, 0, ""}, {nullptr, 0, ""}};
+  if (next) from_next = check_norm(next->norm, x.cols, items, "next_weight", "next_scale");
+  if (x.rows == 0) return;
+  const MemoryRange in_place = range_of(as_const(x), "x"), from = range_of(y, "y");
+  const MemoryRange from_items = check_items(items, x.rows);
+  ActivationMemory to{{nullptr, 0, ""}, {nullptr, 0, ""}};
+  if (next) to = check_activation(next->target, as_const(x), "x");
+  for (const MemoryRange& written : {to.values, to.scales, in_place}) {
+    detail::check_disjoint(written, {from, from_norm.weight, from_norm.modulation, from_next.weight,
+                                     from_next.modulation, from_items});
+  }
+  detail::check_disjoint(to.values, {to.scales, in_place});
+  detail::check_disjoint(to.scales, {in_place});
+  detail::check_device_memory({in_place, from, from_norm.weight, from_norm.modulation,
+                               from_next.weight, from_next.modulation, from_items, to.values,
+                               to.scales});
+  detail::add_norm_modulate_cuda(x, y, norm, next, items, eps, stream);
+}
+
+void rotate_heads(const MatrixView& qkv, const void* q_weight, const void* k_weight,
+                  const ConstMatrixView& rotations, std::int64_t heads, float eps,
+                  CudaStream stream) {
+  check_bfloat16(qkv, "qkv");
+  detail::check_matrix(rotations, "rotations");
+  if (rotations.dtype != DType::kFloat32) throw InvalidArgument("rotations must be float32");
+  check_eps(eps);
+  // More heads than these have no row that memory could hold.
+  if (heads < 1 || heads > (std::int64_t{1} << 20) || qkv.cols != 3 * heads * kHeadSize) {
+    throw InvalidArgument("qkv has " + std::to_string(qkv.cols) + " columns, which is not 3 * " +
+                          std::to_string(heads) + " heads of " + std::to_string(kHeadSize));
+  }
+  if (rotations.rows != qkv.rows || rotations.cols != kHeadSize) {
+    throw InvalidArgument("rotations must be " + detail::shape_text(qkv.rows, kHeadSize) +
+                          ", not " + detail::shape_text(rotations.rows, rotations.cols));
+  }
+  const MemoryRange from_q = vector_range(q_weight, kHeadSize, 2, "q_weight");
+  const MemoryRange from_k = vector_range(k_weight, kHeadSize, 2, "k_weight");
+  if (qkv.rows == 0) return;
+  const MemoryRange in_place = range_of(as_const(qkv), "qkv");
+  const MemoryRange from = range_of(rotations, "rotations");
+  detail::check_disjoint(in_place, {from_q, from_k, from});
+  detail::check_device_memory({in_place, from_q, from_k, from});
+  detail::rotate_heads_cuda(qkv, q_weight, k_weight, rotations, heads, eps, stream);
+}
+
+}  // namespace zimage_mxfp8

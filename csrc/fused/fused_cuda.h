@@ -1,0 +1,20 @@
+#pragma once
+
+#include "zimage_mxfp8/fused.h"
+
+namespace zimage_mxfp8::detail {
+
+// The operations of fused.h with arguments that are checked, and at least one row.
+
+void silu_multiply_cuda(const ConstMatrixView& gate, const ConstMatrixView& up,
+                        const ActivationView& target, CudaStream stream);
+void norm_modulate_cuda(const ConstMatrixView& x, const NormWeights& norm, Items items, float eps,
+                        const ActivationView& target, CudaStream stream);
+void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
+                            const std::optional<NextNorm>& next, Items items, float eps,
+                            CudaStream stream);
+void rotate_heads_cuda(const MatrixView& qkv, const void* q_weight, const void* k_weight,
+                       const ConstMatrixView& rotations, std::int64_t heads, float eps,
+                       CudaStream stream);
+
+}  // namespace zimage_mxfp8::detail

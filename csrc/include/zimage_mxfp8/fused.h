@@ -1,0 +1,77 @@
+// What Z-Image's DiT computes between its products, on CUDA devices: one pass over memory each, and
+// activations written in the format that the next product takes.
+//
+// Matrices are BF16, the arithmetic is float32, and every result is rounded to BF16 once. In the
+// 8-bit formats it is the rounded value that is encoded: the bytes are those of quantize() or
+// quantize_rows() over the BF16 result.
+//
+// All run on the current CUDA device (see CudaStream in device.h). Any alignment of elements will
+// do, but codes and block scales are aligned to 16 bytes; matrices whose rows all begin at
+// multiples of 16 bytes, and vectors that do, are fastest. NaN and infinity are encoded as
+// quantize() on a device and quantize_rows() do.
+//
+// All throw InvalidArgument if shapes disagree, a size is negative, a matrix is not BF16, a pointer
+// is null, eps is negative or NaN, or memory that is written overlaps with other memory.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <variant>
+
+#include "zimage_mxfp8/device.h"
+#include "zimage_mxfp8/matrix.h"
+
+namespace zimage_mxfp8 {
+
+// The widest row that these operations take.
+inline constexpr std::int64_t kMaxFusedColumns = 16384;
+
+// An activation that is to be written, [M, C] in one of three formats.
+using ActivationView = std::variant<MatrixView, MXFP8View, RowScaledView>;
+
+// target = silu(gate) * up, all [M, C]. `gate` and `up` may be parts of one matrix. Where gate is
+// between -88.8 and -87.3 the result is 0, which is off by 1e-36 * up.
+void silu_multiply(const ConstMatrixView& gate, const ConstMatrixView& up,
+                   const ActivationView& target, CudaStream stream);
+
+// The weight of an RMSNorm and what modulates its result: one row for each item, which is an
+// element of the batch.
+struct NormWeights {
+  const void* weight;                         // [C] BF16
+  std::optional<ConstMatrixView> modulation;  // [I, C] BF16, or none
+};
+
+// The item of each row: [M] int32, or null if all rows belong to the only one. A row whose item is
+// not in [0, I) of a modulation becomes NaN.
+using Items = const std::int32_t*;
+
+// target = RMSNorm(x) * weight * (1 + modulation[item]), where RMSNorm(x) is
+// x / sqrt(mean(x^2) + eps) of each row. `x` is [M, C].
+void norm_modulate(const ConstMatrixView& x, const NormWeights& norm, Items items, float eps,
+                   const ActivationView& target, CudaStream stream);
+
+// The norm that follows a residual addition, and where its result goes.
+struct NextNorm {
+  NormWeights norm;
+  ActivationView target;
+};
+
+// x += tanh(modulation[item]) * RMSNorm(y) * weight, in place; without a modulation its factor is
+// 1. Then, if there is a next norm, norm_modulate() of the rounded x. `x` and `y` are [M, C].
+void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
+                       const std::optional<NextNorm>& next, Items items, float eps,
+                       CudaStream stream);
+
+inline constexpr std::int64_t kHeadSize = 128;
+
+// RMSNorm and rotary embedding of the query and key heads, in place. `qkv` is
+// [M, 3 * heads * 128]: all heads of q, of k and of v, which stays as it is. Every head of q and k
+// becomes RMSNorm(head) * weight, where its adjacent pairs are then complex numbers that are
+// multiplied with those of `rotations`, rounded once at the end.
+//
+// The weights are [128] BF16; `rotations` is [M, 128] float32: 64 pairs of cosine and sine a row.
+void rotate_heads(const MatrixView& qkv, const void* q_weight, const void* k_weight,
+                  const ConstMatrixView& rotations, std::int64_t heads, float eps,
+                  CudaStream stream);
+
+}  // namespace zimage_mxfp8

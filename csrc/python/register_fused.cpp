@@ -1,0 +1,166 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <vector>
+
+#include "cuda/runtime.h"
+#include "python/array.h"
+#include "python/register.h"
+#include "python/views.h"
+#include "zimage_mxfp8/fused.h"
+
+namespace py = pybind11;
+
+namespace zimage_mxfp8::python {
+namespace {
+
+using Activation = FormattedMatrix<MatrixView, MXFP8View, RowScaledView>;
+
+// An array or None.
+struct OptionalArray {
+  std::optional<Array> array;
+
+  OptionalArray(const py::object& object, const char* name) {
+    if (!object.is_none()) array.emplace(object, name, kRead, kAnywhere);
+  }
+};
+
+// Arrays of a call, whose device is looked up once all are there.
+class Arrays {
+ public:
+  void add(const Array& array) { arrays_.push_back(&array); }
+  void add(const OptionalArray& optional) {
+    if (optional.array) add(*optional.array);
+  }
+  void add(const Activation& activation) {
+    add(activation.data);
+    if (activation.scales) add(*activation.scales);
+  }
+  int device() const { return common_device(arrays_); }
+
+ private:
+  std::vector<const Array*> arrays_;
+};
+
+const std::uint8_t* vector(const Array& array, std::int64_t count, std::int64_t item) {
+  array.require_contiguous(count * item);
+  return array.data();
+}
+
+// A norm as Python describes it: its weight, and a matrix of scales or gates, or None.
+struct Norm {
+  Array weight;
+  OptionalArray modulation;
+
+  Norm(const py::object& weight_object, const char* weight_name,
+       const py::object& modulation_object, const char* modulation_name)
+      : weight(weight_object, weight_name, kRead, kAnywhere),
+        modulation(modulation_object, modulation_name) {}
+
+  NormWeights view(std::int64_t cols) const {
+    NormWeights norm{vector(weight, cols, 2), std::nullopt};
+    if (modulation.array) norm.modulation = matrix<ConstMatrixView>(*modulation.array, "bfloat16");
+    return norm;
+  }
+};
+
+Items items_of(const OptionalArray& items, std::int64_t rows) {
+  if (!items.array) return nullptr;
+  return reinterpret_cast<Items>(vector(*items.array, rows, sizeof(std::int32_t)));
+}
+
+void py_silu_multiply(const py::object& gate, const py::object& up, const py::tuple& target,
+                      std::uintptr_t stream) {
+  const Array from_gate(gate, "gate", kRead, kAnywhere), from_up(up, "up", kRead, kAnywhere);
+  const Activation to(target, "the target", kWrite);
+  Arrays arrays;
+  arrays.add(from_gate), arrays.add(from_up), arrays.add(to);
+  const int device = arrays.device();
+  const auto gate_view = matrix<ConstMatrixView>(from_gate, "bfloat16");
+  const auto up_view = matrix<ConstMatrixView>(from_up, "bfloat16");
+  const py::gil_scoped_release release;
+  const detail::DeviceGuard guard(device);
+  silu_multiply(gate_view, up_view, to.view, cuda_stream(stream));
+}
+
+void py_norm_modulate(const py::object& x, const py::object& weight, const py::object& scale,
+                      const py::object& items, float eps, const py::tuple& target,
+                      std::uintptr_t stream) {
+  const Array from(x, "x", kRead, kAnywhere);
+  const Norm norm(weight, "weight", scale, "scale");
+  const OptionalArray item_array(items, "items");
+  const Activation to(target, "the target", kWrite);
+  Arrays arrays;
+  arrays.add(from), arrays.add(norm.weight), arrays.add(norm.modulation);
+  arrays.add(item_array), arrays.add(to);
+  const int device = arrays.device();
+  const auto view = matrix<ConstMatrixView>(from, "bfloat16");
+  const NormWeights weights = norm.view(view.cols);
+  const Items item_view = items_of(item_array, view.rows);
+  const py::gil_scoped_release release;
+  const detail::DeviceGuard guard(device);
+  norm_modulate(view, weights, item_view, eps, to.view, cuda_stream(stream));
+}
+
+void py_add_norm_modulate(const py::object& x, const py::object& y, const py::object& norm_weight,
+                          const py::object& gate, const py::object& next_weight,
+                          const py::object& next_scale, const py::object& items, float eps,
+                          const std::optional<py::tuple>& target, std::uintptr_t stream) {
+  const Array in_place(x, "x", kWrite, kAnywhere), from(y, "y", kRead, kAnywhere);
+  const Norm norm(norm_weight, "norm_weight", gate, "gate");
+  const OptionalArray item_array(items, "items");
+  Arrays arrays;
+  arrays.add(in_place), arrays.add(from), arrays.add(norm.weight), arrays.add(norm.modulation);
+  arrays.add(item_array);
+  const auto view = matrix<MatrixView>(in_place, "bfloat16");
+  const auto y_view = matrix<ConstMatrixView>(from, "bfloat16");
+  const NormWeights weights = norm.view(view.cols);
+  const Items item_view = items_of(item_array, view.rows);
+  std::optional<Norm> next_norm;
+  std::optional<Activation> to;
+  std::optional<NextNorm> next;
+  if (target) {
+    next_norm.emplace(next_weight, "next_weight", next_scale, "next_scale");
+    to.emplace(*target, "the target", kWrite);
+    arrays.add(next_norm->weight), arrays.add(next_norm->modulation), arrays.add(*to);
+    next = NextNorm{next_norm->view(view.cols), to->view};
+  }
+  const int device = arrays.device();
+  const py::gil_scoped_release release;
+  const detail::DeviceGuard guard(device);
+  add_norm_modulate(view, y_view, weights, next, item_view, eps, cuda_stream(stream));
+}
+
+void py_rotate_heads(const py::object& qkv, const py::object& q_weight, const py::object& k_weight,
+                     const py::object& rotations, std::int64_t heads, float eps,
+                     std::uintptr_t stream) {
+  const Array in_place(qkv, "qkv", kWrite, kAnywhere);
+  const Array q(q_weight, "q_weight", kRead, kAnywhere), k(k_weight, "k_weight", kRead, kAnywhere);
+  const Array from(rotations, "rotations", kRead, kAnywhere);
+  const int device = common_device({&in_place, &q, &k, &from});
+  const auto view = matrix<MatrixView>(in_place, "bfloat16");
+  const auto rotation_view = matrix<ConstMatrixView>(from, "float32");
+  const void* q_data = vector(q, kHeadSize, 2);
+  const void* k_data = vector(k, kHeadSize, 2);
+  const py::gil_scoped_release release;
+  const detail::DeviceGuard guard(device);
+  rotate_heads(view, q_data, k_data, rotation_view, heads, eps, cuda_stream(stream));
+}
+
+}  // namespace
+
+void register_fused(py::module_& module) {
+  using py::arg;
+  module.def("silu_multiply", &py_silu_multiply, arg("gate"), arg("up"), arg("target"),
+             arg("stream") = 0);
+  module.def("norm_modulate", &py_norm_modulate, arg("x"), arg("weight"), arg("scale"),
+             arg("items"), arg("eps"), arg("target"), arg("stream") = 0);
+  module.def("add_norm_modulate", &py_add_norm_modulate, arg("x"), arg("y"), arg("norm_weight"),
+             arg("gate"), arg("next_weight"), arg("next_scale"), arg("items"), arg("eps"),
+             arg("target"), arg("stream") = 0);
+  module.def("rotate_heads", &py_rotate_heads, arg("qkv"), arg("q_weight"), arg("k_weight"),
+             arg("rotations"), arg("heads"), arg("eps"), arg("stream") = 0);
+}
+
+}  // namespace zimage_mxfp8::python
