@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..fused import Form
 from . import ops
 from .attention import attend
-from .compute import Form
 from .linear import Linear, multiply
 from .ops import Activation
 from .sequence import Part

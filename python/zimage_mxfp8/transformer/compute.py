@@ -6,18 +6,9 @@ from typing import Literal
 
 from .. import _core
 from ..errors import UnsupportedError, UsageError
-from ..fused import Form
 
 Compute = Literal["mxfp8", "folded", "exact", "emulated"]
 COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "folded", "exact", "emulated")
-
-# The form in which a mode's layers take their activations.
-FORMS: dict[Compute, Form] = {
-    "mxfp8": "mxfp8",
-    "folded": "row-scaled",
-    "exact": "bfloat16",
-    "emulated": "mxfp8",
-}
 
 DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",

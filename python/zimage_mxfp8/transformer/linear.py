@@ -14,8 +14,9 @@ from torch import nn
 from .. import _core
 from ..codec import MXFP8Array, dequantize
 from ..errors import PrecisionLossError
+from ..fused import Form
 from ..matmul import FoldStats, Path, RowScaledArray, fold, gemm
-from .compute import Compute, Form
+from .compute import Compute
 from .ops import pad_columns
 
 

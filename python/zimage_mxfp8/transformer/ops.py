@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from .. import fused
 from ..codec import quantize
+from ..fused import Form
 from ..matmul import quantize_rows
-from .compute import Form
 from .config import HEAD_DIM, NORM_EPS
 
 # A matrix of activations in each of the forms that its consumers take.
