@@ -2,7 +2,7 @@
 beside diffusers' BF16 model under torch.compile, in one run.
 
     python benchmarks/transformer.py                 # full size; needs 20 GB of disk
-    python benchmarks/transformer.py --only speed    # of: load start speed profile errors
+    python benchmarks/transformer.py --only ours peer   # of: load start ours profile errors peer
 
 The checkpoint is synthetic. Inputs are random latents and captions. Peer: diffusers'
 `ZImageTransformer2DModel` in BF16 with cuDNN's attention, its blocks compiled by torch.compile for
@@ -33,7 +33,7 @@ from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.bias_correction import sampler_timesteps
 from zimage_mxfp8.synthetic import write_synthetic_checkpoint
 
-PARTS = ("load", "start", "speed", "profile", "errors")
+PARTS = ("load", "start", "ours", "profile", "errors", "peer")
 # Pixels of a side, pictures, caption tokens.
 SHAPES = [(1024, 1, 128), (512, 1, 128), (1536, 1, 128), (2048, 1, 128), (1024, 4, 128)]
 SHAPES.append((1024, 1, 512))
@@ -275,13 +275,13 @@ def main() -> None:
         note("load", measure_load(file))
     if "start" in arguments.only:
         note("start to the end of 8 steps, seconds", measure_start(file))
-    if "speed" in arguments.only:
+    if "ours" in arguments.only:
         note("ours", measure_ours(file, arguments.repeats))
     if "profile" in arguments.only:
         note("profile", profile(file))
     if "errors" in arguments.only:
         note("errors", measure_errors(checkpoint, file))
-    if "speed" in arguments.only:
+    if "peer" in arguments.only:
         note("peer", measure_peer(checkpoint, arguments.repeats, arguments.whole))
 
 
