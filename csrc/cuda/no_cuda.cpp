@@ -4,6 +4,7 @@
 #include "fused/fused_cuda.h"
 #include "gemm/gemm_cuda.h"
 #include "quantize/quantize_cuda.h"
+#include "row_scaled/fold_cuda.h"
 #include "row_scaled/quantize_rows_cuda.h"
 #include "zimage_mxfp8/device.h"
 #include "zimage_mxfp8/gemm.h"
@@ -44,6 +45,7 @@ DeviceGuard::~DeviceGuard() = default;
 void quantize_cuda(const QuantizeTask&, CudaStream) { refuse(); }
 void dequantize_cuda(const DequantizeTask&, CudaStream) { refuse(); }
 void quantize_rows_cuda(const QuantizeRowsTask&, CudaStream) { refuse(); }
+void fold_cuda(const ConstMXFP8View&, const RowScaledView&, FoldRowStats*, CudaStream) { refuse(); }
 void silu_multiply_cuda(const ConstMatrixView&, const ConstMatrixView&, const ActivationView&,
                         CudaStream) {
   refuse();

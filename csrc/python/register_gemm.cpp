@@ -90,6 +90,32 @@ py::tuple py_fold(const py::object& codes, const py::object& scales, std::int64_
   return py::make_tuple(stats.changed, stats.relative_error);
 }
 
+void py_fold_async(const py::object& codes, const py::object& scales, std::int64_t rows,
+                   std::int64_t cols, const py::object& out_codes, const py::object& out_scales,
+                   const py::object& stats, std::uintptr_t stream) {
+  const Array in_codes(codes, "codes", kRead, kAnywhere);
+  const Array in_scales(scales, "scales", kRead, kAnywhere);
+  const Array to_codes(out_codes, "out_codes", kWrite, kAnywhere);
+  const Array to_scales(out_scales, "out_scales", kWrite, kAnywhere);
+  const Array to_stats(stats, "the statistics", kWrite, kAnywhere);
+  const auto source = mxfp8<ConstMXFP8View>(in_codes, in_scales, rows, cols);
+  const auto target = row_scaled<RowScaledView>(to_codes, to_scales);
+  to_stats.require_contiguous(rows * static_cast<std::int64_t>(sizeof(FoldRowStats)));
+  const int device = common_device({&in_codes, &in_scales, &to_codes, &to_scales, &to_stats});
+  const py::gil_scoped_release release;
+  const detail::DeviceGuard guard(device);
+  fold(source, target, reinterpret_cast<FoldRowStats*>(to_stats.data()), cuda_stream(stream));
+}
+
+py::tuple py_fold_stats(const py::object& stats, double bound) {
+  const Array of_rows(stats, "the statistics", kRead);
+  const std::int64_t rows = of_rows.shape().empty() ? 0 : of_rows.shape()[0];
+  of_rows.require_contiguous(rows * static_cast<std::int64_t>(sizeof(FoldRowStats)));
+  const FoldStats result =
+      fold_stats(reinterpret_cast<const FoldRowStats*>(of_rows.data()), rows, bound);
+  return py::make_tuple(result.changed, result.relative_error);
+}
+
 }  // namespace
 
 void register_gemm(py::module_& module) {
@@ -130,6 +156,9 @@ void register_gemm(py::module_& module) {
              arg("scales"), arg("threads") = 0, arg("stream") = 0);
   module.def("fold", &py_fold, arg("codes"), arg("scales"), arg("rows"), arg("cols"),
              arg("out_codes"), arg("out_scales"), arg("bound"), arg("threads") = 0);
+  module.def("fold_async", &py_fold_async, arg("codes"), arg("scales"), arg("rows"), arg("cols"),
+             arg("out_codes"), arg("out_scales"), arg("stats"), arg("stream") = 0);
+  module.def("fold_stats", &py_fold_stats, arg("stats"), arg("bound"));
 }
 
 }  // namespace zimage_mxfp8::python

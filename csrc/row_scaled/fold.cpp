@@ -2,12 +2,14 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "cpu/parallel.h"
+#include "cuda/runtime.h"
+#include "row_scaled/fold_cuda.h"
 #include "zimage_mxfp8/row_scaled.h"
 #include "zimage_mxfp8/scale_layout.h"
 
@@ -64,12 +66,7 @@ const Tables& tables() {
   return instance;
 }
 
-struct RowSums {
-  std::int64_t changed = 0;
-  double squared_error = 0.0, squared_signal = 0.0;
-};
-
-RowSums fold_row(const ConstMXFP8View& source, const RowScaledView& target, std::int64_t row) {
+FoldRowStats fold_row(const ConstMXFP8View& source, const RowScaledView& target, std::int64_t row) {
   const Tables& table = tables();
   const MXFP8Shape shape{source.rows, source.cols};
   const std::int64_t blocks = shape.blocks(), tiles = ceil_div(blocks, 4);
@@ -85,15 +82,15 @@ RowSums fold_row(const ConstMXFP8View& source, const RowScaledView& target, std:
     }
     const int byte = source.scales[scale_offset(row, block, tiles)];
     if (largest == 0x7F || byte == 255) {
-      throw InvalidArgument("the matrix has NaN in row " + std::to_string(row) + ", columns " +
-                            std::to_string(block * kBlockSize) + " to " +
-                            std::to_string(std::min((block + 1) * kBlockSize, source.cols) - 1));
+      return {static_cast<double>(block * kBlockSize),
+              static_cast<double>(std::min((block + 1) * kBlockSize, source.cols) - 1),
+              std::numeric_limits<double>::quiet_NaN()};
     }
     if (largest != 0) row_byte = std::max(row_byte, byte - table.headroom[largest]);
   }
   target.scales[row] = std::ldexp(1.0f, row_byte - 127);
 
-  RowSums sums;
+  FoldRowStats sums;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const int byte = source.scales[scale_offset(row, block, tiles)];
     const int shift = std::clamp(row_byte - byte, -kMostUp, kMostDown);
@@ -104,7 +101,7 @@ RowSums fold_row(const ConstMXFP8View& source, const RowScaledView& target, std:
       const std::uint8_t code = codes[column], magnitude = code & 0x7F;
       out[column] = static_cast<std::uint8_t>(shifted.code[magnitude] | (code & 0x80));
       const double squared_error = shifted.squared_error[magnitude];
-      sums.changed += squared_error > 0.0;
+      sums.changed += squared_error > 0.0 ? 1.0 : 0.0;
       error += squared_error;
       signal += table.value[magnitude] * table.value[magnitude];
     }
@@ -114,58 +111,105 @@ RowSums fold_row(const ConstMXFP8View& source, const RowScaledView& target, std:
   return sums;
 }
 
-}  // namespace
-
-FoldStats fold(const ConstMXFP8View& source, const RowScaledView& target, double bound,
-               int threads) {
+void check_bound(double bound) {
   if (!(bound >= 0.0)) throw InvalidArgument("the bound must be 0 or more");
+}
+
+struct FoldMemory {
+  detail::MemoryRange from_codes, from_scales, codes, scales;
+};
+
+FoldMemory check(const ConstMXFP8View& source, const RowScaledView& target) {
   if (source.rows < 0 || source.cols < 0) throw InvalidArgument("the source has a negative size");
   if (source.rows != target.rows || source.cols != target.cols) {
     throw InvalidArgument("the MXFP8 matrix is " + detail::shape_text(source.rows, source.cols) +
                           " but the row-scaled matrix is " +
                           detail::shape_text(target.rows, target.cols));
   }
-  if (source.rows == 0 || source.cols == 0) return {};
-  if (!source.codes || !source.scales || !target.codes || !target.scales) {
-    throw InvalidArgument("codes or scales are a null pointer");
-  }
   const MXFP8Shape shape{source.rows, source.cols};
-  const detail::MemoryRange codes{target.codes, target.rows * target.cols, "the target's codes"};
-  const detail::MemoryRange scales{target.scales, target.rows * 4, "the target's scales"};
-  const detail::MemoryRange from_codes{source.codes, shape.code_bytes(), "the source's codes"};
-  const detail::MemoryRange from_scales{source.scales, shape.scale_bytes(), "the source's scales"};
-  detail::check_disjoint(codes, {scales, from_codes, from_scales});
-  detail::check_disjoint(scales, {from_codes, from_scales});
-  detail::check_alignment(scales, sizeof(float));
+  const FoldMemory memory{{source.codes, shape.code_bytes(), "the source's codes"},
+                          {source.scales, shape.scale_bytes(), "the source's scales"},
+                          {target.codes, target.rows * target.cols, "the target's codes"},
+                          {target.scales, target.rows * static_cast<std::int64_t>(sizeof(float)),
+                           "the target's scales"}};
+  for (const detail::MemoryRange& range :
+       {memory.from_codes, memory.from_scales, memory.codes, memory.scales}) {
+    if (!range.begin && range.bytes > 0) {
+      throw InvalidArgument("codes or scales are a null pointer");
+    }
+  }
+  detail::check_disjoint(memory.codes, {memory.scales, memory.from_codes, memory.from_scales});
+  detail::check_disjoint(memory.scales, {memory.from_codes, memory.from_scales});
+  detail::check_alignment(memory.scales, sizeof(float));
+  return memory;
+}
 
-  // One sum a row, added in order: threads do not change the result.
-  std::vector<RowSums> partial(static_cast<std::size_t>(source.rows));
+}  // namespace
+
+FoldStats fold(const ConstMXFP8View& source, const RowScaledView& target, double bound,
+               int threads) {
+  check_bound(bound);
+  check(source, target);
+  std::vector<FoldRowStats> stats(static_cast<std::size_t>(source.rows));
   detail::parallel_for(source.rows, detail::row_grain(source.cols), threads,
                        [&](std::int64_t begin, std::int64_t end) {
                          for (std::int64_t row = begin; row < end; ++row) {
-                           partial[static_cast<std::size_t>(row)] = fold_row(source, target, row);
+                           stats[static_cast<std::size_t>(row)] = fold_row(source, target, row);
                          }
                        });
-  RowSums total;
-  for (const RowSums& sums : partial) {
+  return fold_stats(stats.data(), source.rows, bound);
+}
+
+void fold(const ConstMXFP8View& source, const RowScaledView& target, FoldRowStats* stats,
+          CudaStream stream) {
+  const FoldMemory memory = check(source, target);
+  if (source.rows == 0) return;
+  if (!stats) throw InvalidArgument("the statistics are a null pointer");
+  const detail::MemoryRange to_stats{
+      stats, source.rows * static_cast<std::int64_t>(sizeof(FoldRowStats)), "the statistics"};
+  detail::check_disjoint(to_stats,
+                         {memory.from_codes, memory.from_scales, memory.codes, memory.scales});
+  for (const detail::MemoryRange& range : {memory.from_codes, memory.from_scales, memory.codes}) {
+    detail::check_alignment(range, 16);
+  }
+  detail::check_alignment(to_stats, sizeof(double));
+  detail::check_device_memory(
+      {memory.from_codes, memory.from_scales, memory.codes, memory.scales, to_stats});
+  detail::fold_cuda(source, target, stats, stream);
+}
+
+FoldStats fold_stats(const FoldRowStats* stats, std::int64_t rows, double bound) {
+  check_bound(bound);
+  if (rows < 0 || (!stats && rows > 0)) {
+    throw InvalidArgument("the statistics are a null pointer or have a negative size");
+  }
+  // Added in order of the rows: neither threads nor devices change the result.
+  FoldRowStats total;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const FoldRowStats& sums = stats[row];
+    if (std::isnan(sums.squared_signal)) {
+      throw InvalidArgument("the matrix has NaN in row " + std::to_string(row) + ", columns " +
+                            std::to_string(static_cast<std::int64_t>(sums.changed)) + " to " +
+                            std::to_string(static_cast<std::int64_t>(sums.squared_error)));
+    }
     total.changed += sums.changed;
     total.squared_error += sums.squared_error;
     total.squared_signal += sums.squared_signal;
   }
-  FoldStats stats;
-  stats.changed = total.changed;
+  FoldStats result;
+  result.changed = static_cast<std::int64_t>(total.changed);
   if (total.squared_signal > 0.0) {
-    stats.relative_error = std::sqrt(total.squared_error / total.squared_signal);
+    result.relative_error = std::sqrt(total.squared_error / total.squared_signal);
   }
-  if (stats.relative_error > bound) {
+  if (result.relative_error > bound) {
     char sentence[128];
     std::snprintf(
         sentence, sizeof(sentence),
         "folding the scales would add a relative error of %.2e, more than the bound of %.2e",
-        stats.relative_error, bound);
-    throw PrecisionLoss(sentence, stats.relative_error);
+        result.relative_error, bound);
+    throw PrecisionLoss(sentence, result.relative_error);
   }
-  return stats;
+  return result;
 }
 
 }  // namespace zimage_mxfp8

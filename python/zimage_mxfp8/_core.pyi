@@ -129,3 +129,14 @@ def fold(
     bound: float,
     threads: int = 0,
 ) -> tuple[int, float]: ...
+def fold_async(
+    codes: Any,
+    scales: Any,
+    rows: int,
+    cols: int,
+    out_codes: Any,
+    out_scales: Any,
+    stats: Any,
+    stream: int = 0,
+) -> None: ...
+def fold_stats(stats: Any, bound: float) -> tuple[int, float]: ...

@@ -33,14 +33,22 @@ from .codec import (
     on_cuda,
     plain,
     require_2d,
-    require_cpu,
     thread_count,
     vector,
 )
 from .dtypes import DTypeName
 from .errors import InvalidArgumentError
 
-__all__ = ["FoldStats", "RowScaledArray", "fold", "gemm", "gemm_path", "quantize_rows"]
+__all__ = [
+    "FoldStats",
+    "RowScaledArray",
+    "fold",
+    "fold_async",
+    "fold_stats",
+    "gemm",
+    "gemm_path",
+    "quantize_rows",
+]
 
 Path = Literal["emulated", "decode", "row-scaled", "sm90", "sm100", "sm120"]
 
@@ -110,29 +118,78 @@ def fold(
     Hopper's FP8 tensor cores take.
 
     Args:
-        array: in host memory.
+        array: on the CPU or on CUDA, where the call waits for the device.
         bound: the largest relative error that may be added.
-        threads: threads to use; 0 means one a core.
+        threads: threads to use on the CPU; 0 means one a core.
 
     Returns:
-        The row-scaled matrix, and what changed.
+        The row-scaled matrix, and what changed. The bytes do not depend on the device.
 
     Raises:
         PrecisionLossError: the error would pass `bound`.
-        InvalidArgumentError: NaN in the matrix, or memory of a device.
+        InvalidArgumentError: NaN in the matrix.
     """
     codes, scales, rows, cols = mxfp8_parts(array, "array")
-    require_cpu(codes, "codes")
-    require_cpu(scales, "scales")
-    try:
-        limit = float(bound)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidArgumentError("bound must be a number") from None
+    limit = _bound(bound)
     threads = thread_count(threads)
+    if on_cuda(codes) or on_cuda(scales):
+        result, statistics = fold_async(array)
+        return result, fold_stats(statistics, bound=limit)
     out_codes = empty((rows, cols), "uint8", like=codes)
     out_scales = empty((rows,), "float32", like=codes)
     changed, error = _core.fold(codes, scales, rows, cols, out_codes, out_scales, limit, threads)
     return RowScaledArray(as_float8(out_codes), out_scales), FoldStats(changed, error)
+
+
+def fold_async(array: MXFP8Array) -> tuple[RowScaledArray, Any]:
+    """Fold a matrix on CUDA, on torch's current stream, without waiting for the device.
+
+    Args:
+        array: on a CUDA device.
+
+    Returns:
+        The row-scaled matrix and what changed in each row, a tensor of float64 [N, 3] on the
+        device that `fold_stats` reads. Until then the matrix may be unusable: there may be NaN in
+        it, or too much may have changed.
+
+    Raises:
+        InvalidArgumentError: not an `MXFP8Array` on one CUDA device.
+    """
+    codes, scales, rows, cols = mxfp8_parts(array, "array")
+    out_codes = empty((rows, cols), "uint8", like=codes)
+    out_scales = empty((rows,), "float32", like=codes)
+    statistics = empty((rows, 3), "float64", like=codes)
+    _core.fold_async(
+        codes, scales, rows, cols, out_codes, out_scales, statistics, current_stream(codes)
+    )
+    return RowScaledArray(as_float8(out_codes), out_scales), statistics
+
+
+def fold_stats(statistics: Any, *, bound: float = 1e-3) -> FoldStats:
+    """What folding changed, from what `fold_async` gave; waits for the device.
+
+    Args:
+        statistics: of one matrix, [N, 3] of float64.
+        bound: the largest relative error that may have been added.
+
+    Raises:
+        PrecisionLossError: the error passes `bound`.
+        InvalidArgumentError: NaN in the matrix, or not such statistics.
+    """
+    limit = _bound(bound)
+    rows, dtype = plain(statistics, "statistics")
+    if dtype != "float64" or len(rows.shape) != 2 or rows.shape[1] != 3:
+        raise InvalidArgumentError(
+            f"statistics must be float64 [N, 3], not {dtype} {list(rows.shape)}"
+        )
+    return FoldStats(*_core.fold_stats(rows.cpu() if on_cuda(rows) else rows, limit))
+
+
+def _bound(bound: Any) -> float:
+    try:
+        return float(bound)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidArgumentError("bound must be a number") from None
 
 
 Operand = tuple[str, Any, Any, int, int]

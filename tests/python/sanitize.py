@@ -15,7 +15,7 @@ uninitialised. It also reports what our kernels read of cuBLASLt's results; the 
 nothing of ours, only torch's products and torch's kernels that read them, and so tells whether
 those reports are the tool's own.
 
-The results are compared with the CPU's; test_cuda_codec.py and test_cuda_matmul.py look closer.
+The results are compared with the CPU's or torch's; test_cuda_*.py look closer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import argparse
 import torch
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core
+from zimage_mxfp8 import _core, fused
 
 TOLERANCE = {"emulated": 1e-6, "decode": 5e-3, "row-scaled": 1e-2, "sm90": 5e-3}
 # [M, N, K]; the last has more tiles than there are multiprocessors.
@@ -41,6 +41,59 @@ def check_codec(rows: int, cols: int, dtype: torch.dtype) -> None:
         assert torch.equal(zm.dequantize(encoded, target).cpu(), zm.dequantize(want, target))
     by_rows, rows_want = zm.quantize_rows(matrix.cuda()), zm.quantize_rows(matrix)
     assert torch.equal(by_rows.codes.view(torch.uint8).cpu(), rows_want.codes.view(torch.uint8))
+
+
+def check_fold(rows: int, cols: int) -> None:
+    host = zm.quantize(torch.randn(rows, cols) * torch.exp2(torch.randint(-9, 9, (rows, cols))))
+    device = zm.MXFP8Array(host.codes.cuda(), host.scales.cuda(), host.shape)
+    folded, want = zm.fold(device, bound=1)[0], zm.fold(host, bound=1)[0]
+    assert torch.equal(folded.codes.view(torch.uint8).cpu(), want.codes.view(torch.uint8))
+
+
+def check_close(result: object, want: torch.Tensor, rows: int, cols: int) -> None:
+    if isinstance(result, zm.RowScaledArray):
+        result = result.codes.float() * result.scales[:, None]
+    elif isinstance(result, zm.MXFP8Array):
+        result = zm.dequantize(result)
+    assert isinstance(result, torch.Tensor) and result.shape == (rows, cols)
+    assert ((result.float() - want).norm() / want.norm()).item() < 7e-2  # E4M3 alone: 2^-4
+
+
+def check_fused(rows: int, cols: int) -> None:
+    x, y = (torch.randn(rows, cols, device="cuda").bfloat16() for _ in range(2))
+    weight = torch.randn(cols, device="cuda").bfloat16()
+    scale = torch.randn(2, cols, device="cuda").bfloat16()
+    items = torch.arange(rows, dtype=torch.int32, device="cuda") % 2
+    factor = weight.float() * (1 + scale.float()[items])
+
+    def norm(matrix: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(matrix.float(), (cols,), eps=1e-5)
+
+    added = x.float() + torch.tanh(scale.float()[items]) * norm(y) * weight.float()
+    fused.add_norm_modulate(x.clone(), y, weight)
+    for form in ("bfloat16", "row-scaled", "mxfp8"):
+        result = fused.silu_multiply(x, y, form)
+        check_close(result, torch.nn.functional.silu(x.float()) * y.float(), rows, cols)
+        check_close(
+            fused.norm_modulate(x, weight, scale, items, form), norm(x) * factor, rows, cols
+        )
+        in_place = x.clone()
+        result = fused.add_norm_modulate(
+            in_place, y, weight, scale, weight, scale, items=items, form=form
+        )
+        check_close(in_place, added, rows, cols)
+        check_close(result, norm(in_place) * factor, rows, cols)
+
+
+def check_heads(rows: int, heads: int, gap: int) -> None:
+    qkv = torch.randn(rows, heads * 384 + gap, device="cuda").bfloat16()[:, gap:]
+    weight = torch.ones(128, device="cuda").bfloat16()
+    quarter_turn = torch.tensor([0.0, 1.0], device="cuda").expand(rows, 64, 2)
+    before = qkv.float()
+    fused.rotate_heads(qkv, weight, weight, quarter_turn, heads)
+    normed = torch.nn.functional.rms_norm(before.reshape(rows, -1, 64, 2), (64, 2), eps=1e-5)
+    want = torch.stack([-normed[..., 1], normed[..., 0]], -1).reshape(rows, -1)
+    check_close(qkv[:, : heads * 256], want[:, : heads * 256], rows, heads * 256)
 
 
 def check_products(m: int, n: int, k: int, skipped: list[str]) -> None:
@@ -96,6 +149,11 @@ def main() -> None:
     for rows, cols in shapes:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             check_codec(rows, cols, dtype)
+        check_fold(rows, cols)
+    for rows, cols in (*shapes, (3, 3840), (2, 10240), (2, 16384), (3, 16383)):
+        check_fused(rows, cols)
+    for rows, heads, gap in ((3, 30, 0), (2, 1, 5), (2, 35, 8)):
+        check_heads(rows, heads, gap)
     for product in PRODUCTS:
         check_products(*product, arguments.skip)
     quantizer = _core.StagedQuantizer(0)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import reference
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
+from zimage_mxfp8.matmul import fold_async, fold_stats
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"bfloat16": BFLOAT16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
@@ -184,6 +185,21 @@ def test_fold_refuses_what_it_would_spoil() -> None:
     assert folded.shape == (4, 64)
 
 
+def test_fold_stats_add_rows() -> None:
+    statistics = np.array([[3.0, 4.0, 60.0], [2.0, 12.0, 40.0]])
+    stats = fold_stats(torch.from_numpy(statistics), bound=1)
+    assert stats == zm.FoldStats(5, 0.4) == fold_stats(statistics, bound=0.4)
+    with pytest.raises(zm.PrecisionLossError) as caught:
+        fold_stats(statistics, bound=0.3)
+    assert caught.value.relative_error == 0.4
+
+
+@pytest.mark.skipif(bool(_core.build_info().cuda), reason="this build has CUDA")
+def test_folding_asynchronously_needs_cuda() -> None:
+    with pytest.raises(zm.UnsupportedError, match="this build has no CUDA kernels"):
+        fold_async(zm.quantize(torch.ones(2, 32)))
+
+
 def test_fold_on_every_thread_count() -> None:
     encoded = zm.quantize(spread(300, 320, 9))
     results = {
@@ -196,6 +212,8 @@ def test_fold_on_every_thread_count() -> None:
 ENCODED = zm.quantize(np.ones((16, 64), np.float32))
 ROWS = zm.quantize_rows(np.ones((16, 64), np.float32))
 NAN = zm.MXFP8Array(np.full((32, 64), 0x7F, np.uint8), np.zeros((128, 4), np.uint8), (32, 64))
+LATE_NAN = zm.quantize(np.ones((3, 40), np.float32))
+LATE_NAN.codes[1:3, 33] = 0xFF
 META = zm.MXFP8Array(torch.ones(32, 64, dtype=torch.uint8, device="meta"), ENCODED.scales, (16, 64))
 
 
@@ -262,6 +280,11 @@ def shaped(shape: Any) -> zm.MXFP8Array:
         (lambda: zm.dequantize(None), "array must be an MXFP8Array, not NoneType"),  # type: ignore[arg-type]
         (lambda: zm.fold(ROWS), "array must be an MXFP8Array, not RowScaledArray"),  # type: ignore[arg-type]
         (lambda: zm.fold(NAN), "NaN in row 0, columns 0 to 31"),
+        (lambda: zm.fold(LATE_NAN), "NaN in row 1, columns 32 to 39"),
+        (lambda: fold_stats(np.zeros((2, 2))), r"must be float64 \[N, 3\], not float64 \[2, 2\]"),
+        (lambda: fold_stats(np.zeros((2, 3), np.float32)), "not float32"),
+        (lambda: fold_stats(np.zeros((2, 3)), bound=-1), "bound must be 0 or more"),
+        (lambda: fold_stats(np.array([[32.0, 63.0, np.nan]])), "NaN in row 0, columns 32 to 63"),
         (lambda: zm.fold(ENCODED, bound=float("nan")), "bound must be 0 or more"),
         (lambda: zm.fold(ENCODED, bound=-1), "bound must be 0 or more"),
         (lambda: zm.fold(ENCODED, bound=None), "bound must be a number"),  # type: ignore[arg-type]

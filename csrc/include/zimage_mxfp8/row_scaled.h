@@ -31,10 +31,29 @@ struct FoldStats {
 // what differs moves into the codes' exponents, and only codes that fall below E4M3's normal range
 // (2^-6) lose bits. Both matrices are in host memory.
 //
-// Throws PrecisionLoss if the relative error passes `bound` (the target is then unspecified);
-// InvalidArgument for a NaN code or scale, a bound that is negative or NaN, and as quantize_rows
+// Throws PrecisionLoss if the relative error passes `bound`, InvalidArgument for a NaN code or
+// scale (the target is then unspecified), a bound that is negative or NaN, and as quantize_rows
 // does.
 FoldStats fold(const ConstMXFP8View& source, const RowScaledView& target, double bound = 1e-3,
                int threads = 0);
+
+// What folding changed in one row; three doubles, so that an array of them is [rows, 3] of float64.
+struct FoldRowStats {
+  double changed = 0.0;  // elements, as in FoldStats
+  double squared_error = 0.0;
+  // Sum of the squares. NaN if the row has a NaN code or scale; the others are then the first and
+  // the last column of its first block that has one, and the row of the target is unspecified.
+  double squared_signal = 0.0;
+};
+
+// The same on the current CUDA device (see CudaStream in device.h), with the same bytes. Codes and
+// the source's scales are aligned to 16 bytes. `stats` is [rows] in device memory, for fold_stats()
+// once the work is done.
+void fold(const ConstMXFP8View& source, const RowScaledView& target, FoldRowStats* stats,
+          CudaStream stream);
+
+// What folding changed in all rows of a matrix; `stats` is [rows] in host memory. Throws as fold()
+// does.
+FoldStats fold_stats(const FoldRowStats* stats, std::int64_t rows, double bound = 1e-3);
 
 }  // namespace zimage_mxfp8

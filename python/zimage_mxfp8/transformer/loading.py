@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.source import SourceTensor
 from ..codec import MXFP8Array, dequantize
-from ..errors import CudaError
+from ..errors import CheckpointError, CudaError, InvalidArgumentError
 from ..pipeline import ProgressCallback
 from .block import Block
 from .compute import Compute
@@ -55,14 +55,12 @@ class Parts:
         modulation: weight and bias of all modulated blocks' modulations, stacked in the order of
             "noise_refiner", then "layers".
         others: embedders, pad tokens and the final layer, by tensor name.
-        folded: layers that were folded.
         worst_fold: the largest relative error that folding added to a layer.
     """
 
     blocks: dict[str, list[Block]]
     modulation: tuple[torch.Tensor, torch.Tensor]
     others: dict[str, torch.Tensor]
-    folded: int
     worst_fold: float
 
 
@@ -76,7 +74,7 @@ def load_parts(
     """Read all weights to a device.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read, or a layer that is to be folded has NaN.
         CudaError: the device has too little memory; nothing is left on it.
     """
     if device.type == "cuda":
@@ -106,7 +104,6 @@ class _Loader:
         self._stream = stream
         self._compute = compute
         self._dtype = dtype
-        self._folded = 0
         self._worst = 0.0
 
     def load(self) -> Parts:
@@ -129,9 +126,7 @@ class _Loader:
                     )
                     weights.append(modulation[f"{name}{_MODULATION}.weight"])
                     biases.append(modulation[f"{name}{_MODULATION}.bias"])
-        return Parts(
-            blocks, (torch.cat(weights), torch.cat(biases)), others, self._folded, self._worst
-        )
+        return Parts(blocks, (torch.cat(weights), torch.cat(biases)), others, self._worst)
 
     def _block(self, name: str) -> Block:
         norms = self._plain([name + tensor for tensor in _NORMS.values()])
@@ -173,15 +168,23 @@ class _Loader:
         for key, names in stacks.items():
             if key + " scales" in raw:
                 rows = sum(self._file.layers[name].shape[0] for name in names)
-                linears[key] = self._quantized(raw.pop(key), raw.pop(key + " scales"), rows)
+                codes, scales = raw.pop(key), raw.pop(key + " scales")
+                linears[key] = self._quantized(codes, scales, rows, names)
             else:
                 linears[key] = PlainLinear(raw.pop(key).to(self._dtype))
         return linears
 
-    def _quantized(self, codes: torch.Tensor, scales: torch.Tensor, rows: int) -> Linear:
-        layer, stats = quantized_linear(codes, scales, rows, self._compute, self._dtype)
+    def _quantized(
+        self, codes: torch.Tensor, scales: torch.Tensor, rows: int, names: Sequence[str]
+    ) -> Linear:
+        try:
+            layer, stats = quantized_linear(codes, scales, rows, self._compute, self._dtype)
+        except InvalidArgumentError as error:  # NaN among the codes or scales
+            raise CheckpointError(
+                f'{self._file.checkpoint.path}: layer "{" and ".join(names)}" is damaged: {error}; '
+                "zimage-mxfp8 validate says more"
+            ) from None
         if stats is not None:
-            self._folded += 1
             self._worst = max(self._worst, stats.relative_error)
         return layer
 
