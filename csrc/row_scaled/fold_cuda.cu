@@ -99,8 +99,10 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    store_codes8(make_uint2(moved[0] | moved[1] << 16, moved[2] | moved[3] << 16),
-                 target.codes + row * source.cols, column, source.cols);
+    Codes<BFloat16> folded;  // eight, as many as BF16 has in 16 bytes
+    folded.word[0] = moved[0] | moved[1] << 16;
+    folded.word[1] = moved[2] | moved[3] << 16;
+    store_codes<BFloat16>(folded, target.codes + row * source.cols, column, source.cols);
     const double scale = squared_scale(byte - 127);
     squared_error += error * scale;
     squared_signal += signal * scale;
