@@ -262,6 +262,9 @@ def main() -> None:
             checkpoint, zimage_shapes(layers=arguments.layers), overwrite=True
         )
         zm.convert(checkpoint, file, overwrite=True)
+    with file.open("rb", buffering=0) as content:  # into the page cache
+        while content.read(1 << 24):
+            pass
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     figures: dict[str, object] = {}
 

@@ -43,7 +43,12 @@ _OTHERS = (
     "final_layer.adaLN_modulation.1.weight",
     "final_layer.adaLN_modulation.1.bias",
 )
+_SCALES = " scales"  # behind the key of the codes that they belong to
 _HEADROOM = 1 << 30  # bytes for a forward and for what a block needs while it is made
+
+
+Sources = dict[str, list[SourceTensor]]  # of a file, to be stacked, by key
+Raw = dict[str, torch.Tensor]  # the same as they came
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ def _check_memory(file: ModelFile, device: torch.device, dtype: torch.dtype) -> 
 
 
 class _Loader:
+    """Makes blocks of what a stream brings, while it brings the next ones."""
+
     def __init__(
         self, file: ModelFile, stream: TensorStream, compute: Compute, dtype: torch.dtype
     ) -> None:
@@ -107,46 +114,62 @@ class _Loader:
         self._worst = 0.0
 
     def load(self) -> Parts:
-        others = self._plain(_OTHERS)
-        blocks: dict[str, list[Block]] = {}
-        weights, biases = [], []
         config = self._file.config
-        for stack, count in (
-            ("noise_refiner", config.n_refiner_layers),
-            ("context_refiner", config.n_refiner_layers),
-            ("layers", config.n_layers),
-        ):
-            blocks[stack] = []
-            for i in range(count):
-                name = f"{stack}.{i}."
-                blocks[stack].append(self._block(name))
-                if stack != "context_refiner":
-                    modulation = self._plain(
-                        [f"{name}{_MODULATION}.weight", f"{name}{_MODULATION}.bias"]
-                    )
-                    weights.append(modulation[f"{name}{_MODULATION}.weight"])
-                    biases.append(modulation[f"{name}{_MODULATION}.bias"])
+        counts = {
+            "noise_refiner": config.n_refiner_layers,
+            "context_refiner": config.n_refiner_layers,
+            "layers": config.n_layers,
+        }
+        names = [(stack, f"{stack}.{i}.") for stack, count in counts.items() for i in range(count)]
+        groups = [self._plain_sources(_OTHERS), *(self._block_sources(*name) for name in names)]
+        blocks: dict[str, list[Block]] = {stack: [] for stack in counts}
+        weights, biases = [], []
+        loading = self._stream.start(groups[0])
+        for i, group in enumerate(groups):
+            following = self._stream.start(groups[i + 1]) if i + 1 < len(groups) else loading
+            raw, loading = self._stream.finish(loading), following
+            if i == 0:
+                others = self._plain(raw, _OTHERS)
+                continue
+            stack, name = names[i - 1]
+            blocks[stack].append(self._block(raw, name))
+            if name + _MODULATION + ".weight" in group:
+                modulation = self._plain(raw, _modulation_names(name))
+                weights.append(modulation[name + _MODULATION + ".weight"])
+                biases.append(modulation[name + _MODULATION + ".bias"])
         return Parts(blocks, (torch.cat(weights), torch.cat(biases)), others, self._worst)
 
-    def _block(self, name: str) -> Block:
-        norms = self._plain([name + tensor for tensor in _NORMS.values()])
+    # ---- What to read
+
+    def _block_sources(self, stack: str, name: str) -> Sources:
+        plain = [name + tensor for tensor in _NORMS.values()]
+        if stack != "context_refiner":
+            plain += _modulation_names(name)
+        sources = self._plain_sources(plain)
+        for key, layers in self._stacks(name).items():
+            sources[key] = [self._file.tensors[layer + ".weight"] for layer in layers]
+            if layers[0] in self._file.layers:
+                sources[key + _SCALES] = [self._file.layers[layer].scale for layer in layers]
+        return sources
+
+    def _plain_sources(self, names: Sequence[str]) -> Sources:
+        sources = {name: [self._file.tensors[name]] for name in names}
+        for name in names:
+            layer = self._file.layers.get(name.removesuffix(".weight"))
+            if layer is not None:
+                sources[name + _SCALES] = [layer.scale]
+        return sources
+
+    def _stacks(self, name: str) -> dict[str, list[str]]:
+        """A block's linear layers, some of which are several of the file side by side."""
         ffn = name + "feed_forward."
         pair = [ffn + "w1", ffn + "w3"]
-        stacks = {
+        return {
             "qkv": [name + "attention.qkv"],
             "out": [name + "attention.out"],
             **({"w13": pair} if self._can_stack(pair) else {"w1": pair[:1], "w3": pair[1:]}),
             "w2": [ffn + "w2"],
         }
-        linears = self._linears(stacks)
-        return Block(
-            linears["qkv"],
-            linears["out"],
-            [linears[key] for key in ("w13", "w1", "w3") if key in linears],
-            linears["w2"],
-            {key: norms[name + tensor] for key, tensor in _NORMS.items()},
-            self._file.config.n_heads,
-        )
 
     def _can_stack(self, names: Sequence[str]) -> bool:
         """Whether layers of the same shape can be one."""
@@ -156,53 +179,52 @@ class _Loader:
             return len(dtypes) == 1
         return all(quantized) and self._file.layers[names[0]].shape[0] % _SCALE_ROWS == 0
 
-    def _linears(self, stacks: dict[str, list[str]]) -> dict[str, Linear]:
-        """Layers, each of one or several of the file, side by side."""
-        wanted: dict[str, list[SourceTensor]] = {}
-        for key, names in stacks.items():
-            wanted[key] = [self._file.tensors[name + ".weight"] for name in names]
-            if names[0] in self._file.layers:
-                wanted[key + " scales"] = [self._file.layers[name].scale for name in names]
-        raw = self._stream.load(wanted)
-        linears = {}
-        for key, names in stacks.items():
-            if key + " scales" in raw:
-                rows = sum(self._file.layers[name].shape[0] for name in names)
-                codes, scales = raw.pop(key), raw.pop(key + " scales")
-                linears[key] = self._quantized(codes, scales, rows, names)
+    # ---- What becomes of it
+
+    def _block(self, raw: Raw, name: str) -> Block:
+        norms = self._plain(raw, [name + tensor for tensor in _NORMS.values()])
+        linears: dict[str, Linear] = {}
+        for key, layers in self._stacks(name).items():
+            if key + _SCALES in raw:
+                codes, scales = raw.pop(key), raw.pop(key + _SCALES)
+                linears[key] = self._quantized(codes, scales, layers)
             else:
                 linears[key] = PlainLinear(raw.pop(key).to(self._dtype))
-        return linears
+        return Block(
+            linears["qkv"],
+            linears["out"],
+            [linears[key] for key in ("w13", "w1", "w3") if key in linears],
+            linears["w2"],
+            {key: norms[name + tensor] for key, tensor in _NORMS.items()},
+            self._file.config.n_heads,
+        )
 
     def _quantized(
-        self, codes: torch.Tensor, scales: torch.Tensor, rows: int, names: Sequence[str]
+        self, codes: torch.Tensor, scales: torch.Tensor, layers: Sequence[str]
     ) -> Linear:
+        rows = sum(self._file.layers[layer].shape[0] for layer in layers)
         try:
-            layer, stats = quantized_linear(codes, scales, rows, self._compute, self._dtype)
+            linear, stats = quantized_linear(codes, scales, rows, self._compute, self._dtype)
         except InvalidArgumentError as error:  # NaN among the codes or scales
             raise CheckpointError(
-                f'{self._file.checkpoint.path}: layer "{" and ".join(names)}" is damaged: {error}; '
-                "zimage-mxfp8 validate says more"
+                f'{self._file.checkpoint.path}: layer "{" and ".join(layers)}" is damaged: '
+                f"{error}; zimage-mxfp8 validate says more"
             ) from None
         if stats is not None:
             self._worst = max(self._worst, stats.relative_error)
-        return layer
+        return linear
 
-    def _plain(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _plain(self, raw: Raw, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors by name, decoded where they are quantised."""
-        wanted = {name: [self._file.tensors[name]] for name in names}
-        layers = {
-            name: self._file.layers[name.removesuffix(".weight")]
-            for name in names
-            if name.removesuffix(".weight") in self._file.layers
-        }
-        wanted.update({name + " scales": [layer.scale] for name, layer in layers.items()})
-        raw = self._stream.load(wanted)
         plain = {}
         for name in names:
             tensor = raw[name]
-            if name in layers:
-                array = MXFP8Array(tensor, raw[name + " scales"], layers[name].shape)
-                tensor = dequantize(array, torch.float32)
+            if name + _SCALES in raw:
+                shape = self._file.layers[name.removesuffix(".weight")].shape
+                tensor = dequantize(MXFP8Array(tensor, raw[name + _SCALES], shape), torch.float32)
             plain[name] = tensor.to(self._dtype)
         return plain
+
+
+def _modulation_names(block: str) -> list[str]:
+    return [f"{block}{_MODULATION}.weight", f"{block}{_MODULATION}.bias"]

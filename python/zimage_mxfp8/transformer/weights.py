@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +137,14 @@ def _check_shapes(
         )
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Tensors that are being loaded, by key, and the chunks that are read for them."""
+
+    tensors: dict[str, torch.Tensor]
+    chunks: list[Future[tuple[SourceTensor, int]]]
+
+
 class TensorStream:
     """Brings tensors from files to a device with bounded host memory.
 
@@ -153,13 +161,13 @@ class TensorStream:
         self._pool = ThreadPoolExecutor(min(_WORKERS, _core.default_threads() + 1))
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def load(self, stacks: Mapping[str, Sequence[SourceTensor]]) -> dict[str, torch.Tensor]:
-        """Tensors, each of one or several of a file, stacked along the first axis."""
-        loaded, jobs = {}, []
+    def start(self, stacks: Mapping[str, Sequence[SourceTensor]]) -> Loading:
+        """Begin to load tensors, each of one or several of a file, stacked along the first axis."""
+        tensors, jobs = {}, []
         for key, parts in stacks.items():
             shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
             tensor = torch.empty(shape, dtype=_DTYPES[parts[0].dtype], device=self._device)
-            loaded[key] = tensor
+            tensors[key] = tensor
             flat, at = tensor.reshape(-1).view(torch.uint8), 0
             for part in parts:
                 for begin in range(0, part.nbytes, _CHUNK):
@@ -168,13 +176,18 @@ class TensorStream:
                 at += part.nbytes
         if self._copies is not None:  # the tensors' memory may be in use until here
             self._copies.wait_stream(torch.cuda.current_stream(self._device))
-        for part, nbytes in self._pool.map(self._run, jobs):
+        return Loading(tensors, [self._pool.submit(self._run, job) for job in jobs])
+
+    def finish(self, loading: Loading) -> dict[str, torch.Tensor]:
+        """The tensors, once they are on their way; work on the current stream sees them whole."""
+        for chunk in loading.chunks:
+            part, nbytes = chunk.result()
             self._done += nbytes
             if self._progress is not None:
                 self._progress(Progress(self._done, self._total, part.name))
         if self._copies is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._copies)
-        return loaded
+        return loading.tensors
 
     def _run(self, job: tuple[SourceTensor, int, torch.Tensor]) -> tuple[SourceTensor, int]:
         part, begin, target = job
