@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -235,6 +237,27 @@ def test_it_says_what_it_is(quantized: Path) -> None:
     want = float32(quantized)(*inputs).sample
     # Weights that were rounded to BF16 on loading stay so.
     assert relative_error(model(*inputs).sample, want) < 5e-3
+
+
+def test_it_is_diffusers_model_without_its_import(quantized: Path) -> None:
+    """Its pipelines take it, and a process that does without them does not pay for them."""
+    from diffusers import ModelMixin
+
+    model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
+    assert isinstance(model, ModelMixin)
+    assert isinstance(model, zm.ZImageTransformer)
+    assert issubclass(model.__class__, ModelMixin)
+    assert model.__class__.__name__ == type(model).__name__ == "ZImageTransformer"
+    program = f"""
+import sys
+import zimage_mxfp8 as zm
+model = zm.ZImageTransformer.from_checkpoint({str(quantized)!r}, "cpu")
+assert "diffusers" not in sys.modules
+assert model.__class__ is zm.ZImageTransformer
+from diffusers import ModelMixin  # late
+assert isinstance(model, ModelMixin)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # ---- Modes

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,27 +33,20 @@ from .sequence import Shape, fill_up, image_tokens, layout_of, patchify, unpatch
 from .weights import open_model
 
 
-@dataclass
-class TransformerOutput:
-    """The transformer's result, where diffusers is not installed."""
+class TransformerOutput(NamedTuple):
+    """What `forward` returns: a tuple whose only element has a name."""
 
     sample: list[torch.Tensor]
 
 
-def _diffusers_classes() -> tuple[Any, Any]:
-    """Base and result: diffusers' own where it is installed, as its pipelines take no other."""
-    try:
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-        from diffusers.models.modeling_utils import ModelMixin
-    except ImportError:
-        return nn.Module, TransformerOutput
-    return ModelMixin, Transformer2DModelOutput
+@cache
+def _with_diffusers_base(cls: type) -> type:
+    from diffusers.models.modeling_utils import ModelMixin
+
+    return type(cls.__name__, (cls, ModelMixin), {"__module__": cls.__module__})
 
 
-Base, Output = _diffusers_classes()
-
-
-class ZImageTransformer(Base):  # type: ignore[misc, valid-type]
+class ZImageTransformer(nn.Module):
     """Z-Image's transformer, made with `from_checkpoint`.
 
     It takes the place of diffusers' `ZImageTransformer2DModel` in its pipelines.
@@ -79,6 +73,15 @@ class ZImageTransformer(Base):  # type: ignore[misc, valid-type]
         self.register_buffer("modulation_bias", parts.modulation[1])
         for name, tensor in parts.others.items():
             self.register_buffer(name.replace(".", "_"), tensor)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Where diffusers is in use, a class that its pipelines take, which is one of its own.
+
+        Deriving from it would mean to import diffusers, which takes longer than everything else
+        until the first picture.
+        """
+        return _with_diffusers_base(type(self)) if "diffusers" in sys.modules else type(self)
 
     @classmethod
     def from_checkpoint(
@@ -189,12 +192,12 @@ class ZImageTransformer(Base):  # type: ignore[misc, valid-type]
             x: latent images, [16, 1, H, W] each, H and W even.
             t: [batch], 0 for noise to 1 for an image.
             cap_feats: caption features, [tokens, cap_feat_dim] each.
-            return_dict: return an object with `sample` instead of a tuple.
+            return_dict: name the result's only element `sample`.
             others: arguments of diffusers' model for what this one does not have (several images
                 an item, ControlNet), which must be None; `joint_attention_kwargs` has no effect.
 
         Returns:
-            `(sample,)` or an object with it: a list of [16, 1, H, W] in `dtype`.
+            `(sample,)`: a list of [16, 1, H, W] in `dtype`.
 
         Raises:
             InvalidArgumentError: an argument has another shape or device; the sentence names it.
@@ -214,7 +217,7 @@ class ZImageTransformer(Base):  # type: ignore[misc, valid-type]
                 sample = self._compute(inputs, shapes)
         except torch.OutOfMemoryError:
             raise CudaError(self._out_of_memory(shapes)) from None
-        return Output(sample=sample) if return_dict else (sample,)
+        return TransformerOutput(sample) if return_dict else (sample,)
 
     def _check_inputs(
         self,
