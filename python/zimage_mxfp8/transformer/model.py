@@ -57,6 +57,27 @@ class ZImageTransformer(nn.Module):
         worst_fold: the largest relative error that folding added to a layer (mode "folded").
     """
 
+    cap_embedder_0_weight: torch.Tensor
+    cap_embedder_1_bias: torch.Tensor
+    cap_embedder_1_weight: torch.Tensor
+    cap_pad_token: torch.Tensor
+    final_layer_adaln_modulation_1_bias: torch.Tensor
+    final_layer_adaln_modulation_1_weight: torch.Tensor
+    final_layer_linear_bias: torch.Tensor
+    final_layer_linear_weight: torch.Tensor
+    modulation_bias: torch.Tensor
+    modulation_weight: torch.Tensor
+    t_embedder_mlp_0_bias: torch.Tensor
+    t_embedder_mlp_0_weight: torch.Tensor
+    t_embedder_mlp_2_bias: torch.Tensor
+    t_embedder_mlp_2_weight: torch.Tensor
+    x_embedder_bias: torch.Tensor
+    x_embedder_weight: torch.Tensor
+    x_pad_token: torch.Tensor
+    noise_refiner: nn.ModuleList
+    context_refiner: nn.ModuleList
+    layers: nn.ModuleList
+
     def __init__(
         self, config: ZImageConfig, parts: Parts, compute: Compute, dtype: torch.dtype
     ) -> None:
@@ -72,7 +93,7 @@ class ZImageTransformer(nn.Module):
         self.register_buffer("modulation_weight", parts.modulation[0])
         self.register_buffer("modulation_bias", parts.modulation[1])
         for name, tensor in parts.others.items():
-            self.register_buffer(name.replace(".", "_"), tensor)
+            self.register_buffer(name.replace(".", "_").lower(), tensor)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -81,7 +102,8 @@ class ZImageTransformer(nn.Module):
         Deriving from it would mean to import diffusers, which takes longer than everything else
         until the first picture.
         """
-        return _with_diffusers_base(type(self)) if "diffusers" in sys.modules else type(self)
+        cls: Any = type(self)
+        return _with_diffusers_base(cls) if "diffusers" in sys.modules else cls  # type: ignore[no-any-return]
 
     @classmethod
     def from_checkpoint(
@@ -133,8 +155,7 @@ class ZImageTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        device: torch.device = self.modulation_weight.device
-        return device
+        return self.modulation_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -324,8 +345,8 @@ class ZImageTransformer(nn.Module):
         """[n, dim] and the item's [modulation width] -> [n, 64]."""
         scale = 1 + F.linear(
             F.silu(time),
-            self.final_layer_adaLN_modulation_1_weight,
-            self.final_layer_adaLN_modulation_1_bias,
+            self.final_layer_adaln_modulation_1_weight,
+            self.final_layer_adaln_modulation_1_bias,
         )
         normal = F.layer_norm(tokens, tokens.shape[-1:], eps=FINAL_NORM_EPS)
         return F.linear(
