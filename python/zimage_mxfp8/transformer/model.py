@@ -103,7 +103,7 @@ class ZImageTransformer(nn.Module):
         until the first picture.
         """
         cls: Any = type(self)
-        return _with_diffusers_base(cls) if "diffusers" in sys.modules else cls  # type: ignore[no-any-return]
+        return _with_diffusers_base(cls) if "diffusers" in sys.modules else cls
 
     @classmethod
     def from_checkpoint(
