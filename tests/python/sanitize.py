@@ -60,7 +60,7 @@ def main() -> None:
     for rows, cols in shapes:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             check_codec(rows, cols, dtype)
-    for m in (1, 40, 100, 200):
+    for m in (1, 40, 100, 200, 4100):
         check_products(m, 72, 288, skipped)
     check_products(70, 17024, 64, skipped)  # more tiles than multiprocessors
     quantizer = _core.StagedQuantizer(0)
