@@ -20,6 +20,28 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads, CudaSt
   ZM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
 }
 
+// The same in clusters of blocks with dynamic shared memory.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), uint32_t clusters, uint32_t cluster_blocks,
+                     uint32_t threads, int shared_bytes, CudaStream stream,
+                     Arguments&&... arguments) {
+  ZM_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster_blocks;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(clusters * cluster_blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  ZM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
+}
+
 // Work items as the 32-bit number that kernels count with.
 inline uint32_t checked_count(int64_t count) {
   if (count > UINT32_MAX / 2) throw InvalidArgument("the matrix is too large for one launch");

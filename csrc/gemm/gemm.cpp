@@ -243,8 +243,9 @@ GemmPath preferred_path(const GemmProblem& problem, int device) {
   check_sizes(problem);
   if (device == kHost) return GemmPath::kEmulated;
   const CudaDevice& found = detail::find_device(device);
-  // With many tokens decoding all weights first is the little faster (docs/performance.md).
-  const bool decode_first = problem.m >= 2048;
+  // With many tokens decoding all weights first is the faster, but where sm90 decodes them once too
+  // and has few, deep tiles (docs/performance.md).
+  const bool decode_first = problem.m >= 2048 && (problem.m < 4096 || problem.n > problem.k);
   std::string reasons;
   for (const GemmPath path : {GemmPath::kSM100, GemmPath::kSM120, GemmPath::kRowScaled,
                               decode_first ? GemmPath::kDecode : GemmPath::kSM90,
@@ -266,12 +267,13 @@ std::size_t workspace_size(GemmPath path, const GemmProblem& problem, int device
   const detail::DeviceGuard guard(device);
   switch (path) {
     case GemmPath::kEmulated:
-    case GemmPath::kSM90:
       return 0;
     case GemmPath::kDecode:
       return detail::workspace_decode(problem);
     case GemmPath::kRowScaled:
       return detail::workspace_row_scaled(problem);
+    case GemmPath::kSM90:
+      return detail::workspace_sm90(problem);
     case GemmPath::kSM100:
       return detail::workspace_sm100(problem);
     default:
@@ -313,7 +315,7 @@ void gemm(GemmPath path, const GemmArguments& arguments, Workspace workspace, Cu
     case GemmPath::kRowScaled:
       return detail::gemm_row_scaled(checked.task, workspace, stream);
     case GemmPath::kSM90:
-      return detail::gemm_sm90(checked.task, stream);
+      return detail::gemm_sm90(checked.task, workspace, stream);
     case GemmPath::kSM100:
       return detail::gemm_sm100(checked.task, workspace, stream);
     case GemmPath::kSM120:

@@ -19,7 +19,8 @@ std::size_t workspace_row_scaled(const GemmProblem& problem);
 void gemm_row_scaled(const GemmTask& task, Workspace workspace, CudaStream stream);
 
 Support supports_sm90();
-void gemm_sm90(const GemmTask& task, CudaStream stream);
+std::size_t workspace_sm90(const GemmProblem& problem);
+void gemm_sm90(const GemmTask& task, Workspace workspace, CudaStream stream);
 
 Support supports_sm100();
 std::size_t workspace_sm100(const GemmProblem& problem);

@@ -93,6 +93,12 @@ __device__ inline void fence_for_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Makes what was stored in global memory, and this thread has seen to be so, visible to the copies
+// that it starts.
+__device__ inline void fence_global_for_copies() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // Copies a box out; what lies beyond the tensor's edges is left out.
 __device__ inline void copy_box_out(const CUtensorMap& map, uint32_t source, int column, int row) {
   asm volatile(

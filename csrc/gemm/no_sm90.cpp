@@ -1,4 +1,4 @@
-// In place of gemm_sm90.cu in builds without that target.
+// In place of gemm_sm90.cpp in builds without that target.
 #include "gemm/gemm_cuda.h"
 #include "zimage_mxfp8/error.h"
 
@@ -12,6 +12,8 @@ constexpr const char* kReason =
 
 Support supports_sm90() { return {false, kReason}; }
 
-void gemm_sm90(const GemmTask&, CudaStream) { throw Unsupported(kReason); }
+std::size_t workspace_sm90(const GemmProblem&) { throw Unsupported(kReason); }
+
+void gemm_sm90(const GemmTask&, Workspace, CudaStream) { throw Unsupported(kReason); }
 
 }  // namespace zimage_mxfp8::detail

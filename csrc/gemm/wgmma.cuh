@@ -1,5 +1,5 @@
 // Hopper's warpgroup products (PTX ISA, wgmma.mma_async): D[64, N] += A[64, 16] B[N, 16]^T with A
-// in registers, B in shared memory, BF16 operands and float32 sums.
+// in registers or shared memory, B in shared memory, BF16 operands and float32 sums.
 //
 // Lane l of warp w of the warpgroup holds, with r = 16 w + l / 4 and c = 2 (l % 4),
 //   a[0]: A[r][c, c + 1]     a[1]: A[r + 8][c, c + 1]
@@ -11,8 +11,9 @@
 
 namespace zimage_mxfp8::detail {
 
-// Descriptor of B in shared memory: N rows of 64 BF16 (128 bytes), written by TMA with its swizzle
-// of 128 bytes, aligned to 1024 bytes. Steps of 16 columns are 32 bytes: add 2 to the descriptor.
+// Descriptor of B (or A) in shared memory: N (or 64) rows of 64 BF16 (128 bytes), written by TMA
+// with its swizzle of 128 bytes, aligned to 1024 bytes. Steps of 16 columns are 32 bytes: add 2 to
+// the descriptor.
 __device__ inline uint64_t wgmma_descriptor(uint32_t shared_address) {
   constexpr uint64_t kStrideOf8Rows = 1024 >> 4, kSwizzle128 = 1;
   return uint64_t((shared_address & 0x3FFFF) >> 4) | uint64_t{1} << 16 | kStrideOf8Rows << 32 |
@@ -23,13 +24,19 @@ __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" 
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-__device__ inline void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+// Waits until all but the last `pending` committed groups are complete.
+template <int pending = 0>
+__device__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
 // Wgmma<N>::multiply(d, a, b): D += A B^T.
 template <int n>
 struct Wgmma;
+
+// The same with A in shared memory, described as B is.
+template <int n>
+struct WgmmaShared;
 
 // clang-format off
 #define ZM_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -64,7 +71,22 @@ ZM_WGMMA(128, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " 
          ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56))
 ZM_WGMMA(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96, %97, %98, %99", "%100",
          ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88))
+#define ZM_WGMMA_SHARED(n, sums, a_descriptor, b_descriptor, ...)                                 \
+  template <>                                                                                     \
+  struct WgmmaShared<n> {                                                                         \
+    static __device__ void multiply(float (&d)[n / 2], uint64_t a, uint64_t b) {                  \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, "        \
+                   a_descriptor ", " b_descriptor ", 1, 1, 1, 0, 0;"                              \
+                   : __VA_ARGS__                                                                  \
+                   : "l"(a), "l"(b));                                                             \
+    }                                                                                             \
+  };
+ZM_WGMMA_SHARED(96, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5, "%48", "%49",
+                ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40))
+ZM_WGMMA_SHARED(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96", "%97",
+                ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88))
 #undef ZM_WGMMA
+#undef ZM_WGMMA_SHARED
 #undef ZM_F8
 #undef ZM_R0
 #undef ZM_R1

@@ -29,7 +29,11 @@ from zimage_mxfp8 import _core, fused
 
 TOLERANCE = {"emulated": 1e-6, "decode": 5e-3, "row-scaled": 1e-2, "sm90": 5e-3}
 # [M, N, K]; the last has more tiles than there are multiprocessors.
-PRODUCTS = ((1, 72, 288), (40, 72, 288), (100, 72, 288), (200, 72, 288), (70, 17024, 64))
+# M, N and K: every kernel's number of tokens, and more tiles than multiprocessors.
+PRODUCTS = (
+    *((m, 72, 288) for m in (1, 40, 100, 200, 4100)),
+    (70, 17024, 64),
+)
 
 
 def check_codec(rows: int, cols: int, dtype: torch.dtype) -> None:

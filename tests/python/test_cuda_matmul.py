@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # [N, K] of Z-Image's linears, and the odd ones that the API promises.
 MODEL_SHAPES = [(11520, 3840), (3840, 3840), (10240, 3840), (3840, 10240), (15360, 256)]
-ODD_SHAPES = [(8, 32), (40, 96), (264, 160), (136, 3872)]
+ODD_SHAPES = [(8, 32), (40, 96), (264, 160), (136, 3872), (11400, 160)]
 # Relative error (Frobenius) against the emulated product in float32: order of sums alone, or
 # the FP8 tensor cores' narrower sums. Rounding to the output type comes on top.
 SUMS = {"decode": 1e-5, "row-scaled": 5e-3, "sm90": 1e-5, "sm100": 1e-5, "sm120": 1e-5}
@@ -105,7 +105,7 @@ def test_odd_shapes_and_outputs(path: str, dtype: torch.dtype, bias: bool, n: in
     if path == "sm90" and dtype != torch.bfloat16:
         pytest.skip("sm90 writes bfloat16 only; test_misuse checks that it says so")
     for kinds in OPERANDS[path]:
-        for m in (1, 5, 40, 128, 300):
+        for m in (1, 5, 40, 128, 300, 4097):
             check(path, kinds, m, n, k, bias, dtype)
 
 
@@ -202,10 +202,11 @@ def test_a_bias_that_is_a_view(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", paths())
-def test_many_streams(path: str) -> None:
+@pytest.mark.parametrize("tokens", [100, 4096])
+def test_many_streams(path: str, tokens: int) -> None:
     kinds = OPERANDS[path][0]
     b = operand(kinds[1], random(3840, 3840, 7))
-    inputs = [operand(kinds[0], random(100 + 50 * i, 3840, i)) for i in range(8)]
+    inputs = [operand(kinds[0], random(tokens + 50 * i, 3840, i)) for i in range(8)]
     wants = [zm.gemm(a, b, path=path) for a in inputs]
     torch.cuda.synchronize()
     results: list[Any] = [None] * len(inputs)
@@ -226,9 +227,10 @@ def test_many_streams(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", paths())
-def test_graph_capture(path: str) -> None:
+@pytest.mark.parametrize("m", [300, 4300])
+def test_graph_capture(path: str, m: int) -> None:
     kinds = OPERANDS[path][0]
-    static = random(300, 3840, 8)
+    static = random(m, 3840, 8)
     b = operand(kinds[1], random(3840, 3840, 9))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -238,14 +240,14 @@ def test_graph_capture(path: str) -> None:
     with torch.cuda.graph(graph, stream=stream):
         result = zm.gemm(operand(kinds[0], static), b, path=path)
     for seed in (10, 11):
-        static.copy_(random(300, 3840, seed))
+        static.copy_(random(m, 3840, seed))
         graph.replay()
         want = zm.gemm(operand(kinds[0], static), b, path="emulated")
         assert relative_error(result, want) < SUMS[path] + ROUNDING[torch.bfloat16] * 2
 
 
 @pytest.mark.parametrize("path", paths())
-@pytest.mark.parametrize("m", [3, 50, 100, 200])
+@pytest.mark.parametrize("m", [3, 50, 100, 200, 4200])
 def test_every_code_under_every_scale(path: str, m: int) -> None:
     """Weights whose blocks run through all codes and scales, beyond what a quantiser makes."""
     if path == "row-scaled":

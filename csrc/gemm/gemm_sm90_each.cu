@@ -1,4 +1,5 @@
-// BF16 activations times MXFP8 weights on Hopper, exactly: D[M, N] = X[M, K] W[N, K]^T + bias[N].
+// The path "sm90" with weights decoded for each tile of tokens: D[M, N] = X[M, K] W[N, K]^T +
+// bias[N].
 //
 // The tensor cores take BF16, and every MXFP8 number is a BF16 number (bar its range), so nothing
 // is lost: weights stay 8 bits wide until they reach registers, where they are decoded into the
@@ -11,22 +12,22 @@
 // the time is that of decoding: K groups take stages in turn, blocks of a cluster split K, and
 // their sums are added at the end.
 #include <algorithm>
-#include <string>
 
-#include "cuda/block.cuh"
 #include "cuda/launch.cuh"
-#include "gemm/gemm_cuda.h"
+#include "gemm/decode_bf16.cuh"
+#include "gemm/gemm_sm90.h"
 #include "gemm/hopper.cuh"
+#include "gemm/tensor_map.h"
+#include "gemm/transposed_tile.cuh"
 #include "gemm/wgmma.cuh"
+#include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::detail {
 namespace {
 
-constexpr int kDepth = 128;        // of K in a stage: as much as a tile of scales covers
-constexpr int kHalf = 64;          // of K in a tile of X: 128 bytes, as wide as a swizzle
-constexpr int kGroupWeights = 64;  // rows of W that a warpgroup multiplies
-constexpr int kScaleTile = 512;    // bytes: the scales of 128 weights and 128 of K
-constexpr int kWarpgroup = 128;
+constexpr int kDepth = 128;      // of K in a stage: as much as a tile of scales covers
+constexpr int kHalf = 64;        // of K in a tile of X: 128 bytes, as wide as a swizzle
+constexpr int kScaleTile = 512;  // bytes: the scales of 128 weights and 128 of K
 
 // A variant of the kernel.
 template <int tokens_, int row_groups_, int k_groups_, int multicast_, int split_, int stages_>
@@ -51,9 +52,7 @@ struct Variant {
   static constexpr int x_bytes = tokens * kDepth * 2;
   static constexpr int w_bytes = weights * kDepth;
   static constexpr int stage_bytes = x_bytes + w_bytes + kScaleTile;
-  // D leaves through shared memory, 32 tokens of a warpgroup at a time, from one of three buffers.
-  static constexpr int out_tokens = 32, out_buffers = 3;
-  static constexpr int out_bytes = out_tokens * kGroupWeights * 2;
+  static constexpr int out_buffers = 3;  // of a warpgroup
   // Sums of other K groups, and then of other blocks.
   static constexpr int others = k_groups > split ? k_groups - 1 : split - 1;
   static constexpr int sum_bytes = row_groups * kWarpgroup * sums * 4;
@@ -61,12 +60,12 @@ struct Variant {
   // What TMA swizzles begins at multiples of 1024 bytes.
   static constexpr int w_at = stages * x_bytes;
   static constexpr int out_at = w_at + stages * w_bytes;
-  static constexpr int scales_at = out_at + row_groups * out_buffers * out_bytes;
+  static constexpr int scales_at = out_at + row_groups * out_buffers * kOutBytes;
   static constexpr int sums_at = scales_at + stages * kScaleTile;
   static constexpr int barriers_at = sums_at + others * sum_bytes;
   static constexpr int shared_bytes = barriers_at + 2 * stages * 8 + 1024;  // to align the start
   static_assert(shared_bytes <= 232448);
-  static_assert(x_bytes % 1024 == 0 && w_bytes % 1024 == 0 && out_bytes % 1024 == 0);
+  static_assert(x_bytes % 1024 == 0 && w_bytes % 1024 == 0 && kOutBytes % 1024 == 0);
 };
 
 struct Parameters {
@@ -77,35 +76,6 @@ struct Parameters {
   int scale_rows;        // rows of scale tiles
   int m_tiles, n_tiles;  // tiles of tokens, and of weights (those that share X count as one)
 };
-
-__device__ uint32_t multiply_bf16(uint32_t a, uint32_t b) {
-  uint32_t product;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
-
-// Two E4M3 codes in the low bytes as BF16, times 2^-120: with E4M3's exponent field in BF16's, and
-// subnormals as subnormals. Few instructions, because decoding competes with the tensor cores for
-// the time of a stage. Codes for NaN come out as 480 (the block is NaN if its scale is).
-__device__ uint32_t decode_pair(uint32_t codes) {
-  uint32_t extended;  // a byte, and its sign eight times; twice
-  asm("prmt.b32 %0, %1, 0, 0x9180;" : "=r"(extended) : "r"(codes));
-  return (extended << 4) & 0x87F087F0;
-}
-
-// The factor 2^120 * 2^(byte - 127) for decode_pair(), twice. It does not fit BF16 from this byte
-// on: then it is split.
-constexpr uint32_t kFirstSplitByte = 135;
-
-__device__ uint32_t scale_pair(uint32_t byte) {
-  return (min(byte, kFirstSplitByte - 1) + 120) * 0x00800080;
-}
-
-// The other part of a split factor; NaN for byte 255.
-__device__ uint32_t rest_pair(uint32_t byte) {
-  const uint32_t field = byte == 255 ? 0x7FC0 : (byte < kFirstSplitByte ? 127 : byte - 7) << 7;
-  return field | field << 16;
-}
 
 // A thread's part of 64 weights and kDepth of K, as wgmma takes it: steps of 16.
 constexpr int kSteps = kDepth / 16;
@@ -169,59 +139,11 @@ __device__ Tile tile_of(const Parameters& p, int index, int block) {
   return {index % p.m_tiles * V::tokens, weights * V::weights};
 }
 
-// Writes a warpgroup's 64 weights x V::tokens of D, which is transposed in `sums`. `out` are the
-// warpgroup's buffers, `next` the one to use.
-template <class V>
-__device__ void store_tile(const CUtensorMap& d_map, const Parameters& p,
-                           const float (&sums)[V::sums], Tile tile, uint32_t out, int& next,
-                           int barrier) {
-  const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
-  float bias[2] = {};
-  if (p.bias) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int n = tile.weight + warp * 16 + lane / 4 + 8 * i;
-      if (n < p.n) bias[i] = __bfloat162float(p.bias[n]);
-    }
-  }
-#pragma unroll
-  for (int first = 0; first < V::tokens; first += V::out_tokens) {
-    const uint32_t buffer = out + next * V::out_bytes;
-#pragma unroll
-    for (int pair = 0; pair < V::out_tokens / 16; ++pair) {
-      // Four 8x8 matrices, [8 tokens][8 weights] each when transposed: two groups of tokens times
-      // the thread's rows and those 8 below.
-      uint32_t packed[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = ((first / 8) + pair * 2 + i / 2) * 4 + i % 2 * 2;
-        const __nv_bfloat162 two =
-            __floats2bfloat162_rn(sums[at] + bias[i % 2], sums[at + 1] + bias[i % 2]);
-        packed[i] = reinterpret_cast<const uint32_t&>(two);
-      }
-      // In rows of 64 weights, swizzled as TMA expects it.
-      const int matrix = lane / 8, row = pair * 16 + matrix / 2 * 8 + lane % 8;
-      const int piece = warp * 2 + matrix % 2;
-      store_matrices_transposed(buffer + row * kGroupWeights * 2 + (piece ^ row % 8) * 16, packed);
-    }
-    fence_for_copies();
-    // The barrier also tells that the next buffer is free: of the copies that were started all but
-    // the last have read theirs.
-    if (thread == 0) await_copies_read<1>();
-    named_barrier(barrier, kWarpgroup);
-    if (thread == 0) {
-      copy_box_out(d_map, buffer, tile.weight, tile.token + first);
-      commit_copies();
-    }
-    next = next == V::out_buffers - 1 ? 0 : next + 1;
-  }
-}
-
 template <class V>
 __global__ void __launch_bounds__(V::threads, 1)
-    exact_kernel(const __grid_constant__ CUtensorMap x_map,
-                 const __grid_constant__ CUtensorMap w_map,
-                 const __grid_constant__ CUtensorMap d_map, const Parameters p) {
+    each_kernel(const __grid_constant__ CUtensorMap x_map,
+                const __grid_constant__ CUtensorMap w_map,
+                const __grid_constant__ CUtensorMap d_map, const Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t unaligned[];
   const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
@@ -374,9 +296,10 @@ __global__ void __launch_bounds__(V::threads, 1)
         if (k_group == 0) add_others(0, V::split - 1);
       }
       if (k_group == 0) {
-        store_tile<V>(d_map, p, sums, tile,
-                      shared + V::out_at + row_group * V::out_buffers * V::out_bytes, next_buffer,
-                      2 + row_group);
+        store_tile<V::tokens, V::out_buffers>(
+            d_map, sums, load_bias(p.bias, tile.weight, p.n), tile.token, tile.weight,
+            shared + V::out_at + row_group * V::out_buffers * kOutBytes, next_buffer,
+            2 + row_group);
       }
     }
     if (thread == 0) await_copies();
@@ -388,49 +311,13 @@ __global__ void __launch_bounds__(V::threads, 1)
 
 // ---- Host
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    ZM_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                   cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess) throw Unsupported("the CUDA driver is too old");
-    return reinterpret_cast<EncodeTiled>(entry);
-  }();
-  return function;
-}
-
-// A matrix that TMA copies in boxes of `box_rows` rows and 128 bytes; zeros beyond its edges.
-CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int64_t item, int64_t rows,
-                       int64_t cols, int64_t row_stride, int box_rows) {
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_stride * item)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(128 / item),
-                             static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult result =
-      encode_tiled()(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw CudaError("CUDA: cuTensorMapEncodeTiled failed with " +
-                    std::to_string(static_cast<int>(result)));
-  }
-  return map;
-}
-
 template <class V>
 void run(const GemmTask& task, CudaStream stream) {
-  constexpr auto kBF16 = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUtensorMap x_map = tensor_map(task.a.codes, kBF16, 2, task.m, task.k, task.a.row_stride,
-                                       V::tokens / V::multicast);
+  const CUtensorMap x_map =
+      bf16_map(task.a.codes, task.m, task.k, task.a.row_stride, V::tokens / V::multicast);
   const CUtensorMap w_map = tensor_map(task.b.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, task.n,
                                        task.k, task.k, V::weights);
-  const CUtensorMap d_map =
-      tensor_map(task.d, kBF16, 2, task.m, task.n, task.d_row_stride, V::out_tokens);
+  const CUtensorMap d_map = bf16_map(task.d, task.m, task.n, task.d_row_stride, kOutTokens);
   Parameters p{};
   p.scales = static_cast<const uint8_t*>(task.b.scales);
   p.bias = static_cast<const __nv_bfloat16*>(task.bias);
@@ -440,26 +327,12 @@ void run(const GemmTask& task, CudaStream stream) {
   p.m_tiles = static_cast<int>(ceil_div(task.m, V::tokens));
   p.n_tiles = static_cast<int>(ceil_div(task.n, V::weights * V::multicast));
 
-  const auto kernel = exact_kernel<V>;
-  ZM_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, V::shared_bytes));
   int64_t clusters = int64_t{p.m_tiles} * p.n_tiles;
   if (V::split == 1) {
     clusters = std::min<int64_t>(clusters, multiprocessors(current_device()) / V::cluster);
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * V::cluster));
-  config.blockDim = dim3(V::threads);
-  config.dynamicSmemBytes = V::shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream.handle);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = V::cluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  ZM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, x_map, w_map, d_map, p));
+  launch_clusters(each_kernel<V>, checked_count(clusters), V::cluster, V::threads, V::shared_bytes,
+                  stream, x_map, w_map, d_map, p);
 }
 
 using Few32 = Variant<32, 1, 4, 1, 2, 8>;
@@ -470,10 +343,8 @@ using Many = Variant<192, 2, 1, 2, 1, 3>;
 
 }  // namespace
 
-Support supports_sm90() { return {true, ""}; }
-
 // Chosen by measurement on an H100 (docs/performance.md).
-void gemm_sm90(const GemmTask& task, CudaStream stream) {
+void gemm_sm90_each(const GemmTask& task, CudaStream stream) {
   if (task.m <= Few32::tokens) return run<Few32>(task, stream);
   if (task.m > Few128::tokens) return run<Many>(task, stream);
   // Half of the multiprocessors with whole tiles are better than all of them with parts.

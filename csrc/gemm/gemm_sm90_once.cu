@@ -1,0 +1,450 @@
+// The path "sm90" with each weight decoded once, by the kernel that multiplies.
+//
+// D^T = W X^T in tiles, from tile to tile, with both operands in shared memory. In a block
+// - warpgroups multiply, 64 weights each;
+// - a warp copies tiles of X and of decoded weights into a ring of stages;
+// - the warps beside it decode weights to the workspace, ahead of the copies, while the tensor
+//   cores are busy; what they write is read again while the cache has it.
+//
+// Two blocks with weights of their own share the tiles of X. All work on few rows of W at a time,
+// a group, with all tokens, and groups are decoded in that order. Weights are decoded in units,
+// which decoders claim in order. What holds a claimed unit back is that its block is behind with
+// its tiles, and those wait for earlier units only; so the kernel completes whatever blocks of it
+// are resident.
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "gemm/decode_bf16.cuh"
+#include "gemm/gemm_sm90.h"
+#include "gemm/hopper.cuh"
+#include "gemm/tensor_map.h"
+#include "gemm/transposed_tile.cuh"
+#include "gemm/wgmma.cuh"
+#include "zimage_mxfp8/matrix.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+constexpr int kCluster = 2;      // blocks that share tiles of X
+constexpr int kTokens = 192;     // width of a tile
+constexpr int kDepth = 64;       // of K in a stage: 128 bytes, as wide as TMA's swizzle
+constexpr int kScaleTile = 512;  // bytes: the scales of 128 weights and 128 of K
+// What a warp decodes at a time.
+constexpr int kUnitRows = 16, kUnitDepth = 128;
+// The columns of W are decoded in so many chunks at most: a lane looks after each.
+constexpr int kMostChunks = 32;
+constexpr int kGroupsAhead = 1;  // decoded before a block needs them
+
+// A variant of the kernel: how the warpgroups that multiply share a tile.
+template <int row_groups_, int column_groups_, int rows_, int stages_, int out_buffers_>
+struct Variant {
+  static constexpr int row_groups = row_groups_;        // with weights of their own
+  static constexpr int column_groups = column_groups_;  // with tokens of their own
+  static constexpr int rows = rows_;                    // of kGroupWeights, of a warpgroup
+  static constexpr int stages = stages_;
+  static constexpr int out_buffers = out_buffers_;  // of a warpgroup
+
+  static constexpr int consumers = row_groups * column_groups;
+  static constexpr int threads = (consumers + 1) * kWarpgroup;
+  static constexpr int width = kTokens / column_groups;              // of a warpgroup's part
+  static constexpr int weights = row_groups * rows * kGroupWeights;  // height of a tile
+  static constexpr int slab = kCluster * weights;                    // rows of W of two tiles
+  static_assert(slab % kUnitRows == 0);
+
+  static constexpr int x_bytes = kTokens * kDepth * 2;
+  static constexpr int w_bytes = weights * kDepth * 2;
+  // What TMA swizzles begins at multiples of 1024 bytes.
+  static constexpr int w_at = stages * x_bytes;
+  static constexpr int out_at = w_at + stages * w_bytes;
+  static constexpr int barriers_at = out_at + consumers * out_buffers * kOutBytes;
+  static constexpr int group_at = barriers_at + 2 * stages * 8;
+  static constexpr int shared_bytes = group_at + 4 + 1024;  // to align the start
+  static_assert(shared_bytes <= 232448);
+  static_assert(x_bytes / kCluster % 1024 == 0 && w_bytes % 1024 == 0 && kOutBytes % 1024 == 0);
+};
+
+struct Parameters {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const __nv_bfloat16* bias;
+  __nv_bfloat16* weights;  // in the workspace: W decoded
+  uint32_t* ready;         // [slabs][kMostChunks]: units decoded
+  uint32_t* claimed;       // units
+  int n, k;
+  int m_tiles;      // tiles of tokens
+  int slabs;        // of W
+  int group_slabs;  // slabs of a group
+  int chunks;       // of K in a slab, each of chunk_depth
+  int chunk_depth;  // a multiple of kUnitDepth
+};
+
+// ---- Decoding
+
+struct Unit {
+  int group, slab, chunk;
+  int row, column;  // its first
+};
+
+template <class V>
+__device__ uint32_t units_of_slab(const Parameters& p) {
+  return V::slab / kUnitRows * (p.chunks * (p.chunk_depth / kUnitDepth));
+}
+
+// The units of a group are claimed in order of K, so that products may begin with all rows.
+template <class V>
+__device__ Unit unit_of(const Parameters& p, uint32_t index) {
+  constexpr uint32_t row_units = V::slab / kUnitRows;
+  const uint32_t group_units = p.group_slabs * units_of_slab<V>(p);
+  const uint32_t group = index / group_units, in_group = index % group_units;
+  const int first_slab = group * p.group_slabs;
+  const uint32_t across = min(p.group_slabs, p.slabs - first_slab) * row_units;
+  const uint32_t depth = in_group / across, down = in_group % across;
+  return {static_cast<int>(group), first_slab + static_cast<int>(down / row_units),
+          static_cast<int>(depth) / (p.chunk_depth / kUnitDepth),
+          first_slab * V::slab + static_cast<int>(down) * kUnitRows,
+          static_cast<int>(depth) * kUnitDepth};
+}
+
+// What a lane has of a unit: 8 columns of every second row, and the scales of one row.
+struct Codes {
+  static constexpr int rows = kUnitRows / 2;
+  uint2 of_row[rows];
+  uint32_t scales;  // of blocks that are kUnitDepth wide together
+};
+
+struct Place {
+  int64_t first;  // of the lane's elements
+  int rows;       // of the lane's that there are
+};
+
+__device__ Place place_of(const Parameters& p, const Unit& unit) {
+  const int row = unit.row + threadIdx.x % 32 / 16, column = unit.column + threadIdx.x % 16 * 8;
+  return {int64_t(row) * p.k + column, column < p.k ? (p.n - row + 1) / 2 : 0};
+}
+
+__device__ void load_codes(Codes& codes, const Parameters& p, const Unit& unit) {
+  if (unit.row >= p.n || unit.column >= p.k) return;
+  const Place place = place_of(p, unit);
+  const int64_t scale_tile =
+      int64_t(unit.row / 128) * ((p.k + kUnitDepth - 1) / kUnitDepth) + unit.column / kUnitDepth;
+  const int row = unit.row % 128 + threadIdx.x % kUnitRows;
+  codes.scales = __ldg(reinterpret_cast<const uint32_t*>(p.scales + scale_tile * kScaleTile +
+                                                         row % 32 * 16 + row / 32 * 4));
+#pragma unroll
+  for (int i = 0; i < Codes::rows; ++i) {
+    if (i < place.rows) {
+      codes.of_row[i] =
+          __ldcs(reinterpret_cast<const uint2*>(p.codes + place.first + int64_t(2 * i) * p.k));
+    }
+  }
+}
+
+__device__ void store_weights(const Codes& codes, const Parameters& p, const Unit& unit) {
+  if (unit.row >= p.n || unit.column >= p.k) return;
+  const Place place = place_of(p, unit);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Codes::rows; ++i) {
+    const uint32_t byte =
+        __shfl_sync(~0u, codes.scales, 2 * i + lane / 16) >> lane % 16 / 4 * 8 & 0xFF;
+    const uint32_t scale = scale_pair(byte);
+    const uint2 of_row = codes.of_row[i];
+    uint4 values = {multiply_bf16(decode_pair(of_row.x), scale),
+                    multiply_bf16(decode_pair(of_row.x >> 16), scale),
+                    multiply_bf16(decode_pair(of_row.y), scale),
+                    multiply_bf16(decode_pair(of_row.y >> 16), scale)};
+    if (byte >= kFirstSplitByte) {
+      const uint32_t rest = rest_pair(byte);
+      values = {multiply_bf16(values.x, rest), multiply_bf16(values.y, rest),
+                multiply_bf16(values.z, rest), multiply_bf16(values.w, rest)};
+    }
+    if (i < place.rows) {
+      *reinterpret_cast<uint4*>(p.weights + place.first + int64_t(2 * i) * p.k) = values;
+    }
+  }
+}
+
+__device__ uint32_t load_acquire(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ void increment_release(uint32_t* what) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(what) : "memory");
+}
+
+// A decoder's work. `group` is where the block says which group it works on.
+template <class V>
+__device__ void decode_weights(const Parameters& p, const volatile int* group) {
+  const bool first_lane = threadIdx.x % 32 == 0;
+  const uint32_t units = p.slabs * units_of_slab<V>(p);
+  const auto claim = [&] { return first_lane ? atomicAdd(p.claimed, 1) : 0; };
+  const auto may_begin = [&](const Unit& unit) {
+    return __all_sync(~0u, unit.group <= *group + kGroupsAhead);
+  };
+  const auto await = [&](const Unit& unit) {
+    while (!may_begin(unit)) __nanosleep(500);
+  };
+  uint32_t index = __shfl_sync(~0u, claim(), 0);
+  if (index >= units) return;
+  Unit unit = unit_of<V>(p, index);
+  Codes codes;
+  await(unit);
+  load_codes(codes, p, unit);
+  while (true) {
+    const uint32_t claimed = claim();
+    store_weights(codes, p, unit);
+    index = __shfl_sync(~0u, claimed, 0);
+    const bool is_last = index >= units;
+    uint32_t* const ready = p.ready + unit.slab * kMostChunks + unit.chunk;
+    if (!is_last) unit = unit_of<V>(p, index);
+    // The next codes come while this unit's stores become visible.
+    const bool begun = !is_last && may_begin(unit);
+    if (begun) load_codes(codes, p, unit);
+    __syncwarp();  // the lanes' stores are before the first one's release
+    if (first_lane) increment_release(ready);
+    if (is_last) return;
+    if (!begun) {
+      await(unit);
+      load_codes(codes, p, unit);
+    }
+  }
+}
+
+// ---- The product
+
+// Where the tile that a cluster works on lies.
+struct Tile {
+  int group, slab, token;
+};
+
+template <class V>
+__device__ Tile tile_of(const Parameters& p, int index) {
+  const int group_tiles = p.group_slabs * p.m_tiles;
+  const int group = index / group_tiles, in_group = index % group_tiles;
+  const int first_slab = group * p.group_slabs, across = min(p.group_slabs, p.slabs - first_slab);
+  return {group, first_slab + in_group % across, in_group / across * kTokens};
+}
+
+template <class V>
+__global__ void __launch_bounds__(V::threads, 1)
+    once_kernel(const __grid_constant__ CUtensorMap x_map,
+                const __grid_constant__ CUtensorMap w_map,
+                const __grid_constant__ CUtensorMap d_map, const Parameters p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t unaligned[];
+  const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
+  volatile int* const group_of_block = reinterpret_cast<volatile int*>(
+      unaligned + (shared - shared_address(unaligned)) + V::group_at);
+  const uint32_t x_tiles = shared, w_tiles = shared + V::w_at;
+  const auto full = [&](int stage) { return shared + V::barriers_at + stage * 8; };
+  const auto empty = [&](int stage) { return shared + V::barriers_at + (V::stages + stage) * 8; };
+  const int block = block_of_cluster();
+  const int warpgroup = threadIdx.x / kWarpgroup;  // the last one copies and decodes
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < V::stages; ++stage) {
+      barrier_init(full(stage), 1);
+      barrier_init(empty(stage), V::consumers * kCluster);
+    }
+    barrier_init_fence();
+    *group_of_block = 0;
+  }
+  cluster_sync();
+  const int tiles = p.slabs * p.m_tiles;
+  const int first_tile = blockIdx.x / kCluster, tile_step = gridDim.x / kCluster;
+  const int steps = (p.k + kDepth - 1) / kDepth;
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto next_stage = [&] {
+    if (++stage == V::stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+
+  if (warpgroup == V::consumers) {
+    if constexpr (V::rows > 1) fewer_registers<88>();
+    if (threadIdx.x % kWarpgroup >= 32) {
+      decode_weights<V>(p, group_of_block);
+    } else {
+      const int lane = threadIdx.x % 32;
+      const uint32_t chunk_units = V::slab / kUnitRows * (p.chunk_depth / kUnitDepth);
+      const int chunk_steps = p.chunk_depth / kDepth;
+      if (lane == 0) {
+        prefetch_map(x_map);
+        prefetch_map(w_map);
+      }
+      for (int index = first_tile; index < tiles; index += tile_step) {
+        const Tile tile = tile_of<V>(p, index);
+        if (lane == 0) *group_of_block = tile.group;
+        const uint32_t* const ready = p.ready + tile.slab * kMostChunks + lane;
+        const int weight = tile.slab * V::slab + block * V::weights;
+        uint32_t ready_chunks = 0;  // a bit each
+        for (int chunk = 0; chunk < p.chunks; ++chunk) {
+          if (!(ready_chunks >> chunk & 1)) {
+            do {
+              const bool is_ready = lane < p.chunks && load_acquire(ready) == chunk_units;
+              ready_chunks = __ballot_sync(~0u, is_ready);
+            } while (!(ready_chunks >> chunk & 1));
+            __syncwarp();  // what the lanes have seen to be stored is copied by the first
+          }
+          if (lane == 0) {
+            fence_global_for_copies();
+            const int end = min((chunk + 1) * chunk_steps, steps);
+            for (int step = chunk * chunk_steps; step < end; ++step) {
+              barrier_wait(empty(stage), phase ^ 1);
+              barrier_expect(full(stage), V::x_bytes + V::w_bytes);
+              constexpr int part = kTokens / kCluster;
+              copy_box_to_cluster(x_map, full(stage),
+                                  x_tiles + stage * V::x_bytes + block * part * kDepth * 2,
+                                  step * kDepth, tile.token + block * part, (1 << kCluster) - 1);
+              copy_box(w_map, full(stage), w_tiles + stage * V::w_bytes, step * kDepth, weight);
+              next_stage();
+            }
+          }
+          __syncwarp();
+        }
+      }
+      if (lane == 0) *group_of_block = p.slabs;  // nothing holds this block's decoders back
+    }
+    __syncwarp();
+  } else {
+    if constexpr (V::rows > 1) more_registers<208>();
+    const int thread = threadIdx.x % kWarpgroup;
+    const int row_group = warpgroup % V::row_groups, column_group = warpgroup / V::row_groups;
+    float sums[V::rows][V::width / 2];
+    int next_buffer = 0;  // for D
+    const auto release = [&](int of_stage) {
+      if (thread < kCluster) barrier_arrive(empty(of_stage), thread);
+    };
+    for (int index = first_tile; index < tiles; index += tile_step) {
+      const Tile tile = tile_of<V>(p, index);
+      const int weight =
+          tile.slab * V::slab + block * V::weights + row_group * V::rows * kGroupWeights;
+      BiasPair bias[V::rows];
+#pragma unroll
+      for (int r = 0; r < V::rows; ++r) {
+        bias[r] = load_bias(p.bias, weight + r * kGroupWeights, p.n);
+#pragma unroll
+        for (int i = 0; i < V::width / 2; ++i) sums[r][i] = 0.0f;
+      }
+      int previous = 0;
+      for (int step = 0; step < steps; ++step) {
+        barrier_wait(full(stage), phase);
+        const uint64_t x =
+            wgmma_descriptor(x_tiles + stage * V::x_bytes + column_group * V::width * kDepth * 2);
+        const uint64_t w = wgmma_descriptor(w_tiles + stage * V::w_bytes +
+                                            row_group * V::rows * kGroupWeights * kDepth * 2);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kDepth / 16; ++i) {
+#pragma unroll
+          for (int r = 0; r < V::rows; ++r) {
+            constexpr uint64_t step_of_16 = 16 * 2 / 16, row = kGroupWeights * kDepth * 2 / 16;
+            WgmmaShared<V::width>::multiply(sums[r], w + i * step_of_16 + r * row,
+                                            x + i * step_of_16);
+          }
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > 0) release(previous);
+        previous = stage;
+        next_stage();
+      }
+      wgmma_wait();
+      release(previous);
+#pragma unroll
+      for (int r = 0; r < V::rows; ++r) {
+        const int first = weight + r * kGroupWeights;
+        store_tile<V::width, V::out_buffers>(
+            d_map, sums[r], bias[r], tile.token + column_group * V::width, first,
+            shared + V::out_at + warpgroup * V::out_buffers * kOutBytes, next_buffer,
+            1 + warpgroup);
+      }
+    }
+    if (thread == 0) await_copies();
+  }
+  // No block leaves while the other may still write to its shared memory.
+  cluster_sync();
+#endif
+}
+
+// ---- Host
+
+// How a product is divided, and its part of the workspace.
+struct Plan {
+  int chunks, chunk_depth, slabs;
+  std::size_t counter_bytes;  // zeroed before the kernel
+};
+
+template <class V>
+Plan plan_of(int64_t n, int64_t k) {
+  const int64_t depth_units = ceil_div(k, kUnitDepth);
+  const int64_t chunk_units = ceil_div(depth_units, kMostChunks);
+  Plan plan;
+  plan.chunk_depth = static_cast<int>(chunk_units * kUnitDepth);
+  plan.chunks = static_cast<int>(ceil_div(depth_units, chunk_units));
+  plan.slabs = static_cast<int>(ceil_div(n, V::slab));
+  plan.counter_bytes =
+      static_cast<std::size_t>(round_up((int64_t{plan.slabs} * kMostChunks + 1) * 4, 256));
+  return plan;
+}
+
+template <class V>
+void run(const GemmTask& task, Workspace workspace, CudaStream stream) {
+  const Plan plan = plan_of<V>(task.n, task.k);
+  Parameters p{};
+  p.codes = static_cast<const uint8_t*>(task.b.codes);
+  p.scales = static_cast<const uint8_t*>(task.b.scales);
+  p.bias = static_cast<const __nv_bfloat16*>(task.bias);
+  p.ready = static_cast<uint32_t*>(workspace.data);
+  p.claimed = p.ready + plan.slabs * kMostChunks;
+  p.weights =
+      reinterpret_cast<__nv_bfloat16*>(static_cast<char*>(workspace.data) + plan.counter_bytes);
+  p.n = static_cast<int>(task.n);
+  p.k = static_cast<int>(task.k);
+  p.m_tiles = static_cast<int>(ceil_div(task.m, kTokens));
+  p.slabs = plan.slabs;
+  p.chunks = plan.chunks;
+  p.chunk_depth = plan.chunk_depth;
+  const int clusters = multiprocessors(current_device()) / kCluster;
+  p.group_slabs = std::min(p.slabs, static_cast<int>(ceil_div(clusters, p.m_tiles)));
+
+  ZM_CUDA_CHECK(cudaMemsetAsync(workspace.data, 0, plan.counter_bytes,
+                                static_cast<cudaStream_t>(stream.handle)));
+  launch_clusters(once_kernel<V>, clusters, kCluster, V::threads, V::shared_bytes, stream,
+                  bf16_map(task.a.codes, task.m, task.k, task.a.row_stride, kTokens / kCluster),
+                  bf16_map(p.weights, task.n, task.k, task.k, V::weights),
+                  bf16_map(task.d, task.m, task.n, task.d_row_stride, kOutTokens), p);
+}
+
+using Tile128 = Variant<2, 1, 1, 5, 3>;  // 128 weights
+using Tile192 = Variant<1, 2, 3, 4, 4>;
+
+// How long a product takes, in tiles of 64 weights, one after the other.
+template <class V>
+int64_t duration(const GemmTask& task) {
+  const int64_t tiles = ceil_div(task.m, kTokens) * ceil_div(task.n, V::slab);
+  return ceil_div(tiles, multiprocessors(current_device()) / kCluster) *
+         (V::weights / kGroupWeights);
+}
+
+}  // namespace
+
+std::size_t workspace_sm90_once(const GemmProblem& problem) {
+  return plan_of<Tile128>(problem.n, problem.k).counter_bytes +  // no less than Tile192's
+         static_cast<std::size_t>(problem.n) * static_cast<std::size_t>(problem.k) * 2;
+}
+
+void gemm_sm90_once(const GemmTask& task, Workspace workspace, CudaStream stream) {
+  // Larger tiles are read less often, but the last of them may leave multiprocessors idle.
+  if (duration<Tile192>(task) <= duration<Tile128>(task)) {
+    run<Tile192>(task, workspace, stream);
+  } else {
+    run<Tile128>(task, workspace, stream);
+  }
+}
+
+}  // namespace zimage_mxfp8::detail
