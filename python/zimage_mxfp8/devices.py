@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from . import _core
 from .errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cuda_index(device: str) -> int | None:
@@ -29,3 +33,29 @@ def cuda_index(device: str) -> int | None:
     if index >= found:
         raise UnsupportedError(f"device {device}: {found} CUDA devices found; use cpu")
     return index
+
+
+def torch_device(device: str | torch.device | None) -> torch.device:
+    """The device that a name means, with an index if it is a CUDA device.
+
+    Args:
+        device: None stands for the current CUDA device where torch and this build have one, else
+            for the CPU.
+
+    Raises:
+        UsageError: not the name of a device.
+        UnsupportedError: this build or torch has no CUDA, or this machine no such device.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if _core.build_info().cuda and torch.cuda.is_available() else "cpu"
+    if cuda_index(str(device)) is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"device {device}: the torch that is installed ({torch.__version__}) finds no CUDA "
+            "device; use cpu, or install torch for CUDA"
+        )
+    place = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..devices import torch_device
 from ..errors import CudaError, InvalidArgumentError, UsageError
 from ..pipeline import ProgressCallback
 from . import ops
@@ -147,7 +148,7 @@ class ZImageTransformer(nn.Module):
         if dtype not in (torch.bfloat16, torch.float32):
             raise UsageError(f"dtype must be torch.bfloat16 or torch.float32, not {dtype}")
         file = open_model(path)
-        place = _device(device)
+        place = torch_device(device)
         index = place.index if place.type == "cuda" else -1
         mode = choose(compute, index, bool(file.layers))
         return cls(file.config, load_parts(file, place, mode, dtype, progress), mode, dtype)
@@ -285,7 +286,7 @@ class ZImageTransformer(nn.Module):
             f"{self.device} ran out of memory in a forward over {tokens} tokens: "
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, "
             f"{self.nbytes / 2**30:.1f} are the transformer's weights; use a smaller size or "
-            "batch, or --offload"
+            "batch"
         )
 
     # ---- The model itself, all of which a CUDA graph can hold
@@ -356,24 +357,6 @@ class ZImageTransformer(nn.Module):
 
 def _blocks(modules: nn.ModuleList) -> list[Block]:
     return list(modules)  # type: ignore[arg-type]
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        from .. import _core
-
-        usable = torch.cuda.is_available() and bool(_core.build_info().cuda)
-        device = "cuda" if usable else "cpu"
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        place = torch.device("meta")
-    if place.type not in ("cpu", "cuda"):
-        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", not {str(device)!r}')
-    if place.type == "cpu":
-        return place
-    index = torch.cuda.current_device() if place.index is None else place.index
-    return torch.device("cuda", index)
 
 
 def _check_tensor(tensor: Any, name: str, device: torch.device) -> None:
