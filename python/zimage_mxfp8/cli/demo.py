@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 _DIM, _CAPTION_DIM = 256, 128
+_CAPTION_TOKENS = 20
+_LATENT_SIDE = 8  # 64 pixels
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "demo",
-        help="make a small Z-Image checkpoint, convert it and check the result",
+        help="make a small Z-Image checkpoint, convert it, check the result and run it",
         description="Make a small checkpoint with Z-Image's 30 layers and random weights, convert "
-        "it to MXFP8, validate it against its original and print the tables. No network.",
+        "it to MXFP8, validate it against its original, let both denoise the same latents and "
+        "print the tables. No network.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -62,4 +66,42 @@ def _demo(folder: Path) -> int:
         checked = validate(converted, original, progress=progress)
     print(f"\n3. zimage-mxfp8 validate {converted.name} --against {original.name}", flush=True)
     print_report(checked)
+    print(f"\n4. Turbo's eight steps with {converted.name}, on the CPU", flush=True)
+    _run_both(original, converted)
     return 0 if checked.ok else 1
+
+
+def _run_both(original: Path, converted: Path) -> None:
+    """Denoise the same noise with both checkpoints and print how far apart the results are."""
+    try:
+        import torch
+    except ImportError:
+        print('needs torch, which is not installed: pip install "zimage-mxfp8[generate]"')
+        return
+    from ..generation.sampler import denoise
+    from ..transformer.config import LATENT_CHANNELS
+    from ..transformer.model import ZImageTransformer
+    from . import display
+
+    random = torch.Generator().manual_seed(0)
+    noise = torch.randn(LATENT_CHANNELS, 1, _LATENT_SIDE, _LATENT_SIDE, generator=random)
+    caption = torch.randn(_CAPTION_TOKENS, _CAPTION_DIM, generator=random)
+    results, rows = [], []
+    for name, file, compute in (
+        ("BF16, the original", original, "exact"),
+        ("MXFP8, exact", converted, "exact"),
+        ("MXFP8, emulated", converted, "emulated"),
+    ):
+        # Sums in float32, so that the differences are those of the 8 bits.
+        model = ZImageTransformer.from_checkpoint(file, "cpu", compute, torch.float32)
+        begin = time.perf_counter()
+        (latents,) = denoise(model, [noise], [caption])
+        seconds = time.perf_counter() - begin
+        results.append(latents)
+        error = float((latents - results[0]).norm() / results[0].norm())
+        rows.append([name, f"{error:.2%}" if error else "-", f"{seconds:.1f}"])
+    display.print_table(
+        "Denoised latents against those of the original (random weights)",
+        ["weights, compute mode", "relative error>", "seconds>"],
+        rows,
+    )

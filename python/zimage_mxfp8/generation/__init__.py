@@ -1,0 +1,1 @@
+"""Pictures: the transformer between the other parts of a diffusers folder."""
