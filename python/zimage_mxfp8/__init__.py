@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         CheckpointError,
         CudaError,
         Error,
+        GenerationError,
         InvalidArgumentError,
         NonFiniteError,
         OutputError,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from .generation.generator import Generation, GenerationProgress, ZImageGenerator
+    from .generation.settings import GenerationSettings
     from .inspection import Inspection, inspect
     from .matmul import FoldStats, RowScaledArray, fold, gemm, gemm_path, quantize_rows
     from .pipeline import Progress
@@ -58,6 +61,7 @@ _HOME = {
     "CheckpointError": "errors",
     "CudaError": "errors",
     "Error": "errors",
+    "GenerationError": "errors",
     "InvalidArgumentError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",
@@ -65,6 +69,10 @@ _HOME = {
     "RecipeError": "errors",
     "UnsupportedError": "errors",
     "UsageError": "errors",
+    "Generation": "generation.generator",
+    "GenerationProgress": "generation.generator",
+    "ZImageGenerator": "generation.generator",
+    "GenerationSettings": "generation.settings",
     "FoldStats": "matmul",
     "RowScaledArray": "matmul",
     "fold": "matmul",
@@ -90,6 +98,10 @@ __all__ = [
     "Error",
     "ErrorStats",
     "FoldStats",
+    "Generation",
+    "GenerationError",
+    "GenerationProgress",
+    "GenerationSettings",
     "Inspection",
     "InvalidArgumentError",
     "MXFP8Array",
@@ -105,6 +117,7 @@ __all__ = [
     "UsageError",
     "ValidationReport",
     "ZImageConfig",
+    "ZImageGenerator",
     "ZImageTransformer",
     "__version__",
     "convert",

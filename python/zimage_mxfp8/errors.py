@@ -45,6 +45,19 @@ class PrecisionLossError(Error, ValueError):
         self.relative_error = relative_error
 
 
+class GenerationError(Error, ArithmeticError):
+    """A picture that became NaN or infinite.
+
+    Attributes:
+        step: the first step after which it was so, from 1; None if the steps were sound and the
+            VAE was not, 0 if the caption was so before the first step.
+    """
+
+    def __init__(self, message: str, step: int | None) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class CheckpointError(Error):
     """A checkpoint that cannot be read, or is not what the operation needs."""
 

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,9 @@ from rich.table import Table
 from ..error_stats import ErrorStats, total
 from ..pipeline import Progress, ProgressCallback
 from ..text import printable
+
+if TYPE_CHECKING:
+    from ..generation.generator import GenerationCallback, GenerationProgress
 
 _PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
 
@@ -107,5 +110,38 @@ def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
 
         def update(progress: Progress) -> None:
             bar.update(task, completed=progress.done, total=progress.total)
+
+        yield update
+
+
+@contextmanager
+def stage_bar() -> Iterator[GenerationCallback | None]:
+    """A bar on stderr for each stage of a generation; None if that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None, state="")
+
+        def update(progress: GenerationProgress) -> None:
+            state = ""
+            if progress.stage == "denoising":
+                state = f"step {progress.done} of {progress.total}, {progress.seconds:.2f} s a step"
+            elif progress.total > 1 and progress.stage == "decoding":
+                state = f"picture {progress.done} of {progress.total}"
+            bar.update(
+                task,
+                description=progress.stage,
+                completed=progress.done,
+                total=progress.total,
+                state=state,
+            )
 
         yield update

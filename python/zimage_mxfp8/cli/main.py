@@ -16,17 +16,17 @@ from pathlib import Path
 
 from ..errors import Error, UsageError
 from ..text import printable
-from . import convert, demo, dequantize, doctor, inspect, recipes, validate
+from . import convert, demo, dequantize, doctor, generate, inspect, recipes, validate
 from .arguments import Parser
 
-_COMMANDS = (convert, inspect, validate, dequantize, recipes, doctor, demo)
+_COMMANDS = (convert, inspect, validate, dequantize, generate, recipes, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = Parser(
         prog="zimage-mxfp8",
-        description="Convert Z-Image checkpoints to MXFP8, check them and look inside.",
+        description="Convert Z-Image checkpoints to MXFP8, check them, look inside and run them.",
     )
     parser.add_argument(
         "--version", action="version", version=f"zimage-mxfp8 {version('zimage-mxfp8')}"

@@ -1,0 +1,120 @@
+"""The diffusers folder that all parts but the transformer come from: what must be in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.header import unreadable
+from ..errors import CheckpointError
+from ..transformer.config import LATENT_CHANNELS
+
+# What each part must have; of several names, one.
+_FILES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "tokenizer": (("tokenizer_config.json",),),
+    "text_encoder": (
+        ("config.json",),
+        ("model.safetensors", "model.safetensors.index.json"),
+    ),
+    "vae": (
+        ("config.json",),
+        (
+            "diffusion_pytorch_model.safetensors",
+            "diffusion_pytorch_model.safetensors.index.json",
+        ),
+    ),
+    "scheduler": (("scheduler_config.json",),),
+}
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+_VAE_STAGES = 4  # three of which halve: 8 pixels to a latent
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with a tokenizer, a text encoder, a VAE and a scheduler for Z-Image.
+
+    Attributes:
+        path: the folder.
+        caption_features: width of the text encoder's states.
+    """
+
+    path: Path
+    caption_features: int
+
+    @property
+    def transformer(self) -> Path:
+        """Where the folder's own transformer is, if it has one."""
+        return self.path / "transformer"
+
+
+def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
+    """Look at a folder: whether every part is there, and of the right kind. Loads none of them.
+
+    Raises:
+        CheckpointError: no folder, none of diffusers, of another model, or incomplete; the
+            sentence names the part.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"{folder} {what}; the model's folder is needed on this machine, in the diffusers "
+            "layout (names on a hub are not looked up): download it first, for example with "
+            "hf download Tongyi-MAI/Z-Image-Turbo --local-dir FOLDER"
+        )
+    index = _read(folder / "model_index.json", f"{folder} is no diffusers folder")
+    pipeline = str(index.get("_class_name"))
+    if not pipeline.startswith("ZImage"):
+        raise CheckpointError(f"{folder} is a model for {pipeline}, not for Z-Image")
+    for part, needed in _FILES.items():
+        if not (folder / part).is_dir():
+            raise CheckpointError(
+                f"{folder} has no {part}/; download the model again, with all of its folders"
+            )
+        for names in needed:
+            if not any((folder / part / name).is_file() for name in names):
+                raise CheckpointError(
+                    f"{folder / part} has no {' or '.join(names)}; download the model again"
+                )
+    scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("_class_name") != _SCHEDULER:
+        raise CheckpointError(
+            f"{folder / 'scheduler'} is a {scheduler.get('_class_name')}; Z-Image needs the "
+            f"{_SCHEDULER} that came with it"
+        )
+    vae = _read(folder / "vae" / "config.json")
+    stages = vae.get("block_out_channels")
+    if (
+        vae.get("latent_channels") != LATENT_CHANNELS
+        or not isinstance(stages, list)
+        or len(stages) != _VAE_STAGES
+    ):
+        raise CheckpointError(
+            f"{folder / 'vae'} does not make {LATENT_CHANNELS} channels of 8 x 8 pixels each, so "
+            "it is not Z-Image's; take the one that came with the model"
+        )
+    features = _read(folder / "text_encoder" / "config.json").get("hidden_size")
+    if not isinstance(features, int):
+        raise CheckpointError(
+            f"{folder / 'text_encoder' / 'config.json'} has no hidden_size, so it is not Z-Image's "
+            "text encoder; take the one that came with the model"
+        )
+    return ModelFolder(folder, features)
+
+
+def _read(file: Path, problem: str = "") -> dict[str, Any]:
+    """A JSON object; `problem` is what a missing file means."""
+    if problem and not file.is_file():
+        raise CheckpointError(f"{problem}: it has no {file.name}")
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise unreadable(file, error) from None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file} is not a JSON object; download it again")
+    return document

@@ -1,0 +1,428 @@
+"""From a prompt to pictures: text encoder, transformer and VAE, one after another."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
+from diffusers.image_processor import VaeImageProcessor
+
+from .. import _core
+from ..devices import torch_device
+from ..errors import CheckpointError, CudaError, GenerationError, UnsupportedError, UsageError
+from ..pipeline import Progress
+from ..transformer.compute import Compute, choose
+from ..transformer.model import ZImageTransformer
+from ..transformer.weights import open_model
+from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
+from .folder import open_model_folder
+from .pictures import open_init_image
+from .settings import PIXELS_PER_TOKEN, GenerationSettings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Stage = Literal["text encoder", "transformer", "VAE", "encoding", "denoising", "decoding"]
+_DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class GenerationProgress:
+    """State of a generation, given to progress callbacks.
+
+    Attributes:
+        stage: what goes on: the name of a part while it is loaded, else the work.
+        done: what is finished of the stage: bytes of "transformer", steps of "denoising", pictures
+            of "decoding", 0 or 1 of the others.
+        total: of how many.
+        seconds: time of the last step of "denoising", else 0.
+    """
+
+    stage: Stage
+    done: int
+    total: int
+    seconds: float = 0.0
+
+
+GenerationCallback = Callable[[GenerationProgress], object]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Pictures, and how they were made.
+
+    Attributes:
+        images: PIL images.
+        settings: with everything that was left open filled in.
+        steps: forward passes that were made.
+        step_seconds: median time of a step.
+        compute: compute mode of the transformer.
+        device: where it ran.
+        dtype: of everything that is not 8 bits wide.
+        model: name of the model's folder.
+        transformer: name of the transformer's file or folder.
+        warnings: sentences for the user.
+    """
+
+    images: tuple[Image, ...]
+    settings: GenerationSettings
+    steps: int
+    step_seconds: float
+    compute: Compute
+    device: str
+    dtype: str
+    model: str
+    transformer: str
+    warnings: tuple[str, ...]
+
+    def seed(self, i: int) -> int:
+        """The seed that makes picture i alone."""
+        assert self.settings.seed is not None  # resolved
+        return self.settings.seed + i
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        """What makes picture i again, as JSON-compatible values; names of files only."""
+        settings = self.settings
+        return {
+            "prompt": settings.prompt,
+            "negative_prompt": settings.negative_prompt,
+            "seed": self.seed(i),
+            "steps": settings.steps,
+            "width": settings.width,
+            "height": settings.height,
+            "guidance": settings.guidance,
+            "init_image": settings.init_image.name if settings.init_image else None,
+            "strength": settings.strength,
+            "model": self.model,
+            "transformer": self.transformer,
+            "compute": self.compute,
+            "dtype": self.dtype,
+            "version": _core.__version__,
+        }
+
+
+class ZImageGenerator:
+    """Makes pictures with the parts of a diffusers folder and a transformer of this package.
+
+    Args:
+        model_dir: the diffusers folder. Its own transformer is needed only without `transformer`.
+        transformer: an MXFP8 or plain file or folder, see `ZImageTransformer.from_checkpoint`.
+        device: by default the current CUDA device if there is one and this build has CUDA, else
+            the CPU.
+        compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
+        dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
+        offload: load a part when its turn comes, and free it afterwards: memory holds the largest
+            part and what it works on. Otherwise all parts are loaded now, and stay.
+        progress: called while the parts are loaded.
+
+    Raises:
+        CheckpointError: a part is missing, damaged, or does not go with the others; the sentence
+            names it.
+        UsageError: no such device, mode or dtype, or they do not go together.
+        UnsupportedError: the device does not have the mode.
+        CudaError: the device has too little memory.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | os.PathLike[str],
+        transformer: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        compute: str = "auto",
+        dtype: str = "bfloat16",
+        *,
+        offload: bool = False,
+        progress: GenerationCallback | None = None,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, not {dtype!r}")
+        self._dtype = dtype
+        self._folder = open_model_folder(model_dir)
+        if transformer is None and not self._folder.transformer.is_dir():
+            raise CheckpointError(
+                f"{model_dir} has no transformer/; name a file with --transformer, or download the "
+                "model again"
+            )
+        self._file = Path(transformer or self._folder.transformer)
+        self._device = torch_device(device)
+        headers = open_model(self._file)
+        if headers.config.cap_feat_dim != self._folder.caption_features:
+            raise CheckpointError(
+                f"the transformer {self._file} takes captions of {headers.config.cap_feat_dim} "
+                f"features, and {self._folder.path / 'text_encoder'} gives "
+                f"{self._folder.caption_features}: they belong to different models"
+            )
+        index = self._device.index if self._device.type == "cuda" else -1
+        self._compute = choose(compute, index, bool(headers.layers))
+        self._scheduler = load_scheduler(self._folder)
+        self._offload = offload
+        self._kept: dict[Stage, Any] = {}
+        if not offload:
+            for part in ("text encoder", "transformer", "VAE"):
+                self._part(part, progress)
+
+    def generate(
+        self, settings: GenerationSettings, progress: GenerationCallback | None = None
+    ) -> Generation:
+        """Make pictures.
+
+        The same seed gives the same noise on every device; what differs is rounding. A picture of
+        a batch is that of its own seed alone, again but for rounding.
+
+        Args:
+            settings: what to make.
+            progress: called at the beginning and the end of every stage, and after every step.
+
+        Raises:
+            CheckpointError: the init image cannot be read, or, with offloading, a part.
+            GenerationError: a picture became NaN or infinite; the sentence says at which step.
+            CudaError, UnsupportedError: too little memory.
+        """
+        image = None if settings.init_image is None else open_init_image(settings.init_image)
+        settings = settings.resolved(image.size if image else None)
+        report = progress or (lambda _: None)
+        captions = self._encode(settings, report)
+        self._free()
+        latents, steps = self._denoise(settings, image, captions, report)
+        self._free()
+        pixels = self._decode(latents, report)
+        self._free()
+        # One look at the device for the whole generation.
+        finite = [torch.stack([c.isfinite().all() for c in captions]).all().expand(settings.batch)]
+        finite += [*steps.finite, torch.stack([picture.isfinite().all() for picture in pixels])]
+        self._check(settings, torch.stack(finite).cpu())
+        return Generation(
+            images=tuple(
+                VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN).postprocess(picture)[0]
+                for picture in pixels
+            ),
+            settings=settings,
+            steps=len(steps.finite),
+            step_seconds=median(steps.seconds()),
+            compute=self._compute,
+            device=str(self._device),
+            dtype=self._dtype,
+            model=self._folder.path.resolve().name,
+            transformer=self._file.name,
+            warnings=tuple(_warnings(captions)),
+        )
+
+    # ---- Parts
+
+    def _part(self, name: Stage, progress: GenerationCallback | None) -> Any:
+        """A part, loaded if it is not there; with offloading the caller's is the only reference."""
+        if name in self._kept:
+            return self._kept[name]
+        report = progress or (lambda _: None)
+        dtype = _DTYPES[self._dtype]
+        report(GenerationProgress(name, 0, 1))
+        with self._memory_for(f"the {name}"):
+            if name == "text encoder":
+                part: Any = TextEncoder(self._folder, self._device, dtype)
+            elif name == "VAE":
+                part = VAE(self._folder, self._device, dtype)
+            else:
+                part = ZImageTransformer.from_checkpoint(
+                    self._file,
+                    self._device,
+                    self._compute,
+                    dtype,
+                    progress=lambda p: report(_bytes_read(p)),
+                )
+        if not self._offload:
+            self._kept[name] = part
+        return part
+
+    def _free(self) -> None:
+        """Give back the memory of parts that nothing refers to any more."""
+        if self._offload:
+            gc.collect()  # the libraries' objects refer to one another
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @contextmanager
+    def _memory_for(self, what: str) -> Iterator[None]:
+        remedy = "" if self._offload else "; --offload (offload=True) needs less"
+        try:
+            yield
+        except CudaError as error:
+            raise CudaError(f"{error}{remedy}") from None
+        except torch.OutOfMemoryError:
+            free, total = torch.cuda.mem_get_info(self._device)
+            raise CudaError(
+                f"{self._device} ran out of memory for {what}: {free / 2**30:.1f} of "
+                f"{total / 2**30:.1f} GiB are free; close other programs, or use a smaller size or "
+                f"batch{remedy}"
+            ) from None
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            raise UnsupportedError(
+                f"not enough memory for {what}; use a smaller size or batch{remedy}"
+            ) from None
+
+    # ---- Stages. What each loads goes with its locals.
+
+    def _encode(
+        self, settings: GenerationSettings, report: GenerationCallback
+    ) -> list[torch.Tensor]:
+        """Caption features of the prompt, and of the negative one where there is guidance."""
+        encoder: TextEncoder = self._part("text encoder", report)
+        prompts = [settings.prompt]
+        if settings.guidance:
+            prompts.append(settings.negative_prompt or "")
+        report(GenerationProgress("encoding", 0, 1))
+        with self._memory_for("the prompt"):
+            captions = [encoder.encode(prompt) for prompt in prompts]
+        report(GenerationProgress("encoding", 1, 1))
+        return captions
+
+    def _denoise(
+        self,
+        settings: GenerationSettings,
+        image: Image | None,
+        captions: list[torch.Tensor],
+        report: GenerationCallback,
+    ) -> tuple[torch.Tensor, _Steps]:
+        """Latents [batch, 16, height / 8, width / 8]."""
+        assert settings.seed is not None and settings.height and settings.width  # resolved
+        batch = settings.batch
+        parts = {
+            "transformer": self._part("transformer", report),
+            "scheduler": self._scheduler,
+            "text_encoder": None,
+            "tokenizer": None,
+        }
+        options: dict[str, Any] = {}
+        if image is None:
+            pipeline = ZImagePipeline(vae=None, **parts)
+        else:
+            pipeline = ZImageImg2ImgPipeline(vae=self._part("VAE", report).model, **parts)
+            resized = pipeline.image_processor.resize(image, settings.height, settings.width)
+            # One for each picture: otherwise the first one's random numbers serve all of them.
+            options = {"image": [resized] * batch, "strength": settings.strength}
+        pipeline.set_progress_bar_config(disable=True)
+        steps = _Steps(self._device, report)
+        with self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"):
+            (latents,) = pipeline(
+                prompt_embeds=captions[:1] * batch,
+                negative_prompt_embeds=captions[1:] * batch or None,
+                height=settings.height,
+                width=settings.width,
+                num_inference_steps=settings.steps,
+                # As diffusers 0.42 has them by itself. Before, its last step was at 0 and skipped.
+                sigmas=[1 - i / settings.steps for i in range(settings.steps)],
+                guidance_scale=settings.guidance,
+                # On the CPU, for the same noise whatever the device.
+                generator=[torch.Generator().manual_seed(settings.seed + i) for i in range(batch)],
+                output_type="latent",
+                return_dict=False,
+                callback_on_step_end=steps,
+                **options,
+            )
+        return latents, steps
+
+    def _decode(self, latents: torch.Tensor, report: GenerationCallback) -> list[torch.Tensor]:
+        """Pictures [1, 3, height, width], decoded one by one to bound the memory."""
+        vae: VAE = self._part("VAE", report)
+        pixels: list[torch.Tensor] = []
+        report(GenerationProgress("decoding", 0, len(latents)))
+        with self._memory_for("decoding a picture"):
+            for latent in latents.split(1):
+                pixels.append(vae.decode(latent))
+                report(GenerationProgress("decoding", len(pixels), len(latents)))
+        return pixels
+
+    def _check(self, settings: GenerationSettings, finite: torch.Tensor) -> None:
+        """Raise if a picture is not finite; [captions, steps..., pixels; batch] of flags."""
+        if finite.all():
+            return
+        assert settings.seed is not None
+        row, item = (~finite).nonzero()[0].tolist()
+        last = len(finite) - 1
+        if row == 0:
+            where = f"the text encoder gave NaN or Inf for the prompt; check {self._folder.path}"
+            raise GenerationError(f"{where}, or use --dtype float32", 0)
+        if row == last:
+            where = "the VAE turned sound latents into NaN or Inf"
+            raise GenerationError(f"{where}; use --dtype float32", None)
+        raise GenerationError(
+            f"the picture of seed {settings.seed + item} became NaN or Inf in step {row} of "
+            f"{last - 1} (compute {self._compute}, {self._dtype}); zimage-mxfp8 validate "
+            f"{self._file} tells whether the file is sound, and --compute exact or --dtype float32 "
+            "may get around it",
+            row,
+        )
+
+
+class _Steps:
+    """Watches the steps of a pipeline without making the device wait.
+
+    Attributes:
+        finite: for each step, which pictures were finite after it: flags [batch] on the device.
+    """
+
+    def __init__(self, device: torch.device, report: GenerationCallback) -> None:
+        self.finite: list[torch.Tensor] = []
+        self._device = device
+        self._report = report
+        self._times: list[Any] = []
+        self._tick()
+
+    def __call__(
+        self, pipeline: Any, step: int, _timestep: Any, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Diffusers' `callback_on_step_end`."""
+        self.finite.append(tensors["latents"].isfinite().flatten(1).all(1))
+        self._tick()
+        # The device may be a step behind, so that it always has work: it is the last but one that
+        # is over now.
+        done = step if self._device.type == "cuda" else step + 1
+        if done:
+            self._report(
+                GenerationProgress(
+                    "denoising", done, pipeline.num_timesteps, self._between(done - 1)
+                )
+            )
+        return {}
+
+    def _tick(self) -> None:
+        if self._device.type != "cuda":
+            self._times.append(time.perf_counter())
+            return
+        if self._times:
+            self._times[-1].synchronize()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._times.append(event)
+
+    def _between(self, i: int) -> float:
+        begin, end = self._times[i : i + 2]
+        if self._device.type != "cuda":
+            return float(end - begin)
+        return float(begin.elapsed_time(end)) / 1000
+
+    def seconds(self) -> list[float]:
+        """Of each step; the device must have finished them."""
+        return [self._between(i) for i in range(len(self.finite))]
+
+
+def _bytes_read(progress: Progress) -> GenerationProgress:
+    return GenerationProgress("transformer", progress.done, progress.total)
+
+
+def _warnings(captions: list[torch.Tensor]) -> Iterator[str]:
+    if any(len(caption) >= MAX_TOKENS for caption in captions):
+        yield (
+            f"a prompt fills the {MAX_TOKENS} tokens that the text encoder takes; what comes after "
+            "them has no effect"
+        )

@@ -1,0 +1,105 @@
+"""What a picture is made of, as far as the user chooses it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import UsageError
+
+PIXELS_PER_TOKEN = 16  # a side: 8 pixels to a latent, 2 latents to a patch
+DEFAULT_SIZE = 1024
+DEFAULT_STRENGTH = 0.6
+_MOST_PIXELS = 512 * PIXELS_PER_TOKEN  # positions that the model has for rows and for columns
+_MOST_STEPS = 1000
+_SEEDS = 2**63
+_DRAWN_SEEDS = 2**32  # short enough to be typed again
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The settings of a generation, checked when they are made.
+
+    Attributes:
+        prompt: what to show.
+        negative_prompt: what not to show; only with `guidance`.
+        steps: forward passes of the transformer, from noise to picture (twice as wide with
+            `guidance`). With an init image, `strength` of them.
+        height: pixels, a multiple of 16; None: 1024, or that of the init image.
+        width: likewise.
+        guidance: classifier-free guidance; 0 for none, which is what Z-Image Turbo needs.
+        seed: of the first picture; the i-th has seed + i. None draws one.
+        batch: number of pictures, which are made together.
+        init_image: file of a picture to start from.
+        strength: how much of the init image is replaced by noise, 0.01 to 1; None: 0.6.
+
+    Raises:
+        UsageError: a value that cannot be, or two that do not go together.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    steps: int = 8
+    height: int | None = None
+    width: int | None = None
+    guidance: float = 0.0
+    seed: int | None = None
+    batch: int = 1
+    init_image: Path | None = None
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, text in (("prompt", self.prompt), ("negative-prompt", self.negative_prompt)):
+            if any(
+                "\ud800" <= c <= "\udfff" for c in text or ""
+            ):  # what Python makes of other bytes
+                raise UsageError(f"--{name} is not UTF-8 text")
+        if not 1 <= self.steps <= _MOST_STEPS:
+            raise UsageError(f"--steps must be 1 to {_MOST_STEPS}, not {self.steps}")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None and (size % PIXELS_PER_TOKEN or not 0 < size <= _MOST_PIXELS):
+                raise UsageError(
+                    f"--{name} must be a multiple of {PIXELS_PER_TOKEN} up to {_MOST_PIXELS}, not "
+                    f"{size}"
+                )
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise UsageError(f"--guidance must be 0 or more, not {self.guidance}")
+        if self.negative_prompt is not None and not self.guidance:
+            raise UsageError(
+                "--negative-prompt has no effect without guidance; add --guidance or drop it"
+            )
+        if self.batch < 1:
+            raise UsageError(f"--batch must be 1 or more, not {self.batch}")
+        if self.seed is not None and not 0 <= self.seed <= _SEEDS - self.batch:
+            raise UsageError("--seed must be 0 or more, and below 2^63 for every picture")
+        if self.strength is not None and self.init_image is None:
+            raise UsageError("--strength is for --init-image; add it, or drop --strength")
+        if self.strength is not None and not 0.01 <= self.strength <= 1:
+            raise UsageError(f"--strength must be 0.01 to 1, not {self.strength}")
+
+    def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:
+        """The same with nothing left open.
+
+        Args:
+            image_size: width and height of the init image.
+        """
+        width, height = image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
+        strength = self.strength
+        if self.init_image is not None and strength is None:
+            strength = DEFAULT_STRENGTH
+        return replace(
+            self,
+            height=_whole_tokens(height) if self.height is None else self.height,
+            width=_whole_tokens(width) if self.width is None else self.width,
+            seed=secrets.randbelow(_DRAWN_SEEDS) if self.seed is None else self.seed,
+            strength=DEFAULT_STRENGTH
+            if self.init_image and self.strength is None
+            else self.strength,
+        )
+
+
+def _whole_tokens(pixels: int) -> int:
+    tokens = min(pixels, _MOST_PIXELS) // PIXELS_PER_TOKEN
+    return max(tokens, 1) * PIXELS_PER_TOKEN
