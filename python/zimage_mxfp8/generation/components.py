@@ -62,10 +62,14 @@ class VAE:
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
         with _loading(folder, "vae") as path:
             model, found = AutoencoderKL.from_pretrained(
-                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
             _check_complete(path, found)
-        self.model = model.eval().to(device, dtype)
+        self.model = model.eval().to(device)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
