@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.cli.main import main
 
 Tensors = dict[str, torch.Tensor]
 
@@ -94,6 +96,58 @@ def cli(tmp_path: Path) -> Run:
             timeout=120,
             **options,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def zimage_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small diffusers folder with all parts; tests must not change it."""
+    from model_folder import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("generate") / "Z-Image-tiny")
+
+
+@pytest.fixture(scope="session")
+def zimage_quantized(zimage_folder: Path) -> Path:
+    """Its transformer in MXFP8."""
+    path = zimage_folder.parent / "quantized.safetensors"
+    zm.convert(zimage_folder, path)
+    return path
+
+
+Generate = Callable[..., "tuple[int, str, str]"]
+
+
+@pytest.fixture
+def generate(
+    zimage_folder: Path,
+    zimage_quantized: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Generate:
+    """`zimage-mxfp8 generate` in this process and in `tmp_path`: exit code, stdout, stderr."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # too late for the variable that the command sets
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")  # the command sets them, and this restores them
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+
+    def run(
+        *arguments: object,
+        model: Path | str = zimage_folder,
+        transformer: Path | str | None = zimage_quantized,
+    ) -> tuple[int, str, str]:
+        parts: list[object] = ["generate", "--model-dir", model, "--dtype", "float32"]
+        parts += [] if "--device" in arguments else ["--device", "cpu"]
+        parts += [] if transformer is None else ["--transformer", transformer]
+        code = main([str(part) for part in (*parts, *arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
     return run
 

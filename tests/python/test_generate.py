@@ -9,14 +9,13 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     ZImageImg2ImgPipeline,
@@ -26,76 +25,27 @@ from diffusers import (
 from PIL import Image
 
 import zimage_mxfp8 as zm
-from conftest import Run
+from conftest import Generate, Run
 from diffusers_reference import load_reference, make_reference
-from model_folder import make_folder, make_pipeline, make_tokenizer
+from model_folder import make_pipeline, make_tokenizer
 from test_commands import run_in_terminal
-from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.generation import generator as generator_module
 from zimage_mxfp8.generation.pictures import METADATA_KEY
 from zimage_mxfp8.generation.sampler import denoise
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
 SIZE = ("--height", "48", "--width", "64")
-Command = Callable[..., "tuple[int, str, str]"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_bars() -> Iterator[None]:
-    """No progress bars of transformers, which the command keeps away by a variable."""
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model; tests must not change it."""
-    return make_folder(tmp_path_factory.mktemp("generate") / "Z-Image-tiny")
-
-
-@pytest.fixture(scope="module")
-def quantized(folder: Path) -> Path:
-    """Its transformer in MXFP8."""
-    path = folder.parent / "quantized.safetensors"
-    zm.convert(folder, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def reference(quantized: Path) -> ZImagePipeline:
+def reference(zimage_quantized: Path) -> ZImagePipeline:
     """Diffusers' own pipeline, with the weights that the MXFP8 file stands for."""
-    plain = quantized.parent / "plain.safetensors"
-    zm.dequantize_checkpoint(quantized, plain)
+    plain = zimage_quantized.parent / "plain.safetensors"
+    zm.dequantize_checkpoint(zimage_quantized, plain)
     pipeline = make_pipeline()
     load_reference(pipeline.transformer, plain)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@pytest.fixture
-def command(
-    folder: Path,
-    quantized: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Command:
-    """`zimage-mxfp8 generate` in this process and in `tmp_path`: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "1")  # the command sets them, and this restores them
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        monkeypatch.setenv(name, "error")
-
-    def run(*arguments: object, model: Path = folder, transformer: Path | None = quantized) -> Any:
-        parts = ["generate", "--model-dir", model, "--dtype", "float32", "--device", "cpu"]
-        parts += [] if transformer is None else ["--transformer", transformer]
-        code = main([str(part) for part in (*parts, *arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def levels(picture: Path | Image.Image) -> np.ndarray:
@@ -125,9 +75,9 @@ def init_image(path: Path, size: tuple[int, int]) -> Image.Image:
 
 @pytest.mark.parametrize("steps", [1, 8])
 def test_picture_equals_that_of_diffusers(
-    command: Command, reference: ZImagePipeline, tmp_path: Path, steps: int
+    generate: Generate, reference: ZImagePipeline, tmp_path: Path, steps: int
 ) -> None:
-    code, out, err = command(
+    code, out, err = generate(
         *("--prompt", "a cat", "-o", "o.png", "--seed", 7, "--steps", steps, *SIZE)
     )
     assert (code, err) == (0, "")
@@ -146,10 +96,10 @@ def test_picture_equals_that_of_diffusers(
     assert levels(want).std() > 20  # no grey picture, which anything would equal
 
 
-def test_prompt_and_seed_change_the_picture(command: Command, tmp_path: Path) -> None:
+def test_prompt_and_seed_change_the_picture(generate: Generate, tmp_path: Path) -> None:
     pictures = []
     for prompt, seed in (("a cat", 7), ("a dog", 7), ("a cat", 8)):
-        code, _, _ = command(
+        code, _, _ = generate(
             *("--prompt", prompt, "-o", "o.png", "--seed", seed, "--overwrite", *SIZE)
         )
         assert code == 0
@@ -159,12 +109,12 @@ def test_prompt_and_seed_change_the_picture(command: Command, tmp_path: Path) ->
 
 
 def test_guidance_equals_that_of_diffusers(
-    command: Command, reference: ZImagePipeline, tmp_path: Path
+    generate: Generate, reference: ZImagePipeline, tmp_path: Path
 ) -> None:
     options = ("--guidance", 3.5, "--steps", 4, "--seed", 1, *SIZE)
     for negative in ("a dog", None):
         extra = () if negative is None else ("--negative-prompt", negative)
-        code, _, err = command(
+        code, _, err = generate(
             *("--prompt", "a cat", "-o", "o.png", *options, *extra, "--overwrite")
         )
         assert code == 0, err
@@ -182,10 +132,10 @@ def test_guidance_equals_that_of_diffusers(
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_init_image_equals_that_of_diffusers(
-    command: Command, reference: ZImagePipeline, tmp_path: Path, strength: float
+    generate: Generate, reference: ZImagePipeline, tmp_path: Path, strength: float
 ) -> None:
     image = init_image(tmp_path / "in.png", (64, 48))
-    code, out, err = command(
+    code, out, err = generate(
         *("--prompt", "a cat", "-o", "o.png", "--init-image", "in.png", "--seed", 3),
         *("--strength", strength, "--steps", 6),
     )
@@ -203,9 +153,9 @@ def test_init_image_equals_that_of_diffusers(
 
 
 def test_emulated_differs_by_the_rounding_of_activations(
-    command: Command, reference: ZImagePipeline, tmp_path: Path
+    generate: Generate, reference: ZImagePipeline, tmp_path: Path
 ) -> None:
-    code, out, err = command(
+    code, out, err = generate(
         *("--prompt", "a cat", "-o", "o.png", "--seed", 7, "--compute", "emulated", *SIZE)
     )
     assert code == 0 and "compute emulated" in out, err
@@ -220,13 +170,21 @@ def test_emulated_differs_by_the_rounding_of_activations(
 
 
 def test_bfloat16_is_the_default_and_near(
-    cli: Run, folder: Path, quantized: Path, command: Command, tmp_path: Path
+    cli: Run, zimage_folder: Path, zimage_quantized: Path, generate: Generate, tmp_path: Path
 ) -> None:
     """As a process of its own, which says nothing but its result."""
-    code, _, _ = command("--prompt", "a cat", "-o", "float32.png", "--seed", 7, *SIZE)
+    code, _, _ = generate("--prompt", "a cat", "-o", "float32.png", "--seed", 7, *SIZE)
     assert code == 0
     result = cli(
-        *("generate", "--model-dir", folder, "--transformer", quantized, "--prompt", "a cat"),
+        *(
+            "generate",
+            "--model-dir",
+            zimage_folder,
+            "--transformer",
+            zimage_quantized,
+            "--prompt",
+            "a cat",
+        ),
         *("-o", "bfloat16.png", "--seed", 7, "--device", "cpu", *SIZE),
     )
     assert result.returncode == 0 and result.stderr == ""
@@ -238,12 +196,12 @@ def test_bfloat16_is_the_default_and_near(
 
 
 def test_inpainting_pipeline_takes_our_transformer(
-    folder: Path, quantized: Path, reference: ZImagePipeline, tmp_path: Path
+    zimage_folder: Path, zimage_quantized: Path, reference: ZImagePipeline, tmp_path: Path
 ) -> None:
     image = init_image(tmp_path / "in.png", (64, 48))
     mask = Image.new("L", image.size)
     mask.paste(255, (16, 16, 48, 32))
-    model = ZImageTransformer.from_checkpoint(quantized, "cpu", "exact", torch.float32)
+    model = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu", "exact", torch.float32)
     pictures = []
     for transformer in (model, reference.transformer):
         pipeline = ZImageInpaintPipeline(**(reference.components | {"transformer": transformer}))
@@ -307,10 +265,10 @@ def times(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
     return seen
 
 
-def test_steps_are_forwards(command: Command, times: list[list[float]]) -> None:
+def test_steps_are_forwards(generate: Generate, times: list[list[float]]) -> None:
     for steps in (8, 3):
         times.clear()
-        code, _, _ = command("--prompt", "", "-o", f"{steps}.png", "--steps", steps, *SIZE)
+        code, _, _ = generate("--prompt", "", "-o", f"{steps}.png", "--steps", steps, *SIZE)
         assert code == 0
         sigma = np.arange(steps, 0, -1) / steps
         shifted = 3 * sigma / (1 + 2 * sigma)
@@ -319,9 +277,9 @@ def test_steps_are_forwards(command: Command, times: list[list[float]]) -> None:
 
 
 def test_guidance_and_batch_are_one_forward_a_step(
-    command: Command, times: list[list[float]]
+    generate: Generate, times: list[list[float]]
 ) -> None:
-    code, _, _ = command(
+    code, _, _ = generate(
         *("--prompt", "a", "-o", "o.png", "--steps", 2, "--guidance", 2, "--batch", 3, *SIZE)
     )
     assert code == 0 and [len(t) for t in times] == [6, 6]
@@ -332,27 +290,27 @@ def test_guidance_and_batch_are_one_forward_a_step(
 
 @pytest.mark.parametrize("start", ["noise", "init image"])
 def test_pictures_of_a_batch_can_be_made_alone(
-    command: Command, tmp_path: Path, start: str
+    generate: Generate, tmp_path: Path, start: str
 ) -> None:
     init_image(tmp_path / "in.png", (64, 48))
     options = ["--prompt", "a cat", "--steps", 4]
     options += [*SIZE] if start == "noise" else ["--init-image", "in.png"]
-    code, out, err = command(*options, "-o", "o.png", "--seed", 20, "--batch", 3)
+    code, out, err = generate(*options, "-o", "o.png", "--seed", 20, "--batch", 3)
     assert code == 0, err
     assert [line.split(":")[0] for line in out.splitlines()] == ["o-0.png", "o-1.png", "o-2.png"]
     assert not (tmp_path / "o.png").exists()
     pictures = [levels(tmp_path / f"o-{i}.png") for i in range(3)]
     for i, picture in enumerate(pictures):
         assert settings_of(tmp_path / f"o-{i}.png")["seed"] == 20 + i
-        code, _, _ = command(*options, "-o", f"alone{i}.png", "--seed", 20 + i)
+        code, _, _ = generate(*options, "-o", f"alone{i}.png", "--seed", 20 + i)
         assert code == 0
         assert abs(levels(tmp_path / f"alone{i}.png") - picture).max() <= 1
     assert abs(pictures[0] - pictures[1]).max() > 10
 
 
-def test_metadata_makes_the_picture_again(command: Command, tmp_path: Path) -> None:
+def test_metadata_makes_the_picture_again(generate: Generate, tmp_path: Path) -> None:
     prompt = 'снег, "snow"\n雪'
-    code, out, _ = command("--prompt", prompt, "-o", "a.png", "--steps", 2, *SIZE)
+    code, out, _ = generate("--prompt", prompt, "-o", "a.png", "--steps", 2, *SIZE)
     assert code == 0
     stored = settings_of(tmp_path / "a.png")
     seed = int(re.search(r"seed (\d+)", out)[1])  # type: ignore[index]
@@ -374,12 +332,14 @@ def test_metadata_makes_the_picture_again(command: Command, tmp_path: Path) -> N
     }
     content = (tmp_path / "a.png").read_bytes()
     assert b"tEXt" + METADATA_KEY.encode() + b"\0" in content
-    code, _, _ = command("--prompt", prompt, "-o", "b.png", "--seed", seed, "--steps", 2, *SIZE)
+    code, _, _ = generate("--prompt", prompt, "-o", "b.png", "--seed", seed, "--steps", 2, *SIZE)
     assert code == 0 and (tmp_path / "b.png").read_bytes() == content
 
 
-def test_seeds_are_drawn_anew(command: Command) -> None:
-    outs = {command("--prompt", "", "-o", f"{i}.png", "--steps", 1, *SIZE)[1][6:] for i in range(2)}
+def test_seeds_are_drawn_anew(generate: Generate) -> None:
+    outs = {
+        generate("--prompt", "", "-o", f"{i}.png", "--steps", 1, *SIZE)[1][6:] for i in range(2)
+    }
     assert len({re.search(r"seed (\d+)", out)[1] for out in outs}) == 2  # type: ignore[index]
 
 
@@ -392,10 +352,10 @@ def test_seeds_are_drawn_anew(command: Command) -> None:
     ],
 )
 def test_size_comes_from_the_init_image(
-    command: Command, tmp_path: Path, size: tuple[int, int], options: Any, want: tuple[int, int]
+    generate: Generate, tmp_path: Path, size: tuple[int, int], options: Any, want: tuple[int, int]
 ) -> None:
     init_image(tmp_path / "in.png", size)
-    code, _, err = command(
+    code, _, err = generate(
         *("--prompt", "", "-o", "o.png", "--init-image", "in.png", "--steps", 1, *options)
     )
     assert code == 0, err
@@ -404,13 +364,13 @@ def test_size_comes_from_the_init_image(
     assert settings_of(tmp_path / "o.png")["strength"] == 0.6
 
 
-def test_init_image_is_turned_upright(command: Command, tmp_path: Path) -> None:
+def test_init_image_is_turned_upright(generate: Generate, tmp_path: Path) -> None:
     image = init_image(tmp_path / "up.png", (64, 32))
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     for name in ("up", "turned"):
-        code, _, err = command(
+        code, _, err = generate(
             *("--prompt", "", "-o", f"o-{name}.png", "--init-image", f"{name}.png", "--seed", 1),
             *("--strength", 0.3, "--steps", 4),
         )
@@ -427,12 +387,12 @@ def test_default_size_and_strength() -> None:
 # ---- parts
 
 
-def test_offloading_gives_the_same_picture(command: Command, tmp_path: Path) -> None:
+def test_offloading_gives_the_same_picture(generate: Generate, tmp_path: Path) -> None:
     init_image(tmp_path / "in.png", (64, 48))
     for options in ((*SIZE,), ("--init-image", "in.png")):
         common = ("--prompt", "a", "--seed", 5, "--steps", 2, "--overwrite", *options)
-        assert command(*common, "-o", "kept.png")[0] == 0
-        assert command(*common, "-o", "offloaded.png", "--offload")[0] == 0
+        assert generate(*common, "-o", "kept.png")[0] == 0
+        assert generate(*common, "-o", "offloaded.png", "--offload")[0] == 0
         kept, offloaded = ((tmp_path / f"{n}.png").read_bytes() for n in ("kept", "offloaded"))
         assert kept == offloaded
 
@@ -470,14 +430,20 @@ def watch_parts(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[set[st
 
 @pytest.mark.parametrize("start", ["noise", "init image"])
 def test_offloading_holds_one_part_at_a_time(
-    folder: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+    zimage_folder: Path,
+    zimage_quantized: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: str,
 ) -> None:
     order, alive = watch_parts(monkeypatch)
     image = None
     if start == "init image":
         image = tmp_path / "in.png"
         init_image(image, (32, 32))
-    generator = zm.ZImageGenerator(folder, quantized, "cpu", dtype="float32", offload=True)
+    generator = zm.ZImageGenerator(
+        zimage_folder, zimage_quantized, "cpu", dtype="float32", offload=True
+    )
     assert order == []
     generator.generate(zm.GenerationSettings("a", steps=1, height=32, width=32, init_image=image))
     if image is None:
@@ -489,21 +455,25 @@ def test_offloading_holds_one_part_at_a_time(
 
 
 def test_without_offloading_parts_are_loaded_once(
-    folder: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+    zimage_folder: Path, zimage_quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order, _ = watch_parts(monkeypatch)
-    generator = zm.ZImageGenerator(folder, quantized, "cpu", dtype="float32")
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
     settings = zm.GenerationSettings("a", steps=1, height=32, width=32, seed=4)
     first, second = generator.generate(settings), generator.generate(settings)
     assert order == ["text", "transformer", "vae"]
     assert (levels(first.images[0]) == levels(second.images[0])).all()
 
 
-def test_own_transformer_of_the_folder(command: Command, folder: Path, tmp_path: Path) -> None:
-    code, _, err = command("--prompt", "a cat", "-o", "o.png", "--seed", 7, *SIZE, transformer=None)
+def test_own_transformer_of_the_folder(
+    generate: Generate, zimage_folder: Path, tmp_path: Path
+) -> None:
+    code, _, err = generate(
+        "--prompt", "a cat", "-o", "o.png", "--seed", 7, *SIZE, transformer=None
+    )
     assert code == 0, err
     assert settings_of(tmp_path / "o.png")["transformer"] == "transformer"
-    pipeline = ZImagePipeline.from_pretrained(folder, local_files_only=True)
+    pipeline = ZImagePipeline.from_pretrained(zimage_folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     want = pipeline(
         "a cat", height=48, width=64, num_inference_steps=8, guidance_scale=0.0,
@@ -512,15 +482,17 @@ def test_own_transformer_of_the_folder(command: Command, folder: Path, tmp_path:
     assert abs(levels(tmp_path / "o.png") - levels(want)).max() <= 1
 
 
-def test_folder_needs_no_transformer(command: Command, folder: Path, tmp_path: Path) -> None:
+def test_folder_needs_no_transformer(
+    generate: Generate, zimage_folder: Path, tmp_path: Path
+) -> None:
     lean = tmp_path / "lean"
-    shutil.copytree(folder, lean, ignore=shutil.ignore_patterns("transformer"))
-    code, _, err = command("--prompt", "a", "-o", "o.png", "--steps", 1, *SIZE, model=lean)
+    shutil.copytree(zimage_folder, lean, ignore=shutil.ignore_patterns("transformer"))
+    code, _, err = generate("--prompt", "a", "-o", "o.png", "--steps", 1, *SIZE, model=lean)
     assert code == 0, err
 
 
 def test_nothing_is_looked_up(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    generate: Generate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     tried = []
@@ -531,14 +503,16 @@ def test_nothing_is_looked_up(
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    code, _, err = command("--prompt", "a", "-o", "o.png", "--steps", 1, *SIZE)
+    code, _, err = generate("--prompt", "a", "-o", "o.png", "--steps", 1, *SIZE)
     assert code == 0, err
     assert tried == []
 
 
-def test_progress_tells_stages_and_steps(folder: Path, quantized: Path) -> None:
+def test_progress_tells_stages_and_steps(zimage_folder: Path, zimage_quantized: Path) -> None:
     seen: list[zm.GenerationProgress] = []
-    generator = zm.ZImageGenerator(folder, quantized, "cpu", dtype="float32", progress=seen.append)
+    generator = zm.ZImageGenerator(
+        zimage_folder, zimage_quantized, "cpu", dtype="float32", progress=seen.append
+    )
     assert list(dict.fromkeys(p.stage for p in seen)) == ["text encoder", "transformer", "VAE"]
     seen.clear()
     generator.generate(
@@ -557,9 +531,17 @@ def test_progress_tells_stages_and_steps(folder: Path, quantized: Path) -> None:
     assert all(p.seconds > 0 for p in seen if p.stage == "denoising")
 
 
-def test_terminal_shows_steps_and_their_time(folder: Path, tmp_path: Path) -> None:
+def test_terminal_shows_steps_and_their_time(zimage_folder: Path, tmp_path: Path) -> None:
     text = run_in_terminal(
-        ["generate", "--model-dir", str(folder), "--prompt", "a", "-o", str(tmp_path / "o.png")]
+        [
+            "generate",
+            "--model-dir",
+            str(zimage_folder),
+            "--prompt",
+            "a",
+            "-o",
+            str(tmp_path / "o.png"),
+        ]
         + ["--height", "256", "--width", "256", "--device", "cpu", "--dtype", "float32"]
     )
     assert re.search(r"denoising .*step \d of 8, \d+\.\d\d s a step", text)
@@ -568,11 +550,11 @@ def test_terminal_shows_steps_and_their_time(folder: Path, tmp_path: Path) -> No
 
 
 def test_long_prompts_are_cut_with_a_warning(
-    command: Command, reference: ZImagePipeline, tmp_path: Path
+    generate: Generate, reference: ZImagePipeline, tmp_path: Path
 ) -> None:
     prompt = "cat " * 200
     assert len(make_tokenizer()(prompt).input_ids) > 512
-    code, _, err = command("--prompt", prompt, "-o", "o.png", "--seed", 1, "--steps", 1, *SIZE)
+    code, _, err = generate("--prompt", prompt, "-o", "o.png", "--seed", 1, "--steps", 1, *SIZE)
     assert code == 0
     assert err.startswith("zimage-mxfp8: warning: a prompt fills the 512 tokens")
     want = reference(
@@ -610,9 +592,18 @@ def test_demo_without_torch_says_how_to_get_it() -> None:
 
 
 @pytest.mark.parametrize("library", ["torch", "diffusers", "transformers"])
-def test_missing_library_is_named(library: str, folder: Path, tmp_path: Path) -> None:
+def test_missing_library_is_named(library: str, zimage_folder: Path, tmp_path: Path) -> None:
     result = without(
-        *(library, "generate", "--model-dir", folder, "--prompt", "a", "-o", tmp_path / "o.png")
+        *(
+            library,
+            "generate",
+            "--model-dir",
+            zimage_folder,
+            "--prompt",
+            "a",
+            "-o",
+            tmp_path / "o.png",
+        )
     )
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
@@ -620,11 +611,13 @@ def test_missing_library_is_named(library: str, folder: Path, tmp_path: Path) ->
 
 
 def test_diffusers_loads_the_folder_with_our_transformer(
-    folder: Path, quantized: Path, reference: ZImagePipeline
+    zimage_folder: Path, zimage_quantized: Path, reference: ZImagePipeline
 ) -> None:
     """Together with what the README shows."""
-    transformer = ZImageTransformer.from_checkpoint(quantized, "cpu", dtype=torch.float32)
-    pipe = ZImagePipeline.from_pretrained(folder, transformer=transformer, local_files_only=True)
+    transformer = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu", dtype=torch.float32)
+    pipe = ZImagePipeline.from_pretrained(
+        zimage_folder, transformer=transformer, local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer is transformer
     pictures = [
@@ -639,12 +632,12 @@ def test_diffusers_loads_the_folder_with_our_transformer(
     assert abs(pictures[0] - pictures[1]).max() <= 1
 
 
-def test_folder_of_the_tests_is_as_the_real_one(folder: Path) -> None:
+def test_folder_of_the_tests_is_as_the_real_one(zimage_folder: Path) -> None:
     """The settings of Z-Image Turbo's own folder that the pipeline depends on."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((zimage_folder / "model_index.json").read_text())
     assert index["_class_name"] == "ZImagePipeline"
     assert index["text_encoder"] == ["transformers", "Qwen3Model"]
     assert index["tokenizer"] == ["transformers", "Qwen2Tokenizer"]
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = json.loads((zimage_folder / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["shift"] == 3.0 and scheduler["use_dynamic_shifting"] is False
     assert make_reference().config.axes_dims == [32, 48, 48]

@@ -121,6 +121,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..checkpoint.output import check_target, write_file
+    from ..generation.folder import open_model_folder
     from ..generation.pictures import picture_paths, png_bytes
 
     settings = GenerationSettings(
@@ -139,6 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = [path for path in (arguments.transformer, arguments.init_image) if path]
     for output in outputs:
         check_target(output, inputs, overwrite=arguments.overwrite)
+    open_model_folder(arguments.model_dir)  # a wrong name is told before seconds of importing
 
     _keep_libraries_quiet()
     try:

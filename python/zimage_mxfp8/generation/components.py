@@ -14,6 +14,8 @@ from ..errors import CheckpointError, Error
 from .folder import ModelFolder
 
 MAX_TOKENS = 512  # of a prompt, with the marks around it; the default of diffusers' pipelines
+# Of transformers: no network, and no code of the folder. Without the latter it asks the user.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 class TextEncoder:
@@ -22,16 +24,12 @@ class TextEncoder:
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         with _loading(folder, "tokenizer") as path:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, **_LOCAL)
             if not tokenizer.chat_template:
                 raise CheckpointError(f"{path} has no chat template; download the model again")
         with _loading(folder, "text_encoder") as path:
             model, found = AutoModel.from_pretrained(
-                path,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
+                path, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
             )
             _check_complete(path, found)
         # Diffusers' own way of encoding, which needs nothing else of its pipeline.
@@ -96,7 +94,7 @@ def _loading(folder: ModelFolder, part: str) -> Iterator[str]:
         raise
     except Exception as error:  # the libraries have no exception of their own for bad files
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be loaded: {lines[0]}; download it again") from None
+        raise CheckpointError(f"{path} cannot be loaded: {lines[0].rstrip('.')}; download it again") from None
 
 
 def _check_complete(path: str, found: dict[str, Any]) -> None:
