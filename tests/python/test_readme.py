@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
 import zimage_mxfp8 as zm
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
@@ -20,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 def test_python_example(small_file: Path, tmp_path: Path) -> None:
     shutil.copy(small_file, tmp_path / "in.safetensors")
-    example, _ = blocks("python")
+    example, *_ = blocks("python")
     result = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -29,7 +32,7 @@ def test_python_example(small_file: Path, tmp_path: Path) -> None:
 
 
 def test_products_example() -> None:
-    _, example = blocks("python")
+    (example,) = [block for block in blocks("python") if "zm.gemm" in block]
     subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
 
 
@@ -51,6 +54,35 @@ def test_drop_in_command(small_file: Path, tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
+@pytest.fixture
+def turbo(zimage_folder: Path, zimage_quantized: Path, tmp_path: Path) -> Path:
+    """A folder with the names of the examples, where the model's own transformer is missing."""
+    ignored = shutil.ignore_patterns("transformer")
+    shutil.copytree(zimage_folder, tmp_path / "Z-Image-Turbo", ignore=ignored)
+    shutil.copy(zimage_quantized, tmp_path / "z_image_turbo_bf16-mxfp8.safetensors")
+    return tmp_path
+
+
+def test_pipeline_example(turbo: Path) -> None:
+    (example,) = [block for block in blocks("python") if "ZImagePipeline" in block]
+    assert example.count("1024") == 2
+    smaller = example.replace("1024", "64")
+    subprocess.run([sys.executable, "-c", smaller], cwd=turbo, capture_output=True, check=True)
+    with Image.open(turbo / "fox.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_generate_command(turbo: Path) -> None:
+    (block,) = [block for block in blocks("sh") if "zimage-mxfp8 generate" in block]
+    command = block[block.index("zimage-mxfp8") :].rstrip() + " --height 64 --width 64"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        command, shell=True, cwd=turbo, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("fox.png: 64x64, seed ")
+    assert result.stderr == ""
+
+
 def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
     (recipe,) = blocks("toml")
     (tmp_path / "own.toml").write_text(recipe)
@@ -58,11 +90,14 @@ def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
     assert len(plan.quantized) == 185 - 6
 
 
-def test_options_exist() -> None:
-    command = [sys.executable, "-m", "zimage_mxfp8.cli.main", "convert", "--help"]
-    help_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    table = README[README.index("| option |") : README.index("The output appears whole")]
-    options = set(re.findall(r"`(--?[a-z-]+)", table))
+@pytest.mark.parametrize(
+    ("command", "end"), [("convert", "The output appears whole"), ("generate", "A picture that")]
+)
+def test_options_exist(command: str, end: str) -> None:
+    program = [sys.executable, "-m", "zimage_mxfp8.cli.main", command, "--help"]
+    help_text = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    before = README[: README.index(end)]
+    options = set(re.findall(r"`(--?[a-z-]+)", before[before.rindex("| option |") :]))
     assert len(options) > 10
     for option in options:
         assert option in help_text, option

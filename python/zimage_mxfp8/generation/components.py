@@ -94,7 +94,9 @@ def _loading(folder: ModelFolder, part: str) -> Iterator[str]:
         raise
     except Exception as error:  # the libraries have no exception of their own for bad files
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be loaded: {lines[0].rstrip('.')}; download it again") from None
+        raise CheckpointError(
+            f"{path} cannot be loaded: {lines[0].rstrip('.')}; download it again"
+        ) from None
 
 
 def _check_complete(path: str, found: dict[str, Any]) -> None:
