@@ -182,6 +182,9 @@ def test_demo(cli: Run, tmp_path: Path) -> None:
     result = cli("demo")
     assert result.returncode == 0, result.stderr
     assert "185" in result.stdout and "sound, 185 MXFP8 layers" in result.stdout
+    for mode in ("exact", "emulated"):
+        error = re.search(rf"MXFP8, {mode}\s*│\s*([\d.]+)%", result.stdout)
+        assert error and 0.1 < float(error[1]) < 10
     assert not list(tmp_path.iterdir())
     assert cli("demo", "-o", "kept").returncode == 0
     names = sorted(path.name for path in (tmp_path / "kept").iterdir())
@@ -203,7 +206,7 @@ def test_synthetic_checkpoints_are_always_the_same(tmp_path: Path) -> None:
 
 def test_version_and_help(cli: Run) -> None:
     assert cli("--version").stdout == f"zimage-mxfp8 {zm.__version__}\n"
-    for command in ("", "convert", "inspect", "validate", "dequantize", "recipes", "demo"):
+    for command in ("", "convert", "generate", "inspect", "validate", "dequantize", "demo"):
         result = cli(*command.split(), "--help")
         assert result.returncode == 0 and "usage: zimage-mxfp8" in result.stdout
 

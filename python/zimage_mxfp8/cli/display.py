@@ -136,12 +136,15 @@ def stage_bar() -> Iterator[GenerationCallback | None]:
                 state = f"step {progress.done} of {progress.total}, {progress.seconds:.2f} s a step"
             elif progress.total > 1 and progress.stage == "decoding":
                 state = f"picture {progress.done} of {progress.total}"
+            loading = progress.stage in ("text encoder", "transformer", "VAE")
             bar.update(
                 task,
-                description=progress.stage,
+                description=f"loading the {progress.stage}" if loading else progress.stage,
                 completed=progress.done,
                 total=progress.total,
                 state=state,
+                # Bytes come more often than a screen need show them; all else is drawn at once.
+                refresh=progress.stage != "transformer" or progress.done == 0,
             )
 
         yield update

@@ -329,6 +329,7 @@ class ZImageGenerator:
                 callback_on_step_end=steps,
                 **options,
             )
+            steps.finish()
         return latents, steps
 
     def _decode(self, latents: torch.Tensor, report: GenerationCallback) -> list[torch.Tensor]:
@@ -365,7 +366,7 @@ class ZImageGenerator:
 
 
 class _Steps:
-    """Watches the steps of a pipeline without making the device wait.
+    """Watches the steps of a pipeline and keeps the device busy meanwhile.
 
     Attributes:
         finite: for each step, which pictures were finite after it: flags [batch] on the device.
@@ -375,32 +376,42 @@ class _Steps:
         self.finite: list[torch.Tensor] = []
         self._device = device
         self._report = report
-        self._times: list[Any] = []
+        self._total = 0
+        self._times: list[Any] = []  # when steps begin and end: events of CUDA, or seconds
         self._tick()
 
     def __call__(
-        self, pipeline: Any, step: int, _timestep: Any, tensors: dict[str, torch.Tensor]
+        self, pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Diffusers' `callback_on_step_end`."""
+        """Diffusers' `callback_on_step_end`: a step is over, or on its way on a CUDA device."""
+        self._total = pipeline.num_timesteps
         self.finite.append(tensors["latents"].isfinite().flatten(1).all(1))
         self._tick()
-        # The device may be a step behind, so that it always has work: it is the last but one that
-        # is over now.
-        done = step if self._device.type == "cuda" else step + 1
-        if done:
-            self._report(
-                GenerationProgress(
-                    "denoising", done, pipeline.num_timesteps, self._between(done - 1)
-                )
-            )
+        if self._device.type != "cuda":
+            self._tell(len(self.finite))
+        elif len(self.finite) > 1:
+            # Of the step before, so that this one is there to be run in the meantime.
+            self._times[-2].synchronize()
+            self._tell(len(self.finite) - 1)
         return {}
+
+    def finish(self) -> None:
+        """Wait for the last step."""
+        if self._device.type == "cuda":
+            self._times[-1].synchronize()
+            self._tell(len(self.finite))
+
+    def seconds(self) -> list[float]:
+        """Time of each step, after `finish`."""
+        return [self._between(i) for i in range(len(self.finite))]
+
+    def _tell(self, done: int) -> None:
+        self._report(GenerationProgress("denoising", done, self._total, self._between(done - 1)))
 
     def _tick(self) -> None:
         if self._device.type != "cuda":
             self._times.append(time.perf_counter())
             return
-        if self._times:
-            self._times[-1].synchronize()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         self._times.append(event)
@@ -410,10 +421,6 @@ class _Steps:
         if self._device.type != "cuda":
             return float(end - begin)
         return float(begin.elapsed_time(end)) / 1000
-
-    def seconds(self) -> list[float]:
-        """Of each step; the device must have finished them."""
-        return [self._between(i) for i in range(len(self.finite))]
 
 
 def _bytes_read(progress: Progress) -> GenerationProgress:

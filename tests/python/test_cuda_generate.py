@@ -1,0 +1,45 @@
+"""Pictures made on a CUDA device, against those of the CPU, which test_generate.py checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import zimage_mxfp8 as zm
+from test_generate import levels
+from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
+
+pytestmark = pytest.mark.gpu
+
+SETTINGS = zm.GenerationSettings("a cat", height=48, width=64, seed=7, batch=2)
+
+
+@pytest.mark.parametrize("compute", COMPUTE_MODES)
+def test_pictures_of_the_gpu(compute: str, zimage_folder: Path, zimage_quantized: Path) -> None:
+    if why := unsupported(compute, torch.cuda.current_device()):
+        pytest.skip(why)
+    seen: list[zm.GenerationProgress] = []
+    made = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cuda", compute).generate(
+        SETTINGS, seen.append
+    )
+    exact = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", "exact", "float32")
+    for found, want in zip(made.images, exact.generate(SETTINGS).images, strict=True):
+        difference = levels(found) - levels(want)
+        assert np.sqrt(np.mean(difference**2)) < 0.3 * levels(want).std()
+    steps = [progress for progress in seen if progress.stage == "denoising"]
+    assert [progress.done for progress in steps] == list(range(1, 9))
+    assert made.steps == 8 and made.step_seconds > 0
+
+
+def test_offloading_frees_the_gpu(zimage_folder: Path, zimage_quantized: Path) -> None:
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cuda", offload=True)
+    left = []
+    for _ in range(2):  # the first leaves the libraries' own workspaces behind
+        generator.generate(SETTINGS)
+        left.append(torch.cuda.memory_allocated())
+    kept = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cuda")
+    assert left[1] <= left[0] < torch.cuda.memory_allocated()
+    del kept
