@@ -610,6 +610,18 @@ def test_demo_without_torch_says_how_to_get_it() -> None:
     assert 'torch, which is not installed: pip install "zimage-mxfp8[generate]"' in result.stdout
 
 
+def test_wrong_names_are_told_before_anything_is_imported(
+    zimage_folder: Path, tmp_path: Path
+) -> None:
+    output = ("--prompt", "a", "-o", tmp_path / "o.png")
+    for folder, options, sentence in (
+        ("Tongyi-MAI/Z-Image-Turbo", (), "Tongyi-MAI/Z-Image-Turbo does not exist"),
+        (zimage_folder, ("--init-image", "none.png"), "the init image none.png does not exist"),
+    ):
+        result = without("torch", "generate", "--model-dir", folder, *output, *options)
+        assert result.returncode == 1 and sentence in result.stderr
+
+
 @pytest.mark.parametrize("library", ["torch", "diffusers", "transformers"])
 def test_missing_library_is_named(library: str, zimage_folder: Path, tmp_path: Path) -> None:
     result = without(

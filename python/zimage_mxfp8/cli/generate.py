@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
-    from ..generation.pictures import picture_paths, png_bytes
+    from ..generation.pictures import open_init_image, picture_paths, png_bytes
 
     settings = GenerationSettings(
         prompt=arguments.prompt,
@@ -140,7 +140,10 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = [path for path in (arguments.transformer, arguments.init_image) if path]
     for output in outputs:
         check_target(output, inputs, overwrite=arguments.overwrite)
-    open_model_folder(arguments.model_dir)  # a wrong name is told before seconds of importing
+    # Wrong names are told now, and not after seconds of importing and minutes of loading.
+    open_model_folder(arguments.model_dir)
+    if settings.init_image is not None:
+        open_init_image(settings.init_image)
 
     _keep_libraries_quiet()
     try:

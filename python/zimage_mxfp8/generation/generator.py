@@ -180,7 +180,7 @@ class ZImageGenerator:
 
         Args:
             settings: what to make.
-            progress: called at the beginning and the end of every stage, and after every step.
+            progress: called as stages begin and advance, and after every step.
 
         Raises:
             CheckpointError: the init image cannot be read, or, with offloading, a part.
