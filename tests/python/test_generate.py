@@ -622,23 +622,17 @@ def test_wrong_names_are_told_before_anything_is_imported(
         assert result.returncode == 1 and sentence in result.stderr
 
 
-@pytest.mark.parametrize("library", ["torch", "diffusers", "transformers"])
+@pytest.mark.parametrize("library", ["torch", "diffusers", "transformers", "PIL"])
 def test_missing_library_is_named(library: str, zimage_folder: Path, tmp_path: Path) -> None:
+    init_image(tmp_path / "in.png", (32, 32))
     result = without(
-        *(
-            library,
-            "generate",
-            "--model-dir",
-            zimage_folder,
-            "--prompt",
-            "a",
-            "-o",
-            tmp_path / "o.png",
-        )
+        *(library, "generate", "--model-dir", zimage_folder, "--prompt", "a"),
+        *("-o", tmp_path / "o.png", "--init-image", tmp_path / "in.png"),
     )
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert library in line and line.endswith('pip install "zimage-mxfp8[generate]"')
+    assert f"({library}" in line.replace("import of ", "")
+    assert line.endswith('pip install "zimage-mxfp8[generate]"')
 
 
 def test_diffusers_loads_the_folder_with_our_transformer(

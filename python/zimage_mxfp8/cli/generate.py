@@ -142,16 +142,15 @@ def run(arguments: argparse.Namespace) -> int:
         check_target(output, inputs, overwrite=arguments.overwrite)
     # Wrong names are told now, and not after seconds of importing and minutes of loading.
     open_model_folder(arguments.model_dir)
-    if settings.init_image is not None:
-        open_init_image(settings.init_image)
-
     _keep_libraries_quiet()
     try:
+        if settings.init_image is not None:
+            open_init_image(settings.init_image)
         from ..generation.generator import ZImageGenerator
     except (ImportError, RuntimeError) as error:  # the latter comes from diffusers' lazy modules
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedError(
-            f"generate needs torch, diffusers and transformers ({reason}): "
+            f"generate needs torch, diffusers, transformers and Pillow ({reason}): "
             'pip install "zimage-mxfp8[generate]"'
         ) from None
     from . import display
