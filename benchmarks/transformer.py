@@ -161,7 +161,7 @@ def measure_peer(checkpoint: Path, repeats: int, whole: bool) -> dict[str, dict[
         torch._dynamo.reset()
     for shape in SHAPES:
         torch._dynamo.reset()
-        peer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        peer.compile_repeated_blocks(dynamic=False)
         inputs = random_inputs(*shape)
         torch.cuda.reset_peak_memory_stats()
         with torch.no_grad():
