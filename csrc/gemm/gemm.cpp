@@ -243,9 +243,9 @@ GemmPath preferred_path(const GemmProblem& problem, int device) {
   check_sizes(problem);
   if (device == kHost) return GemmPath::kEmulated;
   const CudaDevice& found = detail::find_device(device);
-  // With many tokens decoding all weights first is the faster, but where sm90 decodes them once too
-  // and has few, deep tiles (docs/performance.md).
-  const bool decode_first = problem.m >= 2048 && (problem.m < 4096 || problem.n > problem.k);
+  // Between these sm90 decodes weights for each tile of tokens, of which there are many by then
+  // (gemm/gemm_sm90.cpp, docs/performance.md).
+  const bool decode_first = problem.m >= 2048 && problem.m < 4096;
   std::string reasons;
   for (const GemmPath path : {GemmPath::kSM100, GemmPath::kSM120, GemmPath::kRowScaled,
                               decode_first ? GemmPath::kDecode : GemmPath::kSM90,

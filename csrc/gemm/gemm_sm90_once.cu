@@ -176,12 +176,13 @@ __device__ void increment_release(uint32_t* what) {
 
 // A decoder's work. `group` is where the block says which group it works on.
 template <class V>
-__device__ void decode_weights(const Parameters& p, const volatile int* group) {
+__device__ void decode_weights(const Parameters& p, int* group) {
   const bool first_lane = threadIdx.x % 32 == 0;
   const uint32_t units = p.slabs * units_of_slab<V>(p);
   const auto claim = [&] { return first_lane ? atomicAdd(p.claimed, 1) : 0; };
   const auto may_begin = [&](const Unit& unit) {
-    return __all_sync(~0u, unit.group <= *group + kGroupsAhead);
+    const int current = first_lane ? atomicAdd(group, 0) : 0;
+    return unit.group <= __shfl_sync(~0u, current, 0) + kGroupsAhead;
   };
   const auto await = [&](const Unit& unit) {
     while (!may_begin(unit)) __nanosleep(500);
@@ -235,8 +236,9 @@ __global__ void __launch_bounds__(V::threads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t unaligned[];
   const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
-  volatile int* const group_of_block = reinterpret_cast<volatile int*>(
-      unaligned + (shared - shared_address(unaligned)) + V::group_at);
+  // Written and read without a barrier between, hence by atomics only.
+  int* const group_of_block =
+      reinterpret_cast<int*>(unaligned + (shared - shared_address(unaligned)) + V::group_at);
   const uint32_t x_tiles = shared, w_tiles = shared + V::w_at;
   const auto full = [&](int stage) { return shared + V::barriers_at + stage * 8; };
   const auto empty = [&](int stage) { return shared + V::barriers_at + (V::stages + stage) * 8; };
@@ -278,7 +280,7 @@ __global__ void __launch_bounds__(V::threads, 1)
       }
       for (int index = first_tile; index < tiles; index += tile_step) {
         const Tile tile = tile_of<V>(p, index);
-        if (lane == 0) *group_of_block = tile.group;
+        if (lane == 0) atomicExch(group_of_block, tile.group);
         const uint32_t* const ready = p.ready + tile.slab * kMostChunks + lane;
         const int weight = tile.slab * V::slab + block * V::weights;
         uint32_t ready_chunks = 0;  // a bit each
@@ -307,7 +309,8 @@ __global__ void __launch_bounds__(V::threads, 1)
           __syncwarp();
         }
       }
-      if (lane == 0) *group_of_block = p.slabs;  // nothing holds this block's decoders back
+      // From now on nothing holds this block's decoders back.
+      if (lane == 0) atomicExch(group_of_block, p.slabs);
     }
     __syncwarp();
   } else {
