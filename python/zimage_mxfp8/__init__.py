@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__
+    from .analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
     from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
     from .conversion.convert import convert, plan_conversion
     from .conversion.plan import Plan
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "__version__": "_core",
+    "SensitivityReport": "analysis.sensitivity.run",
+    "analyse_sensitivity": "analysis.sensitivity.run",
     "MXFP8Array": "codec",
     "dequantize": "codec",
     "from_blocked": "codec",
@@ -113,6 +116,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RowScaledArray",
+    "SensitivityReport",
     "UnsupportedError",
     "UsageError",
     "ValidationReport",
@@ -120,6 +124,7 @@ __all__ = [
     "ZImageGenerator",
     "ZImageTransformer",
     "__version__",
+    "analyse_sensitivity",
     "convert",
     "dequantize",
     "dequantize_checkpoint",

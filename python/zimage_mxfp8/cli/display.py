@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -146,5 +147,28 @@ def stage_bar() -> Iterator[GenerationCallback | None]:
                 # Bytes come more often than a screen need show them; all else is drawn at once.
                 refresh=progress.stage != "transformer" or progress.done == 0,
             )
+
+        yield update
+
+
+@contextmanager
+def count_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on stderr for steps that have names; None if that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.update(task, description=printable(what[:60]), completed=done, total=total)
 
         yield update

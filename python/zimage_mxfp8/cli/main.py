@@ -16,10 +16,30 @@ from pathlib import Path
 
 from ..errors import Error, UsageError
 from ..text import printable
-from . import convert, demo, dequantize, doctor, generate, inspect, recipes, validate
+from . import (
+    convert,
+    demo,
+    dequantize,
+    doctor,
+    generate,
+    inspect,
+    recipes,
+    sensitivity,
+    validate,
+)
 from .arguments import Parser
 
-_COMMANDS = (convert, inspect, validate, dequantize, generate, recipes, doctor, demo)
+_COMMANDS = (
+    convert,
+    inspect,
+    validate,
+    dequantize,
+    generate,
+    sensitivity,
+    recipes,
+    doctor,
+    demo,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from ..devices import torch_device
 from ..errors import CudaError, InvalidArgumentError, UsageError
 from ..pipeline import ProgressCallback
 from . import ops
+from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
 from .compute import DESCRIPTIONS, Compute, choose
 from .config import (
@@ -80,13 +81,19 @@ class ZImageTransformer(nn.Module):
     layers: nn.ModuleList
 
     def __init__(
-        self, config: ZImageConfig, parts: Parts, compute: Compute, dtype: torch.dtype
+        self,
+        config: ZImageConfig,
+        parts: Parts,
+        compute: Compute,
+        dtype: torch.dtype,
+        cuda_graphs: bool,
     ) -> None:
         super().__init__()
         self.config = config
         self.compute = compute
         self.worst_fold = parts.worst_fold
         self._dtype = dtype
+        self._cuda_graphs = cuda_graphs
         self._graphs = GraphCache()
         self.noise_refiner = nn.ModuleList(parts.blocks["noise_refiner"])
         self.context_refiner = nn.ModuleList(parts.blocks["context_refiner"])
@@ -114,6 +121,7 @@ class ZImageTransformer(nn.Module):
         compute: str = "auto",
         dtype: torch.dtype = torch.bfloat16,
         *,
+        cuda_graphs: bool = True,
         progress: ProgressCallback | None = None,
     ) -> ZImageTransformer:
         """Load a checkpoint.
@@ -136,6 +144,8 @@ class ZImageTransformer(nn.Module):
                   decoded numbers; any device.
                 - "auto": the first of these that the device has fast; "exact" on the CPU.
             dtype: bfloat16 or float32, of everything that is not 8 bits wide.
+            cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
+                Without, hooks on the model's modules run in every call.
             progress: called with a `Progress` while weights are read.
 
         Raises:
@@ -151,7 +161,10 @@ class ZImageTransformer(nn.Module):
         place = torch_device(device)
         index = place.index if place.type == "cuda" else -1
         mode = choose(compute, index, bool(file.layers))
-        return cls(file.config, load_parts(file, place, mode, dtype, progress), mode, dtype)
+        if place.type == "cuda":
+            has_cudnn_attention(place)  # for its warning, now and not in the middle of a picture
+        parts = load_parts(file, place, mode, dtype, progress)
+        return cls(file.config, parts, mode, dtype, cuda_graphs)
 
     @property
     def device(self) -> torch.device:
@@ -232,7 +245,7 @@ class ZImageTransformer(nn.Module):
             *(caption.to(self._dtype) for caption in cap_feats),
         ]
         try:
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and self._cuda_graphs:
                 with torch.cuda.device(self.device):
                     sample = self._graphs.run(shapes, lambda i: self._compute(i, shapes), inputs)
             else:

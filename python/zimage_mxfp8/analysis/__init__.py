@@ -1,0 +1,1 @@
+"""Why a recipe is what it is: analyses of a checkpoint."""

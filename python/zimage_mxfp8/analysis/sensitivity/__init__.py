@@ -1,0 +1,1 @@
+"""What quantising a layer does to the transformer's output."""

@@ -1,0 +1,264 @@
+"""The analysis as a whole: every layer, every group, the ranking and the smallest set."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import UsageError
+from ...recipes import Recipe, load_recipe
+from ...transformer.model import ZImageTransformer
+from ...transformer.weights import ModelFile, open_model
+from .cases import Case, record_cases
+from .measure import OutputError, mean_error, measure
+from .salience import Salience, measure_salience
+from .search import by_worth, smallest_prefix
+from .state import State
+from .targets import Target, find_targets
+
+CARD = "uniform"  # the recipe of the model card, for comparison
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What quantising something does to the output.
+
+    Attributes:
+        name: of the layer or group.
+        layers: how many layers.
+        saved: bytes that quantising it saves, against BF16.
+        error: mean over timesteps.
+        by_step: (step, error) of each timestep.
+    """
+
+    name: str
+    layers: int
+    saved: int
+    error: OutputError
+    by_step: tuple[tuple[int, OutputError], ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers to keep in BF16, and what comes of it.
+
+    Attributes:
+        name: of the choice.
+        kept: names of the layers that are kept.
+        nbytes: bytes of the transformer's tensors then.
+        error: relative error (Frobenius) of the output, root of the mean over timesteps.
+    """
+
+    name: str
+    kept: tuple[str, ...]
+    nbytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What the analysis found.
+
+    Attributes:
+        path: the checkpoint.
+        bound: the error that was asked for.
+        layers: each quantised alone, the most harmful for its size first.
+        groups: each quantised alone.
+        salience: of each layer but modulations, by name.
+        smallest: the smallest choice within the bound.
+        everything: all layers quantised.
+        card: the model card's exclusions.
+    """
+
+    path: str
+    bound: float
+    layers: tuple[Measured, ...]
+    groups: tuple[Measured, ...]
+    salience: dict[str, Salience]
+    smallest: Choice
+    everything: Choice
+    card: Choice
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-compatible values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SensitivityProgress:
+    """State of the analysis: what is measured, and how much of how much is done."""
+
+    what: str
+    done: int
+    total: int
+
+
+def analyse_sensitivity(
+    path: str | os.PathLike[str],
+    *,
+    captions: Sequence[torch.Tensor] | None = None,
+    bound: float = 0.05,
+    size: tuple[int, int] = (512, 512),
+    timesteps: int = 4,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    state: Path | None = None,
+    progress: Callable[[SensitivityProgress], object] | None = None,
+) -> SensitivityReport:
+    """Measure what quantising each layer to MXFP8 does to the transformer's output.
+
+    Weights and activations are rounded as block-scaled tensor cores take them, one layer or group
+    at a time, at several timesteps of a sampling run of the original model.
+
+    Args:
+        path: a plain checkpoint, as `ZImageTransformer.from_checkpoint` takes it.
+        captions: caption features [tokens, features] of real prompts; by default two synthetic
+            ones, which say less.
+        bound: relative error of the output that the smallest set of exclusions has to hold.
+        size: height and width of the pictures, multiples of 16.
+        timesteps: how many of the 8 steps of Turbo's sampler to measure at.
+        seed: of the noise and of synthetic captions.
+        device: as for `ZImageTransformer.from_checkpoint`.
+        dtype: of the model: bfloat16, or float32 to keep its own rounding out of the picture.
+        state: a JSON file to keep measurements in, so that an interrupted run can go on.
+        progress: called after each measurement.
+
+    Raises:
+        CheckpointError, CudaError: the model cannot be loaded.
+        UsageError: it is quantised already, or arguments that do not exist.
+    """
+    if not (bound > 0 and math.isfinite(bound)):
+        raise UsageError(f"the bound must be a number above 0, not {bound}")
+    if any(n <= 0 or n % 16 for n in size):
+        raise UsageError(f"height and width must be multiples of 16, not {size[0]} and {size[1]}")
+    file = open_model(path)
+    if file.layers:
+        raise UsageError(
+            f"{path} is quantised already, and only the original tells what that costs; name the "
+            "BF16 checkpoint"
+        )
+    model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
+    if captions is None:
+        captions = _synthetic_captions(file.config.cap_feat_dim, seed)
+    run = {
+        "checkpoint": _fingerprint(file),
+        "size": list(size),
+        "timesteps": timesteps,
+        "seed": seed,
+        "dtype": str(dtype),
+        "captions": [[*caption.shape, float(caption.double().sum())] for caption in captions],
+    }
+    memory = State(state, run)
+    cases = record_cases(model, captions, size, timesteps, seed)
+    return _Analysis(str(path), file, model, cases, memory, bound, progress).run()
+
+
+class _Analysis:
+    def __init__(
+        self,
+        path: str,
+        file: ModelFile,
+        model: ZImageTransformer,
+        cases: Sequence[Case],
+        memory: State,
+        bound: float,
+        progress: Callable[[SensitivityProgress], object] | None,
+    ) -> None:
+        self._path, self._file, self._model, self._cases = path, file, model, cases
+        self._memory, self._bound = memory, bound
+        self._progress = progress or (lambda _: None)
+        self._targets = find_targets(model)
+        self._groups = groups_of(self._targets)
+        # Bisection tries about as many sets as the number of layers has bits.
+        rest = len(self._targets).bit_length() + 3
+        self._total, self._done = len(self._targets) + len(self._groups) + rest, 0
+
+    def run(self) -> SensitivityReport:
+        alone = {target.name: self._measured(target.name, [target]) for target in self._targets}
+        groups = [self._measured(f"group {name}", group) for name, group in self._groups.items()]
+        salience = measure_salience(self._model, self._targets, self._cases)
+        order = by_worth(self._targets, lambda target: alone[target.name].error.total)
+        kept, _ = smallest_prefix(
+            len(order), lambda k: self._choice("smallest", order[:k]).error, self._bound
+        )
+        card = load_recipe(CARD)
+        report = SensitivityReport(
+            path=self._path,
+            bound=self._bound,
+            layers=tuple(alone[target.name] for target in order),
+            groups=tuple(groups),
+            salience=salience,
+            smallest=self._choice("smallest", order[:kept]),
+            everything=self._choice("everything", []),
+            card=self._choice(CARD, [t for t in self._targets if _keeps(card, t)]),
+        )
+        self._progress(SensitivityProgress("done", self._total, self._total))
+        return report
+
+    def _errors(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
+        errors = self._memory.errors(name, lambda: measure(self._model, targets, self._cases))
+        self._done = min(self._done + 1, self._total)
+        self._progress(SensitivityProgress(name, self._done, self._total))
+        return errors
+
+    def _measured(self, name: str, targets: Sequence[Target]) -> Measured:
+        errors = self._errors(name, targets)
+        steps = [case.step for case in self._cases]
+        return Measured(
+            name.removeprefix("group "),
+            len(targets),
+            sum(target.saved for target in targets),
+            mean_error(errors),
+            tuple(zip(steps, errors, strict=True)),
+        )
+
+    def _choice(self, name: str, kept: Sequence[Target]) -> Choice:
+        """All layers quantised but those that are kept."""
+        names = {target.name for target in kept}
+        rounded = [target for target in self._targets if target.name not in names]
+        key = "all but " + " ".join(sorted(names))
+        error = math.sqrt(mean_error(self._errors(key, rounded)).total) if rounded else 0.0
+        nbytes = self._file.nbytes(torch.bfloat16) - sum(target.saved for target in rounded)
+        return Choice(name, tuple(sorted(names)), nbytes, error)
+
+
+def groups_of(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """Kinds of layers, and the main blocks by depth: the first and last tenth, and the middle."""
+    groups: dict[str, list[Target]] = {}
+    blocks = 1 + max((t.block for t in targets if t.stack == "layers"), default=-1)
+    edge = max(round(blocks / 10), 1)
+    for target in targets:
+        names = [target.kind.split(".")[0]]
+        if target.stack != "layers":
+            names = [target.stack]
+        elif target.block < edge:
+            names.append("first blocks")
+        elif target.block >= blocks - edge:
+            names.append("last blocks")
+        else:
+            names.append("middle blocks")
+        for name in names:
+            groups.setdefault(name, []).append(target)
+    return groups
+
+
+def _keeps(recipe: Recipe, target: Target) -> bool:
+    return any(rule.matches(target.name + ".weight", "") for rule in recipe.keep)
+
+
+def _synthetic_captions(features: int, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return [torch.randn(tokens, features, generator=generator) for tokens in (32, 77)]
+
+
+def _fingerprint(file: ModelFile) -> list[Any]:
+    """What tells checkpoints apart: names, sizes and times of the files."""
+    stats = [(path.name, path.stat()) for path in file.checkpoint.files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

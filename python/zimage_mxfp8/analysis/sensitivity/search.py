@@ -1,0 +1,35 @@
+"""The smallest set of layers to keep that holds the output's error under a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .targets import Target
+
+
+def by_worth(targets: Sequence[Target], error: Callable[[Target], float]) -> list[Target]:
+    """Layers by what keeping them is worth: the error they cause alone for each byte they save."""
+    return sorted(targets, key=lambda target: -error(target) / target.saved)
+
+
+def smallest_prefix(
+    count: int, error_without: Callable[[int], float], bound: float
+) -> tuple[int, float]:
+    """The least k for which `error_without(k)` is within a bound, by bisection.
+
+    `error_without` is measured, so it need not fall with every step; what is returned holds the
+    bound, and the next smaller one that was tried does not.
+
+    Returns:
+        k and its error. k is `count` if only keeping everything will do.
+    """
+    low, high = 0, count
+    best = 0.0  # with everything kept nothing changes
+    while low < high:
+        middle = (low + high) // 2
+        error = error_without(middle)
+        if error <= bound:
+            high, best = middle, error
+        else:
+            low = middle + 1
+    return high, best

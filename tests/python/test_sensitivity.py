@@ -1,0 +1,320 @@
+"""What quantising a layer does to the output, against diffusers and plain arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import zimage_mxfp8 as zm
+from conftest import Run
+from diffusers_reference import CAPTION, make_reference, quantize_inputs
+from zimage_mxfp8.analysis.sensitivity import run as analysis
+from zimage_mxfp8.analysis.sensitivity.cases import chosen_steps, record_cases
+from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error
+from zimage_mxfp8.analysis.sensitivity.search import smallest_prefix
+from zimage_mxfp8.analysis.sensitivity.targets import find_targets, quantized, round_to_mxfp8
+
+SIZE = (64, 64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sensitivity") / "transformer"
+    make_reference(dim=128, layers=2).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> zm.ZImageTransformer:
+    return zm.ZImageTransformer.from_checkpoint(folder, "cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def cases(model: zm.ZImageTransformer):
+    captions = [
+        torch.randn(n, CAPTION, generator=torch.Generator().manual_seed(n)) for n in (5, 40)
+    ]
+    return record_cases(model, captions, SIZE, 2, seed=3)
+
+
+def analyse(folder: Path, **options: object) -> zm.SensitivityReport:
+    settings: dict[str, object] = {
+        "size": SIZE,
+        "timesteps": 2,
+        "dtype": torch.float32,
+        "device": "cpu",
+    }
+    return zm.analyse_sensitivity(folder, **{**settings, **options})  # type: ignore[arg-type]
+
+
+def test_targets_are_the_layers_that_recipes_know(
+    folder: Path, model: zm.ZImageTransformer, tmp_path: Path
+) -> None:
+    zm.convert(folder, tmp_path / "all.safetensors", recipe=write_keep_nothing(tmp_path))
+    layers = zm.inspect(tmp_path / "all.safetensors")
+    assert layers is not None
+    from zimage_mxfp8.transformer.weights import open_model
+
+    blocks = {
+        name: layer.shape
+        for name, layer in open_model(tmp_path / "all.safetensors").layers.items()
+        if name.split(".")[0] in ("layers", "noise_refiner", "context_refiner")
+    }
+    assert {target.name: target.shape for target in find_targets(model)} == blocks
+
+
+def write_keep_nothing(folder: Path) -> Path:
+    (folder / "nothing.toml").write_text('title = "everything"\n')
+    return folder / "nothing.toml"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.1.attention.qkv",
+        "layers.0.feed_forward.w1",
+        "layers.0.feed_forward.w3",
+        "layers.1.feed_forward.w2",
+        "context_refiner.0.attention.out",
+        "noise_refiner.0.adaLN_modulation.0",
+    ],
+)
+def test_one_layer_alone_is_what_diffusers_gives_with_it_rounded(
+    name: str, model: zm.ZImageTransformer, cases
+) -> None:
+    target = next(t for t in find_targets(model) if t.name == name)
+    found = measure(model, [target], cases)
+    reference = make_reference(dim=128, layers=2)
+    quantize_inputs(reference, {name}, lambda x: round_to_mxfp8(x.flatten(0, -2)).view(x.shape))
+    with torch.no_grad():
+        for parameter_name, parameter in reference.named_parameters():
+            ours = parameter_name.replace("to_out.0", "out")
+            for part in ("to_q", "to_k", "to_v"):
+                ours = ours.replace(f"attention.{part}", "attention.qkv")
+            if ours == f"{name}.weight":
+                parameter.copy_(round_to_mxfp8(parameter))
+        for case, error in zip(cases, found, strict=True):
+            t = torch.full((2,), case.time)
+            velocities = reference(case.latents, t, case.captions, return_dict=False)[0]
+            want = output_error(velocities, case.velocities)
+            # Where sums in another order decide a rounding, a step of E4M3 differs.
+            assert error.total == pytest.approx(want.total, rel=0.05)
+            assert error.total > 1e-9
+
+
+def test_the_model_is_as_before_afterwards(model: zm.ZImageTransformer, cases) -> None:
+    before = [x.clone() for x in cases[0].run(model)]
+    with torch.no_grad(), quantized(model, find_targets(model)):
+        changed = cases[0].run(model)
+    assert not torch.equal(changed[0], before[0])
+    assert all(torch.equal(a, b) for a, b in zip(cases[0].run(model), before, strict=True))
+
+
+def test_bands_are_those_of_the_transform() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 16, 1, 24, 40)).astype(np.float32)
+    error = output_error([torch.from_numpy(a)], [torch.from_numpy(b)])
+    rows, columns = np.fft.fftfreq(24)[:, None], np.fft.fftfreq(40)[None, :]
+    low = np.hypot(rows, columns) <= 0.125
+    difference, wanted = (np.abs(np.fft.fft2(x.astype(np.float64))) ** 2 for x in (a - b, b))
+    assert error.total == pytest.approx(((a - b) ** 2).sum() / (b**2).sum(), rel=1e-5)
+    assert error.low == pytest.approx(difference[..., low].sum() / wanted[..., low].sum())
+    assert error.high == pytest.approx(difference[..., ~low].sum() / wanted[..., ~low].sum())
+
+
+def test_content_and_detail_are_told_apart() -> None:
+    image = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    wave = torch.cos(2 * math.pi * torch.arange(32) / 32)  # one cycle in the picture
+    slow = output_error([image + wave], [image])
+    assert slow.low > 0.1
+    assert slow.high < 1e-10
+    checks = (-1.0) ** torch.arange(32)
+    fast = output_error([image + checks], [image])
+    assert fast.high > 0.1
+    assert fast.low < 1e-10
+
+
+@given(st.lists(st.floats(0, 10), max_size=30), st.floats(0, 10))
+def test_the_smallest_prefix_of_falling_errors(errors: list[float], bound: float) -> None:
+    falling = sorted(errors, reverse=True)
+    kept, error = smallest_prefix(len(falling), falling.__getitem__, bound)
+    assert kept == next((i for i, e in enumerate(falling) if e <= bound), len(falling))
+    assert error == (falling[kept] if kept < len(falling) else 0.0)
+
+
+def test_the_steps_that_are_chosen() -> None:
+    assert chosen_steps(1) == [4]
+    assert chosen_steps(2) == [0, 7]
+    assert chosen_steps(4) == [0, 2, 5, 7]
+    assert chosen_steps(8) == list(range(8))
+
+
+def test_the_report_as_a_whole(folder: Path, tmp_path: Path) -> None:
+    free = analyse(folder, bound=1e-9)
+    assert len(free.smallest.kept) == len(free.layers) == 5 * 4 + 3
+    assert free.smallest.error == 0.0
+    loose = analyse(folder, bound=10.0)
+    assert loose.smallest.kept == ()
+    assert loose.smallest == zm_choice(loose.everything, "smallest")
+    bound = loose.everything.error * 0.7
+    report = analyse(folder, bound=bound)
+    assert 0 < len(report.smallest.kept) < len(report.layers)
+    assert report.smallest.error <= bound < report.everything.error
+    assert report.everything.nbytes < report.smallest.nbytes < free.smallest.nbytes
+    assert {m.name for m in report.groups} == {
+        *("attention", "feed_forward", "adaLN_modulation"),
+        *("noise_refiner", "context_refiner", "first blocks", "last blocks"),
+    }
+    # What is kept costs more for its bytes than what is not.
+    worth = [m.error.total / m.saved for m in report.layers]
+    assert worth == sorted(worth, reverse=True)
+    kept = {m.name for m in report.layers[: len(report.smallest.kept)]}
+    assert kept == set(report.smallest.kept)
+    assert json.loads(json.dumps(report.to_dict()))["bound"] == bound
+
+
+def zm_choice(choice: analysis.Choice, name: str) -> analysis.Choice:
+    return analysis.Choice(name, choice.kept, choice.nbytes, choice.error)
+
+
+def test_sizes_are_those_that_convert_writes(folder: Path, tmp_path: Path) -> None:
+    """Against BF16 sources, as `nbytes` counts."""
+    tensors = tmp_path / "bf16"
+    make_reference(dim=128, layers=2).to(torch.bfloat16).save_pretrained(tensors)
+    report = analyse(tensors)
+    output = tmp_path / "card.safetensors"
+    zm.convert(tensors, output, recipe="uniform")
+    with output.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    stored = sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__" and not name.endswith(".comfy_quant")
+    )
+    assert report.card.nbytes == stored
+
+
+def test_planted_outliers_are_seen(tmp_path: Path) -> None:
+    reference = make_reference(dim=128, layers=2)
+    with torch.no_grad():
+        reference.layers[1].attention.to_out[0].weight[:, 7] *= 100
+        reference.layers[0].attention_norm1.weight[11] = 300.0  # the input of layers.0's qkv
+    reference.save_pretrained(tmp_path)
+    salience = analyse(tmp_path).salience
+    assert salience["layers.1.attention.out"].weight_outliers == pytest.approx(1 / 128)
+    assert salience["layers.0.attention.qkv"].activation_peak > 50
+    assert salience["layers.1.attention.qkv"].activation_peak < 50
+    assert all(0 <= s.time_drift <= 1 and 0 <= s.depth_drift <= 1 for s in salience.values())
+
+
+def test_an_interrupted_run_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state.json"
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(progress: analysis.SensitivityProgress) -> None:
+        if progress.done == 9:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        analyse(folder, state=state, progress=stop)
+    calls = []
+    measured = analysis.measure
+    monkeypatch.setattr(
+        analysis, "measure", lambda *arguments: calls.append(1) or measured(*arguments)
+    )
+    resumed = analyse(folder, state=state)
+    first = len(calls)
+    assert analyse(folder) == resumed
+    assert len(calls) - first == first + 9
+    calls.clear()
+    assert analyse(folder, state=state) == resumed
+    assert calls == []
+
+
+def test_a_state_of_another_run(folder: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    analyse(folder, state=state)
+    with pytest.raises(zm.UsageError, match=r"state.json is of a run with another seed \(0, not 5"):
+        analyse(folder, state=state, seed=5)
+    state.write_text("[]")
+    with pytest.raises(zm.UsageError, match=r"state.json is no state of a sensitivity run; name"):
+        analyse(folder, state=state)
+
+
+def test_convert_takes_the_recipe(folder: Path, tmp_path: Path, cli: Run) -> None:
+    ran = cli(
+        *("sensitivity", folder, "--size", 64, "--timesteps", 2, "--bound", 0.03, "--device"),
+        *("cpu", "--dtype", "float32", "--json", "--write-recipe", tmp_path / "found.toml"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    zm.convert(folder, tmp_path / "out.safetensors", recipe=tmp_path / "found.toml")
+    from zimage_mxfp8.transformer.weights import open_model
+
+    layers = set(open_model(tmp_path / "out.safetensors").layers)
+    everything = {layer["name"] for layer in report["layers"]}
+    assert layers == everything - set(report["smallest"]["kept"])
+    assert report["smallest"]["kept"]
+    # The converted model does what was measured for it.
+    original = zm.ZImageTransformer.from_checkpoint(folder, "cpu", dtype=torch.float32)
+    captions = analysis._synthetic_captions(CAPTION, 0)
+    cases = record_cases(original, captions, SIZE, 2, 0)
+    emulated = zm.ZImageTransformer.from_checkpoint(
+        tmp_path / "out.safetensors", "cpu", "emulated", torch.float32
+    )
+    errors = [output_error(case.run(emulated), case.velocities).total for case in cases]
+    error = math.sqrt(sum(errors) / len(errors))
+    # Modulations have corrected biases there, and a few roundings fall otherwise.
+    assert error == pytest.approx(report["smallest"]["error"], rel=0.15)
+
+
+def test_the_tables(folder: Path, cli: Run) -> None:
+    ran = cli("sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu")
+    assert ran.returncode == 0, ran.stderr
+    assert "the model card's exclusions" in ran.stdout
+    assert "layers.0.feed_forward.w2" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--bound", "0"], "the bound must be a number above 0"),
+        (["--bound", "nan"], "the bound must be a number above 0"),
+        (["--size", "40"], "height and width must be multiples of 16"),
+        (["--timesteps", "9"], "--timesteps must be 1 to 8, not 9"),
+        (["--prompt", "a fox"], "--prompt and --model-dir go together"),
+        (["--model-dir", "x"], "--prompt and --model-dir go together"),
+        (["--device", "tpu"], "device must be"),
+    ],
+)
+def test_wrong_usage(options: list[str], sentence: str, folder: Path, cli: Run) -> None:
+    ran = cli("sensitivity", folder, *options)
+    assert ran.returncode == 2
+    assert sentence in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_quantised_checkpoint(folder: Path, tmp_path: Path, cli: Run) -> None:
+    zm.convert(folder, tmp_path / "q.safetensors")
+    ran = cli("sensitivity", tmp_path / "q.safetensors")
+    assert ran.returncode == 2
+    assert "q.safetensors is quantised already" in ran.stderr
+
+
+def test_an_output_that_exists(folder: Path, tmp_path: Path, cli: Run) -> None:
+    (tmp_path / "r.toml").write_text("mine")
+    ran = cli("sensitivity", folder, "--write-recipe", tmp_path / "r.toml")
+    assert ran.returncode == 1
+    assert "r.toml" in ran.stderr
+    assert (tmp_path / "r.toml").read_text() == "mine"
