@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__
+    from .analysis.probe import ProbeReport, probe
+    from .analysis.scoring import ProbeRules
     from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
     from .conversion.convert import convert, plan_conversion
     from .conversion.plan import Plan
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "__version__": "_core",
+    "ProbeReport": "analysis.probe",
+    "probe": "analysis.probe",
+    "ProbeRules": "analysis.scoring",
     "MXFP8Array": "codec",
     "dequantize": "codec",
     "from_blocked": "codec",
@@ -109,6 +114,8 @@ __all__ = [
     "OutputError",
     "Plan",
     "PrecisionLossError",
+    "ProbeReport",
+    "ProbeRules",
     "Progress",
     "Recipe",
     "RecipeError",
@@ -131,6 +138,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "plan_conversion",
+    "probe",
     "quantize",
     "quantize_rows",
     "to_blocked",

@@ -16,10 +16,20 @@ from pathlib import Path
 
 from ..errors import Error, UsageError
 from ..text import printable
-from . import convert, demo, dequantize, doctor, generate, inspect, recipes, validate
+from . import convert, demo, dequantize, doctor, generate, inspect, probe, recipes, validate
 from .arguments import Parser
 
-_COMMANDS = (convert, inspect, validate, dequantize, generate, recipes, doctor, demo)
+_COMMANDS = (
+    convert,
+    inspect,
+    probe,
+    validate,
+    dequantize,
+    generate,
+    recipes,
+    doctor,
+    demo,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
