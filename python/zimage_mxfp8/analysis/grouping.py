@@ -118,9 +118,7 @@ def decide(
     group_scores: dict[str, list[float]] = {}
     for (kind, _), found in members.items():
         group_scores.setdefault(kind, []).append(_mean([w.score for w in found]))
-    resolved = {w.layer_type for w in weights if w.stack != "layers"} | {
-        *rules.spread_filter_exempt
-    }
+    by_weight = {*REFINER_TYPES, *rules.spread_filter_exempt}
     low_spread = {
         kind
         for kind, found in group_scores.items()
