@@ -18,6 +18,8 @@ required = [
     r"zimage_mxfp8/_core\.pyi",
     r"zimage_mxfp8/py\.typed",
     r"zimage_mxfp8/recipes/uniform\.toml",
+    r"zimage_mxfp8/analysis/page\.css",
+    r"zimage_mxfp8/analysis/page\.js",
     r"zimage_mxfp8/include/zimage_mxfp8/gemm\.h",
     r"zimage_mxfp8/lib/libzimage_mxfp8\.a",
     r"zimage_mxfp8/lib/cmake/zimage_mxfp8/zimage_mxfp8Config\.cmake",
@@ -25,7 +27,7 @@ required = [
     r".*\.dist-info/entry_points\.txt",
 ]
 allowed = (
-    r"zimage_mxfp8/([a-z_]+/)*[^/]*\.(py|pyi|typed|toml|so|pyd)|"
+    r"zimage_mxfp8/([a-z_]+/)*[^/]*\.(py|pyi|typed|toml|css|js|so|pyd)|"
     r"zimage_mxfp8/(include|lib)/.*\.(h|a|lib|cmake)|[^/]*\.dist-info/.*"
 )
 for pattern in required:

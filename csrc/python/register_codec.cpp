@@ -9,6 +9,7 @@
 #include "python/views.h"
 #include "zimage_mxfp8/cast.h"
 #include "zimage_mxfp8/error.h"
+#include "zimage_mxfp8/histogram.h"
 #include "zimage_mxfp8/quantize.h"
 #include "zimage_mxfp8/residual.h"
 #include "zimage_mxfp8/scale_layout.h"
@@ -113,6 +114,16 @@ void py_residual_times_vector(const py::object& original, const std::string& dty
                         reinterpret_cast<double*>(out_array.data()), threads);
 }
 
+void py_count_bit_patterns(const py::object& matrix_object, const std::string& dtype,
+                           const py::object& counts, int threads) {
+  const Array in(matrix_object, "matrix", kRead);
+  const Array out(counts, "counts", kWrite);
+  const auto view = matrix<ConstMatrixView>(in, dtype);
+  out.require_contiguous(kBitPatterns * static_cast<std::int64_t>(sizeof(std::uint64_t)));
+  const py::gil_scoped_release release;
+  count_bit_patterns(view, reinterpret_cast<std::uint64_t*>(out.data()), threads);
+}
+
 // Both directions of the scale layout: the row-major side gives the size.
 template <typename Convert>
 void convert_layout(const py::object& row_major, Array::Access row_major_access,
@@ -156,6 +167,8 @@ void register_codec(py::module_& module) {
              arg("scales"), arg("threads") = 0);
   module.def("residual_times_vector", &py_residual_times_vector, arg("original"), arg("dtype"),
              arg("codes"), arg("scales"), arg("x"), arg("out"), arg("threads") = 0);
+  module.def("count_bit_patterns", &py_count_bit_patterns, arg("matrix"), arg("dtype"),
+             arg("counts"), arg("threads") = 0);
   module.def("to_blocked", &py_to_blocked, arg("row_major"), arg("blocked"));
   module.def("from_blocked", &py_from_blocked, arg("blocked"), arg("row_major"));
 }

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._core import __version__
     from .analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
+    from .analysis.probe import ProbeReport, probe
+    from .analysis.scoring import ProbeRules
     from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
     from .conversion.convert import convert, plan_conversion
     from .conversion.plan import Plan
@@ -48,6 +50,9 @@ _HOME = {
     "__version__": "_core",
     "SensitivityReport": "analysis.sensitivity.run",
     "analyse_sensitivity": "analysis.sensitivity.run",
+    "ProbeReport": "analysis.probe",
+    "probe": "analysis.probe",
+    "ProbeRules": "analysis.scoring",
     "MXFP8Array": "codec",
     "dequantize": "codec",
     "from_blocked": "codec",
@@ -112,6 +117,8 @@ __all__ = [
     "OutputError",
     "Plan",
     "PrecisionLossError",
+    "ProbeReport",
+    "ProbeRules",
     "Progress",
     "Recipe",
     "RecipeError",
@@ -136,6 +143,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "plan_conversion",
+    "probe",
     "quantize",
     "quantize_rows",
     "to_blocked",

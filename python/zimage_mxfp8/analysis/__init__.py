@@ -1,1 +1,1 @@
-"""Why a recipe is what it is: analyses of a checkpoint."""
+"""Why a recipe is what it is: what quantisation costs a checkpoint, and where."""

@@ -64,6 +64,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE.toml",
         help="write the smallest set as a recipe for convert",
     )
+    parser.add_argument(
+        "--html", type=file_path, metavar="FILE.html", help="write a page with plots and tables"
+    )
     parser.add_argument("--device", metavar="cpu|cuda|cuda:N", help="default: cuda if there")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add_overwrite(parser)
@@ -72,13 +75,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    from ..analysis.page import check_plots_available
     from ..checkpoint.output import check_target, write_file
     from . import display
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
         raise UsageError("--prompt and --model-dir go together: the folder has the text encoder")
-    if arguments.write_recipe:
-        check_target(arguments.write_recipe, [arguments.file], overwrite=arguments.overwrite)
+    for output in (arguments.write_recipe, arguments.html):
+        if output is not None:
+            check_target(output, [arguments.file], overwrite=arguments.overwrite)
+    if arguments.html:
+        check_plots_available()
     try:
         import torch
 
@@ -105,6 +112,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write_recipe:
         content = recipe_text(report).encode()
         write_file(arguments.write_recipe, content, overwrite=arguments.overwrite)
+    if arguments.html:
+        from ..analysis.sensitivity.page import sensitivity_page
+
+        content = sensitivity_page(report).encode()
+        write_file(arguments.html, content, overwrite=arguments.overwrite)
     if arguments.json:
         display.print_json(report.to_dict())
     else:

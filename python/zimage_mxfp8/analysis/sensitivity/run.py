@@ -74,6 +74,7 @@ class SensitivityReport:
         smallest: the smallest choice within the bound.
         everything: all layers quantised.
         card: the model card's exclusions.
+        tried: the sets that were measured on the way to the smallest, fewest layers first.
     """
 
     path: str
@@ -84,6 +85,7 @@ class SensitivityReport:
     smallest: Choice
     everything: Choice
     card: Choice
+    tried: tuple[Choice, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-compatible values."""
@@ -185,9 +187,13 @@ class _Analysis:
         groups = [self._measured(f"group {name}", group) for name, group in self._groups.items()]
         salience = measure_salience(self._model, self._targets, self._cases)
         order = by_worth(self._targets, lambda target: alone[target.name].error.total)
-        kept, _ = smallest_prefix(
-            len(order), lambda k: self._choice("smallest", order[:k]).error, self._bound
-        )
+        tried: dict[int, Choice] = {}
+
+        def error_without(kept: int) -> float:
+            tried[kept] = self._choice(f"{kept} kept", order[:kept])
+            return tried[kept].error
+
+        kept, _ = smallest_prefix(len(order), error_without, self._bound)
         card = load_recipe(CARD)
         report = SensitivityReport(
             path=self._path,
@@ -198,6 +204,7 @@ class _Analysis:
             smallest=self._choice("smallest", order[:kept]),
             everything=self._choice("everything", []),
             card=self._choice(CARD, [t for t in self._targets if _keeps(card, t)]),
+            tried=tuple(tried[k] for k in sorted(tried)),
         )
         self._progress(SensitivityProgress("done", self._total, self._total))
         return report

@@ -1,0 +1,214 @@
+"""The sensitivity analysis: which weights lose most when they are quantised."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import quantization as marks
+from ..checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from ..checkpoint.zimage import is_zimage, model_prefix, to_comfyui_layout
+from ..conversion.plan import make_plan
+from ..dtypes import FLOAT_NAMES
+from ..errors import CheckpointError, UsageError
+from ..pipeline import ProgressCallback
+from ..recipes import DEFAULT, Recipe, load_recipe
+from .grouping import ProbedGroup, ProbedTensor, Stack, Weight, decide
+from .measuring import measure
+from .probe_recipe import exclusion_regex, probe_recipe
+from .scoring import MAIN_TYPES, REFINER_TYPES, ProbeRules, Thresholds, scores, thresholds
+
+CSV_COLUMNS = (
+    *("key", "layer_type", "block_idx", "subgraph", "rows", "cols"),
+    *("excess_kurtosis", "dynamic_range", "std", "outlier_pct", "aspect_ratio", "score"),
+    *("recommendation", "effective_recommendation", "reason"),
+)
+
+_PROBED = re.compile(
+    r"(?P<stack>layers|context_refiner|noise_refiner)\.(?P<block>\d+)\.(?P<kind>.+)\.weight"
+)
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What `probe` found.
+
+    Attributes:
+        path: the checkpoint.
+        rules: the numbers that decided.
+        thresholds: the scores at the percentiles.
+        tensors: every weight that was looked at, by name.
+        groups: weights of one type and position, by layer type.
+        exclude_layers: regular expression for `convert --exclude-layers` that finds the weights to
+            keep; None if there are none.
+        recipe: the recipe that keeps them, the embedders and the final layer.
+        any_model: whether `convert` needs `--any-model` for this checkpoint.
+        input_bytes: bytes of all tensors.
+        exclude_layers_bytes: bytes of the file that `convert --exclude-layers` would write with its
+            default recipe; None if nothing would be left to quantise.
+        recipe_bytes: the same with `recipe`.
+    """
+
+    path: str
+    rules: ProbeRules
+    thresholds: Thresholds
+    tensors: list[ProbedTensor]
+    groups: list[ProbedGroup]
+    exclude_layers: str | None
+    recipe: Recipe
+    any_model: bool
+    input_bytes: int
+    exclude_layers_bytes: int | None
+    recipe_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "path": self.path,
+            "rules": vars(self.rules),
+            "thresholds": vars(self.thresholds),
+            "tensors": [
+                vars(tensor) | {"metrics": vars(tensor.metrics)} for tensor in self.tensors
+            ],
+            "groups": [vars(group) | {"metrics": vars(group.metrics)} for group in self.groups],
+            "exclude_layers": self.exclude_layers,
+            "any_model": self.any_model,
+            "input_bytes": self.input_bytes,
+            "exclude_layers_bytes": self.exclude_layers_bytes,
+            "recipe_bytes": self.recipe_bytes,
+        }
+
+    def to_csv(self) -> str:
+        """A row for each weight; columns, digits and line ends are those of quant_probe's CSV."""
+        text = io.StringIO()
+        rows = csv.writer(text)
+        rows.writerow(CSV_COLUMNS)
+        for tensor in self.tensors:
+            m = tensor.metrics
+            rows.writerow(
+                [
+                    *(tensor.name, tensor.layer_type, tensor.block, tensor.stack, *tensor.shape),
+                    *(f"{m.excess_kurtosis:.4f}", f"{m.dynamic_range:.4f}", f"{m.std:.6f}"),
+                    *(f"{m.outlier_pct:.2f}", f"{m.aspect_ratio:.2f}", f"{tensor.score:.4f}"),
+                    *(tensor.recommendation, tensor.effective, tensor.reason),
+                ]
+            )
+        return text.getvalue()
+
+
+def probe(
+    path: str | os.PathLike[str],
+    *,
+    rules: ProbeRules | None = None,
+    threads: int = 0,
+    progress: ProgressCallback | None = None,
+) -> ProbeReport:
+    """Measure how sensitive each weight of Z-Image's blocks is, and recommend what to keep.
+
+    Metrics are exact in float64. Weights in BF16 and F16 are read once, those in F32 twice; memory
+    does not grow with the checkpoint. Scores, groups and recommendations are those of quant_probe.
+
+    Args:
+        path: the checkpoint before quantisation: a safetensors file or a diffusers folder in BF16,
+            F16 or F32.
+        rules: the numbers that decide, by default quant_probe's for Z-Image.
+        threads: cores to use; 0 means all.
+        progress: called with a `Progress` from this thread.
+
+    Returns:
+        A `ProbeReport`.
+
+    Raises:
+        UsageError: `threads` is negative.
+        CheckpointError: unreadable, malformed, quantised already, or without any weight to probe.
+        NonFiniteError: a weight has NaN or Inf; the sentence names tensor, row and column.
+    """
+    if not isinstance(threads, int) or threads < 0:
+        raise UsageError("threads must be 0 (one a core) or more")
+    rules = rules or ProbeRules()
+    checkpoint = to_comfyui_layout(open_checkpoint(Path(path)))
+    prefix = model_prefix(checkpoint.tensors)
+    if found := marks.quantized_format(checkpoint, prefix):
+        raise CheckpointError(
+            f'{path} is quantised already ({found[0]}, see "{found[1]}"); probe the BF16, F16 or '
+            "F32 checkpoint that it was made from"
+        )
+    targets = _targets(checkpoint, prefix)
+    sources = [tensor for tensor, *_ in targets]
+    measured = measure(sources, rules.outlier_sigma, threads=threads, progress=progress)
+    metrics = [measured[tensor.name] for tensor in sources]
+    all_scores = scores(metrics, [kind for _, kind, *_ in targets], rules)
+    limits = thresholds(all_scores, rules)
+    weights = [
+        Weight(tensor.name, kind, block, stack, _matrix_shape(tensor), metric, score)
+        for (tensor, kind, block, stack), metric, score in zip(
+            targets, metrics, all_scores, strict=True
+        )
+    ]
+    tensors, groups = decide(weights, limits, rules)
+    regex = exclusion_regex(tensors)
+    recipe = probe_recipe(tensors, limits, rules, Path(path).name)
+    any_model = not is_zimage(checkpoint.tensors)
+    default = load_recipe(DEFAULT).excluding([regex] if regex else [])
+    return ProbeReport(
+        str(path),
+        rules,
+        limits,
+        tensors,
+        groups,
+        regex,
+        recipe,
+        any_model,
+        checkpoint.nbytes,
+        _converted_size(checkpoint, default, any_model),
+        _converted_size(checkpoint, recipe, any_model),
+    )
+
+
+Target = tuple[SourceTensor, str, int, Stack]  # with its layer type, block and stack
+
+
+def _targets(checkpoint: Checkpoint, prefix: str) -> list[Target]:
+    """The weights to look at, by name."""
+    targets: list[Target] = []
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        match = _PROBED.fullmatch(name[len(prefix) :]) if name.startswith(prefix) else None
+        if match is None or len(tensor.shape) != 2:
+            continue
+        stack: Stack = match["stack"]  # type: ignore[assignment]
+        kind = match["kind"] if stack == "layers" else f"{stack}.{match['kind']}"
+        if kind not in (MAIN_TYPES if stack == "layers" else REFINER_TYPES):
+            continue
+        if tensor.dtype not in FLOAT_NAMES:
+            raise CheckpointError(
+                f'{checkpoint.path}: tensor "{name}" is {tensor.dtype}; only BF16, F16 and F32 '
+                "weights can be probed: convert it first"
+            )
+        if tensor.nbytes == 0:
+            raise CheckpointError(
+                f'{checkpoint.path}: tensor "{name}" is empty; download the checkpoint again'
+            )
+        targets.append((tensor, kind, int(match["block"]), stack))
+    if not targets:
+        raise CheckpointError(
+            f"{checkpoint.path} has no weight to probe: none is named like those of Z-Image's "
+            'blocks, such as "layers.0.attention.qkv.weight"'
+        )
+    return targets
+
+
+def _matrix_shape(tensor: SourceTensor) -> tuple[int, int]:
+    rows, cols = tensor.shape
+    return rows, cols
+
+
+def _converted_size(checkpoint: Checkpoint, recipe: Recipe, any_model: bool) -> int | None:
+    try:
+        return make_plan(checkpoint, recipe, any_model=any_model).size
+    except CheckpointError:  # the recipe keeps all: there would be no file
+        return None
