@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__
-    from .analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
     from .analysis.probe import ProbeReport, probe
     from .analysis.scoring import ProbeRules
+    from .analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
     from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
     from .conversion.convert import convert, plan_conversion
     from .conversion.plan import Plan
