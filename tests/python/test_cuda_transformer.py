@@ -83,6 +83,15 @@ def test_graphs_and_runs_give_the_same_bytes(compute: str, quantized: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
+def test_a_graph_of_inference_mode_runs_outside_it(quantized: Path) -> None:
+    model = load(quantized)
+    inputs = on_device(random_inputs(*EQUAL))
+    with torch.inference_mode():
+        for _ in range(2):  # the second call captures
+            want = [x.clone() for x in model(*inputs).sample]
+    assert all(torch.equal(a, b) for a, b in zip(model(*inputs).sample, want, strict=True))
+
+
 def test_more_shapes_than_graphs_are_kept(quantized: Path) -> None:
     model = load(quantized)
     wanted = {}

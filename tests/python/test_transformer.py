@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +262,67 @@ assert isinstance(model, ModelMixin)
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_pickles_and_copies(quantized: Path) -> None:
+    import diffusers  # noqa: F401 - its base class shows in __class__
+
+    model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
+    inputs = random_inputs(*BATCHES["one image"])
+    want = model(*inputs).sample[0]
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other(*inputs).sample[0], want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half(),
+        lambda model: model.to(torch.float16),
+        lambda model: model.double(),
+        lambda model: model.type(torch.bfloat16),
+    ],
+)
+def test_dtypes_that_it_cannot_have_leave_it_as_it_was(change, quantized: Path) -> None:
+    model = float32(quantized)
+    inputs = random_inputs(*BATCHES["one image"])
+    want = model(*inputs).sample[0]
+    with pytest.raises(zm.UsageError, match=r"runs in bfloat16 or float32, not|use .to\(dtype\)"):
+        change(model)
+    assert model.dtype == torch.float32
+    assert torch.equal(model(*inputs).sample[0], want)
+
+
+def test_autocast_changes_nothing(model: zm.ZImageTransformer) -> None:
+    inputs = random_inputs(*BATCHES["one image"])
+    want = model(*inputs).sample[0]
+    with torch.autocast("cpu", torch.float16):
+        found = model(*inputs).sample[0]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, want)
+
+
+def test_too_little_memory_is_told(
+    quantized: Path, model: zm.ZImageTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't")
+
+    monkeypatch.setattr(type(model), "_compute", no_memory)
+    with pytest.raises(
+        zm.UnsupportedError, match=r"not enough memory for a forward over 96 tokens"
+    ):
+        model(*random_inputs(*BATCHES["one image"]))
+    monkeypatch.setattr("zimage_mxfp8.transformer.loading.TensorStream.start", no_memory)
+    with pytest.raises(zm.UnsupportedError, match=r"needs 0\.0 GiB of memory, which this machine"):
+        zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
+
+
+def test_offloading_finds_its_device(quantized: Path) -> None:
+    """As accelerate's hooks look for it; diffusers' `enable_model_cpu_offload` uses them."""
+    model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
+    assert next(model.parameters()).device == model.device
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 # ---- Modes
 
 
@@ -349,6 +412,18 @@ BROKEN = {
         lambda t, m: t.pop("cap_pad_token"),
         'is no Z-Image transformer: it lacks tensor "cap_pad_token"',
     ),
+    "a bias": (
+        lambda t, m: t.update({"layers.0.attention.qkv.bias": torch.ones(768)}),
+        r'"layers.0.attention.qkv.bias" is no part of a Z-Image transformer.*merge adapters',
+    ),
+    "a stray block": (
+        lambda t, m: t.update({"layers.x.attention_norm1.weight": torch.ones(256)}),
+        r'"layers.x.attention_norm1.weight" is no part of|"layers.2',
+    ),
+    "one wrong width among others": (
+        lambda t, m: t.update({"layers.29.feed_forward.w1.weight": torch.ones(7, 256)}),
+        "layers.29|layers.2",
+    ),
     "integers": (
         lambda t, m: t.update({"x_pad_token": torch.ones(1, 256, dtype=torch.int8)}),
         '"x_pad_token" is I8, which this package cannot run',
@@ -400,6 +475,8 @@ IMAGE, TIME, WORDS = torch.zeros(16, 1, 4, 4), torch.zeros(1), torch.zeros(3, CA
         ([IMAGE], TIME, [WORDS[:, :5]], r"cap_feats\[0\] must be .* not \[3, 5\]"),
         ([IMAGE], torch.zeros(2), [WORDS], r"t must be a tensor \[1\]"),
         ([IMAGE], 0.5, [WORDS], r"t must be a tensor \[1\], a time each, not float"),
+        ([IMAGE], TIME.to("meta"), [WORDS], "t must be a dense tensor on cpu"),
+        ([IMAGE.to_sparse()], TIME, [WORDS], r"x\[0\] must be a dense tensor"),
         ([IMAGE.to("meta")], TIME, [WORDS], r"x\[0\] is on meta, but the model is on cpu"),
     ],
 )
@@ -413,5 +490,7 @@ def test_arguments_are_named(
 def test_what_diffusers_has_and_this_has_not(model: zm.ZImageTransformer) -> None:
     inputs = ([IMAGE], TIME, [WORDS])
     model(*inputs, joint_attention_kwargs=None, patch_size=2, controlnet_block_samples=None)
+    with pytest.raises(zm.InvalidArgumentError, match="siglip_feats is not supported"):
+        model(*inputs, siglip_feats=IMAGE)
     with pytest.raises(zm.InvalidArgumentError, match="controlnet_block_samples is not supported"):
         model(*inputs, controlnet_block_samples={0: IMAGE})

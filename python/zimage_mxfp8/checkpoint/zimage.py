@@ -216,15 +216,18 @@ def missing_tensors(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> list[
             blocks[stack].add(number)
     counts = {stack: len(numbers) for stack, numbers in blocks.items()}
     dim, caption_dim = inner["cap_embedder.1.weight"]
-    first_w1 = next(
-        (s for n, s in sorted(inner.items()) if n.endswith("feed_forward.w1.weight")), None
+    # The width that most blocks have: a single wrong one is then the one that is named.
+    widths = Counter(
+        shape[0]
+        for name, shape in sorted(inner.items())
+        if name.endswith("feed_forward.w1.weight") and len(shape) == 2 and 0 not in shape
     )
     expected = zimage_shapes(
         dim,
         counts["layers"],
         max(counts["noise_refiner"], counts["context_refiner"]),
         caption_dim,
-        first_w1[0] if first_w1 else None,
+        widths.most_common(1)[0][0] if widths else None,
     )
     problems = []
     for name, shape in expected.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 
 HEAD_DIM = 128
 PATCH_SIZE = 2
@@ -46,10 +47,7 @@ class ZImageConfig:
         dim, cap_feat_dim = shapes["cap_embedder.1.weight"]
 
         def blocks(stack: str) -> int:
-            return sum(
-                name.startswith(stack + ".") and name.endswith(".attention_norm1.weight")
-                for name in shapes
-            )
+            return next(i for i in count() if f"{stack}.{i}.attention_norm1.weight" not in shapes)
 
         return cls(
             dim=dim,

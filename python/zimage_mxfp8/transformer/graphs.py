@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -30,24 +31,26 @@ class GraphCache:
 
     def __init__(self) -> None:
         self._seen: OrderedDict[Hashable, _Captured | None] = OrderedDict()
+        self._lock = threading.Lock()
         self._pool: Any = None  # a handle
 
     def run(
         self, key: Hashable, function: Function, inputs: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """The function's outputs; `key` stands for everything but the inputs' values."""
-        if key not in self._seen:
-            outputs = function(inputs)
-            self._remember(key, None)
-            return outputs
-        captured = self._seen[key]
-        if captured is None:
-            captured = self._capture(function, inputs)
-        self._remember(key, captured)
-        for static, value in zip(captured.inputs, inputs, strict=True):
-            static.copy_(value, non_blocking=True)
-        captured.graph.replay()
-        return [output.clone() for output in captured.outputs]
+        with self._lock:  # a graph's inputs and outputs are the same memory in every call
+            if key not in self._seen:
+                outputs = function(inputs)
+                self._remember(key, None)
+                return outputs
+            captured = self._seen[key]
+            if captured is None:
+                captured = self._capture(function, inputs)
+            self._remember(key, captured)
+            for static, value in zip(captured.inputs, inputs, strict=True):
+                static.copy_(value, non_blocking=True)
+            captured.graph.replay()
+            return [output.clone() for output in captured.outputs]
 
     def clear(self) -> None:
         """Drop all graphs and their memory."""
@@ -61,7 +64,8 @@ class GraphCache:
             self._seen.popitem(last=False)
 
     def _capture(self, function: Function, inputs: list[torch.Tensor]) -> _Captured:
-        static = [tensor.clone() for tensor in inputs]
+        with torch.inference_mode(False):  # tensors of that mode cannot be written to outside it
+            static = [tensor.clone() for tensor in inputs]
         torch.cuda.empty_cache()  # the graph has a memory pool of its own
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

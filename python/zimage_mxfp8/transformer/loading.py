@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.source import SourceTensor
 from ..codec import MXFP8Array, dequantize
-from ..errors import CheckpointError, CudaError, InvalidArgumentError
+from ..errors import CheckpointError, CudaError, InvalidArgumentError, UnsupportedError
 from ..pipeline import ProgressCallback
 from .block import Block
 from .compute import Compute
@@ -80,13 +80,26 @@ def load_parts(
 
     Raises:
         CheckpointError: a file cannot be read, or a layer that is to be folded has NaN.
-        CudaError: the device has too little memory; nothing is left on it.
+        CudaError, UnsupportedError: the device has too little memory; nothing is left on it.
     """
     if device.type == "cuda":
         _check_memory(file, device, dtype)
     total = sum(tensor.nbytes for tensor in file.tensors.values())
-    with TensorStream(device, total, progress) as stream:
-        return _Loader(file, stream, compute, dtype).load()
+    try:
+        with TensorStream(device, total, progress) as stream:
+            return _Loader(file, stream, compute, dtype).load()
+    except RuntimeError as error:
+        if not is_out_of_host_memory(error):
+            raise
+        raise UnsupportedError(
+            f"the transformer needs {file.nbytes(dtype) / 2**30:.1f} GiB of memory, which this "
+            "machine does not have free; convert the checkpoint to MXFP8 if it is not"
+        ) from None
+
+
+def is_out_of_host_memory(error: RuntimeError) -> bool:
+    """Whether torch's error is that the CPU's memory ran out, which has no class of its own."""
+    return "DefaultCPUAllocator" in str(error)
 
 
 def _check_memory(file: ModelFile, device: torch.device, dtype: torch.dtype) -> None:

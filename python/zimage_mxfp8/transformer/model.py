@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..devices import torch_device
-from ..errors import CudaError, InvalidArgumentError, UsageError
+from ..errors import CudaError, InvalidArgumentError, UnsupportedError, UsageError
 from ..pipeline import ProgressCallback
 from . import ops
 from .attention import has_cudnn_attention
@@ -30,7 +30,7 @@ from .config import (
 )
 from .graphs import GraphCache
 from .linear import Linear
-from .loading import Parts, load_parts
+from .loading import Parts, is_out_of_host_memory, load_parts
 from .sequence import Shape, fill_up, image_tokens, layout_of, patchify, unpatchify
 from .weights import open_model
 
@@ -46,6 +46,10 @@ def _with_diffusers_base(cls: type) -> type:
     from diffusers.models.modeling_utils import ModelMixin
 
     return type(cls.__name__, (cls, ModelMixin), {"__module__": cls.__module__})
+
+
+def _new_object(cls: Any) -> Any:
+    return cls.__new__(cls)
 
 
 class ZImageTransformer(nn.Module):
@@ -98,7 +102,8 @@ class ZImageTransformer(nn.Module):
         self.noise_refiner = nn.ModuleList(parts.blocks["noise_refiner"])
         self.context_refiner = nn.ModuleList(parts.blocks["context_refiner"])
         self.layers = nn.ModuleList(parts.blocks["layers"])
-        self.register_buffer("modulation_weight", parts.modulation[0])
+        # A parameter, because offloading looks for the device of the first one.
+        self.modulation_weight = nn.Parameter(parts.modulation[0], requires_grad=False)
         self.register_buffer("modulation_bias", parts.modulation[1])
         for name, tensor in parts.others.items():
             self.register_buffer(name.replace(".", "_").lower(), tensor)
@@ -184,7 +189,7 @@ class ZImageTransformer(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     def __repr__(self) -> str:
         kinds = Counter(layer.kind for layer in self.modules() if isinstance(layer, Linear))
@@ -196,15 +201,25 @@ class ZImageTransformer(nn.Module):
             f"({DESCRIPTIONS[self.compute]}); linear layers: {layers})"
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickling by default compares type(self) with __class__.
+        return _new_object, (type(self),), {**self.__dict__, "_graphs": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle or a copy; graphs are captured again."""
+        super().__setstate__(state)
+        self._graphs = GraphCache()
+
     def _apply(self, fn: Any, recurse: bool = True) -> ZImageTransformer:
         # .to() and its kin: graphs hold the old addresses, and dtype may change.
+        dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise UsageError(f"the transformer runs in bfloat16 or float32, not {dtype}")
+        if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).dtype != torch.uint8:
+            raise UsageError("the transformer has 8-bit weights that stay: use .to(dtype)")
         self._graphs.clear()
         super()._apply(fn, recurse)
-        if self.modulation_weight.dtype not in (torch.bfloat16, torch.float32):
-            raise UsageError(
-                f"the transformer runs in bfloat16 or float32, not {self.modulation_weight.dtype}"
-            )
-        self._dtype = self.modulation_weight.dtype
+        self._dtype = dtype
         for layer in self.modules():
             if isinstance(layer, Linear):
                 layer.dtype = self._dtype
@@ -245,13 +260,23 @@ class ZImageTransformer(nn.Module):
             *(caption.to(self._dtype) for caption in cap_feats),
         ]
         try:
-            if self.device.type == "cuda" and self._cuda_graphs:
-                with torch.cuda.device(self.device):
-                    sample = self._graphs.run(shapes, lambda i: self._compute(i, shapes), inputs)
-            else:
-                sample = self._compute(inputs, shapes)
+            with torch.autocast(self.device.type, enabled=False):
+                if self.device.type == "cuda" and self._cuda_graphs:
+                    with torch.cuda.device(self.device):
+                        sample = self._graphs.run(
+                            shapes, lambda i: self._compute(i, shapes), inputs
+                        )
+                else:
+                    sample = self._compute(inputs, shapes)
         except torch.OutOfMemoryError:
             raise CudaError(self._out_of_memory(shapes)) from None
+        except RuntimeError as error:
+            if not is_out_of_host_memory(error):
+                raise
+            tokens = sum(image_tokens(size) + caption for size, caption in shapes)
+            raise UnsupportedError(
+                f"not enough memory for a forward over {tokens} tokens; use a smaller size or batch"
+            ) from None
         return TransformerOutput(sample) if return_dict else (sample,)
 
     def _check_inputs(
@@ -263,7 +288,8 @@ class ZImageTransformer(nn.Module):
     ) -> tuple[Shape, ...]:
         for name, value in others.items():
             expected = {"patch_size": PATCH_SIZE, "f_patch_size": 1}.get(name)
-            if name != "joint_attention_kwargs" and value is not None and value != expected:
+            is_expected = value is None or (isinstance(value, int) and value == expected)
+            if name != "joint_attention_kwargs" and not is_expected:
                 raise InvalidArgumentError(f"{name} is not supported by this transformer")
         if not isinstance(x, (list, tuple)) or not x:
             raise InvalidArgumentError("x must be a list of latent images, [16, 1, H, W] each")
@@ -275,6 +301,8 @@ class ZImageTransformer(nn.Module):
         if not isinstance(t, torch.Tensor) or tuple(t.shape) != (len(x),):
             found = list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__
             raise InvalidArgumentError(f"t must be a tensor [{len(x)}], a time each, not {found}")
+        if t.device.type not in ("cpu", self.device.type) or t.layout != torch.strided:
+            raise InvalidArgumentError(f"t must be a dense tensor on {self.device}")
         shapes: list[Shape] = []
         for i, (image, caption) in enumerate(zip(x, cap_feats, strict=True)):
             _check_tensor(image, f"x[{i}]", self.device)
@@ -377,5 +405,7 @@ def _check_tensor(tensor: Any, name: str, device: torch.device) -> None:
         raise InvalidArgumentError(f"{name} must be a torch tensor, not {type(tensor).__name__}")
     if tensor.device != device:
         raise InvalidArgumentError(f"{name} is on {tensor.device}, but the model is on {device}")
+    if tensor.layout != torch.strided:
+        raise InvalidArgumentError(f"{name} must be a dense tensor")
     if not tensor.is_floating_point():
         raise InvalidArgumentError(f"{name} must be floating-point, not {tensor.dtype}")

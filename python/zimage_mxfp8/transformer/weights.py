@@ -24,6 +24,7 @@ from ..checkpoint.zimage import (
     missing_tensors,
     model_prefix,
     to_comfyui_layout,
+    zimage_shapes,
 )
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
@@ -88,8 +89,14 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         checkpoint = to_comfyui_layout(checkpoint)
     if not is_zimage(checkpoint.tensors):
         lacking = missing_signature(checkpoint.tensors)
-        what = f'it lacks tensor "{lacking[0]}"' if lacking else "its tensors have other names"
-        raise CheckpointError(f"{path} is no Z-Image transformer: {what}")
+        if lacking:
+            what = f'it lacks tensor "{lacking[0]}"'
+        else:
+            what = f'its tensors have other names, such as "{min(checkpoint.tensors)}"'
+        raise CheckpointError(
+            f"{path} is no Z-Image transformer: {what}; name a ComfyUI file or a diffusers folder "
+            "of Z-Image"
+        )
     layers, breaches = find_layers(checkpoint)
     if breaches:
         count = plural(len(breaches), "problem")
@@ -111,22 +118,21 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
                 f'{path}: "{tensor.name}" is {tensor.dtype}, which this package cannot run; '
                 "convert the original checkpoint"
             )
-    return ModelFile(
-        checkpoint,
-        ZImageConfig.of_shapes({name.removeprefix(prefix): s for name, s in shapes.items()}),
-        tensors,
-        {layer.name.removeprefix(prefix): layer for layer in layers},
-    )
+    config = ZImageConfig.of_shapes({name.removeprefix(prefix): s for name, s in shapes.items()})
+    by_name = {layer.name.removeprefix(prefix): layer for layer in layers}
+    _check_no_more(path, tensors, config, by_name)
+    return ModelFile(checkpoint, config, tensors, by_name)
 
 
 def _check_shapes(
     path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]], prefix: str
 ) -> None:
     name = prefix + "cap_embedder.1.weight"
-    if len(shapes[name]) != 2 or shapes[name][0] % HEAD_DIM != 0:
+    shape = shapes[name]
+    if len(shape) != 2 or 0 in shape or shape[0] % HEAD_DIM != 0:
         raise CheckpointError(
-            f'{path}: "{name}" is {list(shapes[name])}, not [dim, caption features] with dim a '
-            f"multiple of {HEAD_DIM}"
+            f'{path}: "{name}" is {list(shape)}, not [dim, caption features] with dim a multiple '
+            f"of {HEAD_DIM}"
         )
     problems = missing_tensors(shapes, prefix)
     if problems:
@@ -135,6 +141,33 @@ def _check_shapes(
             f'{path}: "{tensor}" {problem} ({plural(len(problems), "problem")} in all); download '
             "or convert the checkpoint again"
         )
+
+
+def _check_no_more(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, SourceTensor],
+    config: ZImageConfig,
+    layers: Mapping[str, MXFP8Layer],
+) -> None:
+    """Refuse what a Z-Image transformer does not have: a bias or an adapter would be left out."""
+    known = set(
+        zimage_shapes(
+            config.dim,
+            config.n_layers,
+            config.n_refiner_layers,
+            config.cap_feat_dim,
+            config.hidden_dim,
+        )
+    )
+    for layer in layers:
+        known |= {layer + suffix for suffix in (marks.SCALE_SUFFIX, marks.MARKER_SUFFIX)}
+    modules = {name.partition(".")[0] for name in known}
+    for name, tensor in tensors.items():
+        if name not in known and name.partition(".")[0] in modules:
+            raise CheckpointError(
+                f'{path}: "{tensor.name}" is no part of a Z-Image transformer, and would change '
+                "what it computes; merge adapters into the weights first, or take it out"
+            )
 
 
 @dataclass(frozen=True)
