@@ -401,7 +401,8 @@ def test_convert_takes_the_exclusions_and_the_recipe(
 def test_json(cli: Run, planted_file: Path) -> None:
     result = cli("probe", planted_file, "--json", "--kurtosis-keep", "inf")
     assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout)
+    document = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert document["rules"]["kurtosis_keep"] is None and document["rules"]["ar_weight"] == 0.1
     assert len(document["tensors"]) == 200 and len(document["groups"]) == 6 * 3 + 10
     assert "kurtosis_floor" not in result.stdout
     first = document["tensors"][0]
