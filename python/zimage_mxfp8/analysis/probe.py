@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -67,10 +68,10 @@ class ProbeReport:
     recipe_bytes: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON, which has no infinity: such a rule is None."""
         return {
             "path": self.path,
-            "rules": vars(self.rules),
+            "rules": {k: None if v == math.inf else v for k, v in vars(self.rules).items()},
             "thresholds": vars(self.thresholds),
             "tensors": [
                 vars(tensor) | {"metrics": vars(tensor.metrics)} for tensor in self.tensors
