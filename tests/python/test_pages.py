@@ -125,6 +125,30 @@ def test_table_sorts_and_filters(page: Path, probe_report: zm.ProbeReport, tmp_p
     assert [name for name in result["loaded"] if not name.startswith("data:")] == []
 
 
+def test_the_page_of_measured_sensitivity(tmp_path: Path) -> None:
+    from diffusers_reference import make_reference
+
+    from zimage_mxfp8.analysis.sensitivity.page import sensitivity_page
+
+    make_reference(dim=128, layers=1).save_pretrained(tmp_path / "model")
+    report = zm.analyse_sensitivity(
+        tmp_path / "model", size=(32, 32), timesteps=1, bound=0.02, device="cpu"
+    )
+    page = tmp_path / "sensitivity.html"
+    page.write_text(sensitivity_page(report), "utf-8")
+    seen = look_at(page, tmp_path, PLOTS, height=4200)
+    assert seen.console == []
+    assert len(seen.result) == 4  # error against size, and a map for each band
+    assert all(plot["cells"] >= 1 for plot in seen.result)
+    assert "feed_forward.w2" in seen.result[1]["texts"]
+    # The list on the page keeps what the report keeps.
+    shown = re.search(r"<pre>(.*?)</pre>", page.read_text("utf-8"), re.DOTALL)
+    assert shown is not None
+    pattern = re.compile(unescape(shown[1]))
+    kept = [m.name for m in report.layers if pattern.search(f"{m.name}.weight")]
+    assert sorted(kept) == list(report.smallest.kept)
+
+
 def test_a_page_that_is_broken_is_noticed(page: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text("utf-8").replace("Plotly.newPlot", "Plotly.oldPlot"), "utf-8")
