@@ -127,7 +127,6 @@ def test_table_sorts_and_filters(page: Path, probe_report: zm.ProbeReport, tmp_p
 
 def test_the_page_of_measured_sensitivity(tmp_path: Path) -> None:
     from diffusers_reference import make_reference
-
     from zimage_mxfp8.analysis.sensitivity.page import sensitivity_page
 
     make_reference(dim=128, layers=1).save_pretrained(tmp_path / "model")
