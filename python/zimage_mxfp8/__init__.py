@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__
+    from .analysis.compare import CompareProgress, compare
+    from .analysis.compare_report import CompareReport
     from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
     from .conversion.convert import convert, plan_conversion
     from .conversion.plan import Plan
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "__version__": "_core",
+    "CompareProgress": "analysis.compare",
+    "compare": "analysis.compare",
+    "CompareReport": "analysis.compare_report",
     "MXFP8Array": "codec",
     "dequantize": "codec",
     "from_blocked": "codec",
@@ -92,6 +97,8 @@ _HOME = {
 
 __all__ = [
     "CheckpointError",
+    "CompareProgress",
+    "CompareReport",
     "ConversionReport",
     "CudaError",
     "Diagnosis",
@@ -120,6 +127,7 @@ __all__ = [
     "ZImageGenerator",
     "ZImageTransformer",
     "__version__",
+    "compare",
     "convert",
     "dequantize",
     "dequantize_checkpoint",

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ..errors import Error, UsageError
 from ..text import printable
-from . import convert, demo, dequantize, doctor, generate, inspect, recipes, validate
+from . import compare, convert, demo, dequantize, doctor, generate, inspect, recipes, validate
 from .arguments import Parser
 
-_COMMANDS = (convert, inspect, validate, dequantize, generate, recipes, doctor, demo)
+_COMMANDS = (convert, inspect, validate, compare, dequantize, generate, recipes, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

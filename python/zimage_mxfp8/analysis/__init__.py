@@ -1,0 +1,1 @@
+"""Looking at checkpoints: what quantisation would cost, and what it did."""
