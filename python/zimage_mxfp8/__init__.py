@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__
+    from .analysis.compare import CompareProgress, compare
+    from .analysis.compare_report import CompareReport
     from .analysis.probe import ProbeReport, probe
     from .analysis.scoring import ProbeRules
     from .analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
@@ -53,6 +55,9 @@ _HOME = {
     "ProbeReport": "analysis.probe",
     "probe": "analysis.probe",
     "ProbeRules": "analysis.scoring",
+    "CompareProgress": "analysis.compare",
+    "compare": "analysis.compare",
+    "CompareReport": "analysis.compare_report",
     "MXFP8Array": "codec",
     "dequantize": "codec",
     "from_blocked": "codec",
@@ -100,6 +105,8 @@ _HOME = {
 
 __all__ = [
     "CheckpointError",
+    "CompareProgress",
+    "CompareReport",
     "ConversionReport",
     "CudaError",
     "Diagnosis",
@@ -132,6 +139,7 @@ __all__ = [
     "ZImageTransformer",
     "__version__",
     "analyse_sensitivity",
+    "compare",
     "convert",
     "dequantize",
     "dequantize_checkpoint",

@@ -13,6 +13,11 @@ import numpy.typing as npt
 _INFINITE_DB = 400.0  # stands for "no error at all" in JSON, which has no infinity
 
 
+def snr_db(relative_squared_error: float) -> float:
+    """Signal-to-noise ratio in dB; 400 where there is no error."""
+    return -10.0 * math.log10(relative_squared_error) if relative_squared_error else _INFINITE_DB
+
+
 @dataclass
 class ErrorStats:
     """How far a quantised matrix is from its original.
@@ -47,9 +52,7 @@ class ErrorStats:
     @property
     def snr_db(self) -> float:
         """Signal-to-noise ratio in dB."""
-        if not self.relative_squared_error:
-            return _INFINITE_DB
-        return -10.0 * math.log10(self.relative_squared_error)
+        return snr_db(self.relative_squared_error)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; the histogram has only the scale bytes that occur."""

@@ -83,6 +83,16 @@ def test_generate_command(turbo: Path) -> None:
     assert result.stderr == ""
 
 
+def test_compare_command(small_file: Path, tmp_path: Path) -> None:
+    shutil.copy(small_file, tmp_path / "z_image_turbo_bf16.safetensors")
+    (block,) = [block for block in blocks("sh") if "--write-recipe" in block]
+    command = block[block.index("zimage-mxfp8 compare") :]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "layers.csv").is_file()
+    zm.plan_conversion(tmp_path / "z_image_turbo_bf16.safetensors", recipe=tmp_path / "own.toml")
+
+
 def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
     (recipe,) = blocks("toml")
     (tmp_path / "own.toml").write_text(recipe)
@@ -91,13 +101,18 @@ def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "end"), [("convert", "The output appears whole"), ("generate", "A picture that")]
+    ("command", "end"),
+    [
+        ("convert", "The output appears whole"),
+        ("generate", "A picture that"),
+        ("compare", "An error of weights does not"),
+    ],
 )
 def test_options_exist(command: str, end: str) -> None:
     program = [sys.executable, "-m", "zimage_mxfp8.cli.main", command, "--help"]
     help_text = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     before = README[: README.index(end)]
     options = set(re.findall(r"`(--?[a-z-]+)", before[before.rindex("| option |") :]))
-    assert len(options) > 10
+    assert len(options) >= 10
     for option in options:
         assert option in help_text, option

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import Error, UsageError
 from ..text import printable
 from . import (
+    compare,
     convert,
     demo,
     dequantize,
@@ -37,6 +38,7 @@ _COMMANDS = (
     dequantize,
     generate,
     probe,
+    compare,
     sensitivity,
     recipes,
     doctor,

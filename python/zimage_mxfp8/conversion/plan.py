@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from ..recipes import Recipe
 
 # A tile of 32 to 128 rows is encoded at once; this bounds its memory. Real layers have thousands.
-_MOST_COLUMNS = 1 << 20
+MOST_COLUMNS = 1 << 20
 
 Action = Literal["quantize", "keep", "cast"]
 
@@ -105,22 +105,7 @@ def make_plan(
     """
     names = checkpoint.tensors.keys()
     zimage = is_zimage(names)
-    prefix = model_prefix(names) if zimage else ""
-    if not any_model and not zimage:
-        if missing := missing_signature(names):
-            raise CheckpointError(
-                f'{checkpoint.path} lacks tensor "{missing[0]}", without which ComfyUI does not '
-                "recognise Z-Image; complete it, or give --any-model"
-            )
-        raise CheckpointError(
-            f"{checkpoint.path} is not a Z-Image checkpoint; give --any-model to quantise every "
-            "2-D weight that no pattern excludes"
-        )
-    if found := marks.quantized_format(checkpoint, prefix):
-        raise CheckpointError(
-            f'{checkpoint.path} is quantised already ({found[0]}, see "{found[1]}"); start from '
-            "the BF16, F16 or F32 checkpoint"
-        )
+    prefix = transformer_prefix(checkpoint, any_model=any_model)
     tensors = {
         name: _plan_tensor(checkpoint, checkpoint.tensors[name], recipe, prefix, keep_names)
         for name in sorted(names)
@@ -143,6 +128,37 @@ def make_plan(
     size = file_size(header, places)
     warnings = _warnings(tensors, recipe, prefix, zimage)
     return Plan(checkpoint, recipe, prefix, tensors, header, places, size, warnings)
+
+
+def transformer_prefix(checkpoint: Checkpoint, *, any_model: bool) -> str:
+    """What stands before the names of the tensors that may be quantised.
+
+    Args:
+        checkpoint: the source, in the ComfyUI layout.
+        any_model: accept what is not Z-Image; every tensor of it counts as part of the model.
+
+    Raises:
+        CheckpointError: not Z-Image, or quantised already.
+    """
+    names = checkpoint.tensors.keys()
+    zimage = is_zimage(names)
+    prefix = model_prefix(names) if zimage else ""
+    if not any_model and not zimage:
+        if missing := missing_signature(names):
+            raise CheckpointError(
+                f'{checkpoint.path} lacks tensor "{missing[0]}", without which ComfyUI does not '
+                "recognise Z-Image; complete it, or give --any-model"
+            )
+        raise CheckpointError(
+            f"{checkpoint.path} is not a Z-Image checkpoint; give --any-model to quantise every "
+            "2-D weight that no pattern excludes"
+        )
+    if found := marks.quantized_format(checkpoint, prefix):
+        raise CheckpointError(
+            f'{checkpoint.path} is quantised already ({found[0]}, see "{found[1]}"); start from '
+            "the BF16, F16 or F32 checkpoint"
+        )
+    return prefix
 
 
 def _plan_tensor(
@@ -176,10 +192,10 @@ def _plan_tensor(
             f'{checkpoint.path}: tensor "{tensor.name}" is {tensor.dtype}; only BF16, F16 and F32 '
             "weights can be quantised: convert it, or exclude it with --exclude-layers"
         )
-    if tensor.shape[1] > _MOST_COLUMNS:
+    if tensor.shape[1] > MOST_COLUMNS:
         raise CheckpointError(
             f'{checkpoint.path}: tensor "{tensor.name}" has {tensor.shape[1]:,} columns; more than '
-            f"{_MOST_COLUMNS:,} cannot be quantised: exclude it with --exclude-layers"
+            f"{MOST_COLUMNS:,} cannot be quantised: exclude it with --exclude-layers"
         )
     bias = checkpoint.tensors.get(tensor.name.removesuffix(marks.WEIGHT_SUFFIX) + ".bias")
     has_bias = bias is not None and bias.shape == tensor.shape[:1] and bias.dtype in FLOAT_NAMES

@@ -84,7 +84,7 @@ class Recipe:
         rules = []
         for pattern in patterns:
             try:
-                compiled = _compile(pattern)
+                compiled = compile_pattern(pattern)
             except ValueError as error:
                 raise UsageError(
                     f'--exclude-layers "{pattern}" is no regular expression: {error}'
@@ -103,8 +103,8 @@ class Recipe:
         return Recipe(f"{self.name}+{other.name}", self.title, self.description, keep, rounding)
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
-    """A regular expression; ValueError if it is none."""
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A regular expression as recipes and options have them; ValueError if it is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # on spellings that may change one day
         try:
@@ -189,7 +189,7 @@ def _rule(path: Path, number: int, entry: Any) -> KeepRule:
     if not all(isinstance(value, str) and value for value in entry.values()):
         raise RecipeError(f"{where}: name, pattern and reason must be text")
     try:
-        pattern = _compile(entry["pattern"])
+        pattern = compile_pattern(entry["pattern"])
     except ValueError as error:
         raise RecipeError(
             f'{where}: the pattern "{entry["pattern"]}" is no regular expression: {error}'

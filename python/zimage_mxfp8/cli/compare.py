@@ -1,0 +1,258 @@
+"""`zimage-mxfp8 compare`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..text import plural
+from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
+
+if TYPE_CHECKING:
+    from ..analysis.compare import CompareCallback, CompareProgress
+    from ..analysis.compare_report import CompareReport, LayerComparison
+    from ..pipeline import ProgressCallback
+
+_MOST_SHOWN = 10
+
+
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise ValueError
+    return number
+
+
+def _error_bound(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise ValueError
+    return number
+
+
+_fraction.__name__ = "fraction above 0 and up to 1"  # argparse puts it into its sentence
+_error_bound.__name__ = "relative squared error"
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to the parser."""
+    parser = commands.add_parser(
+        "compare",
+        help="measure what 8-bit and 4-bit formats would cost",
+        description="Measure what number formats lose on a checkpoint's weights: MXFP8, FP8, INT8, "
+        "MXFP4, NVFP4, with other scales, with formats chosen for each block and with low-rank "
+        "branches.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "file", type=Path, metavar="PATH", help="safetensors file, or diffusers folder"
+    )
+    parser.add_argument(
+        "--layers",
+        metavar="REGEX",
+        help="compare only the weights whose full name this regular expression finds",
+    )
+    parser.add_argument(
+        "--sample",
+        type=_fraction,
+        default=1 / 8,
+        metavar="FRACTION",
+        help="of the rows, for all formats but MXFP8 E4M3, which is measured on every row "
+        "(default: 0.125; 1 takes several times as long)",
+    )
+    parser.add_argument(
+        *spellings("--low-rank"),
+        choices=("groups", "all", "none"),
+        default="groups",
+        help="measure low-rank branches on one layer for each group (default), on all, or not",
+    )
+    parser.add_argument(
+        "--csv", type=file_path, metavar="FILE", help="write every layer's figures as CSV"
+    )
+    parser.add_argument(
+        *spellings("--write-recipe"),
+        type=file_path,
+        metavar="FILE.toml",
+        help="write a recipe for 'convert --recipe' that keeps the layers above --bound",
+    )
+    parser.add_argument(
+        "--bound",
+        type=_error_bound,
+        default=1e-3,
+        metavar="ERROR",
+        help="relative squared error in MXFP8 above which a layer is kept (default: 0.001)",
+    )
+    parser.add_argument(
+        *spellings("--any-model"),
+        action="store_true",
+        help="accept a checkpoint that is not Z-Image",
+    )
+    add_overwrite(parser)
+    add_threads(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    from ..analysis.compare import compare
+    from . import display
+
+    with _stage_bars() as progress:
+        report = compare(
+            arguments.file,
+            any_model=arguments.any_model,
+            layers=arguments.layers,
+            sample=arguments.sample,
+            low_rank=arguments.low_rank,
+            csv=arguments.csv,
+            write_recipe=arguments.write_recipe,
+            bound=arguments.bound,
+            overwrite=arguments.overwrite,
+            threads=arguments.threads,
+            progress=progress,
+        )
+    display.warn(report.warnings)
+    if arguments.json:
+        display.print_json(report.to_dict())
+        return 0
+    print_report(report)
+    if arguments.write_recipe is not None:
+        kept = plural(len(report.above(arguments.bound)), "layer")
+        display.console().print(f"{arguments.write_recipe} keeps {kept}", soft_wrap=True)
+    return 0
+
+
+@contextmanager
+def _stage_bars() -> Iterator[CompareCallback]:
+    """A progress bar for each stage, one after another."""
+    from . import display
+
+    with ExitStack() as shown:
+        stage: str | None = None
+        update: ProgressCallback | None = None
+
+        def progress(state: CompareProgress) -> None:
+            nonlocal stage, update
+            if state.stage != stage:
+                shown.close()
+                stage = state.stage
+                update = shown.enter_context(display.progress_bar(f"comparing: {stage}"))
+            if update is not None:
+                update(state)
+
+        yield progress
+
+
+def print_report(report: CompareReport) -> None:
+    """Print what was measured, and the answers."""
+    from . import display
+
+    out = display.console()
+    _print_formats(report)
+    _print_groups(report)
+    if report.low_rank_summary:
+        _print_low_rank(report)
+    order = sorted(report.layers, key=_mxfp8_error, reverse=True)[:_MOST_SHOWN]
+    display.print_table(
+        f"The {plural(len(order), 'layer')} with the largest MXFP8 error",
+        ["tensor", "group", "error>", "SNR (dB)>"],
+        [
+            [
+                layer.tensor,
+                layer.group,
+                f"{_mxfp8_error(layer):.3e}",
+                f"{layer.formats['mxfp8-e4m3'].snr_db:.2f}",
+            ]
+            for layer in order
+        ],
+    )
+    words = {True: "yes", False: "no", None: "-"}
+    display.print_table(
+        "What is said about 8 bits, and whether it holds for this checkpoint",
+        ["claim", "holds", "measured"],
+        [[answer.claim, words[answer.holds], answer.finding] for answer in report.answers],
+    )
+    out.print(
+        "Errors are those of weights alone, which do not tell how sensitive a layer is. "
+        '"Little" is below 0.5 dB.',
+        soft_wrap=True,
+    )
+
+
+def _mxfp8_error(layer: LayerComparison) -> float:
+    return layer.formats["mxfp8-e4m3"].relative_squared_error
+
+
+def _print_formats(report: CompareReport) -> None:
+    from ..analysis.compare_report import gain_db
+    from ..analysis.formats import FORMATS
+    from . import display
+
+    mxfp8 = report.total.formats["mxfp8-e4m3"].relative_squared_error
+    bf16 = report.sizes["bf16"]
+    rows = [["BF16", "16.00", display.size_text(bf16.model_bytes), "", "", "", ""]]
+    for name, kind in FORMATS.items():
+        error, size = report.total.formats[name], report.sizes[name]
+        rows.append(
+            [
+                kind.title,
+                f"{size.bits_per_weight:.2f}",
+                display.size_text(size.model_bytes),
+                f"{error.relative_squared_error:.4e}",
+                "exact" if name == "mxfp8-e4m3" else f"{error.standard_error:.1e}",
+                f"{error.snr_db:.2f}",
+                f"{gain_db(mxfp8, error.relative_squared_error):+.2f}",
+            ]
+        )
+    display.print_table(
+        f"{report.input}: squared error relative to the squared weights of "
+        f"{plural(report.total.layers, 'linear')}, MXFP8 E4M3 on every row, the others on "
+        f"{report.sampled:.1%}; sizes are those of a transformer with all of these linears in "
+        "the format",
+        ["format", "bits a weight>", "model>", "error>", "std. error>", "SNR (dB)>", "gain (dB)>"],
+        rows,
+    )
+
+
+def _print_groups(report: CompareReport) -> None:
+    from ..analysis.formats import BASE_FORMATS
+    from . import display
+
+    display.print_table(
+        "SNR (dB) by groups",
+        ["group", "layers>", *(f"{name}>" for name in BASE_FORMATS)],
+        [
+            [group.name, str(group.layers)]
+            + [f"{group.formats[name].snr_db:.2f}" for name in BASE_FORMATS]
+            for group in [report.total, *report.groups]
+        ],
+    )
+
+
+def _print_low_rank(report: CompareReport) -> None:
+    from ..error_stats import snr_db
+    from . import display
+
+    measured = len({error.tensor for error in report.low_rank})
+    display.print_table(
+        f"Low-rank branches in 16 bits, measured on {plural(measured, 'layer')}",
+        [
+            *("format", "rank>", "bits a weight>", "SNR without (dB)>"),
+            *("gain on the residual (dB)>", "gain SVDQuant's way (dB)>"),
+        ],
+        [
+            [
+                summary.format,
+                str(summary.rank),
+                f"{summary.bits_per_weight:.2f}",
+                f"{snr_db(summary.plain):.2f}",
+                f"{summary.residual_gain_db:+.3f}",
+                f"{summary.svdquant_gain_db:+.3f}",
+            ]
+            for summary in report.low_rank_summary
+        ],
+    )
