@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +467,25 @@ def test_without_offloading_parts_are_loaded_once(
     assert (levels(first.images[0]) == levels(second.images[0])).all()
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_threads_share_a_generator(
+    zimage_folder: Path, zimage_quantized: Path, offload: bool
+) -> None:
+    generator = zm.ZImageGenerator(
+        zimage_folder, zimage_quantized, "cpu", dtype="float32", offload=offload
+    )
+    settings = [
+        zm.GenerationSettings(f"prompt {i}", steps=2 + i, height=32, width=32, seed=i)
+        for i in range(4)
+    ]
+    want = [generator.generate(each).images[0] for each in settings]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(generator.generate, settings * 3))
+    for i, each in enumerate(found):
+        assert each.steps == settings[i % 4].steps
+        assert abs(levels(each.images[0]) - levels(want[i % 4])).max() <= 1
+
+
 def test_own_transformer_of_the_folder(
     generate: Generate, zimage_folder: Path, tmp_path: Path
 ) -> None:
@@ -654,6 +674,25 @@ def test_diffusers_loads_the_folder_with_our_transformer(
         )
         for each in (pipe, reference)
     ]  # fmt: skip
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_from_pipe_takes_the_transformer_by_name(
+    zimage_folder: Path, zimage_quantized: Path, reference: ZImagePipeline, tmp_path: Path
+) -> None:
+    """As the README says: by itself diffusers passes only components of the class it expects."""
+    transformer = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu", dtype=torch.float32)
+    pipe = ZImagePipeline(**(reference.components | {"transformer": transformer}))
+    image = init_image(tmp_path / "in.png", (64, 48))
+    pictures = []
+    for each in (
+        ZImageImg2ImgPipeline.from_pipe(pipe, transformer=pipe.transformer),
+        ZImageImg2ImgPipeline(**reference.components),
+    ):
+        each.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 2, "guidance_scale": 0.0}
+        made = each("a cat", image=image, generator=generator_of(1), **options)
+        pictures.append(levels(made.images[0]))
     assert abs(pictures[0] - pictures[1]).max() <= 1
 
 

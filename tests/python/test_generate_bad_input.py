@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,8 +22,10 @@ from safetensors.torch import load_file, save_file
 import zimage_mxfp8 as zm
 from conftest import Generate
 from test_generate import init_image
+from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.generation.components import VAE, TextEncoder
 from zimage_mxfp8.generation.pictures import open_init_image, picture_paths
+from zimage_mxfp8.generation.settings import MOST_PICTURES
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
 USUAL = ("--prompt", "a", "-o", "o.png", "--steps", "2", "--height", "32", "--width", "32")
@@ -50,8 +54,10 @@ def fails(result: tuple[int, str, str], code: int, *parts: str) -> None:
         (("--batch", "0"), "--batch"),
         (("--seed", "-1"), "--seed"),
         (("--seed", str(2**63 - 1), "--batch", "2"), "--seed must be 0 or more, and below 2^63"),
-        (("--guidance", "-1"), "--guidance must be 0 or more"),
-        (("--guidance", "nan"), "--guidance must be 0 or more"),
+        (("--batch", "100000000"), "--batch must be 1 to 64, not 100000000; for more pictures"),
+        (("--guidance", "-1"), "--guidance must be 0 to 100, not -1.0"),
+        (("--guidance", "1e38"), "--guidance must be 0 to 100, not 1e+38"),
+        (("--guidance", "nan"), "--guidance must be a finite number, not nan"),
         (("--negative-prompt", "b"), "--negative-prompt has no effect without guidance"),
         (("--strength", "0.5"), "--strength is for --init-image"),
         (("--init-image", "i.png", "--strength", "0"), "--strength must be 0.01 to 1"),
@@ -59,6 +65,7 @@ def fails(result: tuple[int, str, str], code: int, *parts: str) -> None:
         (("--prompt", "\udcff"), "--prompt is not UTF-8 text"),
         (("--guidance", "1", "--negative-prompt", "\udcff"), "--negative-prompt is not UTF-8"),
         (("-o", "o.jpg"), "o.jpg must end with .png"),
+        (("-o", "o/.png"), "the output o/.png has no name before .png"),
         (("-o", "folder/"), "folder/ is a folder"),
         (("--compute", "fast"), "--compute"),
         (("--dtype", "float16"), "--dtype"),
@@ -91,8 +98,75 @@ def test_settings_from_python() -> None:
     for changes in ({"steps": 0}, {"batch": 0}, {"seed": -1}, {"height": 0}, {"width": -16}):
         with pytest.raises(zm.UsageError, match=f"--{next(iter(changes))} must be"):
             zm.GenerationSettings("a", **changes)
+    with pytest.raises(zm.UsageError, match=f"--batch must be 1 to {MOST_PICTURES}"):
+        zm.GenerationSettings("a", batch=MOST_PICTURES + 1)
+    assert zm.GenerationSettings("a", batch=MOST_PICTURES).batch == MOST_PICTURES
     with pytest.raises(zm.UsageError, match="dtype must be bfloat16 or float32, not 'half'"):
         zm.ZImageGenerator("nowhere", dtype="half")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "sentence"),
+    [
+        ("prompt", (None, ["a", "b"], 5, b"a"), "--prompt must be a text, not "),
+        ("negative_prompt", (5, ["a"]), "--negative-prompt must be a text, not "),
+        ("steps", (2.0, 2.5, "2", True, None), "--steps must be a whole number, not "),
+        ("height", (32.0, "32"), "--height must be a whole number, not "),
+        ("width", (32.0, "32"), "--width must be a whole number, not "),
+        ("seed", (1.5, "1", True), "--seed must be a whole number, not "),
+        ("batch", (2.0, "2", None), "--batch must be a whole number, not "),
+        ("guidance", ("1", None, True, 10**400), "--guidance must be a finite number, not "),
+        ("strength", ("x", float("nan")), "--strength must be a finite number, not "),
+        ("init_image", (3, b"a.png", ["a.png"]), "--init-image must be a path, not "),
+    ],
+)
+def test_wrong_types_from_python(name: str, values: tuple[Any, ...], sentence: str) -> None:
+    for value in values:
+        with pytest.raises(zm.UsageError, match=f"^{sentence}") as error:
+            zm.GenerationSettings(**{"prompt": "a", "guidance": 1.0, name: value})
+        assert str(error.value).endswith(repr(value)[:80])
+
+
+def test_numbers_and_paths_of_other_types_become_plain() -> None:
+    settings = zm.GenerationSettings(
+        "a",
+        steps=np.int64(3),
+        height=np.uint16(32),
+        seed=np.int32(5),
+        guidance=np.float32(1.5),
+        init_image="a/b.png",
+        strength=1,
+    )
+    assert (settings.steps, settings.height, settings.seed) == (3, 32, 5)
+    assert {type(n) for n in (settings.steps, settings.height, settings.seed)} == {int}
+    assert (settings.guidance, type(settings.guidance)) == (1.5, float)
+    assert settings.init_image == Path("a/b.png")
+    assert (settings.strength, type(settings.strength)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (("validate", "a.safetensors"), "--threads 1 needs less"),
+        (("validate", "a.safetensors", "--threads", "1"), "close other programs"),
+        (("inspect", "a.safetensors"), "close other programs"),
+        (("generate", "--model-dir", "m", *USUAL), "--offload needs less"),
+        (("generate", "--model-dir", "m", *USUAL, "--offload"), "close other programs"),
+    ],
+)
+def test_remedy_for_memory_is_an_option_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    remedy: str,
+) -> None:
+    def no_memory(arguments: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(importlib.import_module(f"zimage_mxfp8.cli.{options[0]}"), "run", no_memory)
+    code = main(list(options))
+    captured = capsys.readouterr()
+    fails((code, captured.out, captured.err), 1, f"out of memory; {remedy}")
 
 
 # ---- files
@@ -118,8 +192,11 @@ def test_init_image(generate: Generate, tmp_path: Path, monkeypatch: pytest.Monk
     options = (*USUAL, "--init-image", "i.png")
     fails(generate(*options), 1, "the init image i.png does not exist")
     (tmp_path / "i.png").mkdir()
-    fails(generate(*options), 1, "the init image i.png cannot be read: ", "directory")
+    fails(generate(*options), 1, "the init image i.png is no regular file; name a picture")
     (tmp_path / "i.png").rmdir()
+    os.mkfifo(tmp_path / "i.png")
+    fails(generate(*options), 1, "the init image i.png is no regular file; name a picture")
+    (tmp_path / "i.png").unlink()
     (tmp_path / "i.png").write_text("no picture")
     fails(generate(*options), 1, "the init image i.png is in no format that Pillow reads")
     init_image(tmp_path / "whole.png", (64, 64))
@@ -132,10 +209,66 @@ def test_init_image(generate: Generate, tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "o.png").exists()
 
 
-def test_transparent_and_grey_init_images(tmp_path: Path) -> None:
-    for mode in ("RGBA", "L", "P", "1", "I;16"):
-        Image.new(mode, (16, 16)).save(tmp_path / "i.png")
-        assert open_init_image(tmp_path / "i.png").mode == "RGB"
+def pixels_of(path: Path) -> list[tuple[int, int, int]]:
+    """The first row."""
+    image = open_init_image(path)
+    assert image.mode == "RGB"
+    return [image.getpixel((x, 0)) for x in range(image.width)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
+def test_ordinary_init_images_keep_their_levels(tmp_path: Path, mode: str) -> None:
+    picture = Image.new("RGB", (2, 1))
+    picture.putpixel((1, 0), (255, 255, 255))
+    picture.convert(mode).save(tmp_path / "i.tiff")
+    assert pixels_of(tmp_path / "i.tiff") == [(0, 0, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_init_images_of_16_bits_keep_their_levels(tmp_path: Path, suffix: str) -> None:
+    levels = np.array([[0, 257, 1000, 32768, 65280, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / f"i.{suffix}")
+    with Image.open(tmp_path / f"i.{suffix}") as image:
+        assert image.mode == "I;16"
+    found = pixels_of(tmp_path / f"i.{suffix}")
+    assert found == [(n, n, n) for n in (0, 1, 4, 128, 254, 255)]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_init_images_without_a_white_are_refused(
+    generate: Generate, tmp_path: Path, mode: str
+) -> None:
+    Image.new(mode, (16, 16), 100).save(tmp_path / "i.tiff")
+    fails(
+        generate(*USUAL, "--init-image", "i.tiff"),
+        1,
+        "the init image i.tiff has 32-bit pixels",
+        "save it with 8 or 16 bits per channel",
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_transparent_init_images_are_on_white(tmp_path: Path, mode: str) -> None:
+    """Black: transparent, half so if the mode has that, and a grey that is not."""
+    path, options = tmp_path / "i.png", {}
+    grey = (100, 100, 100)
+    picture = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 0, 128))
+    picture.putpixel((2, 0), (*grey, 255))
+    half = (127, 127, 127)
+    if mode == "P":
+        picture = Image.new("P", (3, 1))
+        picture.putpalette([0, 0, 0, 0, 0, 0, *grey])
+        picture.putdata([0, 1, 2])
+        options = {"transparency": bytes([0, 128, 255])}
+    elif mode in ("L", "RGB"):  # one colour that stands for nothing
+        picture = picture.convert(mode)
+        options = {"transparency": 0 if mode == "L" else (0, 0, 0)}
+        half = (255, 255, 255)
+    else:
+        picture = picture.convert(mode)
+    picture.save(path, **options)
+    assert pixels_of(path) == [(255, 255, 255), half, grey]
 
 
 def test_transformer(generate: Generate, tmp_path: Path, zimage_quantized: Path) -> None:
@@ -194,6 +327,25 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "sentence"),
     [
+        *(
+            (f"{folder}_config.json", {name: value}, f"{name} is {json.dumps(value)}; take the")
+            for folder, name, value in [
+                ("scheduler/scheduler", "base_shift", "x"),
+                ("scheduler/scheduler", "max_shift", None),
+                ("scheduler/scheduler", "shift", "x"),
+                ("scheduler/scheduler", "shift", 0),
+                ("scheduler/scheduler", "shift", -1.5),
+                ("scheduler/scheduler", "shift", float("nan")),
+                ("scheduler/scheduler", "shift", True),
+                ("scheduler/scheduler", "shift_terminal", 1.0),
+                ("scheduler/scheduler", "num_train_timesteps", 0),
+                ("scheduler/scheduler", "num_train_timesteps", 5.5),
+                ("scheduler/scheduler", "max_image_seq_len", 256),
+            ]
+        ),
+        ("vae/config.json", {"shift_factor": None}, "vae/config.json cannot be used: shift_factor"),
+        ("vae/config.json", {"scaling_factor": "x"}, 'scaling_factor is "x"; take the file'),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is 0; take the file"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "is a model for FluxPipeline, not"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "is a DDIMScheduler"),
         ("vae/config.json", {"latent_channels": 4}, "vae does not make 16 channels of 8 x 8"),
@@ -207,6 +359,12 @@ def test_folder_of_another_model(
 ) -> None:
     edit(model / file, lambda document: document.update(change))
     fails(generate(*USUAL, model="model"), 1, "model", sentence)
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
+def test_missing_setting_of_the_vae(generate: Generate, model: Path, name: str) -> None:
+    edit(model / "vae" / "config.json", lambda document: document.pop(name))
+    fails(generate(*USUAL, model="model"), 1, f"vae/config.json cannot be used: {name} is missing")
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae", "scheduler"])
@@ -226,6 +384,7 @@ def test_missing_transformer_is_named(generate: Generate, model: Path) -> None:
 
 FILES = [
     "tokenizer/tokenizer_config.json",
+    "tokenizer/tokenizer.json",
     "text_encoder/config.json",
     "text_encoder/model.safetensors",
     "vae/config.json",
@@ -242,7 +401,7 @@ def test_missing_file_is_named(generate: Generate, model: Path, file: str) -> No
 
 
 @pytest.mark.parametrize("offload", [(), ("--offload",)], ids=["", "offload"])
-@pytest.mark.parametrize("file", ["model_index.json", "tokenizer/tokenizer.json", *FILES])
+@pytest.mark.parametrize("file", ["model_index.json", *FILES])
 def test_damaged_file_is_named(
     generate: Generate, model: Path, file: str, offload: tuple[str, ...]
 ) -> None:
@@ -268,7 +427,47 @@ def test_incomplete_weights_are_not_made_up(
     folder = part.split("/")[0]
     fails(generate(*USUAL, model="model"), 1, f"model/{folder} lack tensor", f'"{name}" (1 in all)')
     save_file(tensors | {name: kept[:-1]}, model / part, {"format": "pt"})
-    fails(generate(*USUAL, model="model"), 1, f"model/{folder} cannot be loaded: ")
+    has, needed = ([n, *kept.shape[1:]] for n in (len(kept) - 1, len(kept)))
+    fails(
+        generate(*USUAL, model="model"),
+        1,
+        f'tensor "{name}" in model/{folder} has shape {has} where its config.json asks for '
+        f"{needed} (1 in all); download the model again",
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "name"),
+    [
+        ("vae/config.json", {"layers_per_block": 0}, "decoder.up_blocks.0.resnets.1.conv1.bias"),
+        ("vae/config.json", {"mid_block_add_attention": False}, "decoder.mid_block.attentions.0."),
+        (
+            "text_encoder/config.json",
+            {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+            "layers.2.input_layernorm.weight",
+        ),
+    ],
+)
+def test_weights_without_a_place_are_not_dropped(
+    generate: Generate, model: Path, file: str, change: dict[str, Any], name: str
+) -> None:
+    edit(model / file, lambda document: document.update(change))
+    folder = file.split("/")[0]
+    fails(
+        generate(*USUAL, model="model"),
+        1,
+        f'the weights in model/{folder} have tensor "{name}',
+        "for which its config.json has no place; download",
+    )
+
+
+def test_reason_on_a_second_line_is_told(generate: Generate, model: Path) -> None:
+    edit(
+        model / "text_encoder" / "config.json", lambda document: document.update(layer_types=["x"])
+    )
+    code, out, err = generate(*USUAL, model="model")
+    fails((code, out, err), 1, "model/text_encoder cannot be loaded: ", "layer_type")
+    assert ":;" not in err and len(err.split("validate_layer_type")[1]) > 40
 
 
 def test_missing_shard(generate: Generate, model: Path) -> None:
@@ -282,6 +481,81 @@ def test_missing_shard(generate: Generate, model: Path) -> None:
 def test_tokenizer_without_chat_template(generate: Generate, model: Path) -> None:
     (model / "tokenizer" / "chat_template.jinja").unlink()
     fails(generate(*USUAL, model="model"), 1, "model/tokenizer has no chat template")
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{{ x", "model/tokenizer cannot be loaded: "),
+        ("{{ 1/0 }}", "model/tokenizer cannot be loaded: division by zero"),
+        ("{{ raise_exception('no') }}", "model/tokenizer cannot be loaded: no;"),
+        ("{{ messages[5].content }}", "model/tokenizer cannot be loaded: "),
+        ("x", "the chat template of model/tokenizer leaves out the prompt"),
+    ],
+)
+def test_broken_chat_template(
+    generate: Generate, model: Path, template: str, sentence: str
+) -> None:
+    (model / "tokenizer" / "chat_template.jinja").write_text(template)
+    fails(generate(*USUAL, model="model"), 1, sentence, "again")
+
+
+def test_tokenizer_without_letters(generate: Generate, model: Path) -> None:
+    def strip(document: dict[str, Any]) -> None:
+        document["model"]["vocab"] = {"<|endoftext|>": 0}
+        document["added_tokens"] = []
+
+    edit(model / "tokenizer" / "tokenizer.json", strip)
+    fails(generate(*USUAL, model="model"), 1, "model/tokenizer has no tokens for letters")
+
+
+def test_tokenizer_of_two_files(
+    generate: Generate, model: Path, tmp_path: Path, zimage_folder: Path
+) -> None:
+    folder = model / "tokenizer"
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    fails(generate(*USUAL, model="model"), 1, "model/tokenizer has no tokenizer.json or vocab.json")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    pictures = []
+    for i, source in enumerate((zimage_folder, model)):
+        code, _, err = generate(*USUAL, "-o", f"{i}.png", "--seed", 1, model=source)
+        assert code == 0, err
+        pictures.append(np.asarray(Image.open(tmp_path / f"{i}.png")))
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_tokenizer_of_another_model(generate: Generate, model: Path) -> None:
+    def shift(document: dict[str, Any]) -> None:
+        vocabulary = document["model"]["vocab"]
+        document["model"]["vocab"] = {token: i + 5000 for token, i in vocabulary.items()}
+
+    edit(model / "tokenizer" / "tokenizer.json", shift)
+    fails(
+        generate(*USUAL, model="model"),
+        1,
+        "model/tokenizer has tokens up to number 5",
+        "model/text_encoder knows 259: they belong to different models",
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        (
+            "tokenizer/tokenizer_config.json",
+            {"pad_token": "<nope>"},
+            "tokens up to number 259, and model/text_encoder knows 259",
+        ),
+        ("text_encoder/config.json", {"return_dict": False}, "text_encoder cannot be loaded: "),
+    ],
+)
+def test_settings_that_fail_only_in_use(
+    generate: Generate, model: Path, file: str, change: dict[str, Any], sentence: str
+) -> None:
+    edit(model / file, lambda document: document.update(change))
+    fails(generate(*USUAL, model="model"), 1, sentence, "again")
 
 
 @pytest.mark.parametrize(
@@ -317,18 +591,26 @@ def test_nan_in_the_transformer_is_reported_with_the_step(
     tensors = load_file(zimage_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     tensors["layers.0.attention.to_out.0.weight"][3, 3] = float("nan")
     save_file(tensors, tmp_path / "nan.safetensors")
+    result = generate(*USUAL, "--seed", 9, transformer="nan.safetensors")
     fails(
-        generate(*USUAL, "--seed", 9, transformer="nan.safetensors"),
+        result,
         1,
         "the picture of seed 9 became NaN or Inf in step 1 of 2 (compute exact, float32)",
-        "validate nan.safetensors",
+        "validate nan.safetensors tells whether the file is sound",
     )
+    assert result[2].endswith("is sound\n")  # what else may help is in use already
     assert not (tmp_path / "o.png").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("value", "compute"), [(float("nan"), "exact"), (float("inf"), "emulated")]
+)
 def test_first_bad_step_and_picture_are_named(
-    zimage_folder: Path, zimage_quantized: Path, monkeypatch: pytest.MonkeyPatch, value: float
+    zimage_folder: Path,
+    zimage_quantized: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
+    compute: str,
 ) -> None:
     forward, calls = ZImageTransformer.forward, []
 
@@ -340,11 +622,12 @@ def test_first_bad_step_and_picture_are_named(
         return (sample,)
 
     monkeypatch.setattr(ZImageTransformer, "forward", broken)
-    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", compute, "float32")
     settings = zm.GenerationSettings("a", steps=5, height=32, width=32, batch=2, seed=10)
     with pytest.raises(zm.GenerationError, match="seed 11 became NaN or Inf in step 3 of 5") as e:
         generator.generate(settings)
     assert e.value.step == 3
+    assert ("--compute exact" in str(e.value)) == (compute != "exact")
     assert calls == [2] * 5  # nobody looked before the end
 
 
@@ -355,6 +638,7 @@ def test_first_bad_step_and_picture_are_named(
         (VAE, "decode", None, "the VAE turned sound latents into NaN or Inf"),
     ],
 )
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_nan_of_other_parts_is_theirs(
     zimage_folder: Path,
     zimage_quantized: Path,
@@ -363,6 +647,7 @@ def test_nan_of_other_parts_is_theirs(
     method: str,
     step: int | None,
     sentence: str,
+    dtype: str,
 ) -> None:
     sound = getattr(part, method)
 
@@ -372,10 +657,11 @@ def test_nan_of_other_parts_is_theirs(
         return out
 
     monkeypatch.setattr(part, method, broken)
-    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype=dtype)
     with pytest.raises(zm.GenerationError, match=re.escape(sentence)) as e:
         generator.generate(zm.GenerationSettings("a", steps=1, height=32, width=32))
     assert e.value.step == step
+    assert ("or use --dtype float32" in str(e.value)) == (dtype == "bfloat16")
 
 
 # ---- on the way

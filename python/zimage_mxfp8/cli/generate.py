@@ -7,7 +7,13 @@ import os
 from pathlib import Path
 
 from ..errors import UnsupportedError
-from ..generation.settings import DEFAULT_SIZE, DEFAULT_STRENGTH, GenerationSettings
+from ..generation.settings import (
+    DEFAULT_SIZE,
+    DEFAULT_STRENGTH,
+    MOST_GUIDANCE,
+    MOST_PICTURES,
+    GenerationSettings,
+)
 from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, spellings
 
@@ -69,7 +75,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         default=0.0,
         metavar="SCALE",
-        help="classifier-free guidance, twice the work (default: 0, none, for Turbo)",
+        help=f"classifier-free guidance up to {MOST_GUIDANCE}, twice the work (default: 0, none, "
+        "for Turbo)",
     )
     parser.add_argument(
         *spellings("--negative-prompt"),
@@ -81,7 +88,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=count(1),
         default=1,
         metavar="N",
-        help="pictures to make together (default: 1)",
+        help=f"pictures to make together, up to {MOST_PICTURES} (default: 1)",
     )
     parser.add_argument(
         *spellings("--init-image"), type=Path, metavar="FILE", help="picture to start from"

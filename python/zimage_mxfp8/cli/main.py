@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    arguments = argparse.Namespace()
     try:
-        arguments = build_parser().parse_args(argv)
+        build_parser().parse_args(argv, arguments)
         return int(arguments.run(arguments))
     except UsageError as error:
         return _fail(str(error), 2)
@@ -104,12 +105,21 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; no partial output was left", 130)
     except MemoryError:
-        return _fail("out of memory; --threads 1 needs less", 1)
+        return _fail(f"out of memory; {_remedy_for_memory(arguments)}", 1)
     except BrokenPipeError:  # the reader of our output went away
         return 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}", 1)
+
+
+def _remedy_for_memory(arguments: argparse.Namespace) -> str:
+    """An option that the command has and that is not in use already, if there is one."""
+    if getattr(arguments, "threads", 1) != 1:
+        return "--threads 1 needs less"
+    if not getattr(arguments, "offload", True):
+        return "--offload needs less"
+    return "close other programs, or use a machine with more"
 
 
 def _prepare_streams() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,12 @@ from .folder import ModelFolder
 MAX_TOKENS = 512  # of a prompt, with the marks around it; the default of diffusers' pipelines
 # Of transformers: no network, and no code of the folder. Without the latter it asks the user.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
+# Of both: what does not fit is then listed, where they would stop without naming it.
+_LISTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+# Tensors of a whole language model, which the text encoder is the body of.
+_OF_LANGUAGE_MODELS = ("lm_head.", "rotary_emb.inv_freq")
+_PROBE = "quick brown fox"
+_PROBE_TOKENS = 16
 
 
 class TextEncoder:
@@ -27,29 +34,43 @@ class TextEncoder:
             tokenizer = AutoTokenizer.from_pretrained(path, **_LOCAL)
             if not tokenizer.chat_template:
                 raise CheckpointError(f"{path} has no chat template; download the model again")
+            largest = _check_tokenizer(path, tokenizer)
         with _loading(folder, "text_encoder") as path:
             model, found = AutoModel.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
+                path, dtype=dtype, use_safetensors=True, **_LISTED, **_LOCAL
             )
-            _check_complete(path, found)
-        # Diffusers' own way of encoding, which needs nothing else of its pipeline.
-        self._pipeline = ZImagePipeline(
-            scheduler=None,
-            vae=None,
-            text_encoder=model.eval().to(device),
-            tokenizer=tokenizer,
-            transformer=None,
-        )
+            _check_complete(path, found, _OF_LANGUAGE_MODELS)
+            rows = len(model.get_input_embeddings().weight)
+            if largest >= rows:
+                raise CheckpointError(
+                    f"{folder.path / 'tokenizer'} has tokens up to number {largest}, and {path} "
+                    f"knows {rows}: they belong to different models; download the model again"
+                )
+            # Diffusers' own way of encoding, which needs nothing else of its pipeline.
+            self._pipeline = ZImagePipeline(
+                scheduler=None,
+                vae=None,
+                text_encoder=model.eval().to(device),
+                tokenizer=tokenizer,
+                transformer=None,
+            )
+            # Tokenizers keep the length that they pad to, so one call at a time.
+            self._lock = threading.Lock()
+            self._encode(_PROBE, _PROBE_TOKENS)  # some settings fail only when they are used
 
-    @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
         """[tokens, features]; what goes beyond `MAX_TOKENS` is cut off."""
-        (features,), _ = self._pipeline.encode_prompt(
-            [prompt],
-            device=self._device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=MAX_TOKENS,
-        )
+        return self._encode(prompt, MAX_TOKENS)
+
+    @torch.no_grad()
+    def _encode(self, prompt: str, most: int) -> torch.Tensor:
+        with self._lock:
+            (features,), _ = self._pipeline.encode_prompt(
+                [prompt],
+                device=self._device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=most,
+            )
         states: torch.Tensor = features
         return states
 
@@ -64,7 +85,8 @@ class VAE:
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
-                output_loading_info=True,
+                low_cpu_mem_usage=False,  # it stops at the first shape that does not fit
+                **_LISTED,
             )
             _check_complete(path, found)
         self.model = model.eval().to(device)
@@ -93,13 +115,37 @@ def _loading(folder: ModelFolder, part: str) -> Iterator[str]:
     except (Error, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the libraries have no exception of their own for bad files
+        if "DefaultCPUAllocator" in str(error):  # no memory; the files are good
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0]
+        if reason.endswith(":"):  # the reason itself stands in the next one
+            reason = " ".join(line.strip() for line in lines[:2])
         raise CheckpointError(
-            f"{path} cannot be loaded: {lines[0].rstrip('.')}; download it again"
+            f"{path} cannot be loaded: {reason.rstrip('.:')}; download it again"
         ) from None
 
 
-def _check_complete(path: str, found: dict[str, Any]) -> None:
+def _check_tokenizer(path: str, tokenizer: Any) -> int:
+    """The largest token number, of a tokenizer that lets a prompt through."""
+    if not tokenizer(_PROBE, add_special_tokens=False).input_ids:
+        raise CheckpointError(f"{path} has no tokens for letters; download the model again")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _PROBE}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=True,
+    )
+    if _PROBE not in text:
+        raise CheckpointError(
+            f"the chat template of {path} leaves out the prompt; download the model again"
+        )
+    tokenizer(text, padding="max_length", max_length=MAX_TOKENS)  # fails without a padding token
+    return int(max(tokenizer.get_vocab().values()))
+
+
+def _check_complete(path: str, found: dict[str, Any], more: tuple[str, ...] = ()) -> None:
+    """Weights and settings must belong together; `more` is in names that need no place."""
     # Both libraries make up random numbers for what a file lacks, and only log it.
     lacking = sorted(map(str, found["missing_keys"]))
     if lacking:
@@ -107,3 +153,24 @@ def _check_complete(path: str, found: dict[str, Any]) -> None:
             f'the weights in {path} lack tensor "{lacking[0]}" ({len(lacking)} in all); download '
             "the model again"
         )
+    unfit = sorted(found["mismatched_keys"])
+    if unfit:
+        name, has, needed = unfit[0]
+        raise CheckpointError(
+            f'tensor "{name}" in {path} has shape {_shape(has)} where its config.json asks for '
+            f"{_shape(needed)} ({len(unfit)} in all); download the model again"
+        )
+    left = sorted(
+        name
+        for name in map(str, found["unexpected_keys"])
+        if not any(part in name for part in more)
+    )
+    if left:
+        raise CheckpointError(
+            f'the weights in {path} have tensor "{left[0]}" ({len(left)} in all), for which its '
+            "config.json has no place; download the model again"
+        )
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,13 @@ from ..checkpoint.header import unreadable
 from ..errors import CheckpointError
 from ..transformer.config import LATENT_CHANNELS
 
-# What each part must have; of several names, one.
+# What each part must have; of several names, one, and of names joined by + all.
 _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "tokenizer": (("tokenizer_config.json",),),
+    "tokenizer": (
+        ("tokenizer_config.json",),
+        # Without them transformers makes a tokenizer that knows no letters, and drops every prompt.
+        ("tokenizer.json", "vocab.json + merges.txt"),
+    ),
     "text_encoder": (
         ("config.json",),
         ("model.safetensors", "model.safetensors.index.json"),
@@ -75,7 +80,7 @@ def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
                 f"{folder} has no {part}/; download the model again, with all of its folders"
             )
         for names in needed:
-            if not any((folder / part / name).is_file() for name in names):
+            if not any(_has(folder / part, name) for name in names):
                 raise CheckpointError(
                     f"{folder / part} has no {' or '.join(names)}; download the model again"
                 )
@@ -85,6 +90,7 @@ def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
             f"{folder / 'scheduler'} is a {scheduler.get('_class_name')}; Z-Image needs the "
             f"{_SCHEDULER} that came with it"
         )
+    _check_scheduler(folder / "scheduler" / "scheduler_config.json", scheduler)
     vae = _read(folder / "vae" / "config.json")
     stages = vae.get("block_out_channels")
     if (
@@ -96,6 +102,9 @@ def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
             f"{folder / 'vae'} does not make {LATENT_CHANNELS} channels of 8 x 8 pixels each, so "
             "it is not Z-Image's; take the one that came with the model"
         )
+    for name in ("scaling_factor", "shift_factor"):
+        if not _is_number(vae.get(name)) or (name == "scaling_factor" and vae[name] <= 0):
+            raise _wrong_setting(folder / "vae" / "config.json", vae, name)
     features = _read(folder / "text_encoder" / "config.json").get("hidden_size")
     if not isinstance(features, int):
         raise CheckpointError(
@@ -103,6 +112,41 @@ def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
             "text encoder; take the one that came with the model"
         )
     return ModelFolder(folder, features)
+
+
+def _has(folder: Path, names: str) -> bool:
+    return all((folder / name).is_file() for name in names.split(" + "))
+
+
+def _check_scheduler(file: Path, settings: dict[str, Any]) -> None:
+    """The numbers that the pipeline reckons with; those that are not there have defaults."""
+    settings = {"shift": 1.0, "base_image_seq_len": 256, "max_image_seq_len": 4096} | settings
+    numbers = ["shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"]
+    if settings.get("shift_terminal") is not None:
+        numbers.append("shift_terminal")
+    for name in numbers:
+        if name in settings and not _is_number(settings[name]):
+            raise _wrong_setting(file, settings, name)
+    times = settings.get("num_train_timesteps", 1000)
+    if type(times) is not int or times < 1:
+        raise _wrong_setting(file, settings, "num_train_timesteps")
+    if settings["shift"] <= 0:
+        raise _wrong_setting(file, settings, "shift")
+    if settings.get("shift_terminal") is not None and not 0 <= settings["shift_terminal"] < 1:
+        raise _wrong_setting(file, settings, "shift_terminal")
+    if settings["base_image_seq_len"] == settings["max_image_seq_len"]:
+        raise _wrong_setting(file, settings, "max_image_seq_len")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wrong_setting(file: Path, settings: dict[str, Any], name: str) -> CheckpointError:
+    found = json.dumps(settings[name])[:80] if name in settings else "missing"
+    return CheckpointError(
+        f"{file} cannot be used: {name} is {found}; take the file that came with the model"
+    )
 
 
 def _read(file: Path, problem: str = "") -> dict[str, Any]:

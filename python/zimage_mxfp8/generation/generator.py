@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -113,6 +114,8 @@ class Generation:
 class ZImageGenerator:
     """Makes pictures with the parts of a diffusers folder and a transformer of this package.
 
+    Threads may share one; with `offload` they take turns.
+
     Args:
         model_dir: the diffusers folder. Its own transformer is needed only without `transformer`.
         transformer: an MXFP8 or plain file or folder, see `ZImageTransformer.from_checkpoint`.
@@ -165,6 +168,9 @@ class ZImageGenerator:
         self._compute = choose(compute, index, bool(headers.layers))
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
+        # While a part is loaded, torch's default dtype is another, in all threads; nor would memory
+        # hold just one part if every thread had its own.
+        self._turn = threading.RLock() if offload else nullcontext()
         self._kept: dict[Stage, Any] = {}
         if not offload:
             for part in ("text encoder", "transformer", "VAE"):
@@ -190,12 +196,13 @@ class ZImageGenerator:
         image = None if settings.init_image is None else open_init_image(settings.init_image)
         settings = settings.resolved(image.size if image else None)
         report = progress or (lambda _: None)
-        captions = self._encode(settings, report)
-        self._free()
-        latents, steps = self._denoise(settings, image, captions, report)
-        self._free()
-        pixels = self._decode(latents, report)
-        self._free()
+        with self._turn:
+            captions = self._encode(settings, report)
+            self._free()
+            latents, steps = self._denoise(settings, image, captions, report)
+            self._free()
+            pixels = self._decode(latents, report)
+            self._free()
         # One look at the device for the whole generation.
         finite = [torch.stack([c.isfinite().all() for c in captions]).all().expand(settings.batch)]
         finite += [*steps.finite, torch.stack([picture.isfinite().all() for picture in pixels])]
@@ -298,7 +305,8 @@ class ZImageGenerator:
         batch = settings.batch
         parts = {
             "transformer": self._part("transformer", report),
-            "scheduler": self._scheduler,
+            # It counts the steps: a new one, so that threads may use one generator.
+            "scheduler": type(self._scheduler).from_config(self._scheduler.config),
             "text_encoder": None,
             "tokenizer": None,
         }
@@ -350,17 +358,20 @@ class ZImageGenerator:
         assert settings.seed is not None
         row, item = (~finite).nonzero()[0].tolist()
         last = len(finite) - 1
+        wider = [] if self._dtype == "float32" else ["--dtype float32"]
+        remedy = "".join(f", or use {option}" for option in wider)
         if row == 0:
-            where = f"the text encoder gave NaN or Inf for the prompt; check {self._folder.path}"
-            raise GenerationError(f"{where}, or use --dtype float32", 0)
+            where = "the text encoder gave NaN or Inf for the prompt"
+            raise GenerationError(f"{where}; check {self._folder.path / 'text_encoder'}{remedy}", 0)
         if row == last:
             where = "the VAE turned sound latents into NaN or Inf"
-            raise GenerationError(f"{where}; use --dtype float32", None)
+            raise GenerationError(f"{where}; check {self._folder.path / 'vae'}{remedy}", None)
+        sounder = ([] if self._compute == "exact" else ["--compute exact"]) + wider
+        remedy = f", and {' or '.join(sounder)} may get around it" if sounder else ""
         raise GenerationError(
             f"the picture of seed {settings.seed + item} became NaN or Inf in step {row} of "
             f"{last - 1} (compute {self._compute}, {self._dtype}); zimage-mxfp8 validate "
-            f"{self._file} tells whether the file is sound, and --compute exact or --dtype float32 "
-            "may get around it",
+            f"{self._file} tells whether the file is sound{remedy}",
             row,
         )
 

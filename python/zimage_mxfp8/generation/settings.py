@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import secrets
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 
@@ -14,8 +17,12 @@ DEFAULT_SIZE = 1024
 DEFAULT_STRENGTH = 0.6
 _MOST_PIXELS = 512 * PIXELS_PER_TOKEN  # positions that the model has for rows and for columns
 _MOST_STEPS = 1000
+MOST_PICTURES = 64  # of a batch, far beyond what a device's memory holds in 1024 x 1024
+MOST_GUIDANCE = 100  # useful values are below 10; huge ones overflow
 _SEEDS = 2**63
 _DRAWN_SEEDS = 2**32  # short enough to be typed again
+
+_NEVER_NONE = ("steps", "guidance", "batch")
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,14 @@ class GenerationSettings:
             `guidance`). With an init image, `strength` of them.
         height: pixels, a multiple of 16; None: 1024, or that of the init image.
         width: likewise.
-        guidance: classifier-free guidance; 0 for none, which is what Z-Image Turbo needs.
+        guidance: classifier-free guidance, 0 to 100; 0 is none, which is what Turbo needs.
         seed: of the first picture; the i-th has seed + i. None draws one.
-        batch: number of pictures, which are made together.
-        init_image: file of a picture to start from.
+        batch: number of pictures, which are made together; 1 to 64.
+        init_image: file of a picture to start from; a str becomes a Path.
         strength: how much of the init image is replaced by noise, 0.01 to 1; None: 0.6.
 
     Raises:
-        UsageError: a value that cannot be, or two that do not go together.
+        UsageError: a value of the wrong type, one that cannot be, or two that do not go together.
     """
 
     prompt: str
@@ -51,6 +58,7 @@ class GenerationSettings:
     strength: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, text in (("prompt", self.prompt), ("negative-prompt", self.negative_prompt)):
             if any(
                 "\ud800" <= c <= "\udfff" for c in text or ""
@@ -64,20 +72,48 @@ class GenerationSettings:
                     f"--{name} must be a multiple of {PIXELS_PER_TOKEN} up to {_MOST_PIXELS}, not "
                     f"{size}"
                 )
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise UsageError(f"--guidance must be 0 or more, not {self.guidance}")
+        if not 0 <= self.guidance <= MOST_GUIDANCE:
+            raise UsageError(f"--guidance must be 0 to {MOST_GUIDANCE}, not {self.guidance}")
         if self.negative_prompt is not None and not self.guidance:
             raise UsageError(
                 "--negative-prompt has no effect without guidance; add --guidance or drop it"
             )
-        if self.batch < 1:
-            raise UsageError(f"--batch must be 1 or more, not {self.batch}")
+        if not 1 <= self.batch <= MOST_PICTURES:
+            raise UsageError(
+                f"--batch must be 1 to {MOST_PICTURES}, not {self.batch}; for more pictures, make "
+                "several batches"
+            )
         if self.seed is not None and not 0 <= self.seed <= _SEEDS - self.batch:
             raise UsageError("--seed must be 0 or more, and below 2^63 for every picture")
         if self.strength is not None and self.init_image is None:
             raise UsageError("--strength is for --init-image; add it, or drop --strength")
         if self.strength is not None and not 0.01 <= self.strength <= 1:
             raise UsageError(f"--strength must be 0.01 to 1, not {self.strength}")
+
+    def _check_types(self) -> None:
+        """Numbers and paths of other types become Python's own, so that they go into JSON."""
+        prompts = ["prompt"] if self.negative_prompt is None else ["prompt", "negative_prompt"]
+        for name in prompts:
+            if not isinstance(getattr(self, name), str):
+                raise _wrong_type(name, "a text", getattr(self, name))
+        for name, convert, what in (
+            ("steps", _whole, "a whole number"),
+            ("height", _whole, "a whole number"),
+            ("width", _whole, "a whole number"),
+            ("guidance", _number, "a finite number"),
+            ("seed", _whole, "a whole number"),
+            ("batch", _whole, "a whole number"),
+            ("init_image", Path, "a path"),
+            ("strength", _number, "a finite number"),
+        ):
+            value = getattr(self, name)
+            if value is None and name not in _NEVER_NONE:
+                continue
+            try:
+                converted = convert(value)
+            except (TypeError, ValueError, OverflowError):
+                raise _wrong_type(name, what, value) from None
+            object.__setattr__(self, name, converted)
 
     def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:
         """The same with nothing left open.
@@ -86,9 +122,6 @@ class GenerationSettings:
             image_size: width and height of the init image.
         """
         width, height = image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
-        strength = self.strength
-        if self.init_image is not None and strength is None:
-            strength = DEFAULT_STRENGTH
         return replace(
             self,
             height=_whole_tokens(height) if self.height is None else self.height,
@@ -103,3 +136,23 @@ class GenerationSettings:
 def _whole_tokens(pixels: int) -> int:
     tokens = min(pixels, _MOST_PIXELS) // PIXELS_PER_TOKEN
     return max(tokens, 1) * PIXELS_PER_TOKEN
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):  # an int to Python, and a slip of its writer
+        raise TypeError
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _wrong_type(name: str, what: str, value: object) -> UsageError:
+    # Only the beginning: it may be anything, a whole picture too.
+    return UsageError(f"--{name.replace('_', '-')} must be {what}, not {repr(value)[:80]}")
