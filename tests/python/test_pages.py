@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -146,6 +147,25 @@ def test_the_page_of_measured_sensitivity(tmp_path: Path) -> None:
     pattern = re.compile(unescape(shown[1]))
     kept = [m.name for m in report.layers if pattern.search(f"{m.name}.weight")]
     assert sorted(kept) == list(report.smallest.kept)
+
+
+def test_the_page_of_formats(cli: Run, small_file: Path, tmp_path: Path) -> None:
+    result = cli("compare", small_file, "--html", "c.html", "--bound", "1e-9", "--json")
+    assert result.returncode == 0, result.stderr
+    page = tmp_path / "c.html"
+    seen = look_at(page, tmp_path, PLOTS, height=5000)
+    assert seen.console == []
+    assert len(seen.result) == 2  # SNR against size, and the map of MXFP8's
+    assert all(plot["cells"] >= 1 for plot in seen.result)
+    text = page.read_text("utf-8")
+    layers = [layer["name"] for layer in json.loads(result.stdout)["layers"]]
+    shown = re.search(r"<pre>(.*?)</pre>", text, re.DOTALL)
+    assert shown is not None
+    pattern = re.compile(unescape(shown[1]))
+    assert layers and all(pattern.search(name) for name in layers)
+    assert "NVFP4" in text and "16 times finer" in text
+    again = cli("compare", small_file, "--html", "c.html")
+    assert again.returncode == 1 and "c.html exists; --overwrite" in again.stderr
 
 
 def test_a_page_that_is_broken_is_noticed(page: Path, tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--csv", type=file_path, metavar="FILE", help="write every layer's figures as CSV"
     )
     parser.add_argument(
+        "--html", type=file_path, metavar="FILE", help="write a page with plots and tables"
+    )
+    parser.add_argument(
         *spellings("--write-recipe"),
         type=file_path,
         metavar="FILE.toml",
@@ -99,8 +102,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..analysis.compare import compare
+    from ..analysis.page import check_plots_available
+    from ..checkpoint.output import check_target, write_file
     from . import display
 
+    if arguments.html is not None:
+        check_plots_available()
+        check_target(arguments.html, [arguments.file], overwrite=arguments.overwrite)
     with _stage_bars() as progress:
         report = compare(
             arguments.file,
@@ -116,6 +124,11 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     display.warn(report.warnings)
+    if arguments.html is not None:
+        from ..analysis.compare_page import compare_page
+
+        content = compare_page(report, arguments.bound).encode()
+        write_file(arguments.html, content, overwrite=arguments.overwrite)
     if arguments.json:
         display.print_json(report.to_dict())
         return 0
