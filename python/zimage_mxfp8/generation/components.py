@@ -44,7 +44,7 @@ class TextEncoder:
             if largest >= rows:
                 raise CheckpointError(
                     f"{folder.path / 'tokenizer'} has tokens up to number {largest}, and {path} "
-                    f"knows {rows}: they belong to different models; download the model again"
+                    f"up to {rows - 1}: they belong to different models; download the model again"
                 )
             # Diffusers' own way of encoding, which needs nothing else of its pipeline.
             self._pipeline = ZImagePipeline(
