@@ -19,6 +19,12 @@ _STACKS: tuple[tuple[Stack, str], ...] = (
 )
 _RECOMMENDATIONS: tuple[Recommendation, ...] = ("NVFP4", "FP8", "*KEEP*")
 
+_GROUPS = (
+    "Main blocks are split by position. A group's figures are means, and its recommendation "
+    "overrules that of its weights; but refiners, and the layer types that are exempt from the "
+    "spread filter, are decided weight by weight."
+)
+
 # Title, decimals and value of what has a heat map of its own.
 _MAPS: tuple[tuple[str, int, Callable[[ProbedTensor], float]], ...] = (
     ("score", 4, lambda tensor: tensor.score),
@@ -39,7 +45,7 @@ def probe_page(report: ProbeReport) -> str:
     sections = [
         Section("What to keep", _summary(report)),
         Section("Where the sensitive weights are", _figures(report)),
-        Section("Groups", [_groups(report)]),
+        Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
         Section("Weights", [_weights(report)]),
     ]
     return render_page(f"Sensitivity of {Path(report.path).name}", sections)
