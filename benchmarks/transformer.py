@@ -20,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -248,7 +249,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/zimage-mxfp8-benchmark"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "zimage-mxfp8")
     parser.add_argument("--layers", type=int, default=30, help="main blocks, for a first look")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--whole", action="store_true", help="compile the peer as a whole too")

@@ -1,8 +1,9 @@
-"""Z-Image in MXFP8: conversion of checkpoints, and the codec that it stands on.
+"""Z-Image in MXFP8: conversion of checkpoints, the model that runs them, and what both stand on.
 
     import zimage_mxfp8 as zm
 
     report = zm.convert("z_image_turbo_bf16.safetensors", "z_image_turbo-mxfp8.safetensors")
+    transformer = zm.ZImageTransformer.from_checkpoint("z_image_turbo-mxfp8.safetensors")
     encoded = zm.quantize(matrix)  # NumPy or torch
 
 Names are imported when they are first used, so that the command line starts quickly.
