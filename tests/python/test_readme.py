@@ -85,7 +85,9 @@ def test_generate_command(turbo: Path) -> None:
 
 def test_compare_command(small_file: Path, tmp_path: Path) -> None:
     shutil.copy(small_file, tmp_path / "z_image_turbo_bf16.safetensors")
-    (block,) = [block for block in blocks("sh") if "--write-recipe" in block]
+    (block,) = [
+        block for block in blocks("sh") if "zimage-mxfp8 compare" in block and "--bound" in block
+    ]
     command = block[block.index("zimage-mxfp8 compare") :]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True)
