@@ -59,3 +59,13 @@ def torch_device(device: str | torch.device | None) -> torch.device:
         )
     place = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+
+
+def core_index(device: torch.device) -> int:
+    """The number by which the core knows a torch device: of a CUDA device; -1 for the CPU."""
+    return int(device.index) if device.type == "cuda" else -1
+
+
+def is_out_of_host_memory(error: Exception) -> bool:
+    """Whether torch's error is that the CPU's memory ran out, which has no class of its own."""
+    return "DefaultCPUAllocator" in str(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..error_stats import snr_db
+from ..recipes import KeepRule, Recipe, recipe_toml
 from ..text import plural
 from .formats import FORMATS
 
@@ -273,25 +273,17 @@ class CompareReport:
         Args:
             bound: relative squared error, for example 1e-3.
         """
-        lines = [
-            f"title = {_toml_text(f'MXFP8 where its relative squared error is at most {bound:g}')}",
-            "description = "
-            + _toml_text(f"Written by zimage-mxfp8 compare for {Path(self.input).name}."),
-        ]
+        rules = []
         for layer in self.above(bound):
             error = layer.formats[MXFP8]
             reason = (
                 f"MXFP8 error {error.relative_squared_error:.3e} (SNR {error.snr_db:.1f} dB) "
                 f"exceeds {bound:g}"
             )
-            lines += [
-                "",
-                "[[keep]]",
-                f"name = {_toml_text(layer.name)}",
-                f"pattern = {_toml_text(f'^{re.escape(layer.name)}$')}",
-                f"reason = {_toml_text(reason)}",
-            ]
-        return "\n".join(lines) + "\n"
+            rules.append(KeepRule(layer.name, re.compile(f"^{re.escape(layer.name)}$"), reason))
+        title = f"MXFP8 where its relative squared error is at most {bound:g}"
+        description = f"Written by zimage-mxfp8 compare for {Path(self.input).name}."
+        return recipe_toml(Recipe(title, title, description, tuple(rules)))
 
     def above(self, bound: float) -> list[LayerComparison]:
         """The layers whose MXFP8 error exceeds a bound."""
@@ -379,11 +371,6 @@ def summarise_low_rank(
         )
         for (name, rank), errors in found.items()
     ]
-
-
-def _toml_text(text: str) -> str:
-    """A TOML basic string. Its escapes are JSON's, but for the character DEL."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _answers(report: CompareReport) -> list[Answer]:

@@ -5,24 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..recipes import KeepRule, Recipe
+from ..recipes import KeepRule, Recipe, rules_outside_blocks
 from ..text import plural, printable
 from .grouping import ProbedTensor
 from .scoring import ProbeRules, Thresholds
-
-# Not probed, and kept by every recipe for Z-Image.
-_ALWAYS_KEPT = (
-    KeepRule(
-        "embedders",
-        re.compile(r"^(x_embedder|cap_embedder|t_embedder)\."),
-        "embedder: small, and every token passes through it",
-    ),
-    KeepRule(
-        "final layer",
-        re.compile(r"^final_layer\."),
-        "final layer: small, and writes the output",
-    ),
-)
 
 
 def _kept(tensors: Sequence[ProbedTensor]) -> list[ProbedTensor]:
@@ -73,19 +59,4 @@ def probe_recipe(
         f"{plural(len(kept), 'weight')} of {len(tensors):,} that were probed "
         f"{'stays as it is' if len(kept) == 1 else 'stay as they are'}."
     )
-    return Recipe(title, title, description, (*keep, *_ALWAYS_KEPT))
-
-
-def recipe_toml(recipe: Recipe) -> str:
-    """A recipe as `load_recipe` reads it."""
-    lines = [f"title = {_quoted(recipe.title)}", f"description = {_quoted(recipe.description)}"]
-    for rule in recipe.keep:
-        lines += ["", "[[keep]]"]
-        lines += [f"name = {_quoted(rule.name)}", f"pattern = '{rule.pattern.pattern}'"]
-        lines += [f"reason = {_quoted(rule.reason)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    """A basic string of TOML; `text` is printable."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return Recipe(title, title, description, (*keep, *rules_outside_blocks()))

@@ -84,9 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..analysis.page import check_plots_available
     from ..analysis.probe import probe
-    from ..analysis.probe_recipe import recipe_toml
     from ..checkpoint.output import check_target, write_file
     from ..checkpoint.source import open_checkpoint
+    from ..recipes import recipe_toml
     from . import display
 
     rules = _rules(arguments)

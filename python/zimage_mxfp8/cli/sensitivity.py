@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..analysis.page import check_plots_available
     from ..checkpoint.output import check_target, write_file
+    from ..recipes import recipe_toml
     from . import display
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import torch
 
-        from ..analysis.sensitivity.recipe import recipe_text
+        from ..analysis.sensitivity.recipe import sensitivity_recipe
         from ..analysis.sensitivity.run import analyse_sensitivity
     except ImportError as error:
         raise UnsupportedError(
@@ -110,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress and (lambda p: progress(p.what, p.done, p.total)),
         )
     if arguments.write_recipe:
-        content = recipe_text(report).encode()
+        content = recipe_toml(sensitivity_recipe(report)).encode()
         write_file(arguments.write_recipe, content, overwrite=arguments.overwrite)
     if arguments.html:
         from ..analysis.sensitivity.page import sensitivity_page

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from transformers import AutoModel, AutoTokenizer
 
+from ..devices import is_out_of_host_memory
 from ..errors import CheckpointError, Error
 from .folder import ModelFolder
 
@@ -115,7 +116,7 @@ def _loading(folder: ModelFolder, part: str) -> Iterator[str]:
     except (Error, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the libraries have no exception of their own for bad files
-        if "DefaultCPUAllocator" in str(error):  # no memory; the files are good
+        if is_out_of_host_memory(error):  # no memory; the files are good
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0]

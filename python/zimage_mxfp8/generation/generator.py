@@ -18,7 +18,7 @@ from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from .. import _core
-from ..devices import torch_device
+from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UnsupportedError, UsageError
 from ..pipeline import Progress
 from ..transformer.compute import Compute, choose
@@ -164,8 +164,7 @@ class ZImageGenerator:
                 f"features, and {self._folder.path / 'text_encoder'} gives "
                 f"{self._folder.caption_features}: they belong to different models"
             )
-        index = self._device.index if self._device.type == "cuda" else -1
-        self._compute = choose(compute, index, bool(headers.layers))
+        self._compute = choose(compute, core_index(self._device), bool(headers.layers))
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
         # While a part is loaded, torch's default dtype is another, in all threads; nor would memory
@@ -271,7 +270,7 @@ class ZImageGenerator:
                 f"batch{remedy}"
             ) from None
         except RuntimeError as error:
-            if "DefaultCPUAllocator" not in str(error):
+            if not is_out_of_host_memory(error):
                 raise
             raise UnsupportedError(
                 f"not enough memory for {what}; use a smaller size or batch{remedy}"

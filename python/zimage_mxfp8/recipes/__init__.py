@@ -15,6 +15,7 @@ Names are matched without the prefix of all-in-one files (`model.diffusion_model
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import warnings
@@ -136,6 +137,31 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             f'there is no recipe "{text}": name one of {", ".join(builtin_names())} or a TOML file'
         )
     return _read(path, text)
+
+
+def rules_outside_blocks() -> tuple[KeepRule, ...]:
+    """The default recipe's rules for what is no layer of a block: embedders, the final layer."""
+    names = ("x_embedder.weight", "final_layer.linear.weight")
+    return tuple(
+        rule for rule in load_recipe(DEFAULT).keep if any(rule.matches(name, "") for name in names)
+    )
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """A recipe's title, description and rules as `load_recipe` reads them."""
+    lines = [f"title = {_toml_text(recipe.title)}"]
+    lines += [f"description = {_toml_text(recipe.description)}"]
+    for rule in recipe.keep:
+        lines += ["", "[[keep]]"]
+        lines += [f"name = {_toml_text(rule.name)}"]
+        lines += [f"pattern = {_toml_text(rule.pattern.pattern)}"]
+        lines += [f"reason = {_toml_text(rule.reason)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_text(text: str) -> str:
+    """A TOML basic string. Its escapes are JSON's, but for the character DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _read(path: Path, name: str) -> Recipe:

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint.source import SourceTensor
 from ..codec import MXFP8Array, dequantize
+from ..devices import is_out_of_host_memory
 from ..errors import CheckpointError, CudaError, InvalidArgumentError, UnsupportedError
 from ..pipeline import ProgressCallback
 from .block import Block
@@ -95,11 +96,6 @@ def load_parts(
             f"the transformer needs {file.nbytes(dtype) / 2**30:.1f} GiB of memory, which this "
             "machine does not have free; convert the checkpoint to MXFP8 if it is not"
         ) from None
-
-
-def is_out_of_host_memory(error: RuntimeError) -> bool:
-    """Whether torch's error is that the CPU's memory ran out, which has no class of its own."""
-    return "DefaultCPUAllocator" in str(error)
 
 
 def _check_memory(file: ModelFile, device: torch.device, dtype: torch.dtype) -> None:

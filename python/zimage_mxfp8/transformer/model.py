@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..devices import torch_device
+from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import CudaError, InvalidArgumentError, UnsupportedError, UsageError
 from ..pipeline import ProgressCallback
 from . import ops
@@ -30,7 +30,7 @@ from .config import (
 )
 from .graphs import GraphCache
 from .linear import Linear
-from .loading import Parts, is_out_of_host_memory, load_parts
+from .loading import Parts, load_parts
 from .sequence import Shape, fill_up, image_tokens, layout_of, patchify, unpatchify
 from .weights import open_model
 
@@ -164,8 +164,7 @@ class ZImageTransformer(nn.Module):
             raise UsageError(f"dtype must be torch.bfloat16 or torch.float32, not {dtype}")
         file = open_model(path)
         place = torch_device(device)
-        index = place.index if place.type == "cuda" else -1
-        mode = choose(compute, index, bool(file.layers))
+        mode = choose(compute, core_index(place), bool(file.layers))
         if place.type == "cuda":
             has_cudnn_attention(place)  # for its warning, now and not in the middle of a picture
         parts = load_parts(file, place, mode, dtype, progress)
@@ -273,9 +272,9 @@ class ZImageTransformer(nn.Module):
         except RuntimeError as error:
             if not is_out_of_host_memory(error):
                 raise
-            tokens = sum(image_tokens(size) + caption for size, caption in shapes)
             raise UnsupportedError(
-                f"not enough memory for a forward over {tokens} tokens; use a smaller size or batch"
+                f"not enough memory for a forward over {_tokens(shapes)} tokens; use a smaller "
+                "size or batch"
             ) from None
         return TransformerOutput(sample) if return_dict else (sample,)
 
@@ -322,9 +321,8 @@ class ZImageTransformer(nn.Module):
 
     def _out_of_memory(self, shapes: Sequence[Shape]) -> str:
         free, total = torch.cuda.mem_get_info(self.device)
-        tokens = sum(image_tokens(size) + caption for size, caption in shapes)
         return (
-            f"{self.device} ran out of memory in a forward over {tokens} tokens: "
+            f"{self.device} ran out of memory in a forward over {_tokens(shapes)} tokens: "
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, "
             f"{self.nbytes / 2**30:.1f} are the transformer's weights; use a smaller size or "
             "batch"
@@ -394,6 +392,10 @@ class ZImageTransformer(nn.Module):
         return F.linear(
             normal * scale, self.final_layer_linear_weight, self.final_layer_linear_bias
         )
+
+
+def _tokens(shapes: Sequence[Shape]) -> int:
+    return sum(image_tokens(size) + caption for size, caption in shapes)
 
 
 def _blocks(modules: nn.ModuleList) -> list[Block]:
