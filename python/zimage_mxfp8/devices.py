@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def cuda_index(device: str) -> int | None:
-    """The index of the CUDA device that a name means; None for "cpu".
+    """The index of the CUDA device that a name means; None for "cpu", which is "cpu:0" too.
 
     Raises:
         UsageError: not the name of a device.
         UnsupportedError: this build has no CUDA, or this machine no such device.
     """
     device = str(device)  # a torch.device too
-    if device == "cpu":
+    if device in ("cpu", "cpu:0"):
         return None
     match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", device)
     if match is None:

@@ -106,6 +106,23 @@ def test_settings_from_python() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"model_dir": None}, "model_dir must be the path of a file or folder, not None"),
+        ({"transformer": 3}, "transformer must be the path of a file or folder, not 3"),
+        ({"compute": None}, "compute must be auto, .*, not None"),
+        ({"dtype": torch.bfloat16}, "dtype must be bfloat16 or float32, not torch.bfloat16"),
+        ({"dtype": ["float32"]}, r"dtype must be bfloat16 or float32, not \['float32'\]"),
+    ],
+)
+def test_arguments_of_another_type(
+    zimage_folder: Path, arguments: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(zm.UsageError, match=sentence):
+        zm.ZImageGenerator(**({"model_dir": zimage_folder, "device": "cpu"} | arguments))
+
+
+@pytest.mark.parametrize(
     ("name", "values", "sentence"),
     [
         ("prompt", (None, ["a", "b"], 5, b"a"), "--prompt must be a text, not "),

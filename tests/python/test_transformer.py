@@ -351,17 +351,39 @@ def test_native_mxfp8_needs_its_device(quantized: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ({"path": None}, "path must be the path of a file or folder, not None"),
+        ({"path": 3}, "path must be the path of a file or folder, not 3"),
+        (
+            {"path": b"model.safetensors"},
+            "path must be the path of a file or folder, not b'model.safetensors'",
+        ),
         ({"compute": "fp8"}, "compute must be auto, mxfp8, folded, exact, emulated, not 'fp8'"),
-        ({"dtype": torch.float16}, "dtype must be torch.bfloat16 or torch.float32"),
+        ({"compute": None}, "compute must be auto, .*, not None"),
+        ({"compute": ["exact"]}, r"compute must be auto, .*, not \['exact'\]"),
+        ({"dtype": torch.float16}, "dtype must be torch.bfloat16 or torch.float32, not torch.fl"),
+        ({"dtype": "bfloat16"}, "dtype must be torch.bfloat16 or torch.float32, not 'bfloat16'"),
+        ({"dtype": None}, "dtype must be .*, not None"),
+        ({"dtype": torch.zeros(2)}, r"dtype must be .*, not tensor\(\[0., 0.\]\)"),
         ({"device": "tpu"}, "device must be"),
         ({"device": "mps"}, "device must be"),
+        ({"device": "cpu:1"}, "device must be"),
     ],
 )
 def test_options_that_do_not_exist(
     arguments: dict[str, object], sentence: str, quantized: Path
 ) -> None:
     with pytest.raises(zm.UsageError, match=sentence):
-        zm.ZImageTransformer.from_checkpoint(quantized, **arguments)
+        zm.ZImageTransformer.from_checkpoint(**({"path": quantized} | arguments))
+
+
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu", 0)], ids=repr)
+def test_the_cpu_may_have_a_number(device: str | torch.device, quantized: Path) -> None:
+    model = zm.ZImageTransformer.from_checkpoint(quantized, device)
+    assert model.device == torch.device("cpu")
+    x, t, cap_feats = random_inputs(*BATCHES["one image"])
+    found = model([x[0].to(device)], t.to(device), [cap_feats[0].to(device)]).sample[0]
+    want = zm.ZImageTransformer.from_checkpoint(quantized, "cpu")(x, t, cap_feats).sample[0]
+    assert torch.equal(found, want)
 
 
 # ---- Checkpoints that cannot be run

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +17,7 @@ from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from .. import _core
+from ..checkpoint.source import as_path
 from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UnsupportedError, UsageError
 from ..pipeline import Progress
@@ -130,7 +130,7 @@ class ZImageGenerator:
     Raises:
         CheckpointError: a part is missing, damaged, or does not go with the others; the sentence
             names it.
-        UsageError: no such device, mode or dtype, or they do not go together.
+        UsageError: not a path, no such device, mode or dtype, or they do not go together.
         UnsupportedError: the device does not have the mode.
         CudaError: the device has too little memory.
     """
@@ -146,16 +146,18 @@ class ZImageGenerator:
         offload: bool = False,
         progress: GenerationCallback | None = None,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, not {dtype!r}")
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
         self._dtype = dtype
-        self._folder = open_model_folder(model_dir)
+        self._folder = open_model_folder(as_path(model_dir, "model_dir"))
         if transformer is None and not self._folder.transformer.is_dir():
             raise CheckpointError(
                 f"{model_dir} has no transformer/; name a file with --transformer, or download the "
                 "model again"
             )
-        self._file = Path(transformer or self._folder.transformer)
+        self._file = (
+            self._folder.transformer if transformer is None else as_path(transformer, "transformer")
+        )
         self._device = torch_device(device)
         headers = open_model(self._file)
         if headers.config.cap_feat_dim != self._folder.caption_features:

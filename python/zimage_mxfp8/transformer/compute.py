@@ -56,12 +56,12 @@ def choose(compute: str, device: int, quantized: bool) -> Compute:
         UsageError: no such mode, or one for quantised layers and there are none.
         UnsupportedError: the device does not have the mode.
     """
+    modes = {str(mode): mode for mode in COMPUTE_MODES}
+    if not isinstance(compute, str) or compute not in ("auto", *modes):
+        raise UsageError(f"compute must be auto, {', '.join(modes)}, not {repr(compute)[:80]}")
     if compute == "auto":
         # On the CPU nothing is faster in 8 bits.
         return supported(device)[0] if quantized and device >= 0 else "exact"
-    modes = {str(mode): mode for mode in COMPUTE_MODES}
-    if compute not in modes:
-        raise UsageError(f"compute must be auto, {', '.join(COMPUTE_MODES)}, not {compute!r}")
     mode = modes[compute]
     if not quantized and mode != "exact":
         raise UsageError(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checkpoint.source import as_path
 from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import CudaError, InvalidArgumentError, UnsupportedError, UsageError
 from ..pipeline import ProgressCallback
@@ -156,13 +157,16 @@ class ZImageTransformer(nn.Module):
         Raises:
             CheckpointError: unreadable, not Z-Image, incomplete, or quantised in another way; the
                 sentence names the tensor.
-            UsageError: no such mode or dtype, or a mode for MXFP8 and the checkpoint has none.
+            UsageError: not a path, no such device, mode or dtype, or a mode for MXFP8 and the
+                checkpoint has none; the sentence names the argument.
             UnsupportedError: the device does not have the mode.
             CudaError: the device has too little memory.
         """
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise UsageError(f"dtype must be torch.bfloat16 or torch.float32, not {dtype}")
-        file = open_model(path)
+        if dtype is not torch.bfloat16 and dtype is not torch.float32:
+            raise UsageError(
+                f"dtype must be torch.bfloat16 or torch.float32, not {repr(dtype)[:80]}"
+            )
+        file = open_model(as_path(path, "path"))
         place = torch_device(device)
         mode = choose(compute, core_index(place), bool(file.layers))
         if place.type == "cuda":
