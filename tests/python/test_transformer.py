@@ -509,6 +509,44 @@ def test_arguments_are_named(
         model(x, t, cap_feats)
 
 
+# An image of so many frames, height and width, and tokens of its caption: the last that has
+# positions, and the first that has not.
+LIMITS = {
+    "height": (((1, 1024, 2), 5), ((1, 1026, 2), 5), r"x\[0\] must have H and W of 1024 at most"),
+    "width": (((1, 2, 1024), 5), ((1, 2, 1026), 5), r"x\[0\] must .* not \[16, 1, 2, 1026\]"),
+    "caption": (
+        ((1, 2, 2), 1504),
+        ((1, 2, 2), 1505),
+        r"cap_feats\[0\] must have 1504 tokens at most, .* beside 1 frame of x\[0\], not 1505",
+    ),
+    "caption beside frames": (
+        ((63, 2, 2), 1472),
+        ((63, 2, 2), 1473),
+        r"cap_feats\[0\] must have 1472 tokens at most, .* beside 63 frames of x\[0\], not 1473",
+    ),
+    "frames": (((1503, 2, 2), 1), ((1504, 2, 2), 1), r"cap_feats\[0\] must have 0 tokens at most"),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_positions_end_where_those_of_diffusers_end(limit: str, tmp_path: Path) -> None:
+    last, first_beyond, sentence = LIMITS[limit]
+    reference = make_reference(128, 0, 1)
+    reference.save_pretrained(tmp_path)
+    model = float32(tmp_path)
+
+    def inputs(size: tuple[int, int, int], tokens: int):
+        _, t, cap_feats = random_inputs([(2, 2)], [tokens])
+        return [torch.randn(16, *size, generator=torch.Generator().manual_seed(0))], t, cap_feats
+
+    want = reference(*inputs(*last), return_dict=False)[0]
+    assert relative_error(model(*inputs(*last)).sample, want) < FLOAT32
+    with pytest.raises(IndexError):
+        reference(*inputs(*first_beyond))
+    with pytest.raises(zm.InvalidArgumentError, match=sentence):
+        model(*inputs(*first_beyond))
+
+
 def test_what_diffusers_has_and_this_has_not(model: zm.ZImageTransformer) -> None:
     inputs = ([IMAGE], TIME, [WORDS])
     model(*inputs, joint_attention_kwargs=None, patch_size=2, controlnet_block_samples=None)

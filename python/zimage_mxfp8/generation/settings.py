@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..transformer.config import ROPE_LENGTHS
 
 PIXELS_PER_TOKEN = 16  # a side: 8 pixels to a latent, 2 latents to a patch
 DEFAULT_SIZE = 1024
 DEFAULT_STRENGTH = 0.6
-_MOST_PIXELS = 512 * PIXELS_PER_TOKEN  # positions that the model has for rows and for columns
+_MOST_PIXELS = min(ROPE_LENGTHS[1:]) * PIXELS_PER_TOKEN  # a side
 _MOST_STEPS = 1000
 MOST_PICTURES = 64  # of a batch, far beyond what a device's memory holds in 1024 x 1024
 MOST_GUIDANCE = 100  # useful values are below 10; huge ones overflow

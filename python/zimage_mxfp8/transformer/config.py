@@ -15,6 +15,7 @@ NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
 ROPE_THETA = 256.0
 ROPE_AXES = (32, 48, 48)  # of a head's elements: caption position or frame, row, column
+ROPE_LENGTHS = (1536, 512, 512)  # positions that the published models have on each of these axes
 TIME_FEATURES = 256
 TIME_SCALE = 1000.0
 

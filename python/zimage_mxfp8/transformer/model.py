@@ -18,6 +18,7 @@ from ..checkpoint.source import as_path
 from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import CudaError, InvalidArgumentError, UnsupportedError, UsageError
 from ..pipeline import ProgressCallback
+from ..text import plural
 from . import ops
 from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
@@ -32,7 +33,16 @@ from .config import (
 from .graphs import GraphCache
 from .linear import Linear
 from .loading import Parts, load_parts
-from .sequence import Shape, fill_up, image_tokens, layout_of, patchify, unpatchify
+from .sequence import (
+    MOST_LATENTS,
+    Shape,
+    fill_up,
+    image_tokens,
+    layout_of,
+    most_caption_tokens,
+    patchify,
+    unpatchify,
+)
 from .weights import open_model
 
 
@@ -242,9 +252,9 @@ class ZImageTransformer(nn.Module):
         Images and captions of a batch may differ in size.
 
         Args:
-            x: latent images, [16, 1, H, W] each, H and W even.
+            x: latent images, [16, 1, H, W] each, H and W even, 1024 at most.
             t: [batch], 0 for noise to 1 for an image.
-            cap_feats: caption features, [tokens, cap_feat_dim] each.
+            cap_feats: caption features, [tokens, cap_feat_dim] each, 1504 tokens at most.
             return_dict: name the result's only element `sample`.
             others: arguments of diffusers' model for what this one does not have (several images
                 an item, ControlNet), which must be None; `joint_attention_kwargs` has no effect.
@@ -315,10 +325,20 @@ class ZImageTransformer(nn.Module):
                 raise InvalidArgumentError(
                     f"x[{i}] must be [{channels}, 1, H, W] with H and W even, not {list(size)}"
                 )
+            if max(size[2:]) > MOST_LATENTS:
+                raise InvalidArgumentError(
+                    f"x[{i}] must have H and W of {MOST_LATENTS} at most, which is what the model "
+                    f"has positions for, not {list(size)}"
+                )
             if caption.dim() != 2 or caption.shape[1] != features or not len(caption):
                 raise InvalidArgumentError(
                     f"cap_feats[{i}] must be [tokens, {features}] with one token at least, not "
                     f"{list(caption.shape)}"
+                )
+            if len(caption) > (most := most_caption_tokens(size[1])):
+                raise InvalidArgumentError(
+                    f"cap_feats[{i}] must have {most} tokens at most, which is what the model has "
+                    f"positions for beside {plural(size[1], 'frame')} of x[{i}], not {len(caption)}"
                 )
             shapes.append(((size[1], size[2], size[3]), len(caption)))
         return tuple(shapes)

@@ -18,12 +18,15 @@ from .config import (
     PATCH_FEATURES,
     PATCH_SIZE,
     ROPE_AXES,
+    ROPE_LENGTHS,
     ROPE_THETA,
     SEQUENCE_MULTIPLE,
 )
 
 Size = tuple[int, int, int]  # frames, height and width of a latent image
 Shape = tuple[Size, int]  # of a batch's item: its image, the tokens of its caption
+
+MOST_LATENTS = PATCH_SIZE * min(ROPE_LENGTHS[1:])  # of an image's height and width
 
 
 def padded(tokens: int) -> int:
@@ -35,6 +38,13 @@ def image_tokens(size: Size) -> int:
     """Patches of a latent image."""
     frames, height, width = size
     return frames * (height // PATCH_SIZE) * (width // PATCH_SIZE)
+
+
+def most_caption_tokens(frames: int) -> int:
+    """Tokens of a caption that have positions beside so many frames."""
+    # Position 0 is the fillers'; the caption's come from 1 on, and then those of the frames.
+    room = max(ROPE_LENGTHS[0] - 1 - frames, 0)
+    return room // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
 
 
 @dataclass(frozen=True)
