@@ -15,6 +15,10 @@ class UnsupportedError(Error, RuntimeError):
     """Something that this build or this machine cannot do."""
 
 
+class MissingFeatureError(Error, AttributeError):
+    """Something of diffusers' models that the transformer does not have."""
+
+
 class CudaError(Error, RuntimeError):
     """A CUDA call that failed: no memory, no driver, an earlier fault."""
 

@@ -696,6 +696,37 @@ def test_from_pipe_takes_the_transformer_by_name(
     assert abs(pictures[0] - pictures[1]).max() <= 1
 
 
+def test_a_pipeline_is_saved_as_the_error_says(
+    zimage_quantized: Path, reference: ZImagePipeline, tmp_path: Path
+) -> None:
+    transformer = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu", dtype=torch.float32)
+    pipe = ZImagePipeline(**(reference.components | {"transformer": transformer}))
+    with pytest.raises(zm.MissingFeatureError, match="set its transformer to None, save it again"):
+        pipe.save_pretrained(tmp_path / "saved")
+    pipe.transformer = None
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = ZImagePipeline.from_pretrained(
+        tmp_path / "saved", transformer=transformer, local_files_only=True
+    )
+    pictures = []
+    for each in (saved, reference):
+        each.set_progress_bar_config(disable=True)
+        options = {"height": 48, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0}
+        pictures.append(levels(each("a cat", generator=generator_of(1), **options).images[0]))
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_adapters_of_a_pipeline_are_refused(
+    zimage_quantized: Path, reference: ZImagePipeline
+) -> None:
+    transformer = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu")
+    pipe = ZImagePipeline(**(reference.components | {"transformer": transformer}))
+    with pytest.raises(zm.MissingFeatureError, match="has no load_lora_adapter: merge adapters"):
+        pipe.load_lora_into_transformer({}, pipe.transformer)
+    with pytest.raises(zm.MissingFeatureError, match="has no fuse_lora: merge adapters"):
+        pipe.fuse_lora()
+
+
 def test_folder_of_the_tests_is_as_the_real_one(zimage_folder: Path) -> None:
     """The settings of Z-Image Turbo's own folder that the pipeline depends on."""
     index = json.loads((zimage_folder / "model_index.json").read_text())

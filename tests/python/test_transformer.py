@@ -554,3 +554,38 @@ def test_what_diffusers_has_and_this_has_not(model: zm.ZImageTransformer) -> Non
         model(*inputs, siglip_feats=IMAGE)
     with pytest.raises(zm.InvalidArgumentError, match="controlnet_block_samples is not supported"):
         model(*inputs, controlnet_block_samples={0: IMAGE})
+
+
+def test_features_of_diffusers_say_what_to_do_instead(model: zm.ZImageTransformer) -> None:
+    from diffusers.loaders.peft import PeftAdapterMixin
+    from diffusers.models.attention import AttentionMixin
+    from diffusers.models.cache_utils import CacheMixin
+
+    mixins = {PeftAdapterMixin: "merge adapters", AttentionMixin: "leave", CacheMixin: "leave"}
+    features = {
+        name: advice
+        for mixin, advice in mixins.items()
+        for name in vars(mixin)
+        if not name.startswith("_")
+    }
+    features |= {
+        "save_pretrained": "set its transformer to None",
+        "push_to_hub": "set its transformer to None",
+        "enable_gradient_checkpointing": "train diffusers' model",
+        "enable_layerwise_casting": "convert the checkpoint",
+        "set_attention_backend": "leave the call out",
+        "enable_xformers_memory_efficient_attention": "leave the call out",
+        "enable_group_offload": "enable_model_cpu_offload",
+        "compile_repeated_blocks": "leave the call out",
+    }
+    assert {"load_lora_adapter", "set_adapters", "enable_cache", "set_attn_processor"} <= set(
+        features
+    )
+    for name, advice in features.items():
+        assert not hasattr(model, name)  # how diffusers asks
+        with pytest.raises(zm.MissingFeatureError, match=f"^the transformer has no {name}: ") as e:
+            getattr(model, name)
+        assert advice in str(e.value)
+    with pytest.raises(AttributeError, match="has no attribute 'colour'") as e:
+        model.colour  # noqa: B018
+    assert not isinstance(e.value, zm.Error)

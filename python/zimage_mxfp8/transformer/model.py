@@ -16,10 +16,17 @@ from torch import nn
 
 from ..checkpoint.source import as_path
 from ..devices import core_index, is_out_of_host_memory, torch_device
-from ..errors import CudaError, InvalidArgumentError, UnsupportedError, UsageError
+from ..errors import (
+    CudaError,
+    InvalidArgumentError,
+    MissingFeatureError,
+    UnsupportedError,
+    UsageError,
+)
 from ..pipeline import ProgressCallback
 from ..text import plural
 from . import ops
+from .absent import instead_of
 from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
 from .compute import DESCRIPTIONS, Compute, choose
@@ -203,6 +210,20 @@ class ZImageTransformer(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
+    def __getattr__(self, name: str) -> Any:
+        """A parameter, buffer or module.
+
+        Raises:
+            AttributeError: none of that name. `MissingFeatureError`, which is one, where diffusers'
+                models have it: its libraries ask with `hasattr`, and users are told what to do.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if advice := instead_of(name):
+                raise MissingFeatureError(f"the transformer has no {name}: {advice}") from None
+            raise
 
     def __repr__(self) -> str:
         kinds = Counter(layer.kind for layer in self.modules() if isinstance(layer, Linear))

@@ -1,0 +1,27 @@
+"""What diffusers' models can do and this transformer cannot, and what to do instead."""
+
+from __future__ import annotations
+
+import re
+
+# By what the names of attributes have in common.
+_INSTEAD = {
+    "lora|adapter|peft": "merge adapters into the original weights, and load or convert those",
+    "save_|push_to_hub": (
+        "its weights stay in the file that they came from; to save a pipeline, set its transformer "
+        "to None, save it again, and pass the transformer to from_pretrained"
+    ),
+    "cache": "every step is computed in full; leave the call out",
+    "gradient_checkpointing": "it is for inference only; train diffusers' model and convert that",
+    "layerwise_casting": "its weights keep their types; convert the checkpoint to save memory",
+    "group_offload": "call the pipeline's enable_model_cpu_offload",
+    "compile_repeated_blocks": "on CUDA it runs CUDA graphs already; leave the call out",
+    "attn|attention|qkv_projections": (
+        "it runs the fastest attention that torch has for it; leave the call out"
+    ),
+}
+
+
+def instead_of(attribute: str) -> str | None:
+    """What to do instead of using an attribute of diffusers' models; None if there is no advice."""
+    return next((advice for names, advice in _INSTEAD.items() if re.search(names, attribute)), None)
