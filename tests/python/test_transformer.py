@@ -465,6 +465,17 @@ def test_broken_checkpoints_are_named(
         zm.ZImageTransformer.from_checkpoint(file, "cpu")
 
 
+@pytest.mark.parametrize("part", ["weight", "weight_scale"])
+def test_only_folding_looks_for_nan(part: str, quantized: Path, tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        tensors[f"layers.1.attention.out.{part}"].view(torch.uint8)[3, 5] = 255  # NaN in both types
+
+    file = change(quantized, tmp_path / "damaged.safetensors", damage)
+    float32(file, "exact")
+    with pytest.raises(zm.CheckpointError, match=r'layer "layers.1.attention.out" is damaged.*NaN'):
+        float32(file, "folded")
+
+
 def test_a_width_without_whole_heads(small_file: Path) -> None:
     with pytest.raises(zm.CheckpointError, match=r'"cap_embedder.1.weight" is .* multiple of 128'):
         zm.ZImageTransformer.from_checkpoint(small_file, "cpu")

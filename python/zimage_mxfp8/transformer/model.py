@@ -150,6 +150,9 @@ class ZImageTransformer(nn.Module):
         """Load a checkpoint.
 
         All checks come before the first weight goes to the device, and host memory stays small.
+        Weights are not searched for NaN and Inf, which on the CPU takes longer than to read them:
+        `zimage-mxfp8 validate` does that, and `ZImageGenerator` names the step in which a picture
+        becomes so. Only folding, which looks at every weight anyway, refuses NaN.
 
         Args:
             path: an MXFP8 file of `convert` or of ComfyUI's, a plain single file, or a diffusers
