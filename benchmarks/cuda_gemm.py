@@ -2,8 +2,9 @@
 
     python benchmarks/cuda_gemm.py
 
-Shapes are Z-Image's linears; M is the number of tokens. A CUDA graph holds the calls; with few
-tokens they rotate through several weights, more than the cache holds.
+Shapes are Z-Image's linears; M is the number of tokens. A CUDA graph holds the calls of each way to
+multiply, and the ways take turns; with few tokens calls rotate through several weights, more than
+the cache holds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import microseconds
+from timing import microseconds_in_turn
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core, matmul
@@ -99,11 +100,7 @@ def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
         if supported(path, "mxfp8", "mxfp8"):
             calls[f"{path}, MXFP8 x MXFP8"] = [Ours(path, x_mx, b, m, n) for b in encoded]
     peers = ("cuBLAS BF16", "torch._scaled_mm")
-    return {
-        what: microseconds(functions)
-        for what, functions in calls.items()
-        if what in peers or only in what
-    }
+    return microseconds_in_turn({w: c for w, c in calls.items() if w in peers or only in w}, 40)
 
 
 def main() -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+Calls = Sequence[Callable[[], object]]
 
-def microseconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
-    """Median time of one call, of all calls captured in one CUDA graph.
 
-    Launching costs nothing then. Calls that work on different memory, more than the cache holds,
-    keep the cache from helping.
-    """
+def _graph(calls: Calls) -> torch.cuda.CUDAGraph:
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -21,15 +18,32 @@ def microseconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> fl
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    return graph
+
+
+def microseconds_in_turn(ways: Mapping[str, Calls], repeats: int = 20) -> dict[str, float]:
+    """Median time of one call of each way to do the same, all calls of a way in one CUDA graph.
+
+    Launching costs nothing then. Calls that work on different memory, more than the cache holds,
+    keep the cache from helping. The ways take turns, so that clocks, which fall under load, are the
+    same for all.
+    """
+    graphs = {way: _graph(calls) for way, calls in ways.items()}
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[3:])
+        for way, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[way].append(begin.elapsed_time(end) * 1000 / len(ways[way]))
+    return {way: statistics.median(of_way[3:]) for way, of_way in times.items()}
+
+
+def microseconds(calls: Calls, repeats: int = 20) -> float:
+    """The same for one way alone."""
+    return microseconds_in_turn({"": calls}, repeats)[""]
 
 
 def copy_bandwidth() -> float:

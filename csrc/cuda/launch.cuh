@@ -20,25 +20,28 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads, CudaSt
   ZM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
 }
 
-// The same in clusters of blocks with dynamic shared memory.
+// The same in clusters of blocks with dynamic shared memory. The kernel may begin before those
+// ahead of it in the stream have completed: it must await_predecessors() (gemm/hopper.cuh).
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), uint32_t clusters, uint32_t cluster_blocks,
                      uint32_t threads, int shared_bytes, CudaStream stream,
                      Arguments&&... arguments) {
   ZM_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster_blocks;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = cluster_blocks;
+  attributes[0].val.clusterDim.y = 1;
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(clusters * cluster_blocks);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   ZM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
 }
 

@@ -243,9 +243,10 @@ GemmPath preferred_path(const GemmProblem& problem, int device) {
   check_sizes(problem);
   if (device == kHost) return GemmPath::kEmulated;
   const CudaDevice& found = detail::find_device(device);
-  // Between these sm90 decodes weights for each tile of tokens, of which there are many by then
+  // With so many tokens, sm90 either decodes weights again for each tile of tokens, of which there
+  // are many by then, or has too few tiles for the whole device unless there are many weights
   // (gemm/gemm_sm90.cpp, docs/performance.md).
-  const bool decode_first = problem.m >= 2048 && problem.m < 4096;
+  const bool decode_first = problem.m >= 1024 && problem.m < (problem.n > problem.k ? 2048 : 4096);
   std::string reasons;
   for (const GemmPath path : {GemmPath::kSM100, GemmPath::kSM120, GemmPath::kRowScaled,
                               decode_first ? GemmPath::kDecode : GemmPath::kSM90,

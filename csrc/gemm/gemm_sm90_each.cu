@@ -6,11 +6,11 @@
 // operand that wgmma takes from there. That makes W the left operand and the product D^T; tiles are
 // `tokens` wide and 64 weights high for each row group.
 //
-// A warp copies tiles of X, W and scales into a ring of stages; warpgroups take them from there.
-// Row groups share a tile of X, each with 64 weights of its own. With many tokens the tensor cores
-// are the limit: row groups take turns at them, and blocks run from tile to tile. With few tokens
-// the time is that of decoding: K groups take stages in turn, blocks of a cluster split K, and
-// their sums are added at the end.
+// A warp copies tiles of X, W and scales into a ring of stages; warpgroups take them from there,
+// and decode the weights of a stage while the tensor cores multiply those of the one before. Row
+// groups share a tile of X, each with 64 weights of its own. With many tokens blocks run from tile
+// to tile. With few tokens there are too few tiles for all multiprocessors: K groups take stages in
+// turn, blocks of a cluster split K, and at the end each adds the sums of some of the tokens.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -53,16 +53,19 @@ struct Variant {
   static constexpr int w_bytes = weights * kDepth;
   static constexpr int stage_bytes = x_bytes + w_bytes + kScaleTile;
   static constexpr int out_buffers = 3;  // of a warpgroup
-  // Sums of other K groups, and then of other blocks.
-  static constexpr int others = k_groups > split ? k_groups - 1 : split - 1;
   static constexpr int sum_bytes = row_groups * kWarpgroup * sums * 4;
+  // Each block that splits K adds the sums of a part of the tile's tokens.
+  static constexpr int part_tokens = tokens / split;
+  static constexpr int part_bytes = sum_bytes / split;
+  static_assert(part_tokens % 16 == 0);
 
   // What TMA swizzles begins at multiples of 1024 bytes.
   static constexpr int w_at = stages * x_bytes;
   static constexpr int out_at = w_at + stages * w_bytes;
   static constexpr int scales_at = out_at + row_groups * out_buffers * kOutBytes;
   static constexpr int sums_at = scales_at + stages * kScaleTile;
-  static constexpr int barriers_at = sums_at + others * sum_bytes;
+  static constexpr int parts_at = sums_at + (k_groups - 1) * sum_bytes;
+  static constexpr int barriers_at = parts_at + (split - 1) * part_bytes;
   static constexpr int shared_bytes = barriers_at + 2 * stages * 8 + 1024;  // to align the start
   static_assert(shared_bytes <= 232448);
   static_assert(x_bytes % 1024 == 0 && w_bytes % 1024 == 0 && kOutBytes % 1024 == 0);
@@ -128,6 +131,29 @@ __device__ void load_fragments(Fragments& fragments, uint32_t codes, int row, ui
   }
 }
 
+// Sums go from thread to thread through shared memory, in pieces of 16 bytes that are kWarpgroup
+// pieces apart. They are given to a block of the cluster, and added by the one that received them.
+template <int count, int all>
+__device__ void give_sums(const float (&sums)[all], int first, uint32_t to, uint32_t block) {
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {
+    const float* const four = sums + first + i;
+    store_shared(to + i * kWarpgroup * 4, block, make_float4(four[0], four[1], four[2], four[3]));
+  }
+}
+
+template <int count>
+__device__ void add_sums(float (&sums)[count], uint32_t from) {
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {
+    const float4 four = load_shared(from + i * kWarpgroup * 4);
+    sums[i] += four.x;
+    sums[i + 1] += four.y;
+    sums[i + 2] += four.z;
+    sums[i + 3] += four.w;
+  }
+}
+
 // Where the tile that a block works on lies.
 struct Tile {
   int token, weight;
@@ -145,6 +171,7 @@ __global__ void __launch_bounds__(V::threads, 1)
                 const __grid_constant__ CUtensorMap w_map,
                 const __grid_constant__ CUtensorMap d_map, const Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  launch_dependents();
   extern __shared__ uint8_t unaligned[];
   const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
   const uint32_t x_tiles = shared, w_tiles = shared + V::w_at, scale_tiles = shared + V::scales_at;
@@ -153,6 +180,10 @@ __global__ void __launch_bounds__(V::threads, 1)
   const int block = V::cluster > 1 ? block_of_cluster() : 0;
   const int group = threadIdx.x / kWarpgroup;  // the last one copies
 
+  if (threadIdx.x == V::consumers * kWarpgroup) {
+    prefetch_map(x_map);
+    prefetch_map(w_map);
+  }
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < V::stages; ++stage) {
       barrier_init(full(stage), 1);
@@ -160,11 +191,13 @@ __global__ void __launch_bounds__(V::threads, 1)
     }
     barrier_init_fence();
   }
-  if constexpr (V::cluster > 1) {
+  if constexpr (V::split > 1) cluster_arrive();  // awaited before sums are given
+  if constexpr (V::multicast > 1) {
     cluster_sync();
   } else {
     __syncthreads();
   }
+  await_predecessors();
   const int tiles = p.m_tiles * p.n_tiles;
   const int first_tile = blockIdx.x / V::cluster, tile_step = gridDim.x / V::cluster;
   // This block's part of K.
@@ -175,8 +208,6 @@ __global__ void __launch_bounds__(V::threads, 1)
   if (group == V::consumers) {
     if constexpr (V::consumers == 2) fewer_registers<40>();
     if (threadIdx.x % kWarpgroup == 0) {
-      prefetch_map(x_map);
-      prefetch_map(w_map);
       int stage = 0;
       uint32_t phase = 0;
       for (int index = first_tile; index < tiles; index += tile_step) {
@@ -208,8 +239,8 @@ __global__ void __launch_bounds__(V::threads, 1)
       }
     }
     __syncwarp();
-    if constexpr (V::split > 1) {  // with the others, who add sums between the two
-      cluster_sync();
+    if constexpr (V::split > 1) {  // as the others do
+      cluster_wait();
       cluster_sync();
     }
   } else {
@@ -218,40 +249,36 @@ __global__ void __launch_bounds__(V::threads, 1)
     const int thread = threadIdx.x % kWarpgroup;
     const int row = thread / 32 * 16 + thread % 32 / 4;
     float sums[V::sums];
-    Fragments fragments;
+    Fragments fragments[2];
     uint32_t done = 0;    // steps of the tiles before this one
     int next_buffer = 0;  // for D
-    // Row groups take turns at the tensor cores, so that one decodes while the other multiplies.
-    const auto await_turn = [&] {
-      if constexpr (V::row_groups == 2) named_barrier(4 + group, 2 * kWarpgroup);
+    // The ring has gone around position / stages times when a step's stage is full.
+    const auto decode = [&](Fragments& to, int step, int weight) {
+      const uint32_t position = done + step, stage = position % V::stages;
+      barrier_wait(full(stage), position / V::stages % 2);
+      load_fragments(to, w_tiles + stage * V::w_bytes + row_group * kGroupWeights * kDepth, row,
+                     scale_tiles + stage * kScaleTile, weight % 128 + row);
     };
-    const auto pass_turn = [&] {
-      if constexpr (V::row_groups == 2) named_barrier_arrive(4 + (group ^ 1), 2 * kWarpgroup);
-    };
-    if (group == 1) pass_turn();
-    // Sums of another K group or block: where a thread finds its own.
-    const auto other_sums = [&](int other) {
-      return shared + V::sums_at + other * V::sum_bytes +
-             (row_group * (V::sums / 4) * kWarpgroup + thread) * 16;
-    };
-    const auto add_others = [&](int begin, int end) {
-      for (int other = begin; other < end; ++other) {
+    // Multiplies a step, and meanwhile decodes the next one that there is.
+    const auto multiply = [&](Fragments& current, Fragments& next, int step, int weight) {
+      const uint32_t stage = (done + step) % V::stages;
+      const uint64_t x = wgmma_descriptor(x_tiles + stage * V::x_bytes);
+      wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < V::sums / 4; ++i) {
-          const float4 four = load_shared(other_sums(other) + i * kWarpgroup * 16);
-          sums[4 * i] += four.x;
-          sums[4 * i + 1] += four.y;
-          sums[4 * i + 2] += four.z;
-          sums[4 * i + 3] += four.w;
-        }
+      for (int i = 0; i < kSteps; ++i) {
+        constexpr uint64_t half = V::tokens * kHalf * 2 / 16, step_of_16 = 16 * 2 / 16;
+        Wgmma<V::tokens>::multiply(sums, current[i], x + i / 4 * half + i % 4 * step_of_16);
+      }
+      wgmma_commit();
+      if (step + V::k_groups < steps) decode(next, step + V::k_groups, weight);
+      wgmma_wait();
+      if (thread < V::multicast) {
+        barrier_arrive(empty(stage), V::multicast > 1 ? thread : block);
       }
     };
-    const auto give_sums = [&](int other, int to_block) {
-#pragma unroll
-      for (int i = 0; i < V::sums / 4; ++i) {
-        store_shared(other_sums(other) + i * kWarpgroup * 16, to_block,
-                     make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
-      }
+    // Sums that a warpgroup receives: where a thread finds its own.
+    const auto received = [&](int at, int count) {
+      return shared + at + (row_group * (count / 4) * kWarpgroup + thread) * 16;
     };
 
     for (int index = first_tile; index < tiles; index += tile_step) {
@@ -259,50 +286,58 @@ __global__ void __launch_bounds__(V::threads, 1)
       tile.weight += row_group * kGroupWeights;
 #pragma unroll
       for (int i = 0; i < V::sums; ++i) sums[i] = 0.0f;
-      for (int step = k_group; step < steps; step += V::k_groups) {
-        // The ring has gone around position / stages times when a step's stage is full.
-        const uint32_t position = done + step, stage = position % V::stages;
-        barrier_wait(full(stage), position / V::stages % 2);
-        load_fragments(fragments, w_tiles + stage * V::w_bytes + row_group * kGroupWeights * kDepth,
-                       row, scale_tiles + stage * kScaleTile, tile.weight % 128 + row);
-        const uint64_t x = wgmma_descriptor(x_tiles + stage * V::x_bytes);
-        await_turn();
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          // The other group's first products may come before the last of this one.
-          if (i == kSteps - 1) pass_turn();
-          constexpr uint64_t half = V::tokens * kHalf * 2 / 16, step_of_16 = 16 * 2 / 16;
-          Wgmma<V::tokens>::multiply(sums, fragments[i], x + i / 4 * half + i % 4 * step_of_16);
-        }
-        wgmma_commit();
-        wgmma_wait();
-        if (thread < V::multicast) {
-          barrier_arrive(empty(stage), V::multicast > 1 ? thread : block);
+      if (k_group < steps) decode(fragments[0], k_group, tile.weight);
+      for (int step = k_group; step < steps; step += 2 * V::k_groups) {
+        multiply(fragments[0], fragments[1], step, tile.weight);
+        if (step + V::k_groups < steps) {
+          multiply(fragments[1], fragments[0], step + V::k_groups, tile.weight);
         }
       }
       done += steps;
 
       if constexpr (V::k_groups > 1) {
-        if (k_group > 0) give_sums(k_group - 1, block);
+        const auto from = [&](int other) {
+          return received(V::sums_at + other * V::sum_bytes, V::sums);
+        };
+        if (k_group > 0) give_sums<V::sums>(sums, 0, from(k_group - 1), block);
         named_barrier(1, V::consumers * kWarpgroup);
-        if (k_group == 0) add_others(0, V::k_groups - 1);
+        if (k_group == 0) {
+          for (int other = 0; other < V::k_groups - 1; ++other) add_sums(sums, from(other));
+        }
       }
+      const uint32_t out = shared + V::out_at + row_group * V::out_buffers * kOutBytes;
+      const BiasPair bias = load_bias(p.bias, tile.weight, p.n);
       if constexpr (V::split > 1) {
-        cluster_sync();  // the first block has added its own K groups' sums
-        if (k_group == 0 && block > 0) give_sums(block - 1, 0);
+        const auto from = [&](int other) {
+          return received(V::parts_at + other * V::part_bytes, V::sums / V::split);
+        };
+        float part[V::sums / V::split];
+        cluster_wait();  // the other blocks have begun
+#pragma unroll
+        for (int of = 0; of < V::split; ++of) {
+          if (of == block) {
+#pragma unroll
+            for (int i = 0; i < V::sums / V::split; ++i)
+              part[i] = sums[of * V::sums / V::split + i];
+          } else if (k_group == 0) {
+            give_sums<V::sums / V::split>(sums, of * V::sums / V::split, from(block - (block > of)),
+                                          of);
+          }
+        }
         cluster_sync();
-        if (block > 0) break;
-        if (k_group == 0) add_others(0, V::split - 1);
-      }
-      if (k_group == 0) {
-        store_tile<V::tokens, V::out_buffers>(
-            d_map, sums, load_bias(p.bias, tile.weight, p.n), tile.token, tile.weight,
-            shared + V::out_at + row_group * V::out_buffers * kOutBytes, next_buffer,
-            2 + row_group);
+        if (k_group == 0) {
+          for (int other = 0; other < V::split - 1; ++other) add_sums(part, from(other));
+          store_tile<V::part_tokens, V::out_buffers>(d_map, part, bias,
+                                                     tile.token + block * V::part_tokens,
+                                                     tile.weight, out, next_buffer, 2 + row_group);
+        }
+        break;
+      } else if (k_group == 0) {
+        store_tile<V::tokens, V::out_buffers>(d_map, sums, bias, tile.token, tile.weight, out,
+                                              next_buffer, 2 + row_group);
       }
     }
-    if (thread == 0) await_copies();
+    if (thread == 0) await_copies_read<0>();
   }
   // No block leaves while another may still write to its shared memory.
   if constexpr (V::multicast > 1) cluster_sync();
@@ -317,7 +352,8 @@ void run(const GemmTask& task, CudaStream stream) {
       bf16_map(task.a.codes, task.m, task.k, task.a.row_stride, V::tokens / V::multicast);
   const CUtensorMap w_map = tensor_map(task.b.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, task.n,
                                        task.k, task.k, V::weights);
-  const CUtensorMap d_map = bf16_map(task.d, task.m, task.n, task.d_row_stride, kOutTokens);
+  const CUtensorMap d_map =
+      bf16_map(task.d, task.m, task.n, task.d_row_stride, out_tokens(V::part_tokens));
   Parameters p{};
   p.scales = static_cast<const uint8_t*>(task.b.scales);
   p.bias = static_cast<const __nv_bfloat16*>(task.bias);
@@ -335,9 +371,10 @@ void run(const GemmTask& task, CudaStream stream) {
                   stream, x_map, w_map, d_map, p);
 }
 
-using Few32 = Variant<32, 1, 4, 1, 2, 8>;
-using Few64 = Variant<64, 1, 4, 1, 2, 4>;
-using Few128 = Variant<128, 1, 2, 1, 2, 4>;
+using Few32 = Variant<32, 1, 2, 1, 2, 8>;
+using Few64 = Variant<64, 1, 1, 1, 2, 8>;
+using Few64Wide = Variant<64, 2, 1, 1, 1, 5>;
+using Few128 = Variant<128, 1, 1, 1, 2, 4>;
 using Few128Wide = Variant<128, 2, 1, 1, 1, 4>;
 using Many = Variant<192, 2, 1, 2, 1, 3>;
 
@@ -345,12 +382,13 @@ using Many = Variant<192, 2, 1, 2, 1, 3>;
 
 // Chosen by measurement on an H100 (docs/performance.md).
 void gemm_sm90_each(const GemmTask& task, CudaStream stream) {
-  if (task.m <= Few32::tokens) return run<Few32>(task, stream);
   if (task.m > Few128::tokens) return run<Many>(task, stream);
   // Half of the multiprocessors with whole tiles are better than all of them with parts.
   if (ceil_div(task.n, Few128Wide::weights) * 2 >= multiprocessors(current_device())) {
-    return run<Few128Wide>(task, stream);
+    return task.m <= Few64Wide::tokens ? run<Few64Wide>(task, stream)
+                                       : run<Few128Wide>(task, stream);
   }
+  if (task.m <= Few32::tokens) return run<Few32>(task, stream);
   if (task.m <= Few64::tokens) return run<Few64>(task, stream);
   return run<Few128>(task, stream);
 }

@@ -35,20 +35,19 @@ constexpr int kUnitRows = 16, kUnitDepth = 128;
 constexpr int kMostChunks = 32;
 constexpr int kGroupsAhead = 1;  // decoded before a block needs them
 
-// A variant of the kernel: how the warpgroups that multiply share a tile.
-template <int row_groups_, int column_groups_, int rows_, int stages_, int out_buffers_>
+// A variant of the kernel: how high a tile is.
+template <int consumers_, int stages_, int out_buffers_>
 struct Variant {
-  static constexpr int row_groups = row_groups_;        // with weights of their own
-  static constexpr int column_groups = column_groups_;  // with tokens of their own
-  static constexpr int rows = rows_;                    // of kGroupWeights, of a warpgroup
+  static constexpr int consumers = consumers_;  // warpgroups that multiply
   static constexpr int stages = stages_;
   static constexpr int out_buffers = out_buffers_;  // of a warpgroup
 
-  static constexpr int consumers = row_groups * column_groups;
   static constexpr int threads = (consumers + 1) * kWarpgroup;
-  static constexpr int width = kTokens / column_groups;              // of a warpgroup's part
-  static constexpr int weights = row_groups * rows * kGroupWeights;  // height of a tile
-  static constexpr int slab = kCluster * weights;                    // rows of W of two tiles
+  static constexpr int weights = consumers * kGroupWeights;  // height of a tile
+  static constexpr int slab = kCluster * weights;            // rows of W of two tiles
+  // Of a thread: what the warpgroup that copies and decodes has no use for, the others get.
+  static constexpr int consumer_registers = consumers == 2 ? 208 : 136;
+  static constexpr int copier_registers = 512 - consumers * consumer_registers;
   static_assert(slab % kUnitRows == 0);
 
   static constexpr int x_bytes = kTokens * kDepth * 2;
@@ -234,6 +233,7 @@ __global__ void __launch_bounds__(V::threads, 1)
                 const __grid_constant__ CUtensorMap w_map,
                 const __grid_constant__ CUtensorMap d_map, const Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  launch_dependents();
   extern __shared__ uint8_t unaligned[];
   const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
   // Written and read without a barrier between, hence by atomics only.
@@ -254,6 +254,7 @@ __global__ void __launch_bounds__(V::threads, 1)
     *group_of_block = 0;
   }
   cluster_sync();
+  await_predecessors();
   const int tiles = p.slabs * p.m_tiles;
   const int first_tile = blockIdx.x / kCluster, tile_step = gridDim.x / kCluster;
   const int steps = (p.k + kDepth - 1) / kDepth;
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(V::threads, 1)
   };
 
   if (warpgroup == V::consumers) {
-    if constexpr (V::rows > 1) fewer_registers<88>();
+    fewer_registers<V::copier_registers>();
     if (threadIdx.x % kWarpgroup >= 32) {
       decode_weights<V>(p, group_of_block);
     } else {
@@ -314,41 +315,30 @@ __global__ void __launch_bounds__(V::threads, 1)
     }
     __syncwarp();
   } else {
-    if constexpr (V::rows > 1) more_registers<208>();
+    more_registers<V::consumer_registers>();
     const int thread = threadIdx.x % kWarpgroup;
-    const int row_group = warpgroup % V::row_groups, column_group = warpgroup / V::row_groups;
-    float sums[V::rows][V::width / 2];
+    float sums[kTokens / 2];
     int next_buffer = 0;  // for D
     const auto release = [&](int of_stage) {
       if (thread < kCluster) barrier_arrive(empty(of_stage), thread);
     };
     for (int index = first_tile; index < tiles; index += tile_step) {
       const Tile tile = tile_of<V>(p, index);
-      const int weight =
-          tile.slab * V::slab + block * V::weights + row_group * V::rows * kGroupWeights;
-      BiasPair bias[V::rows];
+      const int weight = tile.slab * V::slab + block * V::weights + warpgroup * kGroupWeights;
+      const BiasPair bias = load_bias(p.bias, weight, p.n);
 #pragma unroll
-      for (int r = 0; r < V::rows; ++r) {
-        bias[r] = load_bias(p.bias, weight + r * kGroupWeights, p.n);
-#pragma unroll
-        for (int i = 0; i < V::width / 2; ++i) sums[r][i] = 0.0f;
-      }
+      for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.0f;
       int previous = 0;
       for (int step = 0; step < steps; ++step) {
         barrier_wait(full(stage), phase);
-        const uint64_t x =
-            wgmma_descriptor(x_tiles + stage * V::x_bytes + column_group * V::width * kDepth * 2);
-        const uint64_t w = wgmma_descriptor(w_tiles + stage * V::w_bytes +
-                                            row_group * V::rows * kGroupWeights * kDepth * 2);
+        const uint64_t x = wgmma_descriptor(x_tiles + stage * V::x_bytes);
+        const uint64_t w =
+            wgmma_descriptor(w_tiles + stage * V::w_bytes + warpgroup * kGroupWeights * kDepth * 2);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kDepth / 16; ++i) {
-#pragma unroll
-          for (int r = 0; r < V::rows; ++r) {
-            constexpr uint64_t step_of_16 = 16 * 2 / 16, row = kGroupWeights * kDepth * 2 / 16;
-            WgmmaShared<V::width>::multiply(sums[r], w + i * step_of_16 + r * row,
-                                            x + i * step_of_16);
-          }
+          constexpr uint64_t step_of_16 = 16 * 2 / 16;
+          WgmmaShared<kTokens>::multiply(sums, w + i * step_of_16, x + i * step_of_16);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -358,19 +348,23 @@ __global__ void __launch_bounds__(V::threads, 1)
       }
       wgmma_wait();
       release(previous);
-#pragma unroll
-      for (int r = 0; r < V::rows; ++r) {
-        const int first = weight + r * kGroupWeights;
-        store_tile<V::width, V::out_buffers>(
-            d_map, sums[r], bias[r], tile.token + column_group * V::width, first,
-            shared + V::out_at + warpgroup * V::out_buffers * kOutBytes, next_buffer,
-            1 + warpgroup);
-      }
+      store_tile<kTokens, V::out_buffers>(
+          d_map, sums, bias, tile.token, weight,
+          shared + V::out_at + warpgroup * V::out_buffers * kOutBytes, next_buffer, 1 + warpgroup);
     }
-    if (thread == 0) await_copies();
+    if (thread == 0) await_copies_read<0>();
   }
   // No block leaves while the other may still write to its shared memory.
   cluster_sync();
+#endif
+}
+
+// A kernel, because cudaMemsetAsync takes longer than what it does.
+__global__ void zero_kernel(uint4* what, int count) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  launch_dependents();
+  await_predecessors();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) what[i] = uint4{};
 #endif
 }
 
@@ -415,16 +409,16 @@ void run(const GemmTask& task, Workspace workspace, CudaStream stream) {
   const int clusters = multiprocessors(current_device()) / kCluster;
   p.group_slabs = std::min(p.slabs, static_cast<int>(ceil_div(clusters, p.m_tiles)));
 
-  ZM_CUDA_CHECK(cudaMemsetAsync(workspace.data, 0, plan.counter_bytes,
-                                static_cast<cudaStream_t>(stream.handle)));
+  launch_clusters(zero_kernel, 1, 1, 1024, 0, stream, static_cast<uint4*>(workspace.data),
+                  static_cast<int>(plan.counter_bytes / sizeof(uint4)));
   launch_clusters(once_kernel<V>, clusters, kCluster, V::threads, V::shared_bytes, stream,
                   bf16_map(task.a.codes, task.m, task.k, task.a.row_stride, kTokens / kCluster),
                   bf16_map(p.weights, task.n, task.k, task.k, V::weights),
                   bf16_map(task.d, task.m, task.n, task.d_row_stride, kOutTokens), p);
 }
 
-using Tile128 = Variant<2, 1, 1, 5, 3>;  // 128 weights
-using Tile192 = Variant<1, 2, 3, 4, 4>;
+using Tile128 = Variant<2, 5, 3>;  // 128 weights
+using Tile192 = Variant<3, 4, 2>;
 
 // How long a product takes, in tiles of 64 weights, one after the other.
 template <class V>

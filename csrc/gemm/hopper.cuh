@@ -1,4 +1,5 @@
-// Hopper's asynchronous copies and barriers (PTX ISA: mbarrier, cp.async.bulk, setmaxnreg).
+// Hopper's asynchronous copies and barriers (PTX ISA: mbarrier, cp.async.bulk, setmaxnreg,
+// griddepcontrol).
 #pragma once
 
 #include <cuda.h>
@@ -51,10 +52,26 @@ __device__ inline uint32_t block_of_cluster() {
   return rank;
 }
 
-__device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// The two halves of cluster_sync(), for all threads of the cluster.
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// For kernels that launch_clusters() starts: lets the next kernel of the stream begin where there
+// is room, and waits until those before have completed. What comes ahead of the wait overlaps with
+// them and must not touch global memory.
+__device__ inline void launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ inline void await_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Copies a box of a tensor map, beginning at (column, row), to shared memory.
 __device__ inline void copy_box(const CUtensorMap& map, uint32_t barrier, uint32_t target,
@@ -116,9 +133,6 @@ __device__ void await_copies_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 
-// Waits until all copies are complete.
-__device__ inline void await_copies() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 // ---- Shared memory by address
 
 // Four 8x8 matrices of 16-bit numbers, held as wgmma and mma hold them, each transposed: lane l
@@ -166,11 +180,6 @@ __device__ inline void prefetch_map(const CUtensorMap& map) {
 // A barrier among some of the block's threads; `id` from 1 to 15.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Counts as having reached it, without waiting.
-__device__ inline void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 }  // namespace zimage_mxfp8::detail

@@ -13,9 +13,12 @@ namespace zimage_mxfp8::detail {
 constexpr int kWarpgroup = 128;    // threads
 constexpr int kGroupWeights = 64;  // rows of W that a warpgroup multiplies
 
-// Tokens that are written at a time, from one of a warpgroup's buffers.
+// Tokens that are written at a time, from one of a warpgroup's buffers: fewer if a tile has fewer.
 constexpr int kOutTokens = 32;
 constexpr int kOutBytes = kOutTokens * kGroupWeights * 2;  // of a buffer
+constexpr int out_tokens(int tile_tokens) {
+  return tile_tokens < kOutTokens ? tile_tokens : kOutTokens;
+}
 
 // The bias of the two rows of weights that a thread has, of the warpgroup's that begin at `weight`.
 struct BiasPair {
@@ -35,10 +38,10 @@ __device__ void store_tile(const CUtensorMap& d_map, const float (&sums)[tokens 
                            int token, int weight, uint32_t out, int& next, int barrier) {
   const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
 #pragma unroll
-  for (int first = 0; first < tokens; first += kOutTokens) {
+  for (int first = 0; first < tokens; first += out_tokens(tokens)) {
     const uint32_t buffer = out + next * kOutBytes;
 #pragma unroll
-    for (int pair = 0; pair < kOutTokens / 16; ++pair) {
+    for (int pair = 0; pair < out_tokens(tokens) / 16; ++pair) {
       // Four 8x8 matrices, [8 tokens][8 weights] each when transposed: two groups of tokens times
       // the thread's rows and those 8 below.
       uint32_t packed[4];

@@ -90,7 +90,7 @@ def check(
 
 
 @pytest.mark.parametrize("path", paths())
-@pytest.mark.parametrize("m", [1, 32, 77, 129, 4224])
+@pytest.mark.parametrize("m", [1, 32, 64, 77, 129, 4224])
 @pytest.mark.parametrize(("n", "k"), MODEL_SHAPES)
 def test_model_shapes(path: str, m: int, n: int, k: int) -> None:
     for kinds in OPERANDS[path]:

@@ -115,7 +115,7 @@ def test_it_moves_to_the_cpu_and_back(quantized: Path) -> None:
     first = model(*on_device(inputs)).sample
     model.to("cpu")
     assert model.device == torch.device("cpu")
-    with pytest.raises(zm.InvalidArgumentError, match="the model is on cpu"):
+    with pytest.raises(zm.InvalidArgumentError, match="on cpu"):
         model(*on_device(inputs))
     again = model.to("cuda")(*on_device(inputs)).sample
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
