@@ -67,7 +67,9 @@ def float32(path: Path, compute: str = "auto") -> zm.ZImageTransformer:
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(
-    ("dim", "layers", "refiners"), [(128, 1, 2), (256, 2, 1), (384, 0, 1)], ids=str
+    ("dim", "layers", "refiners"),
+    [(128, 1, 2), (256, 2, 1), (384, 0, 1), (128, 2, 0), (128, 0, 0)],
+    ids=str,
 )
 def test_plain_weights_give_what_diffusers_gives(
     batch: str, dim: int, layers: int, refiners: int, tmp_path: Path
@@ -82,6 +84,7 @@ def test_plain_weights_give_what_diffusers_gives(
     assert relative_error(found, want) < FLOAT32
     assert model.config.n_layers == layers
     assert model.config.n_refiner_layers == refiners
+    assert f"{layers} layers, dim {dim}" in repr(model)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -91,6 +94,20 @@ def test_exact_is_diffusers_with_the_decoded_weights(
     inputs = random_inputs(*BATCHES[batch])
     want = reference_on(quantized, tmp_path)(*inputs, return_dict=False)[0]
     assert relative_error(float32(quantized, "exact")(*inputs).sample, want) < FLOAT32
+
+
+def test_quantised_layers_without_refiners(tmp_path: Path) -> None:
+    """Which ComfyUI does not recognise as Z-Image, so `convert` takes it for another model."""
+    reference = make_reference(layers=2, refiners=0)
+    reference.save_pretrained(tmp_path / "transformer")
+    zm.convert(tmp_path / "transformer", tmp_path / "quantized.safetensors", any_model=True)
+    assert "layers.1.feed_forward.w2" in open_model(tmp_path / "quantized.safetensors").layers
+    zm.dequantize_checkpoint(tmp_path / "quantized.safetensors", tmp_path / "plain.safetensors")
+    load_reference(reference, tmp_path / "plain.safetensors")
+    inputs = random_inputs(*BATCHES["ragged items"])
+    want = reference(*inputs, return_dict=False)[0]
+    found = float32(tmp_path / "quantized.safetensors", "exact")(*inputs).sample
+    assert relative_error(found, want) < FLOAT32
 
 
 def assert_equal_but_for_ties(model: zm.ZImageTransformer, reference) -> None:
@@ -411,6 +428,10 @@ BROKEN = {
     "lacks its signature": (
         lambda t, m: t.pop("cap_pad_token"),
         'is no Z-Image transformer: it lacks tensor "cap_pad_token"',
+    ),
+    "lacks a tensor by which ComfyUI recognises it": (
+        lambda t, m: t.pop("noise_refiner.0.attention.k_norm.weight"),
+        r'"noise_refiner.0.attention.k_norm.weight" is missing \(1 problem in all\)',
     ),
     "a bias": (
         lambda t, m: t.update({"layers.0.attention.qkv.bias": torch.ones(768)}),

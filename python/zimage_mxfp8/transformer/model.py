@@ -192,7 +192,7 @@ class ZImageTransformer(nn.Module):
 
     def __repr__(self) -> str:
         kinds = Counter(layer.kind for layer in self.modules() if isinstance(layer, Linear))
-        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
         return (
             f"ZImageTransformer({self.config.n_layers} layers, dim {self.config.dim}, "
             f"{self.device}, {str(self._dtype).removeprefix('torch.')}, "
@@ -378,7 +378,8 @@ class ZImageTransformer(nn.Module):
     def _modulations(self, time: torch.Tensor) -> list[Modulation]:
         """Of all modulated blocks, in one product: their input is the time alone."""
         product = F.linear(time, self.modulation_weight, self.modulation_bias)
-        parts = product.unflatten(1, (-1, 4, self.config.dim))
+        blocks = self.config.n_refiner_layers + self.config.n_layers
+        parts = product.unflatten(1, (blocks, 4, self.config.dim))
         return [Modulation(*block.unbind(1)) for block in parts.unbind(1)]
 
     def _final(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
