@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zimage_mxfp8 as zm
 from diffusers_reference import (
@@ -24,6 +28,7 @@ from diffusers_reference import (
 )
 from zimage_mxfp8.checkpoint.zimage import SINGLE_FILE_PREFIX
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
+from zimage_mxfp8.transformer.sequence import layout_of
 from zimage_mxfp8.transformer.weights import open_model
 
 BATCHES = {
@@ -331,6 +336,78 @@ def test_too_little_memory_is_told(
     monkeypatch.setattr("zimage_mxfp8.transformer.loading.TensorStream.start", no_memory)
     with pytest.raises(zm.UnsupportedError, match=r"needs 0\.0 GiB of memory, which this machine"):
         zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made under it, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known | given:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+
+        def forget() -> None:
+            self._known.remove(key)
+            self.now -= nbytes
+
+        weakref.finalize(storage, forget)
+        self._known.add(key)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.parametrize("compute", ["exact", "folded", "emulated"])
+def test_too_little_memory_of_a_device_is_told_with_what_is_needed(
+    compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where the CPU does what CUDA does: so much a token, of so many tokens."""
+    make_reference(dim=384).save_pretrained(tmp_path / "transformer")
+    zm.convert(tmp_path / "transformer", tmp_path / "quantized.safetensors")
+    model = float32(tmp_path / "quantized.safetensors", compute)
+    layout_of.cache_clear()  # it holds tensors
+    peaks = {}
+    for side in (32, 64):
+        with LiveBytes() as live:
+            model(*random_inputs([(side, side)], [32]))
+        peaks[side**2 // 4 + 32] = live.peak
+    (few, less), (many, more) = peaks.items()
+
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def no_memory(*_: object) -> None:
+        half_done = torch.zeros(1)
+        made.append(weakref.ref(half_done))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def memory(device: torch.device) -> tuple[int, int]:
+        assert made[0]() is None  # what is free is more than what was left when it failed
+        return 1 << 30, 80 << 30
+
+    monkeypatch.setattr(type(model), "_compute", no_memory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    with pytest.raises(zm.CudaError) as e:
+        model(*random_inputs([(1024, 1024)], [20]))
+    found = re.fullmatch(
+        r"cpu ran out of memory in a forward over 262164 tokens, which needs about (\d\.\d) GiB: "
+        r"1\.0 of 80\.0 GiB are free beside the transformer's weights of 0\.0; use a smaller size "
+        "or batch",
+        str(e.value),
+    )
+    assert found, e.value
+    needed = (more - less) / (many - few) * (512**2 + 32)
+    assert float(found[1]) * 2**30 == pytest.approx(needed, rel=0.05)
 
 
 def test_offloading_finds_its_device(quantized: Path) -> None:
