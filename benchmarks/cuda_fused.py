@@ -57,6 +57,7 @@ class Kernel:
     columns: int  # of that result; 0 if there is none
     ours: Callable[[Tensors, Any], object]
     torch: Callable[[Tensors], Any]  # the same, by torch's operations
+    forms: Sequence[fused.Form] = FORMS
 
     def moved(self, form: fused.Form) -> float:
         return self.kept + ROWS * self.columns * BITS[form] / 8
@@ -77,6 +78,12 @@ def torch_rotate(t: Tensors) -> None:
         real, imag = normed.unflatten(-1, (64, 2)).unbind(-1)
         heads[:, i, ..., 0] = (real * cosine - imag * sine).bfloat16()
         heads[:, i, ..., 1] = (real * sine + imag * cosine).bfloat16()
+
+
+def encode(t: Tensors, target: Any) -> None:
+    form, codes, scales, *_ = target
+    kernel = _core.quantize_rows if form == "row-scaled" else _core.quantize
+    kernel(t[0], "bfloat16", codes, scales, 0, stream())
 
 
 KERNELS = (
@@ -118,6 +125,16 @@ KERNELS = (
             t[0], HEAD, HEAD, t[1].view(ROWS, 128), HEADS, EPS, stream()
         ),
         torch_rotate,
+        FORMS[:1],
+    ),
+    Kernel(
+        "encode what attention gives",
+        lambda: [bfloat16(ROWS, HIDDEN)],
+        ROWS * HIDDEN * 2,
+        HIDDEN,
+        encode,
+        lambda t: t[0],
+        FORMS[1:],
     ),
 )
 
@@ -165,7 +182,7 @@ def main() -> None:
     print("| --- | --- | --- | ---: | ---: | ---: |")
     rows = []
     for kernel in KERNELS:
-        for form in FORMS if kernel.columns else FORMS[:1]:
+        for form in kernel.forms:
             for who, us in measure(kernel, form, arguments.peers).items():
                 bandwidth = kernel.moved(form) / us / 1e6
                 share = bandwidth / copy

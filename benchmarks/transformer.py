@@ -1,13 +1,14 @@
 """The whole transformer on a CUDA device: speed, memory, loading, errors and where the time goes,
-beside diffusers' BF16 model under torch.compile, in one run.
+beside diffusers' BF16 model under torch.compile, and a picture with `generate`, in one run.
 
-    python benchmarks/transformer.py                 # full size; needs 20 GB of disk
-    python benchmarks/transformer.py --only ours peer   # of: load start ours profile errors peer
+    python benchmarks/transformer.py                    # full size; needs 20 GB of disk
+    python benchmarks/transformer.py --only ours peer   # some parts; --help lists them
 
 The checkpoint is synthetic. Inputs are random latents and captions. Peer: diffusers'
 `ZImageTransformer2DModel` in BF16 with cuDNN's attention, its blocks compiled by torch.compile for
 the shape that is timed ("regional" compilation, which diffusers recommends); with --whole also
-compiled as a whole for the first shape.
+compiled as a whole for the first shape. `generate` takes a folder with random parts of the real
+sizes, but for the text encoder, which has 2 of 36 layers and a token for every byte.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors import safe_open
 
 import zimage_mxfp8 as zm
@@ -34,7 +35,10 @@ from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.bias_correction import sampler_timesteps
 from zimage_mxfp8.synthetic import write_synthetic_checkpoint
 
-PARTS = ("load", "start", "ours", "profile", "errors", "peer")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "python"))
+from model_folder import make_parts
+
+PARTS = ("load", "start", "generate", "ours", "profile", "errors", "peer")
 # Pixels of a side, pictures, caption tokens.
 SHAPES = [(1024, 1, 128), (512, 1, 128), (1536, 1, 128), (2048, 1, 128), (1024, 4, 128)]
 SHAPES.append((1024, 1, 512))
@@ -51,6 +55,27 @@ for step in range(8):
     v = model([x], torch.tensor([step / 8], device="cuda"), [c]).sample[0]
     x = x - v.float() / 8
 torch.cuda.synchronize()
+"""
+
+TEXT_ENCODER = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
+# The command, with the times of the stages' first reports where it draws its progress bar.
+GENERATE = """
+import contextlib, json, sys, time
+from zimage_mxfp8.cli import display, main
+times = {}
+display.stage_bar = lambda: contextlib.nullcontext(lambda p: times.setdefault(p.stage, time.time()))
+code = main.main(["generate", *sys.argv[1:]])
+import torch
+print(json.dumps([times, torch.cuda.max_memory_allocated() / 1e9]))
+sys.exit(code)
 """
 
 
@@ -129,6 +154,32 @@ def measure_start(file: Path) -> dict[str, float]:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", START, str(file), mode], check=True)
         result[mode] = time.perf_counter() - began
+    return result
+
+
+def make_model_folder(path: Path) -> None:
+    parts = make_parts(TEXT_ENCODER, VAE)
+    ZImagePipeline(**parts, transformer=None).to(torch.bfloat16).save_pretrained(path)
+
+
+def measure_generate(file: Path) -> dict[str, dict[str, float]]:
+    """Seconds from the process's start to each stage's first report and to the end of the PNG.
+
+    The first report of "denoising" is that its first step is over; others come at the beginning.
+    """
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, picture = Path(folder) / "model", Path(folder) / "o.png"
+        make_model_folder(model)
+        command = [sys.executable, "-c", GENERATE, "--model-dir", str(model)]
+        command += ["--transformer", str(file), "--prompt", "a cat", "-o", str(picture)]
+        for name, options in (("all parts kept", []), ("--offload", ["--offload"])):
+            picture.unlink(missing_ok=True)
+            began = time.time()
+            process = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE)
+            times, peak = json.loads(process.stdout.splitlines()[-1])
+            times["PNG"] = picture.stat().st_mtime
+            result[name] = {stage: at - began for stage, at in times.items()} | {"peak GB": peak}
     return result
 
 
@@ -251,7 +302,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "zimage-mxfp8")
     parser.add_argument("--layers", type=int, default=30, help="main blocks, for a first look")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a shape")
     parser.add_argument("--whole", action="store_true", help="compile the peer as a whole too")
     parser.add_argument("--json", type=Path, help="write the figures to a file too")
     arguments = parser.parse_args()
@@ -279,6 +330,8 @@ def main() -> None:
         note("load", measure_load(file))
     if "start" in arguments.only:
         note("start to the end of 8 steps, seconds", measure_start(file))
+    if "generate" in arguments.only:
+        note("start of generate to its stages and its picture, seconds", measure_generate(file))
     if "ours" in arguments.only:
         note("ours", measure_ours(file, arguments.repeats))
     if "profile" in arguments.only:

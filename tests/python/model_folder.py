@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
@@ -17,6 +18,15 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEXT_ENCODER = {
+    "hidden_size": CAPTION,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
 
 
 def make_tokenizer() -> Qwen2TokenizerFast:
@@ -35,36 +45,32 @@ def make_tokenizer() -> Qwen2TokenizerFast:
     )
 
 
+def make_parts(text_encoder: dict[str, Any], vae: dict[str, Any]) -> dict[str, Any]:
+    """All but the transformer, in float32, of these sizes."""
+    tokenizer = make_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": Qwen3Model(
+            Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, **text_encoder)
+        ).eval(),
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            **vae,
+        ).eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+    }
+
+
 def make_pipeline(seed: int = 0) -> ZImagePipeline:
     """The pipeline in float32; `save_pretrained` makes the folder."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
-    text_encoder = Qwen3Model(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=CAPTION,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=512,
-        )
-    ).eval()
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
-        layers_per_block=1,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
-    return ZImagePipeline(scheduler, vae, text_encoder, tokenizer, make_reference())
+    return ZImagePipeline(**make_parts(TEXT_ENCODER, VAE), transformer=make_reference())
 
 
 def make_folder(path: Path) -> Path:

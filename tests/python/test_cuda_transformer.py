@@ -142,9 +142,25 @@ def test_too_little_memory_for_a_forward(quantized: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(model, "_compute", no_memory)
     with pytest.raises(
-        zm.CudaError, match=r"ran out of memory in a forward over \d+ tokens: .*batch$"
+        zm.CudaError,
+        match=r"ran out of memory in a forward over 112 tokens, which needs about 0\.1 GiB: \S+ of "
+        r"\S+ GiB are free beside .* use a smaller size or batch$",
     ):
         model(*on_device(random_inputs(*EQUAL)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("compute", COMPUTE_MODES)
+def test_memory_of_a_forward(compute: str, dtype: torch.dtype, quantized: Path) -> None:
+    """What is told where memory runs out, against what is taken where it does not."""
+    model = load(quantized, compute, dtype)
+    inputs = on_device(random_inputs([(256, 256)] * 4, [32] * 4))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model(*inputs)
+    taken = torch.cuda.max_memory_allocated() - before
+    told = model._working_nbytes([((1, 256, 256), 32)] * 4)
+    assert told == pytest.approx(taken, rel=0.25)
 
 
 def test_attention_takes_cudnn_where_it_can() -> None:

@@ -154,13 +154,14 @@ def test_init_image_equals_that_of_diffusers(
     assert abs(levels(tmp_path / "o.png") - levels(want)).max() <= 1
 
 
-def test_emulated_differs_by_the_rounding_of_activations(
-    generate: Generate, reference: ZImagePipeline, tmp_path: Path
+@pytest.mark.parametrize("compute", ["emulated", "folded"])
+def test_picture_differs_by_the_rounding_of_activations(
+    generate: Generate, reference: ZImagePipeline, tmp_path: Path, compute: str
 ) -> None:
     code, out, err = generate(
-        *("--prompt", "a cat", "-o", "o.png", "--seed", 7, "--compute", "emulated", *SIZE)
+        *("--prompt", "a cat", "-o", "o.png", "--seed", 7, "--compute", compute, *SIZE)
     )
-    assert code == 0 and "compute emulated" in out, err
+    assert code == 0 and f"compute {compute}" in out, err
     want = levels(
         reference(
             "a cat", height=48, width=64, num_inference_steps=8, guidance_scale=0.0,
@@ -168,6 +169,7 @@ def test_emulated_differs_by_the_rounding_of_activations(
         ).images[0]
     )  # fmt: skip
     difference = levels(tmp_path / "o.png") - want
+    # Each activation is off by 2 to 3 % (RMS of E4M3's rounding), independently of the others.
     assert 0 < np.sqrt(np.mean(difference**2)) < 0.1 * want.std()
 
 

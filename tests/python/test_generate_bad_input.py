@@ -698,6 +698,27 @@ def test_too_little_memory_is_a_sentence(
         assert remedy in str(e.value)
 
 
+def test_too_little_memory_of_a_device_is_a_sentence(
+    zimage_folder: Path, zimage_quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 79.11 "
+            "GiB of which 409.56 MiB is free."
+        )
+
+    monkeypatch.setattr(VAE, "decode", no_memory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 << 28, 10 << 30))
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+    with pytest.raises(zm.CudaError) as e:
+        generator.generate(zm.GenerationSettings("a", steps=1, height=32, width=32))
+    assert str(e.value) == (
+        "cpu ran out of memory for decoding a picture: another 1.50 GiB were needed, and 0.5 of "
+        "10.0 GiB are free; close other programs, or use a smaller size or batch; --offload "
+        "(offload=True) needs less"
+    )
+
+
 def test_as_a_process(zimage_folder: Path, tmp_path: Path) -> None:
     """What the shell sees of an error that comes late: a damaged VAE, after all imports."""
     model = shutil.copytree(zimage_folder, tmp_path / "model")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zimage_mxfp8 as zm
 from diffusers_reference import (
@@ -24,6 +28,7 @@ from diffusers_reference import (
 )
 from zimage_mxfp8.checkpoint.zimage import SINGLE_FILE_PREFIX
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
+from zimage_mxfp8.transformer.sequence import layout_of
 from zimage_mxfp8.transformer.weights import open_model
 
 BATCHES = {
@@ -67,7 +72,9 @@ def float32(path: Path, compute: str = "auto") -> zm.ZImageTransformer:
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(
-    ("dim", "layers", "refiners"), [(128, 1, 2), (256, 2, 1), (384, 0, 1)], ids=str
+    ("dim", "layers", "refiners"),
+    [(128, 1, 2), (256, 2, 1), (384, 0, 1), (128, 2, 0), (128, 0, 0)],
+    ids=str,
 )
 def test_plain_weights_give_what_diffusers_gives(
     batch: str, dim: int, layers: int, refiners: int, tmp_path: Path
@@ -82,6 +89,7 @@ def test_plain_weights_give_what_diffusers_gives(
     assert relative_error(found, want) < FLOAT32
     assert model.config.n_layers == layers
     assert model.config.n_refiner_layers == refiners
+    assert f"{layers} layers, dim {dim}" in repr(model)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -91,6 +99,20 @@ def test_exact_is_diffusers_with_the_decoded_weights(
     inputs = random_inputs(*BATCHES[batch])
     want = reference_on(quantized, tmp_path)(*inputs, return_dict=False)[0]
     assert relative_error(float32(quantized, "exact")(*inputs).sample, want) < FLOAT32
+
+
+def test_quantised_layers_without_refiners(tmp_path: Path) -> None:
+    """Which ComfyUI does not recognise as Z-Image, so `convert` takes it for another model."""
+    reference = make_reference(layers=2, refiners=0)
+    reference.save_pretrained(tmp_path / "transformer")
+    zm.convert(tmp_path / "transformer", tmp_path / "quantized.safetensors", any_model=True)
+    assert "layers.1.feed_forward.w2" in open_model(tmp_path / "quantized.safetensors").layers
+    zm.dequantize_checkpoint(tmp_path / "quantized.safetensors", tmp_path / "plain.safetensors")
+    load_reference(reference, tmp_path / "plain.safetensors")
+    inputs = random_inputs(*BATCHES["ragged items"])
+    want = reference(*inputs, return_dict=False)[0]
+    found = float32(tmp_path / "quantized.safetensors", "exact")(*inputs).sample
+    assert relative_error(found, want) < FLOAT32
 
 
 def assert_equal_but_for_ties(model: zm.ZImageTransformer, reference) -> None:
@@ -316,6 +338,78 @@ def test_too_little_memory_is_told(
         zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made under it, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known | given:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+
+        def forget() -> None:
+            self._known.remove(key)
+            self.now -= nbytes
+
+        weakref.finalize(storage, forget)
+        self._known.add(key)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.parametrize("compute", ["exact", "folded", "emulated"])
+def test_too_little_memory_of_a_device_is_told_with_what_is_needed(
+    compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where the CPU does what CUDA does: so much a token, of so many tokens."""
+    make_reference(dim=384).save_pretrained(tmp_path / "transformer")
+    zm.convert(tmp_path / "transformer", tmp_path / "quantized.safetensors")
+    model = float32(tmp_path / "quantized.safetensors", compute)
+    layout_of.cache_clear()  # it holds tensors
+    peaks = {}
+    for side in (32, 64):
+        with LiveBytes() as live:
+            model(*random_inputs([(side, side)], [32]))
+        peaks[side**2 // 4 + 32] = live.peak
+    (few, less), (many, more) = peaks.items()
+
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def no_memory(*_: object) -> None:
+        half_done = torch.zeros(1)
+        made.append(weakref.ref(half_done))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def memory(device: torch.device) -> tuple[int, int]:
+        assert made[0]() is None  # what is free is more than what was left when it failed
+        return 1 << 30, 80 << 30
+
+    monkeypatch.setattr(type(model), "_compute", no_memory)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    with pytest.raises(zm.CudaError) as e:
+        model(*random_inputs([(1024, 1024)], [20]))
+    found = re.fullmatch(
+        r"cpu ran out of memory in a forward over 262164 tokens, which needs about (\d\.\d) GiB: "
+        r"1\.0 of 80\.0 GiB are free beside the transformer's weights of 0\.0; use a smaller size "
+        "or batch",
+        str(e.value),
+    )
+    assert found, e.value
+    needed = (more - less) / (many - few) * (512**2 + 32)
+    assert float(found[1]) * 2**30 == pytest.approx(needed, rel=0.05)
+
+
 def test_offloading_finds_its_device(quantized: Path) -> None:
     """As accelerate's hooks look for it; diffusers' `enable_model_cpu_offload` uses them."""
     model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
@@ -433,6 +527,10 @@ BROKEN = {
     "lacks its signature": (
         lambda t, m: t.pop("cap_pad_token"),
         'is no Z-Image transformer: it lacks tensor "cap_pad_token"',
+    ),
+    "lacks a tensor by which ComfyUI recognises it": (
+        lambda t, m: t.pop("noise_refiner.0.attention.k_norm.weight"),
+        r'"noise_refiner.0.attention.k_norm.weight" is missing \(1 problem in all\)',
     ),
     "a bias": (
         lambda t, m: t.update({"layers.0.attention.qkv.bias": torch.ones(768)}),

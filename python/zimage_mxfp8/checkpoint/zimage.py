@@ -16,11 +16,8 @@ from ..errors import CheckpointError
 from .source import Checkpoint, SourceTensor
 
 SINGLE_FILE_PREFIX = "model.diffusion_model."
-_SIGNATURE = (
-    "cap_embedder.1.weight",
-    "noise_refiner.0.attention.k_norm.weight",
-    "cap_pad_token",
-)
+_ESSENTIALS = ("cap_embedder.1.weight", "cap_pad_token")  # of a transformer with any blocks
+_SIGNATURE = (*_ESSENTIALS, "noise_refiner.0.attention.k_norm.weight")  # that ComfyUI looks for
 
 _DIFFUSERS_NAMES = (
     (re.compile(r"\.attention\.to_out\.0\."), ".attention.out."),
@@ -104,6 +101,12 @@ def missing_signature(names: Collection[str]) -> list[str]:
     if not any(name.startswith(f"{prefix}noise_refiner.") for name in names):
         return []
     return [prefix + name for name in _SIGNATURE if prefix + name not in names]
+
+
+def missing_essentials(names: Collection[str]) -> list[str]:
+    """What a Z-Image transformer lacks of the tensors that it has however many blocks there are."""
+    prefix = model_prefix(names)
+    return [prefix + name for name in _ESSENTIALS if prefix + name not in names]
 
 
 def model_prefix(names: Collection[str]) -> str:

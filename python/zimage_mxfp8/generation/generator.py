@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -264,12 +265,12 @@ class ZImageGenerator:
             yield
         except CudaError as error:
             raise CudaError(f"{error}{remedy}") from None
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self._device)
             raise CudaError(
-                f"{self._device} ran out of memory for {what}: {free / 2**30:.1f} of "
-                f"{total / 2**30:.1f} GiB are free; close other programs, or use a smaller size or "
-                f"batch{remedy}"
+                f"{self._device} ran out of memory for {what}: {_asked_for(error)}"
+                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; close other programs, or "
+                f"use a smaller size or batch{remedy}"
             ) from None
         except RuntimeError as error:
             if not is_out_of_host_memory(error):
@@ -437,6 +438,12 @@ class _Steps:
 
 def _bytes_read(progress: Progress) -> GenerationProgress:
     return GenerationProgress("transformer", progress.done, progress.total)
+
+
+def _asked_for(error: torch.OutOfMemoryError) -> str:
+    """The beginning of a sentence: what torch could not get, which only its message says."""
+    found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    return f"another {found[1]} were needed, and " if found else ""
 
 
 def _warnings(captions: list[torch.Tensor]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from ..fused import Form
 from . import ops
 from .attention import attend
-from .linear import Linear, multiply
+from .linear import Linear, multiply, workspace
 from .ops import Activation
 from .sequence import Part
 
@@ -74,6 +74,22 @@ class Block(nn.Module):
         products = [multiply(layer, h) for layer in self.ffn_in]  # type: ignore[arg-type]
         gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
         return multiply(self.ffn_out, ops.silu_multiply(gate, up, {self.ffn_out.form}))
+
+    def feed_forward_nbytes(self, tokens: int) -> int:
+        """Bytes that are in use in `feed_forward` on a CUDA device at most, its input included."""
+        dim, dtype = len(self.attention_norm1), self.attention_norm1.dtype
+        width = sum(layer.out_features for layer in self.ffn_in)  # type: ignore[misc]
+        given = sum(ops.form_nbytes(form, tokens * dim, dtype) for form in self.ffn_forms)
+        products = tokens * width * dtype.itemsize
+        during_first = max(workspace(layer, tokens) for layer in self.ffn_in)  # type: ignore[arg-type]
+        # torch's silu_multiply has as much again; the fused one writes its result alone.
+        between = products if dtype == torch.float32 else 0
+        during_last = (
+            ops.form_nbytes(self.ffn_out.form, tokens * width // 2, dtype)
+            + workspace(self.ffn_out, tokens)
+            + tokens * dim * dtype.itemsize
+        )
+        return given + products + max(during_first, between, during_last)
 
 
 def run_blocks(

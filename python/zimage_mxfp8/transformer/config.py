@@ -30,7 +30,7 @@ class ZImageConfig:
         n_refiner_layers: number of blocks in each refiner.
         n_heads: attention heads of 128 elements.
         cap_feat_dim: features of a caption's token.
-        hidden_dim: width of the feed-forward layers.
+        hidden_dim: width of the feed-forward layers; 0 if there are no blocks.
         in_channels: channels of a latent image.
     """
 
@@ -50,11 +50,12 @@ class ZImageConfig:
         def blocks(stack: str) -> int:
             return next(i for i in count() if f"{stack}.{i}.attention_norm1.weight" not in shapes)
 
+        hidden = (s[0] for name, s in shapes.items() if name.endswith(".feed_forward.w1.weight"))
         return cls(
             dim=dim,
             n_layers=blocks("layers"),
             n_refiner_layers=blocks("noise_refiner"),
             n_heads=dim // HEAD_DIM,
             cap_feat_dim=cap_feat_dim,
-            hidden_dim=shapes["noise_refiner.0.feed_forward.w1.weight"][0],
+            hidden_dim=next(hidden, 0),
         )

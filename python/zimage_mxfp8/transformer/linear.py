@@ -107,12 +107,16 @@ class BlockScaledLinear(_MXFP8Linear):
         super().__init__(codes, scales, n, dtype)
         self._emulated = emulated
 
+    @property
+    def path(self) -> Path | None:
+        """How products are computed; None for the fastest that the device has."""
+        return _emulating_path(self.codes.device) if self._emulated else None
+
     def forward(self, x: MXFP8Array) -> torch.Tensor:
         """[M, K] -> [M, N]."""
         rows, columns = x.shape[0], self.codes.shape[1]
         a = MXFP8Array(x.codes, x.scales, (rows, columns))
-        path = _emulating_path(self.codes.device) if self._emulated else None
-        out: torch.Tensor = gemm(a, self._weights(), dtype=self.dtype, path=path)
+        out: torch.Tensor = gemm(a, self._weights(), dtype=self.dtype, path=self.path)
         return out[:, : self.out_features]
 
 
@@ -175,3 +179,13 @@ def multiply(layer: Linear, activation: dict[Form, Any]) -> torch.Tensor:
     """A layer's product with activations, of which it takes its own form."""
     out: torch.Tensor = layer(activation[layer.form])
     return out
+
+
+def workspace(layer: Linear, tokens: int) -> int:
+    """Bytes that a layer's product takes on a CUDA device beside its operands and its result."""
+    if isinstance(layer, ExactLinear):  # its weights, decoded; few tokens do without
+        return layer.codes.numel() * layer.dtype.itemsize
+    if isinstance(layer, BlockScaledLinear) and layer.path == "decode":  # both operands
+        rows, columns = layer.codes.shape
+        return (tokens + rows) * columns * torch.bfloat16.itemsize
+    return 0

@@ -139,6 +139,9 @@ class _Loader:
             raw, loading = self._stream.finish(loading), following
             if i == 0:
                 others = self._plain(raw, _OTHERS)
+                # No rows, for a model without blocks.
+                weights.append(others["final_layer.adaLN_modulation.1.weight"][:0])
+                biases.append(others["final_layer.adaLN_modulation.1.bias"][:0])
                 continue
             stack, name = names[i - 1]
             blocks[stack].append(self._block(raw, name))

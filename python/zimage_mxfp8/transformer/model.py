@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -32,6 +33,7 @@ from .block import Block, Modulation, run_blocks
 from .compute import DESCRIPTIONS, Compute, choose
 from .config import (
     FINAL_NORM_EPS,
+    HEAD_DIM,
     PATCH_SIZE,
     TIME_FEATURES,
     TIME_SCALE,
@@ -47,10 +49,13 @@ from .sequence import (
     image_tokens,
     layout_of,
     most_caption_tokens,
+    padded,
     patchify,
     unpatchify,
 )
 from .weights import open_model
+
+_WORKSPACES = 64 << 20  # of cuBLAS's libraries: torch's and ours, 32 MiB each
 
 
 class TransformerOutput(NamedTuple):
@@ -230,7 +235,7 @@ class ZImageTransformer(nn.Module):
 
     def __repr__(self) -> str:
         kinds = Counter(layer.kind for layer in self.modules() if isinstance(layer, Linear))
-        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
         return (
             f"ZImageTransformer({self.config.n_layers} layers, dim {self.config.dim}, "
             f"{self.device}, {str(self._dtype).removeprefix('torch.')}, "
@@ -305,7 +310,8 @@ class ZImageTransformer(nn.Module):
                         )
                 else:
                     sample = self._compute(inputs, shapes)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what the forward had so far
             raise CudaError(self._out_of_memory(shapes)) from None
         except RuntimeError as error:
             if not is_out_of_host_memory(error):
@@ -368,13 +374,26 @@ class ZImageTransformer(nn.Module):
         return tuple(shapes)
 
     def _out_of_memory(self, shapes: Sequence[Shape]) -> str:
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         return (
-            f"{self.device} ran out of memory in a forward over {_tokens(shapes)} tokens: "
-            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free, "
-            f"{self.nbytes / 2**30:.1f} are the transformer's weights; use a smaller size or "
-            "batch"
+            f"{self.device} ran out of memory in a forward over {_tokens(shapes)} tokens, which "
+            f"needs about {self._working_nbytes(shapes) / 2**30:.1f} GiB: {free / 2**30:.1f} of "
+            f"{total / 2**30:.1f} GiB are free beside the transformer's weights of "
+            f"{self.nbytes / 2**30:.1f}; use a smaller size or batch"
         )
+
+    def _working_nbytes(self, shapes: Sequence[Shape]) -> int:
+        """Bytes that a forward takes on a CUDA device beside the weights, about.
+
+        They are most in a feed-forward layer. Beside that there are the tokens, apart and joined,
+        what the block before gave, and the rotations of both.
+        """
+        tokens = sum(padded(image_tokens(size)) + padded(caption) for size, caption in shapes)
+        kept = 3 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
+        blocks = _blocks(self.layers) or _blocks(self.noise_refiner)
+        block = max((block.feed_forward_nbytes(tokens) for block in blocks), default=0)
+        return _WORKSPACES + tokens * kept + block
 
     # ---- The model itself, all of which a CUDA graph can hold
 
@@ -426,7 +445,8 @@ class ZImageTransformer(nn.Module):
     def _modulations(self, time: torch.Tensor) -> list[Modulation]:
         """Of all modulated blocks, in one product: their input is the time alone."""
         product = F.linear(time, self.modulation_weight, self.modulation_bias)
-        parts = product.unflatten(1, (-1, 4, self.config.dim))
+        blocks = self.config.n_refiner_layers + self.config.n_layers
+        parts = product.unflatten(1, (blocks, 4, self.config.dim))
         return [Modulation(*block.unbind(1)) for block in parts.unbind(1)]
 
     def _final(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,13 @@ def _encode(matrix: torch.Tensor, form: Form) -> Any:
     return quantize_rows(matrix) if form == "row-scaled" else quantize(matrix, nonfinite="encode")
 
 
+def form_nbytes(form: Form, elements: int, dtype: torch.dtype) -> int:
+    """Bytes of a matrix of `dtype` in a form, without the scales of its rows and its padding."""
+    if form == "bfloat16":  # or what stands for it
+        return elements * dtype.itemsize
+    return elements if form == "row-scaled" else elements + elements // _BLOCK
+
+
 def pad_columns(matrix: torch.Tensor, columns: int) -> torch.Tensor:
     """Zeros to the right, up to so many columns."""
     return F.pad(matrix, (0, columns - matrix.shape[1])) if matrix.shape[1] < columns else matrix

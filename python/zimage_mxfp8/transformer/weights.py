@@ -19,8 +19,7 @@ from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader, open_checkpoint
 from ..checkpoint.zimage import (
     is_diffusers_layout,
-    is_zimage,
-    missing_signature,
+    missing_essentials,
     missing_tensors,
     model_prefix,
     to_comfyui_layout,
@@ -87,15 +86,11 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
                 "loses scales; convert the original to a single MXFP8 file"
             )
         checkpoint = to_comfyui_layout(checkpoint)
-    if not is_zimage(checkpoint.tensors):
-        lacking = missing_signature(checkpoint.tensors)
-        if lacking:
-            what = f'it lacks tensor "{lacking[0]}"'
-        else:
-            what = f'its tensors have other names, such as "{min(checkpoint.tensors)}"'
+    if lacking := missing_essentials(checkpoint.tensors):
         raise CheckpointError(
-            f"{path} is no Z-Image transformer: {what}; name a ComfyUI file or a diffusers folder "
-            "of Z-Image"
+            f'{path} is no Z-Image transformer: it lacks tensor "{lacking[0]}" (the first that it '
+            f'has is "{min(checkpoint.tensors)}"); name a ComfyUI file or a diffusers folder of '
+            "Z-Image"
         )
     layers, breaches = find_layers(checkpoint)
     if breaches:
@@ -161,7 +156,7 @@ def _check_no_more(
     )
     for layer in layers:
         known |= {layer + suffix for suffix in (marks.SCALE_SUFFIX, marks.MARKER_SUFFIX)}
-    modules = {name.partition(".")[0] for name in known}
+    modules = {name.partition(".")[0] for name in zimage_shapes()}  # with stacks that are empty
     for name, tensor in tensors.items():
         if name not in known and name.partition(".")[0] in modules:
             raise CheckpointError(
