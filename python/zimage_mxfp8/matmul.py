@@ -269,7 +269,8 @@ def gemm(
 
     Raises:
         InvalidArgumentError: shapes, dtypes or devices that do not go together.
-        UnsupportedError: the device does not have the path; the sentence says why.
+        UnsupportedError: the device does not have the path; the sentence says why, and which it
+            has.
     """
     first, second = _operands(a, b)
     name = dtype_name(dtype, "dtype")
@@ -281,10 +282,8 @@ def gemm(
     problem, device = _problem(first, second, name, bias is not None), _device(first)
     bias_vector = None if bias is None else vector(bias, "bfloat16", second[3], "bias")
     path_name = path if path is not None else _core.gemm_preferred_path(problem, device)
-    workspace = None
-    if device >= 0:
-        nbytes = _core.gemm_workspace_size(path_name, problem, device)
-        workspace = empty((nbytes,), "uint8", like=first[1]) if nbytes else None
+    nbytes = _core.gemm_workspace_size(path_name, problem, device)
+    workspace = empty((nbytes,), "uint8", like=first[1]) if nbytes else None
     result = empty((first[3], second[3]), name, like=first[1])
     _core.gemm(
         path_name,
