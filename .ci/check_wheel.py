@@ -56,5 +56,15 @@ with tempfile.TemporaryDirectory() as folder:
         sys.exit(f"{module} {'lacks' if fat else 'should not have'} the CUDA kernels")
     if str(Path.cwd()).encode() in text:
         sys.exit(f"{module} names the folder that it was built in")
+
+    # A shared library that links ours shall not export it: all that the archive defines in our
+    # namespace is hidden. (Templates of the standard library over our types are visible anyway.)
+    library = "zimage_mxfp8/lib/libzimage_mxfp8.a"
+    table = subprocess.check_output(["readelf", "-sW", archive.extract(library, folder)], text=True)
+    defined = r" (?:GLOBAL|WEAK|UNIQUE) +(\w+) +\d+ (_Z[A-Z]*?N[KVRO]*12zimage_mxfp8\w+)$"
+    ours = re.findall(defined, table, re.MULTILINE)
+    visible = sorted({name for visibility, name in ours if visibility != "HIDDEN"})
+    if not ours or visible:
+        sys.exit(f"{library} has {len(ours)} symbols of ours; visible are {visible[:5]}")
 size = wheel.stat().st_size / 1024
 print(f"{wheel.name}: {len(names)} files, {size:.0f} KiB, {module} needs {', '.join(needed)}")

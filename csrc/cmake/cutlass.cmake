@@ -56,7 +56,7 @@ if("100f" IN_LIST ZM_CUDA_TARGETS OR "120f" IN_LIST ZM_CUDA_TARGETS)
                   "install nvidia-cutlass==4.2.0.0 (pip install with ZM_CUDA=ON in the environment "
                   "does that by itself)")
     string(CONCAT zm_remedy ${zm_remedy})
-    if(ZM_CUDA STREQUAL "ON")
+    if(ZM_CUDA STREQUAL "ON" OR "100f" IN_LIST zm_named OR "120f" IN_LIST zm_named)
       message(FATAL_ERROR "100f and 120f need CUTLASS 4.2 or newer, and ${zm_why}: ${zm_remedy}")
     endif()
     message(STATUS "No kernels for 100f and 120f, because ${zm_why}: ${zm_remedy}")

@@ -107,6 +107,18 @@ Support supports_on(GemmPath path, const GemmProblem& problem, const CudaDevice&
   return no("unknown path");
 }
 
+// The paths that compute a problem on a device, for a sentence on one that does not.
+std::string paths_text(const GemmProblem& problem, int device) {
+  std::string names;
+  for (const GemmPath path : all_gemm_paths()) {
+    if (!supports(path, problem, device)) continue;
+    names += names.empty() ? "\"" : " or \"";
+    names += name(path) + std::string("\"");
+  }
+  return operands_text(problem) + " takes " + (names.empty() ? "no path" : names) + " on " +
+         (device == kHost ? "the CPU" : detail::find_device(device).name);
+}
+
 struct OperandParts {
   detail::GemmOperandTask task;
   std::int64_t rows, cols;
@@ -263,7 +275,7 @@ GemmPath preferred_path(const GemmProblem& problem, int device) {
 
 std::size_t workspace_size(GemmPath path, const GemmProblem& problem, int device) {
   const Support support = supports(path, problem, device);
-  if (!support) throw Unsupported(support.reason);
+  if (!support) throw Unsupported(support.reason + "; " + paths_text(problem, device));
   if (problem.m == 0 || problem.n == 0 || problem.k == 0) return 0;
   const detail::DeviceGuard guard(device);
   switch (path) {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,10 +92,36 @@ def require_cpu(array: Any, name: str) -> None:
         )
 
 
-def current_stream(array: Any) -> int:
-    """The address of torch's current stream on the device of `array`; 0 for the CPU."""
-    torch = _torch_of(array)
-    return torch.cuda.current_stream(array.device).cuda_stream if on_cuda(array) else 0
+class _Exporter:
+    """A tensor of another device than the current one, from which alone torch exports memory."""
+
+    def __init__(self, tensor: Any, torch: Any) -> None:
+        self._tensor, self._torch = tensor, torch
+
+    def __dlpack_device__(self) -> Any:
+        return self._tensor.__dlpack_device__()
+
+    def __dlpack__(self, stream: int) -> Any:
+        with self._torch.cuda.device(self._tensor.device):
+            return self._tensor.__dlpack__(stream=stream)
+
+
+def _exportable(argument: Any) -> Any:
+    """An argument of the core, with tensors that it can import whatever device is current."""
+    if isinstance(argument, tuple):
+        return tuple(map(_exportable, argument))
+    if not on_cuda(argument):
+        return argument
+    torch = _torch_of(argument)
+    current = argument.device.index == torch.cuda.current_device()
+    return argument if current else _Exporter(argument, torch)
+
+
+def call_core(function: Callable[..., None], *arguments: Any, like: Any) -> None:
+    """Call a function of the core on torch's current stream of the device of `like`, or the CPU."""
+    torch = _torch_of(like)
+    stream = torch.cuda.current_stream(like.device).cuda_stream if on_cuda(like) else 0
+    function(*map(_exportable, arguments), stream)
 
 
 def _tensor(array: Any, torch: Any, name: str) -> Any:
@@ -275,7 +301,7 @@ def quantize(
     codes = empty(padded_shape(shape), "uint8", like=source)
     scales = empty(scale_shape(shape), "uint8", like=source)
     try:
-        _core.quantize(source, name, codes, scales, threads, current_stream(source))
+        call_core(_core.quantize, source, name, codes, scales, threads, like=source)
     except NonFiniteError:
         if nonfinite != "encode":
             raise
@@ -306,7 +332,7 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
     codes, scales, rows, cols = mxfp8_parts(array, "array")
     threads = thread_count(threads)
     target = empty((rows, cols), name, like=codes)
-    _core.dequantize(codes, scales, target, name, threads, current_stream(codes))
+    call_core(_core.dequantize, codes, scales, target, name, threads, like=codes)
     return as_result(target, name)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _core
+from .errors import UnsupportedError
 from .transformer.compute import choose, supported
 
 _LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "transformers", "comfy-kitchen")
@@ -31,24 +32,35 @@ _MADE_FOR = {
 
 
 @dataclass(frozen=True)
-class DevicePaths:
-    """A CUDA device and the paths that it has.
+class Paths:
+    """How the CPU or a CUDA device computes products.
 
     Attributes:
-        name: its name.
-        capability: compute capability, such as "9.0".
-        memory: bytes.
         preferred: the path of each kind of product; "" where there is none.
         reasons: why a path is not there, by path, for the kind of operands that it is made for.
         compute: the transformer's compute modes, the one that "auto" takes first.
     """
 
-    name: str
-    capability: str
-    memory: int
     preferred: dict[str, str]
     reasons: dict[str, str]
     compute: list[str]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CUDA device.
+
+    Attributes:
+        name: its name.
+        capability: compute capability, such as "9.0".
+        memory: bytes.
+        paths: how it computes products.
+    """
+
+    name: str
+    capability: str
+    memory: int
+    paths: Paths
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Diagnosis:
         cpu_target: the one that is used.
         threads: cores that this process may use.
         libraries: versions of the libraries that are installed.
-        cpu_compute: the transformer's compute modes on the CPU, the one that "auto" takes first.
+        cpu: how the CPU computes products.
         devices: CUDA devices.
     """
 
@@ -80,8 +92,8 @@ class Diagnosis:
     cpu_target: str
     threads: int
     libraries: dict[str, str]
-    cpu_compute: list[str]
-    devices: list[DevicePaths]
+    cpu: Paths
+    devices: list[Device]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-compatible values."""
@@ -115,29 +127,25 @@ def diagnose() -> Diagnosis:
         cpu_target=_core.active_cpu_target(),
         threads=_core.default_threads(),
         libraries=libraries,
-        cpu_compute=_compute_modes(-1),
-        devices=[_paths(device) for device in _core.cuda_devices()],
+        cpu=_paths(-1),
+        devices=[
+            Device(
+                device.name, f"{device.major}.{device.minor}", device.memory, _paths(device.index)
+            )
+            for device in _core.cuda_devices()
+        ],
     )
 
 
-def _paths(device: _core.CudaDevice) -> DevicePaths:
-    preferred, reasons = {}, {}
+def _paths(device: int) -> Paths:
+    """Those of a CUDA device, or of the CPU (-1)."""
+    preferred, reasons = dict.fromkeys(_PRODUCTS, ""), {}
     for what, operands in _PRODUCTS.items():
         problem = _core.GemmProblem(4096, 4096, 4096, *operands, "bfloat16", False)
-        missing = {path: _core.gemm_unsupported(path, problem, device.index) for path in _MADE_FOR}
-        usable = not all(missing.values())
-        preferred[what] = _core.gemm_preferred_path(problem, device.index) if usable else ""
-        reasons.update({p: why for p, why in missing.items() if why and _MADE_FOR[p] == what})
-    return DevicePaths(
-        device.name,
-        f"{device.major}.{device.minor}",
-        device.memory,
-        preferred,
-        reasons,
-        _compute_modes(device.index),
-    )
-
-
-def _compute_modes(device: int) -> list[str]:
+        with contextlib.suppress(UnsupportedError):
+            preferred[what] = _core.gemm_preferred_path(problem, device)
+        for path, kind in _MADE_FOR.items():
+            if kind == what and (why := _core.gemm_unsupported(path, problem, device)):
+                reasons[path] = why
     first = choose("auto", device, quantized=True)
-    return [first, *(mode for mode in supported(device) if mode != first)]
+    return Paths(preferred, reasons, [first, *(m for m in supported(device) if m != first)])

@@ -22,7 +22,7 @@ from . import _core
 from .codec import (
     MXFP8Array,
     as_float8,
-    current_stream,
+    call_core,
     empty,
     is_tensor,
     padded_shape,
@@ -116,7 +116,7 @@ def silu_multiply(gate: Any, up: Any, form: Form = "bfloat16") -> Any:
     """
     gate, up = _matrix(gate, "gate"), _matrix(up, "up")
     target = _Activation(form, gate)
-    _core.silu_multiply(gate, up, target.parts, current_stream(gate))
+    call_core(_core.silu_multiply, gate, up, target.parts, like=gate)
     return target.result()
 
 
@@ -142,14 +142,15 @@ def norm_modulate(
     x = _matrix(x, "x")
     rows, cols = require_2d(x, "x")
     target = _Activation(form, x)
-    _core.norm_modulate(
+    call_core(
+        _core.norm_modulate,
         x,
         vector(weight, "bfloat16", cols, "weight"),
         _optional_matrix(scale, "scale"),
         _items(items, rows),
         _eps(eps),
         target.parts,
-        current_stream(x),
+        like=x,
     )
     return target.result()
 
@@ -187,7 +188,8 @@ def add_norm_modulate(
     if next_weight is None and next_scale is not None:
         raise InvalidArgumentError("next_scale needs a next_weight")
     target = None if next_weight is None else _Activation(form, x)
-    _core.add_norm_modulate(
+    call_core(
+        _core.add_norm_modulate,
         x,
         y,
         vector(norm_weight, "bfloat16", cols, "norm_weight"),
@@ -197,7 +199,7 @@ def add_norm_modulate(
         _items(items, rows),
         _eps(eps),
         None if target is None else target.parts,
-        current_stream(x),
+        like=x,
     )
     return None if target is None else target.result()
 
@@ -232,12 +234,13 @@ def rotate_heads(
         raise InvalidArgumentError(
             f"rotations must be float32 {list(wanted)}, not {dtype} {list(pairs.shape)}"
         )
-    _core.rotate_heads(
+    call_core(
+        _core.rotate_heads,
         qkv,
         vector(q_weight, "bfloat16", HEAD_SIZE, "q_weight"),
         vector(k_weight, "bfloat16", HEAD_SIZE, "k_weight"),
         pairs.reshape(rows, HEAD_SIZE),
         count,
         _eps(eps),
-        current_stream(qkv),
+        like=qkv,
     )

@@ -26,7 +26,7 @@ from .codec import (
     as_float8,
     as_result,
     bfloat16_type,
-    current_stream,
+    call_core,
     dtype_name,
     empty,
     mxfp8_parts,
@@ -104,7 +104,7 @@ def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
     shape = require_2d(source, "array")
     codes = empty(shape, "uint8", like=source)
     scales = empty(shape[:1], "float32", like=source)
-    _core.quantize_rows(source, dtype, codes, scales, thread_count(threads), current_stream(source))
+    call_core(_core.quantize_rows, source, dtype, codes, scales, thread_count(threads), like=source)
     return RowScaledArray(as_float8(codes), scales)
 
 
@@ -159,8 +159,8 @@ def fold_async(array: MXFP8Array) -> tuple[RowScaledArray, Any]:
     out_codes = empty((rows, cols), "uint8", like=codes)
     out_scales = empty((rows,), "float32", like=codes)
     statistics = empty((rows, 3), "float64", like=codes)
-    _core.fold_async(
-        codes, scales, rows, cols, out_codes, out_scales, statistics, current_stream(codes)
+    call_core(
+        _core.fold_async, codes, scales, rows, cols, out_codes, out_scales, statistics, like=codes
     )
     return RowScaledArray(as_float8(out_codes), out_scales), statistics
 
@@ -269,7 +269,8 @@ def gemm(
 
     Raises:
         InvalidArgumentError: shapes, dtypes or devices that do not go together.
-        UnsupportedError: the device does not have the path; the sentence says why.
+        UnsupportedError: the device does not have the path; the sentence says why, and which it
+            has.
     """
     first, second = _operands(a, b)
     name = dtype_name(dtype, "dtype")
@@ -281,12 +282,11 @@ def gemm(
     problem, device = _problem(first, second, name, bias is not None), _device(first)
     bias_vector = None if bias is None else vector(bias, "bfloat16", second[3], "bias")
     path_name = path if path is not None else _core.gemm_preferred_path(problem, device)
-    workspace = None
-    if device >= 0:
-        nbytes = _core.gemm_workspace_size(path_name, problem, device)
-        workspace = empty((nbytes,), "uint8", like=first[1]) if nbytes else None
+    nbytes = _core.gemm_workspace_size(path_name, problem, device)
+    workspace = empty((nbytes,), "uint8", like=first[1]) if nbytes else None
     result = empty((first[3], second[3]), name, like=first[1])
-    _core.gemm(
+    call_core(
+        _core.gemm,
         path_name,
         first,
         second,
@@ -295,6 +295,6 @@ def gemm(
         name,
         workspace,
         threads,
-        current_stream(first[1]),
+        like=first[1],
     )
     return as_result(result, name)

@@ -164,6 +164,9 @@ TEST_CASE("without a device only the emulated path is there") {
     CHECK(support.ok == (path == GemmPath::kEmulated));
     CHECK(support.reason.empty() == support.ok);
   }
+  CHECK_THROWS_WITH_AS(workspace_size(GemmPath::kSM100, problem, kHost),
+                       "sm100 needs a CUDA device; MXFP8 x MXFP8 takes \"emulated\" on the CPU",
+                       Unsupported);
   const int missing = static_cast<int>(cuda_devices().size());
   CHECK_THROWS_AS(supports(GemmPath::kDecode, problem, missing), Unsupported);
   CHECK_THROWS_AS(preferred_path({4, 12, 64, problem.a, problem.b, problem.d, false}, kHost),

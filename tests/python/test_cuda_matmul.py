@@ -7,6 +7,7 @@ The emulated product itself is checked on the CPU by test_matmul.py, and here ag
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -333,5 +334,8 @@ def test_misuse_is_a_typed_error() -> None:
         with pytest.raises(zm.UnsupportedError, match="sm90 writes BF16 only"):
             check("sm90", ("bfloat16", "mxfp8"), 8, 8, 32, False, torch.float32)
     for path in set(OPERANDS) - set(paths()):
-        with pytest.raises(zm.UnsupportedError, match=f"{path} needs|no kernels for {path}"):
+        with pytest.raises(zm.UnsupportedError, match=f"{path} needs|no kernels for {path}") as e:
             check(path, OPERANDS[path][0], 8, 8, 32, False, torch.bfloat16)
+        there = {"emulated"} | {p for p in paths() if OPERANDS[path][0] in OPERANDS[p]}
+        assert set(re.findall('"(.+?)"', str(e.value).split(" takes ")[1])) == there
+        assert str(e.value).endswith(f" on {torch.cuda.get_device_name()}")

@@ -31,6 +31,15 @@ def test_python_example(small_file: Path, tmp_path: Path) -> None:
     assert zm.validate(tmp_path / "out.safetensors", small_file).ok
 
 
+def test_names_and_commands_are_there() -> None:
+    names = set(re.findall(r"\bzm\.(\w+)", README))
+    assert len(names) >= 15 and [name for name in names if not hasattr(zm, name)] == []
+    program = [sys.executable, "-m", "zimage_mxfp8.cli.main", "--help"]
+    help_text = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    commands = re.findall(r"^    (\w+)", help_text, re.MULTILINE)
+    assert set(re.findall(r"zimage-mxfp8 ([a-z]+)", README)) == set(commands)
+
+
 def test_products_example() -> None:
     (example,) = [block for block in blocks("python") if "zm.gemm" in block]
     subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)

@@ -76,7 +76,7 @@ Support supports(GemmPath path, const GemmProblem& problem, int device);
 GemmPath preferred_path(const GemmProblem& problem, int device);
 
 // Bytes of workspace that gemm() needs. Throws Unsupported if the path does not support the
-// problem.
+// problem, naming those that do.
 std::size_t workspace_size(GemmPath path, const GemmProblem& problem, int device);
 
 // BF16 elements, MXFP8 codes and blocked scales, or row-scaled codes. K is the matrix's width.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from .arguments import add_json
+
+if TYPE_CHECKING:
+    from ..diagnosis import Paths
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,27 +43,27 @@ def run(arguments: argparse.Namespace) -> int:
         ["CUDA kernels", kernels],
         ["CUTLASS", found.cutlass or "not used"],
         ["cuBLASLt", found.cublaslt or "not found"],
-        ["compute modes on the CPU", _modes(found.cpu_compute)],
         *([name, number] for name, number in found.libraries.items()),
     ]
     display.print_table("Installation", ["what", "version"], rows)
+    _print_paths("CPU", found.cpu)
     if not found.devices:
         display.console().print("No CUDA device was found: everything runs on the CPU.")
     for device in found.devices:
-        title = (
-            f"{device.name}, compute capability {device.capability}, "
-            f"{display.size_text(device.memory)}"
-        )
-        paths = [
-            [what, path or "only emulated, when asked for"]
-            for what, path in device.preferred.items()
-        ]
-        paths.append(["transformer's compute modes", _modes(device.compute)])
-        display.print_table(title, ["product", "path"], paths)
-        reasons = [[path, reason] for path, reason in device.reasons.items()]
-        display.print_table(None, ["not taken", "because"], reasons)
+        memory = display.size_text(device.memory)
+        title = f"{device.name}, compute capability {device.capability}, {memory}"
+        _print_paths(title, device.paths)
     return 0
 
 
-def _modes(modes: list[str]) -> str:
-    return ", ".join([f"{modes[0]} (auto)", *modes[1:]])
+def _print_paths(title: str, paths: Paths) -> None:
+    from . import display
+
+    taken = {
+        what: path or "only emulated, when asked for" for what, path in paths.preferred.items()
+    }
+    auto, *others = paths.compute
+    taken["transformer's compute modes"] = ", ".join([f"{auto} (auto)", *others])
+    display.print_table(title, ["product", "path"], [list(row) for row in taken.items()])
+    reasons = [list(row) for row in paths.reasons.items()]
+    display.print_table(None, ["not taken", "because"], reasons)

@@ -33,6 +33,7 @@ class GraphCache:
         self._seen: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: Any = None  # a handle
+        self._stream: torch.cuda.Stream | None = None  # that captures
 
     def run(
         self, key: Hashable, function: Function, inputs: list[torch.Tensor]
@@ -69,8 +70,10 @@ class GraphCache:
         torch.cuda.empty_cache()  # the graph has a memory pool of its own
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            # torch's own is one for the process, of the device that captured first.
+            self._stream = torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
         # Graphs of this cache never run at the same time, so one pool will do for all of them.
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             outputs = function(static)
         return _Captured(graph, static, outputs)

@@ -1,0 +1,127 @@
+"""`zimage-mxfp8 doctor`, against what the parts of the installation say and do themselves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import safetensors
+import torch
+import transformers
+
+import zimage_mxfp8 as zm
+from conftest import Run
+from zimage_mxfp8 import _core
+
+CMAKE = Path(__file__).parents[2] / "CMakeLists.txt"
+LIBRARIES = (torch, np, safetensors, diffusers, transformers)
+MADE_FOR = {
+    "decode": "BF16 x MXFP8",
+    "row-scaled": "row-scaled FP8",
+    "sm90": "BF16 x MXFP8",
+    "sm100": "MXFP8 x MXFP8",
+    "sm120": "MXFP8 x MXFP8",
+}
+SIZE = 4096  # of the products that are asked about
+
+
+def operands(what: str, matrix: torch.Tensor) -> tuple[Any, Any]:
+    """Those of a kind of product, by the name that the command gives it."""
+    if what == "row-scaled FP8":
+        return zm.quantize_rows(matrix), zm.quantize_rows(matrix)
+    first, second = what.split(" x ")
+    assert second == "MXFP8" and first in ("MXFP8", "BF16")
+    return zm.quantize(matrix) if first == "MXFP8" else matrix, zm.quantize(matrix)
+
+
+def refusal(path: Any, matrix: torch.Tensor) -> str:
+    """What is said to a product that asks for a path which is not there."""
+    with pytest.raises(zm.UnsupportedError) as caught:
+        zm.gemm(*operands(MADE_FOR[path], matrix), path=path)
+    return str(caught.value)
+
+
+def test_versions(cli: Run) -> None:
+    found = json.loads(cli("doctor", "--json").stdout)
+    project = re.search(r"project\(zimage_mxfp8 VERSION ([0-9.]+)", CMAKE.read_text("utf-8"))
+    assert project and found["version"] == project[1] == zm.__version__
+    assert found["python"].startswith(f"{platform.python_version()}, ")
+    for library in LIBRARIES:
+        assert found["libraries"][library.__name__] == library.__version__
+
+
+def test_compiled_architectures(cli: Run) -> None:
+    found = json.loads(cli("doctor", "--json").stdout)
+    targets = found["architectures"]
+    assert set(targets) <= {"80", "86", "89", "90a", "100f", "120f"}
+    assert bool(found["cutlass"]) == any(target.endswith("f") for target in targets)
+    for path, target in (("sm90", "90a"), ("sm100", "100f"), ("sm120", "120f")):
+        # The stub of a path that was left out is in the module in its place.
+        lacks = f"this build has no kernels for {path}".encode()
+        assert (lacks in Path(_core.__file__).read_bytes()) == (target not in targets)
+    if not found["cuda"]:
+        assert targets == [] and found["devices"] == []
+
+
+def test_the_processor(cli: Run) -> None:
+    found = json.loads(cli("doctor", "--json", env={"ZIMAGE_MXFP8_CPU": "baseline"}).stdout)
+    assert found["cpu_target"] == "baseline" and "baseline" in found["cpu_targets"]
+    matrix = torch.ones(32, 32).bfloat16()
+    assert set(found["cpu"]["preferred"].values()) == {"emulated"}
+    for what, path in found["cpu"]["preferred"].items():
+        assert zm.gemm_path(*operands(what, matrix)) == path
+    assert set(found["cpu"]["reasons"]) == set(MADE_FOR) == set(_core.gemm_paths()) - {"emulated"}
+    for path, reason in found["cpu"]["reasons"].items():
+        assert refusal(path, matrix).startswith(f"{reason}; ")
+    assert found["cpu"]["compute"] == ["exact", "folded", "emulated"]
+
+
+def test_what_people_read(cli: Run) -> None:
+    result = cli("doctor", env={"ZIMAGE_MXFP8_CPU": "baseline"})
+    assert result.returncode == 0 and result.stderr == ""
+    found = json.loads(cli("doctor", "--json").stdout)
+    kernels = ", ".join(found["architectures"]) if found["cuda"] else "none in this build"
+    for what, value in (
+        ("zimage-mxfp8", re.escape(zm.__version__)),
+        ("CPU kernels", "baseline, of baseline"),
+        ("CUDA kernels", re.escape(kernels)),
+        ("torch", re.escape(torch.__version__)),
+        ("BF16 x MXFP8", "emulated"),
+        ("transformer's compute modes", r"exact \(auto\), folded, emulated"),
+        ("sm90", "sm90 needs a CUDA device"),
+    ):
+        assert re.search(rf"│ {what} +│ {value}", result.stdout), what
+    assert ("No CUDA device was found" in result.stdout) == (found["devices"] == [])
+    for device in found["devices"]:
+        assert f"{device['name']}, compute capability {device['capability']}, " in result.stdout
+
+
+@pytest.mark.gpu
+def test_a_device_takes_the_path_that_is_told() -> None:
+    devices = zm.diagnose().devices
+    assert [device.name for device in devices] == [
+        torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+    ]
+    for index, device in enumerate(devices):
+        major, minor = torch.cuda.get_device_capability(index)
+        assert device.capability == f"{major}.{minor}"
+        generator = torch.Generator(f"cuda:{index}").manual_seed(index)
+        matrix = torch.randn(SIZE, SIZE, generator=generator, device=generator.device).bfloat16()
+        for what, path in device.paths.preferred.items():
+            a, b = operands(what, matrix)
+            if path:
+                assert zm.gemm_path(a, b) == path
+                by_name: Any = path
+                assert torch.equal(zm.gemm(a, b), zm.gemm(a, b, path=by_name))
+            else:
+                with pytest.raises(zm.UnsupportedError, match="no fast path"):
+                    zm.gemm(a, b)
+        for path, reason in device.paths.reasons.items():
+            assert path not in device.paths.preferred.values()
+            assert refusal(path, matrix).startswith(f"{reason}; ")
