@@ -45,10 +45,12 @@ struct Variant {
   static constexpr int threads = (consumers + 1) * kWarpgroup;
   static constexpr int weights = consumers * kGroupWeights;  // height of a tile
   static constexpr int slab = kCluster * weights;            // rows of W of two tiles
-  // Of a thread: what the warpgroup that copies and decodes has no use for, the others get.
+  // Of a thread, at first and then: what the warpgroup that copies gives up, the others get. (More
+  // than there are would never be granted.)
+  static constexpr int first_registers = 512 / (consumers + 1) / 8 * 8;
   static constexpr int consumer_registers = consumers == 2 ? 208 : 136;
-  static constexpr int copier_registers = 512 - consumers * consumer_registers;
-  static_assert(slab % kUnitRows == 0);
+  static constexpr int copier_registers =
+      first_registers - consumers * (consumer_registers - first_registers);
 
   static constexpr int x_bytes = kTokens * kDepth * 2;
   static constexpr int w_bytes = weights * kDepth * 2;

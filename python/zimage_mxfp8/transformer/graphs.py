@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -22,6 +23,15 @@ class _Captured:
     outputs: list[torch.Tensor]
 
 
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """A stream of the device: torch's own is of the device that captured first.
+
+    It is one for all models, for torch keeps cuBLAS's workspace of every stream that was ever used.
+    """
+    return torch.cuda.Stream(device)
+
+
 class GraphCache:
     """Runs a function through CUDA graphs, the least recently used of which are dropped.
 
@@ -33,7 +43,6 @@ class GraphCache:
         self._seen: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: Any = None  # a handle
-        self._stream: torch.cuda.Stream | None = None  # that captures
 
     def run(
         self, key: Hashable, function: Function, inputs: list[torch.Tensor]
@@ -70,10 +79,8 @@ class GraphCache:
         torch.cuda.empty_cache()  # the graph has a memory pool of its own
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-            # torch's own is one for the process, of the device that captured first.
-            self._stream = torch.cuda.Stream()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
         # Graphs of this cache never run at the same time, so one pool will do for all of them.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             outputs = function(static)
         return _Captured(graph, static, outputs)
