@@ -208,6 +208,15 @@ void check_rows(const detail::MemoryRange& memory, std::int64_t row_stride, std:
   }
 }
 
+// Whether a BF16 product of all decoded weights takes less time on Hopper than sm90, by
+// measurements on an H100 (docs/performance.md). Decoding takes as long for few tokens as for many;
+// sm90 has tiles for the whole device from 4,096 tokens on, or from half of that if there are many
+// weights.
+bool decodes_first(const GemmProblem& problem) {
+  const std::int64_t enough_for_sm90 = problem.n > problem.k ? 2048 : 4096;
+  return problem.m >= 8192 || (problem.m >= 1024 && problem.m < enough_for_sm90);
+}
+
 }  // namespace
 
 const char* name(GemmPath path) {
@@ -255,10 +264,7 @@ GemmPath preferred_path(const GemmProblem& problem, int device) {
   check_sizes(problem);
   if (device == kHost) return GemmPath::kEmulated;
   const CudaDevice& found = detail::find_device(device);
-  // With so many tokens, sm90 either decodes weights again for each tile of tokens, of which there
-  // are many by then, or has too few tiles for the whole device unless there are many weights
-  // (gemm/gemm_sm90.cpp, docs/performance.md).
-  const bool decode_first = problem.m >= 1024 && problem.m < (problem.n > problem.k ? 2048 : 4096);
+  const bool decode_first = decodes_first(problem);
   std::string reasons;
   for (const GemmPath path : {GemmPath::kSM100, GemmPath::kSM120, GemmPath::kRowScaled,
                               decode_first ? GemmPath::kDecode : GemmPath::kSM90,
