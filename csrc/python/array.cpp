@@ -107,10 +107,12 @@ int common_device(const std::vector<const Array*>& arrays) {
     return array.device() < 0 ? "the CPU" : "CUDA device " + std::to_string(array.device());
   };
   for (const Array* array : arrays) {
-    if (array->device() != first.device()) {
-      throw InvalidArgument(std::string(first.name()) + " is on " + place(first) + " but " +
-                            array->name() + " is on " + place(*array));
-    }
+    if (array->device() == first.device()) continue;
+    const std::string name = first.name(), other = array->name();
+    throw InvalidArgument(
+        name == other  // codes and scales of an operand
+            ? name + " is partly on " + place(first) + " and partly on " + place(*array)
+            : name + " is on " + place(first) + " but " + other + " is on " + place(*array));
   }
   return first.device();
 }

@@ -139,6 +139,10 @@ def test_parts_on_two_devices_are_refused() -> None:
         (lambda: zm.fold(torn), "codes is on CUDA device 0 but scales is on CUDA device 1"),
         (lambda: zm.gemm(encoded, torn), "A is on CUDA device 0 but B is on CUDA device 1"),
         (
+            lambda: zm.gemm(torn, encoded),
+            "A is partly on CUDA device 0 and partly on CUDA device 1",
+        ),
+        (
             lambda: fused.silu_multiply(gate.to(SECOND), gate.to(FIRST)),
             "gate is on CUDA device 1 but up is on CUDA device 0",
         ),
