@@ -11,9 +11,9 @@ exception", even if `--kernel-name kns=zimage_mxfp8` keeps it to ours, hence the
 cannot run.
 
 initcheck must see all kernels: with that filter it misses what torch's wrote, and reports that as
-uninitialised. It does not see what cuBLASLt's kernels write, nor what bulk tensor copies do, with which
-sm90 stores results: reading those is reported, by our kernels and by copies to the host. The last
-command runs nothing of ours, only torch's products and torch's kernels that read them.
+uninitialised. It does not see what cuBLASLt's kernels write, nor what bulk tensor copies do, with
+which sm90 stores results: reading those is reported, by our kernels and by copies to the host. The
+last command runs nothing of ours, only torch's products and torch's kernels that read them.
 
 The results are compared with the CPU's or torch's; test_cuda_*.py look closer.
 """
