@@ -109,8 +109,9 @@ def compare(
             `bound`; needs all layers.
         bound: relative squared error.
         overwrite: replace existing outputs.
-        threads: cores to use; 0 means all. NumPy's linear algebra, in the low-rank stage, has a
-            setting of its own (OPENBLAS_NUM_THREADS).
+        threads: cores to use; 0 means all. NumPy's linear algebra, in the low-rank stage, uses
+            all of them, unless OPENBLAS_NUM_THREADS was 1 when NumPy was imported, as it is in the
+            command. That saves time where other programs use the cores too.
         progress: called with a `CompareProgress` from this thread.
 
     Returns:
@@ -401,6 +402,8 @@ def _low_rank_errors(
     total = sum(linear.tensor.nbytes for linear in chosen) * STEPS
     done = 0
     errors: list[LowRankError] = []
+    largest = max((math.prod(linear.shape) for linear in chosen), default=0)
+    memory = np.empty((2, largest), np.float32)
     for linear in chosen:
 
         def step(tensor: SourceTensor = linear.tensor) -> None:
@@ -409,7 +412,7 @@ def _low_rank_errors(
             if progress is not None:
                 progress(CompareProgress(done, total, tensor.name, "low rank"))
 
-        errors += measure_low_rank(linear.tensor, linear.group, threads, step)
+        errors += measure_low_rank(linear.tensor, linear.group, memory, threads, step)
     return errors
 
 

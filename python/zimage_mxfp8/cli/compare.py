@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -101,6 +102,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    # Before NumPy is imported: its products then run on --threads cores, see `compare_low_rank`.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ..analysis.compare import compare
     from ..analysis.page import check_plots_available
     from ..checkpoint.output import check_target, write_file
