@@ -549,15 +549,42 @@ def test_recipe_keeps_the_layers_above_the_bound(cli: Run, tmp_path: Path) -> No
     arguments = ("compare", "in.safetensors", "--low-rank", "none", "--write-recipe", "own.toml")
     result = cli(*arguments, "--bound", "0.002")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("own.toml keeps 2 layers\n")
     document = tomllib.loads((tmp_path / "own.toml").read_text())
-    for rule in document["keep"]:
+    for rule in document["keep"][: len(bad)]:
         assert rule["reason"] == "MXFP8 error 3.460e-03 (SNR 24.6 dB) exceeds 0.002"
     plan = zm.plan_conversion(tmp_path / "in.safetensors", recipe=tmp_path / "own.toml")
+    matrices = [
+        p for n, p in plan.tensors.items() if n.endswith(".weight") and len(p.source.shape) == 2
+    ]
+    count = sum(planned.action == "keep" for planned in matrices)
+    assert result.stdout.endswith(f"own.toml keeps {count} layers, 2 of them for the error\n")
     kept = {n for n, p in plan.tensors.items() if "MXFP8 error" in p.reason}
     assert kept == {PREFIX + name for name in bad}
     done = cli("convert", "-i", "in.safetensors", "-o", "o.safetensors", "--recipe", "own.toml")
     assert done.returncode == 0 and "matches no tensor" not in done.stderr
+
+
+def test_recipe_treats_what_is_outside_the_blocks_as_the_default_does(
+    small_file: Path, tmp_path: Path
+) -> None:
+    zm.compare(small_file, low_rank="none", write_recipe=tmp_path / "own.toml")
+    own = zm.plan_conversion(small_file, recipe=tmp_path / "own.toml").tensors
+    default = zm.plan_conversion(small_file).tensors
+    blocks = ("layers.", "noise_refiner.", "context_refiner.")
+    outside = {name for name in own if not name.startswith(blocks)}
+    assert {"x_embedder.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"} <= outside
+    for name in outside:
+        assert (own[name].action, own[name].reason) == (default[name].action, default[name].reason)
+    assert any(own[name].action == "quantize" for name in set(own) - outside)
+
+
+def test_recipe_for_another_model_has_no_idle_rules(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(32, 32)}, tmp_path / "in.safetensors")
+    recipe = tmp_path / "own.toml"
+    zm.compare(tmp_path / "in.safetensors", any_model=True, low_rank="none", write_recipe=recipe)
+    assert not zm.plan_conversion(
+        tmp_path / "in.safetensors", recipe=recipe, any_model=True
+    ).warnings
 
 
 def test_recipe_with_names_that_need_escapes(tmp_path: Path) -> None:
@@ -582,7 +609,7 @@ def test_recipe_that_keeps_everything_is_announced(tmp_path: Path) -> None:
     save_file({"a.weight": torch.full((32, 32), 1.0625)}, tmp_path / "in.safetensors")
     recipe = tmp_path / "own.toml"
     report = zm.compare(tmp_path / "in.safetensors", any_model=True, write_recipe=recipe)
-    assert "every layer's MXFP8 error exceeds 0.001" in report.warnings[0]
+    assert "for a bound of 0.001 keeps every layer" in report.warnings[0]
 
 
 def test_csv_and_json(cli: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS
 from ..error_stats import ErrorStats, merge_rows
 from ..errors import CheckpointError, NonFiniteError, UsageError
 from ..pipeline import Job, Lane, Progress, row_chunks, run_jobs
-from ..recipes import compile_pattern
+from ..recipes import compile_pattern, recipe_toml
 from ..rows import as_matrix, encode_rows, measure_rows, read_rows
 from .compare_low_rank import MOST_ELEMENTS, STEPS, measure_low_rank
 from .compare_report import (
@@ -106,7 +106,7 @@ def compare(
         low_rank: measure low-rank branches on one layer for each group, on "all", or on "none".
         csv: file to write every layer's figures to.
         write_recipe: file to write a recipe to that keeps the layers whose MXFP8 error exceeds
-            `bound`; needs all layers.
+            `bound`, the embedders and the final layer; needs all layers.
         bound: relative squared error.
         overwrite: replace existing outputs.
         threads: cores to use; 0 means all. NumPy's linear algebra, in the low-rank stage, uses
@@ -161,12 +161,12 @@ def compare(
         seconds=time.perf_counter() - started,
     )
     if write_recipe is not None:
-        if len(report.above(bound)) == len(report.layers):
+        if len(report.kept(bound)) == len(report.layers):
             warnings.append(
-                f"every layer's MXFP8 error exceeds {bound:g}: convert refuses a recipe that "
-                "keeps them all"
+                f"the recipe for a bound of {bound:g} keeps every layer, which convert refuses: "
+                "choose a larger bound"
             )
-        content = report.to_recipe(bound).encode()
+        content = recipe_toml(report.recipe(bound)).encode()
         write_file(Path(write_recipe), content, overwrite=overwrite)
     if csv is not None:
         write_file(Path(csv), report.to_csv().encode(), overwrite=overwrite)
