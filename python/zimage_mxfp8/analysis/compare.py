@@ -24,7 +24,7 @@ from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS
 from ..error_stats import ErrorStats, merge_rows
 from ..errors import CheckpointError, NonFiniteError, UsageError
 from ..pipeline import Job, Lane, Progress, row_chunks, run_jobs
-from ..recipes import compile_pattern
+from ..recipes import compile_pattern, recipe_toml
 from ..rows import as_matrix, encode_rows, measure_rows, read_rows
 from .compare_low_rank import MOST_ELEMENTS, STEPS, measure_low_rank
 from .compare_report import (
@@ -106,11 +106,12 @@ def compare(
         low_rank: measure low-rank branches on one layer for each group, on "all", or on "none".
         csv: file to write every layer's figures to.
         write_recipe: file to write a recipe to that keeps the layers whose MXFP8 error exceeds
-            `bound`; needs all layers.
+            `bound`, the embedders and the final layer; needs all layers.
         bound: relative squared error.
         overwrite: replace existing outputs.
-        threads: cores to use; 0 means all. NumPy's linear algebra, in the low-rank stage, has a
-            setting of its own (OPENBLAS_NUM_THREADS).
+        threads: cores to use; 0 means all. NumPy's linear algebra, in the low-rank stage, uses
+            all of them, unless OPENBLAS_NUM_THREADS was 1 when NumPy was imported, as it is in the
+            command. That saves time where other programs use the cores too.
         progress: called with a `CompareProgress` from this thread.
 
     Returns:
@@ -160,12 +161,12 @@ def compare(
         seconds=time.perf_counter() - started,
     )
     if write_recipe is not None:
-        if len(report.above(bound)) == len(report.layers):
+        if len(report.kept(bound)) == len(report.layers):
             warnings.append(
-                f"every layer's MXFP8 error exceeds {bound:g}: convert refuses a recipe that "
-                "keeps them all"
+                f"the recipe for a bound of {bound:g} keeps every layer, which convert refuses: "
+                "choose a larger bound"
             )
-        content = report.to_recipe(bound).encode()
+        content = recipe_toml(report.recipe(bound)).encode()
         write_file(Path(write_recipe), content, overwrite=overwrite)
     if csv is not None:
         write_file(Path(csv), report.to_csv().encode(), overwrite=overwrite)
@@ -401,6 +402,8 @@ def _low_rank_errors(
     total = sum(linear.tensor.nbytes for linear in chosen) * STEPS
     done = 0
     errors: list[LowRankError] = []
+    largest = max((math.prod(linear.shape) for linear in chosen), default=0)
+    memory = np.empty((2, largest), np.float32)
     for linear in chosen:
 
         def step(tensor: SourceTensor = linear.tensor) -> None:
@@ -409,7 +412,7 @@ def _low_rank_errors(
             if progress is not None:
                 progress(CompareProgress(done, total, tensor.name, "low rank"))
 
-        errors += measure_low_rank(linear.tensor, linear.group, threads, step)
+        errors += measure_low_rank(linear.tensor, linear.group, memory, threads, step)
     return errors
 
 

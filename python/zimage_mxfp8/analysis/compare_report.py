@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..error_stats import snr_db
-from ..recipes import KeepRule, Recipe, recipe_toml
+from ..recipes import KeepRule, Recipe, rules_outside_blocks
 from ..text import plural
 from .formats import FORMATS
 
@@ -267,8 +267,10 @@ class CompareReport:
                 )
         return text.getvalue()
 
-    def to_recipe(self, bound: float) -> str:
-        """A recipe (TOML) that keeps the layers whose MXFP8 error exceeds a bound.
+    def recipe(self, bound: float) -> Recipe:
+        """A recipe that keeps the layers whose MXFP8 error exceeds a bound.
+
+        What is no layer of a block stays as in every other recipe, however small its error.
 
         Args:
             bound: relative squared error, for example 1e-3.
@@ -283,7 +285,20 @@ class CompareReport:
             rules.append(KeepRule(layer.name, re.compile(f"^{re.escape(layer.name)}$"), reason))
         title = f"MXFP8 where its relative squared error is at most {bound:g}"
         description = f"Written by zimage-mxfp8 compare for {Path(self.input).name}."
-        return recipe_toml(Recipe(title, title, description, tuple(rules)))
+        # In a model that is not Z-Image they may match nothing, which convert would report.
+        outside = (
+            rule
+            for rule in rules_outside_blocks()
+            if any(rule.matches(layer.name, "") for layer in self.layers)
+        )
+        return Recipe(title, title, description, (*rules, *outside))
+
+    def kept(self, bound: float) -> list[LayerComparison]:
+        """The layers that `recipe` keeps."""
+        rules = self.recipe(bound).keep
+        return [
+            layer for layer in self.layers if any(rule.matches(layer.name, "") for rule in rules)
+        ]
 
     def above(self, bound: float) -> list[LayerComparison]:
         """The layers whose MXFP8 error exceeds a bound."""

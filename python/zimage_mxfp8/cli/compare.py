@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,7 +81,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         *spellings("--write-recipe"),
         type=file_path,
         metavar="FILE.toml",
-        help="write a recipe for 'convert --recipe' that keeps the layers above --bound",
+        help="write a recipe for 'convert --recipe' that keeps the layers above --bound, the "
+        "embedders and the final layer",
     )
     parser.add_argument(
         "--bound",
@@ -101,6 +103,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    # Before NumPy is imported: its products then run on --threads cores, see `compare_low_rank`.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ..analysis.compare import compare
     from ..analysis.page import check_plots_available
     from ..checkpoint.output import check_target, write_file
@@ -134,8 +138,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print_report(report)
     if arguments.write_recipe is not None:
-        kept = plural(len(report.above(arguments.bound)), "layer")
-        display.console().print(f"{arguments.write_recipe} keeps {kept}", soft_wrap=True)
+        kept = plural(len(report.kept(arguments.bound)), "layer")
+        above = f"{len(report.above(arguments.bound)):,} of them for the error"
+        display.console().print(f"{arguments.write_recipe} keeps {kept}, {above}", soft_wrap=True)
     return 0
 
 
