@@ -72,7 +72,7 @@ def page(pages: dict[str, Path]) -> Path:
 
 
 BOUND = 7e-4  # which keeps some of the layers of `small_file`, but not all
-MAPS = {"probe": 7, "compare": 1, "sensitivity": 3}  # heat maps of a page
+MAPS = {"probe": 7, "compare": 7, "sensitivity": 6}  # heat maps of a page
 OTHERS = {"probe": 1, "compare": 1, "sensitivity": 1}  # and other plots
 HEIGHT = 6000  # of a window that has a whole page's plots
 
