@@ -43,7 +43,7 @@ def _choices(report: SensitivityReport) -> list[Block]:
     def point(choice: Choice) -> tuple[float, float, str]:
         return choice.nbytes / 2**30, choice.error, f"{choice.name}: {len(choice.kept)} kept"
 
-    smallest, found = report.smallest, "smallest within the bound"
+    smallest, found = report.smallest, "smallest found within the bound"
     series = {
         "tried": [point(choice) for choice in report.tried],
         "every layer quantised": [point(report.everything)],
