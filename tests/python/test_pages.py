@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from html import unescape
@@ -21,6 +22,7 @@ from zimage_mxfp8.analysis.compare_page import compare_page
 from zimage_mxfp8.analysis.page import Column, Copyable, Paragraph, Section, Table, render_page
 from zimage_mxfp8.analysis.probe_page import probe_page
 from zimage_mxfp8.analysis.sensitivity.page import sensitivity_page
+from zimage_mxfp8.recipes import KeepRule
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def page(pages: dict[str, Path]) -> Path:
 
 BOUND = 7e-4  # which keeps some of the layers of `small_file`, but not all
 MAPS = {"probe": 7, "compare": 7, "sensitivity": 6}  # heat maps of a page
-OTHERS = {"probe": 1, "compare": 1, "sensitivity": 1}  # and other plots
+OTHERS = {"probe": 2, "compare": 1, "sensitivity": 1}  # and other plots
 HEIGHT = 6000  # of a window that has a whole page's plots
 
 # Every plot's place, the place of its inside, and what its marks are made of.
@@ -269,6 +271,33 @@ def pattern_on(page: Path) -> re.Pattern[str]:
     shown = re.search(r"<pre>(.*?)</pre>", page.read_text("utf-8"), re.DOTALL)
     assert shown is not None
     return re.compile(unescape(shown[1]))
+
+
+def test_sizes_by_score_are_those_that_convert_plans(
+    page: Path, probe_report: zm.ProbeReport
+) -> None:
+    text = page.read_text("utf-8").partition("<figcaption>Size against scores")[2]
+    found = re.search(r'application/json">(.*?)</script>', text)
+    assert found is not None
+    path, chosen = json.loads(found[1])["data"]
+    ordered = sorted(probe_report.tensors, key=lambda tensor: -tensor.score)
+
+    def nbytes(kept: list[str]) -> int:
+        """Of codes, scales and what is kept; not of the header and the markers in it."""
+        names = "|".join(re.escape(name) for name in [*kept, "_embedder.", "final_layer."])
+        recipe = zm.Recipe("r", "", "", (KeepRule("r", re.compile(names), "r"),))
+        places = zm.plan_conversion(probe_report.path, recipe=recipe).places
+        return sum(p.nbytes for name, p in places.items() if not name.endswith(".comfy_quant"))
+
+    kept = [tensor for tensor in ordered if tensor.effective == "*KEEP*"]
+    least = nbytes([tensor.name for tensor in kept])
+    assert chosen["x"] == [probe_report.recipe_bytes / 2**30]
+    for count in (0, 1, 20, 150, len(ordered)):
+        size = nbytes([tensor.name for tensor in ordered[:count]])
+        assert (path["x"][count] - chosen["x"][0]) * 2**30 == pytest.approx(size - least)
+        left = sum(tensor.score for tensor in ordered[count:])
+        assert path["y"][count] == pytest.approx(left, abs=1e-9)
+    assert chosen["y"][0] == pytest.approx(sum(x.score for x in ordered if x not in kept))
 
 
 def test_the_list_of_measured_sensitivity_keeps_what_the_report_keeps(

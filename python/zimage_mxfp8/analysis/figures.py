@@ -147,7 +147,7 @@ def line_plot(
 
 
 def size_plot(
-    points: Mapping[str, Sequence[SizePoint]], title: str, *, chosen: str | None = None
+    points: Mapping[str, Sequence[SizePoint]], title: str, *, chosen: str, path: str | None = None
 ) -> go.Figure:
     """Error against size: one series of points each.
 
@@ -155,18 +155,22 @@ def size_plot(
         points: of each series, by its name. At most six.
         title: of the vertical axis.
         chosen: the series that has a ring, so that no other point hides it.
+        path: a series of many points, small and on a line.
     """
     figure = go.Figure()
     for (name, series), (color, symbol) in zip(points.items(), _LINES, strict=False):
         marker = {"color": color, "symbol": symbol, "size": 11}
         if name == chosen:
             marker |= {"symbol": "circle-open", "size": 20, "line": {"width": 3}}
+        elif name == path:
+            marker |= {"size": 5}
         figure.add_scatter(
             x=[size for size, _, _ in series],
             y=[error for _, error, _ in series],
             customdata=[point for _, _, point in series],
             name=name,
-            mode="markers",
+            mode="lines+markers" if name == path else "markers",
+            line={"color": color, "width": 1},
             marker=marker,
             hovertemplate=f"%{{customdata}}<br>%{{x:.3f}} GiB, {title} %{{y:.4f}}<extra></extra>",
         )
@@ -174,7 +178,7 @@ def size_plot(
         height=420,
         margin=_MARGINS | {"l": 60},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        xaxis={"title": {"text": "transformer (GiB)"}},
+        xaxis={"title": {"text": "size (GiB)"}},
         yaxis={"title": {"text": title}, "rangemode": "tozero"},
     )
     return figure

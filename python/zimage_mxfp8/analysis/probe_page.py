@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..text import plural
 from .block_maps import BlockMap, Metric, Place
-from .figures import category_map, line_plot
+from .figures import SizePoint, category_map, line_plot, size_plot
 from .grouping import ProbedTensor
 from .page import Block, Cell, Column, Copyable, Figure, Paragraph, Section, Table, render_page
 from .probe import ProbeReport
@@ -37,7 +38,7 @@ def probe_page(report: ProbeReport) -> str:
         UnsupportedError: plotly is not installed.
     """
     sections = [
-        Section("What to keep", _summary(report)),
+        Section("What to keep", [*_summary(report), *_sizes(report)]),
         Section("Where the sensitive weights are", _figures(report)),
         Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
         Section("Weights", [_weights(report)]),
@@ -63,6 +64,36 @@ def _summary(report: ProbeReport) -> list[Block]:
     result = "nothing would be left to quantise" if size is None else f"a file of {size:,} bytes"
     label = f"Exclusion list, for zimage-mxfp8 convert --exclude-layers ({result}):"
     return [*blocks, Copyable(label, report.exclude_layers)]
+
+
+def _sizes(report: ProbeReport) -> list[Block]:
+    if report.recipe_bytes is None:
+        return []
+    kept = [tensor for tensor in report.tensors if tensor.effective == "*KEEP*"]
+    scores = sum(tensor.score for tensor in report.tensors)
+    in_order = sorted(report.tensors, key=lambda tensor: -tensor.score)
+
+    def point(tensors: Sequence[ProbedTensor], size: int) -> SizePoint:
+        left = scores - sum(tensor.score for tensor in tensors)
+        return size / 2**30, left, f"{plural(len(tensors), 'weight')} kept"
+
+    size = report.recipe_bytes - sum(tensor.saved for tensor in kept)
+    path = [point([], size)]
+    for count, tensor in enumerate(in_order, 1):
+        size += tensor.saved
+        path.append(point(in_order[:count], size))
+    ordered, recommended = "highest scores kept", "recommended (the recipe)"
+    points = {ordered: path, recommended: [point(kept, report.recipe_bytes)]}
+    plot = size_plot(points, "scores left", chosen=recommended, path=ordered)
+    return [
+        Paragraph(
+            "The size of the file and the sum of the scores of what is quantised, if the weights "
+            "with the highest scores are kept, none to all. Embedders and the final layer are kept "
+            "too, as in the recipe. A score is no error of the output; zimage-mxfp8 sensitivity "
+            "measures that."
+        ),
+        Figure("Size against scores", plot),
+    ]
 
 
 def _figures(report: ProbeReport) -> list[Block]:
