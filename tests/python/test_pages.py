@@ -320,6 +320,21 @@ def test_the_list_of_formats_keeps_what_is_above_the_bound(
     assert "NVFP4" in text and "16 times finer" in text
 
 
+def test_pages_of_little(tmp_path: Path) -> None:
+    """A model without Z-Image's blocks, and one timestep of blocks that none comes before."""
+    save_file(random_tensors({"a.weight": (64, 64), "b.weight": (32, 64)}), tmp_path / "other")
+    other = zm.compare(tmp_path / "other", any_model=True)
+    text = compare_page(other, 1.0)
+    assert text.count("<figcaption>") == 1 and "No layer has a squared error above 1" in text
+    make_reference(dim=128, layers=1).save_pretrained(tmp_path / "model")
+    report = zm.analyse_sensitivity(
+        tmp_path / "model", size=(32, 32), timesteps=1, bound=10, device="cpu"
+    )
+    text = sensitivity_page(report)
+    assert "Activation peak" in text
+    assert "Drift in time" not in text and "Drift in depth" not in text
+
+
 def test_a_page_that_is_broken_is_noticed(page: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text("utf-8").replace("Plotly.newPlot", "Plotly.oldPlot"), "utf-8")

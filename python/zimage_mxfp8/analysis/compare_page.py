@@ -30,7 +30,7 @@ def compare_page(report: CompareReport, bound: float) -> str:
         Section("What is said about 8 bits", [_answers(report)]),
         Section("Formats", _formats(report, bound)),
         Section("What to keep", [_exclusions(report, bound)]),
-        Section("Where formats lose most", _maps(report)),
+        *_maps(report),
         Section("Groups", [_groups(report)]),
         Section("Layers", [_layers(report)]),
     ]
@@ -113,16 +113,17 @@ def _exclusions(report: CompareReport, bound: float) -> Block:
     return Copyable(label, pattern)
 
 
-def _maps(report: CompareReport) -> list[Block]:
+def _maps(report: CompareReport) -> list[Section]:
     layers = BlockMap(by_place({layer.name: layer for layer in report.layers}))
-    return [
-        Paragraph(
-            "Blocks in the order of their computation: noise refiner, context refiner, main "
-            "blocks. Colours end where a few extreme layers would hide the differences of all "
-            "others, and each map has its own."
-        ),
-        *layers.heat_maps([_snr(name) for name in BASE_FORMATS]),
-    ]
+    maps = layers.heat_maps([_snr(name) for name in BASE_FORMATS])
+    if not maps:  # a model of another kind
+        return []
+    text = Paragraph(
+        "Blocks in the order of their computation: noise refiner, context refiner, main blocks. "
+        "Colours end where a few extreme layers would hide the differences of all others, and "
+        "each map has its own."
+    )
+    return [Section("Where formats lose most", [text, *maps])]
 
 
 def _snr(name: str) -> Metric[LayerComparison]:
