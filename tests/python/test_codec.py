@@ -503,3 +503,16 @@ def test_converting_imports_no_torch(small_file: Path, tmp_path: Path) -> None:
         "print('torch' in sys.modules)"
     )
     assert run_python(code).stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("command", ["probe", "compare"])
+def test_analysing_weights_imports_no_torch(small_file: Path, tmp_path: Path, command: str) -> None:
+    options = ["--low-rank", "none"] if command == "compare" else []
+    arguments = [command, str(small_file), "--html", str(tmp_path / "page.html"), *options]
+    code = (
+        "import sys\n"
+        "from zimage_mxfp8.cli.main import main\n"
+        f"assert main({arguments!r}) == 0\n"
+        "print('torch' in sys.modules)"
+    )
+    assert run_python(code).stdout.splitlines()[-1] == "False"

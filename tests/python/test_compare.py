@@ -455,6 +455,37 @@ def test_totals_and_sizes(checkpoint: Path) -> None:
     assert len({error.tensor for error in report.low_rank}) == len(report.groups)
 
 
+def test_keeping_some_layers(small_file: Path, tmp_path: Path) -> None:
+    """Against what `convert` writes with the recipe, decoded again."""
+    report = zm.compare(small_file, sample=0.01, low_rank="none")
+    tensors = load_file(small_file)
+    zm.convert(small_file, tmp_path / "card.safetensors", recipe="uniform")
+    zm.dequantize_checkpoint(tmp_path / "card.safetensors", tmp_path / "plain.safetensors")
+    plain = load_file(tmp_path / "plain.safetensors")
+    stored = load_file(tmp_path / "card.safetensors")
+    linears = {layer.tensor: layer for layer in report.layers}
+    kept = [name for name in linears if stored[name].dtype == torch.bfloat16]
+    assert 0 < len(kept) < len(linears)
+    mix = report.keeping(kept)
+    error = sum((plain[n].double() - tensors[n].double()).square().sum().item() for n in linears)
+    signal = sum(tensors[name].double().square().sum().item() for name in linears)
+    # Decoded weights are rounded to BF16, which loses nothing but the last digits here.
+    assert mix.error.relative_squared_error == pytest.approx(error / signal, rel=1e-2)
+    assert mix.error.standard_error == 0
+    bits = sum(
+        layer.parameters * 16 if name in kept else formats.FORMATS["mxfp8-e4m3"].bits(layer.shape)
+        for name, layer in linears.items()
+    )
+    rest = sum(t.numel() * 2 for name, t in tensors.items() if name not in linears)
+    assert mix.size.bits_per_weight == pytest.approx(bits / report.total.parameters)
+    assert mix.size.model_bytes == rest + bits // 8
+    assert report.keeping([]).error == report.total.formats["mxfp8-e4m3"]
+    assert report.keeping([]).size == report.sizes["mxfp8-e4m3"]
+    everything = report.keeping(list(linears))
+    assert everything.error.relative_squared_error == 0
+    assert everything.size.model_bytes == report.sizes["bf16"].model_bytes
+
+
 def test_layouts_and_dtypes_agree(checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(checkpoint)
     expected = zm.compare(checkpoint, low_rank="none")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import zimage_mxfp8 as zm
 from conftest import Run
 from diffusers_reference import CAPTION, make_reference, quantize_inputs
+from model_folder import make_pipeline
 from zimage_mxfp8.analysis.sensitivity import run as analysis
 from zimage_mxfp8.analysis.sensitivity.cases import chosen_steps, record_cases
 from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error
@@ -284,6 +285,30 @@ def test_the_tables(folder: Path, cli: Run) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "the model card's exclusions" in ran.stdout
     assert "layers.0.feed_forward.w2" in ran.stdout
+
+
+def test_prompts_are_measured_with(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:
+    prompts = ["a red fox in snow", "two cats"]
+    ran = cli(
+        *("sensitivity", zimage_folder, "--model-dir", zimage_folder, "--size", 32),
+        *("--timesteps", 1, "--device", "cpu", "--dtype", "float32", "--json"),
+        *("--html", "page.html", *(x for prompt in prompts for x in ("--prompt", prompt))),
+    )
+    assert ran.returncode == 0, ran.stderr
+    errors = {m["name"]: m["error"]["total"] for m in json.loads(ran.stdout)["layers"]}
+    # The captions are those of diffusers' pipeline.
+    with torch.no_grad():
+        captions, _ = make_pipeline().encode_prompt(
+            prompts, device="cpu", do_classifier_free_guidance=False
+        )
+
+    def errors_with(captions: list[torch.Tensor] | None) -> dict[str, float]:
+        report = analyse(zimage_folder, size=(32, 32), timesteps=1, captions=captions)
+        return {m.name: m.error.total for m in report.layers}
+
+    assert errors == pytest.approx(errors_with(captions), rel=0.05)
+    assert errors != pytest.approx(errors_with(None), rel=0.05)
+    assert "layers.1.feed_forward.w2" in (tmp_path / "page.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..recipes import DEFAULT, load_recipe
+from ..text import plural
+from .block_maps import BlockMap, Metric, by_place
 from .compare_report import MXFP8, CompareReport, LayerComparison, gain_db
-from .figures import Grid, heat_map, size_plot
+from .figures import SizePoint, size_plot
 from .formats import BASE_FORMATS, FORMATS
-from .page import Block, Column, Copyable, Figure, Paragraph, Section, Table, render_page
+from .page import Block, Cell, Column, Copyable, Figure, Paragraph, Section, Table, render_page
 
-_LAYER = re.compile(r"^(layers|noise_refiner|context_refiner)\.(\d+)\.(.+)\.weight$")
-_STACKS = ("noise_refiner", "context_refiner", "layers")
+_SNR_COLUMNS = [Column(f"{name} (dB)", 2) for name in BASE_FORMATS]
 
 
 def compare_page(report: CompareReport, bound: float) -> str:
@@ -26,8 +28,11 @@ def compare_page(report: CompareReport, bound: float) -> str:
     """
     sections = [
         Section("What is said about 8 bits", [_answers(report)]),
-        Section("Formats", _formats(report)),
-        Section("Where MXFP8 loses most", _layers(report, bound)),
+        Section("Formats", _formats(report, bound)),
+        Section("What to keep", [_exclusions(report, bound)]),
+        *_maps(report),
+        Section("Groups", [_groups(report)]),
+        Section("Layers", [_layers(report)]),
     ]
     if report.low_rank_summary:
         sections.append(Section("Low-rank branches", [_low_rank(report)]))
@@ -42,75 +47,115 @@ def _answers(report: CompareReport) -> Table:
     )
 
 
-def _formats(report: CompareReport) -> list[Block]:
-    mxfp8 = report.total.formats[MXFP8].relative_squared_error
-    points: dict[str, list[tuple[float, float, str]]] = {"other formats": [], "MXFP8 E4M3": []}
-    rows: list[list[str | float]] = []
-    for name, kind in FORMATS.items():
-        error, size = report.total.formats[name], report.sizes[name]
-        series = "MXFP8 E4M3" if name == MXFP8 else "other formats"
-        points[series].append((size.model_bytes / 2**30, error.snr_db, kind.title))
+def _formats(report: CompareReport, bound: float) -> list[Block]:
+    mxfp8, others, chosen = "MXFP8 E4M3", "other formats", f"layers above {bound:g} kept"
+    card = load_recipe(DEFAULT)
+    kept = {
+        f"recipe {DEFAULT}": [
+            x.name for x in report.layers if any(rule.matches(x.name, "") for rule in card.keep)
+        ],
+        chosen: [layer.name for layer in report.above(bound)],
+    }
+    # Keeping nothing is MXFP8 itself, and keeping everything has no error to plot.
+    mixes = {
+        series: report.keeping(names)
+        for series, names in kept.items()
+        if 0 < len(names) < len(report.layers)
+    }
+    entries = [
+        (
+            *(mxfp8 if name == MXFP8 else others, kind.title),
+            *(report.total.formats[name], report.sizes[name]),
+        )
+        for name, kind in FORMATS.items()
+    ]
+    entries += [
+        (series, f"{mxfp8}, {series} ({plural(mix.kept, 'layer')} in BF16)", mix.error, mix.size)
+        for series, mix in mixes.items()
+    ]
+    all_in_mxfp8 = report.total.formats[MXFP8].relative_squared_error
+    # Several formats have MXFP8's size: its point is drawn over theirs.
+    points: dict[str, list[SizePoint]] = {others: [], mxfp8: [], **{name: [] for name in mixes}}
+    rows: list[list[Cell]] = []
+    for series, title, error, size in entries:
+        gib = size.model_bytes / 2**30
+        points[series].append((gib, error.snr_db, title))
         rows.append(
             [
-                *(kind.title, size.bits_per_weight, size.model_bytes / 2**30),
-                *(error.relative_squared_error, error.standard_error, error.snr_db),
-                gain_db(mxfp8, error.relative_squared_error),
+                *(title, size.bits_per_weight, gib, error.relative_squared_error),
+                *(error.standard_error, error.snr_db),
+                gain_db(all_in_mxfp8, error.relative_squared_error),
             ]
         )
     columns = [
         *(Column("format"), Column("bits a weight", 2), Column("model (GiB)", 3)),
         *(Column("squared error", 7), Column("standard error", 7), Column("SNR (dB)", 2)),
-        Column("gain over MXFP8 E4M3 (dB)", 2),
+        Column(f"gain over {mxfp8} (dB)", 2),
     ]
     return [
         Paragraph(
             "Relative squared error of the weights of all linears together, and the size of a "
-            "transformer with all of them in the format. MXFP8 E4M3 was measured on every row, "
-            f"the others on {report.sampled:.1%}. Errors of weights do not tell how sensitive a "
-            "layer is."
+            f"transformer with all of them in the format. {mxfp8} was measured on every row, "
+            f"the others on {report.sampled:.1%}. Where layers are kept, they count 16 bits a "
+            "weight and no error. Errors of weights do not tell how sensitive a layer is."
         ),
-        Figure("SNR against size", size_plot(points, "SNR (dB)")),
+        Figure("SNR against size", size_plot(points, "SNR (dB)", chosen=chosen)),
         Table(columns, rows),
     ]
 
 
-def _layers(report: CompareReport, bound: float) -> list[Block]:
-    blocks: list[Block] = []
+def _exclusions(report: CompareReport, bound: float) -> Block:
     above = report.above(bound)
-    if above:
-        pattern = "|".join(re.escape(layer.name) for layer in above)
-        label = f"Layers above a squared error of {bound:g}, for convert --exclude-layers:"
-        blocks.append(Copyable(label, pattern))
-    else:
-        blocks.append(Paragraph(f"No layer has a squared error above {bound:g} in MXFP8 E4M3."))
-    places = {match.groups(): layer for layer in report.layers if (match := _match(layer))}
-    if places:
-        columns = sorted(
-            {(stack, int(block)) for stack, block, _ in places},
-            key=lambda place: (_STACKS.index(place[0]), place[1]),
-        )
-        kinds = sorted({kind for _, _, kind in places})
-        cells = [
-            [
-                None
-                if (layer := places.get((stack, str(block), kind))) is None
-                else layer.formats[MXFP8].snr_db
-                for stack, block in columns
-            ]
-            for kind in kinds
+    if not above:
+        return Paragraph(f"No layer has a squared error above {bound:g} in MXFP8 E4M3.")
+    pattern = "|".join(re.escape(layer.name) for layer in above)
+    label = f"Layers above a squared error of {bound:g}, for convert --exclude-layers:"
+    return Copyable(label, pattern)
+
+
+def _maps(report: CompareReport) -> list[Section]:
+    layers = BlockMap(by_place({layer.name: layer for layer in report.layers}))
+    maps = layers.heat_maps([_snr(name) for name in BASE_FORMATS])
+    if not maps:  # a model of another kind
+        return []
+    text = Paragraph(
+        "Blocks in the order of their computation: noise refiner, context refiner, main blocks. "
+        "Colours end where a few extreme layers would hide the differences of all others, and "
+        "each map has its own."
+    )
+    return [Section("Where formats lose most", [text, *maps])]
+
+
+def _snr(name: str) -> Metric[LayerComparison]:
+    title = f"SNR in {FORMATS[name].title}"
+    return Metric(title, "SNR (dB)", 2, lambda layer: layer.formats[name].snr_db)
+
+
+def _groups(report: CompareReport) -> Table:
+    columns = [Column("group"), Column("layers", 0), Column("weights", 0), *_SNR_COLUMNS]
+    rows: list[list[Cell]] = [
+        [
+            *(group.name, group.layers, group.parameters),
+            *(group.formats[name].snr_db for name in BASE_FORMATS),
         ]
-        grid = Grid([f"{stack} {block}" for stack, block in columns], kinds)
-        blocks.append(Figure("SNR in MXFP8 E4M3", heat_map(grid, cells, "SNR (dB)", 2)))
-    heads = [Column("tensor"), Column("group"), *(Column(f"{n} (dB)", 2) for n in BASE_FORMATS)]
-    rows: list[list[str | float]] = [
-        [layer.tensor, layer.group, *(layer.formats[name].snr_db for name in BASE_FORMATS)]
+        for group in [report.total, *report.groups]
+    ]
+    return Table(columns, rows)
+
+
+def _layers(report: CompareReport) -> Table:
+    columns = [
+        *(Column("tensor"), Column("group"), Column("rows", 0), Column("columns", 0)),
+        *_SNR_COLUMNS,
+    ]
+    rows: list[list[Cell]] = [
+        [
+            *(layer.tensor, layer.group, *layer.shape),
+            *(layer.formats[name].snr_db for name in BASE_FORMATS),
+        ]
         for layer in report.layers
     ]
-    return [*blocks, Table(heads, rows)]
-
-
-def _match(layer: LayerComparison) -> re.Match[str] | None:
-    return _LAYER.match(layer.name)
+    return Table(columns, rows)
 
 
 def _low_rank(report: CompareReport) -> Table:
@@ -119,7 +164,7 @@ def _low_rank(report: CompareReport) -> Table:
         *(Column("squared error without", 7), Column("gain on the residual (dB)", 3)),
         Column("gain SVDQuant's way (dB)", 3),
     ]
-    rows: list[list[str | float]] = [
+    rows: list[list[Cell]] = [
         [
             *(summary.format, summary.rank, summary.bits_per_weight, summary.plain),
             *(summary.residual_gain_db, summary.svdquant_gain_db),

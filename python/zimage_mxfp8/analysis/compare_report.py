@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -180,6 +180,21 @@ class FormatSize:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """MXFP8 E4M3 for all linears but some, which are kept in 16 bits.
+
+    Attributes:
+        kept: number of those.
+        size: how large all is then.
+        error: over the weights of all linears, kept ones without any error.
+    """
+
+    kept: int
+    size: FormatSize
+    error: FormatError
+
+
+@dataclass(frozen=True)
 class Answer:
     """A claim about 8-bit quantisation, and whether it holds for this checkpoint.
 
@@ -299,6 +314,25 @@ class CompareReport:
         return [
             layer for layer in self.layers if any(rule.matches(layer.name, "") for rule in rules)
         ]
+
+    def keeping(self, kept: Collection[str]) -> Mix:
+        """What comes of keeping some layers, by `LayerComparison.name`."""
+        size = self.sizes[MXFP8]
+        bits, nbytes = size.bits_per_weight * self.total.parameters, size.model_bytes
+        squared_error = 0.0
+        for layer in self.layers:
+            stored = FORMATS[MXFP8].bits(layer.shape)
+            if layer.name in kept:
+                bits += 16 * layer.parameters - stored
+                nbytes += 2 * layer.parameters - -(-stored // 8)
+            else:
+                error = layer.formats[MXFP8].relative_squared_error
+                squared_error += layer.squared_signal * error
+        return Mix(
+            len(kept),
+            FormatSize(bits / self.total.parameters, nbytes),
+            FormatError(squared_error / (self.total.squared_signal or 1.0), 0.0),
+        )
 
     def above(self, bound: float) -> list[LayerComparison]:
         """The layers whose MXFP8 error exceeds a bound."""

@@ -23,6 +23,7 @@ _ROW_HEIGHT = 30  # pixels
 _MARGINS = {"l": 150, "r": 20, "t": 10, "b": 70}
 
 Cells = Sequence[Sequence[float | None]]
+SizePoint = tuple[float, float, str]  # size in GiB, error, name
 
 
 @dataclass(frozen=True)
@@ -145,29 +146,39 @@ def line_plot(
     return figure
 
 
-def size_plot(points: Mapping[str, Sequence[tuple[float, float, str]]], title: str) -> go.Figure:
+def size_plot(
+    points: Mapping[str, Sequence[SizePoint]], title: str, *, chosen: str, path: str | None = None
+) -> go.Figure:
     """Error against size: one series of points each.
 
     Args:
-        points: (size in GiB, error, name) of each point, by the series' name. At most six.
+        points: of each series, by its name. At most six.
         title: of the vertical axis.
+        chosen: the series that has a ring, so that no other point hides it.
+        path: a series of many points, small and on a line.
     """
     figure = go.Figure()
     for (name, series), (color, symbol) in zip(points.items(), _LINES, strict=False):
+        marker = {"color": color, "symbol": symbol, "size": 11}
+        if name == chosen:
+            marker |= {"symbol": "circle-open", "size": 20, "line": {"width": 3}}
+        elif name == path:
+            marker |= {"size": 5}
         figure.add_scatter(
             x=[size for size, _, _ in series],
             y=[error for _, error, _ in series],
             customdata=[point for _, _, point in series],
             name=name,
-            mode="markers",
-            marker={"color": color, "symbol": symbol, "size": 11},
+            mode="lines+markers" if name == path else "markers",
+            line={"color": color, "width": 1},
+            marker=marker,
             hovertemplate=f"%{{customdata}}<br>%{{x:.3f}} GiB, {title} %{{y:.4f}}<extra></extra>",
         )
     figure.update_layout(
         height=420,
         margin=_MARGINS | {"l": 60},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        xaxis={"title": {"text": "transformer (GiB)"}},
+        xaxis={"title": {"text": "size (GiB)"}},
         yaxis={"title": {"text": title}, "rangemode": "tozero"},
     )
     return figure

@@ -34,6 +34,7 @@ class ProbedTensor:
         block: number of the block in its stack.
         stack: "layers", "context_refiner" or "noise_refiner".
         shape: [rows, columns].
+        saved: bytes that MXFP8 saves, against the checkpoint's type.
         metrics: its statistics.
         score: 0 to 1, the more sensitive the higher.
         recommendation: by its own figures.
@@ -46,6 +47,7 @@ class ProbedTensor:
     block: int
     stack: Stack
     shape: tuple[int, int]
+    saved: int
     metrics: WeightMetrics
     score: float
     recommendation: Recommendation
@@ -94,6 +96,7 @@ class Weight:
     block: int
     stack: Stack
     shape: tuple[int, int]
+    saved: int
     metrics: WeightMetrics
     score: float
 

@@ -79,17 +79,20 @@ class Column:
     digits: int | None = None
 
 
+Cell = str | float | None
+
+
 @dataclass(frozen=True)
 class Table:
     """A table that sorts by a click on a head and filters by words.
 
     Attributes:
         columns: from the left.
-        rows: a value for each column.
+        rows: a value for each column; None leaves a cell empty.
     """
 
     columns: Sequence[Column]
-    rows: Sequence[Sequence[str | float]]
+    rows: Sequence[Sequence[Cell]]
 
 
 Block = Paragraph | Copyable | Figure | Table
@@ -189,7 +192,9 @@ def _kind(column: Column) -> str:
     return "" if column.digits is None else ' class="number"'
 
 
-def _cell(column: Column, value: str | float) -> str:
+def _cell(column: Column, value: Cell) -> str:
+    if value is None:
+        return "<td></td>"
     if column.digits is None or isinstance(value, str):
         return f"<td>{_text(str(value))}</td>"
     return f'<td class="number" data-value="{value!r}">{value:.{column.digits}f}</td>'

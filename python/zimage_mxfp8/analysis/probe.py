@@ -14,6 +14,7 @@ from typing import Any
 from ..checkpoint import quantization as marks
 from ..checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from ..checkpoint.zimage import is_zimage, model_prefix, to_comfyui_layout
+from ..codec import padded_shape, scale_shape
 from ..conversion.plan import make_plan
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError, UsageError
@@ -146,7 +147,10 @@ def probe(
     all_scores = scores(metrics, [kind for _, kind, *_ in targets], rules)
     limits = thresholds(all_scores, rules)
     weights = [
-        Weight(tensor.name, kind, block, stack, _matrix_shape(tensor), metric, score)
+        Weight(
+            *(tensor.name, kind, block, stack, _matrix_shape(tensor), _saved(tensor)),
+            *(metric, score),
+        )
         for (tensor, kind, block, stack), metric, score in zip(
             targets, metrics, all_scores, strict=True
         )
@@ -206,6 +210,11 @@ def _targets(checkpoint: Checkpoint, prefix: str) -> list[Target]:
 def _matrix_shape(tensor: SourceTensor) -> tuple[int, int]:
     rows, cols = tensor.shape
     return rows, cols
+
+
+def _saved(tensor: SourceTensor) -> int:
+    codes, scales = (f(_matrix_shape(tensor)) for f in (padded_shape, scale_shape))
+    return tensor.nbytes - math.prod(codes) - math.prod(scales)
 
 
 def _converted_size(checkpoint: Checkpoint, recipe: Recipe, any_model: bool) -> int | None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..text import plural
-from .figures import Grid, category_map, heat_map, line_plot
-from .grouping import ProbedTensor, Stack
-from .page import Block, Column, Copyable, Figure, Paragraph, Section, Table, render_page
+from .block_maps import BlockMap, Metric, Place
+from .figures import SizePoint, category_map, line_plot, size_plot
+from .grouping import ProbedTensor
+from .page import Block, Cell, Column, Copyable, Figure, Paragraph, Section, Table, render_page
 from .probe import ProbeReport
-from .scoring import MAIN_TYPES, Recommendation
+from .scoring import Recommendation
 
-_STACKS: tuple[tuple[Stack, str], ...] = (
-    ("noise_refiner", "noise "),
-    ("context_refiner", "context "),
-    ("layers", ""),
-)
 _RECOMMENDATIONS: tuple[Recommendation, ...] = ("NVFP4", "FP8", "*KEEP*")
 
 _GROUPS = (
@@ -25,14 +21,13 @@ _GROUPS = (
     "spread filter, are decided weight by weight."
 )
 
-# Title, decimals and value of what has a heat map of its own.
-_MAPS: tuple[tuple[str, int, Callable[[ProbedTensor], float]], ...] = (
-    ("score", 4, lambda tensor: tensor.score),
-    ("excess kurtosis", 4, lambda tensor: tensor.metrics.excess_kurtosis),
-    ("dynamic range", 4, lambda tensor: tensor.metrics.dynamic_range),
-    ("std", 6, lambda tensor: tensor.metrics.std),
-    ("outliers (%)", 2, lambda tensor: tensor.metrics.outlier_pct),
-    ("aspect ratio", 2, lambda tensor: tensor.metrics.aspect_ratio),
+_METRICS: tuple[Metric[ProbedTensor], ...] = (
+    Metric("Score", "score", 4, lambda tensor: tensor.score),
+    Metric("Excess kurtosis", "excess kurtosis", 4, lambda tensor: tensor.metrics.excess_kurtosis),
+    Metric("Dynamic range", "dynamic range", 4, lambda tensor: tensor.metrics.dynamic_range),
+    Metric("Standard deviation", "std", 6, lambda tensor: tensor.metrics.std),
+    Metric("Outliers", "outliers (%)", 2, lambda tensor: tensor.metrics.outlier_pct),
+    Metric("Aspect ratio", "aspect ratio", 2, lambda tensor: tensor.metrics.aspect_ratio),
 )
 
 
@@ -43,7 +38,7 @@ def probe_page(report: ProbeReport) -> str:
         UnsupportedError: plotly is not installed.
     """
     sections = [
-        Section("What to keep", _summary(report)),
+        Section("What to keep", [*_summary(report), *_sizes(report)]),
         Section("Where the sensitive weights are", _figures(report)),
         Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
         Section("Weights", [_weights(report)]),
@@ -71,23 +66,42 @@ def _summary(report: ProbeReport) -> list[Block]:
     return [*blocks, Copyable(label, report.exclude_layers)]
 
 
+def _sizes(report: ProbeReport) -> list[Block]:
+    if report.recipe_bytes is None:
+        return []
+    kept = [tensor for tensor in report.tensors if tensor.effective == "*KEEP*"]
+    scores = sum(tensor.score for tensor in report.tensors)
+    in_order = sorted(report.tensors, key=lambda tensor: -tensor.score)
+
+    def point(tensors: Sequence[ProbedTensor], size: int) -> SizePoint:
+        left = scores - sum(tensor.score for tensor in tensors)
+        return size / 2**30, left, f"{plural(len(tensors), 'weight')} kept"
+
+    size = report.recipe_bytes - sum(tensor.saved for tensor in kept)
+    path = [point([], size)]
+    for count, tensor in enumerate(in_order, 1):
+        size += tensor.saved
+        path.append(point(in_order[:count], size))
+    ordered, recommended = "highest scores kept", "recommended (the recipe)"
+    points = {ordered: path, recommended: [point(kept, report.recipe_bytes)]}
+    plot = size_plot(points, "scores left", chosen=recommended, path=ordered)
+    return [
+        Paragraph(
+            "The size of the file and the sum of the scores of what is quantised, if the weights "
+            "with the highest scores are kept, none to all. Embedders and the final layer are kept "
+            "too, as in the recipe. A score is no error of the output; zimage-mxfp8 sensitivity "
+            "measures that."
+        ),
+        Figure("Size against scores", plot),
+    ]
+
+
 def _figures(report: ProbeReport) -> list[Block]:
-    at = {(t.stack, t.block, _short_type(t)): t for t in report.tensors}
-    columns = {
-        (stack, block): f"{prefix}{block}"
-        for stack, prefix in _STACKS
-        for block in sorted({t.block for t in report.tensors if t.stack == stack})
-    }
-    kinds = [kind for kind in MAIN_TYPES if any(key[2] == kind for key in at)]
-    grid = Grid(list(columns.values()), kinds)
-
-    def cells(value: Callable[[ProbedTensor], float]) -> list[list[float | None]]:
-        found = [[at.get((*column, kind)) for column in columns] for kind in kinds]
-        return [[None if t is None else value(t) for t in row] for row in found]
-
-    effective = cells(lambda tensor: _RECOMMENDATIONS.index(tensor.effective))
+    layers = BlockMap({Place(t.stack, t.block, _short_type(t)): t for t in report.tensors})
+    effective = layers.cells(lambda tensor: _RECOMMENDATIONS.index(tensor.effective))
     names, marks = ("NVFP4", "FP8", "KEEP"), ("4", "8", "K")
-    lines = dict(zip(kinds, cells(lambda tensor: tensor.score), strict=True))
+    scores = layers.cells(lambda tensor: tensor.score)
+    lines = dict(zip(layers.grid.rows, scores, strict=True))
     limits = {"kept": report.thresholds.keep, "FP8": report.thresholds.fp8}
     return [
         Paragraph(
@@ -95,12 +109,9 @@ def _figures(report: ProbeReport) -> list[Block]:
             "blocks. Colours end where a few extreme weights would hide the differences of all "
             "others; pointing at a cell shows its figure."
         ),
-        Figure("Effective recommendation", category_map(grid, effective, names, marks)),
-        Figure("Score by block", line_plot(grid.columns, lines, limits, "score")),
-        *(
-            Figure(title.capitalize(), heat_map(grid, cells(value), title, digits))
-            for title, digits, value in _MAPS
-        ),
+        Figure("Effective recommendation", category_map(layers.grid, effective, names, marks)),
+        Figure("Score by block", line_plot(layers.grid.columns, lines, limits, "score")),
+        *layers.heat_maps(_METRICS),
     ]
 
 
@@ -115,7 +126,7 @@ def _groups(report: ProbeReport) -> Table:
         *(Column("std", 6), Column("outliers (%)", 2), Column("aspect ratio", 2)),
         *(Column("score", 4), Column("recommendation"), Column("reason"), Column("low spread")),
     ]
-    rows: list[list[str | float]] = [
+    rows: list[list[Cell]] = [
         [
             *(group.layer_type, group.position, f"{group.first_block}-{group.last_block}"),
             *(group.count, group.metrics.excess_kurtosis, group.largest_kurtosis),
@@ -131,13 +142,13 @@ def _groups(report: ProbeReport) -> Table:
 def _weights(report: ProbeReport) -> Table:
     columns = [
         *(Column("weight"), Column("rows", 0), Column("columns", 0)),
-        *(Column(title, digits) for title, digits, _ in _MAPS),
+        *(Column(metric.unit, metric.digits) for metric in _METRICS),
         *(Column("recommendation"), Column("effective"), Column("reason")),
     ]
-    rows: list[list[str | float]] = [
+    rows: list[list[Cell]] = [
         [
             *(tensor.name, *tensor.shape),
-            *(value(tensor) for _, _, value in _MAPS),
+            *(metric.value(tensor) for metric in _METRICS),
             *(tensor.recommendation, tensor.effective, tensor.reason),
         ]
         for tensor in report.tensors

@@ -21,8 +21,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "sensitivity",
         help="measure what quantising each layer does to the output",
         description="Quantise every layer and every group of layers of the original model alone, "
-        "measure how far its output moves at several timesteps, and find the smallest set of "
-        "layers to keep. For a GPU; on the CPU for small models.",
+        "measure how far its output moves at several timesteps, and find a set of layers to keep "
+        "that holds a bound. For a GPU; on the CPU for small models.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("file", type=Path, metavar="FILE", help="plain checkpoint or folder")
@@ -62,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         *spellings("--write-recipe"),
         type=file_path,
         metavar="FILE.toml",
-        help="write the smallest set as a recipe for convert",
+        help="write the set that was found as a recipe for convert",
     )
     parser.add_argument(
         "--html", type=file_path, metavar="FILE.html", help="write a page with plots and tables"

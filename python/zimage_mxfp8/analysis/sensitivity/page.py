@@ -6,16 +6,21 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from ..figures import Grid, heat_map, size_plot
-from ..page import Block, Column, Copyable, Figure, Paragraph, Section, Table, render_page
+from ..block_maps import BlockMap, Metric, by_place
+from ..figures import size_plot
+from ..page import Block, Cell, Column, Copyable, Figure, Paragraph, Section, Table, render_page
 from .measure import OutputError
 from .run import Choice, SensitivityReport
+from .salience import Salience
 
 _BANDS: tuple[tuple[str, Callable[[OutputError], float]], ...] = (
     ("all frequencies", lambda error: error.total),
     ("low frequencies", lambda error: error.low),
     ("high frequencies", lambda error: error.high),
 )
+_PEAK = Metric[Salience]("Activation peak", "peak", 1, lambda s: s.activation_peak)
+_TIME_DRIFT = Metric[Salience]("Drift in time", "drift (%)", 0, lambda s: 100 * s.time_drift)
+_DEPTH_DRIFT = Metric[Salience]("Drift in depth", "drift (%)", 0, lambda s: 100 * s.depth_drift)
 
 
 def sensitivity_page(report: SensitivityReport) -> str:
@@ -26,7 +31,8 @@ def sensitivity_page(report: SensitivityReport) -> str:
     """
     sections = [
         Section("What to keep", _choices(report)),
-        Section("Each layer quantised alone", _maps(report)),
+        Section("Each layer quantised alone", _errors(report)),
+        Section("Channels that stand out", _channels(report)),
         Section("Groups", [_groups(report)]),
         Section("Layers", [_layers(report)]),
     ]
@@ -37,12 +43,12 @@ def _choices(report: SensitivityReport) -> list[Block]:
     def point(choice: Choice) -> tuple[float, float, str]:
         return choice.nbytes / 2**30, choice.error, f"{choice.name}: {len(choice.kept)} kept"
 
-    smallest = report.smallest
+    smallest, found = report.smallest, "smallest found within the bound"
     series = {
         "tried": [point(choice) for choice in report.tried],
         "every layer quantised": [point(report.everything)],
         "the model card's exclusions": [point(report.card)],
-        "smallest within the bound": [point(smallest)],
+        found: [point(smallest)],
     }
     blocks: list[Block] = [
         Paragraph(
@@ -51,7 +57,7 @@ def _choices(report: SensitivityReport) -> list[Block]:
             f"it is {report.everything.error:.4f}, with the model card's exclusions "
             f"{report.card.error:.4f}."
         ),
-        Figure("Error against size", size_plot(series, "relative error")),
+        Figure("Error against size", size_plot(series, "relative error", chosen=found)),
     ]
     if smallest.kept:
         pattern = "|".join(f"{name}." for name in smallest.kept).replace(".", r"\.")
@@ -59,42 +65,45 @@ def _choices(report: SensitivityReport) -> list[Block]:
     return blocks
 
 
-def _maps(report: SensitivityReport) -> list[Block]:
-    errors = {m.name: m.error for m in report.layers}
-    blocks = sorted({_block_and_kind(name)[0] for name in errors}, key=_order)
-    kinds = sorted({_block_and_kind(name)[1] for name in errors})
-    grid = Grid([f"{stack} {number}" for stack, number in blocks], kinds)
-
-    def cells(value: Callable[[OutputError], float]) -> list[list[float | None]]:
-        names = [[f"{stack}.{number}.{kind}" for stack, number in blocks] for kind in kinds]
-        return [
-            [_decibels(value(errors[name])) if name in errors else None for name in row]
-            for row in names
-        ]
-
+def _errors(report: SensitivityReport) -> list[Block]:
+    layers = BlockMap(by_place({m.name: m.error for m in report.layers}))
     return [
         Paragraph(
             "Squared error of the output relative to its energy, in decibels: 10 more are ten "
-            "times the error. Mean over timesteps."
+            "times the error. Mean over timesteps. Blocks in the order of their computation: noise "
+            "refiner, context refiner, main blocks."
         ),
-        *(
-            Figure(title.capitalize(), heat_map(grid, cells(value), "error (dB)", 1))
-            for title, value in _BANDS
+        *layers.heat_maps(
+            [
+                Metric(title.capitalize(), "error (dB)", 1, _in_decibels(value))
+                for title, value in _BANDS
+            ]
         ),
     ]
 
 
-def _block_and_kind(name: str) -> tuple[tuple[str, int], str]:
-    stack, number, kind = name.split(".", 2)
-    return (stack, int(number)), kind
+def _channels(report: SensitivityReport) -> list[Block]:
+    layers = by_place(report.salience)
+    later = {place: salience for place, salience in layers.items() if place.block > 0}
+    metrics = [_PEAK]
+    if len(report.layers[0].by_step) > 1:
+        metrics.append(_TIME_DRIFT)
+    return [
+        Paragraph(
+            "The largest activation channel over the median one, and the share of the top 1 % of "
+            "activation channels that differ from one timestep, or one block, to the next. Not for "
+            "modulations, whose input is one vector."
+        ),
+        *BlockMap(layers).heat_maps(metrics),
+        *BlockMap(later).heat_maps([_DEPTH_DRIFT]),
+    ]
 
 
-def _order(block: tuple[str, int]) -> tuple[int, int]:
-    return ("noise_refiner", "context_refiner", "layers").index(block[0]), block[1]
+def _in_decibels(value: Callable[[OutputError], float]) -> Callable[[OutputError], float | None]:
+    def decibels(error: OutputError) -> float | None:
+        return 10 * math.log10(value(error)) if value(error) > 0 else None
 
-
-def _decibels(error: float) -> float | None:
-    return 10 * math.log10(error) if error > 0 else None
+    return decibels
 
 
 def _groups(report: SensitivityReport) -> Table:
@@ -115,10 +124,10 @@ def _layers(report: SensitivityReport) -> Table:
         *(Column("weight outliers (%)", 2), Column("drift in time (%)", 0)),
         Column("drift in depth (%)", 0),
     ]
-    rows: list[list[str | float]] = []
+    rows: list[list[Cell]] = []
     for m in report.layers:
         found = report.salience.get(m.name)
-        salience: list[str | float] = [""] * 5
+        salience: list[Cell] = [None] * 5
         if found is not None:
             salience = [
                 found.activation_peak,
