@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..checkpoint.quantization import WEIGHT_SUFFIX
+from ..checkpoint.zimage import BLOCK_TENSOR
 from .compare_report import MXFP8, CompareReport, LayerComparison, gain_db
 from .figures import Grid, heat_map, size_plot
 from .formats import BASE_FORMATS, FORMATS
 from .page import Block, Column, Copyable, Figure, Paragraph, Section, Table, render_page
 
-_LAYER = re.compile(r"^(layers|noise_refiner|context_refiner)\.(\d+)\.(.+)\.weight$")
 _STACKS = ("noise_refiner", "context_refiner", "layers")
 
 
@@ -78,23 +79,27 @@ def _layers(report: CompareReport, bound: float) -> list[Block]:
     blocks: list[Block] = []
     above = report.above(bound)
     if above:
-        pattern = "|".join(re.escape(layer.name) for layer in above)
+        names = "|".join(re.escape(layer.tensor) for layer in above)
         label = f"Layers above a squared error of {bound:g}, for convert --exclude-layers:"
-        blocks.append(Copyable(label, pattern))
+        blocks.append(Copyable(label, f"^({names})$"))
     else:
         blocks.append(Paragraph(f"No layer has a squared error above {bound:g} in MXFP8 E4M3."))
-    places = {match.groups(): layer for layer in report.layers if (match := _match(layer))}
+    places: dict[tuple[str, int, str], LayerComparison] = {}
+    for layer in report.layers:
+        if match := BLOCK_TENSOR.match(layer.name):
+            kind = match["part"].removesuffix(WEIGHT_SUFFIX)
+            places[match["stack"], int(match["block"]), kind] = layer
     if places:
         columns = sorted(
-            {(stack, int(block)) for stack, block, _ in places},
+            {(stack, block) for stack, block, _ in places},
             key=lambda place: (_STACKS.index(place[0]), place[1]),
         )
         kinds = sorted({kind for _, _, kind in places})
         cells = [
             [
                 None
-                if (layer := places.get((stack, str(block), kind))) is None
-                else layer.formats[MXFP8].snr_db
+                if (found := places.get((stack, block, kind))) is None
+                else found.formats[MXFP8].snr_db
                 for stack, block in columns
             ]
             for kind in kinds
@@ -107,10 +112,6 @@ def _layers(report: CompareReport, bound: float) -> list[Block]:
         for layer in report.layers
     ]
     return [*blocks, Table(heads, rows)]
-
-
-def _match(layer: LayerComparison) -> re.Match[str] | None:
-    return _LAYER.match(layer.name)
 
 
 def _low_rank(report: CompareReport) -> Table:

@@ -18,8 +18,8 @@ from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from .. import _core
-from ..devices import core_index, is_out_of_host_memory, torch_device
-from ..errors import CheckpointError, CudaError, GenerationError, UnsupportedError, UsageError
+from ..devices import core_index, memory_for, torch_device
+from ..errors import CheckpointError, CudaError, GenerationError, UsageError
 from ..pipeline import Progress
 from ..transformer.compute import Compute, choose
 from ..transformer.model import ZImageTransformer
@@ -158,12 +158,7 @@ class ZImageGenerator:
         self._file = Path(transformer or self._folder.transformer)
         self._device = torch_device(device)
         headers = open_model(self._file)
-        if headers.config.cap_feat_dim != self._folder.caption_features:
-            raise CheckpointError(
-                f"the transformer {self._file} takes captions of {headers.config.cap_feat_dim} "
-                f"features, and {self._folder.path / 'text_encoder'} gives "
-                f"{self._folder.caption_features}: they belong to different models"
-            )
+        self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
         self._compute = choose(compute, core_index(self._device), bool(headers.layers))
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
@@ -257,24 +252,12 @@ class ZImageGenerator:
 
     @contextmanager
     def _memory_for(self, what: str) -> Iterator[None]:
-        remedy = "" if self._offload else "; --offload (offload=True) needs less"
-        try:
-            yield
-        except CudaError as error:
-            raise CudaError(f"{error}{remedy}") from None
-        except torch.OutOfMemoryError:
-            free, total = torch.cuda.mem_get_info(self._device)
-            raise CudaError(
-                f"{self._device} ran out of memory for {what}: {free / 2**30:.1f} of "
-                f"{total / 2**30:.1f} GiB are free; close other programs, or use a smaller size or "
-                f"batch{remedy}"
-            ) from None
-        except RuntimeError as error:
-            if not is_out_of_host_memory(error):
-                raise
-            raise UnsupportedError(
-                f"not enough memory for {what}; use a smaller size or batch{remedy}"
-            ) from None
+        more = "" if self._offload else "; --offload (offload=True) needs less"
+        with memory_for(what, self._device, f"use a smaller size or batch{more}"):
+            try:
+                yield
+            except CudaError as error:
+                raise CudaError(f"{error}{more}") from None
 
     # ---- Stages. What each loads goes with its locals.
 
