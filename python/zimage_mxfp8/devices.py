@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from . import _core
-from .errors import UnsupportedError, UsageError
+from .errors import CudaError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +66,35 @@ def torch_device(device: str | torch.device | None) -> torch.device:
 def core_index(device: torch.device) -> int:
     """The number by which the core knows a torch device: of a CUDA device; -1 for the CPU."""
     return int(device.index) if device.type == "cuda" else -1
+
+
+@contextmanager
+def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """Turns what torch raises when memory runs out into a sentence.
+
+    Raises:
+        CudaError, UnsupportedError: the device's memory ran out, or the CPU's.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise CudaError(
+            f"{device} ran out of memory for {what}: {_asked_for(error)}{free / 2**30:.1f} of "
+            f"{total / 2**30:.1f} GiB are free; close other programs, or {remedy}"
+        ) from None
+    except RuntimeError as error:
+        if not is_out_of_host_memory(error):
+            raise
+        raise UnsupportedError(f"not enough memory for {what}; {remedy}") from None
+
+
+def _asked_for(error: torch.OutOfMemoryError) -> str:
+    """The beginning of a sentence: what torch could not get, which only its message says."""
+    found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    return f"another {found[1]} were needed, and " if found else ""
 
 
 def is_out_of_host_memory(error: Exception) -> bool:

@@ -251,10 +251,10 @@ def test_invalid_regular_expression(cli: Run, small_file: Path, tmp_path: Path) 
         (["--exclude-layers", "a{99999999999999}"], "is no regular expression"),
         (["--exclude-layers", "(" * 5000 + ")" * 5000], "is no regular expression"),
         (["--dry-run", "--report", "r.json"], "--report needs a conversion"),
-        (["--report", "../{folder}/o.safetensors"], "the report and the output are the same file"),
+        (["--report", "../{folder}/o.safetensors"], "two outputs are the same file"),
         (["--recipe", "none.toml"], "the recipe file none.toml does not exist"),
         (["-o", "folder/"], "folder/ is a folder; name a file"),
-        (["--report", "o.safetensors"], "the report and the output are the same file"),
+        (["--report", "o.safetensors"], "two outputs are the same file"),
     ],
 )
 def test_wrong_usage(

@@ -206,10 +206,17 @@ def test_synthetic_checkpoints_are_always_the_same(tmp_path: Path) -> None:
 
 def test_version_and_help(cli: Run) -> None:
     assert cli("--version").stdout == f"zimage-mxfp8 {zm.__version__}\n"
-    names = ("convert", "generate", "inspect", "probe", "validate", "dequantize", "recipes", "demo")
-    for command in ("", *names):
+    names = ("convert", "generate", "inspect", "probe", "compare", "sensitivity", "validate")
+    for command in ("", *names, "dequantize", "recipes", "doctor", "demo"):
         result = cli(*command.split(), "--help")
         assert result.returncode == 0 and "usage: zimage-mxfp8" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "probe", "compare", "sensitivity"])
+def test_options_are_not_abbreviated(cli: Run, command: str) -> None:
+    result = cli(command, "x.safetensors", "--jso")
+    assert result.returncode == 2
+    assert "unrecognized arguments: --jso" in result.stderr
 
 
 def test_names_that_the_terminal_cannot_show(cli: Run, tmp_path: Path) -> None:

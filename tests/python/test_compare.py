@@ -31,6 +31,7 @@ from test_commands import run_in_terminal
 from test_convert import PREFIX, to_diffusers, write_shards
 from zimage_mxfp8.analysis import compare_low_rank, formats
 from zimage_mxfp8.analysis.compare import _ratio
+from zimage_mxfp8.analysis.compare_page import compare_page
 from zimage_mxfp8.analysis.compare_report import LayerComparison
 from zimage_mxfp8.synthetic import write_synthetic_checkpoint
 
@@ -734,6 +735,9 @@ def test_bad_weights(cli: Run, tmp_path: Path) -> None:
         (["--csv", "old.csv"], 1, "old.csv exists; --overwrite"),
         (["--write-recipe", "folder/"], 2, "folder/ is a folder"),
         (["--csv", "in.safetensors", "--overwrite"], 2, "is the input"),
+        (["--html", "x", "--csv", "x"], 2, "two outputs are the same file, x; give each its own"),
+        (["--html", "./x", "--write-recipe", "x"], 2, "two outputs are the same file"),
+        (["--html", ""], 2, "the name is empty"),
     ],
 )
 def test_wrong_usage(
@@ -746,8 +750,62 @@ def test_wrong_usage(
     assert (tmp_path / "old.csv").read_text() == "old"
 
 
+@pytest.mark.parametrize("option", ["--csv", "--html", "--write-recipe"])
+def test_no_output_replaces_a_shard(cli: Run, tmp_path: Path, option: str) -> None:
+    write_shards(tmp_path / "z", to_diffusers(random_tensors(small_shapes(1))))
+    shard = min((tmp_path / "z").glob("*.safetensors"))
+    before = shard.read_bytes()
+    fails(cli("compare", "z", option, shard, "--overwrite"), 2, "is the input")
+    assert shard.read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_weights_near_the_limit_of_float32(cli: Run, tmp_path: Path, dtype: torch.dtype) -> None:
+    """They round to a code that decodes to infinity."""
+    tensors = random_tensors(small_shapes(1), dtype)
+    tensors[WEIGHT][7, 9] = -3.38e38
+    save_file(tensors, tmp_path / "in.safetensors")
+    result = cli("compare", "in.safetensors")
+    fails(
+        result, 1, f'tensor "{WEIGHT}" has weights of up to 3.4e+38', "leave it out with --layers"
+    )
+    assert result.stderr.count("\n") == 1
+    tensors[WEIGHT][7, 9] = 2.0**100
+    save_file(tensors, tmp_path / "in.safetensors")
+    result = cli("compare", "in.safetensors", "--json")
+    assert result.returncode == 0 and result.stderr == ""
+    json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+def test_numbers_in_names_are_of_any_length(tmp_path: Path) -> None:
+    digits = "9" * 5000
+    names = ["layers.10.a.weight", "layers.9.a.weight", f"layers.{digits}.a.weight"]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "in.safetensors")
+    report = zm.compare(tmp_path / "in.safetensors", any_model=True, low_rank="none")
+    assert [layer.tensor for layer in report.layers] == [names[1], names[0], names[2]]
+    assert digits in compare_page(report, 1e-3)
+
+
+def test_recipe_of_a_file_whose_name_is_no_text(cli: Run, small_file: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"a\xff.safetensors")
+    (tmp_path / name).symlink_to(small_file)
+    result = cli("compare", name, "--low-rank", "none", "--write-recipe", "r.toml", "--bound", 1)
+    assert result.returncode == 0, result.stderr
+    assert "a\\udcff.safetensors" in zm.load_recipe(tmp_path / "r.toml").description
+
+
 @pytest.mark.parametrize(
-    "options", [{"sample": 2}, {"low_rank": "x"}, {"bound": -1}, {"threads": -1}]
+    "options",
+    [
+        {"sample": 2},
+        {"sample": "x"},
+        {"low_rank": "x"},
+        {"bound": -1},
+        {"bound": None},
+        {"threads": -1},
+        {"layers": 3},
+        {"layers": ["w1"]},
+    ],
 )
 def test_wrong_arguments_from_python(small_file: Path, options: dict[str, object]) -> None:
     with pytest.raises(zm.UsageError, match=next(iter(options))):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
@@ -333,6 +334,41 @@ def test_pages_of_little(tmp_path: Path) -> None:
     text = sensitivity_page(report)
     assert "Activation peak" in text
     assert "Drift in time" not in text and "Drift in depth" not in text
+
+
+def test_tags_in_names_of_layers(tmp_path: Path) -> None:
+    """Plotly knows some tags, links among them."""
+    kind = '<a href="http://x">&amp;</a>'
+    save_file({f"layers.{i}.{kind}.weight": torch.ones(2, 2) for i in (0, 1)}, tmp_path / "a")
+    report = zm.compare(tmp_path / "a", any_model=True, low_rank="none")
+    (tmp_path / "c.html").write_text(compare_page(report, 1e-3), "utf-8")
+    seen = look_at(tmp_path / "c.html", tmp_path, PLOTS)
+    assert seen.console == []
+    assert kind in seen.result[1]["texts"]
+
+
+def test_the_list_of_formats_finds_its_layers_only(tmp_path: Path) -> None:
+    half_way = torch.full((32, 32), 1.0625)  # between two E4M3 numbers
+    tensors = {
+        "a.weight": half_way,
+        "aa.weight": half_way * 0 + 1,
+        "a.weights.weight": half_way * 0,
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    report = zm.compare(tmp_path / "a.safetensors", any_model=True, low_rank="none")
+    shown = re.search(r"<pre>(.*?)</pre>", compare_page(report, 1e-3), re.DOTALL)
+    assert shown is not None
+    plan = zm.plan_conversion(
+        tmp_path / "a.safetensors", exclude_layers=[unescape(shown[1])], any_model=True
+    )
+    assert [p.source.name for p in plan.quantized] == ["a.weights.weight", "aa.weight"]
+
+
+def test_a_map_of_gaps() -> None:
+    from zimage_mxfp8.analysis.figures import Grid, heat_map
+
+    figure = heat_map(Grid(["0"], ["a"]), [[None]], "x", 2)
+    assert (figure.data[0].zmin, figure.data[0].zmax) == (0, 1)
 
 
 def test_a_page_that_is_broken_is_noticed(page: Path, tmp_path: Path) -> None:

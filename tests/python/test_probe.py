@@ -261,7 +261,7 @@ def test_weights_of_one_value(cli: Run, tmp_path: Path) -> None:
     assert report.recipe_bytes is None and report.exclude_layers_bytes is None
     result = cli("probe", "a.safetensors", "--min-group-spread", 0, "--html", "a.html")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("would leave nothing to quantise") == 2
+    assert result.stdout.count("convert would refuse that; with --dry-run it says why") == 2
 
 
 # ---- metrics
@@ -405,6 +405,9 @@ def test_json(cli: Run, planted_file: Path) -> None:
     assert document["rules"]["kurtosis_keep"] is None and document["rules"]["ar_weight"] == 0.1
     assert len(document["tensors"]) == 200 and len(document["groups"]) == 6 * 3 + 10
     assert "kurtosis_floor" not in result.stdout
+    always = cli("probe", planted_file, "--json", "--kurtosis-keep=-inf")
+    document = json.loads(always.stdout, parse_constant=pytest.fail)
+    assert {tensor["reason"] for tensor in document["tensors"]} >= {"kurtosis_floor"}
     first = document["tensors"][0]
     assert first["metrics"]["aspect_ratio"] == 1 and first["shape"] == [40, 40]
 
@@ -444,6 +447,32 @@ def test_other_models_need_any_model(cli: Run, tmp_path: Path) -> None:
     assert cli(*shlex.split(command)[1:]).returncode == 0
 
 
+def test_blocks_that_are_numbered_otherwise(cli: Run, tmp_path: Path) -> None:
+    """A recipe that named them by number would keep another block, or none."""
+    tensors = random_tensors(small_shapes(2))
+    known = {tensor.name for tensor in zm.probe(write(tensors, tmp_path / "a.safetensors")).tensors}
+    for number in ("007", "\u0663", "9" * 5000, "-1"):
+        name = f"layers.{number}.attention.out.weight"
+        report = zm.probe(write(tensors | {name: torch.randn(40, 40)}, tmp_path / "a.safetensors"))
+        assert {tensor.name for tensor in report.tensors} == known
+        assert cli("inspect", "a.safetensors").returncode == 0
+
+
+def test_what_convert_would_refuse_for_other_reasons(cli: Run, tmp_path: Path) -> None:
+    tensors = random_tensors(small_shapes(1)) | {"a.weight": torch.zeros(2, 2).double()}
+    report = zm.probe(write(tensors, tmp_path / "a.safetensors"))
+    assert report.recipe_bytes is None and report.exclude_layers_bytes is None
+    result = cli("probe", "a.safetensors", "--write-recipe", "r.toml")
+    assert result.returncode == 0 and "nothing" not in result.stdout
+    planned = cli("convert", "-i", "a.safetensors", "--recipe", "r.toml", "--dry-run")
+    fails(planned, 1, 'tensor "a.weight" is F64')
+
+
+def write(tensors: Tensors, path: Path) -> Path:
+    save_file(tensors, path)
+    return path
+
+
 # ---- bad input
 
 
@@ -459,7 +488,9 @@ def test_other_models_need_any_model(cli: Run, tmp_path: Path) -> None:
         (["--spread-filter-exempt", "attention.q"], 2, 'the unknown layer type "attention.q"'),
         (["--csv", "there.csv"], 1, "there.csv exists; --overwrite"),
         (["--html", "none/a.html"], 1, "none does not exist"),
-        (["--csv", "a", "--write-recipe", "./a"], 2, "two outputs have the same name"),
+        (["--csv", "a", "--write-recipe", "./a"], 2, "two outputs are the same file, a; give each"),
+        (["--csv", "link", "--html", "target"], 2, "two outputs are the same file"),
+        (["--csv", ""], 2, "argument --csv: the name is empty; name a file"),
         (["--csv", "in.safetensors", "--overwrite"], 2, "in.safetensors is the input"),
         (["--threads", "-1"], 2, "--threads"),
         (["--csv", "folder/"], 2, "folder/ is a folder"),
@@ -470,9 +501,10 @@ def test_bad_arguments(
 ) -> None:
     save_file(random_tensors(small_shapes(1)), tmp_path / "in.safetensors")
     (tmp_path / "there.csv").write_text("old")
+    (tmp_path / "link").symlink_to("target")
     file = [] if arguments[0].endswith("none.safetensors") else ["in.safetensors"]
     fails(cli("probe", *file, *arguments), code, sentence)
-    only(tmp_path, "in.safetensors", "there.csv")
+    only(tmp_path, "in.safetensors", "link", "there.csv")
     assert (tmp_path / "there.csv").read_text() == "old"
 
 
@@ -513,6 +545,35 @@ def test_checkpoints_that_cannot_be_probed(
     change(tensors)
     save_file(tensors, tmp_path / "in.safetensors")
     fails(cli("probe", "in.safetensors"), 1, sentence)
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ({"outlier_sigma": "3"}, "outlier_sigma must be a number, not '3'"),
+        ({"kurtosis_keep": None}, "kurtosis_keep must be a number, not None"),
+        ({"extreme_pct": True}, "extreme_pct must be a number, not True"),
+        ({"range_weight": torch.tensor(0.3)}, "range_weight must be a number, not tensor"),
+        ({"spread_filter_exempt": "attention.qkv"}, "must be a list of layer types, not str"),
+        ({"spread_filter_exempt": None}, "must be a list of layer types, not NoneType"),
+    ],
+)
+def test_rules_of_other_types(rules: dict[str, object], sentence: str) -> None:
+    with pytest.raises(zm.UsageError, match=re.escape(sentence)):
+        zm.ProbeRules(**rules)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(small_file: Path) -> None:
+    report = zm.probe(small_file, rules=zm.ProbeRules(outlier_sigma=np.float32(2.5)))
+    assert json.loads(json.dumps(report.to_dict()))["rules"]["outlier_sigma"] == 2.5
+    with pytest.raises(zm.UsageError, match="rules must be ProbeRules, not dict"):
+        zm.probe(small_file, rules={})  # type: ignore[arg-type]
+
+
+def test_file_names_do_not_command_the_terminal(cli: Run, small_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "a\x1b[31m\n.safetensors").symlink_to(small_file)
+    result = cli("probe", "a\x1b[31m\n.safetensors")
+    assert result.stdout.startswith("a\\x1b[31m\\n.safetensors: 200 weights probed\n")
 
 
 def test_quantised_checkpoints_are_refused(cli: Run, small_file: Path, tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +14,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run
+from conftest import Run, Tensors, random_tensors
 from diffusers_reference import CAPTION, make_reference, quantize_inputs
 from model_folder import make_pipeline
+from test_bad_input import drop_the_right_to_ignore_permissions, fails, only
 from zimage_mxfp8.analysis.sensitivity import run as analysis
 from zimage_mxfp8.analysis.sensitivity.cases import chosen_steps, record_cases
 from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error
 from zimage_mxfp8.analysis.sensitivity.search import smallest_prefix
 from zimage_mxfp8.analysis.sensitivity.targets import find_targets, quantized, round_to_mxfp8
+from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.cli.main import main
 
 SIZE = (64, 64)
 
@@ -215,21 +222,26 @@ def test_planted_outliers_are_seen(tmp_path: Path) -> None:
     assert all(0 <= s.time_drift <= 1 and 0 <= s.depth_drift <= 1 for s in salience.values())
 
 
-def test_an_interrupted_run_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = tmp_path / "state.json"
+def stop_after(count: int, folder: Path, state: Path) -> None:
+    """Interrupt a run after so many measurements."""
 
     class StoppedError(Exception):
         pass
 
     def stop(progress: analysis.SensitivityProgress) -> None:
-        if progress.done == 9:
+        if progress.done == count:
             raise StoppedError
 
     with pytest.raises(StoppedError):
         analyse(folder, state=state, progress=stop)
-    calls = []
+
+
+def test_an_interrupted_run_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state.json"
+    stop_after(9, folder, state)
+    calls: list[int] = []
     measured = analysis.measure
     monkeypatch.setattr(
         analysis, "measure", lambda *arguments: calls.append(1) or measured(*arguments)
@@ -251,6 +263,168 @@ def test_a_state_of_another_run(folder: Path, tmp_path: Path) -> None:
     state.write_text("[]")
     with pytest.raises(zm.UsageError, match=r"state.json is no state of a sensitivity run; name"):
         analyse(folder, state=state)
+
+
+Errors = list[dict[str, object]]
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        None,
+        [],
+        [{"total": 1.0, "low": 1.0, "high": 1.0}] * 3,
+        [{"total": 1.0}] * 2,
+        [{"total": "1", "low": 1.0, "high": 1.0}] * 2,
+        [{"total": math.nan, "low": 1.0, "high": 1.0}] * 2,
+        [{"total": -1.0, "low": 1.0, "high": 1.0}] * 2,
+        [{"total": 10**400, "low": 1.0, "high": 1.0}] * 2,
+    ],
+)
+def test_a_state_that_is_damaged(folder: Path, tmp_path: Path, errors: Errors | None) -> None:
+    state = tmp_path / "state.json"
+    stop_after(1, folder, state)
+    document = json.loads(state.read_text())
+    document["errors"]["layers.0.attention.qkv"] = errors
+    state.write_text(json.dumps(document))
+    refused(folder, state)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0", b"[" * 100_000, b'{"run": [], "errors": {}}', b'{"run": 1, "errors": 1}'],
+)
+def test_a_state_that_is_none(folder: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.json").write_bytes(content)
+    refused(folder, tmp_path / "state.json")
+
+
+def refused(folder: Path, state: Path) -> None:
+    before = state.read_bytes()
+    with pytest.raises(zm.UsageError, match=r"state.json is no state of a sensitivity run; name"):
+        analyse(folder, state=state)
+    assert state.read_bytes() == before
+
+
+def test_a_state_of_another_checkpoint(folder: Path, tmp_path: Path) -> None:
+    make_reference(dim=128, layers=1).save_pretrained(tmp_path / "other")
+    stop_after(1, folder, tmp_path / "state.json")
+    with pytest.raises(zm.UsageError, match=r"is of a run with another checkpoint; name another"):
+        analyse(tmp_path / "other", state=tmp_path / "state.json")
+
+
+def test_where_a_state_cannot_be(folder: Path, tmp_path: Path, cli: Run) -> None:
+    """Told before the model is loaded; and /dev/zero never ends."""
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    for path, error, sentence in (
+        ("/dev/zero", zm.OutputError, "is not a regular file"),
+        (str(tmp_path), zm.OutputError, "is a folder"),
+        (str(tmp_path / "none" / "s.json"), zm.OutputError, "none does not exist"),
+        (str(weights), zm.UsageError, "is the input"),
+    ):
+        with pytest.raises(error, match=sentence):
+            analyse(folder, state=path)
+    (tmp_path / "s.json").write_text("{}")
+    (tmp_path / "s.json").chmod(0)
+    ran = cli(
+        *("sensitivity", folder, "--state", "s.json"),
+        preexec_fn=drop_the_right_to_ignore_permissions,
+    )
+    assert ran.returncode == 1
+    assert "s.json cannot be read: Permission denied" in ran.stderr
+
+
+# ---- checkpoints that cannot be measured
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Tensors:
+    """A tiny model in the ComfyUI layout."""
+    shapes = zimage_shapes(dim=128, layers=1, refiner_layers=1, caption_dim=CAPTION, hidden=18)
+    return random_tensors(shapes, torch.float32)
+
+
+def test_layers_that_quantising_makes_larger(tensors: Tensors, tmp_path: Path) -> None:
+    """18 is padded to 32, and its scales take the rest: nothing is saved."""
+    save_file(tensors, tmp_path / "a.safetensors")
+    report = analyse(tmp_path / "a.safetensors", size=(32, 32), timesteps=1)
+    assert {m.name for m in report.layers if m.saved <= 0} == {
+        f"{block}.0.feed_forward.{name}"
+        for block in ("layers", "noise_refiner", "context_refiner")
+        for name in ("w1", "w2", "w3")
+    }
+    assert all(m.saved <= 0 for m in report.layers[:9]), "they are the first to be kept"
+
+
+W1, W2, W3 = (f"layers.0.feed_forward.w{i}.weight" for i in (1, 2, 3))
+
+
+def test_outputs_that_are_no_numbers(tensors: Tensors, tmp_path: Path, cli: Run) -> None:
+    for value in (math.nan, math.inf):
+        weight = tensors[W1].clone()
+        weight[3, 5] = value
+        save_file(tensors | {W1: weight}, tmp_path / "a.safetensors")
+        ran = cli("sensitivity", "a.safetensors", "--size", 32, "--device", "cpu", "--state", "s")
+        fails(ran, 1, "a.safetensors: the model's own output has NaN or Inf at step 0")
+        only(tmp_path, "a.safetensors")
+    final = {name: 0 * tensors[name] for name in tensors if name.startswith("final_layer.linear")}
+    save_file(tensors | final, tmp_path / "a.safetensors")
+    with pytest.raises(zm.CheckpointError, match="the model's own output is zero at step 4"):
+        analyse(tmp_path / "a.safetensors", size=(32, 32), timesteps=1)
+
+
+def test_outputs_that_quantising_makes_infinite(tensors: Tensors, tmp_path: Path) -> None:
+    """The largest floats round to a code that decodes to infinity."""
+    huge = torch.where(tensors[W2] > 0, 3.38e38, -3.38e38)
+    small = {name: tensors[name] * 1e-19 for name in (W1, W3)}
+    save_file(tensors | small | {W2: huge}, tmp_path / "a.safetensors")
+    with pytest.raises(zm.CheckpointError, match=r"Inf with layers.0.feed_forward.w2 quantised"):
+        analyse(tmp_path / "a.safetensors", size=(32, 32), timesteps=1)
+
+
+def test_nothing_is_lost(tensors: Tensors, tmp_path: Path) -> None:
+    """Where blocks add nothing, and the page has a map of gaps."""
+    from zimage_mxfp8.analysis.sensitivity.page import sensitivity_page
+
+    blocks = ("layers", "noise_refiner", "context_refiner")
+    idle = {n: 0 * t if n.startswith(blocks) else t for n, t in tensors.items()}
+    save_file(idle, tmp_path / "a.safetensors")
+    report = analyse(tmp_path / "a.safetensors", size=(32, 32), timesteps=1)
+    assert report.everything.error == 0 and report.smallest.kept == ()
+    assert "Each layer quantised alone" in sensitivity_page(report)
+
+
+# ---- real captions
+
+
+def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:
+    arguments = ("sensitivity", zimage_folder, "--size", 32, "--timesteps", 1, "--device", "cpu")
+    arguments += ("--dtype", "float32")
+    ran = cli(*arguments, "--prompt", "a", "--prompt", "", "--model-dir", zimage_folder, "--json")
+    assert ran.returncode == 0 and ran.stderr == "", ran.stderr
+    other = shutil.copytree(zimage_folder, tmp_path / "other")
+    config = other / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 32}))
+    for options, code, sentence in (
+        (["--model-dir", other], 1, "other/text_encoder gives 32: they belong to different models"),
+        (["--model-dir", zimage_folder, "--prompt", os.fsdecode(b"\xff")], 2, "is not UTF-8 text"),
+        (["--model-dir", zimage_folder, "--timesteps", 9], 2, "--timesteps must be 1 to 8"),
+    ):
+        fails(cli(*arguments, "--prompt", "a", *options), code, sentence)
+
+
+def test_too_little_memory_for_the_text_encoder(
+    zimage_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zimage_mxfp8.generation.components import TextEncoder
+
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")  # the command sets them, and this restores them
+    monkeypatch.setattr(TextEncoder, "__init__", lambda *_: torch.empty(1 << 50) and None)
+    options = ["--device", "cpu", "--prompt", "a", "--model-dir", str(zimage_folder)]
+    assert main(["sensitivity", str(zimage_folder), *options]) == 1
+    sentence = "not enough memory for the text encoder; measure without --prompt"
+    assert sentence in capsys.readouterr().err
 
 
 def test_convert_takes_the_recipe(folder: Path, tmp_path: Path, cli: Run) -> None:
@@ -317,7 +491,11 @@ def test_prompts_are_measured_with(zimage_folder: Path, tmp_path: Path, cli: Run
         (["--bound", "0"], "the bound must be a number above 0"),
         (["--bound", "nan"], "the bound must be a number above 0"),
         (["--size", "40"], "height and width must be multiples of 16"),
+        (["--size", "99999999984"], "height and width must be multiples of 16 up to 8192"),
+        (["--seed", "99999999999999999999"], "the seed must be 0 or more, and below 2^63"),
         (["--timesteps", "9"], "--timesteps must be 1 to 8, not 9"),
+        (["--html", "x", "--write-recipe", "./x"], "two outputs are the same file"),
+        (["--html", "x", "--state", "x"], "two outputs are the same file"),
         (["--prompt", "a fox"], "--prompt and --model-dir go together"),
         (["--model-dir", "x"], "--prompt and --model-dir go together"),
         (["--device", "tpu"], "device must be"),
@@ -335,6 +513,58 @@ def test_a_quantised_checkpoint(folder: Path, tmp_path: Path, cli: Run) -> None:
     ran = cli("sensitivity", tmp_path / "q.safetensors")
     assert ran.returncode == 2
     assert "q.safetensors is quantised already" in ran.stderr
+
+
+@pytest.mark.parametrize("option", ["--html", "--write-recipe"])
+def test_no_output_replaces_the_weights(option: str, tmp_path: Path, cli: Run) -> None:
+    make_reference(dim=128, layers=1).save_pretrained(tmp_path / "m")
+    weights = tmp_path / "m" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    ran = cli("sensitivity", "m", option, weights, "--overwrite", "--device", "cpu", "--size", 32)
+    fails(ran, 2, "is the input; choose another name")
+    assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"bound": "x"}, "the bound must be a number, not 'x'"),
+        ({"size": 512}, "size must be (height, width), not 512"),
+        ({"size": (512,)}, "size must be (height, width), not (512,)"),
+        ({"size": (64.0, 64)}, "height must be a whole number, not 64.0"),
+        ({"timesteps": 2.5}, "timesteps must be a whole number, not 2.5"),
+        ({"seed": None}, "seed must be a whole number, not None"),
+        ({"seed": -1}, "the seed must be 0 or more"),
+        ({"captions": []}, f"captions must be a list of tensors [tokens, {CAPTION}]"),
+        ({"captions": ["a fox"]}, "captions[0] must be a floating-point tensor"),
+        ({"captions": [torch.zeros(3, 4)]}, "not torch.float32 [3, 4]"),
+        ({"captions": [torch.zeros(0, CAPTION)]}, "with one token at least"),
+        ({"captions": [torch.full((3, CAPTION), math.nan)]}, "captions[0] has NaN or Inf"),
+    ],
+)
+def test_wrong_arguments_from_python(
+    folder: Path, options: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(zm.UsageError, match=re.escape(sentence)):
+        analyse(folder, **options)
+
+
+def test_a_set_of_everything_is_announced(folder: Path, cli: Run) -> None:
+    options = (
+        "--size",
+        32,
+        "--timesteps",
+        1,
+        "--device",
+        "cpu",
+        "--bound",
+        1e-9,
+        "--dtype",
+        "float32",
+    )
+    ran = cli("sensitivity", folder, *options)
+    assert ran.returncode == 0
+    assert "convert refuses a recipe that keeps them all" in ran.stderr
 
 
 def test_an_output_that_exists(folder: Path, tmp_path: Path, cli: Run) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from ..checkpoint.quantization import WEIGHT_SUFFIX
+from ..checkpoint.zimage import BLOCK_TENSOR
 from .figures import Cells, Grid, heat_map
 from .page import Figure
 from .scoring import MAIN_TYPES
 
 # In the order of their computation, and what stands before a block's number.
 _STACKS = {"noise_refiner": "noise ", "context_refiner": "context ", "layers": ""}
-_LAYER = re.compile(rf"({'|'.join(_STACKS)})\.(\d+)\.(.+?)(\.weight)?")
 
 Layer = TypeVar("Layer")
 
@@ -35,8 +35,11 @@ class Place:
 
 def by_place(layers: Mapping[str, Layer]) -> dict[Place, Layer]:
     """Layers by their place instead of their name, or their weight's; without those in no block."""
-    places = ((_LAYER.fullmatch(name), layer) for name, layer in layers.items())
-    return {Place(at[1], int(at[2]), at[3]): layer for at, layer in places if at}
+    places = (
+        (BLOCK_TENSOR.match(name.removesuffix(WEIGHT_SUFFIX)), layer)
+        for name, layer in layers.items()
+    )
+    return {Place(at["stack"], int(at["block"]), at["part"]): layer for at, layer in places if at}
 
 
 @dataclass(frozen=True)

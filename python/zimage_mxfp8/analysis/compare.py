@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from .. import _core
 from ..checkpoint import quantization as marks
-from ..checkpoint.output import check_target, resolved, write_file
+from ..checkpoint.output import check_distinct, check_target, write_file
 from ..checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from ..checkpoint.zimage import group_of, to_comfyui_layout
+from ..checks import check_threads, number
 from ..conversion.plan import MOST_COLUMNS, transformer_prefix
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS
 from ..error_stats import ErrorStats, merge_rows
@@ -47,6 +48,10 @@ DEFAULT_SAMPLE: Final = 1 / 8
 DEFAULT_BOUND: Final = 1e-3
 _TILE_ROWS: Final = 128  # that are sampled together
 _FEWEST_TILES: Final = 2  # of which a standard error can be computed
+_MOST_DIGITS: Final = 9  # of a number in a name that is sorted as one
+# Magnitude of a weight, far beyond any model's; near float32's limit, products and MXFP8's own
+# rounding become infinite.
+_LARGEST: Final = 2.0**100
 
 
 @dataclass(frozen=True)
@@ -125,14 +130,14 @@ def compare(
         UnsupportedError: the package ml_dtypes is not installed.
     """
     started = time.perf_counter()
+    sample, bound = number("sample", sample), number("bound", bound)
     _check_options(sample, low_rank, bound, layers, write_recipe, threads)
     element(E4M3)  # says what is missing before any work is done
     checkpoint = to_comfyui_layout(open_checkpoint(Path(source)))
     outputs = [Path(path) for path in (csv, write_recipe) if path is not None]
     for output in outputs:
         check_target(output, checkpoint.inputs, overwrite=overwrite)
-    if len({resolved(output) for output in outputs}) < len(outputs):
-        raise UsageError("the CSV file and the recipe are the same file")
+    check_distinct(outputs)
     prefix = transformer_prefix(checkpoint, any_model=any_model)
     linears = _find_linears(checkpoint, prefix, layers)
 
@@ -182,8 +187,7 @@ def _check_options(
         raise UsageError(f"low_rank must be one of {', '.join(get_args(LowRank))}")
     if not 0 <= bound < math.inf:
         raise UsageError("bound must be a relative squared error, 0 or more")
-    if not isinstance(threads, int) or threads < 0:
-        raise UsageError("threads must be 0 (one a core) or more")
+    check_threads(threads)
     if layers is not None and write_recipe is not None:
         raise UsageError("a recipe needs the errors of all layers; drop --layers")
 
@@ -191,7 +195,7 @@ def _check_options(
 def _find_linears(checkpoint: Checkpoint, prefix: str, layers: str | None) -> list[_Linear]:
     """Every weight matrix of the transformer, or those that the pattern finds."""
     try:
-        pattern = compile_pattern(layers or "")
+        pattern = compile_pattern("" if layers is None else layers)
     except ValueError as error:
         raise UsageError(f'--layers "{layers}" is no regular expression: {error}') from None
     linears = []
@@ -221,9 +225,9 @@ def _find_linears(checkpoint: Checkpoint, prefix: str, layers: str | None) -> li
     return linears
 
 
-def _natural_order(name: str) -> list[str | int]:
+def _natural_order(name: str) -> str:
     """A sort key with layers.2 before layers.10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(_MOST_DIGITS), name)
 
 
 def _with_stage(
@@ -263,6 +267,12 @@ class _Measurement:
             )
             for linear in linears
         }
+        for name, largest in self._largest_of.items():
+            if largest > _LARGEST:
+                raise CheckpointError(
+                    f'{checkpoint.path}: tensor "{name}" has weights of up to {largest:.2g}; more '
+                    f"than {_LARGEST:.2g} cannot be compared: leave it out with --layers"
+                )
         jobs = [
             self._sampling_job(linear.tensor, tile)
             for linear in linears

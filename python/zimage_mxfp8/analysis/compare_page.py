@@ -108,9 +108,9 @@ def _exclusions(report: CompareReport, bound: float) -> Block:
     above = report.above(bound)
     if not above:
         return Paragraph(f"No layer has a squared error above {bound:g} in MXFP8 E4M3.")
-    pattern = "|".join(re.escape(layer.name) for layer in above)
+    names = "|".join(re.escape(layer.tensor) for layer in above)
     label = f"Layers above a squared error of {bound:g}, for convert --exclude-layers:"
-    return Copyable(label, pattern)
+    return Copyable(label, f"^({names})$")
 
 
 def _maps(report: CompareReport) -> list[Section]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from ..error_stats import snr_db
 from ..recipes import KeepRule, Recipe, rules_outside_blocks
-from ..text import plural
+from ..text import plural, printable
 from .formats import FORMATS
 
 MXFP8: Final = "mxfp8-e4m3"
@@ -299,7 +299,7 @@ class CompareReport:
             )
             rules.append(KeepRule(layer.name, re.compile(f"^{re.escape(layer.name)}$"), reason))
         title = f"MXFP8 where its relative squared error is at most {bound:g}"
-        description = f"Written by zimage-mxfp8 compare for {Path(self.input).name}."
+        description = f"Written by zimage-mxfp8 compare for {printable(Path(self.input).name)}."
         # In a model that is not Z-Image they may match nothing, which convert would report.
         outside = (
             rule

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
+
+from ..text import printable
 
 # Perceptually uniform, and the same to readers with any colour vision deficiency.
 COLOR_MAP = "Cividis"
@@ -51,8 +54,8 @@ def heat_map(grid: Grid, values: Cells, title: str, digits: int) -> go.Figure:
     low, high = _color_range([v for row in values for v in row if v is not None])
     figure = go.Figure(
         go.Heatmap(
-            x=grid.columns,
-            y=grid.rows,
+            x=_labels(grid.columns),
+            y=_labels(grid.rows),
             z=values,
             zmin=low,
             zmax=high,
@@ -86,8 +89,8 @@ def category_map(
     hover = [[("" if v is None else names[int(v)]) for v in row] for row in values]
     figure = go.Figure(
         go.Heatmap(
-            x=grid.columns,
-            y=grid.rows,
+            x=_labels(grid.columns),
+            y=_labels(grid.rows),
             z=values,
             zmin=-0.5,
             zmax=count - 0.5,
@@ -184,8 +187,15 @@ def size_plot(
     return figure
 
 
+def _labels(names: Sequence[str]) -> list[str]:
+    """Names as plotly takes them, which reads some tags in them."""
+    return [escape(printable(name), quote=False) for name in names]
+
+
 def _color_range(values: Sequence[float]) -> tuple[float, float]:
     """Least and most value that colours tell apart: a few extreme ones would hide the rest."""
+    if not values:  # a map of nothing but gaps
+        return 0.0, 1.0
     q25, q75 = np.quantile(values, [0.25, 0.75])
     reach = 3 * (q75 - q25)
     return max(min(values), float(q25 - reach)), min(max(values), float(q75 + reach))

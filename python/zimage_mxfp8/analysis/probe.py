@@ -6,14 +6,14 @@ import csv
 import io
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import quantization as marks
 from ..checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
-from ..checkpoint.zimage import is_zimage, model_prefix, to_comfyui_layout
+from ..checkpoint.zimage import BLOCK_TENSOR, is_zimage, model_prefix, to_comfyui_layout
+from ..checks import check_threads
 from ..codec import padded_shape, scale_shape
 from ..conversion.plan import make_plan
 from ..dtypes import FLOAT_NAMES
@@ -25,14 +25,11 @@ from .measuring import measure
 from .probe_recipe import exclusion_regex, probe_recipe
 from .scoring import MAIN_TYPES, REFINER_TYPES, ProbeRules, Thresholds, scores, thresholds
 
+_INFINITE = (math.inf, -math.inf)
 CSV_COLUMNS = (
     *("key", "layer_type", "block_idx", "subgraph", "rows", "cols"),
     *("excess_kurtosis", "dynamic_range", "std", "outlier_pct", "aspect_ratio", "score"),
     *("recommendation", "effective_recommendation", "reason"),
-)
-
-_PROBED = re.compile(
-    r"(?P<stack>layers|context_refiner|noise_refiner)\.(?P<block>\d+)\.(?P<kind>.+)\.weight"
 )
 
 
@@ -52,7 +49,7 @@ class ProbeReport:
         any_model: whether `convert` needs `--any-model` for this checkpoint.
         input_bytes: bytes of all tensors.
         exclude_layers_bytes: bytes of the file that `convert --exclude-layers` would write with its
-            default recipe; None if nothing would be left to quantise.
+            default recipe; None if it would refuse, such as where nothing is left to quantise.
         recipe_bytes: the same with `recipe`.
     """
 
@@ -72,7 +69,7 @@ class ProbeReport:
         """For JSON, which has no infinity: such a rule is None."""
         return {
             "path": self.path,
-            "rules": {k: None if v == math.inf else v for k, v in vars(self.rules).items()},
+            "rules": {k: None if v in _INFINITE else v for k, v in vars(self.rules).items()},
             "thresholds": vars(self.thresholds),
             "tensors": [
                 vars(tensor) | {"metrics": vars(tensor.metrics)} for tensor in self.tensors
@@ -126,13 +123,14 @@ def probe(
         A `ProbeReport`.
 
     Raises:
-        UsageError: `threads` is negative.
+        UsageError: `rules` or `threads` are none.
         CheckpointError: unreadable, malformed, quantised already, or without any weight to probe.
         NonFiniteError: a weight has NaN or Inf; the sentence names tensor, row and column.
     """
-    if not isinstance(threads, int) or threads < 0:
-        raise UsageError("threads must be 0 (one a core) or more")
-    rules = rules or ProbeRules()
+    check_threads(threads)
+    rules = ProbeRules() if rules is None else rules
+    if not isinstance(rules, ProbeRules):
+        raise UsageError(f"rules must be ProbeRules, not {type(rules).__name__}")
     checkpoint = to_comfyui_layout(open_checkpoint(Path(path)))
     prefix = model_prefix(checkpoint.tensors)
     if found := marks.quantized_format(checkpoint, prefix):
@@ -182,11 +180,12 @@ def _targets(checkpoint: Checkpoint, prefix: str) -> list[Target]:
     """The weights to look at, by name."""
     targets: list[Target] = []
     for name, tensor in sorted(checkpoint.tensors.items()):
-        match = _PROBED.fullmatch(name[len(prefix) :]) if name.startswith(prefix) else None
-        if match is None or len(tensor.shape) != 2:
+        match = BLOCK_TENSOR.match(name[len(prefix) :]) if name.startswith(prefix) else None
+        if match is None or not name.endswith(marks.WEIGHT_SUFFIX) or len(tensor.shape) != 2:
             continue
         stack: Stack = match["stack"]  # type: ignore[assignment]
-        kind = match["kind"] if stack == "layers" else f"{stack}.{match['kind']}"
+        part = match["part"].removesuffix(marks.WEIGHT_SUFFIX)
+        kind = part if stack == "layers" else f"{stack}.{part}"
         if kind not in (MAIN_TYPES if stack == "layers" else REFINER_TYPES):
             continue
         if tensor.dtype not in FLOAT_NAMES:
@@ -202,7 +201,7 @@ def _targets(checkpoint: Checkpoint, prefix: str) -> list[Target]:
     if not targets:
         raise CheckpointError(
             f"{checkpoint.path} has no weight to probe: none is named like those of Z-Image's "
-            'blocks, such as "layers.0.attention.qkv.weight"'
+            f'blocks, such as "{prefix}layers.0.attention.qkv.weight"'
         )
     return targets
 
@@ -220,5 +219,5 @@ def _saved(tensor: SourceTensor) -> int:
 def _converted_size(checkpoint: Checkpoint, recipe: Recipe, any_model: bool) -> int | None:
     try:
         return make_plan(checkpoint, recipe, any_model=any_model).size
-    except CheckpointError:  # the recipe keeps all: there would be no file
+    except CheckpointError:  # such as that the recipe keeps all: there would be no file
         return None

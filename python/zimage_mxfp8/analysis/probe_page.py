@@ -61,7 +61,7 @@ def _summary(report: ProbeReport) -> list[Block]:
     if report.exclude_layers is None:
         return [*blocks, Paragraph("No weight is worth keeping by these rules.")]
     size = report.exclude_layers_bytes
-    result = "nothing would be left to quantise" if size is None else f"a file of {size:,} bytes"
+    result = "which convert refuses" if size is None else f"a file of {size:,} bytes"
     label = f"Exclusion list, for zimage-mxfp8 convert --exclude-layers ({result}):"
     return [*blocks, Copyable(label, report.exclude_layers)]
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..checks import number
 from ..errors import UsageError
 from .weight_metrics import WeightMetrics
 
@@ -61,7 +62,8 @@ class ProbeRules:
         spread_filter_exempt: layer types that are never low-spread.
 
     Raises:
-        UsageError: numbers out of range, weights that do not sum to 1, an unknown layer type.
+        UsageError: no number or one out of range, weights that do not sum to 1, an unknown layer
+            type.
     """
 
     outlier_sigma: float = 3.0
@@ -92,6 +94,11 @@ class ProbeRules:
                 "kurtosis_weight, range_weight and ar_weight must sum to 1, but they sum to "
                 f"{total:.6g}"
             )
+        if not isinstance(self.spread_filter_exempt, (list, tuple)):
+            raise UsageError(
+                "spread_filter_exempt must be a list of layer types, not "
+                f"{type(self.spread_filter_exempt).__name__}"
+            )
         for kind in self.spread_filter_exempt:
             if kind not in LAYER_TYPES:
                 raise UsageError(
@@ -100,7 +107,8 @@ class ProbeRules:
                 )
 
     def _check(self, name: str, least: float, most: float) -> None:
-        value = getattr(self, name)
+        value = number(name, getattr(self, name))
+        object.__setattr__(self, name, value)
         if not least <= value <= most:  # NaN neither
             limit = f"from {least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
             if math.isinf(least):

@@ -62,7 +62,7 @@ def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> N
         OutputError: its folder is missing or not writable, it is a folder, or it exists and
             `overwrite` is not given.
     """
-    resolved(target)
+    _resolved(target)
     for source in sources:
         if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
             raise UsageError(f"the output {target} is the input; choose another name")
@@ -79,7 +79,22 @@ def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> N
         raise _exists(target)
 
 
-def resolved(target: Path) -> Path:
+def check_distinct(targets: Iterable[Path]) -> None:
+    """Check that no two outputs are the same file.
+
+    Raises:
+        UsageError: two are.
+        OutputError: one's links go round in circles.
+    """
+    seen: set[Path] = set()
+    for target in targets:
+        final = _resolved(target)
+        if final in seen:
+            raise UsageError(f"two outputs are the same file, {target}; give each its own name")
+        seen.add(final)
+
+
+def _resolved(target: Path) -> Path:
     """The file that `target` names, links followed.
 
     Raises:
@@ -208,7 +223,7 @@ class AtomicFile:
         self.target = target
         self.size = size
         self._overwrite = overwrite
-        self._final = resolved(target)  # a link stays a link, and what it names is replaced
+        self._final = _resolved(target)  # a link stays a link, and what it names is replaced
         name = self._final.name
         if len(os.fsencode(name)) > _MOST_NAME_BYTES:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()

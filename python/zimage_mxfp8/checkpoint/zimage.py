@@ -30,7 +30,10 @@ _DIFFUSERS_QKV = re.compile(r"^(?P<block>.+)\.attention\.to_(?P<part>[qkv])\.(?P
 _HEAD_DIM = 128
 _PATCH_FEATURES = 64  # 2 x 2 patches of 16 latent channels
 
-_BLOCK_TENSOR = re.compile(r"^(?P<stack>layers|noise_refiner|context_refiner)\.\d+\.(?P<part>.+)$")
+# Numbers as Z-Image writes them: 07 or digits of other scripts would be taken for another block.
+BLOCK_TENSOR = re.compile(
+    r"^(?P<stack>layers|noise_refiner|context_refiner)\.(?P<block>0|[1-9][0-9]{0,8})\.(?P<part>.+)$"
+)
 _STACKS = ("layers", "noise_refiner", "context_refiner")
 _EMBEDDERS = ("x_embedder.", "cap_embedder.", "t_embedder.", "x_pad_token", "cap_pad_token")
 
@@ -184,7 +187,7 @@ def group_of(name: str, prefix: str) -> str:
     if not name.startswith(prefix):
         return name.split(".", 1)[0] + " (not the transformer)"
     inner = name[len(prefix) :]
-    if match := _BLOCK_TENSOR.match(inner):
+    if match := BLOCK_TENSOR.match(inner):
         part = match["part"]
         if "norm" in part:
             return f"{match['stack']} norms"

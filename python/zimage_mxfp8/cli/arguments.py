@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def spellings(*names: str) -> list[str]:
@@ -20,7 +20,13 @@ def spellings(*names: str) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, without the usage before it."""
+    """A parser whose errors are one sentence, without the usage before it.
+
+    Options are not abbreviated: what is short today may be ambiguous tomorrow.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
@@ -29,6 +35,8 @@ class Parser(argparse.ArgumentParser):
 
 def file_path(text: str) -> Path:
     """A file to write, for `type=`."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; name a file")
     if text.endswith(("/", os.sep)):
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
     return Path(text)

@@ -46,7 +46,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Measure what number formats lose on a checkpoint's weights: MXFP8, FP8, INT8, "
         "MXFP4, NVFP4, with other scales, with formats chosen for each block and with low-rank "
         "branches.",
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -107,12 +106,16 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ..analysis.compare import compare
     from ..analysis.page import check_plots_available
-    from ..checkpoint.output import check_target, write_file
+    from ..checkpoint.output import check_distinct, check_target, write_file
+    from ..checkpoint.source import open_checkpoint
     from . import display
 
     if arguments.html is not None:
         check_plots_available()
-        check_target(arguments.html, [arguments.file], overwrite=arguments.overwrite)
+        inputs = open_checkpoint(arguments.file).inputs
+        check_target(arguments.html, inputs, overwrite=arguments.overwrite)
+        outputs = (arguments.html, arguments.csv, arguments.write_recipe)
+        check_distinct(path for path in outputs if path is not None)
     with _stage_bars() as progress:
         report = compare(
             arguments.file,

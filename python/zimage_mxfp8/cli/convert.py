@@ -23,7 +23,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "convert",
         help="convert a checkpoint to MXFP8",
         description="Convert a Z-Image checkpoint (BF16, F16 or F32) to MXFP8 for ComfyUI.",
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument(

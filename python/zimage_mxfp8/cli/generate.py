@@ -25,7 +25,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="make pictures from a prompt",
         description="Make pictures with an MXFP8 transformer and the other parts (text encoder, "
         "tokenizer, VAE, scheduler) of a diffusers folder on this machine. No network.",
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -149,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_target(output, inputs, overwrite=arguments.overwrite)
     # Wrong names are told now, and not after seconds of importing and minutes of loading.
     open_model_folder(arguments.model_dir)
-    _keep_libraries_quiet()
+    keep_libraries_quiet()
     try:
         if settings.init_image is not None:
             open_init_image(settings.init_image)
@@ -185,7 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keep_libraries_quiet() -> None:
+def keep_libraries_quiet() -> None:
     """No network, and no progress bars and notes of the libraries between ours.
 
     They look at these variables when they are imported.

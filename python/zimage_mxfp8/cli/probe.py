@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
 from ..text import plural
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
 
@@ -42,7 +41,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="find the weights that quantisation would hurt most",
         description="Measure how sensitive each weight of Z-Image's blocks is, and recommend what "
         "to keep. Metrics, scores and recommendations are those of quant_probe.",
-        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -84,15 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..analysis.page import check_plots_available
     from ..analysis.probe import probe
-    from ..checkpoint.output import check_target, write_file
+    from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
     from ..recipes import recipe_toml
     from . import display
 
     rules = _rules(arguments)
-    outputs = [path for path in _outputs(arguments) if path is not None]
-    if len({path.absolute() for path in outputs}) < len(outputs):
-        raise UsageError("two outputs have the same name; give each its own")
+    outputs = [p for p in (arguments.csv, arguments.html, arguments.write_recipe) if p is not None]
+    check_distinct(outputs)
     inputs = open_checkpoint(arguments.file).inputs
     for path in outputs:
         check_target(path, inputs, overwrite=arguments.overwrite)
@@ -126,10 +123,6 @@ def _rules(arguments: argparse.Namespace) -> ProbeRules:
     exempt = arguments.spread_filter_exempt
     given["spread_filter_exempt"] = None if exempt is None else tuple(exempt)
     return ProbeRules(**{name: value for name, value in given.items() if value is not None})
-
-
-def _outputs(arguments: argparse.Namespace) -> tuple[Path | None, ...]:
-    return arguments.csv, arguments.html, arguments.write_recipe
 
 
 def print_report(report: ProbeReport, recipe: Path | None) -> None:
@@ -196,6 +189,6 @@ def _size(nbytes: int | None, before: int) -> str:
     from . import display
 
     if nbytes is None:
-        return "would leave nothing to quantise"
+        return "convert would refuse that; with --dry-run it says why"
     share = nbytes / before - 1
     return f"would write exactly {nbytes:,} bytes ({display.size_text(nbytes)}, {share:+.1%})"

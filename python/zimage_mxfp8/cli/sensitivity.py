@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import text
 from ..errors import UnsupportedError, UsageError
 from .arguments import add_json, add_overwrite, count, file_path, spellings
+from .generate import keep_libraries_quiet
 
 if TYPE_CHECKING:
     from ..analysis.sensitivity.run import Choice, Measured, SensitivityReport
@@ -76,33 +78,39 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..analysis.page import check_plots_available
-    from ..checkpoint.output import check_target, write_file
+    from ..checkpoint.output import check_distinct, check_target, write_file
+    from ..checkpoint.source import open_checkpoint
     from ..recipes import recipe_toml
     from . import display
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
         raise UsageError("--prompt and --model-dir go together: the folder has the text encoder")
-    for output in (arguments.write_recipe, arguments.html):
-        if output is not None:
-            check_target(output, [arguments.file], overwrite=arguments.overwrite)
+    outputs = [path for path in (arguments.write_recipe, arguments.html) if path is not None]
+    inputs = open_checkpoint(arguments.file).inputs
+    for output in outputs:
+        check_target(output, inputs, overwrite=arguments.overwrite)
+    check_distinct([*outputs, *([arguments.state] if arguments.state else [])])
     if arguments.html:
         check_plots_available()
     try:
         import torch
 
         from ..analysis.sensitivity.recipe import sensitivity_recipe
-        from ..analysis.sensitivity.run import analyse_sensitivity
+        from ..analysis.sensitivity.run import analyse_sensitivity, check_settings
     except ImportError as error:
         raise UnsupportedError(
             f'sensitivity needs torch ({error}): pip install "zimage-mxfp8[torch]"'
         ) from None
+    size = (arguments.size, arguments.size)
+    # Told now, and not after the text encoder was loaded.
+    check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
     dtype = getattr(torch, arguments.dtype)
     with display.count_bar() as progress:
         report = analyse_sensitivity(
             arguments.file,
             captions=_captions(arguments, dtype) if arguments.prompt else None,
             bound=arguments.bound,
-            size=(arguments.size, arguments.size),
+            size=size,
             timesteps=arguments.timesteps,
             seed=arguments.seed,
             device=arguments.device,
@@ -118,6 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
 
         content = sensitivity_page(report).encode()
         write_file(arguments.html, content, overwrite=arguments.overwrite)
+    if len(report.smallest.kept) == len(report.layers):
+        display.warn(
+            [
+                f"the error is at most {report.bound:g} only with every layer kept: convert "
+                "refuses a recipe that keeps them all"
+            ]
+        )
     if arguments.json:
         display.print_json(report.to_dict())
     else:
@@ -126,18 +141,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _captions(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
-    from ..devices import torch_device
+    from ..devices import memory_for, torch_device
     from ..generation.folder import open_model_folder
+    from ..transformer.weights import open_model
 
+    prompts = [text("--prompt", prompt) for prompt in arguments.prompt]
     folder = open_model_folder(arguments.model_dir)
+    folder.check_captions_fit(arguments.file, open_model(arguments.file).config.cap_feat_dim)
+    keep_libraries_quiet()
     try:
         from ..generation.components import TextEncoder
     except (ImportError, RuntimeError):  # the latter comes from diffusers' lazy modules
         raise UnsupportedError(
             '--prompt needs diffusers and transformers: pip install "zimage-mxfp8[generate]"'
         ) from None
-    encoder = TextEncoder(folder, torch_device(arguments.device), dtype)
-    return [encoder.encode(prompt) for prompt in arguments.prompt]
+    device = torch_device(arguments.device)
+    with memory_for("the text encoder", device, "measure without --prompt"):
+        encoder = TextEncoder(folder, device, dtype)
+        return [encoder.encode(prompt) for prompt in prompts]
 
 
 def _print(report: SensitivityReport) -> None:

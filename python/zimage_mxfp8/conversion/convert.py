@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from .. import _core
 from ..checkpoint import quantization as marks
-from ..checkpoint.output import AtomicFile, check_target, resolved, write_file
+from ..checkpoint.output import AtomicFile, check_distinct, check_target, write_file
 from ..checkpoint.source import SourceTensor, open_checkpoint
 from ..checkpoint.zimage import to_comfyui_layout
+from ..checks import check_threads
 from ..codec import padded_shape, scale_shape
 from ..devices import cuda_index
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
@@ -75,8 +76,7 @@ def plan_conversion(
     """
     if nonfinite not in ("error", "keep"):
         raise UsageError(f'nonfinite must be "error" or "keep", not "{nonfinite}"')
-    if not isinstance(threads, int) or threads < 0:
-        raise UsageError("threads must be 0 (one a core) or more")
+    check_threads(threads)
     rules = recipe if isinstance(recipe, Recipe) else load_recipe(os.fspath(recipe))
     rules = rules.excluding(exclude_layers)
     checkpoint = to_comfyui_layout(open_checkpoint(Path(source)))
@@ -168,8 +168,7 @@ def convert(
     check_target(target, sources, overwrite=overwrite)
     if report is not None:
         check_target(Path(report), sources, overwrite=overwrite)
-        if resolved(Path(report)) == resolved(target):
-            raise UsageError("the report and the output are the same file")
+        check_distinct([target, Path(report)])
     if cuda_device is not None:
         # The first use of a device takes half a second: let that pass while we compute.
         with contextlib.suppress(RuntimeError):  # no more threads: then it waits

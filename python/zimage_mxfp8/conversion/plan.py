@@ -150,8 +150,8 @@ def transformer_prefix(checkpoint: Checkpoint, *, any_model: bool) -> str:
                 "recognise Z-Image; complete it, or give --any-model"
             )
         raise CheckpointError(
-            f"{checkpoint.path} is not a Z-Image checkpoint; give --any-model to quantise every "
-            "2-D weight that no pattern excludes"
+            f"{checkpoint.path} is not a Z-Image checkpoint; give --any-model to take every 2-D "
+            "weight that no pattern excludes"
         )
     if found := marks.quantized_format(checkpoint, prefix):
         raise CheckpointError(

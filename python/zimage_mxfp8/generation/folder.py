@@ -54,6 +54,23 @@ class ModelFolder:
         """Where the folder's own transformer is, if it has one."""
         return self.path / "transformer"
 
+    def check_captions_fit(self, transformer: Path, features: int) -> None:
+        """Check that a transformer takes the captions of this text encoder.
+
+        Args:
+            transformer: its file, for the sentence.
+            features: that it takes.
+
+        Raises:
+            CheckpointError: they belong to different models.
+        """
+        if features != self.caption_features:
+            raise CheckpointError(
+                f"the transformer {transformer} takes captions of {features} features, and "
+                f"{self.path / 'text_encoder'} gives {self.caption_features}: they belong to "
+                "different models"
+            )
+
 
 def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
     """Look at a folder: whether every part is there, and of the right kind. Loads none of them.

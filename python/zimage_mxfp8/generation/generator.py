@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +18,8 @@ from diffusers.image_processor import VaeImageProcessor
 
 from .. import _core
 from ..checkpoint.source import as_path
-from ..devices import core_index, is_out_of_host_memory, torch_device
-from ..errors import CheckpointError, CudaError, GenerationError, UnsupportedError, UsageError
+from ..devices import core_index, memory_for, torch_device
+from ..errors import CheckpointError, CudaError, GenerationError, UsageError
 from ..pipeline import Progress
 from ..transformer.compute import Compute, choose
 from ..transformer.model import ZImageTransformer
@@ -161,12 +160,7 @@ class ZImageGenerator:
         )
         self._device = torch_device(device)
         headers = open_model(self._file)
-        if headers.config.cap_feat_dim != self._folder.caption_features:
-            raise CheckpointError(
-                f"the transformer {self._file} takes captions of {headers.config.cap_feat_dim} "
-                f"features, and {self._folder.path / 'text_encoder'} gives "
-                f"{self._folder.caption_features}: they belong to different models"
-            )
+        self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
         self._compute = choose(compute, core_index(self._device), bool(headers.layers))
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
@@ -260,24 +254,12 @@ class ZImageGenerator:
 
     @contextmanager
     def _memory_for(self, what: str) -> Iterator[None]:
-        remedy = "" if self._offload else "; --offload (offload=True) needs less"
-        try:
-            yield
-        except CudaError as error:
-            raise CudaError(f"{error}{remedy}") from None
-        except torch.OutOfMemoryError as error:
-            free, total = torch.cuda.mem_get_info(self._device)
-            raise CudaError(
-                f"{self._device} ran out of memory for {what}: {_asked_for(error)}"
-                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; close other programs, or "
-                f"use a smaller size or batch{remedy}"
-            ) from None
-        except RuntimeError as error:
-            if not is_out_of_host_memory(error):
-                raise
-            raise UnsupportedError(
-                f"not enough memory for {what}; use a smaller size or batch{remedy}"
-            ) from None
+        more = "" if self._offload else "; --offload (offload=True) needs less"
+        with memory_for(what, self._device, f"use a smaller size or batch{more}"):
+            try:
+                yield
+            except CudaError as error:
+                raise CudaError(f"{error}{more}") from None
 
     # ---- Stages. What each loads goes with its locals.
 
@@ -438,12 +420,6 @@ class _Steps:
 
 def _bytes_read(progress: Progress) -> GenerationProgress:
     return GenerationProgress("transformer", progress.done, progress.total)
-
-
-def _asked_for(error: torch.OutOfMemoryError) -> str:
-    """The beginning of a sentence: what torch could not get, which only its message says."""
-    found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-    return f"another {found[1]} were needed, and " if found else ""
 
 
 def _warnings(captions: list[torch.Tensor]) -> Iterator[str]:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import secrets
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
-from typing import Any
 
+from ..checks import finite_number, path, text, whole_number
 from ..errors import UsageError
 from ..transformer.config import ROPE_LENGTHS
 
 PIXELS_PER_TOKEN = 16  # a side: 8 pixels to a latent, 2 latents to a patch
 DEFAULT_SIZE = 1024
 DEFAULT_STRENGTH = 0.6
-_MOST_PIXELS = min(ROPE_LENGTHS[1:]) * PIXELS_PER_TOKEN  # a side
+MOST_PIXELS = min(ROPE_LENGTHS[1:]) * PIXELS_PER_TOKEN  # a side
 _MOST_STEPS = 1000
 MOST_PICTURES = 64  # of a batch, far beyond what a device's memory holds in 1024 x 1024
 MOST_GUIDANCE = 100  # useful values are below 10; huge ones overflow
-_SEEDS = 2**63
+SEEDS = 2**63
 _DRAWN_SEEDS = 2**32  # short enough to be typed again
 
-_NEVER_NONE = ("steps", "guidance", "batch")
+_NEVER_NONE = ("prompt", "steps", "guidance", "batch")
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,12 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name, text in (("prompt", self.prompt), ("negative-prompt", self.negative_prompt)):
-            if any(
-                "\ud800" <= c <= "\udfff" for c in text or ""
-            ):  # what Python makes of other bytes
-                raise UsageError(f"--{name} is not UTF-8 text")
         if not 1 <= self.steps <= _MOST_STEPS:
             raise UsageError(f"--steps must be 1 to {_MOST_STEPS}, not {self.steps}")
         for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and (size % PIXELS_PER_TOKEN or not 0 < size <= _MOST_PIXELS):
+            if size is not None and (size % PIXELS_PER_TOKEN or not 0 < size <= MOST_PIXELS):
                 raise UsageError(
-                    f"--{name} must be a multiple of {PIXELS_PER_TOKEN} up to {_MOST_PIXELS}, not "
+                    f"--{name} must be a multiple of {PIXELS_PER_TOKEN} up to {MOST_PIXELS}, not "
                     f"{size}"
                 )
         if not 0 <= self.guidance <= MOST_GUIDANCE:
@@ -84,7 +76,7 @@ class GenerationSettings:
                 f"--batch must be 1 to {MOST_PICTURES}, not {self.batch}; for more pictures, make "
                 "several batches"
             )
-        if self.seed is not None and not 0 <= self.seed <= _SEEDS - self.batch:
+        if self.seed is not None and not 0 <= self.seed <= SEEDS - self.batch:
             raise UsageError("--seed must be 0 or more, and below 2^63 for every picture")
         if self.strength is not None and self.init_image is None:
             raise UsageError("--strength is for --init-image; add it, or drop --strength")
@@ -93,28 +85,17 @@ class GenerationSettings:
 
     def _check_types(self) -> None:
         """Numbers and paths of other types become Python's own, so that they go into JSON."""
-        prompts = ["prompt"] if self.negative_prompt is None else ["prompt", "negative_prompt"]
-        for name in prompts:
-            if not isinstance(getattr(self, name), str):
-                raise _wrong_type(name, "a text", getattr(self, name))
-        for name, convert, what in (
-            ("steps", _whole, "a whole number"),
-            ("height", _whole, "a whole number"),
-            ("width", _whole, "a whole number"),
-            ("guidance", _number, "a finite number"),
-            ("seed", _whole, "a whole number"),
-            ("batch", _whole, "a whole number"),
-            ("init_image", Path, "a path"),
-            ("strength", _number, "a finite number"),
+        for names, check in (
+            (("prompt", "negative_prompt"), text),
+            (("steps", "height", "width", "seed", "batch"), whole_number),
+            (("guidance", "strength"), finite_number),
+            (("init_image",), path),
         ):
-            value = getattr(self, name)
-            if value is None and name not in _NEVER_NONE:
-                continue
-            try:
-                converted = convert(value)
-            except (TypeError, ValueError, OverflowError):
-                raise _wrong_type(name, what, value) from None
-            object.__setattr__(self, name, converted)
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name not in _NEVER_NONE:
+                    continue
+                object.__setattr__(self, name, check(f"--{name.replace('_', '-')}", value))
 
     def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:
         """The same with nothing left open.
@@ -135,25 +116,5 @@ class GenerationSettings:
 
 
 def _whole_tokens(pixels: int) -> int:
-    tokens = min(pixels, _MOST_PIXELS) // PIXELS_PER_TOKEN
+    tokens = min(pixels, MOST_PIXELS) // PIXELS_PER_TOKEN
     return max(tokens, 1) * PIXELS_PER_TOKEN
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool):  # an int to Python, and a slip of its writer
-        raise TypeError
-    return operator.index(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _wrong_type(name: str, what: str, value: object) -> UsageError:
-    # Only the beginning: it may be anything, a whole picture too.
-    return UsageError(f"--{name.replace('_', '-')} must be {what}, not {repr(value)[:80]}")

@@ -106,6 +106,8 @@ class Recipe:
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """A regular expression as recipes and options have them; ValueError if it is none."""
+    if not isinstance(pattern, str):
+        raise ValueError("it is no text")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # on spellings that may change one day
         try:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from ...text import plural
 from ..block_maps import BlockMap, Metric, by_place
 from ..figures import size_plot
 from ..page import Block, Cell, Column, Copyable, Figure, Paragraph, Section, Table, render_page
@@ -52,9 +53,9 @@ def _choices(report: SensitivityReport) -> list[Block]:
     }
     blocks: list[Block] = [
         Paragraph(
-            f"Keeping {len(smallest.kept)} layers in BF16 holds the relative error of the output "
-            f"at {smallest.error:.4f}; the bound was {report.bound:g}. With every layer quantised "
-            f"it is {report.everything.error:.4f}, with the model card's exclusions "
+            f"Keeping {plural(len(smallest.kept), 'layer')} in BF16 holds the relative error of "
+            f"the output at {smallest.error:.4f}; the bound was {report.bound:g}. With every layer "
+            f"quantised it is {report.everything.error:.4f}, with the model card's exclusions "
             f"{report.card.error:.4f}."
         ),
         Figure("Error against size", size_plot(series, "relative error", chosen=found)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ...recipes import KeepRule, Recipe, rules_outside_blocks
+from ...text import plural
 from .run import SensitivityReport
 
 
@@ -24,8 +25,8 @@ def sensitivity_recipe(report: SensitivityReport) -> Recipe:
         rules.append(KeepRule(name, re.compile(rf"^{re.escape(name)}\."), reason))
     title = f"Measured: output error of at most {report.bound:g}"
     description = (
-        f"Keeps {len(rules)} layers: relative error of the output {report.smallest.error:.4f}, "
-        f"instead of {report.everything.error:.4f} with every layer quantised. By zimage-mxfp8 "
-        "sensitivity."
+        f"Keeps {plural(len(rules), 'layer')}: relative error of the output "
+        f"{report.smallest.error:.4f}, instead of {report.everything.error:.4f} with every layer "
+        "quantised. By zimage-mxfp8 sensitivity."
     )
     return Recipe(title, title, description, (*rules_outside_blocks(), *rules))

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
-from ...errors import UsageError
+from ...checkpoint.output import check_target
+from ...checks import number, whole_number
+from ...errors import CheckpointError, UsageError
+from ...generation.settings import MOST_PIXELS, PIXELS_PER_TOKEN, SEEDS
 from ...recipes import Recipe, load_recipe
 from ...transformer.model import ZImageTransformer
 from ...transformer.weights import ModelFile, open_model
-from .cases import Case, record_cases
+from .cases import Case, chosen_steps, record_cases
 from .measure import OutputError, mean_error, measure
 from .salience import Salience, measure_salience
 from .search import by_worth, smallest_prefix
@@ -111,7 +114,7 @@ def analyse_sensitivity(
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    state: Path | None = None,
+    state: str | os.PathLike[str] | None = None,
     progress: Callable[[SensitivityProgress], object] | None = None,
 ) -> SensitivityReport:
     """Measure what quantising each layer to MXFP8 does to the transformer's output.
@@ -124,7 +127,7 @@ def analyse_sensitivity(
         captions: caption features [tokens, features] of real prompts; by default two synthetic
             ones, which say less.
         bound: relative error of the output that the smallest set of exclusions has to hold.
-        size: height and width of the pictures, multiples of 16.
+        size: height and width of the pictures, multiples of 16 up to 8192.
         timesteps: how many of the 8 steps of Turbo's sampler to measure at.
         seed: of the noise and of synthetic captions.
         device: as for `ZImageTransformer.from_checkpoint`.
@@ -133,22 +136,22 @@ def analyse_sensitivity(
         progress: called after each measurement.
 
     Raises:
-        CheckpointError, CudaError: the model cannot be loaded.
-        UsageError: it is quantised already, or arguments that do not exist.
+        CheckpointError: the model cannot be loaded, or its output is NaN, infinite or zero.
+        CudaError: the device has too little memory.
+        UsageError: it is quantised already, arguments that do not exist, or `state` is of another
+            run.
+        OutputError: `state` cannot be written.
     """
-    if not (bound > 0 and math.isfinite(bound)):
-        raise UsageError(f"the bound must be a number above 0, not {bound}")
-    if any(n <= 0 or n % 16 for n in size):
-        raise UsageError(f"height and width must be multiples of 16, not {size[0]} and {size[1]}")
+    bound, size, timesteps, seed = check_settings(bound, size, timesteps, seed)
     file = open_model(path)
     if file.layers:
         raise UsageError(
             f"{path} is quantised already, and only the original tells what that costs; name the "
             "BF16 checkpoint"
         )
-    model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
     if captions is None:
         captions = _synthetic_captions(file.config.cap_feat_dim, seed)
+    _check_captions(captions, file.config.cap_feat_dim)
     run = {
         "checkpoint": _fingerprint(file),
         "size": list(size),
@@ -157,9 +160,69 @@ def analyse_sensitivity(
         "dtype": str(dtype),
         "captions": [[*caption.shape, float(caption.double().sum())] for caption in captions],
     }
-    memory = State(state, run)
+    if state is not None:
+        check_target(Path(state), file.checkpoint.inputs, overwrite=True)
+    memory = State(None if state is None else Path(state), run)
+    model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
     cases = record_cases(model, captions, size, timesteps, seed)
+    _check_outputs(path, cases)
     return _Analysis(str(path), file, model, cases, memory, bound, progress).run()
+
+
+def check_settings(
+    bound: float, size: tuple[int, int], timesteps: int, seed: int
+) -> tuple[float, tuple[int, int], int, int]:
+    """The arguments of `analyse_sensitivity` as Python's own numbers.
+
+    Raises:
+        UsageError: one that cannot be.
+    """
+    bound = number("the bound", bound)
+    if not (bound > 0 and math.isfinite(bound)):
+        raise UsageError(f"the bound must be a number above 0, not {bound}")
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise UsageError(f"size must be (height, width), not {repr(size)[:80]}")
+    height, width = whole_number("height", size[0]), whole_number("width", size[1])
+    if any(n % PIXELS_PER_TOKEN or not 0 < n <= MOST_PIXELS for n in (height, width)):
+        raise UsageError(
+            f"height and width must be multiples of {PIXELS_PER_TOKEN} up to {MOST_PIXELS}, not "
+            f"{height} and {width}"
+        )
+    timesteps, seed = whole_number("timesteps", timesteps), whole_number("seed", seed)
+    chosen_steps(timesteps)  # for its check
+    if not 0 <= seed < SEEDS:
+        raise UsageError("the seed must be 0 or more, and below 2^63")
+    return bound, (height, width), timesteps, seed
+
+
+def _check_captions(captions: Any, features: int) -> None:
+    if not isinstance(captions, (list, tuple)) or not captions:
+        raise UsageError(f"captions must be a list of tensors [tokens, {features}]")
+    for i, caption in enumerate(captions):
+        is_tensor = isinstance(caption, torch.Tensor) and caption.is_floating_point()
+        if not is_tensor or caption.dim() != 2 or caption.shape[1] != features or not len(caption):
+            found = (
+                f"{caption.dtype} {list(caption.shape)}" if is_tensor else type(caption).__name__
+            )
+            raise UsageError(
+                f"captions[{i}] must be a floating-point tensor [tokens, {features}] with one "
+                f"token at least, not {found}"
+            )
+        if not caption.isfinite().all():
+            raise UsageError(f"captions[{i}] has NaN or Inf")
+
+
+def _check_outputs(path: str | os.PathLike[str], cases: Sequence[Case]) -> None:
+    """An output that is no number, or nothing, has no relative error."""
+    for case in cases:
+        is_finite = all(velocity.isfinite().all() for velocity in case.velocities)
+        if is_finite and any(velocity.any() for velocity in case.velocities):
+            continue
+        found = "is zero" if is_finite else "has NaN or Inf"
+        raise CheckpointError(
+            f"{path}: the model's own output {found} at step {case.step}, so errors cannot be "
+            "measured against it; download the checkpoint again"
+        )
 
 
 class _Analysis:
@@ -210,9 +273,18 @@ class _Analysis:
         return report
 
     def _errors(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
-        errors = self._memory.errors(name, lambda: measure(self._model, targets, self._cases))
+        errors = self._memory.errors(name, lambda: self._measure(name, targets))
         self._done = min(self._done + 1, self._total)
         self._progress(SensitivityProgress(name, self._done, self._total))
+        return errors
+
+    def _measure(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
+        errors = measure(self._model, targets, self._cases)
+        if not all(math.isfinite(error.total) for error in errors):
+            raise CheckpointError(
+                f"{self._path}: the output has NaN or Inf with {name[:80]} quantised: weights near "
+                "float32's limit are damaged; download the checkpoint again"
+            )
         return errors
 
     def _measured(self, name: str, targets: Sequence[Target]) -> Measured:

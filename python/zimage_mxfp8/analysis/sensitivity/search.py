@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from .targets import Target
 
 
 def by_worth(targets: Sequence[Target], error: Callable[[Target], float]) -> list[Target]:
-    """Layers by what keeping them is worth: the error they cause alone for each byte they save."""
-    return sorted(targets, key=lambda target: -error(target) / target.saved)
+    """Layers by what keeping them is worth: the error they cause alone for each byte they save.
+
+    The padding of very small layers may take more than quantising them saves: those come first.
+    """
+
+    def worth(target: Target) -> float:
+        return error(target) / target.saved if target.saved > 0 else math.inf
+
+    return sorted(targets, key=worth, reverse=True)
 
 
 def smallest_prefix(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from ...checkpoint.header import unreadable
 from ...checkpoint.output import write_file
 from ...errors import UsageError
 from .measure import OutputError
+
+_MOST_SHOWN = 80  # characters of the values that differ; those of a checkpoint are long
 
 
 class State:
@@ -21,6 +25,7 @@ class State:
         run: what the measurements depend on. A file of another run is refused.
 
     Raises:
+        CheckpointError: the file cannot be read.
         UsageError: the file is of another run, or no such file.
     """
 
@@ -39,20 +44,23 @@ class State:
         return self._errors[name]
 
     def _read(self, path: Path) -> None:
-        again = f"{path} is no state of a sensitivity run; name another --state, or delete it"
+        remedy = "name another --state, or delete it"
         try:
             document = json.loads(path.read_text("utf-8"))
-            run, errors = document["run"], document["errors"]
-            known = {name: [OutputError(**e) for e in cases] for name, cases in errors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(again) from None
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except (ValueError, RecursionError):
+            document = None
+        if not _is_state(document):
+            raise UsageError(f"{path} is no state of a sensitivity run; {remedy}")
         for key, value in self._run.items():
-            if run.get(key) != value:
-                raise UsageError(
-                    f"{path} is of a run with another {key} ({run.get(key)}, not {value}); name "
-                    "another --state, or delete it"
-                )
-        self._errors = known
+            found = document["run"].get(key)
+            if found != value:
+                both = f" ({found}, not {value})"
+                shown = both if len(both) < _MOST_SHOWN else ""
+                raise UsageError(f"{path} is of a run with another {key}{shown}; {remedy}")
+        errors = document["errors"]
+        self._errors = {name: [OutputError(**e) for e in cases] for name, cases in errors.items()}
 
     def _write(self) -> None:
         if self._path is None:
@@ -60,3 +68,25 @@ class State:
         errors = {name: [asdict(e) for e in cases] for name, cases in self._errors.items()}
         content = json.dumps({"run": self._run, "errors": errors}).encode()
         write_file(self._path, content, overwrite=True)
+
+
+def _is_state(document: Any) -> bool:
+    """Whether this is what a run writes: a number of errors for each name, all of them sound."""
+    if not isinstance(document, dict) or set(document) != {"run", "errors"}:
+        return False
+    run, errors = document["run"], document["errors"]
+    return (
+        isinstance(run, dict)
+        and isinstance(errors, dict)
+        and all(_are_errors(cases, run.get("timesteps")) for cases in errors.values())
+    )
+
+
+def _are_errors(cases: Any, count: Any) -> bool:
+    names = {field.name for field in fields(OutputError)}
+    return (
+        isinstance(cases, list)
+        and len(cases) == count
+        and all(isinstance(case, dict) and set(case) == names for case in cases)
+        and all(isinstance(e, float) and 0 <= e < math.inf for case in cases for e in case.values())
+    )
