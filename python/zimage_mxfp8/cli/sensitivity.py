@@ -48,7 +48,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="diffusers folder with the text encoder for --prompt",
     )
     parser.add_argument(
-        "--size", type=count(16), default=512, metavar="PIXELS", help="side of the pictures (512)"
+        "--size",
+        type=count(16),
+        default=512,
+        metavar="PIXELS",
+        help="side of the pictures, a multiple of 16 (512)",
     )
     parser.add_argument(
         "--timesteps", type=count(1), default=4, metavar="N", help="of 8 to measure at (4)"
