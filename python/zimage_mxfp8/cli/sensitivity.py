@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         display.print_json(report.to_dict())
     else:
-        _print(report)
+        _print(report, arguments.write_recipe)
     return 0
 
 
@@ -165,7 +166,7 @@ def _captions(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
         return [encoder.encode(prompt) for prompt in prompts]
 
 
-def _print(report: SensitivityReport) -> None:
+def _print(report: SensitivityReport, recipe: Path | None) -> None:
     from . import display
 
     columns = ["error>", "low frequencies>", "high frequencies>", "first step>", "last step>"]
@@ -214,5 +215,10 @@ def _print(report: SensitivityReport) -> None:
             choice(f"smallest for a bound of {report.bound:g}", report.smallest),
         ],
     )
-    for name in report.smallest.kept:
-        print(name)
+    if report.smallest.kept:
+        print("\nTo hold the bound, keep")
+        for name in report.smallest.kept:
+            print(name)
+    if recipe is not None:
+        source, target = shlex.quote(report.path), shlex.quote(str(recipe))
+        print(f"\nzimage-mxfp8 convert -i {source} --recipe {target}")
