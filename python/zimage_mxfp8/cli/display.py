@@ -64,9 +64,8 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
     """Print a table; columns whose names end with ">" are right-aligned."""
     out = console()
     if title:
-        out.print(
-            printable(title), style="bold", soft_wrap=True
-        )  # the table would wrap it to its own width
+        # By itself, because the table would wrap it to its own width.
+        out.print(printable(title), style="bold", soft_wrap=True)
     table = Table()
     for column in columns:
         table.add_column(
