@@ -54,6 +54,11 @@ def path(name: str, value: Any) -> Path:
     return _converted(name, Path, "a path", value)
 
 
+def file_or_folder(name: str, value: Any) -> Path:
+    """A path of what may be either. Errors as above."""
+    return _converted(name, Path, "the path of a file or folder", value)
+
+
 def text(name: str, value: Any) -> str:
     """Text that UTF-8 has. Errors as above."""
     if not isinstance(value, str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError
 from .header import read_header, unreadable
 
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -68,17 +67,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-def as_path(path: object, argument: str) -> Path:
-    """What a user gave for a file or a folder, as a path.
-
-    Raises:
-        UsageError: not a path; the sentence names the argument.
-    """
-    if not isinstance(path, (str, os.PathLike)):
-        raise UsageError(f"{argument} must be the path of a file or folder, not {repr(path)[:80]}")
-    return Path(path)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

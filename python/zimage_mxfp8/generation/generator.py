@@ -17,7 +17,7 @@ from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from .. import _core
-from ..checkpoint.source import as_path
+from ..checks import file_or_folder
 from ..devices import core_index, memory_for, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UsageError
 from ..pipeline import Progress
@@ -149,14 +149,16 @@ class ZImageGenerator:
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
         self._dtype = dtype
-        self._folder = open_model_folder(as_path(model_dir, "model_dir"))
+        self._folder = open_model_folder(file_or_folder("model_dir", model_dir))
         if transformer is None and not self._folder.transformer.is_dir():
             raise CheckpointError(
                 f"{model_dir} has no transformer/; name a file with --transformer, or download the "
                 "model again"
             )
         self._file = (
-            self._folder.transformer if transformer is None else as_path(transformer, "transformer")
+            self._folder.transformer
+            if transformer is None
+            else file_or_folder("transformer", transformer)
         )
         self._device = torch_device(device)
         headers = open_model(self._file)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checkpoint.source import as_path
+from ..checks import file_or_folder
 from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import (
     CudaError,
@@ -191,7 +191,7 @@ class ZImageTransformer(nn.Module):
             raise UsageError(
                 f"dtype must be torch.bfloat16 or torch.float32, not {repr(dtype)[:80]}"
             )
-        file = open_model(as_path(path, "path"))
+        file = open_model(file_or_folder("path", path))
         place = torch_device(device)
         mode = choose(compute, core_index(place), bool(file.layers))
         if place.type == "cuda":
