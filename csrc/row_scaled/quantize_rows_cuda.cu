@@ -9,56 +9,98 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Chunks of 16 bytes that a thread keeps in registers between the two passes over a row; longer
-// rows are read again.
-template <typename Type>
-constexpr int kKept = sizeof(typename Type::Storage) == 2 ? 5 : 6;
+// How a row is divided: among so many threads, each of which keeps so many chunks of 16 bytes in
+// registers between the two passes over the row; what is left of a longer row is read again.
+template <int threads_, int kept_>
+struct Division {
+  static constexpr int threads = threads_;
+  static constexpr int kept = kept_;
+};
 
-// One block a row.
-template <typename Type, bool aligned>
+// Rows that a warp can keep need no barrier.
+using ShortRow = Division<32, 16>;
+using LongRow = Division<kThreads, 6>;
+
+// Loads elements of a row, zeros from `cols` on. A `whole` row consists of chunks of 16 bytes; that
+// leaves one predicate, so that the loads of all chunks are under way together.
+template <typename Type, bool whole>
+__device__ Elements<Type> load_chunk(const typename Type::Storage* row, int64_t column,
+                                     int64_t cols) {
+  if constexpr (!whole) return load<Type, false>(row, column, cols);
+  Elements<Type> chunk;
+  chunk.vector = make_uint4(0, 0, 0, 0);
+  if (column < cols) chunk.vector = __ldg(reinterpret_cast<const uint4*>(row + column));
+  return chunk;
+}
+
+template <typename Type, bool whole, class Row>
 __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const QuantizeRowsTask task) {
   using Storage = typename Type::Storage;
-  const int64_t row = blockIdx.x;
+  constexpr int kRows = kThreads / Row::threads;  // of a block
+  const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / Row::threads;
+  if (row >= task.rows) return;
   const Storage* source = static_cast<const Storage*>(task.source) + row * task.row_stride;
   const auto column_of = [](int chunk) {
-    return (int64_t(chunk) * kThreads + threadIdx.x) * kWidth<Type>;
+    return (int64_t(chunk) * Row::threads + threadIdx.x % Row::threads) * kWidth<Type>;
   };
 
-  Elements<Type> kept[kKept<Type>];
+  Elements<Type> kept[Row::kept];
   uint32_t amax = 0;
 #pragma unroll
-  for (int i = 0; i < kKept<Type>; ++i) {
-    kept[i] = load<Type, aligned>(source, column_of(i), task.cols);
+  for (int i = 0; i < Row::kept; ++i) {
+    kept[i] = load_chunk<Type, whole>(source, column_of(i), task.cols);
   }
 #pragma unroll
-  for (int i = 0; i < kKept<Type>; ++i) amax = max(amax, magnitude<Type>(kept[i]));
-  for (int i = kKept<Type>; column_of(i) < task.cols; ++i) {
-    amax = max(amax, magnitude<Type>(load<Type, aligned>(source, column_of(i), task.cols)));
+  for (int i = 0; i < Row::kept; ++i) amax = max(amax, magnitude<Type>(kept[i]));
+  for (int i = Row::kept; column_of(i) < task.cols; ++i) {
+    amax = max(amax, magnitude<Type>(load_chunk<Type, whole>(source, column_of(i), task.cols)));
   }
-  __shared__ uint32_t of_warp[kThreads / 32];
-  const RowEncoder encoder(block_max(amax, of_warp));
-  if (threadIdx.x == 0) task.scales[row] = encoder.scale();
+  if constexpr (kRows > 1) {
+    static_assert(Row::threads == 32);
+    amax = __reduce_max_sync(~0u, amax);
+  } else {
+    __shared__ uint32_t of_warp[kThreads / 32];
+    amax = block_max(amax, of_warp);
+  }
+  const RowEncoder encoder(amax);
+  if (threadIdx.x % Row::threads == 0) task.scales[row] = encoder.scale();
   uint8_t* codes = task.codes + row * task.cols;
 #pragma unroll
-  for (int i = 0; i < kKept<Type>; ++i) {
+  for (int i = 0; i < Row::kept; ++i) {
     if (column_of(i) < task.cols) {
       store_codes<Type>(encoder.encode(kept[i]), codes, column_of(i), task.cols);
     }
   }
-  for (int i = kKept<Type>; column_of(i) < task.cols; ++i) {
-    const auto values = load<Type, aligned>(source, column_of(i), task.cols);
+  for (int i = Row::kept; column_of(i) < task.cols; ++i) {
+    const auto values = load_chunk<Type, whole>(source, column_of(i), task.cols);
     store_codes<Type>(encoder.encode(values), codes, column_of(i), task.cols);
   }
+}
+
+template <typename Type, bool whole, class Row>
+void start(const QuantizeRowsTask& task, CudaStream stream) {
+  launch(quantize_rows_kernel<Type, whole, Row>,
+         grid_for(checked_count(task.rows), kThreads / Row::threads), kThreads, stream, task);
 }
 
 }  // namespace
 
 void quantize_rows_cuda(const QuantizeRowsTask& task, CudaStream stream) {
-  const uint32_t rows = checked_count(task.rows);
-  if (rows == 0) return;
+  if (task.rows == 0) return;
   with_layout(task.dtype, task.source, task.row_stride, [&](auto type, auto aligned) {
-    launch(quantize_rows_kernel<decltype(type), decltype(aligned)::value>, rows, kThreads, stream,
-           task);
+    using Type = decltype(type);
+    const auto start_rows = [&](auto row) {
+      if (aligned && task.cols % kWidth<Type> == 0) {
+        start<Type, true, decltype(row)>(task, stream);
+      } else {
+        start<Type, false, decltype(row)>(task, stream);
+      }
+    };
+    if (task.cols <= int64_t{ShortRow::threads} * ShortRow::kept * kWidth<Type>) {
+      start_rows(ShortRow{});
+    } else {
+      start_rows(LongRow{});
+    }
   });
 }
 
