@@ -52,11 +52,11 @@ __global__ void __launch_bounds__(kThreads, whole ? 4 : 2)
       float rotated[8];
 #pragma unroll
       for (int e = 0; e < 8; e += 2) {
-        const float real = __fmul_rn(product[e], factor), imag = __fmul_rn(product[e + 1], factor);
+        const float2 normed = {__fmul_rn(product[e], factor), __fmul_rn(product[e + 1], factor)};
         const uint32_t* pair = rotations4[e / 4].element + e % 4;
-        const float cosine = __uint_as_float(pair[0]), sine = __uint_as_float(pair[1]);
-        rotated[e] = __fmaf_rn(real, cosine, -__fmul_rn(imag, sine));
-        rotated[e + 1] = __fmaf_rn(real, sine, __fmul_rn(imag, cosine));
+        const float2 result = rotate(normed, {__uint_as_float(pair[0]), __uint_as_float(pair[1])});
+        rotated[e] = result.x;
+        rotated[e + 1] = result.y;
       }
       store_chunk<whole>(round8(rotated), qk + head_of(i) * kHeadSize, column, size_of(i));
     }

@@ -3,11 +3,11 @@
 // Arithmetic names its roundings, so that every instantiation of a kernel has the same bits.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <stdint.h>
 
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "fused/arithmetic.cuh"
 #include "row_scaled/encode_row.cuh"
 #include "zimage_mxfp8/fused.h"
 #include "zimage_mxfp8/scale_layout.h"
@@ -69,11 +69,6 @@ __device__ void load_row(Chunk (&values)[Layout::kChunks], const uint16_t* row, 
   for (int i = 0; i < Layout::kChunks; ++i) {
     values[i] = load_chunk<whole>(row, Layout::column(i), cols);
   }
-}
-
-__device__ inline uint32_t round2(float low, float high) {
-  const __nv_bfloat162_raw pair = __floats2bfloat162_rn(low, high);
-  return pair.x | uint32_t{pair.y} << 16;
 }
 
 __device__ inline Chunk round8(const float (&values)[8]) {

@@ -8,8 +8,6 @@ namespace {
 // Z-Image's 10240 columns exactly.
 using FeedForwardRow = RowLayout<256, 5>;
 
-__device__ float silu(float x) { return __fdividef(x, __fadd_rn(1.0f, __expf(-x))); }
-
 template <typename Layout, bool whole, typename Target>
 __global__ void __launch_bounds__(Layout::kThreads)
     silu_multiply_kernel(const ConstMatrixView gate, const ConstMatrixView up,

@@ -25,6 +25,10 @@ __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
                : "memory");
 }
 
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives at the barrier at the same place of another block of the cluster (or of this one). It
 // tells that shared memory has been read, for which the default scope does: a release to the whole
 // cluster costs a fence of global memory.
@@ -135,8 +139,15 @@ __device__ void await_copies_read() {
 
 // ---- Shared memory by address
 
-// Four 8x8 matrices of 16-bit numbers, held as wgmma and mma hold them, each transposed: lane l
-// gives the address of row l % 8 of matrix l / 8.
+// Four 8x8 matrices of 16-bit numbers, held as wgmma and mma hold them: lane l gives the address of
+// row l % 8 of matrix l / 8.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
+
+// The same, each transposed.
 __device__ inline void store_matrices_transposed(uint32_t address, const uint32_t (&matrices)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
@@ -151,6 +162,12 @@ __device__ inline float4 load_shared(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+__device__ inline void store_shared(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
 }
 
 // Stores at the same address of another block of the cluster, or of this one.

@@ -11,9 +11,9 @@
 
 namespace zimage_mxfp8::detail {
 
-// Descriptor of B (or A) in shared memory: N (or 64) rows of 64 BF16 (128 bytes), written by TMA
-// with its swizzle of 128 bytes, aligned to 1024 bytes. Steps of 16 columns are 32 bytes: add 2 to
-// the descriptor.
+// Descriptor of B (or A) in shared memory: N (or 64) rows of 128 bytes, written by TMA with its
+// swizzle of 128 bytes, aligned to 1024 bytes. The columns of a product are 32 bytes: add 2 to the
+// descriptor for the next ones.
 __device__ inline uint64_t wgmma_descriptor(uint32_t shared_address) {
   constexpr uint64_t kStrideOf8Rows = 1024 >> 4, kSwizzle128 = 1;
   return uint64_t((shared_address & 0x3FFFF) >> 4) | uint64_t{1} << 16 | kStrideOf8Rows << 32 |
@@ -38,6 +38,10 @@ struct Wgmma;
 template <int n>
 struct WgmmaShared;
 
+// The same with A [64, 32] and B [N, 32] in E4M3; D = A B^T unless it is to `add`.
+template <int n>
+struct WgmmaFP8;
+
 // clang-format off
 #define ZM_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define ZM_R1 "%8, %9, %10, %11, %12, %13, %14, %15"
@@ -51,6 +55,10 @@ struct WgmmaShared;
 #define ZM_R9 "%72, %73, %74, %75, %76, %77, %78, %79"
 #define ZM_R10 "%80, %81, %82, %83, %84, %85, %86, %87"
 #define ZM_R11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define ZM_R12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define ZM_R13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define ZM_R14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define ZM_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define ZM_F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
                  "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define ZM_WGMMA(n, sums, a_registers, descriptor, ...)                                           \
@@ -83,8 +91,22 @@ ZM_WGMMA(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " 
   };
 ZM_WGMMA_SHARED(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96", "%97",
                 ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88))
+#define ZM_WGMMA_FP8(n, sums, a_descriptor, b_descriptor, adds, ...)                              \
+  template <>                                                                                     \
+  struct WgmmaFP8<n> {                                                                            \
+    static __device__ void multiply(float (&d)[n / 2], uint64_t a, uint64_t b, bool add) {        \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " adds ", 0;\n"                                \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" sums "}, "        \
+                   a_descriptor ", " b_descriptor ", p, 1, 1; }"                                  \
+                   : __VA_ARGS__                                                                  \
+                   : "l"(a), "l"(b), "r"(int{add}));                                              \
+    }                                                                                             \
+  };
+ZM_WGMMA_FP8(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128", "%129", "%130",
+             ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88), ZM_F8(96), ZM_F8(104), ZM_F8(112), ZM_F8(120))
 #undef ZM_WGMMA
 #undef ZM_WGMMA_SHARED
+#undef ZM_WGMMA_FP8
 #undef ZM_F8
 #undef ZM_R0
 #undef ZM_R1
@@ -98,6 +120,10 @@ ZM_WGMMA_SHARED(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R
 #undef ZM_R9
 #undef ZM_R10
 #undef ZM_R11
+#undef ZM_R12
+#undef ZM_R13
+#undef ZM_R14
+#undef ZM_R15
 // clang-format on
 
 }  // namespace zimage_mxfp8::detail

@@ -70,11 +70,34 @@ def _items(items: Any, rows: int) -> Any:
     return None if items is None else vector(items, "int32", rows, "items")
 
 
-def _eps(eps: Any) -> float:
+def as_eps(eps: Any) -> float:
+    """What is added to a mean of squares, checked."""
     try:
         return float(eps)
     except (TypeError, ValueError, OverflowError):
         raise InvalidArgumentError("eps must be a number") from None
+
+
+def as_heads(heads: Any) -> int:
+    """A number of heads, checked."""
+    try:
+        count = operator.index(heads)
+    except TypeError:
+        raise InvalidArgumentError("heads must be a whole number") from None
+    if not 0 < count < 2**20:
+        raise InvalidArgumentError("heads must be 1 or more")
+    return count
+
+
+def as_rotations(rotations: Any, rows: int) -> Any:
+    """The pairs of cosine and sine of so many rows, [rows, 64, 2], as the core takes them."""
+    pairs, dtype = plain(rotations, "rotations")
+    wanted = (rows, HEAD_SIZE // 2, 2)
+    if dtype != "float32" or tuple(pairs.shape) != wanted:
+        raise InvalidArgumentError(
+            f"rotations must be float32 {list(wanted)}, not {dtype} {list(pairs.shape)}"
+        )
+    return pairs.reshape(rows, HEAD_SIZE)
 
 
 class _Activation:
@@ -148,7 +171,7 @@ def norm_modulate(
         vector(weight, "bfloat16", cols, "weight"),
         _optional_matrix(scale, "scale"),
         _items(items, rows),
-        _eps(eps),
+        as_eps(eps),
         target.parts,
         like=x,
     )
@@ -197,7 +220,7 @@ def add_norm_modulate(
         None if next_weight is None else vector(next_weight, "bfloat16", cols, "next_weight"),
         _optional_matrix(next_scale, "next_scale"),
         _items(items, rows),
-        _eps(eps),
+        as_eps(eps),
         None if target is None else target.parts,
         like=x,
     )
@@ -222,25 +245,13 @@ def rotate_heads(
     """
     qkv = _written_matrix(qkv, "qkv")
     rows, _ = require_2d(qkv, "qkv")
-    try:
-        count = operator.index(heads)
-    except TypeError:
-        raise InvalidArgumentError("heads must be a whole number") from None
-    if not 0 < count < 2**20:
-        raise InvalidArgumentError("heads must be 1 or more")
-    pairs, dtype = plain(rotations, "rotations")
-    wanted = (rows, HEAD_SIZE // 2, 2)
-    if dtype != "float32" or tuple(pairs.shape) != wanted:
-        raise InvalidArgumentError(
-            f"rotations must be float32 {list(wanted)}, not {dtype} {list(pairs.shape)}"
-        )
     call_core(
         _core.rotate_heads,
         qkv,
         vector(q_weight, "bfloat16", HEAD_SIZE, "q_weight"),
         vector(k_weight, "bfloat16", HEAD_SIZE, "k_weight"),
-        pairs.reshape(rows, HEAD_SIZE),
-        count,
-        _eps(eps),
+        as_rotations(rotations, rows),
+        as_heads(heads),
+        as_eps(eps),
         like=qkv,
     )

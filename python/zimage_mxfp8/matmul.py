@@ -192,6 +192,17 @@ def _bound(bound: Any) -> float:
         raise InvalidArgumentError("bound must be a number") from None
 
 
+def row_scaled_parts(array: RowScaledArray, name: str) -> tuple[Any, Any, int, int]:
+    """Codes, scales, rows and columns of a `RowScaledArray`, as the core accepts them.
+
+    Raises:
+        InvalidArgumentError: its parts do not belong together.
+    """
+    codes = as_bytes(array.codes, CODES, f"codes of {name}")
+    rows, cols = require_2d(codes, f"codes of {name}")
+    return codes, vector(array.scales, "float32", rows, f"scales of {name}"), rows, cols
+
+
 Operand = tuple[str, Any, Any, int, int]
 
 
@@ -200,10 +211,7 @@ def _operand(array: Any, name: str) -> Operand:
     if isinstance(array, MXFP8Array):
         return "mxfp8", *mxfp8_parts(array, name)
     if isinstance(array, RowScaledArray):
-        codes = as_bytes(array.codes, CODES, f"codes of {name}")
-        rows, cols = require_2d(codes, f"codes of {name}")
-        scales = vector(array.scales, "float32", rows, f"scales of {name}")
-        return "row-scaled", codes, scales, rows, cols
+        return "row-scaled", *row_scaled_parts(array, name)
     kinds = "an MXFP8Array, a RowScaledArray or an array of bfloat16"
     matrix, dtype = plain(array, name, kinds)
     if dtype != "bfloat16":

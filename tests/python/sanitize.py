@@ -25,7 +25,7 @@ import argparse
 import torch
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core, fused
+from zimage_mxfp8 import _core, fused, fused_gemm
 
 TOLERANCE = {"emulated": 1e-6, "decode": 5e-3, "row-scaled": 1e-2, "sm90": 5e-3}
 # M, N and K: every kernel's number of tokens, and weights enough for every multiprocessor.
@@ -99,6 +99,22 @@ def check_heads(rows: int, heads: int, gap: int) -> None:
     check_close(qkv[:, : heads * 256], want[:, : heads * 256], rows, heads * 256)
 
 
+def check_fused_products(tokens: int, columns: int, heads: int, depth: int) -> None:
+    """The products with fused epilogues, against a product and the fused operation."""
+    x = zm.quantize_rows(torch.randn(tokens, depth, device="cuda"))
+    both = zm.quantize_rows(torch.randn(2 * columns, depth, device="cuda"))
+    gate, up = zm.gemm(x, both, path="emulated").chunk(2, dim=1)
+    want = fused.silu_multiply(gate, up).float()
+    check_close(fused_gemm.gemm_silu_multiply(x, both), want, tokens, columns)
+    weights = zm.quantize_rows(torch.randn(384 * heads, depth, device="cuda"))
+    qkv = zm.gemm(x, weights, path="emulated")
+    norm = torch.rand(128, device="cuda").bfloat16()
+    rotations = torch.randn(tokens, 64, 2, device="cuda")
+    fused.rotate_heads(qkv, norm, norm, rotations, heads)
+    result = fused_gemm.gemm_rotate_heads(x, weights, norm, norm, rotations, heads)
+    check_close(result, qkv.float(), tokens, 384 * heads)
+
+
 def check_products(m: int, n: int, k: int, skipped: list[str]) -> None:
     a, b = torch.randn(m, k), torch.randn(n, k)
     bias = torch.randn(n).bfloat16()
@@ -159,6 +175,10 @@ def main() -> None:
         check_heads(rows, heads, gap)
     for product in PRODUCTS:
         check_products(*product, arguments.skip)
+    if "sm90" not in arguments.skip and not fused_gemm.unsupported(0):
+        for tokens, columns, heads, depth in ((5, 8, 1, 32), (130, 72, 3, 416), (300, 1000, 7, 96)):
+            check_fused_products(tokens, columns, heads, depth)
+        check_fused_products(4100, 1024, 2, 64)  # several tiles for each block
     quantizer = _core.StagedQuantizer(0)
     matrix = torch.randn(100, 70)
     want = zm.quantize(matrix)

@@ -11,6 +11,7 @@ import torch
 
 import zimage_mxfp8 as zm
 from diffusers_reference import make_reference, random_inputs, relative_error
+from zimage_mxfp8 import fused_gemm
 from zimage_mxfp8.transformer import attention
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, supported, unsupported
 
@@ -58,6 +59,22 @@ def test_modes_agree_with_the_cpu(compute: str, batch, quantized: Path) -> None:
     if compute in ("folded", "emulated"):
         same = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute)(*inputs).sample
         assert relative_error(model(*on_device(inputs)).sample, same) < 0.1
+
+
+@pytest.mark.parametrize("batch", [RAGGED, EQUAL], ids=["ragged", "equal"])
+def test_products_that_go_on(batch, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few tokens they are not the faster ones, so they are not taken by themselves."""
+    if why := fused_gemm.unsupported(torch.cuda.current_device()):
+        pytest.skip(why)
+    inputs = on_device(random_inputs(*batch))
+    results = []
+    for faster in (False, True):
+        monkeypatch.setattr(fused_gemm, "is_faster", lambda *_, is_it=faster: is_it)
+        model = load(quantized, "folded")
+        results.append(model(*inputs).sample)
+    assert not all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    # The same numbers, but for the order of sums, and so for ties in E4M3.
+    assert relative_error(results[1], results[0]) < 0.1
 
 
 @pytest.mark.parametrize("source", ["plain", "exact"])

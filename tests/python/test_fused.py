@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core, fused
+from zimage_mxfp8 import _core, fused, fused_gemm
 
 X = torch.ones(4, 64).bfloat16()
 WEIGHT = torch.ones(64).bfloat16()
@@ -114,6 +114,16 @@ def test_without_cuda_they_say_so() -> None:
     ):
         with pytest.raises(zm.UnsupportedError, match="this build has no CUDA kernels"):
             call()
+
+
+def test_products_that_go_on_need_a_gpu() -> None:
+    operand = zm.RowScaledArray(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4))
+    with pytest.raises(zm.InvalidArgumentError, match="a must be on a CUDA device"):
+        fused_gemm.gemm_silu_multiply(operand, operand)
+    with pytest.raises(zm.InvalidArgumentError, match="a must be a RowScaledArray, not Tensor"):
+        fused_gemm.gemm_rotate_heads(X, operand, HEAD, HEAD, ROTATIONS, 2)
+    assert fused_gemm.unsupported(-1) == "products with fused epilogues need a CUDA device"
+    assert not fused_gemm.is_faster(4096, 4096, -1)
 
 
 def test_nothing_to_do() -> None:

@@ -11,7 +11,14 @@ from torch import nn
 from ..fused import Form
 from . import ops
 from .attention import attend
-from .linear import Linear, multiply, workspace
+from .linear import (
+    Linear,
+    gate_goes_on,
+    multiply,
+    multiply_and_gate,
+    multiply_and_rotate,
+    workspace,
+)
 from .ops import Activation
 from .sequence import Part
 
@@ -63,17 +70,17 @@ class Block(nn.Module):
 
     def attention(self, h: Activation, part: Part) -> torch.Tensor:
         """Attention of normalised activations."""
-        qkv = multiply(self.qkv, h)
-        ops.rotate_heads(qkv, self.q_norm, self.k_norm, part.rotations, self._heads)
+        qkv = multiply_and_rotate(
+            self.qkv, h, self.q_norm, self.k_norm, part.rotations, self._heads
+        )
         return multiply(
             self.out, ops.encode(attend(qkv, self._heads, part.lengths), {self.out.form})
         )
 
     def feed_forward(self, h: Activation) -> torch.Tensor:
         """w2(silu(w1 h) * w3 h)."""
-        products = [multiply(layer, h) for layer in self.ffn_in]  # type: ignore[arg-type]
-        gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
-        return multiply(self.ffn_out, ops.silu_multiply(gate, up, {self.ffn_out.form}))
+        layers: list[Linear] = list(self.ffn_in)  # type: ignore[arg-type]
+        return multiply(self.ffn_out, multiply_and_gate(layers, h, {self.ffn_out.form}))
 
     def feed_forward_nbytes(self, tokens: int) -> int:
         """Bytes that are in use in `feed_forward` on a CUDA device at most, its input included."""
@@ -81,6 +88,8 @@ class Block(nn.Module):
         width = sum(layer.out_features for layer in self.ffn_in)  # type: ignore[misc]
         given = sum(ops.form_nbytes(form, tokens * dim, dtype) for form in self.ffn_forms)
         products = tokens * width * dtype.itemsize
+        if gate_goes_on(list(self.ffn_in), tokens):  # type: ignore[arg-type]
+            products //= 2
         during_first = max(workspace(layer, tokens) for layer in self.ffn_in)  # type: ignore[arg-type]
         # torch's silu_multiply has as much again; the fused one writes its result alone.
         between = products if dtype == torch.float32 else 0

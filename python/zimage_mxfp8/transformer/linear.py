@@ -5,19 +5,21 @@ Each takes activations in one form (see `compute.Form`) and gives [M, N] in the 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import _core
+from .. import _core, fused_gemm
 from ..codec import MXFP8Array, dequantize
 from ..errors import PrecisionLossError
 from ..fused import Form
 from ..matmul import FoldStats, Path, RowScaledArray, fold, gemm
+from . import ops
 from .compute import Compute
-from .ops import pad_columns
+from .config import NORM_EPS
+from .ops import Activation, pad_columns
 
 
 class Linear(nn.Module):
@@ -142,10 +144,24 @@ class FoldedLinear(Linear):
         # As integers, which nn.Module.to(dtype) leaves alone.
         self.register_buffer("scale_bits", weights.scales.view(torch.int32))
 
+    @property
+    def weights(self) -> RowScaledArray:
+        """[N, K], with padding to multiples of 32 of both."""
+        return RowScaledArray(self.codes, self.scale_bits.view(torch.float32))
+
+    def goes_on(self, tokens: int) -> bool:
+        """Whether a product with so many goes on with what follows it (see `fused_gemm`)."""
+        device = self.codes.device
+        return (
+            self.dtype == torch.bfloat16
+            and len(self.codes) == self.out_features
+            and device.type == "cuda"
+            and fused_gemm.is_faster(tokens, self.out_features, device.index)
+        )
+
     def forward(self, x: RowScaledArray) -> torch.Tensor:
         """[M, K] -> [M, N]."""
-        weights = RowScaledArray(self.codes, self.scale_bits.view(torch.float32))
-        out: torch.Tensor = gemm(x, weights, dtype=self.dtype)
+        out: torch.Tensor = gemm(x, self.weights, dtype=self.dtype)
         return out[:, : self.out_features]
 
 
@@ -175,10 +191,47 @@ def quantized_linear(
     return FoldedLinear(folded, n, dtype), stats
 
 
-def multiply(layer: Linear, activation: dict[Form, Any]) -> torch.Tensor:
+def multiply(layer: Linear, activation: Activation) -> torch.Tensor:
     """A layer's product with activations, of which it takes its own form."""
     out: torch.Tensor = layer(activation[layer.form])
     return out
+
+
+def multiply_and_rotate(
+    layer: Linear,
+    activation: Activation,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotations: torch.Tensor,
+    heads: int,
+) -> torch.Tensor:
+    """`multiply`, then `ops.rotate_heads`."""
+    if isinstance(layer, FoldedLinear) and layer.goes_on(len(rotations)):
+        out: torch.Tensor = fused_gemm.gemm_rotate_heads(
+            activation[layer.form], layer.weights, q_weight, k_weight, rotations, heads, NORM_EPS
+        )
+        return out
+    qkv = multiply(layer, activation)
+    ops.rotate_heads(qkv, q_weight, k_weight, rotations, heads)
+    return qkv
+
+
+def gate_goes_on(layers: Sequence[Linear], tokens: int) -> bool:
+    """Whether `multiply_and_gate` keeps the products on the chip: half as much reaches memory."""
+    return len(layers) == 1 and isinstance(layers[0], FoldedLinear) and layers[0].goes_on(tokens)
+
+
+def multiply_and_gate(
+    layers: Sequence[Linear], activation: Activation, forms: Collection[Form]
+) -> Activation:
+    """The products of w1 and w3, stacked in one layer or apart, then `ops.silu_multiply`."""
+    first = layers[0]
+    x = activation[first.form]
+    if isinstance(first, FoldedLinear) and gate_goes_on(layers, x.shape[0]):
+        return ops.encode(fused_gemm.gemm_silu_multiply(x, first.weights), forms)
+    products = [multiply(layer, activation) for layer in layers]
+    gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
+    return ops.silu_multiply(gate, up, forms)
 
 
 def workspace(layer: Linear, tokens: int) -> int:

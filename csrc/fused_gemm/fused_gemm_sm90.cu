@@ -1,0 +1,505 @@
+// FP8 products on Hopper that go on with what the DiT computes next.
+//
+// D = A B^T in tiles of 128 tokens and 256 rows of B, from tile to tile. In a block
+// - a thread copies tiles of A and B into a ring of stages;
+// - two warpgroups multiply, 64 tokens each, and leave their sums, rounded, in shared memory;
+// - three warps take them from there, scale them and do the rest: they have the time of a whole
+//   tile, while the tensor cores work on the next one.
+//
+// Two blocks with rows of B of their own share the tiles of A.
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "fused/arithmetic.cuh"
+#include "fused_gemm/fused_gemm_cuda.h"
+#include "gemm/hopper.cuh"
+#include "gemm/tensor_map.h"
+#include "gemm/wgmma.cuh"
+#include "zimage_mxfp8/fused.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kConsumers = 2;    // warpgroups
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kEpilogueWarps = 3;  // the warp before them copies
+
+constexpr int kCluster = 2;       // blocks that share tiles of A
+constexpr int kGroupTokens = 64;  // that a warpgroup multiplies
+constexpr int kTokens = kConsumers * kGroupTokens;
+constexpr int kRows = 256;   // of B in a tile, copied in two halves
+constexpr int kDepth = 128;  // of K in a stage: as wide as TMA's swizzle
+constexpr int kStages = 3;
+// Pairs of tiles of B that all tokens are multiplied with before the next ones: they stay in the
+// cache.
+constexpr int kGroupPairs = 4;
+
+constexpr int kABytes = kTokens * kDepth, kBBytes = kRows * kDepth;
+// A warpgroup's tokens are left in boxes of 64 columns; each warp has 16 tokens of them.
+constexpr int kBoxColumns = 64, kBoxes = kRows / kBoxColumns;
+constexpr int kWarpTokens = 16;
+constexpr int kBoxBytes = kGroupTokens * kBoxColumns * 2;
+
+// What TMA swizzles begins at multiples of 1024 bytes.
+constexpr int kBAt = kStages * kABytes;
+constexpr int kOutAt = kBAt + kStages * kBBytes;
+constexpr int kBarriersAt = kOutAt + kConsumers * kBoxes * kBoxBytes;
+constexpr int kWarps = kConsumers * 4;  // that multiply
+constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 2 * kWarps) * 8 + 1024;
+static_assert(kSharedBytes <= 232448);
+
+// A warp's 16 tokens in boxes, as TMA swizzles them.
+struct Boxes {
+  uint32_t address;
+
+  // Where eight columns are: piece 0 to 7 of a box.
+  __device__ uint32_t piece(int token, int box, int of_box) const {
+    return address + box * kBoxBytes + token * kBoxColumns * 2 + (of_box ^ token % 8) * 16;
+  }
+};
+
+// Eight columns of BF16, or of scales, as float32.
+struct Eight {
+  float of[8];
+
+  __device__ void load(uint32_t address) {
+    const float4 words = load_shared(address);
+    unpack(__float_as_uint(words.x), 0);
+    unpack(__float_as_uint(words.y), 2);
+    unpack(__float_as_uint(words.z), 4);
+    unpack(__float_as_uint(words.w), 6);
+  }
+
+  __device__ void load(const float* scales) {
+    const auto* const fours = reinterpret_cast<const float4*>(scales);
+    const float4 low = __ldg(fours), high = __ldg(fours + 1);
+    of[0] = low.x, of[1] = low.y, of[2] = low.z, of[3] = low.w;
+    of[4] = high.x, of[5] = high.y, of[6] = high.z, of[7] = high.w;
+  }
+
+  __device__ void scale(float of_token, const Eight& of_columns) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) of[i] = __fmul_rn(__fmul_rn(of[i], of_token), of_columns.of[i]);
+  }
+
+  __device__ float sum_of_squares() const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = __fmaf_rn(of[i], of[i], sum);
+    return sum;
+  }
+
+  __device__ void store(uint32_t address) const {
+    store_shared(address, make_uint4(round2(of[0], of[1]), round2(of[2], of[3]),
+                                     round2(of[4], of[5]), round2(of[6], of[7])));
+  }
+
+ private:
+  __device__ void unpack(uint32_t pair, int at) {
+    of[at] = __uint_as_float(pair << 16);
+    of[at + 1] = __uint_as_float(pair & 0xFFFF0000);
+  }
+};
+
+struct Operands {
+  const float* a_scales;
+  const float* b_scales;
+  int m, n, k;
+
+  // Those of a warp's tokens, one in each lane of 16.
+  __device__ float a_scales16(int first_token) const {
+    return __ldg(a_scales + min(first_token + int(threadIdx.x) % kWarpTokens, m - 1));
+  }
+  // N is a multiple of 8.
+  __device__ Eight b_scales8(int row) const {
+    Eight scales;
+    scales.load(b_scales + min(row, n - 8));
+    return scales;
+  }
+};
+
+// ---- What follows the product. Each has the columns of D that a tile gives, the row of B at which
+// each half of a tile of B begins, and the operation, in place on a warp's tokens. It is done with
+// a few tokens at a time, so that their loads are under way together.
+
+constexpr int kTogether = 4;
+
+// Half of a tile of B is of the gate, half of what it is multiplied with.
+struct SiluMultiply {
+  static constexpr int kColumns = kRows / 2;
+  int columns;  // of D
+
+  __device__ int row_of_b(int tile, int half) const { return tile * kColumns + half * columns; }
+
+  __device__ void operator()(Boxes boxes, const Operands& operands, int first_token,
+                             int tile) const {
+    const int lane = threadIdx.x % 32, box = lane % 16 / 8, piece = lane % 8;
+    const int column = min(tile * kColumns + lane % 16 * 8, columns - 8);
+    const Eight gate_scales = operands.b_scales8(column);
+    const Eight up_scales = operands.b_scales8(columns + column);
+    const float a_scales = operands.a_scales16(first_token);
+#pragma unroll 1
+    for (int first = lane / 16; first < kWarpTokens; first += 2 * kTogether) {
+      Eight gate[kTogether], up[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        gate[i].load(boxes.piece(first + 2 * i, box, piece));
+        up[i].load(boxes.piece(first + 2 * i, box + kBoxes / 2, piece));
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const float a_scale = __shfl_sync(~0u, a_scales, first + 2 * i);
+        gate[i].scale(a_scale, gate_scales);
+        up[i].scale(a_scale, up_scales);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) gate[i].of[e] = __fmul_rn(silu(gate[i].of[e]), up[i].of[e]);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) gate[i].store(boxes.piece(first + 2 * i, box, piece));
+    }
+  }
+};
+
+// A tile has two heads, with half of the lanes each.
+struct RotateHeads {
+  static constexpr int kColumns = kRows;
+  static constexpr int kLanes = 16;
+  const uint4* q_weight;  // eight BF16 each
+  const uint4* k_weight;
+  const float4* rotations;  // two pairs each
+  int64_t rotation_stride;  // of a row
+  int heads;
+  float eps;
+
+  __device__ int row_of_b(int tile, int half) const { return tile * kRows + half * kRows / 2; }
+
+  __device__ void operator()(Boxes boxes, const Operands& operands, int first_token,
+                             int tile) const {
+    const int lane = threadIdx.x % 32, box = lane / 8, piece = lane % 8;
+    const float a_scales = operands.a_scales16(first_token);
+    const Eight b_scales = operands.b_scales8(tile * kRows + lane * 8);
+    const auto load_scaled = [&](int first, Eight(&values)[kTogether]) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) values[i].load(boxes.piece(first + i, box, piece));
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        values[i].scale(__shfl_sync(~0u, a_scales, first + i), b_scales);
+      }
+    };
+    const auto store = [&](int first, const Eight(&values)[kTogether]) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) values[i].store(boxes.piece(first + i, box, piece));
+    };
+    Eight values[kTogether];
+    if (tile >= heads) {  // both are of v
+#pragma unroll 1
+      for (int first = 0; first < kWarpTokens; first += kTogether) {
+        load_scaled(first, values);
+        store(first, values);
+      }
+      return;
+    }
+    const int head = tile * 2 + lane / kLanes;
+    Weight weight;
+    weight.vector = __ldg((head < heads ? q_weight : k_weight) + lane % kLanes);
+    Turns next = load_turns(first_token, operands.m);
+#pragma unroll 1
+    for (int first = 0; first < kWarpTokens; first += kTogether) {
+      const Turns turns = next;
+      next = load_turns(first_token + min(first + kTogether, kWarpTokens - 1), operands.m);
+      load_scaled(first, values);
+      float mean[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) mean[i] = values[i].sum_of_squares() * (1.0f / kHeadSize);
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) mean[i] += __shfl_xor_sync(~0u, mean[i], step);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const float factor = rsqrtf(__fadd_rn(mean[i], eps));
+        const Eight rotated = normed_and_rotated(values[i], weight, factor, turns.of[i]);
+        values[i] = head < 2 * heads ? rotated : values[i];
+      }
+      store(first, values);
+    }
+  }
+
+ private:
+  union Weight {
+    uint4 vector;
+    uint32_t pair[4];
+  };
+
+  // Cosines and sines of a lane's columns, for tokens that are taken together.
+  struct Turns {
+    float4 of[kTogether][2];
+  };
+
+  __device__ Turns load_turns(int token, int tokens) const {
+    Turns turns;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const float4* const of_row =
+          rotations + min(token + i, tokens - 1) * rotation_stride + threadIdx.x % kLanes * 2;
+      turns.of[i][0] = __ldg(of_row);
+      turns.of[i][1] = __ldg(of_row + 1);
+    }
+    return turns;
+  }
+
+  static __device__ Eight normed_and_rotated(const Eight& values, const Weight& weight,
+                                             float factor, const float4 (&turns)[2]) {
+    Eight result;
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+      const uint32_t pair = weight.pair[e / 2];
+      const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xFFFF0000);
+      const float2 normed = {__fmul_rn(__fmul_rn(values.of[e], low), factor),
+                             __fmul_rn(__fmul_rn(values.of[e + 1], high), factor)};
+      const float4& turn = turns[e / 4];
+      const float2 rotated =
+          rotate(normed, e % 4 == 0 ? float2{turn.x, turn.y} : float2{turn.z, turn.w});
+      result.of[e] = rotated.x;
+      result.of[e + 1] = rotated.y;
+    }
+    return result;
+  }
+};
+
+// ---- The product
+
+template <class Epilogue>
+struct Parameters {
+  Epilogue epilogue;
+  Operands operands;
+  int m_tiles, n_tiles;
+};
+
+// What a cluster works on: tokens, and two tiles of B.
+struct Tile {
+  int token, pair;
+};
+
+__device__ Tile tile_of(int index, int m_tiles, int pairs) {
+  const int group = index / (kGroupPairs * m_tiles), in_group = index % (kGroupPairs * m_tiles);
+  const int first = group * kGroupPairs, across = min(kGroupPairs, pairs - first);
+  return {in_group / across * kTokens, first + in_group % across};
+}
+
+// Adds the products of half of a stage; those of a tile's first stage begin the sums.
+__device__ void multiply(float (&sums)[kRows / 2], uint64_t a, uint64_t b, int half, bool first) {
+  constexpr uint64_t step_of_32 = 32 / 16;
+#pragma unroll
+  for (int i = 2 * half; i < 2 * half + 2; ++i) {
+    WgmmaFP8<kRows>::multiply(sums, a + i * step_of_32, b + i * step_of_32, !(first && i == 0));
+  }
+  wgmma_commit();
+}
+
+// Leaves a warp's sums of 16 tokens (see wgmma.cuh), rounded.
+__device__ void store_sums(const float (&sums)[kRows / 2], Boxes boxes) {
+  // Four 8x8 matrices at a time: eight tokens and those 8 below, two groups of eight columns.
+  const int lane = threadIdx.x % 32, matrix = lane / 8, row = matrix % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int i = 0; i < kRows / 8; i += 2) {
+    const float* const eight = sums + 4 * i;
+    const uint32_t words[4] = {round2(eight[0], eight[1]), round2(eight[2], eight[3]),
+                               round2(eight[4], eight[5]), round2(eight[6], eight[7])};
+    store_matrices(boxes.piece(row, i / 8, i % 8 + matrix / 2), words);
+  }
+}
+
+template <class Epilogue>
+__global__ void __launch_bounds__(kThreads, 1)
+    fused_gemm_kernel(const __grid_constant__ CUtensorMap a_map,
+                      const __grid_constant__ CUtensorMap b_map,
+                      const __grid_constant__ CUtensorMap d_map, const Parameters<Epilogue> p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  launch_dependents();
+  extern __shared__ uint8_t unaligned[];
+  const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
+  const uint32_t a_tiles = shared, b_tiles = shared + kBAt;
+  const auto barrier = [&](int index) { return shared + kBarriersAt + index * 8; };
+  const auto full = [&](int stage) { return barrier(stage); };
+  const auto empty = [&](int stage) { return barrier(kStages + stage); };
+  // A warp's sums are there to be taken; there is room for them.
+  const auto sums_full = [&](int warp) { return barrier(2 * kStages + warp); };
+  const auto sums_empty = [&](int warp) { return barrier(2 * kStages + kWarps + warp); };
+  const auto boxes_of = [&](int warp) {
+    return Boxes{shared + kOutAt + warp / 4 * kBoxes * kBoxBytes +
+                 warp % 4 * kWarpTokens * kBoxColumns * 2};
+  };
+  const int block = block_of_cluster();
+  const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(full(stage), 1);
+      barrier_init(empty(stage), kConsumers * kCluster);
+    }
+    for (int warp = 0; warp < kWarps; ++warp) {
+      barrier_init(sums_full(warp), 1);
+      barrier_init(sums_empty(warp), 1);
+    }
+    barrier_init_fence();
+  }
+  cluster_sync();
+  await_predecessors();
+  const int pairs = (p.n_tiles + 1) / 2, tiles = pairs * p.m_tiles;
+  const int first_tile = blockIdx.x / kCluster, tile_step = gridDim.x / kCluster;
+  const int steps = (p.operands.k + kDepth - 1) / kDepth;
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto next_stage = [&] {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+
+  if (warpgroup < kConsumers) {
+    const int thread = threadIdx.x % kWarpgroup, warp = threadIdx.x / 32;
+    uint32_t empty_phase = 1;  // nothing is there at first
+    const auto release = [&](int of_stage) {
+      if (thread < kCluster) barrier_arrive(empty(of_stage), thread);
+    };
+    for (int index = first_tile; index < tiles; index += tile_step) {
+      const Tile tile = tile_of(index, p.m_tiles, pairs);
+      float sums[kRows / 2];
+      int previous = 0;
+      for (int step = 0; step < steps; ++step) {
+        barrier_wait(full(stage), phase);
+        const uint64_t a =
+            wgmma_descriptor(a_tiles + stage * kABytes + warpgroup * kGroupTokens * kDepth);
+        const uint64_t b = wgmma_descriptor(b_tiles + stage * kBBytes);
+        wgmma_fence();
+        multiply(sums, a, b, 0, step == 0);
+        // The stage before is released as soon as it has been read, while the tensor cores have
+        // work.
+        wgmma_wait<1>();
+        if (step > 0) release(previous);
+        multiply(sums, a, b, 1, false);
+        previous = stage;
+        next_stage();
+      }
+      wgmma_wait();
+      release(previous);
+      const int b_tile = tile.pair * kCluster + block;
+      if (b_tile >= p.n_tiles) continue;
+      barrier_wait(sums_empty(warp), empty_phase);
+      empty_phase ^= 1;
+      store_sums(sums, boxes_of(warp));
+      __syncwarp();
+      if (lane == 0) barrier_arrive(sums_full(warp));
+    }
+  } else {
+    const int epilogue_warp = threadIdx.x % kWarpgroup / 32 - 1;
+    if (epilogue_warp >= 0) {
+      uint32_t full_phase = 0;
+      for (int index = first_tile; index < tiles; index += tile_step) {
+        const Tile tile = tile_of(index, p.m_tiles, pairs);
+        const int b_tile = tile.pair * kCluster + block;
+        if (b_tile >= p.n_tiles) continue;
+#pragma unroll 1
+        for (int warp = epilogue_warp; warp < kWarps; warp += kEpilogueWarps) {
+          const int token = tile.token + warp * kWarpTokens;
+          const Boxes boxes = boxes_of(warp);
+          barrier_wait(sums_full(warp), full_phase);
+          p.epilogue(boxes, p.operands, token, b_tile);
+          fence_for_copies();
+          __syncwarp();
+          if (lane == 0) {
+            for (int box = 0; box < Epilogue::kColumns / kBoxColumns; ++box) {
+              copy_box_out(d_map, boxes.address + box * kBoxBytes,
+                           b_tile * Epilogue::kColumns + box * kBoxColumns, token);
+            }
+            commit_copies();
+            await_copies_read<0>();
+            barrier_arrive(sums_empty(warp));
+          }
+          __syncwarp();
+        }
+        full_phase ^= 1;
+      }
+    } else if (lane == 0) {
+      prefetch_map(a_map);
+      prefetch_map(b_map);
+      for (int index = first_tile; index < tiles; index += tile_step) {
+        const Tile tile = tile_of(index, p.m_tiles, pairs);
+        const int b_tile = tile.pair * kCluster + block;
+        const int b_rows[2] = {p.epilogue.row_of_b(b_tile, 0), p.epilogue.row_of_b(b_tile, 1)};
+        for (int step = 0; step < steps; ++step) {
+          barrier_wait(empty(stage), phase ^ 1);
+          barrier_expect(full(stage), kABytes + kBBytes);
+          const uint32_t a = a_tiles + stage * kABytes, b = b_tiles + stage * kBBytes;
+          constexpr int part = kTokens / kCluster;
+          copy_box_to_cluster(a_map, full(stage), a + block * part * kDepth, step * kDepth,
+                              tile.token + block * part, (1 << kCluster) - 1);
+          copy_box(b_map, full(stage), b, step * kDepth, b_rows[0]);
+          copy_box(b_map, full(stage), b + kBBytes / 2, step * kDepth, b_rows[1]);
+          next_stage();
+        }
+      }
+    }
+    __syncwarp();
+  }
+  // No block leaves while the other may still write to its shared memory.
+  cluster_sync();
+#endif
+}
+
+CUtensorMap code_map(const ConstRowScaledView& matrix, int box_rows) {
+  return tensor_map(matrix.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix.rows, matrix.cols,
+                    matrix.cols, box_rows);
+}
+
+template <class Epilogue>
+void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogue& epilogue,
+         const MatrixView& target, CudaStream stream) {
+  Parameters<Epilogue> p{};
+  p.epilogue = epilogue;
+  p.operands = {a.scales, b.scales, static_cast<int>(a.rows), static_cast<int>(b.rows),
+                static_cast<int>(a.cols)};
+  p.m_tiles = static_cast<int>(ceil_div(a.rows, kTokens));
+  p.n_tiles = static_cast<int>(ceil_div(target.cols, Epilogue::kColumns));
+  const int64_t tiles = int64_t{p.m_tiles} * ((p.n_tiles + 1) / 2);
+  const int64_t clusters =
+      std::min<int64_t>(checked_count(tiles), multiprocessors(current_device()) / kCluster);
+  launch_clusters(fused_gemm_kernel<Epilogue>, static_cast<uint32_t>(clusters), kCluster, kThreads,
+                  kSharedBytes, stream, code_map(a, kTokens / kCluster), code_map(b, kRows / 2),
+                  bf16_map(target.data, target.rows, target.cols, target.row_stride, kWarpTokens),
+                  p);
+}
+
+}  // namespace
+
+Support supports_fused_gemm_sm90() { return {true, ""}; }
+
+double utilization_sm90(int64_t m, int64_t n, int device) {
+  const int64_t tiles = ceil_div(m, kTokens) * ceil_div(n, kCluster * kRows);
+  const int64_t clusters = multiprocessors(device) / kCluster;
+  return static_cast<double>(tiles) / static_cast<double>(round_up(tiles, clusters));
+}
+
+void gemm_silu_multiply_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
+                             const MatrixView& target, CudaStream stream) {
+  run(a, b, SiluMultiply{static_cast<int>(target.cols)}, target, stream);
+}
+
+void gemm_rotate_heads_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
+                            const void* q_weight, const void* k_weight,
+                            const ConstMatrixView& rotations, int64_t heads, float eps,
+                            const MatrixView& target, CudaStream stream) {
+  const RotateHeads epilogue{static_cast<const uint4*>(q_weight),
+                             static_cast<const uint4*>(k_weight),
+                             static_cast<const float4*>(rotations.data),
+                             rotations.row_stride / 4,
+                             static_cast<int>(heads),
+                             eps};
+  run(a, b, epilogue, target, stream);
+}
+
+}  // namespace zimage_mxfp8::detail

@@ -1,0 +1,160 @@
+"""Products with fused epilogues on a Hopper GPU, against torch in float64 on decoded operands.
+
+pytest -m gpu
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8 import fused_gemm
+
+pytestmark = pytest.mark.gpu
+
+# Sums are the tensor cores' own, of 14 bits or so, over all of K.
+SUMS = 2.0**-9
+ROUNDING = 2.0**-9  # half a unit in the last place of BF16: of the product, and of the result
+TOKENS = [1, 63, 64, 129, 300, 4224]
+
+
+@pytest.fixture(autouse=True)
+def _hopper() -> None:
+    if why := fused_gemm.unsupported(torch.cuda.current_device()):
+        pytest.skip(why)
+
+
+def operand(rows: int, depth: int, seed: int) -> zm.RowScaledArray:
+    """Rows that differ in size by a factor of 64."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    matrix = torch.randn(rows, depth, generator=generator, device="cuda")
+    size = torch.randint(-3, 3, (rows, 1), generator=generator, device="cuda")
+    return zm.quantize_rows(matrix * torch.exp2(size) / depth**0.5)
+
+
+def decoded(array: zm.RowScaledArray) -> torch.Tensor:
+    values: torch.Tensor = array.codes.double() * array.scales[:, None].double()
+    return values
+
+
+def product(a: zm.RowScaledArray, b: zm.RowScaledArray) -> torch.Tensor:
+    return decoded(a) @ decoded(b).T
+
+
+def bounds(a: zm.RowScaledArray, b: zm.RowScaledArray) -> torch.Tensor:
+    """What the error of a sum is relative to."""
+    return decoded(a).square().sum(1).sqrt()[:, None] * decoded(b).square().sum(1).sqrt()
+
+
+@pytest.mark.parametrize("rows", TOKENS)
+@pytest.mark.parametrize(("columns", "depth"), [(10240, 3840), (8, 32), (72, 144), (200, 128)])
+def test_silu_multiply(rows: int, columns: int, depth: int) -> None:
+    a, b = operand(rows, depth, 1), operand(2 * columns, depth, 2)
+    result = fused_gemm.gemm_silu_multiply(a, b)
+    gate, up = product(a, b).chunk(2, dim=1)
+    exact = torch.nn.functional.silu(gate) * up
+    assert result.dtype == torch.bfloat16 and result.shape == exact.shape
+    of_gate, of_up = (bounds(a, b) * SUMS + product(a, b).abs() * 2 * ROUNDING).chunk(2, dim=1)
+    # silu's slope is at most 1.1.
+    allowed = 1.1 * of_gate * up.abs() + of_up * gate.abs() + 1.1 * of_gate * of_up
+    assert ((result.double() - exact).abs() <= allowed + 2 * ROUNDING * exact.abs()).all()
+    assert ((result.double() - exact).norm() / exact.norm()).item() < 5e-3
+
+
+def rotated(values: torch.Tensor, q: Any, k: Any, rotations: Any, heads: int) -> torch.Tensor:
+    parts = values.unflatten(1, (3, heads, 128))
+    results = []
+    for part, weight in ((parts[:, 0], q), (parts[:, 1], k)):
+        normed = part * torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+        pairs = torch.view_as_complex(normed.unflatten(-1, (64, 2)).contiguous())
+        turn = torch.view_as_complex(rotations.double())[:, None]
+        results.append(torch.view_as_real(pairs * turn).flatten(-2))
+    return torch.stack([*results, parts[:, 2]], dim=1).flatten(1)
+
+
+@pytest.mark.parametrize("rows", TOKENS)
+@pytest.mark.parametrize(("heads", "depth"), [(30, 3840), (1, 128), (3, 416)])
+def test_rotate_heads(rows: int, heads: int, depth: int) -> None:
+    a, b = operand(rows, depth, 3), operand(3 * heads * 128, depth, 4)
+    generator = torch.Generator(device="cuda").manual_seed(5)
+    angles = torch.rand(rows, 64, generator=generator, device="cuda") * 6.3
+    rotations = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    q, k = (
+        (torch.rand(128, generator=generator, device="cuda") + 0.5).bfloat16() for _ in range(2)
+    )
+    result = fused_gemm.gemm_rotate_heads(a, b, q, k, rotations, heads)
+    exact = rotated(product(a, b), q, k, rotations, heads)
+    assert result.dtype == torch.bfloat16 and result.shape == exact.shape
+    for i in range(3):  # q, k and v
+        part, want = (
+            x.double().chunk(3, dim=1)[i].unflatten(1, (heads, 128)) for x in (result, exact)
+        )
+        error = (part - want).norm(dim=-1) / want.norm(dim=-1)
+        assert error.max().item() < 1e-2 and error.mean().item() < 5e-3
+
+
+def test_same_bytes_again() -> None:
+    a, b = operand(4224, 3840, 6), operand(20480, 3840, 7)
+    assert torch.equal(fused_gemm.gemm_silu_multiply(a, b), fused_gemm.gemm_silu_multiply(a, b))
+
+
+def test_rows_do_not_depend_on_other_rows() -> None:
+    a, b = operand(300, 3840, 8), operand(2048, 3840, 9)
+    some = zm.RowScaledArray(a.codes[130:200], a.scales[130:200])
+    assert torch.equal(
+        fused_gemm.gemm_silu_multiply(some, b), fused_gemm.gemm_silu_multiply(a, b)[130:200]
+    )
+
+
+def test_nan_stays_in_its_row() -> None:
+    a, b = operand(200, 256, 10), operand(3 * 128, 256, 11)
+    a.scales[70] = torch.nan
+    weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
+    rotations = torch.tensor([1.0, 0.0], device="cuda").expand(200, 64, 2).contiguous()
+    result = fused_gemm.gemm_rotate_heads(a, b, weight, weight, rotations, 1)
+    silu = fused_gemm.gemm_silu_multiply(a, b)
+    for matrix in (result, silu):
+        is_nan = matrix.isnan()
+        assert is_nan[70].all() and not is_nan[:70].any() and not is_nan[71:].any()
+
+
+def test_nothing_to_do() -> None:
+    a, b = operand(4, 128, 12), operand(384, 128, 13)
+    none = zm.RowScaledArray(a.codes[:0], a.scales[:0])
+    assert fused_gemm.gemm_silu_multiply(none, b).shape == (0, 192)
+
+
+def test_bad_arguments() -> None:
+    a, b = operand(4, 128, 14), operand(384, 128, 15)
+    weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
+    rotations = torch.zeros(4, 64, 2, device="cuda")
+
+    def rotate(**changed: Any) -> None:
+        arguments = {"a": a, "b": b, "q_weight": weight, "k_weight": weight}
+        fused_gemm.gemm_rotate_heads(
+            **{**arguments, "rotations": rotations, "heads": 1, **changed}  # type: ignore[arg-type]
+        )
+
+    for changed, sentence in (
+        ({"heads": 2}, "B has 384 rows, which is not 3 . 2 heads of 128"),
+        ({"heads": 0}, "heads must be 1 or more"),
+        ({"a": a.codes}, "a must be a RowScaledArray, not Tensor"),
+        ({"b": operand(384, 64, 16)}, "A is .4, 128. and B is .384, 64.: their widths differ"),
+        ({"rotations": rotations[:3]}, "rotations must be float32 .4, 64, 2., not"),
+        ({"q_weight": weight[:64]}, "q_weight must be .128."),
+        ({"eps": -1.0}, "eps must be 0 or more"),
+    ):
+        with pytest.raises(zm.InvalidArgumentError, match=sentence):
+            rotate(**changed)
+    with pytest.raises(zm.InvalidArgumentError, match="K must be a multiple of 16"):
+        fused_gemm.gemm_silu_multiply(operand(4, 40, 17), operand(16, 40, 18))
+    with pytest.raises(zm.InvalidArgumentError, match="even number of rows"):
+        fused_gemm.gemm_silu_multiply(a, operand(383, 128, 19))
+    with pytest.raises(zm.InvalidArgumentError, match="multiples of 16 bytes"):
+        fused_gemm.gemm_silu_multiply(a, operand(382, 128, 20))
+    host = zm.RowScaledArray(a.codes.cpu(), a.scales.cpu())
+    with pytest.raises(zm.InvalidArgumentError, match="a must be on a CUDA device"):
+        fused_gemm.gemm_silu_multiply(host, b)
