@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import itertools
 import os
 import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zimage_mxfp8.checkpoint import output
 from zimage_mxfp8.checkpoint.output import BLOCK, AtomicFile, Writer, write_file
 from zimage_mxfp8.errors import OutputError
 from zimage_mxfp8.pipeline import Lane
@@ -165,6 +172,146 @@ def test_interrupted_at_any_moment(
 class Interrupted(io.FileIO):
     def truncate(self, size: int | None = None) -> int:
         raise KeyboardInterrupt
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler: pytest may have been started with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def lock_with_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ctrl-C be pressed when the hidden file was created and is about to be locked."""
+    real = output._try_lock
+
+    def interrupt(fd: int) -> bool | None:
+        signal.raise_signal(signal.SIGINT)
+        return real(fd)
+
+    monkeypatch.setattr(output, "_try_lock", interrupt)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_interrupted_while_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock_with_ctrl_c(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "file", b"content", overwrite=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_with_other_handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock_with_ctrl_c(monkeypatch)
+    calls: list[tuple[int, bool]] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        calls.append((number, (tmp_path / ".file.zimage-mxfp8-partial").exists()))
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for there in (handler, signal.SIG_IGN):
+            signal.signal(signal.SIGINT, there)
+            write_file(tmp_path / "file", b"content", overwrite=True)
+            assert signal.getsignal(signal.SIGINT) is there
+            assert (tmp_path / "file").read_bytes() == b"content"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert calls == [(signal.SIGINT, True)]
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, None])
+def test_without_a_handler_of_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: object
+) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: handler)  # None: installed from C
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a handler is installed"))
+    write_file(tmp_path / "file", b"content", overwrite=False)
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_is_for_the_main_thread(tmp_path: Path) -> None:
+    thread = threading.Thread(target=lambda: write_file(tmp_path / "f", b"c", overwrite=False))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "f").read_bytes() == b"c"
+
+
+def interrupted_at(moment: int, work: Callable[[], None]) -> bool:
+    """Press Ctrl-C at a moment of `work`; False if it was done before.
+
+    A moment is one at which Python runs handlers: a function of its own begins, or one of C has
+    returned.
+    """
+    moments = itertools.count()
+
+    def interrupt(_frame: FrameType, event: str, _argument: object) -> None:
+        if event in ("call", "c_return") and next(moments) == moment:
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        sys.setprofile(interrupt)
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    assert next(moments) <= moment, "Ctrl-C was lost"
+    return False
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # files that Python closes by itself
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interrupted_at_every_moment(tmp_path: Path, overwrite: bool) -> None:
+    target = tmp_path / "file"
+    write_file(target, b"old", overwrite=False)  # later runs find the caches filled, as they do
+    contents = set()
+    for moment in itertools.count():
+        target.unlink()
+        if overwrite:
+            target.write_bytes(b"old")
+        if not interrupted_at(moment, lambda: write_file(target, b"new", overwrite=overwrite)):
+            break
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        contents.add(target.read_bytes() if target.exists() else b"none")
+        target.touch()
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert target.read_bytes() == b"new"
+    assert contents == {b"old" if overwrite else b"none", b"new"}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # folders that Python closes by itself
+@pytest.mark.usefixtures("ctrl_c")
+def test_interrupted_while_it_is_discarded(tmp_path: Path) -> None:
+    def discard() -> None:
+        with (
+            contextlib.suppress(OutputError),
+            AtomicFile(tmp_path / "file", 3, overwrite=False),
+        ):
+            raise OutputError("a failure, or the first Ctrl-C")
+
+    discard()
+    for moment in itertools.count():
+        if not interrupted_at(moment, discard):
+            break
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_interrupted_after_the_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = tmp_path / ".file.zimage-mxfp8-partial"
+
+    def interrupt(_: Path) -> None:
+        others.write_bytes(b"begun by another process")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(output, "_flush_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "file", b"content", overwrite=False)
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert others.read_bytes() == b"begun by another process"
 
 
 def test_long_names(tmp_path: Path) -> None:

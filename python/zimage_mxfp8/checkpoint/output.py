@@ -17,8 +17,11 @@ import hashlib
 import mmap
 import os
 import shutil
-from collections.abc import Iterable
+import signal
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 import numpy as np
@@ -120,6 +123,31 @@ def remove_leftovers(folder: Path) -> None:
                     path.unlink()  # while the lock keeps a new writer away
             if abandoned and os.name == "nt":  # pragma: no cover - no unlinking of open files there
                 path.unlink()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block, and act there through the handler that it has.
+
+    Where Python has no handler for it, or runs the handler in another thread, nothing can be
+    raised in the block, and nothing is held.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append((number, frame))
+
+    try:
+        if callable(handler):
+            with contextlib.suppress(ValueError):  # not in the thread that runs handlers
+                signal.signal(signal.SIGINT, hold)
+        yield
+    finally:
+        if callable(handler) and signal.getsignal(signal.SIGINT) is hold:
+            signal.signal(signal.SIGINT, handler)
+            if held:
+                handler(*held[0])
 
 
 class Writer:
@@ -229,6 +257,7 @@ class AtomicFile:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()
         self._partial = self._final.with_name(f".{name}{_SUFFIX}")
         self._file: BinaryIO | None = None
+        self._undo: weakref.finalize[[Path, BinaryIO], AtomicFile] | None = None
 
     def __enter__(self) -> AtomicFile:
         folder = self._partial.parent
@@ -241,8 +270,11 @@ class AtomicFile:
             raise OutputError(
                 f"{self.target} needs {self.size:,} bytes, but {folder} has {free:,} free"
             )
-        self._file = self._create()
         try:
+            with _interrupts_held():  # a file that nobody knows of would stay behind
+                self._file = self._create()
+                # Also for Ctrl-C on the way into __exit__, which then does not run.
+                self._undo = weakref.finalize(self, _delete, self._partial, self._file)
             self._file.truncate(self.size)
         except BaseException as error:
             self._discard()
@@ -295,13 +327,16 @@ class AtomicFile:
 
     def _publish(self) -> None:
         assert self._file is not None
+        assert self._undo is not None
         os.fsync(self._file.fileno())
-        if os.name == "nt":  # pragma: no cover - an open file cannot be renamed there
-            self._file.close()
-        self._rename()
-        with contextlib.suppress(OSError):  # the file is there, and sound, whatever this says
-            _flush_folder(self._partial.parent)
-        self._file.close()  # with the lock, which kept others from cleaning the file up
+        with _interrupts_held():  # after the renaming the hidden name may be another writer's
+            if os.name == "nt":  # pragma: no cover - an open file cannot be renamed there
+                self._file.close()
+            self._rename()
+            self._undo.detach()
+            with contextlib.suppress(OSError):  # the file is there, and sound, whatever this says
+                _flush_folder(self._partial.parent)
+            self._file.close()  # with the lock, which kept others from cleaning the file up
 
     def _rename(self) -> None:
         if self._overwrite:
@@ -321,12 +356,17 @@ class AtomicFile:
             self._partial.replace(self._final)
 
     def _discard(self) -> None:
-        assert self._file is not None
-        if os.name == "nt":  # pragma: no cover
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._partial.unlink()
-        self._file.close()
+        if self._undo is not None:
+            with _interrupts_held():  # Ctrl-C may be pressed twice
+                self._undo()
+
+
+def _delete(partial: Path, file: BinaryIO) -> None:
+    if os.name == "nt":  # pragma: no cover - an open file cannot be deleted there
+        file.close()
+    with contextlib.suppress(OSError):
+        partial.unlink()
+    file.close()
 
 
 def _flush_folder(folder: Path) -> None:
