@@ -211,7 +211,7 @@ def count_bar() -> Iterator[Callable[[str, str, int, int], None]]:
         task = bar.add_task("", total=None)
 
         def update(stage: str, step: str, done: int, total: int) -> None:
-            what = printable(step or stage)[:60]
+            what = printable(step or stage)[:40]
             bar.update(task, description=what, completed=done, total=total or None)
 
         yield update
@@ -225,7 +225,7 @@ def _count_lines() -> Callable[[str, str, int, int], None]:
         nonlocal last
         now = (stage, 10 * done // total if total else 0)
         if now != last:
-            count = f", {done:,} of {total:,} done" if total else ""
+            count = f" ({done:,} of {total:,})" if total else ""
             print(f"zimage-mxfp8: {stage}{count}", file=sys.stderr, flush=True)
             last = now
 
