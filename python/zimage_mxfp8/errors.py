@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class Error(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of everything that this package raises on purpose.
+
+    Sentences name options as the command line does: --any-model is the argument any_model.
+    """
 
 
 class InvalidArgumentError(Error, ValueError):

@@ -332,7 +332,7 @@ def test_output_is_the_input(cli: Run, small_file: Path, tmp_path: Path, how: st
 def test_existing_output_is_protected(cli: Run, small_file: Path, tmp_path: Path) -> None:
     (tmp_path / "o.safetensors").write_bytes(b"precious")
     result = cli("convert", "-i", small_file, "-o", "o.safetensors")
-    fails(result, 1, "o.safetensors exists; --overwrite")
+    fails(result, 1, "o.safetensors exists; --overwrite replaces it")
     assert (tmp_path / "o.safetensors").read_bytes() == b"precious"
     assert cli("convert", "-i", small_file, "-o", "o.safetensors", "--overwrite").returncode == 0
     assert (tmp_path / "o.safetensors").stat().st_size > 1000

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import zimage_mxfp8 as zm
 from conftest import Run, random_tensors, small_shapes
 from test_bad_input import fails, only
-from test_commands import run_in_terminal
+from test_commands import first_column, run_in_terminal, tables_in_terminal
 from test_convert import PREFIX, to_diffusers, write_shards
 from zimage_mxfp8.analysis import compare_low_rank, formats
 from zimage_mxfp8.analysis.compare import _ratio
@@ -685,6 +685,30 @@ def test_terminal_shows_stages_and_answers(checkpoint: Path) -> None:
         assert part in text
     for part in ("NVFP4", "Low-rank branches", "whether it holds", "exact"):
         assert part in text
+
+
+def test_tables_fit_80_columns(
+    checkpoint: Path, small_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small checkpoint with the real one's names."""
+    monkeypatch.chdir(small_file.parent)
+    tables, text = tables_in_terminal(["compare", small_file.name], 80)
+    report = zm.compare(small_file)
+    worst = sorted(report.layers, key=lambda x: -x.formats["mxfp8-e4m3"].relative_squared_error)
+    titles = ["BF16", *(kind.title for kind in formats.FORMATS.values())]
+    groups = ["all layers", *(group.name for group in report.groups)]
+    branches = [summary.format for summary in report.low_rank_summary]
+    tensors = [layer.tensor for layer in worst[:10]]
+    assert [first_column(table) for table in tables] == [titles, groups, branches, tensors]
+    assert tables[1][0] == ["group", "mxfp8-e4m3", "fp8-row", "int8-row", "nvfp4"]
+    assert "--json and wider terminals also show: gain, std. error." in text
+    answers = " ".join(text.split())
+    for answer in report.answers:
+        assert f"{'yes' if answer.holds else 'no'} {answer.claim}: {answer.finding}" in answers
+    wide, text = tables_in_terminal(["compare", small_file.name], 160)
+    assert [first_column(table) for table in wide] == [titles, groups, branches, tensors]
+    assert wide[0][0][-2:] == ["gain", "std. error"] and "wider terminals" not in text
+    assert set(wide[1][0]) == {"group", *formats.BASE_FORMATS, "layers"}
 
 
 # ---- bad input

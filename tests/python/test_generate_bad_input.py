@@ -90,7 +90,7 @@ def test_needed_options(generate: Generate, missing: str) -> None:
 
 def test_modes_that_are_not_to_be_had(generate: Generate) -> None:
     fails(generate(*USUAL, "--device", "cuda:99"), 1, "device cuda:99: ")
-    fails(generate(*USUAL, "--compute", "mxfp8"), 1, "compute=mxfp8: ", "the CPU has ")
+    fails(generate(*USUAL, "--compute", "mxfp8"), 1, "--compute mxfp8: ", "the CPU has ")
     fails(generate(*USUAL, "--compute", "folded", transformer=None), 2, "is not quantised")
 
 
@@ -715,7 +715,7 @@ def test_too_little_memory_of_a_device_is_a_sentence(
     assert str(e.value) == (
         "cpu ran out of memory for decoding a picture: another 1.50 GiB were needed, and 0.5 of "
         "10.0 GiB are free; close other programs, or use a smaller size or batch; --offload "
-        "(offload=True) needs less"
+        "needs less"
     )
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import zimage_mxfp8 as zm
 from conftest import Run, Tensors, random_tensors, small_shapes
 from test_bad_input import fails, only
+from test_commands import first_column, tables_in_terminal
 from test_convert import PREFIX, to_diffusers
 from zimage_mxfp8 import _core
 from zimage_mxfp8.analysis.weight_metrics import (
@@ -466,6 +467,22 @@ def test_what_convert_would_refuse_for_other_reasons(cli: Run, tmp_path: Path) -
     assert result.returncode == 0 and "nothing" not in result.stdout
     planned = cli("convert", "-i", "a.safetensors", "--recipe", "r.toml", "--dry-run")
     fails(planned, 1, 'tensor "a.weight" is F64')
+
+
+def test_table_fits_80_columns(planted_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(planted_file.parent)
+    groups = zm.probe(planted_file).groups
+    assert any(group.spread_filtered for group in groups)
+    (table,), text = tables_in_terminal(["probe", planted_file.name], 80)
+    assert first_column(table) == [group.layer_type for group in groups]
+    assert table[0] == ["layer type", "blocks", "recommended", "score", "kurtosis"]
+    for row, group in zip(table[1:], groups, strict=True):
+        assert row[2].startswith(group.recommendation)
+        assert ("->" in row[2]) == group.spread_filtered
+    assert "--json and wider terminals also show: largest, range, std, outliers (%)." in text
+    (wide,), text = tables_in_terminal(["probe", planted_file.name], 160)
+    assert [row[:5] for row in wide] == table and "wider terminals" not in text
+    assert wide[0][5:] == ["largest", "range", "std", "outliers (%)"]
 
 
 def write(tensors: Tensors, path: Path) -> Path:

@@ -40,6 +40,15 @@ def test_names_and_commands_are_there() -> None:
     assert set(re.findall(r"zimage-mxfp8 ([a-z]+)", README)) == set(commands)
 
 
+def test_contents_and_links_lead_somewhere() -> None:
+    headings = re.findall(r"^## (.*)", README, re.MULTILINE)
+    contents = README[: README.index("## Start")]
+    assert set(headings) <= set(re.findall(r"\[([^]]+)\]\(#", contents))
+    everywhere = re.findall(r"^##+ (.*)", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in everywhere}
+    assert set(re.findall(r"\]\(#([^)]*)\)", README)) <= anchors
+
+
 def test_products_example() -> None:
     (example,) = [block for block in blocks("python") if "zm.gemm" in block]
     subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
@@ -76,7 +85,11 @@ def test_pipeline_example(turbo: Path) -> None:
     (example,) = [block for block in blocks("python") if "ZImagePipeline" in block]
     assert example.count("1024") == 2
     smaller = example.replace("1024", "64")
-    subprocess.run([sys.executable, "-c", smaller], cwd=turbo, capture_output=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", smaller], cwd=turbo, capture_output=True, text=True, check=True
+    )
+    remarks = [x for x in result.stderr.splitlines() if x.strip() and "%|" not in x]
+    assert len(remarks) == 1 and remarks[0].startswith("Expected types for transformer")
     with Image.open(turbo / "fox.png") as image:
         assert image.size == (64, 64)
 

@@ -21,6 +21,7 @@ from conftest import Run, Tensors, random_tensors
 from diffusers_reference import CAPTION, make_reference, quantize_inputs
 from model_folder import make_pipeline
 from test_bad_input import drop_the_right_to_ignore_permissions, fails, only
+from test_commands import first_column, tables_in_terminal
 from zimage_mxfp8.analysis.sensitivity import run as analysis
 from zimage_mxfp8.analysis.sensitivity.cases import chosen_steps, record_cases
 from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error
@@ -401,7 +402,10 @@ def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:
     arguments = ("sensitivity", zimage_folder, "--size", 32, "--timesteps", 1, "--device", "cpu")
     arguments += ("--dtype", "float32")
     ran = cli(*arguments, "--prompt", "a", "--prompt", "", "--model-dir", zimage_folder, "--json")
-    assert ran.returncode == 0 and ran.stderr == "", ran.stderr
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stderr.splitlines()
+    assert lines[0] == "zimage-mxfp8: encoding the prompts"
+    assert all(line.startswith("zimage-mxfp8: ") for line in lines), ran.stderr
     other = shutil.copytree(zimage_folder, tmp_path / "other")
     config = other / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 32}))
@@ -459,6 +463,41 @@ def test_the_tables(folder: Path, cli: Run) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "the model card's exclusions" in ran.stdout
     assert "layers.0.feed_forward.w2" in ran.stdout
+
+
+def test_a_log_tells_each_stage(folder: Path, cli: Run) -> None:
+    """Where there is no terminal for a bar."""
+    ran = cli("sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu", "--json")
+    lines = [line.removeprefix("zimage-mxfp8: ") for line in ran.stderr.splitlines()]
+    stages = [line.partition(" (")[0] for line in lines]
+    assert list(dict.fromkeys(stages)) == [
+        "loading the model",
+        "running the original model",
+        "measuring each layer alone",
+        "measuring groups of layers",
+        "looking at channels",
+        "looking for the smallest set to keep",
+        "done",
+    ]
+    counts = [tuple(map(int, re.findall(r"\d+", line))) for line in lines[2:]]
+    assert len({total for _, total in counts}) == 1
+    done = [done for done, _ in counts]
+    assert done == sorted(done) and done[0] == 0 and counts[-1][0] == counts[-1][1]
+    # A line for a stage, or for another tenth of everything: no flood in a log of a large model.
+    assert len(set(stages)) + 2 < len(lines) <= len(set(stages)) + 10
+    json.loads(ran.stdout)
+
+
+def test_tables_fit_80_columns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    command = ["sensitivity", folder.name, "--size", "64", "--timesteps", "1", "--device", "cpu"]
+    tables, text = tables_in_terminal(command, 80)
+    report = analyse(folder, timesteps=1, dtype=torch.bfloat16)
+    assert first_column(tables[0]) == [group.name for group in report.groups]
+    assert first_column(tables[1]) == [layer.name for layer in report.layers[:15]]
+    assert set(first_column(tables[2])) <= set(report.salience) and len(tables[2]) == 1 + 15
+    assert len(tables[3]) == 1 + 3
+    assert "--json and wider terminals also show: first step, last step." in text
 
 
 def test_prompts_are_measured_with(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:

@@ -135,7 +135,7 @@ def _mx(name: str, title: str, bits: int, *rules: str) -> list[Format]:
     titles = {
         "": "round-up scales",
         "-floor": "OCP floor scales",
-        "-search": "best scale of each block",
+        "-search": "best scale per block",
     }
     return [Format(name + rule, f"{title}, {titles[rule]}", bits, 8, BLOCK) for rule in rules]
 

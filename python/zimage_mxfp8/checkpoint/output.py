@@ -110,7 +110,7 @@ def _resolved(target: Path) -> Path:
 
 
 def _exists(target: Path) -> OutputError:
-    return OutputError(f"the output {target} exists; --overwrite (overwrite=True) replaces it")
+    return OutputError(f"the output {target} exists; --overwrite replaces it")
 
 
 def remove_leftovers(folder: Path) -> None:

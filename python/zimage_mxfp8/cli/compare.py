@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write_recipe is not None:
         kept = plural(len(report.kept(arguments.bound)), "layer")
         above = f"{len(report.above(arguments.bound)):,} of them for the error"
-        display.console().print(f"{arguments.write_recipe} keeps {kept}, {above}", soft_wrap=True)
+        display.print_text(f"{arguments.write_recipe} keeps {kept}, {above}")
     return 0
 
 
@@ -172,7 +172,6 @@ def print_report(report: CompareReport) -> None:
     """Print what was measured, and the answers."""
     from . import display
 
-    out = display.console()
     _print_formats(report)
     _print_groups(report)
     if report.low_rank_summary:
@@ -180,27 +179,27 @@ def print_report(report: CompareReport) -> None:
     order = sorted(report.layers, key=_mxfp8_error, reverse=True)[:_MOST_SHOWN]
     display.print_table(
         f"The {plural(len(order), 'layer')} with the largest MXFP8 error",
-        ["tensor", "group", "error>", "SNR (dB)>"],
+        ["tensor", "error>", "SNR (dB)>"],
         [
             [
                 layer.tensor,
-                layer.group,
                 f"{_mxfp8_error(layer):.3e}",
                 f"{layer.formats['mxfp8-e4m3'].snr_db:.2f}",
             ]
             for layer in order
         ],
+        spare=1,
     )
+    title = "What is said about 8 bits, and whether it holds for this checkpoint"
+    display.print_text(title, style="bold")
     words = {True: "yes", False: "no", None: "-"}
-    display.print_table(
-        "What is said about 8 bits, and whether it holds for this checkpoint",
-        ["claim", "holds", "measured"],
-        [[answer.claim, words[answer.holds], answer.finding] for answer in report.answers],
-    )
-    out.print(
+    for answer in report.answers:
+        # No table: three columns of prose would be too narrow to read.
+        verdict = f"{words[answer.holds]:3}  {answer.claim}: {answer.finding}"
+        display.print_text(verdict, indent=" " * 5)
+    display.print_text(
         "Errors are those of weights alone, which do not tell how sensitive a layer is. "
-        '"Little" is below 0.5 dB.',
-        soft_wrap=True,
+        '"Little" is below 0.5 dB.'
     )
 
 
@@ -215,27 +214,30 @@ def _print_formats(report: CompareReport) -> None:
 
     mxfp8 = report.total.formats["mxfp8-e4m3"].relative_squared_error
     bf16 = report.sizes["bf16"]
-    rows = [["BF16", "16.00", display.size_text(bf16.model_bytes), "", "", "", ""]]
+    rows = [["BF16", "", "", "16.00", display.size_text(bf16.model_bytes), "", ""]]
     for name, kind in FORMATS.items():
         error, size = report.total.formats[name], report.sizes[name]
         rows.append(
             [
                 kind.title,
+                f"{error.relative_squared_error:.3e}",
+                f"{error.snr_db:.2f}",
                 f"{size.bits_per_weight:.2f}",
                 display.size_text(size.model_bytes),
-                f"{error.relative_squared_error:.4e}",
-                "exact" if name == "mxfp8-e4m3" else f"{error.standard_error:.1e}",
-                f"{error.snr_db:.2f}",
                 f"{gain_db(mxfp8, error.relative_squared_error):+.2f}",
+                "exact" if name == "mxfp8-e4m3" else f"{error.standard_error:.1e}",
             ]
         )
     display.print_table(
-        f"{report.input}: squared error relative to the squared weights of "
-        f"{plural(report.total.layers, 'linear')}, MXFP8 E4M3 on every row, the others on "
-        f"{report.sampled:.1%}; sizes are those of a transformer with all of these linears in "
-        "the format",
-        ["format", "bits a weight>", "model>", "error>", "std. error>", "SNR (dB)>", "gain (dB)>"],
+        f"{report.input}: {plural(report.total.layers, 'linear')} in other formats",
+        ["format", "error>", "SNR>", "bits>", "model>", "gain>", "std. error>"],
         rows,
+        spare=2,
+    )
+    display.print_text(
+        "Errors are squared and relative to the squared weights: of MXFP8 E4M3 on every row, of "
+        f"the others on {report.sampled:.1%}. SNR and gain in dB; bits are those of a weight, and "
+        "the model is a transformer with all of these linears in the format."
     )
 
 
@@ -243,14 +245,20 @@ def _print_groups(report: CompareReport) -> None:
     from ..analysis.formats import BASE_FORMATS
     from . import display
 
+    first = ("mxfp8-e4m3", "fp8-row", "int8-row", "nvfp4")  # where not all have room
+    names = [*first, *(name for name in BASE_FORMATS if name not in first)]
     display.print_table(
         "SNR (dB) by groups",
-        ["group", "layers>", *(f"{name}>" for name in BASE_FORMATS)],
+        ["group", *(f"{name}>" for name in names), "layers>"],
         [
-            [group.name, str(group.layers)]
-            + [f"{group.formats[name].snr_db:.2f}" for name in BASE_FORMATS]
+            [
+                group.name,
+                *(f"{group.formats[name].snr_db:.2f}" for name in names),
+                str(group.layers),
+            ]
             for group in [report.total, *report.groups]
         ],
+        spare=len(names) - len(first) + 1,
     )
 
 
@@ -260,11 +268,9 @@ def _print_low_rank(report: CompareReport) -> None:
 
     measured = len({error.tensor for error in report.low_rank})
     display.print_table(
-        f"Low-rank branches in 16 bits, measured on {plural(measured, 'layer')}",
-        [
-            *("format", "rank>", "bits a weight>", "SNR without (dB)>"),
-            *("gain on the residual (dB)>", "gain SVDQuant's way (dB)>"),
-        ],
+        f"Low-rank branches in 16 bits, measured on {plural(measured, 'layer')}: SNR without them "
+        "and gains with them in dB, on the residual and SVDQuant's way",
+        ["format", "rank>", "bits a weight>", "SNR without>", "residual>", "SVDQuant's>"],
         [
             [
                 summary.format,

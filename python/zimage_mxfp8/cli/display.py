@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -60,22 +62,57 @@ def size_text(nbytes: int) -> str:
     return f"{size:.2f} GiB"
 
 
-def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; columns whose names end with ">" are right-aligned."""
-    out = console()
+def print_text(text: str, style: str | None = None, indent: str = "") -> None:
+    """Print a sentence; on a terminal, lines end between words, and all but the first begin so."""
+    out, text = console(), printable(text)
+    if sys.stdout.isatty():
+        text = textwrap.fill(
+            text,
+            out.width,
+            subsequent_indent=indent,
+            break_long_words=False,  # a path is copied
+            break_on_hyphens=False,
+        )
+    out.print(text, style=style, soft_wrap=True)
+
+
+def print_table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: int = 0
+) -> None:
+    """Print a table; columns whose names end with ">" are right-aligned.
+
+    Args:
+        title: printed before it.
+        columns: their names.
+        rows: their cells.
+        spare: so many of the last columns are left out, from the right, where the terminal is too
+            narrow for them; `--json` has to have them.
+    """
     if title:
-        # By itself, because the table would wrap it to its own width.
-        out.print(printable(title), style="bold", soft_wrap=True)
+        print_text(title, style="bold")  # by itself: the table would wrap it to its own width
+    cells = [list(map(printable, row)) for row in rows]
+    names = [column.removesuffix(">") for column in columns]
+    out, shown = console(), len(columns)
+    while shown > len(columns) - spare and _table_width(names[:shown], cells) > out.width:
+        shown -= 1
     table = Table()
-    for column in columns:
+    for name, column in zip(names[:shown], columns[:shown], strict=True):
         table.add_column(
-            column.removesuffix(">"),
+            name,
             justify="right" if column.endswith(">") else "left",
             overflow="fold",  # a name cut short with "..." would hide its end
         )
-    for row in rows:
-        table.add_row(*map(printable, row))
+    for row in cells:
+        table.add_row(*row[:shown])
     out.print(table)
+    if shown < len(columns):
+        print_text(f"--json and wider terminals also show: {', '.join(names[shown:])}.")
+
+
+def _table_width(names: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Of a table with these columns, if no cell is wrapped; rows may have more cells."""
+    columns = zip(names, *(row[: len(names)] for row in cells), strict=True)
+    return 1 + sum(3 + max(map(cell_len, column)) for column in columns)
 
 
 def print_errors(errors: dict[str, ErrorStats], worst: int = 10) -> None:
@@ -153,10 +190,14 @@ def stage_bar() -> Iterator[GenerationCallback | None]:
 
 
 @contextmanager
-def count_bar() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on stderr for steps that have names; None if that is no terminal."""
+def count_bar() -> Iterator[Callable[[str, str, int, int], None]]:
+    """A bar on stderr for stages of steps that have names; if that is no terminal, some lines.
+
+    A stage, step, done and total are given to it. For commands that may take hours: a log has to
+    tell that they live.
+    """
     if not sys.stderr.isatty():
-        yield None
+        yield _count_lines()
         return
     bar = Bar(
         TextColumn("{task.description}"),
@@ -169,7 +210,23 @@ def count_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     with bar:
         task = bar.add_task("", total=None)
 
-        def update(what: str, done: int, total: int) -> None:
-            bar.update(task, description=printable(what[:60]), completed=done, total=total)
+        def update(stage: str, step: str, done: int, total: int) -> None:
+            what = printable(step or stage)[:40]
+            bar.update(task, description=what, completed=done, total=total or None)
 
         yield update
+
+
+def _count_lines() -> Callable[[str, str, int, int], None]:
+    """A line when a stage begins, and whenever another tenth of everything is done."""
+    last: tuple[str, int] | None = None
+
+    def update(stage: str, _step: str, done: int, total: int) -> None:
+        nonlocal last
+        now = (stage, 10 * done // total if total else 0)
+        if now != last:
+            count = f" ({done:,} of {total:,})" if total else ""
+            print(f"zimage-mxfp8: {stage}{count}", file=sys.stderr, flush=True)
+            last = now
+
+    return update

@@ -132,33 +132,37 @@ def print_report(report: ProbeReport, recipe: Path | None) -> None:
     display.print_table(
         f"{report.path}: {plural(len(report.tensors), 'weight')} probed",
         [
-            *("layer type", "blocks>", "excess kurtosis>", "largest>", "range>", "std>"),
-            *("outliers (%)>", "score>", "recommendation"),
+            *("layer type", "blocks>", "recommended", "score>", "kurtosis>", "largest>"),
+            *("range>", "std>", "outliers (%)>"),
         ],
         [
             [
                 group.layer_type,
                 f"{group.first_block}-{group.last_block}",
+                _group_recommendation(group),
+                f"{group.score:.3f}",
                 f"{group.metrics.excess_kurtosis:.3f}",
                 f"{group.largest_kurtosis:.3f}",
                 f"{group.metrics.dynamic_range:.3f}",
                 f"{group.metrics.std:.4f}",
                 f"{group.metrics.outlier_pct:.2f}",
-                f"{group.score:.3f}",
-                _group_recommendation(group),
             ]
             for group in report.groups
         ],
+        spare=4,
     )
-    out = display.console()
+    if any(group.spread_filtered for group in report.groups):
+        display.print_text(
+            '"->" demotes, because the scores of the layer type differ too little by position '
+            "(--min-group-spread)."
+        )
     effective = [tensor.effective for tensor in report.tensors]
     counts = ", ".join(f"{effective.count(kind)} {kind}" for kind in ("*KEEP*", "FP8", "NVFP4"))
-    out.print(
+    display.print_text(
         f"{counts}. Scores from {report.thresholds.fp8:.4f} on are FP8's, from "
-        f"{report.thresholds.keep:.4f} on they are kept.",
-        soft_wrap=True,
+        f"{report.thresholds.keep:.4f} on they are kept. Convert writes MXFP8 for FP8 and NVFP4 "
+        "alike."
     )
-    out.print("convert writes MXFP8 for FP8 and NVFP4 alike.")
     # Printed as they are: what is to be copied must not be wrapped.
     convert = "zimage-mxfp8 convert" + (" --any-model" if report.any_model else "")
     source = shlex.quote(report.path)
@@ -169,7 +173,10 @@ def print_report(report: ProbeReport, recipe: Path | None) -> None:
         print(f"{convert} -i {source} --exclude-layers '{report.exclude_layers}'")
         print(_size(report.exclude_layers_bytes, report.input_bytes))
     target = shlex.quote(str(recipe or "FILE.toml"))
-    print(f"\nTo keep only them, the embedders and the final layer{_recipe_note(recipe)}:")
+    print()
+    display.print_text(
+        f"To keep only them, the embedders and the final layer{_recipe_note(recipe)}:"
+    )
     print(f"{convert} -i {source} --recipe {target}")
     print(_size(report.recipe_bytes, report.input_bytes))
 
@@ -178,7 +185,7 @@ def _group_recommendation(group: ProbedGroup) -> str:
     if not group.spread_filtered:
         return group.recommendation
     demoted = "NVFP4" if group.recommendation == "FP8" else "FP8"
-    return f"{group.recommendation}, low spread: {demoted}"
+    return f"{group.recommendation} -> {demoted}"
 
 
 def _recipe_note(recipe: Path | None) -> str:

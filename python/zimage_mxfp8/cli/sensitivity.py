@@ -111,9 +111,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
     dtype = getattr(torch, arguments.dtype)
     with display.count_bar() as progress:
+        captions = None
+        if arguments.prompt:
+            progress("encoding the prompts", "", 0, 0)
+            captions = _captions(arguments, dtype)
         report = analyse_sensitivity(
             arguments.file,
-            captions=_captions(arguments, dtype) if arguments.prompt else None,
+            captions=captions,
             bound=arguments.bound,
             size=size,
             timesteps=arguments.timesteps,
@@ -121,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             dtype=dtype,
             state=arguments.state,
-            progress=progress and (lambda p: progress(p.what, p.done, p.total)),
+            progress=lambda p: progress(p.stage, p.what, p.done, p.total),
         )
     if arguments.write_recipe:
         content = recipe_toml(sensitivity_recipe(report)).encode()
@@ -169,21 +173,24 @@ def _captions(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
 def _print(report: SensitivityReport, recipe: Path | None) -> None:
     from . import display
 
-    columns = ["error>", "low frequencies>", "high frequencies>", "first step>", "last step>"]
+    columns = ["error>", "low>", "high>", "first step>", "last step>"]
 
     def row(measured: Measured) -> list[str]:
         e, steps = measured.error, [error.total for _, error in measured.by_step]
         return [f"{x:.2e}" for x in (e.total, e.low, e.high, steps[0], steps[-1])]
 
     display.print_table(
-        "Squared error of the output relative to its energy, each group quantised alone",
+        "Squared error of the output relative to its energy, each group quantised alone: of all "
+        "frequencies, of low and high ones, of all at the first and the last timestep",
         ["group", "layers>", *columns],
         [[m.name, str(m.layers), *row(m)] for m in report.groups],
+        spare=2,
     )
     display.print_table(
         f"The {min(_SHOWN, len(report.layers))} layers that cost most for the bytes they save",
         ["layer", *columns],
         [[m.name, *row(m)] for m in report.layers[:_SHOWN]],
+        spare=2,
     )
     drifting = sorted(report.salience.items(), key=lambda item: -item[1].activation_peak)[:_SHOWN]
     display.print_table(
@@ -200,6 +207,7 @@ def _print(report: SensitivityReport, recipe: Path | None) -> None:
             ]
             for name, s in drifting
         ],
+        spare=2,
     )
 
     def choice(what: str, chosen: Choice) -> list[str]:

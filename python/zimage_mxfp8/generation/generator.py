@@ -256,7 +256,7 @@ class ZImageGenerator:
 
     @contextmanager
     def _memory_for(self, what: str) -> Iterator[None]:
-        more = "" if self._offload else "; --offload (offload=True) needs less"
+        more = "" if self._offload else "; --offload needs less"
         with memory_for(what, self._device, f"use a smaller size or batch{more}"):
             try:
                 yield

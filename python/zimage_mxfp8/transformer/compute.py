@@ -65,10 +65,12 @@ def choose(compute: str, device: int, quantized: bool) -> Compute:
     mode = modes[compute]
     if not quantized and mode != "exact":
         raise UsageError(
-            f"compute={mode} is for MXFP8 checkpoints, and this one is not quantised; convert it "
-            "first (zimage-mxfp8 convert), or use compute=exact"
+            f"--compute {mode} is for MXFP8 checkpoints, and this one is not quantised; convert it "
+            "first (zimage-mxfp8 convert), or use --compute exact"
         )
     if why := unsupported(mode, device):
         place = f"cuda:{device}" if device >= 0 else "the CPU"
-        raise UnsupportedError(f"compute={mode}: {why}; {place} has {', '.join(supported(device))}")
+        raise UnsupportedError(
+            f"--compute {mode}: {why}; {place} has {', '.join(supported(device))}"
+        )
     return mode

@@ -97,8 +97,16 @@ class SensitivityReport:
 
 @dataclass(frozen=True)
 class SensitivityProgress:
-    """State of the analysis: what is measured, and how much of how much is done."""
+    """State of the analysis.
 
+    Attributes:
+        stage: what it is at.
+        what: was measured last; empty when the stage begins.
+        done: measurements that are done.
+        total: measurements to do; 0 while that is not known.
+    """
+
+    stage: str
     what: str
     done: int
     total: int
@@ -133,7 +141,7 @@ def analyse_sensitivity(
         device: as for `ZImageTransformer.from_checkpoint`.
         dtype: of the model: bfloat16, or float32 to keep its own rounding out of the picture.
         state: a JSON file to keep measurements in, so that an interrupted run can go on.
-        progress: called after each measurement.
+        progress: called when a stage begins, and after each measurement.
 
     Raises:
         CheckpointError: the model cannot be loaded, or its output is NaN, infinite or zero.
@@ -163,10 +171,13 @@ def analyse_sensitivity(
     if state is not None:
         check_target(Path(state), file.checkpoint.inputs, overwrite=True)
     memory = State(None if state is None else Path(state), run)
+    report = progress or (lambda _: None)
+    report(SensitivityProgress("loading the model", "", 0, 0))
     model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
+    report(SensitivityProgress("running the original model", "", 0, 0))
     cases = record_cases(model, captions, size, timesteps, seed)
     _check_outputs(path, cases)
-    return _Analysis(str(path), file, model, cases, memory, bound, progress).run()
+    return _Analysis(str(path), file, model, cases, memory, bound, report).run()
 
 
 def check_settings(
@@ -234,11 +245,11 @@ class _Analysis:
         cases: Sequence[Case],
         memory: State,
         bound: float,
-        progress: Callable[[SensitivityProgress], object] | None,
+        progress: Callable[[SensitivityProgress], object],
     ) -> None:
         self._path, self._file, self._model, self._cases = path, file, model, cases
         self._memory, self._bound = memory, bound
-        self._progress = progress or (lambda _: None)
+        self._progress, self._stage = progress, ""
         self._targets = find_targets(model)
         self._groups = groups_of(self._targets)
         # Bisection tries about as many sets as the number of layers has bits.
@@ -246,9 +257,13 @@ class _Analysis:
         self._total, self._done = len(self._targets) + len(self._groups) + rest, 0
 
     def run(self) -> SensitivityReport:
+        self._begin("measuring each layer alone")
         alone = {target.name: self._measured(target.name, [target]) for target in self._targets}
+        self._begin("measuring groups of layers")
         groups = [self._measured(f"group {name}", group) for name, group in self._groups.items()]
+        self._begin("looking at channels")
         salience = measure_salience(self._model, self._targets, self._cases)
+        self._begin("looking for the smallest set to keep")
         order = by_worth(self._targets, lambda target: alone[target.name].error.total)
         tried: dict[int, Choice] = {}
 
@@ -269,13 +284,18 @@ class _Analysis:
             card=self._choice(CARD, [t for t in self._targets if _keeps(card, t)]),
             tried=tuple(tried[k] for k in sorted(tried)),
         )
-        self._progress(SensitivityProgress("done", self._total, self._total))
+        self._done = self._total
+        self._begin("done")
         return report
+
+    def _begin(self, stage: str) -> None:
+        self._stage = stage
+        self._progress(SensitivityProgress(stage, "", self._done, self._total))
 
     def _errors(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
         errors = self._memory.errors(name, lambda: self._measure(name, targets))
         self._done = min(self._done + 1, self._total)
-        self._progress(SensitivityProgress(name, self._done, self._total))
+        self._progress(SensitivityProgress(self._stage, name, self._done, self._total))
         return errors
 
     def _measure(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
