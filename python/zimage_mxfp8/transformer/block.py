@@ -90,15 +90,12 @@ class Block(nn.Module):
         products = tokens * width * dtype.itemsize
         if gate_goes_on(list(self.ffn_in), tokens):  # type: ignore[arg-type]
             products //= 2
-        during_first = max(workspace(layer, tokens) for layer in self.ffn_in)  # type: ignore[arg-type]
+        first = products + max(workspace(layer, tokens) for layer in self.ffn_in)  # type: ignore[arg-type]
+        gated = ops.form_nbytes(self.ffn_out.form, tokens * width // 2, dtype)
         # torch's silu_multiply has as much again; the fused one writes its result alone.
-        between = products if dtype == torch.float32 else 0
-        during_last = (
-            ops.form_nbytes(self.ffn_out.form, tokens * width // 2, dtype)
-            + workspace(self.ffn_out, tokens)
-            + tokens * dim * dtype.itemsize
-        )
-        return given + products + max(during_first, between, during_last)
+        between = products + (products if dtype == torch.float32 else gated)
+        last = gated + workspace(self.ffn_out, tokens) + tokens * dim * dtype.itemsize
+        return given + max(first, between, last)
 
 
 def run_blocks(
