@@ -1,4 +1,4 @@
-// FP8 products on Hopper that go on with what the DiT computes next.
+// FP8 products on Hopper, fused with what the DiT computes next.
 //
 // D = A B^T in tiles of 128 tokens and 256 rows of B, from tile to tile. In a block
 // - a thread copies tiles of A and B into a ring of stages;

@@ -1,4 +1,4 @@
-"""Products of row-scaled FP8 that go on with what Z-Image's DiT computes next; Hopper only.
+"""Products of row-scaled FP8 fused with what Z-Image's DiT computes next; Hopper only.
 
 A product is rounded to bfloat16 and stays on the chip until the operation of `fused` is done with
 it, which costs no pass over memory. Results are those of `gemm` and that operation, but for the

@@ -62,7 +62,7 @@ def test_modes_agree_with_the_cpu(compute: str, batch, quantized: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [RAGGED, EQUAL], ids=["ragged", "equal"])
-def test_products_that_go_on(batch, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_epilogues(batch, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few tokens they are not the faster ones, so they are not taken by themselves."""
     if why := fused_gemm.unsupported(torch.cuda.current_device()):
         pytest.skip(why)

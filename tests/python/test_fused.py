@@ -116,7 +116,7 @@ def test_without_cuda_they_say_so() -> None:
             call()
 
 
-def test_products_that_go_on_need_a_gpu() -> None:
+def test_fused_epilogues_need_a_gpu() -> None:
     operand = zm.RowScaledArray(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4))
     with pytest.raises(zm.InvalidArgumentError, match="a must be on a CUDA device"):
         fused_gemm.gemm_silu_multiply(operand, operand)

@@ -13,7 +13,7 @@ from . import ops
 from .attention import attend
 from .linear import (
     Linear,
-    gate_goes_on,
+    fuses_gate,
     multiply,
     multiply_and_gate,
     multiply_and_rotate,
@@ -88,7 +88,7 @@ class Block(nn.Module):
         width = sum(layer.out_features for layer in self.ffn_in)  # type: ignore[misc]
         given = sum(ops.form_nbytes(form, tokens * dim, dtype) for form in self.ffn_forms)
         products = tokens * width * dtype.itemsize
-        if gate_goes_on(list(self.ffn_in), tokens):  # type: ignore[arg-type]
+        if fuses_gate(list(self.ffn_in), tokens):  # type: ignore[arg-type]
             products //= 2
         first = products + max(workspace(layer, tokens) for layer in self.ffn_in)  # type: ignore[arg-type]
         gated = ops.form_nbytes(self.ffn_out.form, tokens * width // 2, dtype)

@@ -149,8 +149,8 @@ class FoldedLinear(Linear):
         """[N, K], with padding to multiples of 32 of both."""
         return RowScaledArray(self.codes, self.scale_bits.view(torch.float32))
 
-    def goes_on(self, tokens: int) -> bool:
-        """Whether a product with so many goes on with what follows it (see `fused_gemm`)."""
+    def fuses_epilogue(self, tokens: int) -> bool:
+        """Whether a product with so many is fused with what follows it (see `fused_gemm`)."""
         device = self.codes.device
         return (
             self.dtype == torch.bfloat16
@@ -206,7 +206,7 @@ def multiply_and_rotate(
     heads: int,
 ) -> torch.Tensor:
     """`multiply`, then `ops.rotate_heads`."""
-    if isinstance(layer, FoldedLinear) and layer.goes_on(len(rotations)):
+    if isinstance(layer, FoldedLinear) and layer.fuses_epilogue(len(rotations)):
         out: torch.Tensor = fused_gemm.gemm_rotate_heads(
             activation[layer.form], layer.weights, q_weight, k_weight, rotations, heads, NORM_EPS
         )
@@ -216,9 +216,13 @@ def multiply_and_rotate(
     return qkv
 
 
-def gate_goes_on(layers: Sequence[Linear], tokens: int) -> bool:
+def fuses_gate(layers: Sequence[Linear], tokens: int) -> bool:
     """Whether `multiply_and_gate` keeps the products on the chip: half as much reaches memory."""
-    return len(layers) == 1 and isinstance(layers[0], FoldedLinear) and layers[0].goes_on(tokens)
+    return (
+        len(layers) == 1
+        and isinstance(layers[0], FoldedLinear)
+        and layers[0].fuses_epilogue(tokens)
+    )
 
 
 def multiply_and_gate(
@@ -227,7 +231,7 @@ def multiply_and_gate(
     """The products of w1 and w3, stacked in one layer or apart, then `ops.silu_multiply`."""
     first = layers[0]
     x = activation[first.form]
-    if isinstance(first, FoldedLinear) and gate_goes_on(layers, x.shape[0]):
+    if isinstance(first, FoldedLinear) and fuses_gate(layers, x.shape[0]):
         return ops.encode(fused_gemm.gemm_silu_multiply(x, first.weights), forms)
     products = [multiply(layer, activation) for layer in layers]
     gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
