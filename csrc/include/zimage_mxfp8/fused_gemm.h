@@ -1,5 +1,5 @@
-// Products of row-scaled FP8 that go on with what Z-Image's DiT computes next, before the result
-// goes to memory. Hopper only.
+// Products of row-scaled FP8, fused with what Z-Image's DiT computes next: what lies between does
+// not go to memory. Hopper only.
 //
 // A product is A B^T, where A [M, K] and B [N, K] are row-scaled (see row_scaled.h). It is rounded
 // to BF16, then the operation of fused.h is done with it: results are those of gemm() and that
