@@ -1,9 +1,9 @@
 """Products of row-scaled FP8 fused with what Z-Image's DiT computes next; Hopper only.
 
-A product is rounded to bfloat16 and stays on the chip until the operation of `fused` is done with
-it, which costs no pass over memory. Results are those of `gemm` and that operation, but for the
-order of sums. Arguments are torch tensors on one CUDA device; the work goes to torch's current
-stream and can be captured in a CUDA graph.
+The sums of a product are rounded to bfloat16 and stay on the chip; there they are scaled and the
+operation of `fused` is done, both in float32, and the result is rounded once more. Arguments are
+torch tensors on one CUDA device; the work goes to torch's current stream and can be captured in a
+CUDA graph.
 
 Everything raises InvalidArgumentError for shapes, dtypes and devices that do not go together, and
 UnsupportedError where `unsupported` gives a reason.

@@ -1,10 +1,11 @@
 // Products of row-scaled FP8, fused with what Z-Image's DiT computes next: what lies between does
 // not go to memory. Hopper only.
 //
-// A product is A B^T, where A [M, K] and B [N, K] are row-scaled (see row_scaled.h). It is rounded
-// to BF16, then the operation of fused.h is done with it: results are those of gemm() and that
-// operation, but for the order of sums. Sums are the tensor cores' own over all of K ("fast
-// accumulation"), as those of cuBLASLt in the path "row-scaled" are.
+// A product is A B^T, where A [M, K] and B [N, K] are row-scaled (see row_scaled.h). Sums are the
+// tensor cores' own over all of K ("fast accumulation"), as those of cuBLASLt in the path
+// "row-scaled" are. They are rounded to BF16, then scaled, then comes the operation of fused.h,
+// both in float32; the result is rounded once more. So it differs from gemm() and that operation by
+// the order of sums, and by where roundings are.
 //
 // All run on the current CUDA device (see CudaStream in device.h). Memory is aligned to 16 bytes,
 // and so are the rows of the target, which is BF16. All throw Unsupported where
