@@ -17,7 +17,8 @@ struct OperandMemory {
   MemoryRange codes, scales;
 };
 
-OperandMemory check_operand(const ConstRowScaledView& operand, const char* what) {
+OperandMemory check_operand(const ConstRowScaledView& operand, const char* what, const char* codes,
+                            const char* scales) {
   const std::int64_t most = std::numeric_limits<std::int32_t>::max() / 2;
   if (operand.rows < 0 || operand.cols < 0 || operand.rows > most || operand.cols > most) {
     throw InvalidArgument("the sizes of " + std::string(what) + " must be from 0 to 2^30 - 1");
@@ -26,11 +27,18 @@ OperandMemory check_operand(const ConstRowScaledView& operand, const char* what)
     throw InvalidArgument("the codes or scales of " + std::string(what) + " are a null pointer");
   }
   const OperandMemory memory{
-      {operand.codes, operand.rows * operand.cols, what},
-      {operand.scales, operand.rows * static_cast<std::int64_t>(sizeof(float)), what}};
+      {operand.codes, operand.rows * operand.cols, codes},
+      {operand.scales, operand.rows * static_cast<std::int64_t>(sizeof(float)), scales}};
   detail::check_alignment(memory.codes, 16);
   detail::check_alignment(memory.scales, 16);
   return memory;
+}
+
+OperandMemory check_a(const ConstRowScaledView& a) {
+  return check_operand(a, "A", "codes of A", "scales of A");
+}
+OperandMemory check_b(const ConstRowScaledView& b) {
+  return check_operand(b, "B", "codes of B", "scales of B");
 }
 
 MemoryRange check_target(const MatrixView& target, std::int64_t rows, std::int64_t cols) {
@@ -92,7 +100,7 @@ bool prefers_fused_gemm(std::int64_t m, std::int64_t n, int device) {
 
 void gemm_silu_multiply(const ConstRowScaledView& a, const ConstRowScaledView& b,
                         const MatrixView& target, CudaStream stream) {
-  const OperandMemory from_a = check_operand(a, "A"), from_b = check_operand(b, "B");
+  const OperandMemory from_a = check_a(a), from_b = check_b(b);
   check_depth(a, b);
   if (b.rows % 2 != 0) {
     throw InvalidArgument("B must have an even number of rows, not " + std::to_string(b.rows));
@@ -108,7 +116,7 @@ void gemm_silu_multiply(const ConstRowScaledView& a, const ConstRowScaledView& b
 void gemm_rotate_heads(const ConstRowScaledView& a, const ConstRowScaledView& b,
                        const void* q_weight, const void* k_weight, const ConstMatrixView& rotations,
                        std::int64_t heads, float eps, const MatrixView& target, CudaStream stream) {
-  const OperandMemory from_a = check_operand(a, "A"), from_b = check_operand(b, "B");
+  const OperandMemory from_a = check_a(a), from_b = check_b(b);
   check_depth(a, b);
   if (heads < 1 || heads > (std::int64_t{1} << 20) || b.rows != 3 * heads * kHeadSize) {
     throw InvalidArgument("B has " + std::to_string(b.rows) + " rows, which is not 3 * " +

@@ -468,10 +468,10 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
   const int64_t tiles = int64_t{p.m_tiles} * ((p.n_tiles + 1) / 2);
   const int64_t clusters =
       std::min<int64_t>(checked_count(tiles), multiprocessors(current_device()) / kCluster);
+  const int64_t row_stride = target.rows > 1 ? target.row_stride : target.cols;
   launch_clusters(fused_gemm_kernel<Epilogue>, static_cast<uint32_t>(clusters), kCluster, kThreads,
                   kSharedBytes, stream, code_map(a, kTokens / kCluster), code_map(b, kRows / 2),
-                  bf16_map(target.data, target.rows, target.cols, target.row_stride, kWarpTokens),
-                  p);
+                  bf16_map(target.data, target.rows, target.cols, row_stride, kWarpTokens), p);
 }
 
 }  // namespace

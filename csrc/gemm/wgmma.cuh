@@ -1,5 +1,6 @@
-// Hopper's warpgroup products (PTX ISA, wgmma.mma_async): D[64, N] += A[64, 16] B[N, 16]^T with A
-// in registers or shared memory, B in shared memory, BF16 operands and float32 sums.
+// Hopper's warpgroup products (PTX ISA, wgmma.mma_async): D[64, N] += A[64, 16] B[N, 16]^T in BF16
+// or A[64, 32] B[N, 32]^T in E4M3, with A in registers or shared memory, B in shared memory, and
+// float32 sums.
 //
 // Lane l of warp w of the warpgroup holds, with r = 16 w + l / 4 and c = 2 (l % 4),
 //   a[0]: A[r][c, c + 1]     a[1]: A[r + 8][c, c + 1]
@@ -38,7 +39,8 @@ struct Wgmma;
 template <int n>
 struct WgmmaShared;
 
-// The same with A [64, 32] and B [N, 32] in E4M3; D = A B^T unless it is to `add`.
+// The same with A [64, 32] and B [N, 32] in E4M3, both in shared memory; D = A B^T unless it is to
+// `add`.
 template <int n>
 struct WgmmaFP8;
 

@@ -170,8 +170,12 @@ def vector(array: Any, dtype: str, size: int, name: str) -> Any:
         raise InvalidArgumentError(f"{name} must be [{size}], not {list(values.shape)}")
     if _torch_of(values) is None:
         return np.ascontiguousarray(values)
-    values = values.contiguous()
-    return values if values.data_ptr() % 16 == 0 else values.clone()  # as CUDA needs it
+    return aligned(values.contiguous())
+
+
+def aligned(tensor: Any) -> Any:
+    """A tensor, or a copy of it, that begins at a multiple of 16 bytes, as CUDA kernels need it."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _rows_are_usable(shape: Sequence[int], strides: Sequence[int]) -> bool:

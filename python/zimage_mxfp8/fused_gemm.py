@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _core
-from .codec import call_core, empty, on_cuda, vector
+from .codec import aligned, call_core, empty, on_cuda, vector
 from .errors import InvalidArgumentError
 from .fused import HEAD_SIZE, as_eps, as_heads, as_rotations
 from .matmul import RowScaledArray, row_scaled_parts
@@ -27,6 +27,9 @@ def unsupported(device: int) -> str:
 
     Args:
         device: index of a CUDA device, or -1 for the CPU.
+
+    Raises:
+        UnsupportedError: there is no such device.
     """
     return _core.fused_gemm_unsupported(device)
 
@@ -38,6 +41,9 @@ def is_faster(rows: int, b_rows: int, device: int) -> bool:
         rows: M, of `a`.
         b_rows: of `b`.
         device: as in `unsupported`; without these operations they are not.
+
+    Raises:
+        UnsupportedError: there is no such device.
     """
     return _core.prefers_fused_gemm(rows, b_rows, device)
 
@@ -49,9 +55,10 @@ def _operands(a: Any, b: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             raise InvalidArgumentError(
                 f"{name} must be a RowScaledArray, not {type(array).__name__}"
             )
-        parts.append(row_scaled_parts(array, name))
-        if not on_cuda(parts[-1][0]):
+        codes, *others = row_scaled_parts(array, name)
+        if not on_cuda(codes):
             raise InvalidArgumentError(f"{name} must be on a CUDA device")
+        parts.append((aligned(codes), *others))
     return parts[0], parts[1]
 
 
@@ -102,7 +109,7 @@ def gemm_rotate_heads(
         second[:2],
         vector(q_weight, "bfloat16", HEAD_SIZE, "q_weight"),
         vector(k_weight, "bfloat16", HEAD_SIZE, "k_weight"),
-        as_rotations(rotations, first[2]),
+        aligned(as_rotations(rotations, first[2])),
         as_heads(heads),
         as_eps(eps),
         target,

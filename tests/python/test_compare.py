@@ -708,6 +708,10 @@ def test_tables_fit_80_columns(
     wide, text = tables_in_terminal(["compare", small_file.name], 160)
     assert [first_column(table) for table in wide] == [titles, groups, branches, tensors]
     assert wide[0][0][-2:] == ["gain", "std. error"] and "wider terminals" not in text
+    document = report.to_dict()  # what --json prints
+    for name, error in document["total"]["formats"].items():
+        base = document["total"]["formats"]["mxfp8-e4m3"]["snr_db"]
+        assert document["gains_db"][name] == error["snr_db"] - base and "standard_error" in error
     assert set(wide[1][0]) == {"group", *formats.BASE_FORMATS, "layers"}
 
 

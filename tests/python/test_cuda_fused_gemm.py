@@ -50,7 +50,9 @@ def bounds(a: zm.RowScaledArray, b: zm.RowScaledArray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", TOKENS)
-@pytest.mark.parametrize(("columns", "depth"), [(10240, 3840), (8, 32), (72, 144), (200, 128)])
+@pytest.mark.parametrize(
+    ("columns", "depth"), [(10240, 3840), (10240, 32), (8, 32), (72, 144), (200, 128)]
+)
 def test_silu_multiply(rows: int, columns: int, depth: int) -> None:
     a, b = operand(rows, depth, 1), operand(2 * columns, depth, 2)
     result = fused_gemm.gemm_silu_multiply(a, b)
@@ -76,7 +78,7 @@ def rotated(values: torch.Tensor, q: Any, k: Any, rotations: Any, heads: int) ->
 
 
 @pytest.mark.parametrize("rows", TOKENS)
-@pytest.mark.parametrize(("heads", "depth"), [(30, 3840), (1, 128), (3, 416)])
+@pytest.mark.parametrize(("heads", "depth"), [(30, 3840), (30, 32), (1, 128), (3, 416)])
 def test_rotate_heads(rows: int, heads: int, depth: int) -> None:
     a, b = operand(rows, depth, 3), operand(3 * heads * 128, depth, 4)
     generator = torch.Generator(device="cuda").manual_seed(5)
@@ -96,9 +98,51 @@ def test_rotate_heads(rows: int, heads: int, depth: int) -> None:
         assert error.max().item() < 1e-2 and error.mean().item() < 5e-3
 
 
+def heads_of(a: zm.RowScaledArray, b: zm.RowScaledArray, rotations: torch.Tensor) -> torch.Tensor:
+    weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
+    result: torch.Tensor = fused_gemm.gemm_rotate_heads(
+        a, b, weight, weight, rotations, b.shape[0] // 384
+    )
+    return result
+
+
 def test_same_bytes_again() -> None:
     a, b = operand(4224, 3840, 6), operand(20480, 3840, 7)
     assert torch.equal(fused_gemm.gemm_silu_multiply(a, b), fused_gemm.gemm_silu_multiply(a, b))
+    qkv = zm.RowScaledArray(b.codes[:11520], b.scales[:11520])
+    rotations = torch.rand(4224, 64, 2, device="cuda")
+    assert torch.equal(heads_of(a, qkv, rotations), heads_of(a, qkv, rotations))
+
+
+def test_in_a_graph() -> None:
+    a, b = operand(300, 256, 21), operand(768, 256, 22)
+    rotations = torch.rand(300, 64, 2, device="cuda")
+    want = fused_gemm.gemm_silu_multiply(a, b), heads_of(a, b, rotations)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = fused_gemm.gemm_silu_multiply(a, b), heads_of(a, b, rotations)
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(results, want, strict=True))
+
+
+def test_memory_at_any_offset() -> None:
+    a, b = operand(70, 128, 23), operand(768, 128, 24)
+    rotations = torch.rand(70, 64, 2, device="cuda")
+    want = heads_of(a, b, rotations)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:]
+        return room.view(tensor.shape).copy_(tensor)
+
+    a, b = (zm.RowScaledArray(shifted(x.codes), shifted(x.scales)) for x in (a, b))
+    assert torch.equal(heads_of(a, b, shifted(rotations)), want)
+
+
+def test_where_they_are_faster() -> None:
+    device = torch.cuda.current_device()
+    for b_rows in (11520, 20480):
+        assert fused_gemm.is_faster(4224, b_rows, device)
+        assert not fused_gemm.is_faster(1, b_rows, device)
 
 
 def test_rows_do_not_depend_on_other_rows() -> None:
@@ -125,6 +169,7 @@ def test_nothing_to_do() -> None:
     a, b = operand(4, 128, 12), operand(384, 128, 13)
     none = zm.RowScaledArray(a.codes[:0], a.scales[:0])
     assert fused_gemm.gemm_silu_multiply(none, b).shape == (0, 192)
+    assert heads_of(none, b, torch.zeros(0, 64, 2, device="cuda")).shape == (0, 384)
 
 
 def test_bad_arguments() -> None:

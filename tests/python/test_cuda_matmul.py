@@ -150,9 +150,11 @@ def test_quantize_rows_has_the_bytes_of_the_cpu(
     assert torch.equal(device.scales.cpu().view(torch.int32), host.scales.view(torch.int32))
 
 
-def test_quantize_rows_longer_than_registers_hold() -> None:
+@pytest.mark.parametrize("cols", [2048, 2049, 4096, 4097, 5001, 10240, 30000])
+def test_quantize_rows_of_every_length(cols: int) -> None:
+    """A warp's rows, a block's, and those longer than registers hold."""
     for dtype in DTYPES:
-        matrix = random(3, 30000, 4).to(dtype)
+        matrix = random(11, cols, 4).to(dtype)
         device, host = zm.quantize_rows(matrix), zm.quantize_rows(matrix.cpu())
         assert torch.equal(device.codes.view(torch.uint8).cpu(), host.codes.view(torch.uint8))
 

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -312,6 +313,45 @@ def test_interrupted_after_the_renaming(tmp_path: Path, monkeypatch: pytest.Monk
         write_file(tmp_path / "file", b"content", overwrite=False)
     assert (tmp_path / "file").read_bytes() == b"content"
     assert others.read_bytes() == b"begun by another process"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("where", ["inside the block", "in another thread"])
+def test_a_fork_that_exits_deletes_nothing(tmp_path: Path, where: str) -> None:
+    """A child that ends runs the finalizers that it has inherited."""
+    script = """
+import os, sys, threading
+from pathlib import Path
+from zimage_mxfp8.checkpoint.output import AtomicFile
+
+entered, forked = threading.Event(), threading.Event()
+
+def fork():
+    if os.fork() == 0:
+        sys.exit()
+    os.wait()
+
+def write():
+    with AtomicFile(Path(sys.argv[1]), 3, overwrite=False):
+        if sys.argv[2] == "inside the block":
+            return fork()
+        entered.set()
+        forked.wait()
+
+if sys.argv[2] == "inside the block":
+    write()
+else:
+    thread = threading.Thread(target=write)
+    thread.start()
+    entered.wait()
+    fork()
+    forked.set()
+    thread.join()
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "file"), where]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_long_names(tmp_path: Path) -> None:

@@ -244,6 +244,12 @@ class CompareReport:
     def __post_init__(self) -> None:
         self.answers = _answers(self)
 
+    @property
+    def gains_db(self) -> dict[str, float]:
+        """By how much each format's SNR exceeds MXFP8 E4M3's over all layers, in dB."""
+        errors = {name: e.relative_squared_error for name, e in self.total.formats.items()}
+        return {name: gain_db(errors[MXFP8], error) for name, error in errors.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -256,6 +262,7 @@ class CompareReport:
             "sizes": {name: vars(size) for name, size in self.sizes.items()},
             "answers": [vars(answer) for answer in self.answers],
             "total": self.total.to_dict(),
+            "gains_db": self.gains_db,
             "groups": [group.to_dict() for group in self.groups],
             "low_rank_summary": [summary.to_dict() for summary in self.low_rank_summary],
             "layers": [layer.to_dict() for layer in self.layers],

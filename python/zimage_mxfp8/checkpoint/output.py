@@ -257,7 +257,7 @@ class AtomicFile:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()
         self._partial = self._final.with_name(f".{name}{_SUFFIX}")
         self._file: BinaryIO | None = None
-        self._undo: weakref.finalize[[Path, BinaryIO], AtomicFile] | None = None
+        self._undo: weakref.finalize[[Path, BinaryIO, int], AtomicFile] | None = None
 
     def __enter__(self) -> AtomicFile:
         folder = self._partial.parent
@@ -274,7 +274,7 @@ class AtomicFile:
             with _interrupts_held():  # a file that nobody knows of would stay behind
                 self._file = self._create()
                 # Also for Ctrl-C on the way into __exit__, which then does not run.
-                self._undo = weakref.finalize(self, _delete, self._partial, self._file)
+                self._undo = weakref.finalize(self, _delete, self._partial, self._file, os.getpid())
             self._file.truncate(self.size)
         except BaseException as error:
             self._discard()
@@ -361,7 +361,10 @@ class AtomicFile:
                 self._undo()
 
 
-def _delete(partial: Path, file: BinaryIO) -> None:
+def _delete(partial: Path, file: BinaryIO, writer: int) -> None:
+    """Delete a partial file, unless this is a fork of the process that writes it."""
+    if os.getpid() != writer:
+        return
     if os.name == "nt":  # pragma: no cover - an open file cannot be deleted there
         file.close()
     with contextlib.suppress(OSError):

@@ -208,11 +208,10 @@ def _mxfp8_error(layer: LayerComparison) -> float:
 
 
 def _print_formats(report: CompareReport) -> None:
-    from ..analysis.compare_report import gain_db
     from ..analysis.formats import FORMATS
     from . import display
 
-    mxfp8 = report.total.formats["mxfp8-e4m3"].relative_squared_error
+    gains = report.gains_db
     bf16 = report.sizes["bf16"]
     rows = [["BF16", "", "", "16.00", display.size_text(bf16.model_bytes), "", ""]]
     for name, kind in FORMATS.items():
@@ -224,7 +223,7 @@ def _print_formats(report: CompareReport) -> None:
                 f"{error.snr_db:.2f}",
                 f"{size.bits_per_weight:.2f}",
                 display.size_text(size.model_bytes),
-                f"{gain_db(mxfp8, error.relative_squared_error):+.2f}",
+                f"{gains[name]:+.2f}",
                 "exact" if name == "mxfp8-e4m3" else f"{error.standard_error:.1e}",
             ]
         )

@@ -73,17 +73,41 @@ class Block(nn.Module):
         qkv = multiply_and_rotate(
             self.qkv, h, self.q_norm, self.k_norm, part.rotations, self._heads
         )
-        return multiply(
-            self.out, ops.encode(attend(qkv, self._heads, part.lengths), {self.out.form})
-        )
+        attended = attend(qkv, self._heads, part.lengths)
+        del qkv  # the largest matrix here
+        return multiply(self.out, ops.encode(attended, {self.out.form}))
 
     def feed_forward(self, h: Activation) -> torch.Tensor:
         """w2(silu(w1 h) * w3 h)."""
         layers: list[Linear] = list(self.ffn_in)  # type: ignore[arg-type]
         return multiply(self.ffn_out, multiply_and_gate(layers, h, {self.ffn_out.form}))
 
-    def feed_forward_nbytes(self, tokens: int) -> int:
-        """Bytes that are in use in `feed_forward` on a CUDA device at most, its input included."""
+    def working_nbytes(self, tokens: int, ragged: bool) -> int:
+        """Bytes that are in use on a CUDA device at most, beside the weights and `x`.
+
+        Args:
+            tokens: of all items.
+            ragged: whether items differ in length.
+        """
+        return max(self._attention_nbytes(tokens, ragged), self._feed_forward_nbytes(tokens))
+
+    def _attention_nbytes(self, tokens: int, ragged: bool) -> int:
+        dim, dtype = len(self.attention_norm1), self.attention_norm1.dtype
+        given = ops.form_nbytes(self.qkv.form, tokens * dim, dtype)
+        qkv = tokens * self.qkv.out_features * dtype.itemsize
+        result = tokens * dim * dtype.itemsize
+        first = qkv + workspace(self.qkv, tokens)
+        # What items of different length give is joined in a matrix of its own.
+        between = qkv + (2 * result if ragged else result)
+        last = (
+            result
+            + ops.form_nbytes(self.out.form, tokens * dim, dtype)
+            + workspace(self.out, tokens)
+            + result
+        )
+        return given + max(first, between, last)
+
+    def _feed_forward_nbytes(self, tokens: int) -> int:
         dim, dtype = len(self.attention_norm1), self.attention_norm1.dtype
         width = sum(layer.out_features for layer in self.ffn_in)  # type: ignore[misc]
         given = sum(ops.form_nbytes(form, tokens * dim, dtype) for form in self.ffn_forms)

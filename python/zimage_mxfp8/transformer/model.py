@@ -386,13 +386,14 @@ class ZImageTransformer(nn.Module):
     def _working_nbytes(self, shapes: Sequence[Shape]) -> int:
         """Bytes that a forward takes on a CUDA device beside the weights, about.
 
-        They are most in a feed-forward layer. Beside that there are the tokens, apart and joined,
-        what the block before gave, and the rotations of both.
+        They are most in a block. Beside that there are the tokens, apart and joined, what the block
+        before gave, and the rotations of both.
         """
-        tokens = sum(padded(image_tokens(size)) + padded(caption) for size, caption in shapes)
+        lengths = [padded(image_tokens(size)) + padded(caption) for size, caption in shapes]
+        tokens, ragged = sum(lengths), len(set(lengths)) > 1
         kept = 3 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
         blocks = _blocks(self.layers) or _blocks(self.noise_refiner)
-        block = max((block.feed_forward_nbytes(tokens) for block in blocks), default=0)
+        block = max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
         return _WORKSPACES + tokens * kept + block
 
     # ---- The model itself, all of which a CUDA graph can hold
