@@ -35,6 +35,13 @@ void check_matrix(const View& matrix, const char* what) {
   if (!matrix.data && matrix.rows > 0 && matrix.cols > 0) {
     throw InvalidArgument(std::string(what) + " is a null pointer");
   }
+  constexpr std::int64_t most_elements = std::int64_t{1} << 60;  // whose bytes can be counted
+  if (matrix.cols > most_elements ||
+      (matrix.rows > 1 && matrix.row_stride > most_elements / matrix.rows)) {
+    throw InvalidArgument(std::string(what) +
+                          " is too large: " + shape_text(matrix.rows, matrix.cols) +
+                          " with row stride " + std::to_string(matrix.row_stride));
+  }
 }
 
 template <typename View>

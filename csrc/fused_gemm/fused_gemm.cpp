@@ -118,7 +118,8 @@ void gemm_rotate_heads(const ConstRowScaledView& a, const ConstRowScaledView& b,
                        std::int64_t heads, float eps, const MatrixView& target, CudaStream stream) {
   const OperandMemory from_a = check_a(a), from_b = check_b(b);
   check_depth(a, b);
-  if (heads < 1 || heads > (std::int64_t{1} << 20) || b.rows != 3 * heads * kHeadSize) {
+  if (heads < 1) throw InvalidArgument("heads must be 1 or more, not " + std::to_string(heads));
+  if (heads > (std::int64_t{1} << 20) || b.rows != 3 * heads * kHeadSize) {
     throw InvalidArgument("B has " + std::to_string(b.rows) + " rows, which is not 3 * " +
                           std::to_string(heads) + " heads of " + std::to_string(kHeadSize));
   }

@@ -11,6 +11,7 @@ UnsupportedError where `unsupported` gives a reason.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from . import _core
@@ -31,7 +32,7 @@ def unsupported(device: int) -> str:
     Raises:
         UnsupportedError: there is no such device.
     """
-    return _core.fused_gemm_unsupported(device)
+    return _core.fused_gemm_unsupported(_whole(device, "device"))
 
 
 def is_faster(rows: int, b_rows: int, device: int) -> bool:
@@ -45,7 +46,19 @@ def is_faster(rows: int, b_rows: int, device: int) -> bool:
     Raises:
         UnsupportedError: there is no such device.
     """
-    return _core.prefers_fused_gemm(rows, b_rows, device)
+    return _core.prefers_fused_gemm(
+        _whole(rows, "rows"), _whole(b_rows, "b_rows"), _whole(device, "device")
+    )
+
+
+def _whole(number: Any, name: str) -> int:
+    try:
+        whole = operator.index(number)
+    except TypeError:
+        raise InvalidArgumentError(f"{name} must be a whole number") from None
+    if abs(whole) >= 2**31:
+        raise InvalidArgumentError(f"{name} must be below 2^31")
+    return whole
 
 
 def _operands(a: Any, b: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -62,6 +62,9 @@ TEST_CASE("products with fused epilogues refuse what they cannot compute") {
   refuses([](Call& c) { c.rotations.row_stride = 129; });
   refuses([](Call& c) { c.target.cols = 376; });
   refuses([](Call& c) { c.target.row_stride = 385; });
+  refuses([](Call& c) { c.target.row_stride = std::int64_t{1} << 62; });
+  refuses([](Call& c) { c.target.row_stride = INT64_MAX - 7; });
+  refuses([](Call& c) { c.rotations.row_stride = std::int64_t{1} << 62; });
   refuses([](Call& c) { c.target.dtype = DType::kFloat16; });
   refuses([](Call& c) { c.target.data = memory.a; });
 

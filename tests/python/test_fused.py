@@ -124,6 +124,13 @@ def test_fused_epilogues_need_a_gpu() -> None:
         fused_gemm.gemm_rotate_heads(X, operand, HEAD, HEAD, ROTATIONS, 2)
     assert fused_gemm.unsupported(-1) == "products with fused epilogues need a CUDA device"
     assert not fused_gemm.is_faster(4096, 4096, -1)
+    with pytest.raises(zm.UnsupportedError, match="no CUDA"):
+        fused_gemm.unsupported(99)
+    for number in (None, 1.5, "cuda", 2**31):
+        with pytest.raises(zm.InvalidArgumentError, match="device must be"):
+            fused_gemm.unsupported(number)  # type: ignore[arg-type]
+        with pytest.raises(zm.InvalidArgumentError, match="rows must be"):
+            fused_gemm.is_faster(number, 1, -1)  # type: ignore[arg-type]
 
 
 def test_nothing_to_do() -> None:

@@ -354,6 +354,33 @@ else:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_leftovers_that_were_published_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking the name may have become another writer's."""
+    partial, lock = tmp_path / ".file.zimage-mxfp8-partial", output._try_lock
+    partial.write_bytes(b"complete")
+
+    def publish(fd: int) -> bool | None:
+        partial.replace(tmp_path / "file")
+        partial.write_bytes(b"begun by another process")
+        return lock(fd)
+
+    monkeypatch.setattr(output, "_try_lock", publish)
+    output.remove_leftovers(tmp_path)
+    assert (tmp_path / "file").read_bytes() == b"complete"
+    assert partial.read_bytes() == b"begun by another process"
+
+
+def test_a_lock_that_is_held_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that looks for leftovers."""
+    answers = iter([False, False])
+    lock = output._try_lock
+    monkeypatch.setattr(output, "_try_lock", lambda fd: next(answers, None) is None and lock(fd))
+    write_file(tmp_path / "file", b"content", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_long_names(tmp_path: Path) -> None:
     name = "ö" * 120  # 240 bytes: legal, but not with a suffix
     write_file(tmp_path / name, b"content", overwrite=False)

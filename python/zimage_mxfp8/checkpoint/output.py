@@ -18,6 +18,7 @@ import mmap
 import os
 import shutil
 import signal
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ BLOCK = max(4096, mmap.PAGESIZE)  # bytes; what disks and page caches are divide
 _MOST_NAME_BYTES = 200  # of a target, for its hidden name to stay under the usual 255
 _MOST_KEPT = 16 << 20  # bytes of small pieces that a writer keeps
 _SUFFIX = ".zimage-mxfp8-partial"
+_PATIENCE = 0.25  # seconds: a process that looks for leftovers holds a lock for a moment
 
 # _try_lock: True if this process now holds the lock, False if another does, None if the
 # filesystem has no locks (some network mounts). Closing the file releases it.
@@ -118,11 +120,20 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f".*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             with path.open("r+b") as file:
-                abandoned = _try_lock(file.fileno())
+                # By then it may be published, and the name another writer's.
+                abandoned = _try_lock(file.fileno()) and _is_at(path, file)
                 if abandoned and os.name != "nt":
                     path.unlink()  # while the lock keeps a new writer away
             if abandoned and os.name == "nt":  # pragma: no cover - no unlinking of open files there
                 path.unlink()
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether a path still names an open file. While the file is locked nobody takes it away."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -283,21 +294,21 @@ class AtomicFile:
 
     def _create(self) -> BinaryIO:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        deadline = time.monotonic() + _PATIENCE
         while True:
             try:
                 file = os.fdopen(os.open(self._partial, flags, 0o666), "r+b", buffering=0)
             except OSError as error:
                 raise self.failure(error) from None
-            if _try_lock(file.fileno()) is False:
-                file.close()
-                raise OutputError(f"another process is writing {self.target}")
-            try:
-                if self._partial.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    file.truncate(0)
-                    return file
-            except FileNotFoundError:
-                pass
-            file.close()  # cleaned up by another process in between
+            locked = _try_lock(file.fileno())
+            if locked is not False and _is_at(self._partial, file):
+                file.truncate(0)
+                return file
+            file.close()  # another process cleans it up, or writes it
+            if locked is False:
+                if time.monotonic() > deadline:
+                    raise OutputError(f"another process is writing {self.target}")
+                time.sleep(_PATIENCE / 25)
 
     def open(self) -> Writer:
         """A handle for writing, for one thread."""
