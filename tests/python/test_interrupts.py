@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from zimage_mxfp8.checkpoint import output
 from zimage_mxfp8.cli import interrupts
 from zimage_mxfp8.cli.main import main
 
@@ -89,6 +90,23 @@ def test_cleaning_up_is_not_disturbed() -> None:
                 raise RuntimeError("made of it") from None
             finally:
                 press()
+
+
+@pytest.mark.usefixtures("installed")
+def test_while_a_file_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`AtomicFile` puts a handler of its own in its place for a moment."""
+    handler, real = signal.getsignal(signal.SIGINT), output._try_lock
+
+    def lock(fd: int) -> bool | None:
+        press()
+        press()
+        return real(fd)
+
+    monkeypatch.setattr(output, "_try_lock", lock)
+    with pytest.raises(KeyboardInterrupt):
+        output.write_file(tmp_path / "file", b"content", overwrite=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_next_one_after_one_that_was_swallowed(tmp_path: Path) -> None:
@@ -189,17 +207,24 @@ def test_when_all_is_done(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_again_while_the_demo_removes_its_files(tmp_path: Path) -> None:
-    program = """
+@pytest.mark.parametrize("twice", [False, True])
+def test_while_the_demo_removes_its_files(tmp_path: Path, twice: bool) -> None:
+    """At the first removal, which may follow another Ctrl-C."""
+    program = f"""
 import shutil
-import zimage_mxfp8.synthetic as synthetic
-def write(path, *_, **__):
-    path.write_bytes(b"partial")
-    press()
-synthetic.write_synthetic_checkpoint = write
+import zimage_mxfp8.cli.demo as demo
+def fill(folder):
+    (folder / "partial").write_bytes(b"partial")
+    if {twice}:
+        press()
+    return 0
+demo._demo = fill
+removals = []
 rmtree = shutil.rmtree
 def remove(*arguments, **options):
-    press()
+    removals.append(arguments)
+    if len(removals) == 1:
+        press()
     rmtree(*arguments, **options)
 shutil.rmtree = remove
 start("demo")
