@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy_kitchen
@@ -16,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run, Tensors, tensor_bytes
+from conftest import Run, Tensors, random_tensors, tensor_bytes
 from test_convert import metadata_of, sha256
+from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.synthetic import write_synthetic_checkpoint
 
 
@@ -25,6 +27,15 @@ from zimage_mxfp8.synthetic import write_synthetic_checkpoint
 def converted(small_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("commands") / "converted.safetensors"
     zm.convert(small_file, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `sensitivity` measures in a moment."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    shapes = zimage_shapes(dim=128, layers=1, refiner_layers=1, caption_dim=64, hidden=18)
+    save_file(random_tensors(shapes), path)
     return path
 
 
@@ -237,7 +248,19 @@ def test_version_and_help(cli: Run) -> None:
 def test_options_are_not_abbreviated(cli: Run, command: str) -> None:
     result = cli(command, "x.safetensors", "--jso")
     assert result.returncode == 2
-    assert "unrecognized arguments: --jso" in result.stderr
+    assert result.stderr == (
+        f"zimage-mxfp8: error: unrecognized arguments: --jso (see zimage-mxfp8 {command} --help)\n"
+    )
+
+
+def test_unknown_options_before_the_command(cli: Run) -> None:
+    result = cli("--jso", "recipes")
+    assert result.returncode == 2
+    assert result.stderr.endswith("unrecognized arguments: --jso (see zimage-mxfp8 --help)\n")
+
+
+def test_terminal_of_no_width() -> None:
+    assert run_in_terminal(["doctor"], columns=0) == run_in_terminal(["doctor"], columns=80)
 
 
 def test_names_that_the_terminal_cannot_show(cli: Run, tmp_path: Path) -> None:
@@ -267,9 +290,51 @@ def test_output_that_goes_nowhere(small_file: Path, command: str, ending: str) -
         assert word not in result.stderr
     if ending == ">/dev/full":
         assert result.returncode == 1
-        assert result.stderr.startswith("zimage-mxfp8: error: ")
-        assert result.stderr.endswith("No space left on device\n")
-        assert result.stderr.count("\n") == 1
+        assert result.stderr == FULL
+
+
+FULL = "zimage-mxfp8: error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_stdout_is_named(cli: Run, environment: dict[str, str]) -> None:
+    program = [sys.executable, "-m", "zimage_mxfp8.cli.main", "recipes"]
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            program, stdout=full, stderr=subprocess.PIPE, text=True, env=inherited | environment
+        )
+    assert (result.returncode, result.stderr) == (1, FULL)
+
+
+@pytest.fixture(params=["closed pipe", "full"])
+def unreadable(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A file that cannot be written."""
+    if request.param == "full":
+        writer = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "made"),
+    [
+        ("convert -i {} -o made --exclude-layers nothing", 0, True),  # with a warning
+        ("sensitivity {} --device cpu --size 32 --timesteps 1 --write-recipe made", 0, True),
+        ("recipes --jso", 2, False),
+        ("inspect none", 1, False),
+    ],
+)
+def test_nobody_reads_stderr(
+    tiny_file: Path, tmp_path: Path, unreadable: int, command: str, code: int, made: bool
+) -> None:
+    program = [sys.executable, "-m", "zimage_mxfp8.cli.main", *command.format(tiny_file).split()]
+    result = subprocess.run(program, cwd=tmp_path, stdout=subprocess.PIPE, stderr=unreadable)
+    assert result.returncode == code
+    assert (tmp_path / "made").exists() == bool(result.stdout) == made
 
 
 def test_dequantize_refuses_nan_codes(cli: Run, converted: Path, tmp_path: Path) -> None:

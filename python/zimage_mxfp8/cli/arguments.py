@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
+
+from .streams import tell
 
 
 def spellings(*names: str) -> list[str]:
@@ -28,9 +31,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What a command does not know is its own error, and not that of the main parser."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"zimage-mxfp8: error: {message} (see {self.prog} --help)\n")
+        tell(f"error: {message} (see {self.prog} --help)")
+        sys.exit(2)
 
 
 def file_path(text: str) -> Path:

@@ -34,8 +34,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.output is None:
-        with tempfile.TemporaryDirectory(prefix="zimage-mxfp8-demo-") as folder:
-            code = _demo(Path(folder))
+        temporary = tempfile.TemporaryDirectory(prefix="zimage-mxfp8-demo-")
+        try:
+            with temporary as folder:
+                code = _demo(Path(folder))
+        finally:
+            temporary.cleanup()  # once more: Ctrl-C may have ended the first time
         print("The files were temporary; zimage-mxfp8 demo -o FOLDER keeps them.")
         return code
     arguments.output.mkdir(parents=True, exist_ok=True)

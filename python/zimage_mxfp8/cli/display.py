@@ -25,20 +25,25 @@ from rich.table import Table
 from ..error_stats import ErrorStats, total
 from ..pipeline import Progress, ProgressCallback
 from ..text import printable
+from .streams import tell
 
 if TYPE_CHECKING:
     from ..generation.generator import GenerationCallback, GenerationProgress
 
 _PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
+_UNKNOWN_WIDTH = 80  # of a terminal
 
 
 def console(stderr: bool = False) -> Console:
     """A console that prints text as it is (names may hold brackets)."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PLAIN_WIDTH
-    return Console(
+    made = Console(
         stderr=stderr, markup=False, highlight=False, emoji=False, width=width, soft_wrap=False
     )
+    if made.width < 1:  # COLUMNS=0
+        made.width = _UNKNOWN_WIDTH
+    return made
 
 
 def print_json(document: Any) -> None:
@@ -49,7 +54,7 @@ def print_json(document: Any) -> None:
 def warn(sentences: Sequence[str]) -> None:
     """Print warnings to stderr."""
     for sentence in sentences:
-        print(f"zimage-mxfp8: warning: {printable(sentence)}", file=sys.stderr)
+        tell(f"warning: {sentence}")
 
 
 def size_text(nbytes: int) -> str:
@@ -226,7 +231,7 @@ def _count_lines() -> Callable[[str, str, int, int], None]:
         now = (stage, 10 * done // total if total else 0)
         if now != last:
             count = f" ({done:,} of {total:,})" if total else ""
-            print(f"zimage-mxfp8: {stage}{count}", file=sys.stderr, flush=True)
+            tell(f"{stage}{count}")
             last = now
 
     return update
