@@ -80,7 +80,7 @@ def _run_both(original: Path, converted: Path) -> None:
     try:
         import torch
     except ImportError:
-        print('needs torch, which is not installed: pip install "zimage-mxfp8[torch]"')
+        print('skipped: torch is optional and not installed: pip install "zimage-mxfp8[torch]"')
         return
     from ..generation.sampler import denoise
     from ..transformer.config import LATENT_CHANNELS

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -235,3 +237,11 @@ def _count_lines() -> Callable[[str, str, int, int], None]:
             last = now
 
     return update
+
+
+def convert_command(source: str, options: str, name: str) -> str:
+    """A command line to copy. It names an output: the default one may be there already."""
+    path = Path(source)
+    stem = path.stem if path.is_file() else path.name
+    output = shlex.quote(str(path.with_name(f"{stem}-{name}.safetensors")))
+    return f"zimage-mxfp8 convert -i {shlex.quote(source)} {options} -o {output}"

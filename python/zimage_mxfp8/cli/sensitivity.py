@@ -228,5 +228,5 @@ def _print(report: SensitivityReport, recipe: Path | None) -> None:
         for name in report.smallest.kept:
             print(name)
     if recipe is not None:
-        source, target = shlex.quote(report.path), shlex.quote(str(recipe))
-        print(f"\nzimage-mxfp8 convert -i {source} --recipe {target}")
+        options = f"--recipe {shlex.quote(str(recipe))}"
+        print("\n" + display.convert_command(report.path, options, recipe.stem))
