@@ -629,7 +629,7 @@ def without(library: str, *arguments: object) -> subprocess.CompletedProcess[str
 def test_demo_without_torch_says_how_to_get_it() -> None:
     result = without("torch", "demo")
     assert result.returncode == 0, result.stderr
-    assert 'torch, which is not installed: pip install "zimage-mxfp8[torch]"' in result.stdout
+    assert 'torch is optional and not installed: pip install "zimage-mxfp8[torch]"' in result.stdout
 
 
 def test_wrong_names_are_told_before_anything_is_imported(
