@@ -73,6 +73,15 @@ inline void check_alignment(const MemoryRange& memory, std::size_t alignment) {
   }
 }
 
+// Memory that must be there, and aligned.
+inline MemoryRange required_range(const void* data, std::int64_t bytes, std::size_t alignment,
+                                  const char* what) {
+  if (!data) throw InvalidArgument(std::string(what) + " is a null pointer");
+  const MemoryRange memory{data, bytes, what};
+  check_alignment(memory, alignment);
+  return memory;
+}
+
 template <typename Plain, typename MXFP8>
 void check_pair(const Plain& plain, const MXFP8& mxfp8, const char* what) {
   check_matrix(plain, what);

@@ -55,13 +55,6 @@ MemoryRange range_of(const ConstMatrixView& matrix, const char* what) {
   return range;
 }
 
-MemoryRange vector_range(const void* data, std::int64_t count, std::size_t item, const char* what) {
-  if (!data) throw InvalidArgument(std::string(what) + " is a null pointer");
-  const MemoryRange range{data, count * static_cast<std::int64_t>(item), what};
-  detail::check_alignment(range, item);
-  return range;
-}
-
 ActivationMemory check_target(const MatrixView& target, const ConstMatrixView& source,
                               const char* source_what) {
   check_bfloat16(target, "the target");
@@ -105,7 +98,8 @@ struct NormMemory {
 
 NormMemory check_norm(const NormWeights& norm, std::int64_t cols, Items items, const char* weight,
                       const char* modulation) {
-  NormMemory memory{vector_range(norm.weight, cols, 2, weight), {nullptr, 0, modulation}};
+  NormMemory memory{detail::required_range(norm.weight, cols * 2, 2, weight),
+                    {nullptr, 0, modulation}};
   if (!norm.modulation) return memory;
   const ConstMatrixView& rows = *norm.modulation;
   check_bfloat16(rows, modulation);
@@ -124,7 +118,8 @@ NormMemory check_norm(const NormWeights& norm, std::int64_t cols, Items items, c
 
 MemoryRange check_items(Items items, std::int64_t rows) {
   if (!items) return {nullptr, 0, "items"};
-  return vector_range(items, rows, sizeof(*items), "items");
+  return detail::required_range(items, rows * static_cast<std::int64_t>(sizeof(*items)),
+                                sizeof(*items), "items");
 }
 
 }  // namespace
@@ -206,8 +201,8 @@ void rotate_heads(const MatrixView& qkv, const void* q_weight, const void* k_wei
     throw InvalidArgument("rotations must be " + detail::shape_text(qkv.rows, kHeadSize) +
                           ", not " + detail::shape_text(rotations.rows, rotations.cols));
   }
-  const MemoryRange from_q = vector_range(q_weight, kHeadSize, 2, "q_weight");
-  const MemoryRange from_k = vector_range(k_weight, kHeadSize, 2, "k_weight");
+  const MemoryRange from_q = detail::required_range(q_weight, kHeadSize * 2, 2, "q_weight");
+  const MemoryRange from_k = detail::required_range(k_weight, kHeadSize * 2, 2, "k_weight");
   if (qkv.rows == 0) return;
   const MemoryRange in_place = range_of(as_const(qkv), "qkv");
   const MemoryRange from = range_of(rotations, "rotations");

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cuda/runtime.h"
 #include "fused_gemm/fused_gemm_cuda.h"
+#include "gemm/gemm_cuda.h"
 #include "zimage_mxfp8/fused.h"
 
 namespace zimage_mxfp8 {
@@ -72,14 +73,6 @@ void require_support() {
   if (!support) throw Unsupported(support.reason);
 }
 
-MemoryRange aligned_range(const void* data, std::int64_t bytes, std::size_t alignment,
-                          const char* what) {
-  if (!data) throw InvalidArgument(std::string(what) + " is a null pointer");
-  const MemoryRange memory{data, bytes, what};
-  detail::check_alignment(memory, alignment);
-  return memory;
-}
-
 }  // namespace
 
 Support supports_fused_gemm(int device) {
@@ -89,7 +82,7 @@ Support supports_fused_gemm(int device) {
     return {false,
             "products with fused epilogues need compute capability 9.0, and this is " + found.name};
   }
-  return detail::supports_fused_gemm_sm90();
+  return detail::supports_sm90();
 }
 
 bool prefers_fused_gemm(std::int64_t m, std::int64_t n, int device) {
@@ -132,8 +125,8 @@ void gemm_rotate_heads(const ConstRowScaledView& a, const ConstRowScaledView& b,
   if (rotations.rows > 1 && rotations.row_stride % 4 != 0) {
     throw InvalidArgument("the rows of rotations must be multiples of 16 bytes");
   }
-  const MemoryRange from_q = aligned_range(q_weight, kHeadSize * 2, 16, "q_weight");
-  const MemoryRange from_k = aligned_range(k_weight, kHeadSize * 2, 16, "k_weight");
+  const MemoryRange from_q = detail::required_range(q_weight, kHeadSize * 2, 16, "q_weight");
+  const MemoryRange from_k = detail::required_range(k_weight, kHeadSize * 2, 16, "k_weight");
   const MemoryRange to = check_target(target, a.rows, b.rows);
   if (to.bytes == 0) return;
   const MemoryRange from = detail::range_of(rotations, "rotations");

@@ -20,8 +20,7 @@
 namespace zimage_mxfp8::detail {
 namespace {
 
-constexpr int kWarpgroup = 128;  // threads
-constexpr int kConsumers = 2;    // warpgroups
+constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kEpilogueWarps = 3;  // the warp before them copies
 
@@ -475,8 +474,6 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
 }
 
 }  // namespace
-
-Support supports_fused_gemm_sm90() { return {true, ""}; }
 
 double utilization_sm90(int64_t m, int64_t n, int device) {
   const int64_t tiles = ceil_div(m, kTokens) * ceil_div(n, kCluster * kRows);

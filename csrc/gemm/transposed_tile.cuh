@@ -7,10 +7,10 @@
 #include <stdint.h>
 
 #include "gemm/hopper.cuh"
+#include "gemm/wgmma.cuh"
 
 namespace zimage_mxfp8::detail {
 
-constexpr int kWarpgroup = 128;    // threads
 constexpr int kGroupWeights = 64;  // rows of W that a warpgroup multiplies
 
 // Tokens that are written at a time, from one of a warpgroup's buffers: fewer if a tile has fewer.

@@ -12,6 +12,8 @@
 
 namespace zimage_mxfp8::detail {
 
+constexpr int kWarpgroup = 128;  // threads
+
 // Descriptor of B (or A) in shared memory: N (or 64) rows of 128 bytes, written by TMA with its
 // swizzle of 128 bytes, aligned to 1024 bytes. The columns of a product are 32 bytes: add 2 to the
 // descriptor for the next ones.

@@ -78,12 +78,17 @@ def as_eps(eps: Any) -> float:
         raise InvalidArgumentError("eps must be a number") from None
 
 
+def as_whole(number: Any, name: str) -> int:
+    """A whole number, checked."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise InvalidArgumentError(f"{name} must be a whole number") from None
+
+
 def as_heads(heads: Any) -> int:
     """A number of heads, checked."""
-    try:
-        count = operator.index(heads)
-    except TypeError:
-        raise InvalidArgumentError("heads must be a whole number") from None
+    count = as_whole(heads, "heads")
     if not 0 < count < 2**20:
         raise InvalidArgumentError("heads must be 1 or more")
     return count

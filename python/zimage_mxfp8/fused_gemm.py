@@ -11,13 +11,12 @@ UnsupportedError where `unsupported` gives a reason.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from . import _core
 from .codec import aligned, call_core, empty, on_cuda, vector
 from .errors import InvalidArgumentError
-from .fused import HEAD_SIZE, as_eps, as_heads, as_rotations
+from .fused import HEAD_SIZE, as_eps, as_heads, as_rotations, as_whole
 from .matmul import RowScaledArray, row_scaled_parts
 
 __all__ = ["gemm_rotate_heads", "gemm_silu_multiply", "is_faster", "unsupported"]
@@ -52,10 +51,7 @@ def is_faster(rows: int, b_rows: int, device: int) -> bool:
 
 
 def _whole(number: Any, name: str) -> int:
-    try:
-        whole = operator.index(number)
-    except TypeError:
-        raise InvalidArgumentError(f"{name} must be a whole number") from None
+    whole = as_whole(number, name)
     if abs(whole) >= 2**31:
         raise InvalidArgumentError(f"{name} must be below 2^31")
     return whole

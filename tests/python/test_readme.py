@@ -54,20 +54,24 @@ def test_products_example() -> None:
     subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
 
 
-def test_drop_in_command(small_file: Path, tmp_path: Path) -> None:
-    shutil.copy(small_file, tmp_path / "in.safetensors")
-    (command,) = [block for block in blocks("sh") if "--zimage" in block]
-    folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
-    result = subprocess.run(
+def run_in_shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run commands as README has them, with this environment's programs."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
         command,
         shell=True,
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
+
+
+def test_drop_in_command(small_file: Path, tmp_path: Path) -> None:
+    shutil.copy(small_file, tmp_path / "in.safetensors")
+    (command,) = [block for block in blocks("sh") if "--zimage" in block]
+    result = run_in_shell(command, tmp_path)
     assert result.stdout.startswith("out.safetensors: 161 layers in MXFP8")
     assert result.stderr == ""
 
@@ -106,16 +110,7 @@ def test_generate_commands(zimage_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(zimage_folder, tmp_path / "Z-Image-Turbo")
     (block,) = [block for block in blocks("sh") if "zimage-mxfp8 generate" in block]
     command = block[block.index("zimage-mxfp8 convert") :].rstrip() + " --height 64 --width 64"
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(
-        command,
-        shell=True,
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = run_in_shell(command, tmp_path)
     converted, drawn = result.stdout.splitlines()
     assert "Z-Image-Turbo-mxfp8.safetensors: " in converted
     assert drawn.startswith("fox.png: 64x64, seed ")
@@ -129,8 +124,7 @@ def test_compare_command(small_file: Path, tmp_path: Path) -> None:
         block for block in blocks("sh") if "zimage-mxfp8 compare" in block and "--bound" in block
     ]
     command = block[block.index("zimage-mxfp8 compare") :]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True)
+    run_in_shell(command, tmp_path)
     assert (tmp_path / "layers.csv").is_file()
     zm.plan_conversion(tmp_path / "z_image_turbo_bf16.safetensors", recipe=tmp_path / "own.toml")
 
