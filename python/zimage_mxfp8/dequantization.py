@@ -10,9 +10,10 @@ import numpy as np
 from . import _core
 from .checkpoint import quantization as marks
 from .checkpoint.header import file_size, layout_header
+from .checkpoint.identify import open_for
 from .checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from .checkpoint.output import AtomicFile, check_target
-from .checkpoint.source import open_checkpoint
+from .checkpoint.provenance import PROVENANCE_KEY
 from .errors import CheckpointError
 from .pipeline import Job, Lane, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
 from .rows import read_encoded
@@ -46,14 +47,14 @@ def dequantize_checkpoint(
         OutputError: the output cannot be written, or exists already.
     """
     target = Path(output)
-    checkpoint = open_checkpoint(Path(source))
+    found = open_for(source, "dequantize")
+    checkpoint = found.checkpoint
     check_target(target, checkpoint.inputs, overwrite=overwrite)
-    layers, breaches = find_layers(checkpoint)
-    if breaches:
-        count = plural(len(breaches), "breach", "breaches")
-        raise CheckpointError(f"{source} breaks the contract: {breaches[0]} ({count} in all)")
-    if not layers:
-        raise CheckpointError(f"{source} has no MXFP8 layers: it is not quantised")
+    mxfp8 = find_layers(checkpoint, found.scope)
+    layers = mxfp8.layers
+    if mxfp8.breaches:
+        count = plural(len(mxfp8.breaches), "breach", "breaches")
+        raise CheckpointError(f"{source} breaks the contract: {mxfp8.breaches[0]} ({count} in all)")
 
     weights = {layer.weight.name: layer for layer in layers}
     dropped = {layer.scale.name for layer in layers} | {
@@ -65,7 +66,8 @@ def dequantize_checkpoint(
         if name not in dropped
     }
     metadata = dict(checkpoint.metadata)
-    names = {layer.name for layer in layers}
+    names = {name for layer in layers for name in (layer.name, found.scope.inner(layer.name))}
+    metadata.pop(PROVENANCE_KEY, None)
     described = marks.header_layers(metadata.pop(marks.HEADER_KEY, "")) or {}
     if others := {name: layer for name, layer in described.items() if name not in names}:
         metadata[marks.HEADER_KEY] = marks.header_value(others)

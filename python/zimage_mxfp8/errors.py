@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint.kinds import Kind
+
 
 class Error(Exception):
     """Base of everything that this package raises on purpose.
@@ -67,6 +72,18 @@ class GenerationError(Error, ArithmeticError):
 
 class CheckpointError(Error):
     """A checkpoint that cannot be read, or is not what the operation needs."""
+
+
+class WrongKindError(CheckpointError):
+    """A file of a kind that the operation does not take, such as an adapter or a GGUF file.
+
+    Attributes:
+        kind: what it is, a row of the table in `checkpoint/kinds.py`.
+    """
+
+    def __init__(self, message: str, kind: Kind) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class RecipeError(Error):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from .checkpoint import kinds
 from .checkpoint import quantization as marks
+from .checkpoint.identify import Identified, identify
 from .checkpoint.mxfp8_layers import find_layers
-from .checkpoint.source import open_checkpoint
-from .checkpoint.zimage import group_of, is_diffusers_layout, is_zimage, model_prefix
+from .checkpoint.provenance import PROVENANCE_KEY, read_provenance
+from .checkpoint.zimage import group_of
+from .errors import WrongKindError
 
 
 @dataclass
@@ -38,12 +40,15 @@ class Inspection:
 
     Attributes:
         path: what was looked at.
-        kind: model and layout that the tensor names show.
-        quantization: format that the transformer is quantised with, or None.
+        kind: what it is.
+        quantization: format that the model is quantised with, or None.
         files: number of safetensors files.
         metadata: of the header, without the description of quantised layers.
         groups: sums by group, the largest first.
         breaches: what is wrong with its MXFP8 layers.
+        accepted_by: the commands that take it.
+        remedy: what to do instead, if no command takes it; else "".
+        provenance: what `convert` wrote about the conversion; None without.
     """
 
     path: str
@@ -53,6 +58,9 @@ class Inspection:
     metadata: dict[str, str]
     groups: list[Group]
     breaches: list[str]
+    accepted_by: list[str]
+    remedy: str
+    provenance: dict[str, Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,18 +84,26 @@ class Inspection:
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Sum up a safetensors file or a diffusers folder; reads no weights.
 
+    Other kinds of files, such as pickles and web pages, are described as what they are.
+
     Raises:
-        CheckpointError: unreadable or malformed.
+        CheckpointError: there is no such file, it cannot be read, or is a malformed safetensors
+            file.
     """
-    checkpoint = open_checkpoint(Path(path))
-    layers, breaches = find_layers(checkpoint)
+    try:
+        found = identify(path)
+    except WrongKindError as error:
+        remedy = str(error).rpartition("; ")[2]
+        return Inspection(str(path), error.kind.title, None, 0, {}, [], [], [], remedy)
+    checkpoint, scope = found.checkpoint, found.scope
+    mxfp8 = find_layers(checkpoint, scope) if found.format is kinds.MXFP8 else None
+    layers = mxfp8.layers if mxfp8 else []
     weights = {layer.weight.name: layer for layer in layers}
     parts = {layer.scale.name for layer in layers}
     parts |= {layer.name + marks.MARKER_SUFFIX for layer in layers}
-    prefix = model_prefix(checkpoint.tensors)
     groups: dict[str, Group] = {}
     for name, tensor in sorted(checkpoint.tensors.items()):
-        title = group_of(name, prefix)
+        title = group_of(name, scope)
         group = groups.setdefault(title, Group(title))
         group.nbytes += tensor.nbytes
         if name in parts:
@@ -96,20 +112,46 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         group.formats[form] = group.formats.get(form, 0) + 1
         shape = weights[name].shape if name in weights else tensor.shape
         group.parameters += math.prod(shape)
-    if is_zimage(checkpoint.tensors):
-        kind = "Z-Image, all-in-one layout" if prefix else "Z-Image, ComfyUI layout"
-    else:
-        diffusers = is_diffusers_layout(checkpoint.tensors)
-        kind = "Z-Image, diffusers layout" if diffusers else "not Z-Image"
-    metadata = {k: v for k, v in checkpoint.metadata.items() if k != marks.HEADER_KEY}
-    quantization = marks.quantized_format(checkpoint, prefix)
-    is_mxfp8 = quantization is not None and "MXFP8" in quantization[0]
+    hidden = (marks.HEADER_KEY, PROVENANCE_KEY)
     return Inspection(
-        str(path),
-        kind,
-        quantization[0] if quantization else None,
-        len(checkpoint.files),
-        metadata,
-        sorted(groups.values(), key=lambda group: -group.nbytes),
-        [str(breach) for breach in breaches] if is_mxfp8 else [],
+        path=str(path),
+        kind=_describe(found),
+        quantization=found.format.title if found.format else None,
+        files=len(checkpoint.files),
+        metadata={k: v for k, v in checkpoint.metadata.items() if k not in hidden},
+        groups=sorted(groups.values(), key=lambda group: -group.nbytes),
+        breaches=[str(breach) for breach in mxfp8.breaches] if mxfp8 else [],
+        accepted_by=[commands for use, commands in kinds.USES.items() if _accepts(found, use)],
+        remedy=_remedy(found),
+        provenance=read_provenance(checkpoint.metadata),
     )
+
+
+def _describe(found: Identified) -> str:
+    """Kind and layout, such as "Z-Image, ComfyUI layout"."""
+    if found.kind is kinds.ADAPTER:
+        return found.evidence
+    if found.kind is not kinds.ZIMAGE:
+        return found.kind.title
+    layout = "diffusers" if found.diffusers else "ComfyUI"
+    prefix = f', prefix "{found.scope.prefix}"' if found.scope.prefix else ""
+    return f"{found.kind.title}, {layout} layout{prefix}"
+
+
+def _accepts(found: Identified, use: kinds.Use) -> bool:
+    try:
+        found.check_use(use)
+    except WrongKindError:
+        return False
+    return True
+
+
+def _remedy(found: Identified) -> str:
+    """What to do instead, if there is nothing that takes it."""
+    if any(_accepts(found, use) for use in kinds.USES):
+        return ""
+    try:
+        found.check_use("run")
+    except WrongKindError as error:
+        return str(error).rpartition("; ")[2]
+    return ""

@@ -44,6 +44,8 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], object]
+# Looks at a tensor's bytes from a position on, and raises if something is wrong with them.
+ByteCheck = Callable[[SourceTensor, int, npt.NDArray[np.uint8]], None]
 
 
 class Lane:
@@ -157,12 +159,17 @@ def header_job(header: bytes) -> Job:
     return Job("", 0, lambda lane: lane.write(0, data))
 
 
-def copy_jobs(tensor: SourceTensor, position: int) -> list[Job]:
-    """Jobs that copy a tensor unchanged to a position of the output."""
+def copy_jobs(tensor: SourceTensor, position: int, check: ByteCheck | None = None) -> list[Job]:
+    """Jobs that copy a tensor unchanged to a position of the output.
+
+    `check` sees each chunk before it is written.
+    """
 
     def job(begin: int, end: int) -> Job:
         def run(lane: Lane) -> None:
             data = lane.read(tensor, begin, end - begin, position=position + begin)
+            if check is not None:
+                check(tensor, begin, data)
             lane.write(position + begin, data)
 
         return Job(tensor.name, end - begin, run)

@@ -14,6 +14,7 @@ from .codec import padded_shape, scale_shape
 from .dtypes import FLOAT_NAMES, DTypeName, as_integers
 from .error_stats import ErrorStats
 from .errors import NonFiniteError
+from .nonfinite import nonfinite_error
 from .pipeline import Lane
 
 Bytes = npt.NDArray[np.uint8]
@@ -75,13 +76,7 @@ def encode_rows(
     try:
         lane.quantize(matrix, dtype, codes, scales)
     except NonFiniteError as error:
-        row = begin + error.row
-        raise NonFiniteError(
-            f'{tensor.segments[0].path}: tensor "{tensor.name}" has NaN or Inf at row {row}, '
-            f"column {error.column}; --nonfinite keep leaves such tensors as they are",
-            row,
-            error.column,
-        ) from None
+        raise nonfinite_error(tensor, begin + error.row, error.column) from None
     return data, codes, scales
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,18 @@ import safetensors
 
 from . import _core
 from .checkpoint import quantization as marks
+from .checkpoint.identify import Identified, open_for
 from .checkpoint.mxfp8_layers import AGAIN, Breach, MXFP8Layer, find_layers
-from .checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
-from .checkpoint.zimage import (
-    is_diffusers_layout,
-    is_zimage,
-    missing_signature,
-    missing_tensors,
-    model_prefix,
-    to_comfyui_layout,
-)
+from .checkpoint.provenance import PROVENANCE_KEY
+from .checkpoint.source import Checkpoint, SourceTensor
+from .checkpoint.structure import missing_or_misshapen, unknown_weights
+from .checkpoint.zimage import COMFYUI_PREFIXES
 from .codec import padded_shape, scale_shape
 from .conversion.bias_correction import to_float64
 from .dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from .error_stats import ErrorStats, merge_rows
-from .errors import CheckpointError, NonFiniteError
+from .errors import NonFiniteError
+from .nonfinite import can_be_nonfinite, first_nonfinite
 from .pipeline import Job, Lane, ProgressCallback, byte_chunks, row_chunks, run_jobs
 from .rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
 from .text import plural
@@ -84,8 +80,9 @@ def validate(
     """Check an MXFP8 checkpoint.
 
     Checks names, types, shapes, markers and the header, then the data: NaN codes and scales,
-    padding, blocks of zeros. With the original it also encodes every layer again and compares
-    codes, scales and their order byte by byte, compares all other tensors, and measures errors.
+    padding, blocks of zeros, NaN and Inf anywhere else. With the original it also encodes every
+    layer again and compares codes, scales and their order byte by byte, compares all other
+    tensors, and measures errors.
 
     Args:
         file: the MXFP8 file.
@@ -94,34 +91,36 @@ def validate(
         progress: called with a `Progress` from this thread.
 
     Raises:
-        CheckpointError: a file is unreadable or malformed, `file` has nothing quantised in it, or
-            `against` is quantised itself.
+        CheckpointError: a file is unreadable or malformed, `file` is not an MXFP8 file, or
+            `against` is not a plain checkpoint.
     """
-    checkpoint = open_checkpoint(Path(file))
-    layers, breaches = find_layers(checkpoint)
-    if not layers and not breaches:
-        raise CheckpointError(f"{file} has no MXFP8 layers: it is not quantised")
+    found = open_for(file, "validate")
+    checkpoint = found.checkpoint
+    mxfp8 = find_layers(checkpoint, found.scope)
+    layers = mxfp8.layers
     report = ValidationReport(
-        str(file), None if against is None else str(against), len(layers), breaches
+        str(file), None if against is None else str(against), len(layers), mxfp8.breaches
     )
+    report.notes += mxfp8.notes
     _check_readable_by_others(checkpoint, report)
-    _check_model(checkpoint, layers, report)
+    _check_model(found, layers, report)
     scan = _DataScan(report)
     comparison = None
     jobs: list[Job] = []
     scanned: set[str] = set()
     if against is not None:
-        original = to_comfyui_layout(open_checkpoint(Path(against)))
-        if found := marks.quantized_format(original, model_prefix(original.tensors)):
-            raise CheckpointError(f"{against} is no original: it is quantised itself ({found[0]})")
+        original = open_for(against, "original", any_model=True).checkpoint
         comparison = _Comparison(checkpoint, layers, original, report, scan)
         jobs = comparison.jobs()
         scanned = comparison.compared
     for layer in layers:
         if layer.name not in scanned:
             jobs += scan.jobs(layer)
+    kept = _KeptScan(found, layers, report)
+    jobs += kept.jobs()
     run_jobs(jobs, None, threads=threads, progress=progress)
     scan.finish()
+    kept.finish()
     if comparison is not None:
         comparison.finish()
     return report
@@ -142,32 +141,59 @@ def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) 
         report.breaches.append(Breach(min(unseen), "is unseen by the safetensors library", AGAIN))
 
 
-def _check_model(
-    checkpoint: Checkpoint, layers: list[MXFP8Layer], report: ValidationReport
-) -> None:
-    if is_diffusers_layout(checkpoint.tensors):
-        report.breaches.append(
-            Breach(
-                next(n for n in checkpoint.tensors if n.startswith("all_x_embedder.")),
-                "is a diffusers name: converters between layouts leave scales behind",
-                "convert the original to MXFP8 last",
-            )
+def _check_model(found: Identified, layers: list[MXFP8Layer], report: ValidationReport) -> None:
+    checkpoint, scope = found.checkpoint, found.scope
+    if not scope.zimage:
+        report.notes.append("not a Z-Image transformer: its tensors were not counted")
+        return
+    shapes = {layer.weight.name: layer.shape for layer in layers}
+    remedy = "complete the original and " + AGAIN
+    for name, problem in missing_or_misshapen(checkpoint, scope, shapes):
+        report.breaches.append(Breach(name, problem, remedy))
+    for name, problem in unknown_weights(checkpoint, scope):
+        report.breaches.append(Breach(name, problem, remedy))
+    if scope.prefix not in COMFYUI_PREFIXES:
+        report.notes.append(
+            f'the prefix "{scope.prefix}" is not one that ComfyUI strips: it does not load the file'
         )
-        return
-    if not is_zimage(checkpoint.tensors):
-        missing = missing_signature(checkpoint.tensors)
-        for name in missing:
-            problem = "is missing, without which ComfyUI does not recognise Z-Image"
-            report.breaches.append(Breach(name, problem, "complete the original and " + AGAIN))
-        if not missing:
-            report.notes.append("not a Z-Image transformer: its tensors were not counted")
-        return
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    shapes.update({layer.weight.name: layer.shape for layer in layers})
-    if len(shapes[model_prefix(shapes) + "cap_embedder.1.weight"]) != 2:
-        return
-    for name, problem in missing_tensors(shapes, model_prefix(shapes)):
-        report.breaches.append(Breach(name, problem, "complete the original and " + AGAIN))
+
+
+class _KeptScan:
+    """Looks for NaN and Inf in floating-point tensors that are not quantised."""
+
+    def __init__(
+        self, found: Identified, layers: list[MXFP8Layer], report: ValidationReport
+    ) -> None:
+        self._found = found
+        self._encoded = {layer.weight.name for layer in layers}
+        self._encoded |= {layer.scale.name for layer in layers}
+        self._report = report
+        self._bad: set[str] = set()  # added to by all workers
+
+    def jobs(self) -> list[Job]:
+        return [
+            self._job(tensor, begin, end)
+            for name, tensor in self._found.checkpoint.tensors.items()
+            if name not in self._encoded and can_be_nonfinite(tensor.dtype)
+            for begin, end in byte_chunks(tensor)
+        ]
+
+    def _job(self, tensor: SourceTensor, begin: int, end: int) -> Job:
+        def run(lane: Lane) -> None:
+            if first_nonfinite(tensor.dtype, lane.read(tensor, begin, end - begin)) is not None:
+                self._bad.add(tensor.name)
+
+        return Job(tensor.name, end - begin, run)
+
+    def finish(self) -> None:
+        for name in sorted(self._bad):
+            if name in self._found.scope:
+                problem = "has NaN or Inf, which make every image NaN"
+                self._report.breaches.append(
+                    Breach(name, problem, "repair the original and " + AGAIN)
+                )
+            else:
+                self._report.notes.append(f'"{name}", outside the transformer, has NaN or Inf')
 
 
 class _DataScan:
@@ -255,7 +281,10 @@ class _Comparison:
     def jobs(self) -> list[Job]:
         jobs = []
         for key, value in self._original.metadata.items():
-            if key != marks.HEADER_KEY and self._checkpoint.metadata.get(key) != value:
+            if (
+                key not in (marks.HEADER_KEY, PROVENANCE_KEY)
+                and self._checkpoint.metadata.get(key) != value
+            ):
                 self._breach(key, "is metadata of the original that is lost or changed")
         weights = {layer.weight.name: layer for layer in self._layers.values()}
         biases = {layer.name + ".bias" for layer in self._layers.values()}

@@ -97,7 +97,9 @@ def test_kept_nonfinite_layer(original: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, source)
     zm.convert(source, output, nonfinite="keep")
-    assert validate(output, source).ok
+    report = validate(output, source)
+    assert [b.tensor for b in report.breaches] == [f"{LAYER}.weight"]
+    assert "has NaN or Inf" in report.breaches[0].problem
 
 
 def swizzle_twice(tensors: Tensors, _: object) -> None:
@@ -202,38 +204,37 @@ WEIGHT, SCALE, MARKER = (f"{LAYER}.{part}" for part in ("weight", "weight_scale"
 @pytest.mark.parametrize(
     ("change", "tensor", "problem"),
     [
-        (lambda t, _: t.pop(MARKER), MARKER, "without scales and draw noise"),
+        (
+            lambda t, m: (t.pop(MARKER), header_says(lambda d: d["layers"].pop(LAYER))(t, m)),
+            MARKER,
+            "without scales and draw noise",
+        ),
         (lambda t, _: t.pop(SCALE), SCALE, "is missing"),
         (lambda t, _: t.pop(WEIGHT), WEIGHT, "is missing, though"),
-        (lambda _, m: m.pop(HEADER), HEADER, "is missing from the header"),
         (lambda _, m: m.update({HEADER: "[]"}), HEADER, "in JSON"),
         (lambda _, m: m.update({HEADER: "{"}), HEADER, "in JSON"),
-        (header_says(lambda d: d.update(format_version="2")), HEADER, "in JSON"),
-        (header_says(lambda d: d["layers"].pop(LAYER)), HEADER, "says something else"),
-        (header_says(lambda d: d["layers"][LAYER].update(group_size=16)), HEADER, "something else"),
+        (header_says(lambda d: d["layers"][LAYER].update(format="nvfp4")), HEADER, '"nvfp4"'),
         (
-            header_says(lambda d: d["layers"].update(ghost={"format": "mxfp8"})),
-            "ghost.weight",
+            header_says(lambda d: d["layers"][LAYER].update(full_precision_matrix_mult=True)),
+            HEADER,
+            "says something else",
+        ),
+        (header_says(lambda d: d["layers"].update({LAYER: 3})), HEADER, "not a JSON object"),
+        (
+            header_says(lambda d: d["layers"].update({"layers.0.ghost": {"format": "mxfp8"}})),
+            "layers.0.ghost.weight",
             "is missing",
         ),
-        (lambda t, _: t.update({MARKER: json_tensor({"format": "nvfp4"})}), MARKER, '"nvfp4"'),
-        (lambda t, _: t.update({MARKER: json_tensor([])}), MARKER, 'the format "None"'),
+        (
+            lambda t, _: t.update({MARKER: json_tensor({"format": "nvfp4"})}),
+            HEADER,
+            "says something else",
+        ),
+        (lambda t, _: t.update({MARKER: json_tensor([])}), MARKER, "is not a JSON object"),
         (lambda t, _: t.update({MARKER: torch.zeros(9, dtype=torch.uint8)}), MARKER, "is not JSON"),
         (lambda t, _: t.update({MARKER: torch.zeros(9)}), MARKER, "not a short list of U8"),
-        (marker_without("orig_shape"), MARKER, "has no orig_shape"),
-        (marker_without("group_size"), MARKER, "differs from the contract in group_size"),
-        (
-            lambda t, _: t.update({MARKER: torch.cat([t[MARKER], t[MARKER][-1:] * 0 + 32])}),
-            MARKER,
-            "spells its JSON differently",
-        ),
         (lambda t, _: t.update({WEIGHT: t[WEIGHT].to(torch.float8_e5m2)}), WEIGHT, "is F8_E5M2"),
         (lambda t, _: t.update({WEIGHT: t[WEIGHT][:96].clone()}), WEIGHT, "padded to 32"),
-        (
-            lambda t, _: t.update({SCALE: t[SCALE].view(torch.float8_e8m0fnu)}),
-            SCALE,
-            "is F8_E8M0, which ComfyUI's loader does not know",
-        ),
         (lambda t, _: t.update({SCALE: t[SCALE].view(torch.int8)}), SCALE, "is I8, not U8"),
         (lambda t, _: t.update({SCALE: t[SCALE].reshape(-1)}), SCALE, "but the blocked scales are"),
         (
@@ -257,9 +258,9 @@ WEIGHT, SCALE, MARKER = (f"{LAYER}.{part}" for part in ("weight", "weight_scale"
             "is [7], not [128]",
         ),
         (
-            lambda t, _: t.update({"all_x_embedder.2-1.weight": t.pop("x_embedder.weight")}),
-            "all_x_embedder.2-1.weight",
-            "is a diffusers name",
+            lambda t, _: t["x_embedder.bias"].__setitem__(1, float("inf")),
+            "x_embedder.bias",
+            "has NaN or Inf",
         ),
     ],
 )
@@ -270,6 +271,45 @@ def test_what_the_file_itself_shows(
     assert any(
         (tensor is None or b.tensor == tensor) and problem in b.problem for b in report.breaches
     ), sentences(report)
+
+
+def test_diffusers_names_with_quantised_layers(converted: Path, tmp_path: Path) -> None:
+    def change(tensors: Tensors, _: object) -> None:
+        tensors["all_x_embedder.2-1.weight"] = tensors.pop("x_embedder.weight")
+
+    with pytest.raises(zm.CheckpointError, match="diffusers names and quantised layers"):
+        validate(damage(converted, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda t, _: t.pop(MARKER), "1 layer described in the header only"),
+        (lambda _, m: m.pop(HEADER), "layers described by comfy_quant tensors only"),
+        (header_says(lambda d: d["layers"].pop(LAYER)), "1 layer described by comfy_quant tensors"),
+        (header_says(lambda d: d.update(format_version="2")), None),
+        (header_says(lambda d: d["layers"][LAYER].update(group_size=16)), "described differently"),
+        (header_says(lambda d: d["layers"].update(ghost={"format": "mxfp8"})), None),
+        (marker_without("orig_shape"), "1 layer described differently"),
+        (marker_without("group_size"), "1 layer described differently"),
+        (
+            lambda t, _: t.update({MARKER: torch.cat([t[MARKER], t[MARKER][-1:] * 0 + 32])}),
+            None,  # JSON with a space at its end
+        ),
+        (
+            lambda t, _: t.update({SCALE: t[SCALE].view(torch.float8_e8m0fnu)}),
+            "1 scale tensor stored as F8_E8M0",
+        ),
+    ],
+)
+def test_what_comfyui_reads_is_a_note(
+    original: Path, converted: Path, tmp_path: Path, change: object, note: str | None
+) -> None:
+    report = validate(damage(converted, tmp_path, change), original)  # type: ignore[arg-type]
+    assert report.ok, sentences(report)
+    about_layers = [n for n in report.notes if "layer" in n or "scale tensor" in n]
+    assert len(about_layers) == (note is not None)
+    assert note is None or note in about_layers[0]
 
 
 @pytest.mark.parametrize("recipe", ["uniform", "zimage"])
@@ -309,7 +349,7 @@ def test_original_with_nan(original: Path, converted: Path, tmp_path: Path) -> N
 
 
 def test_quantised_original(converted: Path) -> None:
-    with pytest.raises(zm.CheckpointError, match="is no original: it is quantised itself"):
+    with pytest.raises(zm.CheckpointError, match=r"is quantised already \(MXFP8"):
         validate(converted, converted)
 
 

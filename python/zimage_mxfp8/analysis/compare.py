@@ -16,11 +16,12 @@ import numpy.typing as npt
 
 from .. import _core
 from ..checkpoint import quantization as marks
+from ..checkpoint.identify import open_for
 from ..checkpoint.output import check_distinct, check_target, write_file
-from ..checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
-from ..checkpoint.zimage import group_of, to_comfyui_layout
+from ..checkpoint.source import Checkpoint, SourceTensor
+from ..checkpoint.zimage import Scope, group_of
 from ..checks import check_threads, number
-from ..conversion.plan import MOST_COLUMNS, transformer_prefix
+from ..conversion.plan import MOST_COLUMNS
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS
 from ..error_stats import ErrorStats, merge_rows
 from ..errors import CheckpointError, NonFiniteError, UsageError
@@ -133,13 +134,13 @@ def compare(
     sample, bound = number("sample", sample), number("bound", bound)
     _check_options(sample, low_rank, bound, layers, write_recipe, threads)
     element(E4M3)  # says what is missing before any work is done
-    checkpoint = to_comfyui_layout(open_checkpoint(Path(source)))
+    found = open_for(source, "analyse", any_model=any_model)
+    checkpoint, scope = found.checkpoint, found.scope
     outputs = [Path(path) for path in (csv, write_recipe) if path is not None]
     for output in outputs:
         check_target(output, checkpoint.inputs, overwrite=overwrite)
     check_distinct(outputs)
-    prefix = transformer_prefix(checkpoint, any_model=any_model)
-    linears = _find_linears(checkpoint, prefix, layers)
+    linears = _find_linears(checkpoint, scope, layers)
 
     measured = _Measurement(checkpoint, linears, sample, threads, progress)
     compared = {linear.tensor.name: measured.layer(linear) for linear in linears}
@@ -156,7 +157,7 @@ def compare(
         layers=list(compared.values()),
         total=total,
         groups=groups,
-        sizes=_sizes(checkpoint, prefix, linears, total),
+        sizes=_sizes(checkpoint, scope, linears, total),
         low_rank=branches,
         low_rank_summary=summarise_low_rank(branches, compared, groups),
         sample=sample,
@@ -192,7 +193,7 @@ def _check_options(
         raise UsageError("a recipe needs the errors of all layers; drop --layers")
 
 
-def _find_linears(checkpoint: Checkpoint, prefix: str, layers: str | None) -> list[_Linear]:
+def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> list[_Linear]:
     """Every weight matrix of the transformer, or those that the pattern finds."""
     try:
         pattern = compile_pattern("" if layers is None else layers)
@@ -202,7 +203,7 @@ def _find_linears(checkpoint: Checkpoint, prefix: str, layers: str | None) -> li
     for name in sorted(checkpoint.tensors, key=_natural_order):
         tensor = checkpoint.tensors[name]
         is_matrix = len(tensor.shape) == 2 and tensor.nbytes > 0
-        if not (name.startswith(prefix) and name.endswith(marks.WEIGHT_SUFFIX) and is_matrix):
+        if not (name in scope and name.endswith(marks.WEIGHT_SUFFIX) and is_matrix):
             continue
         if not pattern.search(name):
             continue
@@ -212,7 +213,7 @@ def _find_linears(checkpoint: Checkpoint, prefix: str, layers: str | None) -> li
                 f"{MOST_COLUMNS:,} cannot be compared: leave it out with --layers"
             )
         if tensor.dtype in FLOAT_NAMES:
-            linears.append(_Linear(tensor, name[len(prefix) :], group_of(name, prefix)))
+            linears.append(_Linear(tensor, scope.inner(name), group_of(name, scope)))
         elif tensor.dtype.startswith(("F", "C")):
             raise CheckpointError(
                 f'{checkpoint.path}: tensor "{name}" is {tensor.dtype}; only BF16, F16 and F32 '
@@ -380,9 +381,9 @@ def _squares(rows: npt.NDArray[np.float32]) -> float:
 
 
 def _sizes(
-    checkpoint: Checkpoint, prefix: str, linears: list[_Linear], total: GroupComparison
+    checkpoint: Checkpoint, scope: Scope, linears: list[_Linear], total: GroupComparison
 ) -> dict[str, FormatSize]:
-    model = sum(t.nbytes for name, t in checkpoint.tensors.items() if name.startswith(prefix))
+    model = sum(t.nbytes for name, t in checkpoint.tensors.items() if name in scope)
     rest = model - sum(linear.tensor.nbytes for linear in linears)
     sizes = {"bf16": FormatSize(16.0, rest + 2 * total.parameters)}
     for name, kind in FORMATS.items():

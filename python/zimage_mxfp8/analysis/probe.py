@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import quantization as marks
-from ..checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
-from ..checkpoint.zimage import BLOCK_TENSOR, is_zimage, model_prefix, to_comfyui_layout
+from ..checkpoint.identify import Identified, open_for
+from ..checkpoint.source import Checkpoint, SourceTensor
+from ..checkpoint.zimage import BLOCK_TENSOR, Scope
 from ..checks import check_threads
 from ..codec import padded_shape, scale_shape
+from ..conversion.options import ConversionOptions
 from ..conversion.plan import make_plan
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError, UsageError
 from ..pipeline import ProgressCallback
-from ..recipes import DEFAULT, Recipe, load_recipe
+from ..recipes import Recipe
 from .grouping import ProbedGroup, ProbedTensor, Stack, Weight, decide
 from .measuring import measure
 from .probe_recipe import exclusion_regex, probe_recipe
@@ -46,7 +48,6 @@ class ProbeReport:
         exclude_layers: regular expression for `convert --exclude-layers` that finds the weights to
             keep; None if there are none.
         recipe: the recipe that keeps them, the embedders and the final layer.
-        any_model: whether `convert` needs `--any-model` for this checkpoint.
         input_bytes: bytes of all tensors.
         exclude_layers_bytes: bytes of the file that `convert --exclude-layers` would write with its
             default recipe; None if it would refuse, such as where nothing is left to quantise.
@@ -60,7 +61,6 @@ class ProbeReport:
     groups: list[ProbedGroup]
     exclude_layers: str | None
     recipe: Recipe
-    any_model: bool
     input_bytes: int
     exclude_layers_bytes: int | None
     recipe_bytes: int | None
@@ -76,7 +76,6 @@ class ProbeReport:
             ],
             "groups": [vars(group) | {"metrics": vars(group.metrics)} for group in self.groups],
             "exclude_layers": self.exclude_layers,
-            "any_model": self.any_model,
             "input_bytes": self.input_bytes,
             "exclude_layers_bytes": self.exclude_layers_bytes,
             "recipe_bytes": self.recipe_bytes,
@@ -131,14 +130,9 @@ def probe(
     rules = ProbeRules() if rules is None else rules
     if not isinstance(rules, ProbeRules):
         raise UsageError(f"rules must be ProbeRules, not {type(rules).__name__}")
-    checkpoint = to_comfyui_layout(open_checkpoint(Path(path)))
-    prefix = model_prefix(checkpoint.tensors)
-    if found := marks.quantized_format(checkpoint, prefix):
-        raise CheckpointError(
-            f'{path} is quantised already ({found[0]}, see "{found[1]}"); probe the BF16, F16 or '
-            "F32 checkpoint that it was made from"
-        )
-    targets = _targets(checkpoint, prefix)
+    found = open_for(path, "analyse")
+    checkpoint = found.checkpoint
+    targets = _targets(checkpoint, found.scope)
     sources = [tensor for tensor, *_ in targets]
     measured = measure(sources, rules.outlier_sigma, threads=threads, progress=progress)
     metrics = [measured[tensor.name] for tensor in sources]
@@ -156,8 +150,7 @@ def probe(
     tensors, groups = decide(weights, limits, rules)
     regex = exclusion_regex(tensors)
     recipe = probe_recipe(tensors, limits, rules, Path(path).name)
-    any_model = not is_zimage(checkpoint.tensors)
-    default = load_recipe(DEFAULT).excluding([regex] if regex else [])
+    default = ConversionOptions(exclude_layers=[regex] if regex else [])
     return ProbeReport(
         str(path),
         rules,
@@ -166,21 +159,20 @@ def probe(
         groups,
         regex,
         recipe,
-        any_model,
         checkpoint.nbytes,
-        _converted_size(checkpoint, default, any_model),
-        _converted_size(checkpoint, recipe, any_model),
+        _converted_size(found, default),
+        _converted_size(found, ConversionOptions(recipe=recipe)),
     )
 
 
 Target = tuple[SourceTensor, str, int, Stack]  # with its layer type, block and stack
 
 
-def _targets(checkpoint: Checkpoint, prefix: str) -> list[Target]:
+def _targets(checkpoint: Checkpoint, scope: Scope) -> list[Target]:
     """The weights to look at, by name."""
     targets: list[Target] = []
     for name, tensor in sorted(checkpoint.tensors.items()):
-        match = BLOCK_TENSOR.match(name[len(prefix) :]) if name.startswith(prefix) else None
+        match = BLOCK_TENSOR.match(scope.inner(name)) if name in scope else None
         if match is None or not name.endswith(marks.WEIGHT_SUFFIX) or len(tensor.shape) != 2:
             continue
         stack: Stack = match["stack"]  # type: ignore[assignment]
@@ -201,7 +193,7 @@ def _targets(checkpoint: Checkpoint, prefix: str) -> list[Target]:
     if not targets:
         raise CheckpointError(
             f"{checkpoint.path} has no weight to probe: none is named like those of Z-Image's "
-            f'blocks, such as "{prefix}layers.0.attention.qkv.weight"'
+            f'blocks, such as "{scope.prefix}layers.0.attention.qkv.weight"'
         )
     return targets
 
@@ -216,8 +208,8 @@ def _saved(tensor: SourceTensor) -> int:
     return tensor.nbytes - math.prod(codes) - math.prod(scales)
 
 
-def _converted_size(checkpoint: Checkpoint, recipe: Recipe, any_model: bool) -> int | None:
+def _converted_size(source: Identified, options: ConversionOptions) -> int | None:
     try:
-        return make_plan(checkpoint, recipe, any_model=any_model).size
+        return make_plan(source, options.rules, provenance=options.provenance(())).size
     except CheckpointError:  # such as that the recipe keeps all: there would be no file
         return None

@@ -64,7 +64,6 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             file_size = path.stat().st_size
             prefix = file.read(8)
-            _reject_other_formats(path, prefix)
             if len(prefix) < 8:
                 _fail(path, f"is no safetensors file: it has only {file_size} bytes")
             length = int.from_bytes(prefix, "little")
@@ -80,7 +79,9 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise unreadable(path, error) from None
     entries = _parse_json(path, text)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:  # null too, which the library reads as no metadata
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _fail(path, "has a __metadata__ that does not map strings to strings")
     data_begin = 8 + length
@@ -142,13 +143,6 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 
 def _fail(path: Path, what: str) -> NoReturn:
     raise CheckpointError(f"{path} {what}")
-
-
-def _reject_other_formats(path: Path, prefix: bytes) -> None:
-    if prefix[:4] == b"GGUF":
-        _fail(path, "is a GGUF file, which is already quantised; start from the BF16 checkpoint")
-    if prefix[:4] == b"PK\x03\x04":
-        _fail(path, "is a PyTorch pickle (.ckpt, .pt); only safetensors files are read")
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
@@ -226,4 +220,8 @@ def _check_coverage(
             )
         position, previous = info.end, name
     if position != file_size:
-        _fail(path, f"has {file_size - position:,} bytes after its last tensor")
+        _fail(
+            path,
+            f"has {file_size - position:,} bytes after its last tensor, so its header and its data "
+            "do not belong together; download it again",
+        )

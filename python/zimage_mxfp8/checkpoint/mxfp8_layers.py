@@ -1,17 +1,24 @@
-"""The MXFP8 layers of a checkpoint, and everything that is wrong with how they are stored."""
+"""The MXFP8 layers of a checkpoint, whoever wrote it, and what is wrong with how they are stored.
+
+What ComfyUI reads is read: markers or header metadata or both, scales as U8 or F8_E8M0, with or
+without `orig_shape`.
+"""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from ..codec import padded_shape, scale_shape
+from ..text import plural
 from . import quantization as marks
-from .source import Checkpoint, SourceTensor, TensorReader
-from .zimage import model_prefix
+from .quantization import Description
+from .source import Checkpoint, SourceTensor
+from .zimage import ANCHOR, Scope, expected_shapes
 
-_MARKER_LIMIT = 4096  # bytes; a marker has about 100
+SCALE_DTYPES = ("U8", "F8_E8M0")
+AGAIN = "convert the original again"
 
 
 @dataclass(frozen=True)
@@ -34,158 +41,230 @@ class Breach:
 
 @dataclass(frozen=True)
 class MXFP8Layer:
-    """A quantised linear layer of a file; `shape` is [N, K] before padding."""
+    """A quantised linear layer of a file.
+
+    Attributes:
+        name: of the layer, with prefix.
+        weight: codes, F8_E4M3 [roundup(N, 32), roundup(K, 32)].
+        scale: E8M0 bytes in the 128x4 blocked layout.
+        shape: [N, K] before padding.
+        full_precision: whether its input is not to be quantised, on any device.
+    """
 
     name: str
     weight: SourceTensor
     scale: SourceTensor
     shape: tuple[int, int]
+    full_precision: bool = False
 
 
-AGAIN = "convert the original again"
+@dataclass(frozen=True)
+class MXFP8Layers:
+    """What `find_layers` found.
+
+    Attributes:
+        layers: those that can be read, by name.
+        breaches: what is wrong with the others.
+        notes: what ComfyUI reads, and other programs may miss.
+    """
+
+    layers: list[MXFP8Layer]
+    breaches: list[Breach]
+    notes: list[str]
 
 
-def find_layers(checkpoint: Checkpoint) -> tuple[list[MXFP8Layer], list[Breach]]:
-    """The layers that are stored as the contract says, by name, and the breaches of the others.
-
-    In an all-in-one file only the transformer counts.
-
-    Reads the markers, not the weights.
+def find_layers(checkpoint: Checkpoint, scope: Scope) -> MXFP8Layers:
+    """The MXFP8 layers of a model; reads the markers, not the weights.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    prefix = model_prefix(checkpoint.tensors)
-    tensors = {n: tensor for n, tensor in checkpoint.tensors.items() if n.startswith(prefix)}
-    breaches: list[Breach] = []
-    header = _header_layers(checkpoint, prefix, breaches)
-    names = set(header)
-    for name, tensor in tensors.items():
-        for suffix in (marks.MARKER_SUFFIX, marks.SCALE_SUFFIX):
-            if name.endswith(suffix):
-                names.add(name.removesuffix(suffix))
-        if tensor.dtype.startswith("F8_") and name.endswith(marks.WEIGHT_SUFFIX):
-            names.add(name.removesuffix(marks.WEIGHT_SUFFIX))
-    layers = []
-    with TensorReader() as reader:
-        for name in sorted(names):
-            found = len(breaches)
-            layer = _check_layer(checkpoint, name, header.get(name), reader, breaches)
-            if layer is not None and len(breaches) == found:
-                layers.append(layer)
-    return layers, breaches
+    return _Finder(checkpoint, scope).find()
 
 
-def _header_layers(checkpoint: Checkpoint, prefix: str, breaches: list[Breach]) -> dict[str, Any]:
-    text = checkpoint.metadata.get(marks.HEADER_KEY)
-    if text is None:
-        if any(
-            n.startswith(prefix) and n.endswith(marks.MARKER_SUFFIX) for n in checkpoint.tensors
-        ):
-            breaches.append(Breach(marks.HEADER_KEY, "is missing from the header", AGAIN))
-        return {}
-    layers = marks.header_layers(text)
-    if layers is None:
-        breaches.append(
-            Breach(
-                marks.HEADER_KEY, 'is not {"format_version": "1.0", "layers": {...}} in JSON', AGAIN
+class _Finder:
+    def __init__(self, checkpoint: Checkpoint, scope: Scope) -> None:
+        self._checkpoint = checkpoint
+        self._scope = scope
+        self._breaches: list[Breach] = []
+        self._remarks: Counter[str] = Counter()
+
+    def find(self) -> MXFP8Layers:
+        descriptions = marks.read_descriptions(self._checkpoint, self._scope)
+        if descriptions.header_problem:
+            self._breach(marks.HEADER_KEY, descriptions.header_problem)
+        described = dict(descriptions.layers)
+        for name, tensor in self._checkpoint.tensors.items():
+            if name not in self._scope:
+                continue
+            if name.endswith(marks.SCALE_SUFFIX):
+                described.setdefault(name.removesuffix(marks.SCALE_SUFFIX), Description(None, None))
+            if tensor.dtype.startswith("F8_") and name.endswith(marks.WEIGHT_SUFFIX):
+                layer = name.removesuffix(marks.WEIGHT_SUFFIX)
+                described.setdefault(layer, Description(None, None))
+        expected = self._expected_shapes(described)
+        layers = []
+        for name in sorted(described):
+            count = len(self._breaches)
+            found = self._layer(name, described[name], expected)
+            if found is not None and len(self._breaches) == count:
+                layers.append(found)
+        return MXFP8Layers(layers, self._breaches, self._notes(described))
+
+    def _breach(self, tensor: str, problem: str, remedy: str = AGAIN) -> None:
+        self._breaches.append(Breach(tensor, problem, remedy))
+
+    def _expected_shapes(self, described: dict[str, Description]) -> dict[str, tuple[int, ...]]:
+        """Shapes before padding of a Z-Image's tensors, by name with prefix."""
+        if not self._scope.zimage:
+            return {}
+        shapes, padded = {}, set()
+        for inner, name in self._scope.inner_names(self._checkpoint.tensors).items():
+            shapes[inner] = self._checkpoint.tensors[name].shape
+            layer = name.removesuffix(marks.WEIGHT_SUFFIX)
+            if layer != name and layer in described:
+                if stated := _stated_shape(described[layer].believed):
+                    shapes[inner] = stated
+                else:
+                    padded.add(inner)
+        if len(shapes.get(ANCHOR, ())) != 2:
+            return {}
+        expected = expected_shapes(shapes, padded)
+        return {self._scope.prefix + inner: shape for inner, shape in expected.items()}
+
+    def _layer(
+        self, name: str, description: Description, expected: dict[str, tuple[int, ...]]
+    ) -> MXFP8Layer | None:
+        weight = self._checkpoint.tensors.get(name + marks.WEIGHT_SUFFIX)
+        scale = self._checkpoint.tensors.get(name + marks.SCALE_SUFFIX)
+        if weight is None:
+            self._breach(
+                name + marks.WEIGHT_SUFFIX, "is missing, though the file describes it as quantised"
             )
+            return None
+        if scale is None:
+            self._breach(name + marks.SCALE_SUFFIX, "is missing")
+        if not self._is_described(name, description) or scale is None:
+            return None
+        if weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
+            self._breach(
+                weight.name, f"is {weight.dtype} {list(weight.shape)}, not a F8_E4M3 matrix"
+            )
+            return None
+        shape = self._shape(weight, description, expected.get(weight.name))
+        if shape is None:
+            return None
+        if scale.dtype not in SCALE_DTYPES:
+            self._breach(scale.name, f"is {scale.dtype}, not U8 or F8_E8M0")
+        elif scale.shape != scale_shape(shape):
+            self._breach(
+                scale.name,
+                f"is {list(scale.shape)}, but the blocked scales are {list(scale_shape(shape))}",
+            )
+        full = bool((description.believed or {}).get(marks.FULL_PRECISION_KEY))
+        return MXFP8Layer(name, weight, scale, shape, full)
+
+    def _is_described(self, name: str, description: Description) -> bool:
+        marker, header = description.marker, description.header
+        tensor = name + marks.MARKER_SUFFIX
+        if description.unreadable:
+            self._breach(tensor, description.unreadable)
+            return False
+        believed = description.believed
+        if believed is None:
+            self._breach(
+                tensor,
+                "is missing, and the header does not describe the layer: ComfyUI would load the "
+                "codes without scales and draw noise",
+            )
+            return False
+        if believed.get("format") != marks.MXFP8_FORMAT:
+            place = tensor if header is None else marks.HEADER_KEY
+            layer = f' for layer "{name}"' if header is not None else ""
+            self._breach(place, f'has the format "{believed.get("format")}"{layer}, not "mxfp8"')
+            return False
+        if marker is not None and header is not None:
+            for key in ("format", marks.FULL_PRECISION_KEY):
+                if marker.get(key) != header.get(key):
+                    self._breach(
+                        marks.HEADER_KEY,
+                        f'says something else of layer "{name}" than its comfy_quant tensor '
+                        f"({key}), and ComfyUI believes the header",
+                    )
+                    return False
+            if marker != header:
+                self._remarks["differs between header and comfy_quant tensor"] += 1
+        return True
+
+    def _shape(
+        self, weight: SourceTensor, description: Description, expected: tuple[int, ...] | None
+    ) -> tuple[int, int] | None:
+        """[N, K] before padding: as stated, or Z-Image's where it fits, or that of the codes."""
+        rows, columns = weight.shape
+        stated = _stated_shape(description.believed)
+        if stated is not None:
+            if weight.shape != padded_shape(stated):
+                self._breach(
+                    weight.name,
+                    f"is {[rows, columns]}, but {list(stated)} padded to 32 is "
+                    f"{list(padded_shape(stated))}",
+                )
+                return None
+            return stated
+        self._remarks["no orig_shape"] += 1
+        if padded_shape((rows, columns)) != weight.shape or 0 in weight.shape:
+            self._breach(weight.name, f"is {[rows, columns]}, not padded to multiples of 32")
+            return None
+        if expected is not None and len(expected) == 2:
+            n, k = expected
+            if padded_shape((n, k)) == weight.shape:
+                return n, k
+        return rows, columns
+
+    def _notes(self, described: dict[str, Description]) -> list[str]:
+        notes = []
+        found = list(described.values())
+        unmarked = sum(d.marker is None and d.header is not None for d in found)
+        unlisted = sum(d.header is None and d.marker is not None for d in found)
+        if unmarked:
+            notes.append(
+                f"{plural(unmarked, 'layer')} described in the header only: ComfyUI reads that, "
+                "and programs that look for comfy_quant tensors do not"
+            )
+        if unlisted and not self._scope.prefix:
+            notes.append(
+                f"{plural(unlisted, 'layer')} described by comfy_quant tensors only: ComfyUI reads "
+                f"them, and programs that look for {marks.HEADER_KEY} in the header do not"
+            )
+        if count := self._remarks["no orig_shape"]:
+            notes.append(
+                f"{plural(count, 'layer')} without orig_shape: ComfyUI does not need it; here it "
+                "follows from the codes and Z-Image's shapes"
+            )
+        if count := self._remarks["differs between header and comfy_quant tensor"]:
+            notes.append(
+                f"{plural(count, 'layer')} described differently by header and comfy_quant tensor, "
+                "in keys that ComfyUI does not read"
+            )
+        scales = sum(
+            tensor.dtype == "F8_E8M0" and name in self._scope and name.endswith(marks.SCALE_SUFFIX)
+            for name, tensor in self._checkpoint.tensors.items()
         )
-        return {}
-    return {name: marker for name, marker in layers.items() if name.startswith(prefix)}
+        if scales:
+            notes.append(
+                f"{plural(scales, 'scale tensor')} stored as F8_E8M0, as ComfyUI saves them: "
+                "readers without that dtype need U8"
+            )
+        return notes
 
 
-def _check_layer(
-    checkpoint: Checkpoint,
-    name: str,
-    header_marker: Any,
-    reader: TensorReader,
-    breaches: list[Breach],
-) -> MXFP8Layer | None:
-    weight_name = name + marks.WEIGHT_SUFFIX
-    weight = checkpoint.tensors.get(weight_name)
-    scale = checkpoint.tensors.get(name + marks.SCALE_SUFFIX)
-    marker = checkpoint.tensors.get(name + marks.MARKER_SUFFIX)
-
-    def breach(tensor: str, problem: str, remedy: str = AGAIN) -> None:
-        breaches.append(Breach(tensor, problem, remedy))
-
-    if weight is None:
-        breach(weight_name, "is missing, though the file describes it as quantised")
-        return None
-    if marker is None:
-        breach(
-            name + marks.MARKER_SUFFIX,
-            "is missing: ComfyUI would load the codes without scales and draw noise",
-        )
-    if scale is None:
-        breach(name + marks.SCALE_SUFFIX, "is missing")
-    if marker is None or scale is None:
-        return None
-    shape = _marker_shape(marker, header_marker, name, reader, breaches)
-    if shape is None:
-        return None
-    if weight.dtype != "F8_E4M3":
-        breach(weight_name, f"is {weight.dtype}, not F8_E4M3")
-    elif weight.shape != padded_shape(shape):
-        breach(
-            weight_name,
-            f"is {list(weight.shape)}, but {list(shape)} padded to 32 is "
-            f"{list(padded_shape(shape))}",
-        )
-    if scale.dtype == "F8_E8M0":
-        breach(scale.name, "is F8_E8M0, which ComfyUI's loader does not know; it must be U8")
-    elif scale.dtype != "U8":
-        breach(scale.name, f"is {scale.dtype}, not U8")
-    elif scale.shape != scale_shape(shape):
-        breach(
-            scale.name,
-            f"is {list(scale.shape)}, but the blocked scales are {list(scale_shape(shape))}",
-        )
-    return MXFP8Layer(name, weight, scale, shape)
-
-
-def _marker_shape(
-    marker: SourceTensor,
-    header_marker: Any,
-    name: str,
-    reader: TensorReader,
-    breaches: list[Breach],
-) -> tuple[int, int] | None:
-    """[N, K] of a layer's marker, if the marker is an MXFP8 one."""
-
-    def breach(tensor: str, problem: str) -> None:
-        breaches.append(Breach(tensor, problem, AGAIN))
-
-    if marker.dtype != "U8" or len(marker.shape) != 1 or marker.nbytes > _MARKER_LIMIT:
-        breach(marker.name, f"is {marker.dtype} {list(marker.shape)}, not a short list of U8")
-        return None
-    text = reader.read(marker).tobytes()
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        breach(marker.name, "is not JSON")
-        return None
-    kind = found.get("format") if isinstance(found, dict) else None
-    if kind != "mxfp8":
-        breach(marker.name, f'has the format "{kind}", not "mxfp8"')
-        return None
-    shape = found.get("orig_shape")
-    if not (
-        isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+def _stated_shape(entry: dict[str, Any] | None) -> tuple[int, int] | None:
+    """[N, K] that a marker states, if it does."""
+    shape = (entry or {}).get("orig_shape")
+    if (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(n) is int and 0 < n < 2**31 for n in shape)
     ):
-        breach(marker.name, "has no orig_shape [N, K]")
-        return None
-    expected = marks.layer_marker((shape[0], shape[1]))
-    if found != expected:
-        differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
-        breach(marker.name, f"differs from the contract in {', '.join(differing)}")
-    elif text != marks.marker_bytes(expected):
-        breach(marker.name, "spells its JSON differently from the contract")
-    if header_marker != found:
-        breach(
-            marks.HEADER_KEY,
-            f'says something else of layer "{name}" than its comfy_quant tensor, and ComfyUI '
-            "believes the header",
-        )
-    return shape[0], shape[1]
+        return shape[0], shape[1]
+    return None

@@ -1,33 +1,57 @@
-"""The quantisation markers in a checkpoint: which layers are MXFP8, and what else there is."""
+"""How a file says which of its layers are quantised: `comfy_quant` tensors and header metadata.
+
+Sources: convert_to_quant 1.3.4, comfy-kitchen 0.2.40 and ComfyUI 0.33, of which the last reads
+`format` and `full_precision_matrix_mult` only, and takes the header's word where both are there.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .source import Checkpoint
+from . import kinds
+from .kinds import Kind
+from .source import Checkpoint, SourceTensor, TensorReader
+from .zimage import Scope
 
 HEADER_KEY = "_quantization_metadata"
 MARKER_SUFFIX = ".comfy_quant"
 SCALE_SUFFIX = ".weight_scale"
 WEIGHT_SUFFIX = ".weight"
+FULL_PRECISION_KEY = "full_precision_matrix_mult"
+MXFP8_FORMAT = "mxfp8"
 
+_MARKER_LIMIT = 4096  # bytes; a marker has about 100
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_SCALED_FP8 = "scaled_fp8"  # a tensor that older ComfyUI files have next to the model's
+_KINDS = {
+    MXFP8_FORMAT: kinds.MXFP8,
+    "nvfp4": kinds.NVFP4,
+    "float8_e4m3fn": kinds.SCALED_FP8,
+    "float8_e5m2": kinds.SCALED_FP8,
+}
 
 
-def layer_marker(shape: tuple[int, int]) -> dict[str, Any]:
-    """The object that describes an MXFP8 layer to ComfyUI; `shape` is [N, K] before padding.
+def layer_marker(shape: tuple[int, int], *, full_precision: bool = False) -> dict[str, Any]:
+    """The object that describes an MXFP8 layer, for its `comfy_quant` tensor and the header.
 
-    Both in the layer's `comfy_quant` tensor and in the header. The dtype is the one to compute
-    in; it is bfloat16 whatever the source's type, as convert_to_quant writes it.
+    The dtype in it is the one to compute in; it is bfloat16 whatever the source's type, as
+    convert_to_quant writes it.
+
+    Args:
+        shape: [N, K] before padding.
+        full_precision: ask ComfyUI to decode this layer's weight and not to quantise its input,
+            also on devices that multiply MXFP8.
     """
-    return {
-        "format": "mxfp8",
+    marker: dict[str, Any] = {
+        "format": MXFP8_FORMAT,
         "group_size": 32,
         "orig_dtype": "torch.bfloat16",
         "orig_shape": list(shape),
     }
+    return marker | ({FULL_PRECISION_KEY: True} if full_precision else {})
 
 
 def marker_bytes(marker: Mapping[str, Any]) -> bytes:
@@ -40,45 +64,6 @@ def header_value(markers: Mapping[str, Mapping[str, Any]]) -> str:
     return json.dumps({"format_version": "1.0", "layers": markers})
 
 
-def quantized_format(checkpoint: Checkpoint, prefix: str) -> tuple[str, str] | None:
-    """What the transformer in a checkpoint is quantised with already, or None.
-
-    Tensors outside `prefix` (a text encoder in an all-in-one file) do not count.
-
-    Returns:
-        The format's name, and the tensor or header key that shows it.
-    """
-    names = {name for name in checkpoint.tensors if name.startswith(prefix)}
-    markers = sorted(name for name in names if name.endswith(MARKER_SUFFIX))
-    for name in sorted(names):
-        if name.endswith(".weight_scale_2"):
-            return "NVFP4", name
-    if HEADER_KEY in checkpoint.metadata:
-        layers = header_layers(checkpoint.metadata[HEADER_KEY])
-        if layers is None:
-            return "ComfyUI quantised", HEADER_KEY
-        formats = {_format_of(layers[name]) for name in layers if name.startswith(prefix)}
-        if formats:
-            return " and ".join(sorted(formats)), HEADER_KEY
-    if markers:
-        scale = markers[0].removesuffix(MARKER_SUFFIX) + SCALE_SUFFIX
-        tensor = checkpoint.tensors.get(scale)
-        is_mxfp8 = tensor is not None and tensor.dtype == "U8"
-        return ("MXFP8" if is_mxfp8 else "ComfyUI quantised"), markers[0]
-    for name in sorted(names):
-        dtype = checkpoint.tensors[name].dtype
-        if name.endswith(("scaled_fp8", ".scale_weight")):
-            return "FP8 with scales", name
-        if dtype in _FLOAT8:
-            scales = {name + "_scale", name.removesuffix(WEIGHT_SUFFIX) + ".scale_weight"}
-            return ("FP8 with scales" if scales & names else "FP8"), name
-        if name.endswith((".absmax", ".qweight", ".wscales")):
-            return "4-bit", name
-        if name.endswith(WEIGHT_SUFFIX) and dtype in ("I8", "U8", "F4"):
-            return ("INT8" if dtype == "I8" else "4-bit"), name
-    return None
-
-
 def header_layers(value: str) -> dict[str, Any] | None:
     """The layers in a header's `_quantization_metadata`, or None if it has another form."""
     try:
@@ -86,11 +71,156 @@ def header_layers(value: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     layers = document.get("layers") if isinstance(document, dict) else None
-    if not isinstance(layers, dict) or document.get("format_version") != "1.0":
-        return None
-    return layers
+    return layers if isinstance(layers, dict) else None
 
 
-def _format_of(layer: Any) -> str:
-    kind = layer.get("format") if isinstance(layer, dict) else None
-    return str(kind).upper() if kind else "ComfyUI quantised"
+@dataclass(frozen=True)
+class Description:
+    """What a file says of one layer.
+
+    Attributes:
+        marker: the object in its `comfy_quant` tensor; None if there is no such tensor, or it
+            cannot be read.
+        header: its entry in the header; None if there is none.
+        unreadable: why the `comfy_quant` tensor cannot be read; "" if it can, or is not there.
+    """
+
+    marker: dict[str, Any] | None
+    header: dict[str, Any] | None
+    unreadable: str = ""
+
+    @property
+    def believed(self) -> dict[str, Any] | None:
+        """The one that ComfyUI believes."""
+        return self.marker if self.header is None else self.header
+
+
+@dataclass(frozen=True)
+class Descriptions:
+    """What a file says of the quantised layers of its model.
+
+    Attributes:
+        layers: by layer name, with prefix.
+        header_problem: what is wrong with the header's metadata; "" if nothing is, or it is absent.
+    """
+
+    layers: dict[str, Description]
+    header_problem: str = ""
+
+
+def read_descriptions(checkpoint: Checkpoint, scope: Scope) -> Descriptions:
+    """Read the markers and the header's metadata of a model's layers.
+
+    The header may name layers with or without the prefix: ComfyUI takes both.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    headers: dict[str, dict[str, Any]] = {}
+    problem = ""
+    text = checkpoint.metadata.get(HEADER_KEY)
+    if text is not None:
+        layers = header_layers(text)
+        if layers is None:
+            problem = 'is not {"layers": {...}} in JSON'
+        for name, entry in (layers or {}).items():
+            layer = _layer_in_scope(checkpoint, scope, name)
+            if layer is None:
+                continue  # another model's
+            if isinstance(entry, dict):
+                headers[layer] = entry
+            else:
+                problem = f'has an entry "{name}" that is not a JSON object'
+    found: dict[str, Description] = {}
+    with TensorReader() as reader:
+        for name, tensor in checkpoint.tensors.items():
+            if name.endswith(MARKER_SUFFIX) and name in scope:
+                layer = name.removesuffix(MARKER_SUFFIX)
+                marker, unreadable = _read_marker(tensor, reader)
+                found[layer] = Description(marker, headers.get(layer), unreadable)
+    for layer, entry in headers.items():
+        found.setdefault(layer, Description(None, entry))
+    return Descriptions(found, problem)
+
+
+def _layer_in_scope(checkpoint: Checkpoint, scope: Scope, name: str) -> str | None:
+    """The layer of the model that a name in the header means, with the prefix."""
+    candidates = [layer for layer in (name, scope.prefix + name) if layer in scope]
+    for layer in candidates:
+        if layer + WEIGHT_SUFFIX in checkpoint.tensors:
+            return layer
+    return candidates[0] if candidates else None
+
+
+def _read_marker(tensor: SourceTensor, reader: TensorReader) -> tuple[dict[str, Any] | None, str]:
+    if tensor.dtype != "U8" or len(tensor.shape) != 1 or tensor.nbytes > _MARKER_LIMIT:
+        return None, f"is {tensor.dtype} {list(tensor.shape)}, not a short list of U8"
+    try:
+        marker = json.loads(reader.read(tensor).tobytes())
+    except (ValueError, RecursionError):
+        return None, "is not JSON"
+    if not isinstance(marker, dict):
+        return None, "is not a JSON object"
+    return marker, ""
+
+
+def find_format(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:
+    """The format that a model is quantised with, and the tensor or header key that shows it.
+
+    None if it is not quantised. Tensors outside the scope (a text encoder in the same file) do not
+    count.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    names = sorted(name for name in checkpoint.tensors if name in scope)
+    for name in names:
+        if name.endswith(".weight_scale_2"):
+            return kinds.NVFP4, name
+    descriptions = read_descriptions(checkpoint, scope)
+    if formats := {
+        name: _KINDS.get(str(entry.get("format")), kinds.OTHER_FORMAT)
+        for name, description in sorted(descriptions.layers.items())
+        if (entry := description.believed) is not None
+    }:
+        name = min(formats)
+        by_header = descriptions.layers[name].header is not None
+        kind = formats[name]
+        if len(set(formats.values())) > 1:
+            mixed = kinds.MXFP8 in formats.values()
+            kind = kinds.MXFP8_AND_OTHERS if mixed else kinds.SEVERAL_FORMATS
+        return kind, HEADER_KEY if by_header else name + MARKER_SUFFIX
+    if descriptions.header_problem:
+        return kinds.OTHER_FORMAT, HEADER_KEY
+    if descriptions.layers:  # with markers that cannot be read
+        name = min(descriptions.layers)
+        is_mxfp8 = _has_block_scales(checkpoint, name)
+        return (kinds.MXFP8 if is_mxfp8 else kinds.OTHER_FORMAT), name + MARKER_SUFFIX
+    if scope.prefix + _SCALED_FP8 in checkpoint.tensors:
+        return kinds.SCALED_FP8, scope.prefix + _SCALED_FP8
+    for name in names:
+        if (by_dtype := _format_by_dtype(checkpoint, name)) is not None:
+            return by_dtype, name
+    return None
+
+
+def _has_block_scales(checkpoint: Checkpoint, layer: str) -> bool:
+    scale = checkpoint.tensors.get(layer + SCALE_SUFFIX)
+    return scale is not None and scale.dtype in ("U8", "F8_E8M0") and len(scale.shape) == 2
+
+
+def _format_by_dtype(checkpoint: Checkpoint, name: str) -> Kind | None:
+    dtype = checkpoint.tensors[name].dtype
+    layer = name.removesuffix(WEIGHT_SUFFIX)
+    if name.endswith(".scale_weight"):
+        return kinds.SCALED_FP8
+    if name.endswith((".absmax", ".qweight", ".wscales")):
+        return kinds.FOUR_BIT
+    if dtype in _FLOAT8 and name.endswith((WEIGHT_SUFFIX, ".bias")):
+        if _has_block_scales(checkpoint, layer):
+            return kinds.MXFP8
+        scales = (layer + SCALE_SUFFIX, layer + ".scale_weight")
+        return kinds.SCALED_FP8 if any(s in checkpoint.tensors for s in scales) else kinds.FP8
+    if name.endswith(WEIGHT_SUFFIX) and dtype in ("I8", "U8", "F4"):
+        return kinds.INT8 if dtype == "I8" else kinds.FOUR_BIT
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CheckpointError
+from .foreign_files import check_file, no_weights
 from .header import read_header, unreadable
 
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_HASH_CHUNK = 8 << 20
 _DIFFUSERS_INDEX = _DIFFUSERS_WEIGHTS + ".index.json"
 
 
@@ -76,12 +79,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     or a single `diffusion_pytorch_model.safetensors`) or has one called `transformer`.
 
     Raises:
-        CheckpointError: unreadable, malformed, incomplete, or without any tensor.
+        CheckpointError: unreadable, malformed, incomplete, or without any tensor. Of the class
+            `WrongKindError` if it is a known kind of file that is not safetensors.
     """
     shards, index = _folder_shards(path) if path.is_dir() else ({path: None}, None)
     tensors: dict[str, SourceTensor] = {}
     metadata: dict[str, str] = {}
     for file, expected in shards.items():
+        try:
+            check_file(file)
+        except OSError as error:
+            raise unreadable(file, error) from None
         header = read_header(file)
         for name in sorted(expected or ()):
             if name not in header.tensors:
@@ -110,10 +118,7 @@ def _folder_shards(folder: Path) -> tuple[Mapping[Path, set[str] | None], Path |
             return _read_index(index), index
         if (candidate / _DIFFUSERS_WEIGHTS).is_file():
             return {candidate / _DIFFUSERS_WEIGHTS: None}, None
-    raise CheckpointError(
-        f"{folder} is no diffusers folder: neither it nor its transformer/ has {_DIFFUSERS_INDEX} "
-        f"or {_DIFFUSERS_WEIGHTS}"
-    )
+    raise no_weights(folder)
 
 
 def _read_index(index: Path) -> dict[Path, set[str] | None]:
@@ -128,8 +133,9 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(f"{index} has no weight_map that names the shard of each tensor")
     shards: dict[Path, set[str] | None] = {}
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or shard in (".", ".."):
+        if not isinstance(shard, str) or not shard or shard in (".", "..", "./"):
             raise CheckpointError(f'{index} gives tensor "{tensor}" no shard name')
+        shard = shard.removeprefix("./")
         if any(mark in shard for mark in ("/", "\\", ":", "\0")):
             raise CheckpointError(
                 f'{index} puts tensor "{tensor}" into "{shard}", which is outside its folder'
@@ -143,6 +149,23 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
         assert names is not None
         names.add(tensor)
     return shards
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(_HASH_CHUNK)
+    view = memoryview(buffer)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(view[:count])
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return digest.hexdigest()
 
 
 class TensorReader:

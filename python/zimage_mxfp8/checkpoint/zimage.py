@@ -1,31 +1,26 @@
-"""What the tensors of Z-Image are called: recognition, layouts and groups.
+"""What the tensors of Z-Image are called: shapes, where they are in a file, groups.
 
-Names are those of the ComfyUI single file, which the original repository shares. An all-in-one
-file holds them under `model.diffusion_model.`, beside a text encoder and a VAE. Diffusers splits
-`attention.qkv` and renames a few others; `to_comfyui_layout` undoes that.
+Names are those of the ComfyUI single file, which the original repository shares. A file may have
+them under a prefix, such as `model.diffusion_model.`, and other models next to them. Diffusers
+splits `attention.qkv` and renames a few others; `diffusers_layout.py` undoes that.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
-from ..errors import CheckpointError
-from .source import Checkpoint, SourceTensor
-
-SINGLE_FILE_PREFIX = "model.diffusion_model."
-_ESSENTIALS = ("cap_embedder.1.weight", "cap_pad_token")  # of a transformer with any blocks
-_SIGNATURE = (*_ESSENTIALS, "noise_refiner.0.attention.k_norm.weight")  # that ComfyUI looks for
-
-_DIFFUSERS_NAMES = (
-    (re.compile(r"\.attention\.to_out\.0\."), ".attention.out."),
-    (re.compile(r"\.attention\.norm_([qk])\."), r".attention.\1_norm."),
-    (re.compile(r"^all_x_embedder\.2-1\."), "x_embedder."),
-    (re.compile(r"^all_final_layer\.2-1\."), "final_layer."),
+# In every Z-Image and in both layouts, however many blocks there are.
+ANCHOR = "cap_embedder.1.weight"
+PAD_TOKENS = ("cap_pad_token", "x_pad_token")
+SIGNATURE = (  # what ComfyUI recognises Z-Image by
+    ANCHOR,
+    "cap_pad_token",
+    "noise_refiner.0.attention.k_norm.weight",
 )
-_DIFFUSERS_QKV = re.compile(r"^(?P<block>.+)\.attention\.to_(?P<part>[qkv])\.(?P<kind>.+)$")
+COMFYUI_PREFIXES = ("", "model.diffusion_model.", "model.model.", "net.", "model.")
 
 _HEAD_DIM = 128
 _PATCH_FEATURES = 64  # 2 x 2 patches of 16 latent channels
@@ -34,8 +29,13 @@ _PATCH_FEATURES = 64  # 2 x 2 patches of 16 latent channels
 BLOCK_TENSOR = re.compile(
     r"^(?P<stack>layers|noise_refiner|context_refiner)\.(?P<block>0|[1-9][0-9]{0,8})\.(?P<part>.+)$"
 )
-_STACKS = ("layers", "noise_refiner", "context_refiner")
+_MODULATION = re.compile(r"^(?:layers|noise_refiner)\.\d+\.adaLN_modulation\.0$")
+STACKS = ("layers", "noise_refiner", "context_refiner")
 _EMBEDDERS = ("x_embedder.", "cap_embedder.", "t_embedder.", "x_pad_token", "cap_pad_token")
+
+
+def _usual_hidden_width(dim: int) -> int:
+    return int(dim / 3 * 8)
 
 
 def zimage_shapes(
@@ -54,7 +54,7 @@ def zimage_shapes(
         caption_dim: features of the text encoder.
         hidden: width of the feed-forward layers, by default int(dim / 3 * 8).
     """
-    hidden = int(dim / 3 * 8) if hidden is None else hidden
+    hidden = _usual_hidden_width(dim) if hidden is None else hidden
     modulation = min(dim, 256)
     shapes: dict[str, tuple[int, ...]] = {
         "x_embedder.weight": (dim, _PATCH_FEATURES),
@@ -92,101 +92,70 @@ def zimage_shapes(
     return shapes
 
 
-def is_zimage(names: Collection[str]) -> bool:
-    """Whether these tensor names are those of a Z-Image transformer in the ComfyUI layout."""
-    prefix = model_prefix(names)
-    return all(prefix + name in names for name in _SIGNATURE)
+NOT_TRANSFORMER = " (not the transformer)"  # behind the group of a tensor out of scope
+
+# First parts of the names of all tensors.
+MODULES = frozenset(name.partition(".")[0] for name in zimage_shapes(128, 1, 1, 128))
 
 
-def missing_signature(names: Collection[str]) -> list[str]:
-    """What keeps a checkpoint from being recognised as Z-Image, if it looks like one otherwise."""
-    prefix = model_prefix(names)
-    if not any(name.startswith(f"{prefix}noise_refiner.") for name in names):
-        return []
-    return [prefix + name for name in _SIGNATURE if prefix + name not in names]
+@dataclass(frozen=True)
+class Scope:
+    """Which tensors of a file are the model's.
 
-
-def missing_essentials(names: Collection[str]) -> list[str]:
-    """What a Z-Image transformer lacks of the tensors that it has however many blocks there are."""
-    prefix = model_prefix(names)
-    return [prefix + name for name in _ESSENTIALS if prefix + name not in names]
-
-
-def model_prefix(names: Collection[str]) -> str:
-    """What stands before the transformer's tensor names: `SINGLE_FILE_PREFIX` or nothing."""
-    return SINGLE_FILE_PREFIX if any(n.startswith(SINGLE_FILE_PREFIX) for n in names) else ""
-
-
-def is_diffusers_layout(names: Collection[str]) -> bool:
-    """Whether these are the names of a diffusers `ZImageTransformer2DModel`."""
-    return any(name.startswith("all_x_embedder.") for name in names)
-
-
-def to_comfyui_layout(checkpoint: Checkpoint) -> Checkpoint:
-    """Rename a diffusers checkpoint's tensors and stack q, k and v; others pass unchanged.
-
-    Nothing is read: the stacked tensor is the three tensors' bytes in a row.
-
-    Raises:
-        CheckpointError: q, k and v are incomplete or do not fit together, or two tensors get the
-            same name.
+    Attributes:
+        prefix: what stands before their names.
+        zimage: whether only names of Z-Image's modules count, and not all that begin so.
     """
-    if not is_diffusers_layout(checkpoint.tensors):
-        return checkpoint
-    renamed: list[SourceTensor] = []
-    parts: dict[tuple[str, str], dict[str, SourceTensor]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if match := _DIFFUSERS_QKV.match(name):
-            parts.setdefault((match["block"], match["kind"]), {})[match["part"]] = tensor
-            continue
-        for pattern, replacement in _DIFFUSERS_NAMES:
-            name = pattern.sub(replacement, name)
-        renamed.append(SourceTensor(name, tensor.dtype, tensor.shape, tensor.segments))
-    for (block, kind), found in parts.items():
-        renamed.append(_stack_qkv(checkpoint, f"{block}.attention", kind, found))
-    tensors = {tensor.name: tensor for tensor in renamed}
-    if len(tensors) < len(renamed):
-        seen = Counter(tensor.name for tensor in renamed)
-        twice = next(name for name, count in seen.items() if count > 1)
-        raise CheckpointError(
-            f'{checkpoint.path} has "{twice}" both under its own and under its diffusers name'
-        )
-    return replace(checkpoint, tensors=tensors)
+
+    prefix: str
+    zimage: bool
+
+    def __contains__(self, name: str) -> bool:
+        if not name.startswith(self.prefix):
+            return False
+        return not self.zimage or self.inner(name).partition(".")[0] in MODULES
+
+    def inner(self, name: str) -> str:
+        """A tensor's name without the prefix."""
+        return name[len(self.prefix) :]
+
+    def inner_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Inner name -> name of those that are the model's."""
+        return {self.inner(name): name for name in names if name in self}
 
 
-def _stack_qkv(
-    checkpoint: Checkpoint, attention: str, kind: str, found: dict[str, SourceTensor]
-) -> SourceTensor:
-    names = {part: f"{attention}.to_{part}.{kind}" for part in "qkv"}
-    for part in "qkv":
-        if part not in found:
-            raise CheckpointError(
-                f'{checkpoint.path} lacks tensor "{names[part]}", which belongs to '
-                f'"{next(iter(found.values())).name}"; download it again'
-            )
-    q, k, v = (found[part] for part in "qkv")
-    for other in (k, v):
-        if (other.dtype, len(other.shape), other.shape[1:]) != (q.dtype, len(q.shape), q.shape[1:]):
-            raise CheckpointError(
-                f"{checkpoint.path} has tensors that cannot be stacked: "
-                f'"{q.name}" is {q.dtype} {list(q.shape)}, '
-                f'"{other.name}" is {other.dtype} {list(other.shape)}'
-            )
-    if not q.shape:
-        raise CheckpointError(f'{checkpoint.path} has the scalar "{q.name}", which is no weight')
-    return SourceTensor(
-        f"{attention}.qkv.{kind}",
-        q.dtype,
-        (q.shape[0] + k.shape[0] + v.shape[0], *q.shape[1:]),
-        q.segments + k.segments + v.segments,
-    )
+WHOLE_FILE = Scope("", zimage=False)
 
 
-def group_of(name: str, prefix: str) -> str:
-    """The group that a tensor is shown under in tables; `prefix` as from `model_prefix`."""
-    if not name.startswith(prefix):
-        return name.split(".", 1)[0] + " (not the transformer)"
-    inner = name[len(prefix) :]
+def find_scopes(names: Collection[str]) -> list[Scope]:
+    """Every set of Z-Image names in a file, the one to use first.
+
+    A prefix that ComfyUI strips comes before others, and others before copies of averaged weights
+    ("ema"). Names may be in either layout.
+    """
+    prefixes = {
+        name.removesuffix(ANCHOR)
+        for name in names
+        if name.endswith(ANCHOR) and (name == ANCHOR or name[-len(ANCHOR) - 1] in "._")
+    }
+    whole = [p for p in prefixes if any(p + pad in names for pad in PAD_TOKENS)]
+
+    def rank(prefix: str) -> tuple[bool, bool, int, str]:
+        return "ema" in prefix.lower(), prefix not in COMFYUI_PREFIXES, len(prefix), prefix
+
+    return [Scope(prefix, zimage=True) for prefix in sorted(whole, key=rank)]
+
+
+def is_modulation(layer: str) -> bool:
+    """Whether a layer, named without prefix, is the modulation of a block."""
+    return _MODULATION.match(layer) is not None
+
+
+def group_of(name: str, scope: Scope) -> str:
+    """The group that a tensor is shown under in tables."""
+    if name not in scope:
+        return name.split(".", 1)[0] + NOT_TRANSFORMER
+    inner = scope.inner(name)
     if match := BLOCK_TENSOR.match(inner):
         part = match["part"]
         if "norm" in part:
@@ -201,44 +170,49 @@ def group_of(name: str, prefix: str) -> str:
     return "other"
 
 
-def missing_tensors(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> list[tuple[str, str]]:
-    """What keeps a set of tensors from being a whole Z-Image transformer.
+def expected_shapes(
+    inner: Mapping[str, tuple[int, ...]], padded: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape that a Z-Image with these tensors should have, in the ComfyUI layout.
+
+    The number of blocks and the widths are taken from the tensors themselves.
 
     Args:
-        shapes: name -> logical shape (that before padding, for quantised weights).
-        prefix: as from `model_prefix`.
-
-    Returns:
-        (tensor, what is wrong with it), in name order. The number of blocks and the widths are
-        taken from the tensors themselves.
+        inner: name without prefix -> shape; "cap_embedder.1.weight" must be two-dimensional.
+        padded: names of tensors that are rounded up to multiples of 32.
     """
-    inner = {n[len(prefix) :]: shape for n, shape in shapes.items() if n.startswith(prefix)}
     # As many blocks as there are different numbers: a stray "layers.999999." is one, not a million.
-    blocks: dict[str, set[str]] = {stack: set() for stack in _STACKS}
+    blocks: dict[str, set[str]] = {stack: set() for stack in STACKS}
     for name in inner:
         stack, _, rest = name.partition(".")
         number, dot, _ = rest.partition(".")
         if stack in blocks and dot and number.isdecimal():
             blocks[stack].add(number)
     counts = {stack: len(numbers) for stack, numbers in blocks.items()}
-    dim, caption_dim = inner["cap_embedder.1.weight"]
-    # The width that most blocks have: a single wrong one is then the one that is named.
-    widths = Counter(
-        shape[0]
-        for name, shape in sorted(inner.items())
-        if name.endswith("feed_forward.w1.weight") and len(shape) == 2 and 0 not in shape
-    )
-    expected = zimage_shapes(
+    dim, caption_dim = inner[ANCHOR]
+    if ANCHOR in padded and len(inner.get("cap_embedder.0.weight", ())) == 1:
+        caption_dim = inner["cap_embedder.0.weight"][0]
+    return zimage_shapes(
         dim,
         counts["layers"],
         max(counts["noise_refiner"], counts["context_refiner"]),
         caption_dim,
-        widths.most_common(1)[0][0] if widths else None,
+        _hidden_width(inner, dim, padded),
     )
-    problems = []
-    for name, shape in expected.items():
-        if name not in inner:
-            problems.append((prefix + name, "is missing"))
-        elif inner[name] != shape:
-            problems.append((prefix + name, f"is {list(inner[name])}, not {list(shape)}"))
-    return sorted(problems)
+
+
+def _hidden_width(
+    inner: Mapping[str, tuple[int, ...]], dim: int, padded: Collection[str]
+) -> int | None:
+    """The feed-forward width that most blocks have: a single wrong one is then named."""
+    widths: dict[bool, Counter[int]] = {False: Counter(), True: Counter()}
+    for name, shape in sorted(inner.items()):
+        if name.endswith("feed_forward.w1.weight") and len(shape) == 2 and 0 not in shape:
+            widths[name in padded][shape[0]] += 1
+    if widths[False]:
+        return widths[False].most_common(1)[0][0]
+    if widths[True]:
+        width = widths[True].most_common(1)[0][0]
+        usual = _usual_hidden_width(dim)
+        return usual if -(-usual // 32) * 32 == width else width
+    return None

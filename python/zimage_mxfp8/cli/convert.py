@@ -63,7 +63,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--nonfinite",
         choices=("error", "keep"),
         default="error",
-        help="a weight with NaN or Inf stops the conversion (default), or stays as it is",
+        help="a tensor with NaN or Inf stops the conversion (default), or stays as it is",
+    )
+    parser.add_argument(
+        *spellings("--modulation-matmul"),
+        choices=("quantised", "full"),
+        default="quantised",
+        help="full: mark quantised modulations so that ComfyUI does not quantise their input on "
+        "GPUs that multiply MXFP8 (default: quantised)",
+    )
+    parser.add_argument(
+        *spellings("--hash-source"),
+        action="store_true",
+        help="write the SHA-256 of the input's files into the output's header",
     )
     parser.add_argument(
         *spellings("--bias-correction"),
@@ -125,6 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
             timesteps=arguments.timesteps,
             calibration_samples=arguments.calib_samples,
             seed=arguments.manual_seed,
+            modulation_matmul=arguments.modulation_matmul,
+            hash_source=arguments.hash_source,
             overwrite=arguments.overwrite,
             report=arguments.report,
             threads=arguments.threads,
@@ -132,6 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     display.warn(report.warnings)
+    display.note(report.notes)
     if arguments.json:
         document = report.to_dict()
         document.pop("tensors", None)

@@ -59,6 +59,12 @@ def warn(sentences: Sequence[str]) -> None:
         tell(f"warning: {sentence}")
 
 
+def note(sentences: Sequence[str]) -> None:
+    """Print remarks to stderr."""
+    for sentence in sentences:
+        tell(f"note: {sentence}")
+
+
 def size_text(nbytes: int) -> str:
     """A size in binary units, as people read it."""
     size = float(nbytes)

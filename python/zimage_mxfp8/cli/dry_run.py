@@ -24,10 +24,15 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> int:
         exclude_layers=arguments.exclude_layers,
         any_model=arguments.any_model,
         nonfinite=arguments.nonfinite,
+        bias_correction=arguments.bias_correction,
+        timesteps=arguments.timesteps,
+        modulation_matmul=arguments.modulation_matmul,
+        hash_source=arguments.hash_source,
         threads=arguments.threads,
     )
     output = arguments.output or default_output(arguments.input)
     display.warn(plan.warnings)
+    display.note(plan.notes)
     if arguments.json:
         display.print_json(_plan_document(plan, output))
         return 0

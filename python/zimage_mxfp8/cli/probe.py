@@ -164,12 +164,11 @@ def print_report(report: ProbeReport, recipe: Path | None) -> None:
         "alike."
     )
     # Printed as they are: what is to be copied must not be wrapped.
-    any_model = "--any-model " if report.any_model else ""
     if report.exclude_layers is None:
         print("No weight is worth keeping by these rules: there is nothing to exclude.")
     else:
         print("\nTo keep them besides what the default recipe keeps:")
-        options = f"{any_model}--exclude-layers '{report.exclude_layers}'"
+        options = f"--exclude-layers '{report.exclude_layers}'"
         print(display.convert_command(report.path, options, "excluded"))
         print(_size(report.exclude_layers_bytes, report.input_bytes))
     print()
@@ -177,7 +176,7 @@ def print_report(report: ProbeReport, recipe: Path | None) -> None:
         f"To keep only them, the embedders and the final layer{_recipe_note(recipe)}:"
     )
     file = recipe or Path("FILE.toml")
-    options = f"{any_model}--recipe {shlex.quote(str(file))}"
+    options = f"--recipe {shlex.quote(str(file))}"
     print(display.convert_command(report.path, options, file.stem))
     print(_size(report.recipe_bytes, report.input_bytes))
 

@@ -11,7 +11,6 @@ its mean is exact, and comes from the checkpoint itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -21,15 +20,14 @@ import numpy.typing as npt
 from .. import _core
 from ..checkpoint.quantization import WEIGHT_SUFFIX
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
-from ..dtypes import FLOAT_NAMES, as_integers
+from ..checkpoint.zimage import is_modulation
+from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..errors import CheckpointError, UnsupportedError, UsageError
 from .plan import Plan
 
 Mode = Literal["timesteps", "synthetic", "none"]
 MODES: tuple[Mode, ...] = ("timesteps", "synthetic", "none")
 Vector = npt.NDArray[np.float64]
-
-_MODULATION = re.compile(r"^(layers|noise_refiner)\.\d+\.adaLN_modulation\.0$")
 
 # (forward passes, shift) of the flow-match Euler sampler: Z-Image Turbo and the base model.
 _SAMPLERS = {"turbo": (8, 3.0), "base": (50, 6.0)}
@@ -103,10 +101,15 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
                 )
             values.append(value)
     weight0, bias0, weight2, bias2 = values
-    hidden = timestep_features(timesteps, w0[1]) @ weight0.T + bias0
-    with np.errstate(over="ignore"):  # exp of a large number: silu is 0 then, and so it comes out
+    with np.errstate(over="ignore", invalid="ignore"):  # exp of a large number: silu is 0 then
+        hidden = timestep_features(timesteps, w0[1]) @ weight0.T + bias0
         activated = hidden / (1.0 + np.exp(-hidden))
-    return np.asarray(activated @ weight2.T + bias2)
+        outputs = np.asarray(activated @ weight2.T + bias2)
+    if not np.isfinite(outputs).all():
+        raise CheckpointError(
+            f'{checkpoint.path}: "{prefix}t_embedder" tensors give NaN or Inf; {remedy}'
+        )
+    return outputs
 
 
 def correction_inputs(
@@ -132,10 +135,12 @@ def correction_inputs(
     if mode == "synthetic":
         means = _random_means(plan.checkpoint, samples, seed)
         return {layer: -means[weight.shape[1]] for layer, weight in layers.items()}, []
-    known = {n: t for n, t in layers.items() if _MODULATION.match(n.removeprefix(plan.prefix))}
+    known = {n: t for n, t in layers.items() if is_modulation(plan.scope.inner(n))}
     if not known:
         return {}, sorted(layers)
-    mean = embedder_outputs(plan.checkpoint, plan.prefix, sampler_timesteps(sampler)).mean(axis=0)
+    mean = embedder_outputs(plan.checkpoint, plan.scope.prefix, sampler_timesteps(sampler)).mean(
+        axis=0
+    )
     for layer, weight in known.items():
         if weight.shape[1] != mean.size:
             raise CheckpointError(
@@ -191,10 +196,18 @@ def to_float64(tensor: SourceTensor, data: npt.NDArray[np.uint8]) -> Vector:
 def add_to_bias(
     bias: SourceTensor, data: npt.NDArray[np.uint8], change: Vector
 ) -> npt.NDArray[np.uint8]:
-    """A bias's bytes plus a vector, rounded to the bias's type."""
-    total = (to_float64(bias, data) + change).astype(np.float32).reshape(1, -1)
+    """A bias's bytes plus a vector, rounded to the bias's type.
+
+    Elements that would leave the type's range keep their value.
+    """
+    with np.errstate(over="ignore"):
+        total = (to_float64(bias, data) + change).astype(np.float32).reshape(1, -1)
     if bias.dtype == "F32":
-        return total.reshape(-1).view(np.uint8)
-    rounded = np.empty(total.shape, np.uint16)
-    _core.cast(total, "float32", rounded, FLOAT_NAMES[bias.dtype], 1)
-    return rounded.reshape(-1).view(np.uint8)
+        changed = total.reshape(-1).view(np.uint8)
+    else:
+        rounded = np.empty(total.shape, np.uint16)
+        _core.cast(total, "float32", rounded, FLOAT_NAMES[bias.dtype], 1)
+        changed = rounded.reshape(-1).view(np.uint8)
+    finite = np.isfinite(to_float64(bias, changed))
+    width = f"u{SAFETENSORS_BITS[bias.dtype] // 8}"
+    return np.where(finite, changed.view(width), data.view(width)).view(np.uint8)

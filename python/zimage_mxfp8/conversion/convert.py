@@ -8,26 +8,27 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _core
 from ..checkpoint import quantization as marks
+from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.output import AtomicFile, check_distinct, check_target, write_file
-from ..checkpoint.source import SourceTensor, open_checkpoint
-from ..checkpoint.zimage import to_comfyui_layout
+from ..checkpoint.source import SourceTensor, sha256
 from ..checks import check_threads
 from ..codec import padded_shape, scale_shape
 from ..devices import cuda_index
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..error_stats import ErrorStats, merge_rows
 from ..errors import Error, UsageError
+from ..nonfinite import KeptTensorCheck
 from ..pipeline import (
+    ByteCheck,
     Job,
     Lane,
     ProgressCallback,
@@ -37,14 +38,14 @@ from ..pipeline import (
     row_chunks,
     run_jobs,
 )
-from ..recipes import DEFAULT, Recipe, load_recipe
+from ..recipes import DEFAULT, Recipe
 from ..rows import as_matrix, encode_rows, measure_rows, read_rows, round_to_bfloat16
 from ..text import plural
-from .bias_correction import MODES, Mode, Vector, add_to_bias, correction_inputs, sampler_timesteps
+from .bias_correction import Mode, Vector, add_to_bias, correction_inputs
+from .options import ConversionOptions, ModulationMatmul, NonFinite
 from .plan import Plan, PlannedTensor, make_plan
 from .report import ConversionReport
 
-NonFinite = Literal["error", "keep"]
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -67,6 +68,10 @@ def plan_conversion(
     exclude_layers: Iterable[str] = (),
     any_model: bool = False,
     nonfinite: NonFinite = "error",
+    bias_correction: Mode = "timesteps",
+    timesteps: str | int = "turbo",
+    modulation_matmul: ModulationMatmul = "quantised",
+    hash_source: bool = False,
     threads: int = 0,
 ) -> Plan:
     """Decide what a conversion would do, without writing anything.
@@ -74,18 +79,44 @@ def plan_conversion(
     Arguments and errors are those of `convert`. Reads the header only, or, with
     `nonfinite="keep"`, every weight that the recipe would quantise.
     """
-    if nonfinite not in ("error", "keep"):
-        raise UsageError(f'nonfinite must be "error" or "keep", not "{nonfinite}"')
+    options = ConversionOptions(
+        recipe=recipe,
+        exclude_layers=tuple(exclude_layers),
+        any_model=any_model,
+        nonfinite=nonfinite,
+        bias_correction=bias_correction,
+        timesteps=timesteps,
+        modulation_matmul=modulation_matmul,
+        hash_source=hash_source,
+    )
     check_threads(threads)
-    rules = recipe if isinstance(recipe, Recipe) else load_recipe(os.fspath(recipe))
-    rules = rules.excluding(exclude_layers)
-    checkpoint = to_comfyui_layout(open_checkpoint(Path(source)))
-    plan = make_plan(checkpoint, rules, any_model=any_model)
-    if nonfinite == "keep" and (names := _find_nonfinite(plan, threads)):
-        plan = make_plan(checkpoint, rules, any_model=any_model, keep_names=names)
-        kept = [f'"{name}" has NaN or Inf and stays as it is' for name in sorted(names)]
-        plan = replace(plan, warnings=(*kept, *plan.warnings))
-    return plan
+    found = open_for(source, "convert", any_model=any_model)
+    hashes = ["0" * 64 for _ in found.checkpoint.files]  # as long as the real ones
+    return _plan(found, options, hashes, threads)
+
+
+def _plan(
+    source: Identified, options: ConversionOptions, source_hashes: Sequence[str], threads: int
+) -> Plan:
+    def plan(keep_names: Collection[str]) -> Plan:
+        return make_plan(
+            source,
+            options.rules,
+            any_model=options.any_model,
+            keep_names=keep_names,
+            full_precision_modulations=options.modulation_matmul == "full",
+            provenance=options.provenance(source_hashes),
+        )
+
+    made = plan(())
+    if options.nonfinite == "keep" and (names := _find_nonfinite(made, threads)):
+        made = plan(names)
+        made = replace(made, warnings=(*_kept_nonfinite(names), *made.warnings))
+    return made
+
+
+def _kept_nonfinite(names: Iterable[str]) -> list[str]:
+    return [f'"{name}" has NaN or Inf and stays as it is' for name in sorted(names)]
 
 
 def convert(
@@ -100,6 +131,8 @@ def convert(
     timesteps: str | int = "turbo",
     calibration_samples: int = 3072,
     seed: int = 42,
+    modulation_matmul: ModulationMatmul = "quantised",
+    hash_source: bool = False,
     overwrite: bool = False,
     error_stats: bool = False,
     report: str | os.PathLike[str] | None = None,
@@ -113,22 +146,27 @@ def convert(
     appears whole or not at all, and depends on the input and the options alone.
 
     Args:
-        source: a ComfyUI single file (with or without `model.diffusion_model.`, alone or in an
-            all-in-one file) or a diffusers folder; BF16, F16 or F32 weights.
+        source: a ComfyUI single file (names under any prefix or none, alone or with other models
+            in the file) or a diffusers folder; BF16, F16 or F32 weights.
         output: file to write; by default the input's name with `-mxfp8` before the suffix.
         recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`.
         exclude_layers: regular expressions, searched in the tensors' full names; what they match
             stays as it is, besides what the recipe keeps.
         any_model: accept a checkpoint that is not Z-Image, and quantise every 2-D weight that no
             pattern excludes.
-        nonfinite: what to do with a weight that has NaN or Inf: "error", or "keep" it as it is
-            (the weights are then read twice).
+        nonfinite: what to do with a tensor of the transformer that has NaN or Inf: "error", or
+            "keep" it as it is (the weights are then read twice).
         bias_correction: "timesteps" adds what keeps a modulation's mean output over the sampler's
             timesteps; "synthetic" reproduces convert_to_quant 1.3.4 (needs torch); "none" leaves
             biases alone.
         timesteps: for "timesteps": "turbo" (8 steps), "base" (50 steps) or a number of steps.
         calibration_samples: for "synthetic": rows of random input.
         seed: for "synthetic": seed of the random numbers.
+        modulation_matmul: "full" asks ComfyUI not to quantise the input of quantised modulations
+            on GPUs that multiply MXFP8, which costs no time: it is one row per block.
+        hash_source: write the SHA-256 of the source's files into the header, which means to read
+            them once more. Version, recipe and correction are always written, unless the recipe
+            reproduces convert_to_quant's files.
         overwrite: replace an existing output, and an existing report.
         error_stats: measure each layer's error in the same pass; see `ConversionReport.errors`.
         report: file to write the `ConversionReport` to as JSON, with each layer's error.
@@ -141,27 +179,33 @@ def convert(
 
     Raises:
         UsageError: options that do not go together, or the output is the input.
-        RecipeError: a recipe file that is none.
-        CheckpointError: the input is unreadable, malformed, not Z-Image or quantised already.
-        NonFiniteError: a weight has NaN or Inf; the sentence names tensor, row and column.
+        RecipeError: the file is not a valid recipe.
+        CheckpointError: the input is unreadable, malformed, not a whole Z-Image, or quantised
+            already.
+        NonFiniteError: a tensor of the transformer has NaN or Inf; the sentence names tensor, row
+            and column.
         OutputError: the output cannot be written, or exists already.
         UnsupportedError: `device` is not there, or this build has no CUDA.
     """
     started = time.perf_counter()
     cuda_device = cuda_index(device)
-    if bias_correction not in MODES:
-        raise UsageError(f"bias_correction must be one of {', '.join(MODES)}")
-    if bias_correction == "timesteps":
-        sampler_timesteps(timesteps)  # refuse nonsense even where no layer needs it
-    target = default_output(Path(source)) if output is None else Path(output)
-    plan = plan_conversion(
-        source,
+    options = ConversionOptions(
         recipe=recipe,
-        exclude_layers=exclude_layers,
+        exclude_layers=tuple(exclude_layers),
         any_model=any_model,
         nonfinite=nonfinite,
-        threads=threads,
+        bias_correction=bias_correction,
+        timesteps=timesteps,
+        calibration_samples=calibration_samples,
+        seed=seed,
+        modulation_matmul=modulation_matmul,
+        hash_source=hash_source,
     )
+    check_threads(threads)
+    target = default_output(Path(source)) if output is None else Path(output)
+    found = open_for(source, "convert", any_model=any_model)
+    hashes = [sha256(path) for path in found.checkpoint.files] if hash_source else ()
+    plan = _plan(found, options, hashes, threads)
     sources = list(plan.checkpoint.inputs)
     if Path(plan.recipe.name).is_file():
         sources.append(Path(plan.recipe.name))
@@ -184,9 +228,11 @@ def convert(
         )
     measure = error_stats or report is not None
     collected: dict[tuple[str, int], ErrorStats] | None = {} if measure else None
+    kept = KeptTensorCheck(keep=nonfinite == "keep")
     with AtomicFile(target, plan.size, overwrite=overwrite) as file:
-        jobs = _conversion_jobs(plan, corrections, collected)
+        jobs = _conversion_jobs(plan, corrections, collected, kept)
         run_jobs(jobs, file, threads=threads, cuda_device=cuda_device, progress=progress)
+    warnings[:0] = _kept_nonfinite(kept.found)
     result = ConversionReport(
         input=str(source),
         output=str(target),
@@ -200,6 +246,7 @@ def convert(
         file_bytes=plan.size,
         seconds=time.perf_counter() - started,
         warnings=warnings,
+        notes=list(plan.notes),
         errors=None if collected is None else merge_rows(collected),
     )
     if report is not None:
@@ -218,6 +265,7 @@ def _conversion_jobs(
     plan: Plan,
     corrections: Mapping[str, Vector],
     collected: dict[tuple[str, int], ErrorStats] | None,
+    kept: KeptTensorCheck,
 ) -> list[Job]:
     """The jobs that write a plan's output, in the order of the output file."""
     jobs = [header_job(plan.header)]
@@ -227,11 +275,12 @@ def _conversion_jobs(
         if name in corrected:
             continue  # written with its layer
         if planned.action == "quantize":
-            jobs += _quantize_jobs(plan, planned, corrections.get(planned.layer), collected)
+            jobs += _quantize_jobs(plan, planned, corrections.get(planned.layer), collected, kept)
         elif planned.action == "cast":
-            jobs += _cast_jobs(planned.source, plan.places[name].begin)
+            jobs += _cast_jobs(planned.source, plan.places[name].begin, kept.check)
         else:
-            jobs += copy_jobs(planned.source, plan.places[name].begin)
+            check = kept.check if name in plan.scope else None
+            jobs += copy_jobs(planned.source, plan.places[name].begin, check)
     return jobs
 
 
@@ -240,6 +289,7 @@ def _quantize_jobs(
     planned: PlannedTensor,
     correction: Vector | None,
     collected: dict[tuple[str, int], ErrorStats] | None,
+    kept: KeptTensorCheck,
 ) -> list[Job]:
     tensor = planned.source
     rows, cols = tensor.shape
@@ -248,7 +298,7 @@ def _quantize_jobs(
     code_cols = padded_shape((rows, cols))[1]
     scale_cols = scale_shape((rows, cols))[1]
     marker_at = plan.places[planned.layer + marks.MARKER_SUFFIX].begin
-    marker = np.frombuffer(marks.marker_bytes(marks.layer_marker((rows, cols))), np.uint8)
+    marker = np.frombuffer(marks.marker_bytes(plan.layers[planned.layer]), np.uint8)
 
     def job(begin: int, end: int) -> Job:
         def run(lane: Lane) -> None:
@@ -261,7 +311,9 @@ def _quantize_jobs(
             if begin == 0:
                 lane.write(marker_at, marker)
             if correction is not None:
-                _correct_bias(lane, plan, planned, correction, begin, end, data, codes, scales)
+                _correct_bias(
+                    lane, plan, planned, correction, kept, begin, end, data, codes, scales
+                )
             if collected is not None:
                 collected[tensor.name, begin] = measure_rows(
                     tensor, data, end - begin, codes, scales
@@ -277,6 +329,7 @@ def _correct_bias(
     plan: Plan,
     planned: PlannedTensor,
     correction: Vector,
+    kept: KeptTensorCheck,
     begin: int,
     end: int,
     data: Bytes,
@@ -299,17 +352,19 @@ def _correct_bias(
     )
     item = bias.nbytes // bias.shape[0]
     old = lane.read(bias, begin * item, rows * item, "bias")
+    kept.check(bias, begin * item, old)
     new = add_to_bias(bias, old, change)
     lane.write(plan.places[bias.name].begin + begin * item, new)
 
 
-def _cast_jobs(tensor: SourceTensor, position: int) -> list[Job]:
+def _cast_jobs(tensor: SourceTensor, position: int, check: ByteCheck) -> list[Job]:
     """Jobs that write an F16 or F32 tensor as BF16."""
     item = SAFETENSORS_BITS[tensor.dtype] // 8
 
     def job(begin: int, end: int) -> Job:
         def run(lane: Lane) -> None:
             data = lane.read(tensor, begin, end - begin)
+            check(tensor, begin, data)
             source = as_integers(tensor.dtype, data).reshape(1, -1)
             target, _ = round_to_bfloat16(lane, source, FLOAT_NAMES[tensor.dtype])
             lane.write(position + begin // item * 2, target)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..checkpoint import quantization as marks
 from ..checkpoint.header import TensorInfo, file_size, layout_header
+from ..checkpoint.identify import Identified
+from ..checkpoint.provenance import PROVENANCE_KEY
 from ..checkpoint.source import Checkpoint, SourceTensor
-from ..checkpoint.zimage import group_of, is_zimage, missing_signature, model_prefix
+from ..checkpoint.structure import missing_or_misshapen, structure_error, unknown_weights
+from ..checkpoint.zimage import COMFYUI_PREFIXES, NOT_TRANSFORMER, Scope, group_of, is_modulation
 from ..codec import padded_shape, scale_shape
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
 from ..recipes import Recipe
+from ..text import plural
 
 # A tile of 32 to 128 rows is encoded at once; this bounds its memory. Real layers have thousands.
 MOST_COLUMNS = 1 << 20
+
+OUTSIDE = "not part of the transformer"
 
 Action = Literal["quantize", "keep", "cast"]
 
@@ -53,22 +61,26 @@ class Plan:
     Attributes:
         checkpoint: the source, in the ComfyUI layout.
         recipe: the rules that were applied.
-        prefix: what stands before the transformer's tensor names.
+        scope: the tensors that may be quantised.
         tensors: every tensor of the source, by name.
+        layers: the marker of each layer that is quantised, by layer name.
         header: first bytes of the output file.
         places: where each tensor of the output goes.
         size: bytes of the output file.
         warnings: sentences that the user should see.
+        notes: what the file is made of, and what was recognised in it.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe
-    prefix: str
+    scope: Scope
     tensors: dict[str, PlannedTensor]
+    layers: dict[str, dict[str, Any]]
     header: bytes
     places: dict[str, TensorInfo]
     size: int
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def quantized(self) -> list[PlannedTensor]:
@@ -85,100 +97,107 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint,
+    source: Identified,
     recipe: Recipe,
     *,
     any_model: bool = False,
     keep_names: Collection[str] = (),
+    full_precision_modulations: bool = False,
+    provenance: Mapping[str, object] | None = None,
 ) -> Plan:
-    """Plan the conversion of a checkpoint in the ComfyUI layout.
+    """Plan the conversion of a checkpoint.
 
     Args:
-        checkpoint: the source.
+        source: a plain checkpoint, as `open_for(..., "convert")` gives it.
         recipe: which layers stay as they are.
-        any_model: accept what is not Z-Image; every tensor of it counts as part of the model.
+        any_model: accept what is not a whole Z-Image; every tensor of another model may be
+            quantised.
         keep_names: tensors to keep although the recipe would quantise them (NaN or Inf inside).
+        full_precision_modulations: mark quantised modulations so that ComfyUI does not quantise
+            their input.
+        provenance: what to write into the header about the conversion; None for nothing.
 
     Raises:
-        CheckpointError: not Z-Image, quantised already, nothing to quantise, or a weight of a type
-            that cannot be quantised.
+        CheckpointError: not a whole Z-Image, nothing to quantise, or a weight of a type that
+            cannot be quantised.
     """
-    names = checkpoint.tensors.keys()
-    zimage = is_zimage(names)
-    prefix = transformer_prefix(checkpoint, any_model=any_model)
+    checkpoint, scope = source.checkpoint, source.scope
+    if scope.zimage and not any_model:
+        check_structure(source)
     tensors = {
-        name: _plan_tensor(checkpoint, checkpoint.tensors[name], recipe, prefix, keep_names)
-        for name in sorted(names)
+        name: _plan_tensor(checkpoint, checkpoint.tensors[name], recipe, scope, keep_names)
+        for name in sorted(checkpoint.tensors)
     }
     if not any(planned.action == "quantize" for planned in tensors.values()):
         raise CheckpointError(
             f"{checkpoint.path} has nothing to quantise: the recipe and --exclude-layers keep "
             "every 2-D weight"
         )
-    outputs = _output_tensors(checkpoint, tensors)
-    # An all-in-one file may describe a quantised text encoder there; that stays.
-    markers = marks.header_layers(checkpoint.metadata.get(marks.HEADER_KEY, "")) or {}
-    markers |= {
-        planned.layer: marks.layer_marker(_matrix_shape(planned.source))
+    layers = {
+        planned.layer: marks.layer_marker(
+            _matrix_shape(planned.source),
+            full_precision=full_precision_modulations and is_modulation(scope.inner(planned.layer)),
+        )
         for planned in tensors.values()
         if planned.action == "quantize"
     }
-    metadata = checkpoint.metadata | {marks.HEADER_KEY: marks.header_value(markers)}
+    outputs = _output_tensors(checkpoint, tensors, layers)
+    metadata = dict(checkpoint.metadata)
+    # An all-in-one file may describe a quantised text encoder there; that stays.
+    described = marks.header_layers(metadata.pop(marks.HEADER_KEY, "")) or {}
+    # With a prefix ComfyUI adds the header's layers under both names, and warns of those that the
+    # model does not have; markers are enough for it.
+    if not scope.prefix or recipe.reproduces_convert_to_quant:
+        described |= layers
+    if described:
+        metadata[marks.HEADER_KEY] = marks.header_value(described)
+    if provenance is not None:
+        metadata[PROVENANCE_KEY] = json.dumps(provenance)
     header, places = layout_header(outputs, metadata)
-    size = file_size(header, places)
-    warnings = _warnings(tensors, recipe, prefix, zimage)
-    return Plan(checkpoint, recipe, prefix, tensors, header, places, size, warnings)
+    return Plan(
+        checkpoint,
+        recipe,
+        scope,
+        tensors,
+        layers,
+        header,
+        places,
+        file_size(header, places),
+        _warnings(tensors, recipe, scope),
+        _notes(source, tensors),
+    )
 
 
-def transformer_prefix(checkpoint: Checkpoint, *, any_model: bool) -> str:
-    """What stands before the names of the tensors that may be quantised.
-
-    Args:
-        checkpoint: the source, in the ComfyUI layout.
-        any_model: accept what is not Z-Image; every tensor of it counts as part of the model.
+def check_structure(source: Identified) -> None:
+    """Check that a Z-Image is whole and has no weights that it should not have.
 
     Raises:
-        CheckpointError: not Z-Image, or quantised already.
+        CheckpointError: it names up to five tensors.
     """
-    names = checkpoint.tensors.keys()
-    zimage = is_zimage(names)
-    prefix = model_prefix(names) if zimage else ""
-    if not any_model and not zimage:
-        if missing := missing_signature(names):
-            raise CheckpointError(
-                f'{checkpoint.path} lacks tensor "{missing[0]}", without which ComfyUI does not '
-                "recognise Z-Image; complete it, or give --any-model"
-            )
-        raise CheckpointError(
-            f"{checkpoint.path} is not a Z-Image checkpoint; give --any-model to take every 2-D "
-            "weight that no pattern excludes"
-        )
-    if found := marks.quantized_format(checkpoint, prefix):
-        raise CheckpointError(
-            f'{checkpoint.path} is quantised already ({found[0]}, see "{found[1]}"); start from '
-            "the BF16, F16 or F32 checkpoint"
-        )
-    return prefix
+    checkpoint, scope = source.checkpoint, source.scope
+    problems = missing_or_misshapen(checkpoint, scope) or unknown_weights(checkpoint, scope)
+    if problems:
+        raise structure_error(checkpoint, problems)
 
 
 def _plan_tensor(
     checkpoint: Checkpoint,
     tensor: SourceTensor,
     recipe: Recipe,
-    prefix: str,
+    scope: Scope,
     keep_names: Collection[str],
 ) -> PlannedTensor:
-    group = group_of(tensor.name, prefix)
+    group = group_of(tensor.name, scope)
 
     def kept(reason: str, action: Action = "keep") -> PlannedTensor:
         return PlannedTensor(tensor, action, reason, group)
 
-    if not tensor.name.startswith(prefix):
-        return kept("not part of the transformer")
+    if tensor.name not in scope:
+        return kept(OUTSIDE)
     if len(tensor.shape) != 2 or not tensor.name.endswith(marks.WEIGHT_SUFFIX):
         return kept("not a weight matrix")
     for rule in recipe.keep:
-        if rule.matches(tensor.name, prefix):
+        if rule.matches(tensor.name, scope.prefix):
             cast = recipe.source_rounding and tensor.dtype in ("F16", "F32")
             return kept(rule.reason, "cast" if cast else "keep")
     if tensor.name in keep_names:
@@ -208,7 +227,9 @@ def _matrix_shape(tensor: SourceTensor) -> tuple[int, int]:
 
 
 def _output_tensors(
-    checkpoint: Checkpoint, tensors: Mapping[str, PlannedTensor]
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, PlannedTensor],
+    layers: Mapping[str, Mapping[str, object]],
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of everything in the output."""
     outputs: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -218,7 +239,7 @@ def _output_tensors(
             outputs[name] = ("BF16" if planned.action == "cast" else source.dtype), source.shape
             continue
         shape = _matrix_shape(source)
-        marker = marks.marker_bytes(marks.layer_marker(shape))
+        marker = marks.marker_bytes(layers[planned.layer])
         outputs[name] = "F8_E4M3", padded_shape(shape)
         for suffix, added in (
             (marks.SCALE_SUFFIX, ("U8", scale_shape(shape))),
@@ -234,15 +255,15 @@ def _output_tensors(
 
 
 def _warnings(
-    tensors: Mapping[str, PlannedTensor], recipe: Recipe, prefix: str, zimage: bool
+    tensors: Mapping[str, PlannedTensor], recipe: Recipe, scope: Scope
 ) -> tuple[str, ...]:
     idle = [
         rule
         for rule in recipe.keep
-        if not any(n.startswith(prefix) and rule.matches(n, prefix) for n in tensors)
+        if not any(name in scope and rule.matches(name, scope.prefix) for name in tensors)
     ]
     warnings = []
-    if idle and not zimage:
+    if idle and not scope.zimage:
         ours = [rule for rule in idle if not rule.full_name]
         idle = [rule for rule in idle if rule.full_name]
         if ours:
@@ -250,4 +271,32 @@ def _warnings(
                 f"{len(ours)} patterns of recipe {recipe.name} match nothing in this model"
             )
     warnings += [f'pattern "{rule.pattern.pattern}" matches no tensor' for rule in idle]
+    if scope.zimage and scope.prefix not in COMFYUI_PREFIXES:
+        warnings.append(
+            f'tensor names keep their prefix "{scope.prefix}", which ComfyUI does not know: it '
+            "will not load the file"
+        )
     return tuple(warnings)
+
+
+def _notes(source: Identified, tensors: Mapping[str, PlannedTensor]) -> tuple[str, ...]:
+    scope, notes = source.scope, []
+    if scope.zimage and scope.prefix and scope.prefix in COMFYUI_PREFIXES:
+        notes.append(f'the transformer is under the prefix "{scope.prefix}"')
+    outside = Counter(
+        planned.group.removesuffix(NOT_TRANSFORMER)
+        for planned in tensors.values()
+        if planned.reason == OUTSIDE
+    )
+    if outside:
+        parts = ", ".join(f"{name} ({count:,})" for name, count in sorted(outside.items())[:5])
+        rest = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+        notes.append(
+            f"{plural(outside.total(), 'tensor')} outside the transformer copied unchanged: "
+            f"{parts}{rest}"
+        )
+    notes += [
+        f'the copy of the transformer under "{other.prefix}" is not quantised'
+        for other in source.others
+    ]
+    return tuple(notes)

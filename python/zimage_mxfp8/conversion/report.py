@@ -25,6 +25,7 @@ class ConversionReport:
         file_bytes: bytes of the output file.
         seconds: wall time.
         warnings: sentences that the user should see.
+        notes: what was recognised in the input, and what was copied unchanged.
         errors: per quantised weight, if error statistics were asked for.
     """
 
@@ -40,6 +41,7 @@ class ConversionReport:
     file_bytes: int
     seconds: float
     warnings: list[str]
+    notes: list[str]
     errors: dict[str, ErrorStats] | None = None
 
     @property

@@ -10,7 +10,7 @@ A recipe is data. The built-in ones are the TOML files beside this module; users
     pattern = '^layers\\.[01]\\.'      # Python regular expression, searched in the tensor's name
     reason = "why they stay"
 
-Names are matched without the prefix of all-in-one files (`model.diffusion_model.`).
+Names are matched without the transformer's prefix, such as `model.diffusion_model.`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class KeepRule:
         name: short title of the rule.
         pattern: regular expression, searched in tensor names.
         reason: why these layers stay as they are.
-        full_name: whether the prefix of all-in-one files counts as part of the name.
+        full_name: whether the transformer's prefix counts as part of the name.
     """
 
     name: str
@@ -75,6 +75,11 @@ class Recipe:
     description: str
     keep: tuple[KeepRule, ...]
     source_rounding: bool = False
+
+    @property
+    def reproduces_convert_to_quant(self) -> bool:
+        """Whether files are to equal convert_to_quant's byte for byte."""
+        return self.source_rounding
 
     def excluding(self, patterns: Iterable[str]) -> Recipe:
         """This recipe with more patterns, searched in the tensors' full names.

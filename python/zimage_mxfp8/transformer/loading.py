@@ -86,6 +86,7 @@ def load_parts(
     if device.type == "cuda":
         _check_memory(file, device, dtype)
     total = sum(tensor.nbytes for tensor in file.tensors.values())
+    total += sum(layer.scale.nbytes for layer in file.layers.values())
     try:
         with TensorStream(device, total, progress) as stream:
             return _Loader(file, stream, compute, dtype).load()

@@ -7,24 +7,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .. import _core
-from ..checkpoint import quantization as marks
+from ..checkpoint.identify import open_for
 from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
-from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader, open_checkpoint
-from ..checkpoint.zimage import (
-    is_diffusers_layout,
-    missing_essentials,
-    missing_tensors,
-    model_prefix,
-    to_comfyui_layout,
-    zimage_shapes,
-)
+from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
+from ..checkpoint.structure import missing_or_misshapen, structure_error, unknown_parameters
+from ..checkpoint.zimage import ANCHOR, expected_shapes
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
 from ..pipeline import Progress, ProgressCallback
@@ -37,6 +30,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F8_E4M3": torch.uint8,
     "U8": torch.uint8,
+    "F8_E8M0": torch.uint8,
 }
 _CHUNK = 8 << 20
 _WORKERS = 8
@@ -48,7 +42,7 @@ class ModelFile:
     """A checkpoint that holds a whole Z-Image transformer.
 
     Attributes:
-        tensors: by name without prefix, in the ComfyUI layout.
+        tensors: those that the model has, by name without prefix, in the ComfyUI layout.
         layers: the MXFP8 layers, by name without prefix.
     """
 
@@ -63,9 +57,9 @@ class ModelFile:
         for tensor in self.tensors.values():
             if tensor.dtype in FLOAT_NAMES:
                 total += tensor.nbytes * dtype.itemsize // _DTYPES[tensor.dtype].itemsize
-            elif not tensor.name.endswith(marks.MARKER_SUFFIX):
+            else:
                 total += tensor.nbytes
-        return total
+        return total + sum(layer.scale.nbytes for layer in self.layers.values())
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
@@ -78,91 +72,40 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         CheckpointError: unreadable, not Z-Image, incomplete, or quantised in a way that cannot be
             run; the sentence names the tensor.
     """
-    checkpoint = open_checkpoint(Path(path))
-    if is_diffusers_layout(checkpoint.tensors):
-        if found := marks.quantized_format(checkpoint, ""):
-            raise CheckpointError(
-                f'{path} is in the diffusers layout and quantised ("{found[1]}"), a mixture that '
-                "loses scales; convert the original to a single MXFP8 file"
-            )
-        checkpoint = to_comfyui_layout(checkpoint)
-    if lacking := missing_essentials(checkpoint.tensors):
-        raise CheckpointError(
-            f'{path} is no Z-Image transformer: it lacks tensor "{lacking[0]}" (the first that it '
-            f'has is "{min(checkpoint.tensors)}"); name a ComfyUI file or a diffusers folder of '
-            "Z-Image"
-        )
-    layers, breaches = find_layers(checkpoint)
-    if breaches:
-        count = plural(len(breaches), "problem")
-        raise CheckpointError(f"{path}: {breaches[0]} ({count} in all)")
-    prefix = model_prefix(checkpoint.tensors)
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    shapes.update({layer.weight.name: layer.shape for layer in layers})
-    _check_shapes(path, shapes, prefix)
-    quantized = {layer.weight.name for layer in layers}
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith(prefix)
-    }
-    for tensor in tensors.values():
-        is_float = tensor.dtype in FLOAT_NAMES or tensor.name in quantized
-        if not is_float and not tensor.name.endswith((marks.MARKER_SUFFIX, marks.SCALE_SUFFIX)):
-            raise CheckpointError(
-                f'{path}: "{tensor.name}" is {tensor.dtype}, which this package cannot run; '
-                "convert the original checkpoint"
-            )
-    config = ZImageConfig.of_shapes({name.removeprefix(prefix): s for name, s in shapes.items()})
-    by_name = {layer.name.removeprefix(prefix): layer for layer in layers}
-    _check_no_more(path, tensors, config, by_name)
-    return ModelFile(checkpoint, config, tensors, by_name)
-
-
-def _check_shapes(
-    path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]], prefix: str
-) -> None:
-    name = prefix + "cap_embedder.1.weight"
-    shape = shapes[name]
-    if len(shape) != 2 or 0 in shape or shape[0] % HEAD_DIM != 0:
-        raise CheckpointError(
-            f'{path}: "{name}" is {list(shape)}, not [dim, caption features] with dim a multiple '
-            f"of {HEAD_DIM}"
-        )
-    problems = missing_tensors(shapes, prefix)
-    if problems:
+    found = open_for(path, "run")
+    checkpoint, scope = found.checkpoint, found.scope
+    mxfp8 = find_layers(checkpoint, scope)
+    if mxfp8.breaches:
+        count = plural(len(mxfp8.breaches), "problem")
+        raise CheckpointError(f"{path}: {mxfp8.breaches[0]} ({count} in all)")
+    shapes = {layer.weight.name: layer.shape for layer in mxfp8.layers}
+    if problems := missing_or_misshapen(checkpoint, scope, shapes, for_comfyui=False):
+        raise structure_error(checkpoint, problems)
+    if problems := unknown_parameters(checkpoint, scope):
         tensor, problem = problems[0]
         raise CheckpointError(
-            f'{path}: "{tensor}" {problem} ({plural(len(problems), "problem")} in all); download '
-            "or convert the checkpoint again"
+            f'{path}: "{tensor}" {problem}; merge adapters into the weights first, or take it out'
         )
-
-
-def _check_no_more(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, SourceTensor],
-    config: ZImageConfig,
-    layers: Mapping[str, MXFP8Layer],
-) -> None:
-    """Refuse what a Z-Image transformer does not have: a bias or an adapter would be left out."""
-    known = set(
-        zimage_shapes(
-            config.dim,
-            config.n_layers,
-            config.n_refiner_layers,
-            config.cap_feat_dim,
-            config.hidden_dim,
+    layers = {scope.inner(layer.name): layer for layer in mxfp8.layers}
+    inner = {
+        i: checkpoint.tensors[name] for i, name in scope.inner_names(checkpoint.tensors).items()
+    }
+    inner_shapes = {name: tensor.shape for name, tensor in inner.items()}
+    inner_shapes |= {scope.inner(name): shape for name, shape in shapes.items()}
+    dim = inner_shapes[ANCHOR][0]
+    if dim % HEAD_DIM:
+        raise CheckpointError(
+            f'{path}: "{scope.prefix}{ANCHOR}" is {list(inner_shapes[ANCHOR])}, not [dim, caption '
+            f"features] with dim a multiple of {HEAD_DIM}"
         )
-    )
-    for layer in layers:
-        known |= {layer + suffix for suffix in (marks.SCALE_SUFFIX, marks.MARKER_SUFFIX)}
-    modules = {name.partition(".")[0] for name in zimage_shapes()}  # with stacks that are empty
-    for name, tensor in tensors.items():
-        if name not in known and name.partition(".")[0] in modules:
+    tensors = {name: inner[name] for name in expected_shapes(inner_shapes)}
+    for source in tensors.values():
+        if source.dtype not in FLOAT_NAMES and source.name not in shapes:
             raise CheckpointError(
-                f'{path}: "{tensor.name}" is no part of a Z-Image transformer, and would change '
-                "what it computes; merge adapters into the weights first, or take it out"
+                f'{path}: "{source.name}" is {source.dtype}, which this package cannot run; '
+                "convert the original checkpoint"
             )
+    return ModelFile(checkpoint, ZImageConfig.of_shapes(inner_shapes), tensors, layers)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""Recognising adapters (LoRA and its kin) by their tensor names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from .source import SourceTensor
+
+# Matrices of low-rank and Kronecker adapters, of orthogonal ones, and their side tensors.
+_MATRIX = re.compile(
+    r"(?:^|[._])(?:lora_(?:A|B|down|up|mid|linear_layer|magnitude_vector|embedding_[AB])"
+    r"|lora\.(?:down|up)|hada_[wt][12](?:_[ab])?|lokr_(?:w[12](?:_[ab])?|t2)|oft_(?:blocks|R)"
+    r"|dora_scale)(?:\.|$)"
+)
+_DIFFERENCE = re.compile(r"\.diff(?:_b)?$")
+
+_TYPES = (
+    ("LoKr", re.compile(r"lokr_")),
+    ("LoHa", re.compile(r"hada_")),
+    ("OFT", re.compile(r"oft_")),
+    ("DoRA", re.compile(r"dora_scale|lora_magnitude_vector|\.magnitude$")),
+    ("LoRA", re.compile(r"lora")),
+    ("full difference", _DIFFERENCE),
+)
+_PREFIXES = (
+    *("base_model.model.transformer.", "base_model.model.", "transformer.diffusion_model."),
+    *("transformer.", "diffusion_model.", "lora_unet__", "lora_unet_", "lora_transformer_"),
+    *("lycoris_", "lora_te"),
+)
+_MODELS = (
+    ("Flux", re.compile(r"double_blocks|single_blocks|single_transformer_blocks")),
+    ("Qwen-Image", re.compile(r"transformer_blocks[._]\d+[._](?:img_m|txt_m)")),
+    ("Stable Diffusion", re.compile(r"(?:down|up|input|output|middle|mid)_blocks?[._]")),
+    ("Wan", re.compile(r"blocks[._]\d+[._](?:self_attn|cross_attn)[._]")),
+    ("Z-Image", re.compile(r"attention[._](?:to_|qkv|out)|feed_forward[._]w[123]|adaLN_modul")),
+)
+_RANK_SUFFIXES = ("lora_A", "lora_down", "lora.down", "hada_w1_b", "lokr_w2_b")
+
+
+def find_adapter_tensor(names: Iterable[str]) -> str | None:
+    """The first name, in order, that only an adapter has."""
+    return min((name for name in names if _MATRIX.search(name)), default=None)
+
+
+def is_adapter(names: Collection[str]) -> bool:
+    """Whether a file consists of adapters: by its matrices, or of differences of weights alone."""
+    return find_adapter_tensor(names) is not None or (
+        bool(names) and all(_DIFFERENCE.search(name) for name in names)
+    )
+
+
+def describe_adapter(tensors: Mapping[str, SourceTensor]) -> str:
+    """Describe an adapter file: type, rank, model, spelling of the names.
+
+    For example: LoRA of rank 8 for Z-Image, names begin with "transformer.".
+    """
+    names = sorted(tensors)
+    kind = next((title for title, p in _TYPES if any(p.search(n) for n in names)), "adapter")
+    ranks = {
+        min(tensor.shape)
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and any(suffix in name for suffix in _RANK_SUFFIXES)
+    }
+    rank = f" of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}" if ranks else ""
+    model = next((title for title, p in _MODELS if any(p.search(n) for n in names)), None)
+    prefix = next((p for p in _PREFIXES if names[0].startswith(p)), None)
+    spelled = f'names begin with "{prefix}"' if prefix else f'such as "{names[0]}"'
+    return f"{kind}{rank}{f' for {model}' if model else ''}, {spelled}"

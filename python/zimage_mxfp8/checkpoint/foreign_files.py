@@ -1,0 +1,110 @@
+"""Recognising files that are not safetensors, and folders without a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from ..errors import WrongKindError
+from . import kinds
+from .kinds import Kind
+
+_HEAD = 4096  # bytes that are looked at
+_MAX_JSON = 64 << 20
+_PICKLE_PROTOCOLS = range(2, 6)
+_FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
+
+
+def refuse(path: Path, kind: Kind, evidence: str = "") -> WrongKindError:
+    """The error for a file that an operation does not take; one sentence with its remedy."""
+    problem, remedy = (text.replace("{0}", evidence) for text in (kind.problem, kind.remedy))
+    return WrongKindError(f"{path} {problem}; {remedy}", kind)
+
+
+def check_file(path: Path) -> None:
+    """Raise if a file is known not to be a safetensors file; others pass unread.
+
+    Raises:
+        WrongKindError: with the kind.
+        OSError: the file cannot be read.
+    """
+    if path.is_symlink() and not path.exists():
+        raise refuse(path, kinds.DANGLING_LINK, str(path.readlink()))
+    if not path.is_file():  # opening a pipe would wait for its writer
+        return
+    size = path.stat().st_size
+    if size == 0:
+        raise refuse(path, kinds.EMPTY_FILE)
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if kind := _kind_of(path, head, size):
+        raise refuse(path, kind, str(path.parent))
+
+
+def no_weights(folder: Path) -> WrongKindError:
+    """The error for a folder without a diffusers checkpoint, with what there is instead."""
+    singles = sorted(path.name for path in folder.glob("*.safetensors"))
+    if singles:
+        remedy = f"name one of its files, such as {singles[0]}"
+    elif any(
+        next(place.glob(pattern), None)
+        for place in (folder, folder / "transformer")
+        for pattern in _FOREIGN_WEIGHTS
+    ):
+        remedy = "its weights are in another format; download the safetensors files"
+    else:
+        remedy = "name the model's folder, or download its weights"
+    return refuse(folder, kinds.NO_WEIGHTS, remedy)
+
+
+def _kind_of(path: Path, head: bytes, size: int) -> Kind | None:
+    if head.startswith(b"GGUF"):
+        return kinds.GGUF
+    if head.startswith(b"PK\x03\x04"):
+        return kinds.PICKLE if _holds_pickle(path) else kinds.ZIP
+    # A safetensors file would have a header of over 2^40 bytes here.
+    if head[0] == 0x80 and len(head) > 1 and head[1] in _PICKLE_PROTOCOLS and any(head[4:8]):
+        return kinds.PICKLE
+    if head.startswith(b"version https://git-lfs"):
+        return kinds.LFS_POINTER
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return kinds.HTML
+    if start.startswith(b"{") and head[:1] in b"\xef {\t\r\n" and not _is_safetensors(head):
+        return _json_kind(path, size)
+    if size < _HEAD and _is_text(head):
+        return kinds.TEXT_FILE
+    return None
+
+
+def _holds_pickle(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return True  # a torn download: torch's files are the zip archives that models come in
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether the header's length is followed by JSON: then the first bytes only look like it."""
+    return head[8:9] == b"{"
+
+
+def _json_kind(path: Path, size: int) -> Kind:
+    if size <= _MAX_JSON:
+        try:
+            document = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            return kinds.JSON_FILE
+        if isinstance(document, dict) and "weight_map" in document:
+            return kinds.SHARD_INDEX
+    return kinds.JSON_FILE
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return all(c.isprintable() or c in "\r\n\t" for c in text)

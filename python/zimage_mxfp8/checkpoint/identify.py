@@ -1,0 +1,221 @@
+"""Telling what a checkpoint is, and opening one for what it can be used for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import kinds
+from .adapters import describe_adapter, find_adapter_tensor, is_adapter
+from .diffusers_layout import is_diffusers_layout, other_patch_size, to_comfyui_layout
+from .foreign_files import refuse
+from .kinds import Kind, Use
+from .quantization import find_format
+from .source import Checkpoint, open_checkpoint
+from .structure import missing_or_misshapen
+from .zimage import ANCHOR, PAD_TOKENS, WHOLE_FILE, Scope, find_scopes
+
+_SHARD_NAME = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+_ZIMAGE_PART = re.compile(
+    r"(?:^|\.)(?:(?:noise|context)_refiner\.\d+\.|layers\.\d+\.(?:adaLN_modulation\.|feed_forward\.w[123]\.)"
+    r"|cap_embedder\.[01]\.|all_(?:x_embedder|final_layer)\.)"
+)
+_LUMINA2_ONLY = re.compile(
+    r"(?:^|\.)layers\.\d+\.adaLN_modulation\.1\.weight$|(?:^|\.)time_caption_embed\."
+)
+
+# By names, the first that fits: parts of a pipeline come last, since a file of a whole pipeline
+# has them too.
+_FAMILIES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
+    (
+        kinds.ZIMAGE_CONTROLNET,
+        re.compile(r"^(?:control_layers|control_noise_refiner|control_all_x_embedder)\."),
+    ),
+    (
+        kinds.CONTROLNET,
+        re.compile(
+            r"(?:^|\.)(?:controlnet_\w+|control_model|zero_convs|input_hint_block|"
+            r"controlnet_cond_embedding)\."
+        ),
+    ),
+    (
+        kinds.FLUX,
+        re.compile(r"(?:^|\.)(?:double_blocks\.\d+\.img_attn|single_transformer_blocks\.\d+)\."),
+    ),
+    (kinds.QWEN_IMAGE, re.compile(r"(?:^|\.)transformer_blocks\.\d+\.img_mod\.")),
+    (
+        kinds.WAN,
+        re.compile(
+            r"(?:^|\.)(?:blocks\.\d+\.(?:self_attn|cross_attn)\.[qkvo]|condition_embedder)\."
+        ),
+    ),
+    (
+        kinds.SDXL,
+        re.compile(r"(?:^|\.)(?:label_emb\.\d|add_embedding\.linear_\d|conditioner\.embedders\.)"),
+    ),
+    (
+        kinds.STABLE_DIFFUSION,
+        re.compile(
+            r"(?:^|\.)(?:input_blocks\.\d+\.\d+|down_blocks\.\d+\.attentions|joint_blocks\.\d+)\."
+        ),
+    ),
+    (
+        kinds.VAE,
+        re.compile(
+            r"(?:^|\.)(?:(?:en|de)coder\.(?:conv_in|down_blocks|up_blocks|mid|down|up|middle|conv1)"
+            r"|first_stage_model|(?:post_)?quant_conv)\."
+        ),
+    ),
+    (
+        kinds.VISION_ENCODER,
+        re.compile(r"(?:^|\.)(?:vision_model|visual|vision_tower)\."),
+    ),
+    (
+        kinds.TEXT_ENCODER,
+        re.compile(
+            r"(?:^|\.)(?:embed_tokens|token_embedding|word_embeddings|shared|wte)\.weight$"
+            r"|\.self_attn\.(?:[qkv]|out)_proj\.|\.layer\.\d+\.SelfAttention\."
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Identified:
+    """A checkpoint, and what it is.
+
+    Attributes:
+        checkpoint: in ComfyUI's layout, if it is a whole Z-Image.
+        kind: the model, or what is in the way of using it.
+        evidence: what shows the kind.
+        format: what the model is quantised with; None if it is not.
+        format_evidence: the tensor or header key that shows the format.
+        scope: which tensors are the model's: all, for another model.
+        others: further sets of Z-Image names in the file, such as averaged weights.
+        diffusers: whether the file has diffusers' names.
+    """
+
+    checkpoint: Checkpoint
+    kind: Kind
+    evidence: str
+    format: Kind | None
+    format_evidence: str
+    scope: Scope
+    others: tuple[Scope, ...] = ()
+    diffusers: bool = False
+
+    def check_use(self, use: Use, *, any_model: bool = False) -> None:
+        """Raise if this cannot be used so.
+
+        Raises:
+            WrongKindError: one sentence with what the file is and what to do instead.
+        """
+        by_format = self.kind is kinds.ZIMAGE or any_model or use in ("validate", "dequantize")
+        if self.format is not None and by_format and not self._is_broken():
+            if not self.format.accepts(use):
+                raise refuse(self.checkpoint.path, self.format, self.format_evidence)
+        elif not self.kind.accepts(use, any_model=any_model):
+            raise refuse(self.checkpoint.path, self.kind, self.evidence)
+
+    def _is_broken(self) -> bool:
+        """Whether no command takes it, quantised or not."""
+        return (
+            not self.kind.uses
+            and not self.kind.uses_as_other_model
+            and (self.kind is not kinds.INCOMPLETE)
+        )
+
+
+def identify(path: str | os.PathLike[str]) -> Identified:
+    """Tell what a safetensors file or a diffusers folder is, from names, dtypes and markers.
+
+    Raises:
+        WrongKindError: it is not a safetensors file, and its kind is known.
+        CheckpointError: unreadable or malformed, or tensors that do not fit together.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    names = checkpoint.tensors.keys()
+    scopes = find_scopes(names)
+    if not scopes:
+        kind, evidence = _kind_without_zimage(checkpoint)
+        form, shown_by = find_format(checkpoint, WHOLE_FILE) or (None, "")
+        return Identified(checkpoint, kind, evidence, form, shown_by, WHOLE_FILE)
+    scope, *others = scopes
+    diffusers = is_diffusers_layout(names, scope.prefix)
+    form, shown_by = find_format(checkpoint, scope) or (None, "")
+    kind, evidence = kinds.ZIMAGE, scope.prefix + ANCHOR
+    if obstacle := _obstacle(checkpoint, scope):
+        kind, evidence = obstacle
+    elif diffusers and form:
+        kind, evidence = kinds.DIFFUSERS_QUANTISED, shown_by
+    else:
+        checkpoint = to_comfyui_layout(checkpoint, scope)
+    return Identified(checkpoint, kind, evidence, form, shown_by, scope, tuple(others), diffusers)
+
+
+def open_for(path: str | os.PathLike[str], use: Use, *, any_model: bool = False) -> Identified:
+    """Open a checkpoint for a use.
+
+    Args:
+        path: safetensors file or diffusers folder.
+        use: what for.
+        any_model: for "convert", "original" and "analyse": accept other models than Z-Image too.
+
+    Raises:
+        WrongKindError: it is of a kind that cannot be used so.
+        CheckpointError: unreadable or malformed, or tensors that do not fit together.
+    """
+    found = identify(path)
+    found.check_use(use, any_model=any_model)
+    return found
+
+
+def _obstacle(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:
+    """What keeps a file with a set of Z-Image names from being used, and what shows it."""
+    names = [name for name in checkpoint.tensors if name.startswith(scope.prefix)]
+    inside = [name for name in names if name in scope]
+    if wrapped := min((name for name in inside if ".base_layer." in name), default=None):
+        return kinds.PEFT_WRAPPED, wrapped
+    if adapter := find_adapter_tensor(inside):
+        return kinds.ADAPTED, adapter
+    if other := other_patch_size(names, scope.prefix):
+        return kinds.TWO_PATCH_SIZES, other
+    if _is_shard(checkpoint) and missing_or_misshapen(checkpoint, scope):
+        return kinds.SHARD, str(checkpoint.path.parent)
+    return None
+
+
+def _is_shard(checkpoint: Checkpoint) -> bool:
+    match = _SHARD_NAME.search(checkpoint.path.name)
+    return match is not None and int(match["count"]) > 1
+
+
+def _kind_without_zimage(checkpoint: Checkpoint) -> tuple[Kind, str]:
+    """What a file without a whole set of Z-Image names is, and what shows it."""
+    names = sorted(checkpoint.tensors)
+    if is_adapter(names):
+        return kinds.ADAPTER, describe_adapter(checkpoint.tensors)
+    for kind, pattern in _FAMILIES:
+        if kind in (kinds.ZIMAGE_CONTROLNET, kinds.CONTROLNET) and (
+            found := _first(names, pattern)
+        ):
+            return kind, found
+    if _first(names, _ZIMAGE_PART):
+        if _is_shard(checkpoint):
+            return kinds.SHARD, str(checkpoint.path.parent)
+        lumina = _first(names, _LUMINA2_ONLY)
+        anchor = next((name for name in names if name.endswith(ANCHOR)), None)
+        if lumina or anchor:
+            return kinds.LUMINA2, (anchor or ANCHOR).removesuffix(ANCHOR) + PAD_TOKENS[0]
+        return kinds.INCOMPLETE, ANCHOR
+    for kind, pattern in _FAMILIES:
+        if found := _first(names, pattern):
+            return kind, found
+    return kinds.UNKNOWN, names[0]
+
+
+def _first(names: Collection[str], pattern: re.Pattern[str]) -> str | None:
+    return next((name for name in names if pattern.search(name)), None)

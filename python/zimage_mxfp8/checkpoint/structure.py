@@ -1,0 +1,100 @@
+"""Whether a checkpoint has the tensors of a whole Z-Image, told from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from ..dtypes import FLOAT_NAMES
+from ..errors import CheckpointError
+from .source import Checkpoint
+from .zimage import ANCHOR, BLOCK_TENSOR, SIGNATURE, Scope, expected_shapes
+
+_MOST_NAMED = 5
+_UNRECOGNISED = "is missing, without which ComfyUI does not recognise Z-Image"
+
+Problem = tuple[str, str]  # a tensor, and what is wrong with it
+
+
+def missing_or_misshapen(
+    checkpoint: Checkpoint,
+    scope: Scope,
+    logical_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    for_comfyui: bool = True,
+) -> list[Problem]:
+    """What keeps a model's tensors from being a whole Z-Image, in name order.
+
+    The number of blocks and the widths are taken from the tensors themselves.
+
+    Args:
+        checkpoint: in ComfyUI's layout.
+        scope: the model's tensors.
+        logical_shapes: shapes before padding, by name, of weights that are stored padded.
+        for_comfyui: whether what ComfyUI recognises Z-Image by must be there: a noise refiner.
+    """
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    shapes.update(logical_shapes or {})
+    inner = {i: shapes[name] for i, name in scope.inner_names(shapes).items()}
+    anchor = inner.get(ANCHOR)
+    if anchor is None:
+        return [(scope.prefix + ANCHOR, "is missing")]
+    if len(anchor) != 2 or 0 in anchor:
+        return [(scope.prefix + ANCHOR, f"is {list(anchor)}, not [dim, caption features]")]
+    expected = expected_shapes(inner)
+    problems = [
+        (scope.prefix + name, _UNRECOGNISED)
+        for name in SIGNATURE
+        if for_comfyui and name not in inner
+    ]
+    for name, shape in expected.items():
+        if name not in inner:
+            if not (for_comfyui and name in SIGNATURE):
+                problems.append((scope.prefix + name, "is missing"))
+        elif inner[name] != shape:
+            problems.append((scope.prefix + name, f"is {list(inner[name])}, not {list(shape)}"))
+    return sorted(problems)
+
+
+def unknown_weights(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
+    """Matrices under a block's name that Z-Image's blocks do not have, in name order."""
+    known = _known(checkpoint, scope)
+    return sorted(
+        (name, "is no weight of Z-Image")
+        for name, tensor in checkpoint.tensors.items()
+        if name in scope
+        and len(tensor.shape) == 2
+        and tensor.dtype in FLOAT_NAMES
+        and BLOCK_TENSOR.match(scope.inner(name))
+        and scope.inner(name) not in known
+    )
+
+
+def unknown_parameters(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
+    """Weights and biases that would change what the model computes, in name order."""
+    known = _known(checkpoint, scope)
+    return sorted(
+        (name, "is no part of a Z-Image transformer, and would change what it computes")
+        for name, tensor in checkpoint.tensors.items()
+        if name in scope
+        and name.endswith((".weight", ".bias"))
+        and tensor.dtype in FLOAT_NAMES
+        and scope.inner(name) not in known
+    )
+
+
+def _known(checkpoint: Checkpoint, scope: Scope) -> Collection[str]:
+    inner = {
+        i: checkpoint.tensors[n].shape for i, n in scope.inner_names(checkpoint.tensors).items()
+    }
+    return expected_shapes(inner) if len(inner.get(ANCHOR, ())) == 2 else ()
+
+
+def structure_error(checkpoint: Checkpoint, problems: Sequence[Problem]) -> CheckpointError:
+    """The error for a Z-Image with structural problems: names up to five, counts the rest."""
+    named = "; ".join(f'"{tensor}" {problem}' for tensor, problem in problems[:_MOST_NAMED])
+    rest = len(problems) - _MOST_NAMED
+    more = f"; and {rest:,} more" if rest > 0 else ""
+    return CheckpointError(
+        f"{checkpoint.path} is not a whole Z-Image transformer: {named}{more}; download or export "
+        "the checkpoint again"
+    )
