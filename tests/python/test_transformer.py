@@ -26,11 +26,11 @@ from diffusers_reference import (
     random_inputs,
     relative_error,
 )
-from zimage_mxfp8.checkpoint.zimage import SINGLE_FILE_PREFIX
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
 from zimage_mxfp8.transformer.sequence import layout_of
 from zimage_mxfp8.transformer.weights import open_model
 
+SINGLE_FILE_PREFIX = "model.diffusion_model."
 BATCHES = {
     "one image": ([(16, 16)], [32]),
     "pads on both sides": ([(10, 14)], [5]),
