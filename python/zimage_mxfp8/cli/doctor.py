@@ -64,7 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
         "Extras",
         ["extra", "missing", "what installs it"],
         [
-            [extra.name, ", ".join(extra.missing) or "nothing", extra.command]
+            [
+                extra.name,
+                ", ".join(extra.missing) or "nothing",
+                extra.command if extra.missing else "",
+            ]
             for extra in found.extras
         ],
     )
