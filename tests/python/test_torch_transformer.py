@@ -50,7 +50,8 @@ def test_modes_agree_with_the_core(
     assert arithmetic.on(torch.device("cpu")) is by_core
     want = run(quantized, compute, dtype)
     monkeypatch.setattr(devices, "has_kernels", lambda device: False)
-    monkeypatch.setattr(tiles, "TILE", 30_000)  # several tiles in every operation
+    for name in ("TILE", "WEIGHT_TILE"):
+        monkeypatch.setattr(tiles, name, 30_000)  # several in every operation
     found = run(quantized, compute, dtype)
     # Sums in another order; where that decides a rounding, a step of BF16 or of E4M3.
     bound = 0.06 if compute != "exact" else 1e-5 if dtype == torch.float32 else 0.02
@@ -138,8 +139,8 @@ def test_memory_of_a_forward(compute: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(block, "attend", lambda qkv, heads, lengths: qkv[:, : heads * 128] * 1)
     # The product of CUDA devices, which torch has on the CPU too.
     monkeypatch.setattr(by_torch, "multiply_row_scaled", lambda x, w, _: scaled_mm._multiply(x, w))
-    for module in (tiles, ops, by_torch):
-        monkeypatch.setattr(module, "TILE", 1 << 18)
+    for name in ("TILE", "WEIGHT_TILE"):
+        monkeypatch.setattr(tiles, name, 1 << 18)
     layout_of.cache_clear()  # it holds tensors
     with LiveBytes() as live:
         model(*random_inputs([(128, 128)], [32]))

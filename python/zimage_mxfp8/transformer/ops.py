@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .. import devices, fused
 from ..fused import Form
 from . import arithmetic
-from .arithmetic.tiles import TILE, row_tiles
+from .arithmetic import tiles
 from .config import HEAD_DIM, NORM_EPS
 
 # A matrix of activations in each of the forms that its consumers take.
@@ -71,7 +71,7 @@ def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
     """Rows to compute together: float32 of BF16 matrices is not held of all of them."""
     if matrix.dtype == torch.float32:
         return iter([slice(0, len(matrix))])
-    return row_tiles(*matrix.shape)
+    return tiles.row_tiles(*matrix.shape, tiles.TILE)
 
 
 def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -79,7 +79,7 @@ def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) 
     is_fused = device.type == "cuda" and devices.has_kernels(device.index)
     if dtype == torch.float32 or is_fused:
         return 0
-    return _TEMPORARIES * min(elements, TILE) * torch.float32.itemsize
+    return _TEMPORARIES * min(elements, tiles.TILE) * torch.float32.itemsize
 
 
 def _fused_form(columns: int, forms: Collection[Form]) -> Form:

@@ -7,8 +7,7 @@ import torch
 from ... import matmul
 from ...codec import MXFP8Array
 from ...matmul import FoldStats, RowScaledArray
-from . import scaled_mm, torch_codec
-from .tiles import TILE, row_tiles
+from . import scaled_mm, tiles, torch_codec
 from .torch_codec import dequantize, quantize, quantize_rows
 
 __all__ = [
@@ -38,7 +37,7 @@ def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
     """Multiply with the decoded weights, some rows of which are decoded at a time."""
     rows, columns = weights.shape
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    for tile in row_tiles(rows, columns, _SCALE_ROWS):
+    for tile in tiles.row_tiles(rows, columns, tiles.WEIGHT_TILE, _SCALE_ROWS):
         decoded = dequantize(torch_codec.rows_of(weights, tile), x.dtype)
         torch.mm(x, decoded.t(), out=out[:, tile])
     return out
@@ -46,7 +45,7 @@ def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
 
 def exact_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes of the rows that are decoded at a time."""
-    return min(shape[0] * shape[1], TILE) * dtype.itemsize
+    return min(shape[0] * shape[1], tiles.WEIGHT_TILE) * dtype.itemsize
 
 
 multiply_row_scaled = scaled_mm.multiply

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from ...matmul import RowScaledArray
-from .tiles import TILE, row_tiles
+from . import tiles
 
 _FIRST = (8, 9)  # compute capability with FP8 tensor cores
 
@@ -69,7 +69,7 @@ def multiply_decoded(
     rows, columns = weights.shape
     out = torch.empty((x.shape[0], rows), dtype=torch.float32, device=x.codes.device)
     wide = x.codes.view(torch.float8_e4m3fn).float()
-    for tile in row_tiles(rows, columns):
+    for tile in tiles.row_tiles(rows, columns, tiles.TILE):
         decoded = weights.codes[tile].view(torch.float8_e4m3fn).float()
         torch.mm(wide, decoded.t(), out=out[:, tile])
     return out.mul_(x.scales[:, None]).mul_(weights.scales).to(dtype)
@@ -79,4 +79,4 @@ def workspace(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes that `multiply` takes on a CUDA device for x [tokens, K] and weights [N, K]."""
     if dtype == torch.bfloat16:
         return 0
-    return (tokens * shape[1] + min(shape[0] * shape[1], TILE)) * torch.float32.itemsize
+    return (tokens * shape[1] + min(shape[0] * shape[1], tiles.TILE)) * torch.float32.itemsize

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-# Elements: enough that launches cost little, and 32 MiB in float32.
+# Elements of activations: enough that launches cost little, and 32 MiB in float32.
 TILE = 1 << 23
+# Elements of weights: enough for products at full speed, and 64 MiB in bfloat16.
+WEIGHT_TILE = 1 << 25
 
 
-def row_tiles(rows: int, columns: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of a matrix's rows with about `TILE` elements each.
+def row_tiles(rows: int, columns: int, most: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of a matrix's rows, about equal.
 
     Args:
         rows: of the matrix.
         columns: of the matrix.
-        multiple: each but the last has a multiple of this number of rows.
+        most: elements of a tile, about.
+        multiple: each tile but the last has a multiple of this number of rows.
     """
-    step = max(TILE // max(columns, 1) // multiple, 1) * multiple
+    count = max(math.ceil(rows * columns / most), 1)
+    step = max(math.ceil(rows / count / multiple), 1) * multiple
     for begin in range(0, rows, step):
         yield slice(begin, min(begin + step, rows))

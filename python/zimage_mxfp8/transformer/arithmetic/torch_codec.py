@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ...codec import MXFP8Array, padded_shape, scale_shape
 from ...matmul import RowScaledArray
-from .tiles import row_tiles
+from . import tiles
 
 _BLOCK = 32
 _SCALE_ROWS = 128  # of a tile of blocked scales
@@ -80,7 +80,7 @@ def quantize(matrix: torch.Tensor) -> MXFP8Array:
     device = matrix.device
     codes = torch.zeros((code_rows, code_columns), dtype=torch.uint8, device=device)
     scales = torch.zeros((code_rows, code_columns // _BLOCK), dtype=torch.uint8, device=device)
-    for tile in row_tiles(rows, code_columns):
+    for tile in tiles.row_tiles(rows, code_columns, tiles.TILE):
         part = F.pad(matrix[tile], (0, code_columns - columns))
         codes[tile], scales[tile] = _encode_blocks(part.unflatten(1, (-1, _BLOCK)))
     blocked = to_blocked(scales)
@@ -121,7 +121,7 @@ def quantize_rows(matrix: torch.Tensor) -> RowScaledArray:
     # On the device: torch multiplies with the reciprocal of a number of Python's, and what divides
     # such a number is a reciprocal too, both of which may differ from a quotient in the last bit.
     maximum = torch.full((), _MAXIMUM, device=matrix.device)
-    for tile in row_tiles(rows, columns):
+    for tile in tiles.row_tiles(rows, columns, tiles.TILE):
         part = matrix[tile]
         amax = torch.linalg.vector_norm(part, torch.inf, dim=1).float()  # NaN if there is one
         is_finite = amax < torch.inf
@@ -147,7 +147,7 @@ def fold(array: MXFP8Array) -> tuple[RowScaledArray, torch.Tensor]:
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=device)
     scales = torch.empty(rows, dtype=torch.float32, device=device)
     statistics = torch.empty((rows, 3), dtype=torch.float64, device=device)
-    for tile in row_tiles(rows, columns, _SCALE_ROWS):
+    for tile in tiles.row_tiles(rows, columns, tiles.TILE, _SCALE_ROWS):
         _fold_rows(rows_of(array, tile), codes[tile], scales[tile], statistics[tile])
     return RowScaledArray(codes.view(torch.float8_e4m3fn), scales), statistics
 
