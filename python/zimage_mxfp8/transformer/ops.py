@@ -71,7 +71,7 @@ def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
     """Rows to compute together: float32 of BF16 matrices is not held of all of them."""
     if matrix.dtype == torch.float32:
         return iter([slice(0, len(matrix))])
-    return tiles.row_tiles(*matrix.shape, tiles.TILE)
+    return tiles.row_tiles(len(matrix), matrix.shape[1], tiles.TILE)
 
 
 def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) -> int:
