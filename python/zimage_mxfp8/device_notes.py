@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from . import driver
+from . import _core, driver
 from .devices import HOW_TO_GET_KERNELS, core_index, has_kernels, why_no_kernels
 from .errors import DeviceWarning
 
@@ -35,11 +35,12 @@ def tell(device: torch.device, asked: object) -> None:
 
 
 def _without_kernels(device: torch.device) -> str:
+    remedy = "" if _core.build_info().cuda else f". To get them, {HOW_TO_GET_KERNELS}"
     return (
         f"{device} works through torch, without CUDA kernels of this package: {why_no_kernels()}. "
         "That is slower, because torch decodes weights, encodes activations and does what lies "
-        "between the products in many operations where kernels need one, and mode mxfp8 is "
-        f"missing. To get them, {HOW_TO_GET_KERNELS}"
+        f"between the products in many operations where kernels need one, and mode mxfp8 is missing"
+        f"{remedy}"
     )
 
 

@@ -33,6 +33,11 @@ def has_kernels(device: int) -> bool:
     return device < len(found) and found[device].major >= _FIRST_MAJOR
 
 
+def has_fused_kernels(device: torch.device) -> bool:
+    """Whether a torch device has the kernels of `fused` and `fused_gemm`, which are for CUDA."""
+    return device.type == "cuda" and has_kernels(device.index)
+
+
 def why_no_kernels() -> str:
     """Why a CUDA device has no kernels: a clause."""
     build = _core.build_info()

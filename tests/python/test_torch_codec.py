@@ -174,6 +174,35 @@ def test_scale_layout(shape: tuple[int, int], seed: int) -> None:
     assert torch.equal(torch_codec.from_blocked(blocked, rows, blocks), scales)
 
 
+def test_products_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, whose torch has the product; the refusals are those of others."""
+    cpu = torch.device("cpu")
+    assert scaled_mm._try(cpu) == ""
+    multiply = scaled_mm._multiply
+    monkeypatch.setattr(scaled_mm, "_multiply", lambda a, b: multiply(a, b) + 1)
+    assert scaled_mm._try(cpu) == "the result is wrong"
+
+    def refuse(*_: object) -> torch.Tensor:
+        raise RuntimeError("Invalid scaling configuration.\nFor RowWise scaling, ...")
+
+    monkeypatch.setattr(scaled_mm, "_multiply", refuse)
+    assert scaled_mm._try(cpu) == "Invalid scaling configuration."
+
+
+def test_why_a_gpu_has_no_fp8_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A40")
+    why = scaled_mm.unsupported.__wrapped__
+    assert why(0) == (
+        "FP8 products need compute capability 8.9 or newer, and this is NVIDIA A40 (8.6)"
+    )
+    assert why(1) == f"the torch that is installed ({torch.__version__}) finds no CUDA device 1"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(scaled_mm, "_try", lambda place: "no")
+    assert why(0).endswith("has no FP8 product with a scale per row on NVIDIA A40 (8.9): no")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("form", ["row-scaled", "decoded"])
 def test_row_scaled_product(form: str, dtype: torch.dtype) -> None:

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not device.kernels:
             other = ("with kernels", device.with_kernels)
         _print_paths(title, device.paths, {f"compute modes {other[0]}": ", ".join(other[1])})
-    if found.devices and not all(device.kernels for device in found.devices):
+    if found.devices and not found.cuda:
         display.print_text(f"To get CUDA kernels, {HOW_TO_GET_KERNELS}.")
     display.print_table(
         "Extras",

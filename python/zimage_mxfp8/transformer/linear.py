@@ -140,8 +140,7 @@ class FoldedLinear(Linear):
         return (
             self.dtype == torch.bfloat16
             and len(self.codes) == self.out_features
-            and device.type == "cuda"
-            and devices.has_kernels(device.index)
+            and devices.has_fused_kernels(device)
             and fused_gemm.is_faster(tokens, self.out_features, device.index)
         )
 

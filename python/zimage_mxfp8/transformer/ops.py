@@ -49,7 +49,7 @@ def form_nbytes(form: Form, elements: int, dtype: torch.dtype) -> int:
 def result_nbytes(form: Form, elements: int, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of what an operation gives in a form, with the matrix that torch makes it of."""
     nbytes = form_nbytes(form, elements, dtype)
-    if form == "bfloat16" or (device.type == "cuda" and devices.has_kernels(device.index)):
+    if form == "bfloat16" or devices.has_fused_kernels(device):
         return nbytes
     return nbytes + elements * dtype.itemsize
 
@@ -60,11 +60,7 @@ def pad_columns(matrix: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _fusable(matrix: torch.Tensor) -> bool:
-    return (
-        matrix.is_cuda
-        and matrix.dtype == torch.bfloat16
-        and devices.has_kernels(matrix.device.index)
-    )
+    return matrix.dtype == torch.bfloat16 and devices.has_fused_kernels(matrix.device)
 
 
 def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
@@ -76,8 +72,7 @@ def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
 
 def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes that torch takes at most for matrices of so many elements where kernels take none."""
-    is_fused = device.type == "cuda" and devices.has_kernels(device.index)
-    if dtype == torch.float32 or is_fused:
+    if dtype == torch.float32 or devices.has_fused_kernels(device):
         return 0
     return _TEMPORARIES * min(elements, tiles.TILE) * torch.float32.itemsize
 

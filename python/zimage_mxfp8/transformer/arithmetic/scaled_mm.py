@@ -27,17 +27,21 @@ def unsupported(device: int) -> str:
     name = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
     if capability < _FIRST:
         return f"FP8 products need compute capability 8.9 or newer, and this is {name}"
-    size, place = 128, torch.device("cuda", device)
+    if not (why := _try(torch.device("cuda", device))):
+        return ""
+    return f"torch {torch.__version__} has no FP8 product with a scale per row on {name}: {why}"
+
+
+def _try(place: torch.device) -> str:
+    """What goes wrong with a product; "" if nothing does."""
+    size = 128
     codes = torch.ones((size, size), device=place).to(torch.float8_e4m3fn)
     operand = RowScaledArray(codes, torch.full((size,), 0.5, device=place))
     try:
         is_right = bool((_multiply(operand, operand) == size * 0.5 * 0.5).all())
-        why = "" if is_right else "a product is wrong"
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if not why:
-        return ""
-    return f"torch {torch.__version__} has no FP8 product with a scale per row on {name}: {why}"
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "" if is_right else "the result is wrong"
 
 
 def multiply(x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype) -> torch.Tensor:
