@@ -4,6 +4,8 @@ beside diffusers' BF16 model under torch.compile, and a picture with `generate`,
     python benchmarks/transformer.py                    # full size; needs 20 GB of disk
     python benchmarks/transformer.py --only ours peer   # some parts; --help lists them
 
+In a build without CUDA kernels torch does the work, in the modes that it has.
+
 The checkpoint is synthetic. Inputs are random latents and captions. Peer: diffusers'
 `ZImageTransformer2DModel` in BF16 with cuDNN's attention, its blocks compiled by torch.compile for
 the shape that is timed ("regional" compilation, which diffusers recommends); with --whole also
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,9 +33,11 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors import safe_open
 
 import zimage_mxfp8 as zm
+from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.bias_correction import sampler_timesteps
 from zimage_mxfp8.synthetic import write_synthetic_checkpoint
+from zimage_mxfp8.transformer.compute import Compute, supported
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "python"))
 from model_folder import make_parts
@@ -42,7 +46,7 @@ PARTS = ("load", "start", "generate", "ours", "profile", "errors", "peer")
 # Pixels of a side, pictures, caption tokens.
 SHAPES = [(1024, 1, 128), (512, 1, 128), (1536, 1, 128), (2048, 1, 128), (1024, 4, 128)]
 SHAPES.append((1024, 1, 512))
-MODES = ("folded", "exact")
+MODES: tuple[Compute, ...] = ("folded", "exact")
 Inputs = tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
 
 START = """
@@ -130,6 +134,11 @@ def load_peer(checkpoint: Path, dtype: torch.dtype) -> ZImageTransformer2DModel:
     return peer.eval()
 
 
+def modes(wanted: Sequence[Compute]) -> list[Compute]:
+    """Those that the device has."""
+    return [mode for mode in wanted if mode in supported(torch.cuda.current_device())]
+
+
 def free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -150,7 +159,7 @@ def measure_load(file: Path) -> dict[str, float]:
 
 def measure_start(file: Path) -> dict[str, float]:
     result = {}
-    for mode in MODES:
+    for mode in modes(MODES):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", START, str(file), mode], check=True)
         result[mode] = time.perf_counter() - began
@@ -185,7 +194,7 @@ def measure_generate(file: Path) -> dict[str, dict[str, float]]:
 
 def measure_ours(file: Path, repeats: int) -> dict[str, dict[str, float]]:
     result = {}
-    for mode in MODES:
+    for mode in modes(MODES):
         free()
         model = zm.ZImageTransformer.from_checkpoint(file, "cuda", mode)
         for shape in SHAPES:
@@ -274,7 +283,7 @@ def measure_errors(checkpoint: Path, file: Path) -> dict[str, dict[str, float]]:
         "ours BF16": lambda: zm.ZImageTransformer.from_checkpoint(checkpoint, "cuda"),
         **{
             mode: lambda mode=mode: zm.ZImageTransformer.from_checkpoint(file, "cuda", mode)
-            for mode in ("exact", "emulated", "folded")
+            for mode in modes(("exact", "emulated", "folded"))
         },
     }
     for name, make in models.items():
@@ -317,7 +326,9 @@ def main() -> None:
     with file.open("rb", buffering=0) as content:  # into the page cache
         while content.read(1 << 24):
             pass
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    build = _core.build_info()
+    kernels = f"kernels of CUDA {build.cuda}" if build.cuda else f"no kernels ({build.no_cuda})"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {kernels}", flush=True)
     figures: dict[str, object] = {}
 
     def note(what: str, value: object) -> None:

@@ -11,7 +11,8 @@
 
 namespace zimage_mxfp8::detail {
 
-inline constexpr const char* kNoCuda = "this build has no CUDA kernels: rebuild it with ZM_CUDA=ON";
+inline constexpr const char* kNoCuda =
+    "this build has no CUDA kernels: install nvcc 12.8 or newer and build it with ZM_CUDA=ON";
 
 // The devices, looked up once.
 const std::vector<CudaDevice>& known_devices();

@@ -20,6 +20,7 @@ void register_device(py::module_& module) {
   py::class_<BuildInfo>(module, "BuildInfo")
       .def_readonly("version", &BuildInfo::version)
       .def_readonly("cuda", &BuildInfo::cuda)
+      .def_readonly("no_cuda", &BuildInfo::no_cuda)
       .def_readonly("cutlass", &BuildInfo::cutlass)
       .def_readonly("architectures", &BuildInfo::architectures);
   module.def("build_info", &build_info);

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .errors import (
         CheckpointError,
         CudaError,
+        DeviceWarning,
         Error,
         GenerationError,
         InvalidArgumentError,
@@ -75,6 +76,7 @@ _HOME = {
     "ErrorStats": "error_stats",
     "CheckpointError": "errors",
     "CudaError": "errors",
+    "DeviceWarning": "errors",
     "Error": "errors",
     "GenerationError": "errors",
     "InvalidArgumentError": "errors",
@@ -112,6 +114,7 @@ __all__ = [
     "CompareReport",
     "ConversionReport",
     "CudaError",
+    "DeviceWarning",
     "Diagnosis",
     "Error",
     "ErrorStats",

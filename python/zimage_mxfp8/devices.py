@@ -1,10 +1,11 @@
-"""Names of devices: "cpu", "cuda", "cuda:1"."""
+"""Names of devices ("cpu", "cuda", "cuda:1"), and which of them this build has kernels for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from . import _core
@@ -13,54 +14,95 @@ from .errors import CudaError, UnsupportedError, UsageError
 if TYPE_CHECKING:
     import torch
 
+_FIRST_MAJOR = 8  # of the compute capabilities that kernels are compiled for
+HOW_TO_GET_KERNELS = (
+    "install nvcc 12.8 or newer, then run ZM_CUDA=ON pip install . in this package's source folder"
+)
+
+
+@cache
+def has_kernels(device: int) -> bool:
+    """Whether this build has kernels for a device. Where it has none, torch does the work.
+
+    Args:
+        device: index of a CUDA device, or -1 for the CPU, which always has them.
+    """
+    if device < 0:
+        return True
+    found = _core.cuda_devices()
+    return device < len(found) and found[device].major >= _FIRST_MAJOR
+
+
+def has_fused_kernels(device: torch.device) -> bool:
+    """Whether a torch device has the kernels of `fused` and `fused_gemm`, which are for CUDA."""
+    return device.type == "cuda" and has_kernels(device.index)
+
+
+def why_no_kernels() -> str:
+    """Why a CUDA device has no kernels: a clause."""
+    build = _core.build_info()
+    if build.cuda:
+        return f"those of this build need compute capability {_FIRST_MAJOR}.0 or newer"
+    return f"this build has none ({build.no_cuda})"
+
 
 def cuda_index(device: str) -> int | None:
-    """The index of the CUDA device that a name means; None for "cpu", which is "cpu:0" too.
+    """The index of the CUDA device with kernels that a name means; None for "cpu" and "cpu:0".
 
     Raises:
         UsageError: not the name of a device.
         UnsupportedError: this build has no CUDA, or this machine no such device.
     """
-    device = str(device)  # a torch.device too
-    if device in ("cpu", "cpu:0"):
+    index = _index(device)
+    if index is None:
         return None
-    match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", device)
-    if match is None:
-        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", not "{device[:40]}"')
     if not _core.build_info().cuda:
         raise UnsupportedError(
-            f"device {device}: this build has no CUDA kernels; use cpu, or install with ZM_CUDA=ON"
+            f"device {device} needs CUDA kernels, and {why_no_kernels()}; use cpu, or "
+            f"{HOW_TO_GET_KERNELS}"
         )
-    index, found = int(match[1] or 0), len(_core.cuda_devices())
-    if index >= found:
+    found = len(_core.cuda_devices())
+    if max(index, 0) >= found:
         raise UnsupportedError(f"device {device}: {found} CUDA devices found; use cpu")
-    return index
+    return max(index, 0)
+
+
+def _index(device: object) -> int | None:
+    """The index that a name means: None for the CPU, -1 for a CUDA device without a number."""
+    name = str(device)  # of a torch.device too
+    if name in ("cpu", "cpu:0"):
+        return None
+    match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
+    if match is None:
+        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", not "{name[:40]}"')
+    return -1 if match[1] is None else int(match[1])
 
 
 def torch_device(device: str | torch.device | None) -> torch.device:
     """The device that a name means, with an index if it is a CUDA device.
 
     Args:
-        device: None stands for the current CUDA device where torch and this build have one, else
-            for the CPU.
+        device: None stands for the current CUDA device where torch has one, else for the CPU.
 
     Raises:
         UsageError: not the name of a device.
-        UnsupportedError: this build or torch has no CUDA, or this machine no such device.
+        UnsupportedError: torch has no CUDA, or this machine no such device.
     """
     import torch
 
     if device is None:
-        device = "cuda" if _core.build_info().cuda and torch.cuda.is_available() else "cpu"
-    if cuda_index(str(device)) is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    index = _index(device)
+    if index is None:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UnsupportedError(
             f"device {device}: the torch that is installed ({torch.__version__}) finds no CUDA "
             "device; use cpu, or install torch for CUDA"
         )
-    place = torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    if index >= (found := torch.cuda.device_count()):
+        raise UnsupportedError(f"device {device}: torch finds {found} CUDA devices; use cpu")
+    return torch.device("cuda", torch.cuda.current_device() if index < 0 else index)
 
 
 def core_index(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Exceptions of this package. Every one derives from `Error`."""
+"""Exceptions and warnings of this package. Every exception derives from `Error`."""
 
 from __future__ import annotations
 
@@ -96,3 +96,7 @@ class OutputError(Error):
 
 class UsageError(Error):
     """Options that do not go together."""
+
+
+class DeviceWarning(UserWarning):
+    """A GPU that is not used, or used without this package's kernels."""

@@ -19,16 +19,19 @@ Tensors = dict[str, torch.Tensor]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the GPU suite where there is no GPU, or no CUDA in this build."""
-    if not torch.cuda.is_available():
-        reason = "no CUDA device"
-    elif not _core.build_info().cuda:
-        reason = "this build has no CUDA (ZM_CUDA=ON)"
-    else:
-        return
+    """Skip the GPU suite where there is no GPU, and of it what this build is not for."""
+    has_kernels = bool(_core.build_info().cuda)
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        marker = item.get_closest_marker("gpu")
+        if marker is None:
+            continue
+        needs_kernels = marker.kwargs.get("kernels", True)
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif needs_kernels and not has_kernels:
+            item.add_marker(pytest.mark.skip(reason="this build has no CUDA (ZM_CUDA=ON)"))
+        elif has_kernels and not needs_kernels:
+            item.add_marker(pytest.mark.skip(reason="for builds without CUDA (ZM_CUDA=OFF)"))
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

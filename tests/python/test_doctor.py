@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import transformers
 
 import zimage_mxfp8 as zm
 from conftest import Run
+from fake_driver import make_driver
 from zimage_mxfp8 import _core
+from zimage_mxfp8.extras import find_extras
 
 CMAKE = Path(__file__).parents[2] / "CMakeLists.txt"
 LIBRARIES = (torch, np, safetensors, diffusers, transformers)
@@ -65,8 +68,7 @@ def test_compiled_architectures(cli: Run) -> None:
         # The stub of a path that was left out is in the module in its place.
         lacks = f"this build has no kernels for {path}".encode()
         assert (lacks in Path(_core.__file__).read_bytes()) == (target not in targets)
-    if not found["cuda"]:
-        assert targets == [] and found["devices"] == []
+    assert bool(targets) == bool(found["cuda"]) != bool(found["no_cuda"])
 
 
 def test_the_processor(cli: Run) -> None:
@@ -86,7 +88,7 @@ def test_what_people_read(cli: Run) -> None:
     result = cli("doctor", env={"ZIMAGE_MXFP8_CPU": "baseline"})
     assert result.returncode == 0 and result.stderr == ""
     found = json.loads(cli("doctor", "--json").stdout)
-    kernels = ", ".join(found["architectures"]) if found["cuda"] else "none in this build"
+    kernels = ", ".join(found["architectures"]) if found["cuda"] else f"none: {found['no_cuda']}"
     for what, value in (
         ("zimage-mxfp8", re.escape(zm.__version__)),
         ("CPU kernels", "baseline, of baseline"),
@@ -97,9 +99,79 @@ def test_what_people_read(cli: Run) -> None:
         ("sm90", "sm90 needs a CUDA device"),
     ):
         assert re.search(rf"│ {what} +│ {value}", result.stdout), what
-    assert ("No CUDA device was found" in result.stdout) == (found["devices"] == [])
+    assert ("No CUDA device: " in result.stdout) == (found["devices"] == [])
     for device in found["devices"]:
         assert f"{device['name']}, compute capability {device['capability']}, " in result.stdout
+
+
+def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
+    """Without kernels, and with a torch that cannot use them."""
+    if _core.build_info().cuda or torch.version.cuda:
+        pytest.skip("needs a build and a torch without CUDA")
+    environment = make_driver(tmp_path)
+    found = json.loads(cli("doctor", "--json", env=environment).stdout)
+    assert (found["driver"], found["no_devices"], found["torch_cuda"]) == ("12.8", "", "")
+    assert "built" in found["no_cuda"]
+    ada, blackwell = found["devices"]
+    assert (ada["name"], ada["capability"], ada["memory"]) == ("Fake RTX 4090", "8.9", 24 << 30)
+    assert not ada["kernels"] and ada["with_kernels"] == ["folded", "exact", "emulated"]
+    assert blackwell["with_kernels"] == ["mxfp8", *ada["with_kernels"]]
+    assert blackwell["without_kernels"] == ada["without_kernels"] == ada["with_kernels"]
+    assert ada["paths"]["compute"] == []
+    reason = f"the torch that is installed ({torch.__version__}) does not find this device"
+    assert set(ada["paths"]["missing_modes"].values()) == {reason}
+    shown = cli("doctor", env=environment)
+    assert shown.returncode == 0 and shown.stderr == ""
+    assert "Fake RTX 5090, compute capability 12.0, 32.00 GiB" in shown.stdout
+    assert re.search(r"compute modes +│ none ", shown.stdout)
+    assert re.search(r"compute modes with kernels +│ mxfp8, folded, exact, emulated ", shown.stdout)
+    assert "To get CUDA kernels, install nvcc 12.8" in shown.stdout
+    assert "No CUDA device" not in shown.stdout
+
+
+def test_without_torch(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')\n")
+    environment = make_driver(tmp_path) | {"PYTHONPATH": str(tmp_path)}
+    found = json.loads(cli("doctor", "--json", env=environment).stdout)
+    assert [device["name"] for device in found["devices"]] == ["Fake RTX 4090", "Fake RTX 5090"]
+    for device in found["devices"]:
+        assert device["paths"]["compute"] == []
+        assert set(device["paths"]["missing_modes"].values()) == {
+            "torch is not installed, or cannot be imported"
+        }
+
+
+def test_extras_are_those_of_the_project_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((CMAKE.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = {
+        name: requirements
+        for name, requirements in project["optional-dependencies"].items()
+        if name not in ("test", "dev")  # of contributors
+    }
+    assert all(extra.missing == [] for extra in find_extras())  # the tests need them
+    monkeypatch.setattr("zimage_mxfp8.extras.version", missing := Missing())
+    found = {extra.name: extra for extra in find_extras()}
+    assert list(found) == list(wanted)
+    for name, requirements in wanted.items():
+        assert found[name].missing == [re.split("[>=]", text)[0] for text in requirements]
+        assert found[name].command == f'pip install "zimage-mxfp8[{name}]"'
+    missing.found = {"transformers": "4.57.3", "torch": "2.10.0+cu130"}
+    generate = {extra.name: extra for extra in find_extras()}["generate"]
+    assert "transformers 5 or newer (4.57.3 is installed)" in generate.missing
+    assert not any("torch" in package for package in generate.missing)
+
+
+class Missing:
+    """`importlib.metadata.version` where few packages are installed."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        if name not in self.found:
+            raise PackageNotFoundError(name)
+        return self.found[name]
 
 
 @pytest.mark.gpu

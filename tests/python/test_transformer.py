@@ -232,7 +232,7 @@ def test_a_layer_that_cannot_be_folded_stays_exact(
             raise zm.PrecisionLossError("too much", 1.0)
         return fold(array)
 
-    monkeypatch.setattr("zimage_mxfp8.transformer.linear.fold", refuse_squares)
+    monkeypatch.setattr("zimage_mxfp8.transformer.arithmetic.by_core.fold", refuse_squares)
     model = float32(quantized, "folded")
     kinds = {name: layer.kind for name, layer in model.named_modules() if hasattr(layer, "kind")}
     assert kinds["layers.0.qkv"] == "folded"

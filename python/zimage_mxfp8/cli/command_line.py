@@ -17,6 +17,7 @@ from . import (
     convert,
     demo,
     dequantize,
+    device_warnings,
     doctor,
     generate,
     inspect,
@@ -93,7 +94,8 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = argparse.Namespace()
     try:
         build_parser().parse_args(argv, arguments)
-        return int(arguments.run(arguments))
+        with device_warnings.as_lines():
+            return int(arguments.run(arguments))
     except (Error, MemoryError, OSError) as error:
         if is_interrupt(error):
             raise

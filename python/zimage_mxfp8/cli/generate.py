@@ -108,7 +108,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--device",
         metavar="cpu|cuda|cuda:N",
-        help="where to run (default: cuda if it is there and in this build)",
+        help="where to run (default: cuda if torch has it)",
     )
     parser.add_argument(
         "--dtype",

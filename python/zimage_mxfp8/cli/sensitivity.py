@@ -74,7 +74,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--html", type=file_path, metavar="FILE.html", help="write a page with plots and tables"
     )
-    parser.add_argument("--device", metavar="cpu|cuda|cuda:N", help="default: cuda if there")
+    parser.add_argument("--device", metavar="cpu|cuda|cuda:N", help="default: cuda if torch has it")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add_overwrite(parser)
     add_json(parser)

@@ -18,6 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from .. import _core
 from ..checks import file_or_folder
+from ..device_notes import tell
 from ..devices import core_index, memory_for, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UsageError
 from ..pipeline import Progress
@@ -119,8 +120,7 @@ class ZImageGenerator:
     Args:
         model_dir: the diffusers folder. Its own transformer is needed only without `transformer`.
         transformer: an MXFP8 or plain file or folder, see `ZImageTransformer.from_checkpoint`.
-        device: by default the current CUDA device if there is one and this build has CUDA, else
-            the CPU.
+        device: by default the current CUDA device if torch has one, else the CPU.
         compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
         dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
         offload: load a part when its turn comes, and free it afterwards: memory holds the largest
@@ -164,6 +164,7 @@ class ZImageGenerator:
         headers = open_model(self._file)
         self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
         self._compute = choose(compute, core_index(self._device), bool(headers.layers))
+        tell(self._device, device)
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
         # While a part is loaded, torch's default dtype is another, in all threads; nor would memory

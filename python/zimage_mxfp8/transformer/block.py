@@ -109,13 +109,14 @@ class Block(nn.Module):
 
     def _feed_forward_nbytes(self, tokens: int) -> int:
         dim, dtype = len(self.attention_norm1), self.attention_norm1.dtype
+        device = self.attention_norm1.device
         width = sum(layer.out_features for layer in self.ffn_in)  # type: ignore[misc]
         given = sum(ops.form_nbytes(form, tokens * dim, dtype) for form in self.ffn_forms)
         products = tokens * width * dtype.itemsize
         if fuses_gate(list(self.ffn_in), tokens):  # type: ignore[arg-type]
             products //= 2
         first = products + max(workspace(layer, tokens) for layer in self.ffn_in)  # type: ignore[arg-type]
-        gated = ops.form_nbytes(self.ffn_out.form, tokens * width // 2, dtype)
+        gated = ops.result_nbytes(self.ffn_out.form, tokens * width // 2, dtype, device)
         # torch's silu_multiply has as much again; the fused one writes its result alone.
         between = products + (products if dtype == torch.float32 else gated)
         last = gated + workspace(self.ffn_out, tokens) + tokens * dim * dtype.itemsize

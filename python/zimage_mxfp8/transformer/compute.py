@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .. import _core
+from .. import _core, devices
 from ..errors import UnsupportedError, UsageError
 
 Compute = Literal["mxfp8", "folded", "exact", "emulated"]
@@ -12,31 +12,51 @@ COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "folded", "exact", "emulated")
 
 DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",
-    "folded": "scales folded to one a row, FP8 tensor cores",
+    "folded": "scales folded to one per row, FP8 tensor cores",
     "exact": "weights decoded exactly, activations as they are",
     "emulated": "Blackwell's numerics: activations in MXFP8 too, products of decoded numbers",
 }
 
 _NATIVE_PATHS = ("sm100", "sm120")
+_NATIVE_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
+_FP8_CAPABILITY = (8, 9)
 
 
 def unsupported(compute: Compute, device: int) -> str:
-    """Why a mode is not to be had on a device; "" if it is.
+    """Why a device does not have a mode; "" if it has.
 
     Args:
         compute: the mode.
         device: index of a CUDA device, or -1 for the CPU.
     """
-    if device >= 0 and not _core.build_info().cuda:
-        return "this build has no CUDA kernels; install with ZM_CUDA=ON"
     if compute == "mxfp8":
+        if not devices.has_kernels(device):
+            return f"it needs CUDA kernels, and {devices.why_no_kernels()}"
         problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
         reasons = [_core.gemm_unsupported(path, problem, device) for path in _NATIVE_PATHS]
         return "" if "" in reasons else reasons[0]
     if compute == "folded" and device >= 0:
-        problem = _core.GemmProblem(128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False)
-        return _core.gemm_unsupported("row-scaled", problem, device)
+        try:
+            from .arithmetic import by_core, scaled_mm
+        except ImportError:
+            return "torch is not installed"
+        if devices.has_kernels(device) and not by_core.row_scaled_unsupported(device):
+            return ""
+        return scaled_mm.unsupported(device)
     return ""
+
+
+def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
+    """The modes of CUDA devices of a compute capability, with or without this package's kernels.
+
+    That is the rule; what is installed may have fewer, which `unsupported` tells.
+    """
+    modes = list(COMPUTE_MODES)
+    if not kernels or capability not in _NATIVE_CAPABILITIES:
+        modes.remove("mxfp8")
+    if capability < _FP8_CAPABILITY:
+        modes.remove("folded")
+    return modes
 
 
 def supported(device: int) -> list[Compute]:

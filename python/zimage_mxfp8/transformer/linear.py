@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import _core, fused_gemm
-from ..codec import MXFP8Array, dequantize
+from .. import devices, fused_gemm
+from ..codec import MXFP8Array
 from ..errors import PrecisionLossError
 from ..fused import Form
-from ..matmul import FoldStats, Path, RowScaledArray, fold, gemm
-from . import ops
+from ..matmul import FoldStats, RowScaledArray
+from . import arithmetic, ops
 from .compute import Compute
 from .config import NORM_EPS
 from .ops import Activation, pad_columns
@@ -85,10 +85,7 @@ class ExactLinear(_MXFP8Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[M, K] -> [M, N]."""
         x = pad_columns(x, self.codes.shape[1])
-        if x.is_cuda and x.dtype == torch.bfloat16:
-            out: torch.Tensor = gemm(x, self._weights(), dtype=x.dtype)
-        else:
-            out = F.linear(x, dequantize(self._weights(), x.dtype))
+        out = arithmetic.on(x.device).multiply_exact(x, self._weights())
         return out[:, : self.out_features]
 
 
@@ -107,27 +104,15 @@ class BlockScaledLinear(_MXFP8Linear):
         emulated: bool,
     ) -> None:
         super().__init__(codes, scales, n, dtype)
-        self._emulated = emulated
-
-    @property
-    def path(self) -> Path | None:
-        """How products are computed; None for the fastest that the device has."""
-        return _emulating_path(self.codes.device) if self._emulated else None
+        self.emulated = emulated
 
     def forward(self, x: MXFP8Array) -> torch.Tensor:
         """[M, K] -> [M, N]."""
         rows, columns = x.shape[0], self.codes.shape[1]
         a = MXFP8Array(x.codes, x.scales, (rows, columns))
-        out: torch.Tensor = gemm(a, self._weights(), dtype=self.dtype, path=self.path)
-        return out[:, : self.out_features]
-
-
-def _emulating_path(device: torch.device) -> Path:
-    """The faster of the two that multiply decoded numbers."""
-    if device.type == "cpu":
-        return "emulated"
-    problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
-    return "emulated" if _core.gemm_unsupported("decode", problem, device.index) else "decode"
+        of_device = arithmetic.on(self.codes.device)
+        multiply = of_device.multiply_decoded if self.emulated else of_device.multiply_mxfp8
+        return multiply(a, self._weights(), self.dtype)[:, : self.out_features]
 
 
 class FoldedLinear(Linear):
@@ -155,14 +140,14 @@ class FoldedLinear(Linear):
         return (
             self.dtype == torch.bfloat16
             and len(self.codes) == self.out_features
-            and device.type == "cuda"
+            and devices.has_fused_kernels(device)
             and fused_gemm.is_faster(tokens, self.out_features, device.index)
         )
 
     def forward(self, x: RowScaledArray) -> torch.Tensor:
         """[M, K] -> [M, N]."""
-        out: torch.Tensor = gemm(x, self.weights, dtype=self.dtype)
-        return out[:, : self.out_features]
+        multiply = arithmetic.on(self.codes.device).multiply_row_scaled
+        return multiply(x, self.weights, self.dtype)[:, : self.out_features]
 
 
 def quantized_linear(
@@ -185,7 +170,7 @@ def quantized_linear(
         return BlockScaledLinear(codes, scales, n, dtype, compute == "emulated"), None
     rows, columns = codes.shape
     try:
-        folded, stats = fold(MXFP8Array(codes, scales, (rows, columns)))
+        folded, stats = arithmetic.on(codes.device).fold(MXFP8Array(codes, scales, (rows, columns)))
     except PrecisionLossError:
         return ExactLinear(codes, scales, n, dtype), None
     return FoldedLinear(folded, n, dtype), stats
@@ -240,9 +225,16 @@ def multiply_and_gate(
 
 def workspace(layer: Linear, tokens: int) -> int:
     """Bytes that a layer's product takes on a CUDA device beside its operands and its result."""
-    if isinstance(layer, ExactLinear):  # its weights, decoded; few tokens do without
-        return layer.codes.numel() * layer.dtype.itemsize
-    if isinstance(layer, BlockScaledLinear) and layer.path == "decode":  # both operands
-        rows, columns = layer.codes.shape
-        return (tokens + rows) * columns * torch.bfloat16.itemsize
+    if isinstance(layer, PlainLinear):
+        return 0
+    codes, dtype = layer.codes, layer.dtype
+    assert isinstance(codes, torch.Tensor)
+    rows, columns = codes.shape
+    of_device = arithmetic.on(codes.device)
+    if isinstance(layer, ExactLinear):
+        return of_device.exact_workspace((rows, columns), dtype)
+    if isinstance(layer, FoldedLinear):
+        return of_device.row_scaled_workspace(tokens, (rows, columns), dtype, codes.device)
+    if isinstance(layer, BlockScaledLinear) and layer.emulated:
+        return of_device.decoded_workspace(tokens, (rows, columns), dtype, codes.device)
     return 0

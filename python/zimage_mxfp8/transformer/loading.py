@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.source import SourceTensor
-from ..codec import MXFP8Array, dequantize
+from ..codec import MXFP8Array
 from ..devices import is_out_of_host_memory
 from ..errors import CheckpointError, CudaError, InvalidArgumentError, UnsupportedError
 from ..pipeline import ProgressCallback
+from . import arithmetic
 from .block import Block
 from .compute import Compute
 from .linear import Linear, PlainLinear, quantized_linear
@@ -234,7 +235,8 @@ class _Loader:
             tensor = raw[name]
             if name + _SCALES in raw:
                 shape = self._file.layers[name.removesuffix(".weight")].shape
-                tensor = dequantize(MXFP8Array(tensor, raw[name + _SCALES], shape), torch.float32)
+                encoded = MXFP8Array(tensor, raw[name + _SCALES], shape)
+                tensor = arithmetic.on(tensor.device).dequantize(encoded, torch.float32)
             plain[name] = tensor.to(self._dtype)
         return plain
 

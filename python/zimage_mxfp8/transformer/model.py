@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import file_or_folder
+from ..device_notes import tell
 from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import (
     CudaError,
@@ -162,14 +163,14 @@ class ZImageTransformer(nn.Module):
         Args:
             path: an MXFP8 file of `convert` or of ComfyUI's, a plain single file, or a diffusers
                 folder with plain weights. Any number of layers and any width of whole heads.
-            device: where to put the model; by default the current CUDA device if there is one
-                and this build has CUDA, else the CPU.
+            device: where to put the model; by default the current CUDA device if torch has one,
+                else the CPU. A CUDA device that this build has no kernels for works through torch.
             compute: how the MXFP8 layers are multiplied:
 
                 - "mxfp8": MXFP8 x MXFP8 on the tensor cores of compute capability 10.x and 12.x
-                  (these kernels have never run on such a device).
-                - "folded": scales folded into one a row, FP8 tensor cores of 9.0; activations are
-                  quantised per token.
+                  (these kernels have never run on such a device; without kernels it is missing).
+                - "folded": scales folded into one per row, FP8 tensor cores of 8.9 and newer;
+                  activations are quantised per token.
                 - "exact": weights decoded exactly, activations as they are; any device.
                 - "emulated": activations in MXFP8 too, as on 10.x and 12.x, with products of
                   decoded numbers; any device.
@@ -186,6 +187,10 @@ class ZImageTransformer(nn.Module):
                 checkpoint has none; the sentence names the argument.
             UnsupportedError: the device does not have the mode.
             CudaError: the device has too little memory.
+
+        Warns:
+            DeviceWarning: once a process, that no device was named and a GPU is not used, or that
+                this build has no kernels for it.
         """
         if dtype is not torch.bfloat16 and dtype is not torch.float32:
             raise UsageError(
@@ -194,6 +199,7 @@ class ZImageTransformer(nn.Module):
         file = open_model(file_or_folder("path", path))
         place = torch_device(device)
         mode = choose(compute, core_index(place), bool(file.layers))
+        tell(place, device)
         if place.type == "cuda":
             has_cudnn_attention(place)  # for its warning, now and not in the middle of a picture
         parts = load_parts(file, place, mode, dtype, progress)
@@ -394,7 +400,9 @@ class ZImageTransformer(nn.Module):
         kept = 3 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
         blocks = _blocks(self.layers) or _blocks(self.noise_refiner)
         block = max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
-        return _WORKSPACES + tokens * kept + block
+        widest = max(self.config.dim, self.config.hidden_dim)
+        temporaries = ops.temporaries_nbytes(tokens * widest, self._dtype, self.device)
+        return _WORKSPACES + tokens * kept + block + temporaries
 
     # ---- The model itself, all of which a CUDA graph can hold
 

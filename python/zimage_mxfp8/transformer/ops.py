@@ -1,27 +1,29 @@
 """The work between the products, on plain torch tensors of any device.
 
-On CUDA in BF16 the core's fused kernels do it (`zimage_mxfp8.fused`); elsewhere torch does. Either
-way arithmetic is in float32 and results are rounded once.
+On CUDA in BF16 the core's fused kernels do it (`zimage_mxfp8.fused`) if this build has them; torch
+does elsewhere, on some rows at a time. Either way arithmetic is in float32 and results are rounded
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .. import fused
-from ..codec import quantize
+from .. import devices, fused
 from ..fused import Form
-from ..matmul import quantize_rows
+from . import arithmetic
+from .arithmetic import tiles
 from .config import HEAD_DIM, NORM_EPS
 
 # A matrix of activations in each of the forms that its consumers take.
 Activation = dict[Form, Any]
 
 _BLOCK = 32  # products take widths that are multiples of it
+_TEMPORARIES = 3  # matrices of float32 that an operation by torch holds at the same time
 
 
 def encode(matrix: torch.Tensor, forms: Collection[Form]) -> Activation:
@@ -33,7 +35,8 @@ def _encode(matrix: torch.Tensor, form: Form) -> Any:
     if form == "bfloat16":
         return matrix
     matrix = pad_columns(matrix, -(-matrix.shape[1] // _BLOCK) * _BLOCK)
-    return quantize_rows(matrix) if form == "row-scaled" else quantize(matrix, nonfinite="encode")
+    of_device = arithmetic.on(matrix.device)
+    return of_device.quantize_rows(matrix) if form == "row-scaled" else of_device.quantize(matrix)
 
 
 def form_nbytes(form: Form, elements: int, dtype: torch.dtype) -> int:
@@ -43,13 +46,35 @@ def form_nbytes(form: Form, elements: int, dtype: torch.dtype) -> int:
     return elements if form == "row-scaled" else elements + elements // _BLOCK
 
 
+def result_nbytes(form: Form, elements: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of what an operation gives in a form, with the matrix that torch makes it of."""
+    nbytes = form_nbytes(form, elements, dtype)
+    if form == "bfloat16" or devices.has_fused_kernels(device):
+        return nbytes
+    return nbytes + elements * dtype.itemsize
+
+
 def pad_columns(matrix: torch.Tensor, columns: int) -> torch.Tensor:
     """Zeros to the right, up to so many columns."""
     return F.pad(matrix, (0, columns - matrix.shape[1])) if matrix.shape[1] < columns else matrix
 
 
 def _fusable(matrix: torch.Tensor) -> bool:
-    return matrix.is_cuda and matrix.dtype == torch.bfloat16
+    return matrix.dtype == torch.bfloat16 and devices.has_fused_kernels(matrix.device)
+
+
+def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
+    """Rows to compute together: float32 of BF16 matrices is not held of all of them."""
+    if matrix.dtype == torch.float32:
+        return iter([slice(0, len(matrix))])
+    return tiles.row_tiles(len(matrix), matrix.shape[1], tiles.TILE)
+
+
+def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that torch takes at most for matrices of so many elements where kernels take none."""
+    if dtype == torch.float32 or devices.has_fused_kernels(device):
+        return 0
+    return _TEMPORARIES * min(elements, tiles.TILE) * torch.float32.itemsize
 
 
 def _fused_form(columns: int, forms: Collection[Form]) -> Form:
@@ -63,12 +88,13 @@ def _others(result: Any, form: Form, forms: Collection[Form]) -> Activation:
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS) * weight.float()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+    return normal.mul_(weight.float())
 
 
-def _of_items(factors: torch.Tensor, items: torch.Tensor | None) -> torch.Tensor:
-    """Rows [M, C] (or [1, C]) of factors [I, C]."""
-    return (factors if items is None else factors[items.long()]).float()
+def _of_items(factors: torch.Tensor, items: torch.Tensor | None, rows: slice) -> torch.Tensor:
+    """Of some rows the factors [M, C] (or [1, C]), which are [I, C]."""
+    return (factors if items is None else factors[items[rows].long()]).float()
 
 
 def silu_multiply(gate: torch.Tensor, up: torch.Tensor, forms: Collection[Form]) -> Activation:
@@ -76,7 +102,10 @@ def silu_multiply(gate: torch.Tensor, up: torch.Tensor, forms: Collection[Form])
     if _fusable(gate):
         form = _fused_form(gate.shape[1], forms)
         return _others(fused.silu_multiply(gate, up, form), form, forms)
-    return encode((F.silu(gate.float()) * up.float()).to(gate.dtype), forms)
+    result = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    for rows in _tiles(gate):
+        result[rows] = F.silu(gate[rows].float()).mul_(up[rows].float())
+    return encode(result, forms)
 
 
 def norm_modulate(
@@ -98,10 +127,13 @@ def norm_modulate(
     if _fusable(x):
         form = _fused_form(x.shape[1], forms)
         return _others(fused.norm_modulate(x, weight, scale, items, form, NORM_EPS), form, forms)
-    result = _rms_norm(x, weight)
-    if scale is not None:
-        result = result * (1 + _of_items(scale, items))
-    return encode(result.to(x.dtype), forms)
+    result = torch.empty_like(x)
+    for rows in _tiles(x):
+        normal = _rms_norm(x[rows], weight)
+        if scale is not None:
+            normal.mul_(1 + _of_items(scale, items, rows))
+        result[rows] = normal
+    return encode(result, forms)
 
 
 def add_norm(
@@ -115,10 +147,11 @@ def add_norm(
     if _fusable(x):
         fused.add_norm_modulate(x, y, weight, gate, None, None, items, "bfloat16", NORM_EPS)
         return
-    change = _rms_norm(y, weight)
-    if gate is not None:
-        change = change * _of_items(gate, items).tanh()
-    x.copy_(x.float() + change)
+    for rows in _tiles(x):
+        change = _rms_norm(y[rows], weight)
+        if gate is not None:
+            change.mul_(_of_items(gate, items, rows).tanh())
+        x[rows] = change.add_(x[rows])
 
 
 def add_norm_modulate(
@@ -160,8 +193,9 @@ def rotate_heads(
     if _fusable(qkv):
         fused.rotate_heads(qkv, q_weight, k_weight, rotations, heads, NORM_EPS)
         return
-    parts = qkv.unflatten(1, (3, heads, HEAD_DIM))
-    turn = torch.view_as_complex(rotations)[:, None, :]
-    for part, weight in ((parts[:, 0], q_weight), (parts[:, 1], k_weight)):
-        pairs = torch.view_as_complex(_rms_norm(part, weight).unflatten(-1, (-1, 2)))
-        part.copy_(torch.view_as_real(pairs * turn).flatten(-2))
+    turns = torch.view_as_complex(rotations)[:, None, :]
+    for rows in _tiles(qkv):
+        parts = qkv[rows].unflatten(1, (3, heads, HEAD_DIM))
+        for part, weight in ((parts[:, 0], q_weight), (parts[:, 1], k_weight)):
+            pairs = torch.view_as_complex(_rms_norm(part, weight).unflatten(-1, (-1, 2)))
+            part.copy_(torch.view_as_real(pairs * turns[rows]).flatten(-2))

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...codec import dequantize, padded_shape, quantize, scale_shape
+from ...codec import padded_shape, scale_shape
+from ...transformer import arithmetic
 from ...transformer.block import Block
 from ...transformer.model import ZImageTransformer
 
@@ -95,8 +96,8 @@ def _layers_of(
 
 def round_to_mxfp8(matrix: torch.Tensor) -> torch.Tensor:
     """A matrix as MXFP8 holds it, in its own dtype."""
-    rounded: torch.Tensor = dequantize(quantize(matrix, nonfinite="encode"), matrix.dtype)
-    return rounded
+    of_device = arithmetic.on(matrix.device)
+    return of_device.dequantize(of_device.quantize(matrix), matrix.dtype)
 
 
 @contextmanager

@@ -1,0 +1,28 @@
+"""Warnings about the device, which are for whoever runs a command, as lines of stderr."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import DeviceWarning
+from .streams import tell
+
+
+@contextmanager
+def as_lines() -> Iterator[None]:
+    """Print warnings of that kind as this program prints its own; others stay as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DeviceWarning)
+        show = warnings.showwarning
+
+        def show_or_tell(message: Any, category: Any, *place: Any, **options: Any) -> None:
+            if issubclass(category, DeviceWarning):
+                tell(f"warning: {message}")
+            else:
+                show(message, category, *place, **options)
+
+        warnings.showwarning = show_or_tell
+        yield

@@ -1,0 +1,72 @@
+"""8-bit arithmetic of the transformer: by the core's kernels, or by torch where there are none.
+
+Everything works on torch tensors, on torch's current stream, and but for `fold` without waiting for
+the device. Both implementations give the same bytes, but for the bits of NaN, and the same products
+but for the order of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ... import devices
+from ...codec import MXFP8Array
+from ...matmul import FoldStats, RowScaledArray
+from . import by_core, by_torch
+
+__all__ = ["Arithmetic", "on"]
+
+
+class Arithmetic(Protocol):
+    """What the transformer computes with 8-bit matrices. K is a multiple of 32."""
+
+    def quantize(self, matrix: torch.Tensor) -> MXFP8Array:
+        """Encode a matrix in MXFP8; blocks with NaN or infinity become NaN."""
+
+    def quantize_rows(self, matrix: torch.Tensor) -> RowScaledArray:
+        """Encode a matrix in E4M3 with a scale per row, see `matmul.quantize_rows`."""
+
+    def dequantize(self, array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
+        """Decode a matrix from MXFP8 to bfloat16 or float32."""
+
+    def fold(self, array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
+        """Fold the block scales into one per row; waits for the device. See `matmul.fold`."""
+
+    def multiply_exact(self, x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
+        """Multiply [M, K] with the decoded weights [N, K]: [M, N] in the dtype of x."""
+
+    def exact_workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that `multiply_exact` takes on a CUDA device for weights [N, K]."""
+
+    def multiply_row_scaled(
+        self, x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Multiply [M, K] with weights [N, K]: [M, N] of `dtype`."""
+
+    def row_scaled_workspace(
+        self, tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """Bytes that `multiply_row_scaled` takes on a CUDA device for x [M, K], weights [N, K]."""
+
+    def multiply_mxfp8(
+        self, x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Multiply [M, K] with weights [N, K] in the fastest way: [M, N] of `dtype`."""
+
+    def multiply_decoded(
+        self, x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Multiply like `multiply_mxfp8`, both operands decoded first."""
+
+    def decoded_workspace(
+        self, tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """Bytes that `multiply_decoded` takes on a CUDA device for x [M, K], weights [N, K]."""
+
+
+def on(device: torch.device) -> Arithmetic:
+    """The implementation for a device."""
+    has_kernels = devices.has_kernels(devices.core_index(device))
+    return by_core if has_kernels else by_torch

@@ -1,0 +1,111 @@
+"""`Arithmetic` by the kernels of the core, on the CPU and on CUDA devices."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from ... import _core, codec, matmul
+from ...codec import MXFP8Array
+from ...devices import core_index
+from ...matmul import FoldStats, Path, RowScaledArray, gemm
+from . import scaled_mm
+
+
+def quantize(matrix: torch.Tensor) -> MXFP8Array:
+    """Encode a matrix in MXFP8."""
+    return codec.quantize(matrix, nonfinite="encode")
+
+
+def quantize_rows(matrix: torch.Tensor) -> RowScaledArray:
+    """Encode a matrix in E4M3 with a scale per row."""
+    return matmul.quantize_rows(matrix)
+
+
+def dequantize(array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
+    """Decode a matrix from MXFP8."""
+    decoded: torch.Tensor = codec.dequantize(array, dtype)
+    return decoded
+
+
+def fold(array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
+    """Fold the block scales into one per row."""
+    return matmul.fold(array)
+
+
+def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
+    """Multiply with the decoded weights."""
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        out: torch.Tensor = gemm(x, weights, dtype=x.dtype)
+        return out
+    return F.linear(x, dequantize(weights, x.dtype))
+
+
+def exact_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of the decoded weights; few tokens do without."""
+    return shape[0] * shape[1] * dtype.itemsize
+
+
+def multiply_row_scaled(
+    x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
+) -> torch.Tensor:
+    """Multiply FP8 with a scale per row; by torch on CUDA devices that the core has no path for."""
+    if row_scaled_unsupported(core_index(x.codes.device)):
+        return scaled_mm.multiply(x, weights, dtype)
+    out: torch.Tensor = gemm(x, weights, dtype=dtype)
+    return out
+
+
+def row_scaled_workspace(
+    tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that `multiply_row_scaled` takes on a CUDA device."""
+    if row_scaled_unsupported(core_index(device)):
+        return scaled_mm.workspace(tokens, shape, dtype)
+    return 0
+
+
+@cache
+def row_scaled_unsupported(device: int) -> str:
+    """Why the core does not multiply row-scaled FP8 fast on a CUDA device; "" if it does.
+
+    Args:
+        device: its index, or -1 for the CPU, where nothing is fast and the core does it.
+    """
+    if device < 0:
+        return ""
+    problem = _core.GemmProblem(128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False)
+    return _core.gemm_unsupported("row-scaled", problem, device)
+
+
+def multiply_mxfp8(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply by the device's fastest path."""
+    out: torch.Tensor = gemm(x, weights, dtype=dtype)
+    return out
+
+
+def multiply_decoded(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply by the faster of the two paths that decode first."""
+    out: torch.Tensor = gemm(x, weights, dtype=dtype, path=_decoding_path(x.codes.device))
+    return out
+
+
+def decoded_workspace(
+    tokens: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,  # noqa: ARG001 - of the interface
+    device: torch.device,
+) -> int:
+    """Bytes of both operands in bfloat16, whatever the dtype, where they are decoded to memory."""
+    if _decoding_path(device) == "emulated":
+        return 0
+    return (tokens + shape[0]) * shape[1] * torch.bfloat16.itemsize
+
+
+def _decoding_path(device: torch.device) -> Path:
+    if device.type == "cpu":
+        return "emulated"
+    problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
+    return "emulated" if _core.gemm_unsupported("decode", problem, device.index) else "decode"

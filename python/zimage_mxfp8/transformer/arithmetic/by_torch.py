@@ -1,0 +1,80 @@
+"""`Arithmetic` by torch operations, for CUDA devices that this build has no kernels for."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import matmul
+from ...codec import MXFP8Array
+from ...matmul import FoldStats, RowScaledArray
+from . import scaled_mm, tiles, torch_codec
+from .torch_codec import dequantize, quantize, quantize_rows
+
+__all__ = [
+    "decoded_workspace",
+    "dequantize",
+    "exact_workspace",
+    "fold",
+    "multiply_decoded",
+    "multiply_exact",
+    "multiply_mxfp8",
+    "multiply_row_scaled",
+    "quantize",
+    "quantize_rows",
+    "row_scaled_workspace",
+]
+
+_SCALE_ROWS = 128  # of a tile of blocked scales
+
+
+def fold(array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
+    """Fold the block scales into one per row."""
+    folded, statistics = torch_codec.fold(array)
+    return folded, matmul.fold_stats(statistics)
+
+
+def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
+    """Multiply with the decoded weights, some rows of which are decoded at a time."""
+    rows, columns = weights.shape
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    for tile in tiles.row_tiles(rows, columns, tiles.WEIGHT_TILE, _SCALE_ROWS):
+        decoded = dequantize(torch_codec.rows_of(weights, tile), x.dtype)
+        torch.mm(x, decoded.t(), out=out[:, tile])
+    return out
+
+
+def exact_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of the rows that are decoded at a time."""
+    return min(shape[0] * shape[1], tiles.WEIGHT_TILE) * dtype.itemsize
+
+
+multiply_row_scaled = scaled_mm.multiply
+
+
+def row_scaled_workspace(
+    tokens: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,  # noqa: ARG001 - of the interface
+) -> int:
+    """Bytes that `multiply_row_scaled` takes."""
+    return scaled_mm.workspace(tokens, shape, dtype)
+
+
+def multiply_decoded(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply decoded operands."""
+    return multiply_exact(dequantize(x, dtype), weights)
+
+
+# Torch has block-scaled products on few devices; the mode for those needs kernels.
+multiply_mxfp8 = multiply_decoded
+
+
+def decoded_workspace(
+    tokens: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,  # noqa: ARG001 - of the interface
+) -> int:
+    """Bytes of the decoded activations, and of the rows of weights that are decoded at a time."""
+    return tokens * shape[1] * dtype.itemsize + exact_workspace(shape, dtype)

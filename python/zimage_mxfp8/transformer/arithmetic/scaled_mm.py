@@ -1,0 +1,86 @@
+"""FP8 products with a scale per row through `torch._scaled_mm`, which not every device has."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ...matmul import RowScaledArray
+from . import tiles
+
+_FIRST = (8, 9)  # compute capability with FP8 tensor cores
+
+
+@cache
+def unsupported(device: int) -> str:
+    """Why torch does not multiply FP8 with a scale per row on a CUDA device; "" if it does.
+
+    That depends on the version of torch as much as on the device, so it is tried, once.
+
+    Args:
+        device: its index.
+    """
+    if device >= torch.cuda.device_count():
+        return f"the torch that is installed ({torch.__version__}) finds no CUDA device {device}"
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
+    if capability < _FIRST:
+        return f"FP8 products need compute capability 8.9 or newer, and this is {name}"
+    if not (why := _try(torch.device("cuda", device))):
+        return ""
+    return f"torch {torch.__version__} has no FP8 product with a scale per row on {name}: {why}"
+
+
+def _try(place: torch.device) -> str:
+    """What goes wrong with a product; "" if nothing does."""
+    size = 128
+    codes = torch.ones((size, size), device=place).to(torch.float8_e4m3fn)
+    operand = RowScaledArray(codes, torch.full((size,), 0.5, device=place))
+    try:
+        is_right = bool((_multiply(operand, operand) == size * 0.5 * 0.5).all())
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "" if is_right else "the result is wrong"
+
+
+def multiply(x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply x [M, K] with weights [N, K]: [M, N] of `dtype`.
+
+    On FP8 tensor cores where the result is bfloat16 on CUDA: torch has no other there.
+    """
+    if dtype == torch.bfloat16 and x.codes.is_cuda:
+        return _multiply(x, weights)
+    return multiply_decoded(x, weights, dtype)
+
+
+def _multiply(x: RowScaledArray, weights: RowScaledArray) -> torch.Tensor:
+    out: torch.Tensor = torch._scaled_mm(
+        x.codes.view(torch.float8_e4m3fn),
+        weights.codes.view(torch.float8_e4m3fn).t(),
+        scale_a=x.scales[:, None],
+        scale_b=weights.scales[None, :],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,  # as the core's product: the error is far below that of FP8 itself
+    )
+    return out
+
+
+def multiply_decoded(
+    x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
+) -> torch.Tensor:
+    """Multiply as `multiply` does, with decoded operands and sums in float32, on any device."""
+    rows, columns = weights.shape
+    out = torch.empty((x.shape[0], rows), dtype=torch.float32, device=x.codes.device)
+    wide = x.codes.view(torch.float8_e4m3fn).float()
+    for tile in tiles.row_tiles(rows, columns, tiles.TILE):
+        decoded = weights.codes[tile].view(torch.float8_e4m3fn).float()
+        torch.mm(wide, decoded.t(), out=out[:, tile])
+    return out.mul_(x.scales[:, None]).mul_(weights.scales).to(dtype)
+
+
+def workspace(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes that `multiply` takes on a CUDA device for x [tokens, K] and weights [N, K]."""
+    if dtype == torch.bfloat16:
+        return 0
+    return (tokens * shape[1] + min(shape[0] * shape[1], tiles.TILE)) * torch.float32.itemsize
