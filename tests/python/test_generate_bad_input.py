@@ -294,7 +294,7 @@ def test_transformer(generate: Generate, tmp_path: Path, zimage_quantized: Path)
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     fails(generate(*USUAL, transformer="cut.safetensors"), 1, "cut.safetensors")
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
-    fails(generate(*USUAL, transformer="other.safetensors"), 1, "is no Z-Image transformer")
+    fails(generate(*USUAL, transformer="other.safetensors"), 1, "is not a Z-Image checkpoint")
 
 
 def test_transformer_of_another_model(

@@ -499,6 +499,13 @@ def other_format(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
     marker = json.loads(bytes(tensors[name].tolist()))
     marker["format"] = "nvfp4"
     tensors[name] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
+    metadata.pop("_quantization_metadata")
+
+
+def contradiction(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    header = metadata.copy()
+    other_format(tensors, metadata)
+    metadata.update(header)
 
 
 def other_shape(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -514,23 +521,27 @@ BROKEN = {
         lambda t, m: t.pop("layers.0.feed_forward.w1.weight_scale"),
         r'"layers.0.feed_forward.w1.weight_scale" is missing',
     ),
-    "lacks a marker": (
-        lambda t, m: t.pop("layers.0.feed_forward.w1.comfy_quant"),
+    "lacks a description": (
+        lambda t, m: (t.pop("layers.0.feed_forward.w1.comfy_quant"), m.clear()),
         r'"layers.0.feed_forward.w1.comfy_quant" is missing.*noise',
     ),
-    "another format": (other_format, r'"layers.0.attention.out.comfy_quant" has the format "nvfp4'),
+    "another format": (other_format, r"quantised already \(MXFP8 and other formats"),
+    "marker and header contradict each other": (
+        contradiction,
+        r'"_quantization_metadata" says something else of layer "layers.0.attention.out"',
+    ),
     "another shape": (other_shape, r'"layers.1.ffn_norm1.weight" is \[7\], not \[256\]'),
     "not Z-Image": (
         lambda t, m: (t.clear(), t.update(a=torch.ones(2)), m.clear()),
-        "is no Z-Image transformer",
+        'is not a Z-Image checkpoint .its first tensor is "a"',
     ),
     "lacks its signature": (
         lambda t, m: t.pop("cap_pad_token"),
-        'is no Z-Image transformer: it lacks tensor "cap_pad_token"',
+        'is not a whole Z-Image transformer: "cap_pad_token" is missing',
     ),
     "lacks a tensor by which ComfyUI recognises it": (
         lambda t, m: t.pop("noise_refiner.0.attention.k_norm.weight"),
-        r'"noise_refiner.0.attention.k_norm.weight" is missing \(1 problem in all\)',
+        r'"noise_refiner.0.attention.k_norm.weight" is missing; download',
     ),
     "a bias": (
         lambda t, m: t.update({"layers.0.attention.qkv.bias": torch.ones(768)}),

@@ -113,7 +113,7 @@ SHARD = Kind(
 INCOMPLETE = Kind(
     "part of a Z-Image",
     'is part of a Z-Image only: it lacks "{0}"',
-    "use the whole checkpoint; if this is it, download it again",
+    "use the whole checkpoint, or download it again",
 )
 DIFFUSERS_QUANTISED = Kind(
     "quantised, with diffusers names",
