@@ -12,7 +12,7 @@ from .kinds import Kind
 
 _HEAD = 4096  # bytes that are looked at
 _MAX_JSON = 64 << 20
-_PICKLE_PROTOCOLS = range(2, 6)
+_PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 _FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 
 
@@ -63,8 +63,7 @@ def _kind_of(path: Path, head: bytes, size: int) -> Kind | None:
         return kinds.GGUF
     if head.startswith(b"PK\x03\x04"):
         return kinds.PICKLE if _holds_pickle(path) else kinds.ZIP
-    # A safetensors file would have a header of over 2^40 bytes here.
-    if head[0] == 0x80 and len(head) > 1 and head[1] in _PICKLE_PROTOCOLS and any(head[4:8]):
+    if head[0] == 0x80 and head[1:2] in _PICKLE_PROTOCOLS and not _is_safetensors(head):
         return kinds.PICKLE
     if head.startswith(b"version https://git-lfs"):
         return kinds.LFS_POINTER

@@ -15,7 +15,6 @@ from .foreign_files import refuse
 from .kinds import Kind, Use
 from .quantization import find_format
 from .source import Checkpoint, open_checkpoint
-from .structure import missing_or_misshapen
 from .zimage import ANCHOR, PAD_TOKENS, WHOLE_FILE, Scope, find_scopes
 
 _SHARD_NAME = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
@@ -183,7 +182,7 @@ def _obstacle(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:
         return kinds.ADAPTED, adapter
     if other := other_patch_size(names, scope.prefix):
         return kinds.TWO_PATCH_SIZES, other
-    if _is_shard(checkpoint) and missing_or_misshapen(checkpoint, scope):
+    if _is_shard(checkpoint):  # even if its blocks are whole: others are in other shards
         return kinds.SHARD, str(checkpoint.path.parent)
     return None
 
