@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import hub
 from ..devices import cuda_index
 from ..errors import UsageError
 from ..text import plural
-from . import convert_to_quant, dry_run
+from . import convert_to_quant, download, dry_run
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
 
 if TYPE_CHECKING:
@@ -29,16 +30,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-i",
         "--input",
         required=True,
-        type=Path,
         metavar="PATH",
-        help="safetensors file, or diffusers folder",
+        help="safetensors file, diffusers folder, or OWNER/NAME[@REVISION][/FILE.safetensors] from "
+        "the Hugging Face cache",
     )
+    download.add_download(parser)
     parser.add_argument(
         "-o",
         "--output",
         type=file_path,
         metavar="FILE",
-        help="output file (default: beside the input, its name with -mxfp8 before the suffix)",
+        help="output file (default: beside the input, its name with -mxfp8 before the suffix; for "
+        "OWNER/NAME in this folder)",
     )
     parser.add_argument(
         "--recipe",
@@ -104,6 +107,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     recipe = convert_to_quant.choose_recipe(arguments)
+    reference = hub.parse(arguments.input)
+    if reference is not None and arguments.output is None:
+        # Beside the input it would be inside the cache.
+        arguments.output = Path(f"{reference.stem}-mxfp8.safetensors")
+    arguments.input = download.resolve(
+        arguments.input, (hub.TRANSFORMER,), download=arguments.download
+    )
     if arguments.dry_run:
         if arguments.report is not None:
             raise UsageError("--report needs a conversion; drop it or --dry-run")
