@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,6 +172,7 @@ def name_of(folder: Path) -> str:
 
 def _library(reference: Reference) -> Any:
     try:
+        import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError as error:
         raise UnsupportedError(
@@ -273,6 +275,7 @@ def _download(
     snapshot = _snapshot(library, repo, info.sha)
     there = _files_in(snapshot) if snapshot else set()
     files = tuple(RemoteFile(name, sizes[name]) for name in chosen if name not in there)
+    _check_space(library, reference, sum(file.nbytes for file in files))
     for done, file in enumerate(files):
         report(Download(repo, files, done))
         library.hf_hub_download(repo, file.name, revision=revision)
@@ -288,6 +291,17 @@ def _download(
         ) from None
 
 
+def _check_space(library: Any, reference: Reference, needed: int) -> None:
+    cache = Path(library.constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise CheckpointError(
+            f"{reference} needs {needed:,} bytes, but the Hugging Face cache {cache} has {free:,} "
+            "free; make room, or set HF_HOME to a folder on another disk"
+        )
+
+
 def _files_to_name(repo: str, names: Collection[str]) -> str:
     """The end of a sentence: which files of a repository could be named instead."""
     files = sorted(name for name in names if name.endswith(".safetensors"))
@@ -300,22 +314,22 @@ def _files_to_name(repo: str, names: Collection[str]) -> str:
 @contextmanager
 def _downloading(library: Any, reference: Reference) -> Iterator[None]:
     """Turn whatever the library raises into a sentence."""
-    errors = library.errors
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
-    except errors.GatedRepoError:
-        problem = "is gated: accept its terms on its page, and log in with: hf auth login"
-    except errors.RepositoryNotFoundError:
-        problem = "is not on the hub, or private: check the name, or log in with: hf auth login"
-    except errors.RevisionNotFoundError:
-        problem = "is on the hub, but not in this revision; check the part after @"
-    except errors.OfflineModeIsEnabled:
-        problem = "cannot be downloaded: HF_HUB_OFFLINE is set; unset it"
-    except Exception as error:  # those of HTTP clients, which differ between versions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        problem = f"cannot be downloaded: {reason.rstrip('.')}; what is complete stays in the cache"
-    else:
-        return
-    raise CheckpointError(f"{reference} {problem}")
+    except Exception as error:  # those of HTTP clients differ between versions
+        raise CheckpointError(f"{reference} {_problem(library.errors, error)}") from None
+
+
+def _problem(errors: Any, error: Exception) -> str:
+    if isinstance(error, errors.GatedRepoError):
+        return "is gated: accept its terms on its page, and log in with: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "is not on the hub, or private: check the name, or log in with: hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "is on the hub, but not in this revision; check the part after @"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "cannot be downloaded: HF_HUB_OFFLINE is set; unset it"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"cannot be downloaded: {reason.rstrip('.')}; what is complete stays in the cache"

@@ -107,10 +107,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     recipe = convert_to_quant.choose_recipe(arguments)
+    from ..checkpoint.output import check_target
+
     reference = hub.parse(arguments.input)
-    if reference is not None and arguments.output is None:
-        # Beside the input it would be inside the cache.
-        arguments.output = Path(f"{reference.stem}-mxfp8.safetensors")
+    if reference is not None:
+        if arguments.output is None:  # beside the input it would be inside the cache
+            arguments.output = Path(f"{reference.stem}-mxfp8.safetensors")
+        if not arguments.dry_run:  # told now, and not after a download
+            check_target(arguments.output, [], overwrite=arguments.overwrite)
     arguments.input = download.resolve(
         arguments.input, (hub.TRANSFORMER,), download=arguments.download
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def resolve(text: str, parts: Sequence[str], *, download: bool) -> Path:
     """Find a path or a name on the hub, see `hub.resolve`."""
     from .. import hub
 
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it would ask for more than models
     return hub.resolve(text, parts, download=download, report=_show)
 
 
