@@ -107,20 +107,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     recipe = convert_to_quant.choose_recipe(arguments)
-    from ..checkpoint.output import check_target
-
-    reference = hub.parse(arguments.input)
-    if reference is not None:
-        if arguments.output is None:  # beside the input it would be inside the cache
-            arguments.output = Path(f"{reference.stem}-mxfp8.safetensors")
-        if not arguments.dry_run:  # told now, and not after a download
-            check_target(arguments.output, [], overwrite=arguments.overwrite)
-    arguments.input = download.resolve(
-        arguments.input, (hub.TRANSFORMER,), download=arguments.download
-    )
+    if arguments.dry_run and arguments.report is not None:
+        raise UsageError("--report needs a conversion; drop it or --dry-run")
+    _resolve_input(arguments)
     if arguments.dry_run:
-        if arguments.report is not None:
-            raise UsageError("--report needs a conversion; drop it or --dry-run")
         cuda_index(arguments.device)
         return dry_run.run(arguments, recipe)
 
@@ -156,6 +146,21 @@ def run(arguments: argparse.Namespace) -> int:
         layers = plural(report.quantized, "layer")
         print(f"{report.output}: {layers} in MXFP8, {report.file_bytes:,} bytes")
     return 0
+
+
+def _resolve_input(arguments: argparse.Namespace) -> None:
+    """Replace the name of a model on the hub by its path in the cache."""
+    from ..checkpoint.output import check_target
+
+    reference = hub.parse(arguments.input)
+    if reference is not None:
+        if arguments.output is None:  # beside the input it would be inside the cache
+            arguments.output = Path(f"{reference.stem}-mxfp8.safetensors")
+        if not arguments.dry_run:  # told now, and not after a download
+            check_target(arguments.output, [], overwrite=arguments.overwrite)
+    arguments.input = download.resolve(
+        arguments.input, (hub.TRANSFORMER,), download=arguments.download
+    )
 
 
 def print_summary(report: ConversionReport) -> None:
