@@ -1,4 +1,7 @@
-"""Names on the Hugging Face hub: looked up in the local cache, and downloaded only on request."""
+"""Names on the Hugging Face hub: looked up in the local cache, and downloaded only on request.
+
+Tested against a server on the same machine, never against the real hub.
+"""
 
 from __future__ import annotations
 

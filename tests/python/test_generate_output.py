@@ -18,14 +18,14 @@ from PIL import Image
 
 import zimage_mxfp8 as zm
 from conftest import Generate, Run
-from test_generate import SIZE, generator_of, init_image, levels, reference
+from model_folder import make_pipeline
+from test_generate import SIZE, generator_of, init_image, levels
 from test_generate_bad_input import fails
 from zimage_mxfp8.checkpoint import output as output_module
 from zimage_mxfp8.cli.generate import _peak_memory
 from zimage_mxfp8.generation import generator as generator_module
 from zimage_mxfp8.generation.pictures import free_path, name_from_prompt, preview_path, write_new
 
-__all__ = ["reference"]  # a fixture
 QUICK = ("--prompt", "a red fox, in SNOW!", "--steps", 1, "--seed", 1234, *SIZE)
 
 
@@ -344,36 +344,32 @@ def test_the_current_folder_is_a_model(
 
 @pytest.mark.parametrize("cfg", [1.5, 4.0, 7.0])
 @pytest.mark.parametrize("kind", [ZImagePipeline, ZImageImg2ImgPipeline])
-def test_guidance_is_comfyuis_cfg_minus_1(
-    reference: ZImagePipeline, tmp_path: Path, cfg: float, kind: type
-) -> None:
+def test_guidance_is_comfyuis_cfg_minus_1(tmp_path: Path, cfg: float, kind: type) -> None:
     """In diffusers' own pipelines, the sampler gets negative + cfg * (positive - negative)."""
     outputs, predictions = [], []
-    model, pipeline = reference.transformer, kind(**reference.components)
+    pipeline = kind(**make_pipeline().components)
     step = pipeline.scheduler.step
 
     def watched(prediction: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         predictions.append(prediction)
         return step(prediction, *arguments, **options)
 
-    hook = model.register_forward_hook(lambda _module, _inputs, result: outputs.append(result[0]))
+    pipeline.transformer.register_forward_hook(
+        lambda _module, _inputs, result: outputs.append(result[0])
+    )
     pipeline.scheduler.step = watched
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"height": 48, "width": 64}
     if kind is ZImageImg2ImgPipeline:
         options = {"image": init_image(tmp_path / "in.png", (64, 48)), "strength": 1.0}
-    try:
-        pipeline(
-            "a cat",
-            negative_prompt="a dog",
-            num_inference_steps=2,
-            guidance_scale=cfg - 1,
-            generator=generator_of(1)[0],
-            **options,
-        )
-    finally:
-        hook.remove()
-        del pipeline.scheduler.step
+    pipeline(
+        "a cat",
+        negative_prompt="a dog",
+        num_inference_steps=2,
+        guidance_scale=cfg - 1,
+        generator=generator_of(1)[0],
+        **options,
+    )
     assert len(outputs) == len(predictions) == 2
     for (positive, negative), found in zip(outputs, predictions, strict=True):
         assert (positive - negative).abs().max() > 0.01

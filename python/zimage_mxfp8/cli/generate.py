@@ -300,13 +300,12 @@ class PreviewFiles:
         for path, image in zip(self._paths, images, strict=True):
             if self._failed:
                 return
+            self._written.add(path)  # first: Ctrl-C may come at any time
             try:
                 write_file(path, plain_png_bytes(image), overwrite=True)
             except OutputError as error:
                 tell(f"warning: no more previews: {error}")
                 self._failed = True
-            else:
-                self._written.add(path)
 
 
 def keep_libraries_quiet() -> None:
