@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -121,6 +122,13 @@ def zimage_quantized(zimage_folder: Path) -> Path:
 
 Generate = Callable[..., "tuple[int, str, str]"]
 
+# What `generate` tells without a terminal while all goes well.
+STAGES = re.compile(
+    r"^zimage-mxfp8: (?:loading [a-zA-Z ]+(?: \.\.\.)?|encoding|denoising: step \d+ of \d+, "
+    r"\S+ s a step|decoding(?:: image \d+ of \d+)?)\n",
+    re.MULTILINE,
+)
+
 
 @pytest.fixture
 def generate(
@@ -130,7 +138,10 @@ def generate(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Generate:
-    """`zimage-mxfp8 generate` in this process and in `tmp_path`: exit code, stdout, stderr."""
+    """`zimage-mxfp8 generate` in this process and in `tmp_path`: exit code, stdout, stderr.
+
+    Of stderr without the stages, which the tests of progress look at.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # too late for the variable that the command sets
@@ -150,7 +161,7 @@ def generate(
         parts += [] if transformer is None else ["--transformer", transformer]
         code = main([str(part) for part in (*parts, *arguments)])
         captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, captured.out, STAGES.sub("", captured.err)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 import zimage_mxfp8 as zm
 from test_generate import levels
+from zimage_mxfp8.cli.generate import _peak_memory
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 
 pytestmark = pytest.mark.gpu
@@ -43,3 +45,32 @@ def test_offloading_frees_the_gpu(zimage_folder: Path, zimage_quantized: Path) -
     kept = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cuda")
     assert left[1] <= left[0] < torch.cuda.memory_allocated()
     del kept
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_previews_change_nothing_on_the_gpu(
+    zimage_folder: Path, zimage_quantized: Path, offload: bool
+) -> None:
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cuda", offload=offload)
+    shown: list[tuple[int, int]] = []
+    made = [
+        generator.generate(SETTINGS),
+        generator.generate(
+            SETTINGS,
+            preview=lambda step, images: shown.append((step, len(images))),
+            preview_every=3,
+        ),
+    ]
+    assert shown == [(3, 2), (6, 2)]
+    for first, second in zip(*(each.images for each in made), strict=True):
+        assert (levels(first) == levels(second)).all()
+
+
+def test_peak_memory_is_that_of_the_device(zimage_folder: Path, zimage_quantized: Path) -> None:
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cuda")
+    made = generator.generate(SETTINGS)
+    assert made.device.startswith("cuda:")
+    found = re.search(r"of (cuda:\d): (\S+) MiB allocated", _peak_memory(made.device))
+    assert found is not None and found[1] == made.device
+    weights = sum(each.nbytes for each in generator._kept["VAE"].model.parameters())
+    assert float(found[2]) > weights / 2**20

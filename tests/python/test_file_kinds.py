@@ -50,6 +50,15 @@ def zipped(name: str) -> Make:
     return make
 
 
+def folder(*files: str) -> Make:
+    def make(path: Path) -> None:
+        path.mkdir()
+        for file in files:
+            (path / file).write_bytes(b"x")
+
+    return make
+
+
 def linked(path: Path) -> None:
     path.symlink_to("gone.safetensors")
 
@@ -282,12 +291,12 @@ KINDS: dict[str, tuple[Make, str, str]] = {
         "name the model's folder",
     ),
     "folder of single files": (
-        lambda path: (path.mkdir(), named("a")(path / "one.safetensors")) and None,
+        folder("one.safetensors"),
         "is no diffusers folder",
         "name one of its files, such as one.safetensors",
     ),
     "folder of pickles": (
-        lambda path: (path.mkdir(), (path / "pytorch_model.bin").write_bytes(b"x")) and None,
+        folder("pytorch_model.bin"),
         "is no diffusers folder",
         "download the safetensors files",
     ),
@@ -355,7 +364,7 @@ def test_converted_file_is_refused_where_the_original_is_needed(
         output if a == "out.safetensors" else a.format(file=zimage_quantized)
         for a in COMMANDS[command]
     ]
-    assert main(arguments) == 1
+    assert main(arguments) in (1, 2)
     error = capsys.readouterr().err
     assert "quantised already" in error or "is quantised" in error, error
     assert list(tmp_path.iterdir()) == []
@@ -405,7 +414,7 @@ def test_two_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     error = capsys.readouterr().err
     assert "has embedders for several patch sizes" in error and "all_patch_size=(2,)" in error
-    assert not (tmp_path / "o.safetensors").exists()
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(

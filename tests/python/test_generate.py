@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import Qwen3ForCausalLM
 
 import zimage_mxfp8 as zm
-from conftest import Generate, Run
+from conftest import STAGES, Generate, Run
 from diffusers_reference import load_reference, make_reference
 from model_folder import make_pipeline, make_tokenizer
 from test_commands import run_in_terminal
@@ -84,7 +84,9 @@ def test_picture_equals_that_of_diffusers(
     )
     assert (code, err) == (0, "")
     assert re.fullmatch(
-        rf"o\.png: 64x48, seed 7, {steps} steps of \d+\.\d\d s, compute exact on cpu\n", out
+        rf"o\.png: 64x48, seed 7, {steps} steps of \d+\.\d\d s, compute exact on cpu\n"
+        r"total: \d+\.\d s, peak memory of the process: \d\S* [MG]iB\n",
+        out,
     )
     want = reference(
         "a cat",
@@ -176,7 +178,7 @@ def test_picture_differs_by_the_rounding_of_activations(
 def test_bfloat16_is_the_default_and_near(
     cli: Run, zimage_folder: Path, zimage_quantized: Path, generate: Generate, tmp_path: Path
 ) -> None:
-    """As a process of its own, which says nothing but its result."""
+    """As a process of its own, which says nothing but its stages and its result."""
     code, _, _ = generate("--prompt", "a cat", "-o", "float32.png", "--seed", 7, *SIZE)
     assert code == 0
     result = cli(
@@ -191,7 +193,7 @@ def test_bfloat16_is_the_default_and_near(
         ),
         *("-o", "bfloat16.png", "--seed", 7, "--device", "cpu", *SIZE),
     )
-    assert result.returncode == 0 and result.stderr == ""
+    assert result.returncode == 0 and STAGES.sub("", result.stderr) == ""
     assert result.stdout.startswith("bfloat16.png: 64x48, seed 7, 8 steps of ")
     assert settings_of(tmp_path / "bfloat16.png")["dtype"] == "bfloat16"
     wide = levels(tmp_path / "float32.png")
@@ -301,7 +303,8 @@ def test_pictures_of_a_batch_can_be_made_alone(
     options += [*SIZE] if start == "noise" else ["--init-image", "in.png"]
     code, out, err = generate(*options, "-o", "o.png", "--seed", 20, "--batch", 3)
     assert code == 0, err
-    assert [line.split(":")[0] for line in out.splitlines()] == ["o-0.png", "o-1.png", "o-2.png"]
+    names = [line.split(":")[0] for line in out.splitlines()]
+    assert names == ["o-0.png", "o-1.png", "o-2.png", "total"]
     assert not (tmp_path / "o.png").exists()
     pictures = [levels(tmp_path / f"o-{i}.png") for i in range(3)]
     for i, picture in enumerate(pictures):
@@ -637,7 +640,7 @@ def test_wrong_names_are_told_before_anything_is_imported(
 ) -> None:
     output = ("--prompt", "a", "-o", tmp_path / "o.png")
     for folder, options, sentence in (
-        ("Tongyi-MAI/Z-Image-Turbo", (), "Tongyi-MAI/Z-Image-Turbo does not exist"),
+        ("nowhere/model/folder", (), "nowhere/model/folder does not exist"),
         (zimage_folder, ("--init-image", "none.png"), "the init image none.png does not exist"),
     ):
         result = without("torch", "generate", "--model-dir", folder, *output, *options)
@@ -652,7 +655,7 @@ def test_missing_library_is_named(library: str, zimage_folder: Path, tmp_path: P
         *("-o", tmp_path / "o.png", "--init-image", tmp_path / "in.png"),
     )
     assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
+    (line,) = STAGES.sub("", result.stderr).splitlines()
     assert f"({library}" in line.replace("import of ", "")
     assert line.endswith('pip install "zimage-mxfp8[generate]"')
 

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import hub
 from ..devices import cuda_index
 from ..errors import UsageError
 from ..text import plural
-from . import convert_to_quant, dry_run
+from . import convert_to_quant, download, dry_run
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
 
 if TYPE_CHECKING:
@@ -29,16 +30,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-i",
         "--input",
         required=True,
-        type=Path,
         metavar="PATH",
-        help="safetensors file, or diffusers folder",
+        help="safetensors file, diffusers folder, or OWNER/NAME[@REVISION][/FILE.safetensors] from "
+        "the Hugging Face cache",
     )
+    download.add_download(parser)
     parser.add_argument(
         "-o",
         "--output",
         type=file_path,
         metavar="FILE",
-        help="output file (default: beside the input, its name with -mxfp8 before the suffix)",
+        help="output file (default: beside the input, its name with -mxfp8 before the suffix; for "
+        "OWNER/NAME in this folder)",
     )
     parser.add_argument(
         "--recipe",
@@ -116,9 +119,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     recipe = convert_to_quant.choose_recipe(arguments)
+    if arguments.dry_run and arguments.report is not None:
+        raise UsageError("--report needs a conversion; drop it or --dry-run")
+    _resolve_input(arguments)
     if arguments.dry_run:
-        if arguments.report is not None:
-            raise UsageError("--report needs a conversion; drop it or --dry-run")
         cuda_index(arguments.device)
         return dry_run.run(arguments, recipe)
 
@@ -157,6 +161,21 @@ def run(arguments: argparse.Namespace) -> int:
         layers = plural(report.quantized, "layer")
         print(f"{report.output}: {layers} in MXFP8, {report.file_bytes:,} bytes")
     return 0
+
+
+def _resolve_input(arguments: argparse.Namespace) -> None:
+    """Replace the name of a model on the hub by its path in the cache."""
+    from ..checkpoint.output import check_target
+
+    reference = hub.parse(arguments.input)
+    if reference is not None:
+        if arguments.output is None:  # beside the input it would be inside the cache
+            arguments.output = Path(f"{reference.stem}-mxfp8.safetensors")
+        if not arguments.dry_run:  # told now, and not after a download
+            check_target(arguments.output, [], overwrite=arguments.overwrite)
+    arguments.input = download.resolve(
+        arguments.input, (hub.TRANSFORMER,), download=arguments.download
+    )
 
 
 def print_summary(report: ConversionReport) -> None:

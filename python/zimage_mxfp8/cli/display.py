@@ -167,10 +167,10 @@ def progress_bar(title: str) -> Iterator[ProgressCallback | None]:
 
 
 @contextmanager
-def stage_bar() -> Iterator[GenerationCallback | None]:
-    """A bar on stderr for each stage of a generation; None if that is no terminal."""
+def stage_bar() -> Iterator[GenerationCallback]:
+    """A bar on stderr for each stage of a generation; if that is no terminal, some lines."""
     if not sys.stderr.isatty():
-        yield None
+        yield _stage_lines()
         return
     bar = Bar(
         TextColumn("{task.description}"),
@@ -183,23 +183,46 @@ def stage_bar() -> Iterator[GenerationCallback | None]:
         task = bar.add_task("", total=None, state="")
 
         def update(progress: GenerationProgress) -> None:
-            state = ""
-            if progress.stage == "denoising":
-                state = f"step {progress.done} of {progress.total}, {progress.seconds:.2f} s a step"
-            elif progress.total > 1 and progress.stage == "decoding":
-                state = f"picture {progress.done} of {progress.total}"
-            loading = progress.stage in ("text encoder", "transformer", "VAE")
             bar.update(
                 task,
-                description=f"loading the {progress.stage}" if loading else progress.stage,
+                description=_stage_name(progress),
                 completed=progress.done,
                 total=progress.total,
-                state=state,
+                state=_stage_state(progress),
                 # Bytes come more often than a screen need show them; all else is drawn at once.
                 refresh=progress.stage != "transformer" or progress.done == 0,
             )
 
         yield update
+
+
+def _stage_lines() -> GenerationCallback:
+    """A line when a stage begins, and for every tenth of the steps and images."""
+    last: tuple[str, int] | None = None
+
+    def update(progress: GenerationProgress) -> None:
+        nonlocal last
+        state = _stage_state(progress)
+        now = (progress.stage, 10 * progress.done // progress.total if state else 0)
+        if now != last:
+            tell(_stage_name(progress) + (f": {state}" if state else ""))
+            last = now
+
+    return update
+
+
+def _stage_name(progress: GenerationProgress) -> str:
+    loading = progress.stage in ("text encoder", "transformer", "VAE")
+    return f"loading the {progress.stage}" if loading else progress.stage
+
+
+def _stage_state(progress: GenerationProgress) -> str:
+    """How far a stage of several pieces is; empty for others."""
+    if progress.stage == "denoising":
+        return f"step {progress.done} of {progress.total}, {progress.seconds:.2f} s a step"
+    if progress.stage == "decoding" and progress.total > 1:
+        return f"image {progress.done} of {progress.total}"
+    return ""
 
 
 @contextmanager

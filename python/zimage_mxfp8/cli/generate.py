@@ -4,55 +4,76 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import UnsupportedError
+from ..errors import OutputError, UnsupportedError, UsageError
 from ..generation.settings import (
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
     MOST_GUIDANCE,
     MOST_PICTURES,
     GenerationSettings,
+    draw_seed,
 )
 from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, spellings
+from .download import add_download, resolve
+from .streams import tell
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..generation.stored import StoredSettings
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "generate",
-        help="make pictures from a prompt",
-        description="Make pictures with an MXFP8 transformer and the other parts (text encoder, "
-        "tokenizer, VAE, scheduler) of a diffusers folder on this machine. No network.",
+        help="make images from a prompt",
+        description="Make images with an MXFP8 transformer and the other parts (text encoder, "
+        "tokenizer, VAE, scheduler) of a diffusers folder on this machine. No network without "
+        "--download.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
         *spellings("--model-dir"),
         required=True,
-        type=Path,
         metavar="DIR",
-        help="diffusers folder of Z-Image",
+        help="diffusers folder of Z-Image, or OWNER/NAME[@REVISION] from the Hugging Face cache",
     )
     parser.add_argument(
         "--transformer",
-        type=Path,
         metavar="FILE",
-        help="MXFP8 or plain checkpoint (default: the folder's own transformer)",
+        help="MXFP8 or plain checkpoint, or OWNER/NAME[@REVISION][/FILE.safetensors] from the "
+        "Hugging Face cache (default: the folder's own transformer)",
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
+    add_download(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to show")
+    parser.add_argument(
+        *spellings("--settings-from"),
+        type=Path,
+        metavar="PNG",
+        help="take prompt, seed, size and the like from an image that generate made, or from its "
+        "text in AUTOMATIC1111's form; other options replace them",
+    )
     parser.add_argument(
         "-o",
         "--output",
-        required=True,
         type=file_path,
         metavar="FILE",
-        help="PNG file; with --batch its name gets -0, -1, ... before the suffix",
+        help="PNG file; with --batch its name gets -0, -1, ... before the suffix (default: a new "
+        "name from the prompt and the seed)",
     )
     parser.add_argument(
         "--steps",
         type=count(1),
-        default=8,
         metavar="N",
         help="forward passes of the transformer (default: 8, for Turbo)",
     )
@@ -67,15 +88,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--seed",
         type=count(0),
         metavar="N",
-        help="of the noise; the pictures of a batch have N, N + 1, ... (default: drawn and shown)",
+        help="of the noise; the images of a batch have N, N + 1, ... (default: drawn and shown)",
     )
     parser.add_argument(
         "--guidance",
         type=float,
-        default=0.0,
         metavar="SCALE",
-        help=f"classifier-free guidance up to {MOST_GUIDANCE}, twice the work (default: 0, none, "
-        "for Turbo)",
+        help=f"classifier-free guidance up to {MOST_GUIDANCE}, ComfyUI's CFG minus 1; twice the "
+        "work (default: 0, none, for Turbo)",
     )
     parser.add_argument(
         *spellings("--negative-prompt"),
@@ -85,12 +105,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--batch",
         type=count(1),
-        default=1,
         metavar="N",
-        help=f"pictures to make together, up to {MOST_PICTURES} (default: 1)",
+        help=f"images to make together, up to {MOST_PICTURES} (default: 1)",
     )
     parser.add_argument(
-        *spellings("--init-image"), type=Path, metavar="FILE", help="picture to start from"
+        *spellings("--init-image"), type=Path, metavar="FILE", help="image to start from"
     )
     parser.add_argument(
         "--strength",
@@ -121,34 +140,45 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="load text encoder, transformer and VAE one after another, so that memory holds one",
     )
+    parser.add_argument(
+        "--preview",
+        type=count(1),
+        metavar="N",
+        help="every N steps, write a small image of what it becomes to NAME.preview.png, until the "
+        "end; the result stays the same",
+    )
     add_overwrite(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    begin = time.perf_counter()
+    from .. import hub
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
-    from ..generation.pictures import open_init_image, picture_paths, png_bytes
+    from ..generation.pictures import open_init_image, png_bytes, preview_path, write_new
+    from . import display
 
-    settings = GenerationSettings(
-        prompt=arguments.prompt,
-        negative_prompt=arguments.negative_prompt,
-        steps=arguments.steps,
-        height=arguments.height,
-        width=arguments.width,
-        guidance=arguments.guidance,
-        seed=arguments.seed,
-        batch=arguments.batch,
-        init_image=arguments.init_image,
-        strength=arguments.strength,
-    )
-    outputs = picture_paths(arguments.output, settings.batch)
-    inputs = [path for path in (arguments.transformer, arguments.init_image) if path]
-    for output in outputs:
-        check_target(output, inputs, overwrite=arguments.overwrite)
+    stored, settings = _settings(arguments)
+    outputs = _outputs(arguments.output, settings)
+    previews = [preview_path(output) for output in outputs] if arguments.preview else []
+    inputs = [settings.init_image, arguments.settings_from]
+    inputs += [Path(arguments.transformer)] if arguments.transformer else []
+    for target in (*outputs, *previews):
+        check_target(target, filter(None, inputs), overwrite=arguments.overwrite)
     # Wrong names are told now, and not after seconds of importing and minutes of loading.
-    open_model_folder(arguments.model_dir)
+    if not arguments.download:
+        keep_libraries_quiet()
+    own = () if arguments.transformer else (hub.TRANSFORMER,)
+    model_dir = resolve(arguments.model_dir, (*hub.COMPONENTS, *own), download=arguments.download)
+    transformer = None
+    if arguments.transformer:
+        transformer = resolve(
+            arguments.transformer, (hub.TRANSFORMER,), download=arguments.download
+        )
+    open_model_folder(model_dir)
     keep_libraries_quiet()
+    tell("loading torch and diffusers ...")
     try:
         if settings.init_image is not None:
             open_init_image(settings.init_image)
@@ -159,37 +189,137 @@ def run(arguments: argparse.Namespace) -> int:
             f"generate needs torch, diffusers, transformers and Pillow ({reason}): "
             'pip install "zimage-mxfp8[generate]"'
         ) from None
-    from . import display
 
-    with display.stage_bar() as progress:
+    with display.stage_bar() as progress, PreviewFiles(previews) as preview_files:
         generator = ZImageGenerator(
-            arguments.model_dir,
-            arguments.transformer,
+            model_dir,
+            transformer,
             arguments.device,
             arguments.compute,
             arguments.dtype,
             offload=arguments.offload,
             progress=progress,
         )
-        made = generator.generate(settings, progress)
+        made = generator.generate(
+            settings,
+            progress,
+            preview=preview_files.show if previews else None,
+            preview_every=arguments.preview or 1,
+        )
     display.warn(made.warnings)
+    if stored is not None:
+        display.warn(list(stored.warnings(made.metadata(0))))
     for i, output in enumerate(outputs):
         content = png_bytes(made.images[i], made.metadata(i))
-        write_file(output, content, overwrite=arguments.overwrite)
+        if arguments.output is None:
+            output = write_new(output, content)
+        else:
+            write_file(output, content, overwrite=arguments.overwrite)
         print(
             f"{output}: {made.settings.width}x{made.settings.height}, seed {made.seed(i)}, "
             f"{made.steps} steps of {made.step_seconds:.2f} s, compute {made.compute} on "
             f"{made.device}"
         )
+    print(f"total: {time.perf_counter() - begin:.1f} s{_peak_memory(made.device)}")
     return 0
+
+
+def _settings(
+    arguments: argparse.Namespace,
+) -> tuple[StoredSettings | None, GenerationSettings]:
+    """What `--settings-from` names, and the settings that follow from it and the options."""
+    given = {
+        field.name: getattr(arguments, field.name)
+        for field in fields(GenerationSettings)
+        if getattr(arguments, field.name) is not None
+    }
+    stored = None
+    if arguments.settings_from is not None:
+        from ..generation.stored import read_settings
+
+        stored = read_settings(arguments.settings_from)
+        settings = stored.with_options(given)
+    elif "prompt" in given:
+        settings = GenerationSettings(**given)
+    else:
+        raise UsageError(
+            "the following arguments are required: --prompt, or --settings-from with an image"
+        )
+    # Drawn here already, because files may be named by it.
+    seed = draw_seed() if settings.seed is None else settings.seed
+    return stored, replace(settings, seed=seed)
+
+
+def _outputs(given: Path | None, settings: GenerationSettings) -> list[Path]:
+    from ..generation.pictures import free_path, name_from_prompt, picture_paths
+
+    if given is not None:
+        return picture_paths(given, settings.batch)
+    assert settings.seed is not None
+    name = name_from_prompt(settings.prompt)
+    return [free_path(Path(f"{name}-{settings.seed + i}.png")) for i in range(settings.batch)]
+
+
+def _peak_memory(device: str) -> str:
+    """The end of the summary; empty where the system does not tell it."""
+    from .display import size_text
+
+    if device.startswith("cuda"):
+        import torch
+
+        allocated = size_text(torch.cuda.max_memory_allocated(device))
+        reserved = size_text(torch.cuda.max_memory_reserved(device))
+        return f", peak memory of {device}: {allocated} allocated, {reserved} reserved"
+    from ..generation.memory import peak_resident_bytes
+
+    peak = peak_resident_bytes()
+    return "" if peak is None else f", peak memory of the process: {size_text(peak)}"
+
+
+class PreviewFiles:
+    """Preview images on the disk, deleted at the end. What goes wrong with them stops no image."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._written: set[Path] = set()
+        self._failed = False
+
+    def __enter__(self) -> PreviewFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in self._written:
+            with suppress(OSError):
+                path.unlink()
+
+    def show(self, _step: int, images: Sequence[Image]) -> None:
+        """Replace the files."""
+        from ..checkpoint.output import write_file
+        from ..generation.pictures import plain_png_bytes
+
+        for path, image in zip(self._paths, images, strict=True):
+            if self._failed:
+                return
+            self._written.add(path)  # first: Ctrl-C may come at any time
+            try:
+                write_file(path, plain_png_bytes(image), overwrite=True)
+            except OutputError as error:
+                tell(f"warning: no more previews: {error}")
+                self._failed = True
 
 
 def keep_libraries_quiet() -> None:
     """No network, and no progress bars and notes of the libraries between ours.
 
-    They look at these variables when they are imported.
+    They look at these variables when they are imported; the hub's library may be already.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import disable_progress_bars
+
+        constants.HF_HUB_OFFLINE = True
+        disable_progress_bars()

@@ -83,8 +83,7 @@ def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"{folder} {what}; the model's folder is needed on this machine, in the diffusers "
-            "layout (names on a hub are not looked up): download it first, for example with "
+            f"{folder} {what}; name a model folder in the diffusers layout, for example from "
             "hf download Tongyi-MAI/Z-Image-Turbo --local-dir FOLDER"
         )
     index = _read(folder / "model_index.json", f"{folder} is no diffusers folder")

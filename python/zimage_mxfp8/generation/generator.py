@@ -16,8 +16,8 @@ import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from diffusers.image_processor import VaeImageProcessor
 
-from .. import _core
-from ..checks import file_or_folder
+from .. import _core, hub
+from ..checks import file_or_folder, whole_number
 from ..device_notes import tell
 from ..devices import core_index, memory_for, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UsageError
@@ -28,6 +28,7 @@ from ..transformer.weights import open_model
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
 from .folder import open_model_folder
 from .pictures import open_init_image
+from .preview import PreviewCallback, Previews
 from .settings import PIXELS_PER_TOKEN, GenerationSettings
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Generation:
         compute: compute mode of the transformer.
         device: where it ran.
         dtype: of everything that is not 8 bits wide.
-        model: name of the model's folder.
+        model: name of the model's folder or, from the Hugging Face cache, of its repository.
         transformer: name of the transformer's file or folder.
         warnings: sentences for the user.
     """
@@ -118,13 +119,17 @@ class ZImageGenerator:
     Threads may share one; with `offload` they take turns.
 
     Args:
-        model_dir: the diffusers folder. Its own transformer is needed only without `transformer`.
-        transformer: an MXFP8 or plain file or folder, see `ZImageTransformer.from_checkpoint`.
+        model_dir: the diffusers folder, or the name of one on the Hugging Face hub that is in the
+            local cache. Its own transformer is needed only without `transformer`.
+        transformer: an MXFP8 or plain file or folder, or the name of one on the hub, see
+            `ZImageTransformer.from_pretrained`.
         device: by default the current CUDA device if torch has one, else the CPU.
         compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
         dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
         offload: load a part when its turn comes, and free it afterwards: memory holds the largest
             part and what it works on. Otherwise all parts are loaded now, and stay.
+        download: fetch from the hub what the cache lacks; without it nothing is asked for on the
+            network.
         progress: called while the parts are loaded.
 
     Raises:
@@ -144,22 +149,25 @@ class ZImageGenerator:
         dtype: str = "bfloat16",
         *,
         offload: bool = False,
+        download: bool = False,
         progress: GenerationCallback | None = None,
     ) -> None:
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
         self._dtype = dtype
-        self._folder = open_model_folder(file_or_folder("model_dir", model_dir))
+        file_or_folder("model_dir", model_dir)  # for its error
+        parts = hub.COMPONENTS if transformer is not None else (*hub.COMPONENTS, hub.TRANSFORMER)
+        self._folder = open_model_folder(hub.resolve(model_dir, parts, download=download))
         if transformer is None and not self._folder.transformer.is_dir():
             raise CheckpointError(
                 f"{model_dir} has no transformer/; name a file with --transformer, or download the "
                 "model again"
             )
-        self._file = (
-            self._folder.transformer
-            if transformer is None
-            else file_or_folder("transformer", transformer)
-        )
+        if transformer is None:
+            self._file = self._folder.transformer
+        else:
+            file_or_folder("transformer", transformer)
+            self._file = hub.resolve(transformer, (hub.TRANSFORMER,), download=download)
         self._device = torch_device(device)
         headers = open_model(self._file)
         self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
@@ -176,7 +184,12 @@ class ZImageGenerator:
                 self._part(part, progress)
 
     def generate(
-        self, settings: GenerationSettings, progress: GenerationCallback | None = None
+        self,
+        settings: GenerationSettings,
+        progress: GenerationCallback | None = None,
+        *,
+        preview: PreviewCallback | None = None,
+        preview_every: int = 1,
     ) -> Generation:
         """Make pictures.
 
@@ -186,19 +199,32 @@ class ZImageGenerator:
         Args:
             settings: what to make.
             progress: called as stages begin and advance, and after every step.
+            preview: called with the number of steps that are done and a small image of each that is
+                being made, a guess that the VAE decodes. It does not change the result.
+            preview_every: steps from one preview to the next; there is none after the first step
+                and after the last one.
 
         Raises:
+            UsageError: `preview_every` is no whole number from 1 on.
             CheckpointError: the init image cannot be read, or, with offloading, a part.
             GenerationError: a picture became NaN or infinite; the sentence says at which step.
             CudaError, UnsupportedError: too little memory.
         """
+        if whole_number("preview_every", preview_every) < 1:
+            raise UsageError(f"preview_every must be 1 or more, not {preview_every}")
         image = None if settings.init_image is None else open_init_image(settings.init_image)
         settings = settings.resolved(image.size if image else None)
         report = progress or (lambda _: None)
         with self._turn:
             captions = self._encode(settings, report)
             self._free()
-            latents, steps = self._denoise(settings, image, captions, report)
+            latents, steps = self._denoise(
+                settings,
+                image,
+                captions,
+                report,
+                None if preview is None else lambda vae: Previews(vae, preview_every, preview),
+            )
             self._free()
             pixels = self._decode(latents, report)
             self._free()
@@ -217,7 +243,7 @@ class ZImageGenerator:
             compute=self._compute,
             device=str(self._device),
             dtype=self._dtype,
-            model=self._folder.path.resolve().name,
+            model=hub.name_of(self._folder.path),
             transformer=self._file.name,
             warnings=tuple(_warnings(captions)),
         )
@@ -286,6 +312,7 @@ class ZImageGenerator:
         image: Image | None,
         captions: list[torch.Tensor],
         report: GenerationCallback,
+        make_previews: Callable[[VAE], Previews] | None,
     ) -> tuple[torch.Tensor, _Steps]:
         """Latents [batch, 16, height / 8, width / 8]."""
         assert settings.seed is not None and settings.height and settings.width  # resolved
@@ -297,16 +324,19 @@ class ZImageGenerator:
             "text_encoder": None,
             "tokenizer": None,
         }
+        vae: VAE | None = self._part("VAE", report) if image or make_previews else None
         options: dict[str, Any] = {}
         if image is None:
             pipeline = ZImagePipeline(vae=None, **parts)
         else:
-            pipeline = ZImageImg2ImgPipeline(vae=self._part("VAE", report).model, **parts)
+            assert vae is not None
+            pipeline = ZImageImg2ImgPipeline(vae=vae.model, **parts)
             resized = pipeline.image_processor.resize(image, settings.height, settings.width)
             # One for each picture: otherwise the first one's random numbers serve all of them.
             options = {"image": [resized] * batch, "strength": settings.strength}
         pipeline.set_progress_bar_config(disable=True)
-        steps = _Steps(self._device, report)
+        previews = make_previews(vae) if make_previews and vae else None
+        steps = _Steps(self._device, report, previews)
         with self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"):
             (latents,) = pipeline(
                 prompt_embeds=captions[:1] * batch,
@@ -370,13 +400,17 @@ class _Steps:
         finite: for each step, which pictures were finite after it: flags [batch] on the device.
     """
 
-    def __init__(self, device: torch.device, report: GenerationCallback) -> None:
+    def __init__(
+        self, device: torch.device, report: GenerationCallback, previews: Previews | None
+    ) -> None:
         self.finite: list[torch.Tensor] = []
+        self._previews = previews
         self._device = device
         self._report = report
         self._total = 0
-        self._times: list[Any] = []  # when steps begin and end: events of CUDA, or seconds
-        self._tick()
+        # When steps begin and end: events of CUDA, or seconds.
+        self._begins = [self._now()]
+        self._ends: list[Any] = []
 
     def __call__(
         self, pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, torch.Tensor]
@@ -384,19 +418,24 @@ class _Steps:
         """Diffusers' `callback_on_step_end`: a step is over, or on its way on a CUDA device."""
         self._total = pipeline.num_timesteps
         self.finite.append(tensors["latents"].isfinite().flatten(1).all(1))
-        self._tick()
+        self._ends.append(self._now())
         if self._device.type != "cuda":
             self._tell(len(self.finite))
         elif len(self.finite) > 1:
             # Of the step before, so that this one is there to be run in the meantime.
-            self._times[-2].synchronize()
+            self._ends[-2].synchronize()
             self._tell(len(self.finite) - 1)
+        if self._previews is not None:
+            done = len(self.finite)
+            self._previews.after_step(done, self._total, pipeline.scheduler, tensors["latents"])
+        self._begins.append(self._now())
         return {}
 
     def finish(self) -> None:
-        """Wait for the last step."""
+        """Wait for the last step, and let go of what only steps need."""
+        self._previews = None
         if self._device.type == "cuda":
-            self._times[-1].synchronize()
+            self._ends[-1].synchronize()
             self._tell(len(self.finite))
 
     def seconds(self) -> list[float]:
@@ -406,16 +445,15 @@ class _Steps:
     def _tell(self, done: int) -> None:
         self._report(GenerationProgress("denoising", done, self._total, self._between(done - 1)))
 
-    def _tick(self) -> None:
+    def _now(self) -> Any:
         if self._device.type != "cuda":
-            self._times.append(time.perf_counter())
-            return
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
-        self._times.append(event)
+        return event
 
     def _between(self, i: int) -> float:
-        begin, end = self._times[i : i + 2]
+        begin, end = self._begins[i], self._ends[i]
         if self._device.type != "cuda":
             return float(end - begin)
         return float(begin.elapsed_time(end)) / 1000

@@ -1,9 +1,12 @@
-"""Picture files: the one to start from, and those that were made."""
+"""Image files: the one to start from, and those that were made."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
+import unicodedata
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import CheckpointError, UsageError
+from ..checkpoint.output import write_file
+from ..errors import CheckpointError, OutputError, UsageError
+from . import infotext
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
 # One key with a name of our own: ComfyUI and others give keys like "prompt" a meaning.
 METADATA_KEY = "zimage-mxfp8"
 _SUFFIX = ".png"
+_MAX_STEM = 40  # characters of a name made from a prompt
 
 
 def picture_paths(output: Path, batch: int) -> list[Path]:
@@ -36,14 +42,75 @@ def picture_paths(output: Path, batch: int) -> list[Path]:
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(batch)]
 
 
+def preview_path(output: Path) -> Path:
+    """Where the previews of an image go."""
+    return output.with_name(f"{output.stem}.preview{_SUFFIX}")
+
+
+def name_from_prompt(prompt: str) -> str:
+    """The first words of a prompt as a file name without a suffix: letters and digits only.
+
+    Words are shortened to 40 characters in all; "image" if the prompt has no letters.
+    """
+    # Marks belong to the letters before them, as the vowels of Devanagari do.
+    letters = "".join(
+        c if c.isalnum() or unicodedata.category(c).startswith("M") else " "
+        for c in unicodedata.normalize("NFC", prompt.lower())
+    )
+    words = [word for word in letters.split() if any(c.isalnum() for c in word)]
+    name = ""
+    for word in words:
+        longer = f"{name}-{word}" if name else word[:_MAX_STEM]
+        if len(longer) > _MAX_STEM:
+            break
+        name = longer
+    return name or "image"
+
+
+def free_path(path: Path) -> Path:
+    """The path itself if it is free, else the first free one of name-2, name-3, ..."""
+    names = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
+    return next(each for each in itertools.chain([path], names) if not os.path.lexists(each))
+
+
+def write_new(path: Path, content: bytes) -> Path:
+    """Write a file to the path or, if that is taken, to the next free one, and return which.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    while True:
+        free = free_path(path)
+        try:
+            write_file(free, content, overwrite=False)
+        except OutputError:
+            if not os.path.lexists(free):  # otherwise another process was faster
+                raise
+        else:
+            return free
+
+
 def png_bytes(image: Image, metadata: Mapping[str, Any]) -> bytes:
-    """A PNG file; the metadata is JSON in a tEXt chunk, under `METADATA_KEY`."""
+    """A PNG file, with its settings as JSON under `METADATA_KEY` and as an infotext.
+
+    Args:
+        image: the image.
+        metadata: see `Generation.metadata`.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text(METADATA_KEY, json.dumps(metadata))
+    info.add_text(infotext.KEY, infotext.write_infotext(metadata))  # iTXt if it is not Latin-1
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def plain_png_bytes(image: Image) -> bytes:
+    """A PNG file without metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -18,7 +18,6 @@ _MOST_STEPS = 1000
 MOST_PICTURES = 64  # of a batch, far beyond what a device's memory holds in 1024 x 1024
 MOST_GUIDANCE = 100  # useful values are below 10; huge ones overflow
 SEEDS = 2**63
-_DRAWN_SEEDS = 2**32  # short enough to be typed again
 
 _NEVER_NONE = ("prompt", "steps", "guidance", "batch")
 
@@ -34,7 +33,8 @@ class GenerationSettings:
             `guidance`). With an init image, `strength` of them.
         height: pixels, a multiple of 16; None: 1024, or that of the init image.
         width: likewise.
-        guidance: classifier-free guidance, 0 to 100; 0 is none, which is what Turbo needs.
+        guidance: classifier-free guidance s, 0 to 100: positive + s * (positive - negative), which
+            is a CFG scale of s + 1 in ComfyUI. 0: without, as Turbo needs it.
         seed: of the first picture; the i-th has seed + i. None draws one.
         batch: number of pictures, which are made together; 1 to 64.
         init_image: file of a picture to start from; a str becomes a Path.
@@ -108,11 +108,16 @@ class GenerationSettings:
             self,
             height=_whole_tokens(height) if self.height is None else self.height,
             width=_whole_tokens(width) if self.width is None else self.width,
-            seed=secrets.randbelow(_DRAWN_SEEDS) if self.seed is None else self.seed,
+            seed=draw_seed() if self.seed is None else self.seed,
             strength=DEFAULT_STRENGTH
             if self.init_image and self.strength is None
             else self.strength,
         )
+
+
+def draw_seed() -> int:
+    """A random seed, short enough to be typed again."""
+    return secrets.randbelow(1 << 32)
 
 
 def _whole_tokens(pixels: int) -> int:

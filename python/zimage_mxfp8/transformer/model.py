@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checks import file_or_folder
+from .. import hub
+from ..checks import file_or_folder, text
 from ..device_notes import tell
 from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import (
@@ -56,6 +57,12 @@ from .sequence import (
 )
 from .weights import open_model
 
+# Values of diffusers' arguments that ask for what is done here anyway.
+_WITHOUT_EFFECT = {
+    "local_files_only": (True,),
+    "low_cpu_mem_usage": (True, False),
+    "use_safetensors": (True,),
+}
 _WORKSPACES = 64 << 20  # of cuBLAS's libraries: torch's and ours, 32 MiB each
 
 
@@ -204,6 +211,63 @@ class ZImageTransformer(nn.Module):
             has_cudnn_attention(place)  # for its warning, now and not in the middle of a picture
         parts = load_parts(file, place, mode, dtype, progress)
         return cls(file.config, parts, mode, dtype, cuda_graphs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        compute: str = "auto",
+        dtype: torch.dtype | None = None,
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        download: bool = False,
+        cuda_graphs: bool = True,
+        progress: ProgressCallback | None = None,
+        **others: Any,
+    ) -> ZImageTransformer:
+        """Load a checkpoint under the name and with the arguments that diffusers' models have.
+
+        Args:
+            path_or_id: a file or folder, see `from_checkpoint`, or a name on the Hugging Face hub
+                that the local cache has: `owner/name`, `owner/name@revision` or
+                `owner/name/file.safetensors`.
+            device: see `from_checkpoint`.
+            compute: see `from_checkpoint`.
+            dtype: bfloat16 or float32; bfloat16 by default.
+            subfolder: folder of the weights in that folder or repository; by default the folder
+                itself, or its "transformer".
+            torch_dtype: the same as `dtype`, as older versions of diffusers name it.
+            download: fetch from the hub what the cache lacks; without it nothing is asked for on
+                the network.
+            cuda_graphs: see `from_checkpoint`.
+            progress: see `from_checkpoint`.
+            others: arguments of diffusers' models without an effect here, such as
+                `low_cpu_mem_usage`; None for any other of them.
+
+        Raises:
+            CheckpointError: as from `from_checkpoint`; or not in the cache, or not on the hub.
+            UsageError: as from `from_checkpoint`; or an argument that has no counterpart here.
+            UnsupportedError: as from `from_checkpoint`; or huggingface_hub is not installed.
+            CudaError: the device has too little memory.
+        """
+        for name, value in others.items():
+            accepted = (None, *_WITHOUT_EFFECT.get(name, ()))
+            if not any(value is each for each in accepted):
+                raise UsageError(
+                    f"from_pretrained does not take {name}={repr(value)[:80]}; leave it out"
+                    + ("" if name != "revision" else " and write owner/name@revision")
+                )
+        if None not in (dtype, torch_dtype) and dtype is not torch_dtype:
+            raise UsageError("dtype and torch_dtype are the same argument; give one of them")
+        chosen = next((each for each in (dtype, torch_dtype) if each is not None), torch.bfloat16)
+        file_or_folder("path_or_id", path_or_id)  # for its error
+        folder = text("subfolder", subfolder) if subfolder else ""
+        path = hub.resolve(path_or_id, (folder or hub.TRANSFORMER,), download=download)
+        return cls.from_checkpoint(
+            path / folder, device, compute, chosen, cuda_graphs=cuda_graphs, progress=progress
+        )
 
     @property
     def device(self) -> torch.device:

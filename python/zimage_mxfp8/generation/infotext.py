@@ -1,0 +1,101 @@
+"""Settings as one text, in the form that AUTOMATIC1111's web UI gave them and others read.
+
+The prompt, a line "Negative prompt: ..." if there is one, and a line of "Name: value" pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+KEY = "parameters"  # of the text in PNG files
+_NEGATIVE = "Negative prompt:"
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_MIN_PAIRS = 3  # of a last line that is not a part of the prompt
+
+
+def write_infotext(metadata: Mapping[str, Any]) -> str:
+    """The settings of an image, see `Generation.metadata`.
+
+    The CFG scale is `guidance` + 1: the text's readers compute negative + scale * (positive -
+    negative), and diffusers' Z-Image pipelines positive + guidance * (positive - negative).
+    """
+    pairs = {
+        "Steps": metadata["steps"],
+        "Sampler": "Euler",
+        "CFG scale": _plain(Decimal(repr(metadata["guidance"])) + 1),
+        "Seed": metadata["seed"],
+        "Size": f"{metadata['width']}x{metadata['height']}",
+        "Model": _model_name(metadata),
+    }
+    if metadata["strength"] is not None:
+        pairs["Denoising strength"] = metadata["strength"]
+    pairs["Version"] = f"zimage-mxfp8 {metadata['version']}"
+    lines = [metadata["prompt"]]
+    if metadata["negative_prompt"]:
+        lines.append(f"{_NEGATIVE} {metadata['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def read_infotext(text: str) -> dict[str, Any]:
+    """Arguments of `GenerationSettings` from such a text.
+
+    Raises:
+        ValueError: the text has another form, or a value that cannot be used; the message ends a
+            sentence that names the text.
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = {name: _unquoted(value) for name, value in _PAIR.findall(last)}
+    if len(pairs) < _MIN_PAIRS or "Steps" not in pairs:
+        raise ValueError("does not end with a line of settings (Steps: ..., Seed: ..., ...)")
+    prompts: tuple[list[str], list[str]] = ([], [])
+    for line in map(str.strip, lines):
+        if line.startswith(_NEGATIVE):
+            prompts[1].append(line.removeprefix(_NEGATIVE).strip())
+        else:
+            prompts[1 if prompts[1] else 0].append(line)
+    values: dict[str, Any] = {"prompt": "\n".join(prompts[0])}
+    if negative := "\n".join(prompts[1]):
+        values["negative_prompt"] = negative
+    try:
+        values["steps"] = int(pairs["Steps"])
+        if "Seed" in pairs:
+            values["seed"] = int(pairs["Seed"])
+        if "Size" in pairs:
+            values["width"], values["height"] = map(int, pairs["Size"].split("x"))
+        if "CFG scale" in pairs:
+            values["guidance"] = float(Decimal(pairs["CFG scale"]) - 1)
+    except (ValueError, InvalidOperation):
+        raise ValueError(f'has a number that cannot be read in "{last.strip()[:200]}"') from None
+    return values
+
+
+def _model_name(metadata: Mapping[str, Any]) -> str:
+    """The transformer's file; the model's folder if it has no file of its own."""
+    file = Path(metadata["transformer"])
+    return file.stem if file.suffix == ".safetensors" else str(metadata["model"])
+
+
+def _plain(number: Decimal) -> str:
+    """Without trailing zeros and without an exponent."""
+    return f"{number.normalize():f}"
+
+
+def _quoted(value: str) -> str:
+    if any(mark in value for mark in ",:\n"):
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
+def _unquoted(value: str) -> str:
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            return value
+    return value

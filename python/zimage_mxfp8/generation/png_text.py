@@ -1,0 +1,89 @@
+"""Texts of PNG files, read without decoding the image."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import CheckpointError
+
+MAX_TEXT = 1 << 20  # bytes; settings take a few hundred
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MAX_KEY = 79  # bytes, by the PNG specification
+
+
+def read_texts(path: Path, keys: Collection[str]) -> dict[str, str]:
+    """Read the texts that a PNG file has under some keys, of each key the first.
+
+    Args:
+        path: the file.
+        keys: which texts; others are skipped, whatever their size.
+
+    Raises:
+        CheckpointError: the file cannot be read or is no PNG file, or one of the texts is damaged
+            or longer than `MAX_TEXT`.
+    """
+    if path.exists() and not path.is_file():  # opening a pipe waits for its other end
+        raise CheckpointError(f"{path} is no regular file; name a PNG file")
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_SIGNATURE)) != _SIGNATURE:
+                raise CheckpointError(f"{path} is no PNG file; settings are in PNG files only")
+            return _read_chunks(path, file, keys)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; name a PNG file made by generate") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _read_chunks(path: Path, file: BinaryIO, keys: Collection[str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        begin = file.tell()
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            key = file.read(min(size, _MAX_KEY + 1)).partition(b"\0")[0].decode("latin-1")
+            if key in keys and key not in texts:
+                file.seek(begin)
+                texts[key] = _read_text(path, file, key, kind, size)
+        file.seek(begin + size + 4)
+    return texts
+
+
+def _read_text(path: Path, file: BinaryIO, key: str, kind: bytes, size: int) -> str:
+    if size > MAX_TEXT:
+        raise CheckpointError(
+            f'the text "{key}" of {path} has {size:,} bytes; more than {MAX_TEXT:,} are not read'
+        )
+    data, checksum = file.read(size), file.read(4)
+    if zlib.crc32(kind + data) != int.from_bytes(checksum, "big") or len(checksum) < 4:
+        raise CheckpointError(f'the text "{key}" of {path} is damaged')
+    try:
+        return _decode(kind, data.partition(b"\0")[2])
+    except (zlib.error, ValueError, IndexError):
+        raise CheckpointError(f'the text "{key}" of {path} is damaged, or too long') from None
+
+
+def _decode(kind: bytes, data: bytes) -> str:
+    """The text of a chunk, without its key.
+
+    Raises:
+        zlib.error, ValueError, IndexError: it is damaged or too long.
+    """
+    if kind == b"tEXt":
+        return data.decode("latin-1")
+    if kind == b"zTXt":
+        return _inflate(data[1:]).decode("latin-1")
+    is_compressed = data[0]
+    text = data[2:].split(b"\0", 2)[2]  # after the language and the translated key
+    return (_inflate(text) if is_compressed else text).decode("utf-8")
+
+
+def _inflate(data: bytes) -> bytes:
+    inflater = zlib.decompressobj()
+    text = inflater.decompress(data, MAX_TEXT)
+    if not inflater.eof:
+        raise ValueError
+    return text

@@ -1,0 +1,133 @@
+"""Settings that an image file holds, and how options change them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, UsageError
+from . import infotext
+from .pictures import METADATA_KEY
+from .png_text import read_texts
+from .settings import GenerationSettings
+
+_SETTINGS = (
+    "prompt",
+    "negative_prompt",
+    "steps",
+    "height",
+    "width",
+    "guidance",
+    "seed",
+    "strength",
+)
+_CIRCUMSTANCES = ("model", "transformer", "compute", "dtype")
+
+
+@dataclass(frozen=True)
+class StoredSettings:
+    """The settings of an image file, unchecked.
+
+    Attributes:
+        path: the file.
+        values: arguments of `GenerationSettings`; those that were left out or None are missing.
+        init_image: name of the image that it was made from, if it was.
+        circumstances: what else the image depends on, by its name in `Generation.metadata`; empty
+            for an image of another program.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    init_image: str | None
+    circumstances: Mapping[str, Any]
+
+    def with_options(self, given: Mapping[str, Any]) -> GenerationSettings:
+        """These settings, but for those that are given as arguments of `GenerationSettings`.
+
+        A negative prompt of the file is left out where there is no guidance.
+
+        Raises:
+            CheckpointError: a value of the file cannot be used.
+            UsageError: one that is given cannot; or the init image is missing.
+        """
+        if self.init_image is not None and "init_image" not in given:
+            raise UsageError(
+                f"{self.path} was made from the image {self.init_image[:80]!r}; name it with "
+                "--init-image"
+            )
+        values = {**self.values, **given}
+        if "prompt" not in values:
+            raise CheckpointError(f"the settings of {self.path} have no prompt; give --prompt")
+        if not values.get("guidance") and "negative_prompt" not in given:
+            values.pop("negative_prompt", None)
+        try:
+            return GenerationSettings(**values)
+        except UsageError as error:
+            GenerationSettings(**{"prompt": "", **given})  # raises if it is not the file's fault
+            raise CheckpointError(
+                f"the settings of {self.path} cannot be used: {error}; options replace them"
+            ) from None
+
+    def warnings(self, metadata: Mapping[str, Any]) -> Iterator[str]:
+        """What differs from the file although the settings are the same.
+
+        Args:
+            metadata: of the new image, see `Generation.metadata`.
+        """
+        if not self.circumstances:
+            yield f"{self.path} is from another program: the same settings give another image"
+        changes = [
+            f"{name} {str(self.circumstances[name])[:80]} (now {metadata[name]})"
+            for name in _CIRCUMSTANCES
+            if name in self.circumstances and self.circumstances[name] != metadata[name]
+        ]
+        if changes:
+            yield f"{self.path} was made with {', '.join(changes)}: the image differs"
+
+
+def read_settings(path: Path) -> StoredSettings:
+    """Read the settings of an image that `generate` or another program made.
+
+    Raises:
+        CheckpointError: no PNG file, no settings in it, or damaged ones.
+    """
+    texts = read_texts(path, (METADATA_KEY, infotext.KEY))
+    if METADATA_KEY in texts:
+        return _of_generate(path, texts[METADATA_KEY])
+    if infotext.KEY not in texts:
+        raise CheckpointError(
+            f"{path} has no settings: neither those of generate nor a text "
+            f'"{infotext.KEY}"; programs that edit or convert images often remove them'
+        )
+    try:
+        values = infotext.read_infotext(texts[infotext.KEY])
+    except ValueError as error:
+        raise CheckpointError(f'the text "{infotext.KEY}" of {path} {error}') from None
+    if values.get("guidance", 0) < 0:
+        raise CheckpointError(
+            f"{path} has a CFG scale below 1, which has no counterpart here: --guidance is the CFG "
+            "scale minus 1, and at least 0"
+        )
+    return StoredSettings(path, values, None, {})
+
+
+def _of_generate(path: Path, text: str) -> StoredSettings:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise CheckpointError(f'the text "{METADATA_KEY}" of {path} is not a JSON object')
+    values = {name: document[name] for name in _SETTINGS if document.get(name) is not None}
+    image = document.get("init_image")
+    if image is None:
+        values.pop("strength", None)
+    return StoredSettings(
+        path,
+        values,
+        None if image is None else str(image),
+        {name: document[name] for name in _CIRCUMSTANCES if name in document},
+    )
