@@ -2,8 +2,8 @@
 
     python .ci/check_wheel.py [--cuda] [--manylinux VERSION] WHEEL
 
-For machines with binutils. --cuda asks for CUDA kernels, whose absence is asked for otherwise;
---manylinux for a wheel that runs on every Linux with this glibc (2.34, say) or a newer one.
+For machines with binutils. --cuda asks for CUDA kernels; without it there must be none. --manylinux
+asks for a wheel that runs on every Linux with this glibc (2.34, say) or a newer one.
 """
 
 from __future__ import annotations
