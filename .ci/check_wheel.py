@@ -1,70 +1,134 @@
 """Check what a wheel holds: everything it needs and nothing else.
 
-python .ci/check_wheel.py [--cuda] WHEEL
+    python .ci/check_wheel.py [--cuda] [--manylinux VERSION] WHEEL
+
+For machines with binutils. --cuda asks for CUDA kernels; without it there must be none. --manylinux
+asks for a wheel that runs on every Linux with this glibc (2.34, say) or a newer one.
 """
 
+from __future__ import annotations
+
+import argparse
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+from email.parser import HeaderParser
 from pathlib import Path
 
-wheel, fat = Path(sys.argv[-1]), "--cuda" in sys.argv
-archive = zipfile.ZipFile(wheel)
-names = archive.namelist()
-required = [
-    r"zimage_mxfp8/_core\..*\.(so|pyd)",
+MODULE = r"zimage_mxfp8/_core\.[^/]*\.(so|pyd)"
+LIBRARY = "zimage_mxfp8/lib/libzimage_mxfp8.a"
+REQUIRED = (
+    MODULE,
     r"zimage_mxfp8/_core\.pyi",
     r"zimage_mxfp8/py\.typed",
     r"zimage_mxfp8/recipes/uniform\.toml",
     r"zimage_mxfp8/analysis/page\.css",
     r"zimage_mxfp8/analysis/page\.js",
     r"zimage_mxfp8/include/zimage_mxfp8/gemm\.h",
-    r"zimage_mxfp8/lib/libzimage_mxfp8\.a",
+    re.escape(LIBRARY),
     r"zimage_mxfp8/lib/cmake/zimage_mxfp8/zimage_mxfp8Config\.cmake",
     r".*\.dist-info/licenses/LICENSE",
     r".*\.dist-info/entry_points\.txt",
-]
-allowed = (
-    r"zimage_mxfp8/([a-z_]+/)*[^/]*\.(py|pyi|typed|toml|css|js|so|pyd)|"
+)
+# The module is the only shared library: nothing of CUDA's is in a wheel.
+ALLOWED = (
+    rf"{MODULE}|zimage_mxfp8/([a-z_]+/)*[^/]*\.(py|pyi|typed|toml|css|js)|"
     r"zimage_mxfp8/(include|lib)/.*\.(h|a|lib|cmake)|[^/]*\.dist-info/.*"
 )
-for pattern in required:
-    if not any(re.fullmatch(pattern, name) for name in names):
-        sys.exit(f"{wheel.name} lacks {pattern}")
-for name in names:
-    if not re.fullmatch(allowed, name) or "__pycache__" in name:
-        sys.exit(f"{wheel.name} should not have {name}")
+# CUDA's runtime is inside the module, the rest of CUDA is looked for when it is used.
+SYSTEM = r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so\.\d+|ld-linux-.*"
+LARGEST = 100e6  # bytes that PyPI takes
 
-# The module may need the system's libraries only: CUDA's runtime is inside, the rest of CUDA is
-# looked for when it is used.
-module = next(name for name in names if re.fullmatch(required[0], name))
-with tempfile.TemporaryDirectory() as folder:
-    path = archive.extract(module, folder)
-    dynamic = subprocess.check_output(["readelf", "-d", path], text=True)
-    symbols = subprocess.check_output(["nm", "-D", "--defined-only", path], text=True)
-    needed = re.findall(r"NEEDED\).*\[(.*)\]", dynamic)
-    system = r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so\.\d+|ld-linux-.*"
-    foreign = [library for library in needed if not re.fullmatch(system, library)]
-    exported = [line.split()[-1] for line in symbols.splitlines()]
-    strangers = [name for name in exported if name != "PyInit__core"]
-    if foreign or "PyInit__core" not in exported or strangers:
-        sys.exit(f"{module} needs {foreign} and exports {strangers[:5]}")
-    text = Path(path).read_bytes()
-    if fat != (b"block_scaled" in text):
-        sys.exit(f"{module} {'lacks' if fat else 'should not have'} the CUDA kernels")
-    if str(Path.cwd()).encode() in text:
-        sys.exit(f"{module} names the folder that it was built in")
 
-    # A shared library that links ours shall not export it: all that the archive defines in our
-    # namespace is hidden. (Templates of the standard library over our types are visible anyway.)
-    library = "zimage_mxfp8/lib/libzimage_mxfp8.a"
-    table = subprocess.check_output(["readelf", "-sW", archive.extract(library, folder)], text=True)
+def output(*command: str) -> str:
+    return subprocess.check_output(command, text=True)
+
+
+def check_names(names: list[str]) -> None:
+    for pattern in REQUIRED:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            sys.exit(f"the wheel lacks {pattern}")
+    for name in names:
+        if not re.fullmatch(ALLOWED, name) or "__pycache__" in name:
+            sys.exit(f"the wheel should not have {name}")
+
+
+def check_metadata(text: str) -> None:
+    """Links lead somewhere from a package page too, which has no files beside it."""
+    links = re.findall(r"\]\(([^)]*)\)", HeaderParser().parsestr(text).get_payload())
+    relative = [link for link in links if not re.match(r"https://|#", link)]
+    if len(links) < 20 or relative:
+        sys.exit(f"the description has {len(links)} links, and relative ones: {relative}")
+
+
+def check_module(path: Path, fat: bool) -> list[str]:
+    """Return the libraries that the module needs."""
+    needed = re.findall(r"NEEDED\).*\[(.*)\]", output("readelf", "-d", str(path)))
+    foreign = [library for library in needed if not re.fullmatch(SYSTEM, library)]
+    symbols = output("nm", "-D", "--defined-only", str(path)).splitlines()
+    exported = [line.split()[-1] for line in symbols]
+    if foreign or exported != ["PyInit__core"]:
+        sys.exit(f"{path.name} needs {foreign} and exports {exported[:5]}")
+    content = path.read_bytes()
+    if fat != (b"block_scaled" in content):
+        sys.exit(f"{path.name} {'lacks' if fat else 'should not have'} the CUDA kernels")
+    if str(Path.cwd()).encode() in content:
+        sys.exit(f"{path.name} names the folder that it was built in")
+    return needed
+
+
+def check_manylinux(wheel: Path, tags: str, path: Path, version: str) -> None:
+    """The tag says this version or an older one, and the module asks for no newer glibc."""
+    most = [int(number) for number in version.split(".")]
+    asked = re.findall(r"Name: GLIBC_([0-9.]+)", output("readelf", "-V", str(path)))
+    newer = [one for one in asked if [int(number) for number in one.split(".")] > most]
+    if not asked or newer:
+        sys.exit(f"{path.name} asks for glibc {newer or asked}, newer than {version}")
+    found = re.findall(r"^Tag: .*-manylinux_(\d+)_(\d+)_\w+$", tags, re.MULTILINE)
+    named = re.findall(r"manylinux_(\d+)_(\d+)_", wheel.name)
+    if not found or sorted(found) != sorted(named) or max([*map(int, x)] for x in found) > most:
+        sys.exit(f"{wheel.name} is tagged {found}, and not for glibc {version}")
+
+
+def check_library(path: Path) -> None:
+    """A shared library that links ours does not export it: our namespace's symbols are hidden.
+
+    Templates of the standard library over our types are visible anyway.
+    """
+    table = output("readelf", "-sW", str(path))
     defined = r" (?:GLOBAL|WEAK|UNIQUE) +(\w+) +\d+ (_Z[A-Z]*?N[KVRO]*12zimage_mxfp8\w+)$"
     ours = re.findall(defined, table, re.MULTILINE)
     visible = sorted({name for visibility, name in ours if visibility != "HIDDEN"})
     if not ours or visible:
-        sys.exit(f"{library} has {len(ours)} symbols of ours; visible are {visible[:5]}")
-size = wheel.stat().st_size / 1024
-print(f"{wheel.name}: {len(names)} files, {size:.0f} KiB, {module} needs {', '.join(needed)}")
+        sys.exit(f"{path.name} has {len(ours)} symbols of ours; visible are {visible[:5]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--manylinux")
+    parser.add_argument("wheel", type=Path)
+    arguments = parser.parse_args()
+    wheel: Path = arguments.wheel
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        check_names(names)
+        (info,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+        check_metadata(archive.read(f"{info}/METADATA").decode())
+        name = next(name for name in names if re.fullmatch(MODULE, name))
+        module = Path(archive.extract(name, folder))
+        needed = check_module(module, arguments.cuda)
+        if arguments.manylinux:
+            tags = archive.read(f"{info}/WHEEL").decode()
+            check_manylinux(wheel, tags, module, arguments.manylinux)
+        check_library(Path(archive.extract(LIBRARY, folder)))
+    size = wheel.stat().st_size
+    if size > LARGEST:
+        sys.exit(f"{wheel.name} has {size / 1e6:.0f} MB, more than PyPI takes")
+    print(f"{wheel.name}: {len(names)} files, {size / 1e6:.1f} MB, needs {', '.join(needed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,10 @@
 #include "kernels.h"
 #include "zimage_mxfp8/matrix.h"
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#pragma fp_contract(off)  // see csrc/CMakeLists.txt
+#endif
+
 namespace {
 
 using zimage_mxfp8::DType;

@@ -18,24 +18,28 @@ namespace {
 
 #ifdef ZM_X86_TARGETS
 #if defined(_MSC_VER) && !defined(__clang__)
+// With /arch:AVX2 and /arch:AVX512 cl may use more than their names say: FMA, BMI and CD too.
+enum Register { kEBX = 1, kECX = 2 };
+
+bool has(int leaf, Register name, unsigned mask) {
+  int registers[4];
+  __cpuidex(registers, leaf, 0);
+  return (static_cast<unsigned>(registers[name]) & mask) == mask;
+}
+
 bool os_saves(unsigned long long state) {
-  int leaf1[4];
-  __cpuidex(leaf1, 1, 0);
-  const bool osxsave = leaf1[2] & (1 << 27);
-  return osxsave && (_xgetbv(0) & state) == state;
+  const unsigned osxsave = 1u << 27;
+  return has(1, kECX, osxsave) && (_xgetbv(0) & state) == state;
 }
 
-bool has_leaf7_ebx(int mask) {
-  int leaf7[4];
-  __cpuidex(leaf7, 7, 0);
-  return (leaf7[1] & mask) == mask;
+bool cpu_has_avx2() {
+  const unsigned fma = 1u << 12, bmi1 = 1u << 3, avx2 = 1u << 5, bmi2 = 1u << 8;
+  return os_saves(0x6) && has(1, kECX, fma) && has(7, kEBX, bmi1 | avx2 | bmi2);
 }
-
-bool cpu_has_avx2() { return os_saves(0x6) && has_leaf7_ebx(1 << 5); }
 
 bool cpu_has_avx512() {
-  const int f = 1 << 16, dq = 1 << 17, bw = 1 << 30, vl = static_cast<int>(1u << 31);
-  return os_saves(0xE6) && has_leaf7_ebx(f | dq | bw | vl);
+  const unsigned f = 1u << 16, dq = 1u << 17, cd = 1u << 28, bw = 1u << 30, vl = 1u << 31;
+  return cpu_has_avx2() && os_saves(0xE6) && has(7, kEBX, f | dq | cd | bw | vl);
 }
 #else
 bool cpu_has_avx2() { return __builtin_cpu_supports("avx2"); }

@@ -450,7 +450,8 @@ def test_structure_is_checked_before_writing(
     monkeypatch.chdir(tmp_path)
     zimage(change)(tmp_path / "in.safetensors")
     for arguments in (["-o", "o.safetensors"], ["--dry-run"]):
-        assert main(["convert", "-i", "in.safetensors", *arguments]) == 1
+        output = tmp_path / "o.safetensors"
+    assert main(["convert", "-i", str(tmp_path / "two"), "-o", str(output)]) == 1
         out, err = capsys.readouterr()
         assert out == "" and "is not a whole Z-Image transformer: " in err
         assert all(part in err for part in parts), err
