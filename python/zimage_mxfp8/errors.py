@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .text import printable
+
 if TYPE_CHECKING:
     from .checkpoint.kinds import Kind
 
@@ -13,6 +15,10 @@ class Error(Exception):
 
     Sentences name options as the command line does: --any-model is the argument any_model.
     """
+
+    def __str__(self) -> str:
+        """The sentence on one line: names in files may hold line breaks."""
+        return printable(super().__str__())
 
 
 class InvalidArgumentError(Error, ValueError):

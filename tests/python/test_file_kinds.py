@@ -409,9 +409,8 @@ def test_two_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         axes_lens=[1536, 512, 512],
     )
     model.to(torch.bfloat16).save_pretrained(tmp_path / "two")
-    assert (
-        main(["convert", "-i", str(tmp_path / "two"), "-o", str(tmp_path / "o.safetensors")]) == 1
-    )
+    output = tmp_path / "o.safetensors"
+    assert main(["convert", "-i", str(tmp_path / "two"), "-o", str(output)]) == 1
     error = capsys.readouterr().err
     assert "has embedders for several patch sizes" in error and "all_patch_size=(2,)" in error
     assert not output.exists()
@@ -450,8 +449,7 @@ def test_structure_is_checked_before_writing(
     monkeypatch.chdir(tmp_path)
     zimage(change)(tmp_path / "in.safetensors")
     for arguments in (["-o", "o.safetensors"], ["--dry-run"]):
-        output = tmp_path / "o.safetensors"
-    assert main(["convert", "-i", str(tmp_path / "two"), "-o", str(output)]) == 1
+        assert main(["convert", "-i", "in.safetensors", *arguments]) == 1
         out, err = capsys.readouterr()
         assert out == "" and "is not a whole Z-Image transformer: " in err
         assert all(part in err for part in parts), err
@@ -468,3 +466,11 @@ def test_what_blocks_do_not_use_is_copied(tmp_path: Path) -> None:
     zimage(lambda t: t.update(extra))(tmp_path / "in.safetensors")
     zm.convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     assert zm.validate(tmp_path / "out.safetensors", tmp_path / "in.safetensors").ok
+
+
+def test_mutated_headers() -> None:
+    """A few; `fuzz_headers.py` by itself tries many."""
+    from fuzz_headers import fuzz
+
+    fuzz(60, None, seed=7)
+    fuzz(10, None, seed=7, command_line=True)

@@ -41,13 +41,26 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     files = f", {found.files} files" if found.files > 1 else ""
     quantized = f", quantised: {found.quantization}" if found.quantization else ""
-    display.print_table(
-        f"{found.path}: {found.kind}{quantized}{files}",
-        ["group", "tensors", "parameters>", "size>"],
-        rows,
-    )
+    title = f"{found.path}: {found.kind}{quantized}{files}"
+    if not rows:
+        display.print_text(title)
+        display.print_text(f"no command takes it: {found.remedy}")
+        return 0
+    display.print_table(title, ["group", "tensors", "parameters>", "size>"], rows)
     out = display.console()
     out.print(f"{found.parameters:,} parameters, {display.size_text(found.nbytes)}")
+    if found.provenance:
+        made = ", ".join(
+            f"{key.replace('_', ' ')} {value}"
+            for key, value in found.provenance.items()
+            if key != "version"
+        )
+        version = found.provenance.get("version", "of an unknown version")
+        out.print(printable(f"converted by zimage-mxfp8 {version}: {made}"), soft_wrap=True)
+    if found.accepted_by:
+        out.print(f"accepted by {', '.join(found.accepted_by)}", soft_wrap=True)
+    elif found.remedy:
+        out.print(f"no command takes it: {found.remedy}", soft_wrap=True)
     for key, value in found.metadata.items():
         out.print(f"metadata {key}: {printable(value[:200])}{'...' if len(value) > 200 else ''}")
     display.warn(found.breaches)

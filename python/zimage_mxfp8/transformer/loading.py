@@ -191,7 +191,11 @@ class _Loader:
         if not any(quantized):
             dtypes = {self._file.tensors[name + ".weight"].dtype for name in names}
             return len(dtypes) == 1
-        return all(quantized) and self._file.layers[names[0]].shape[0] % _SCALE_ROWS == 0
+        if not all(quantized):
+            return False
+        first, *others = (self._file.layers[name] for name in names)
+        same = all(layer.full_precision == first.full_precision for layer in others)
+        return same and first.shape[0] % _SCALE_ROWS == 0
 
     # ---- What becomes of it
 
@@ -217,8 +221,10 @@ class _Loader:
         self, codes: torch.Tensor, scales: torch.Tensor, layers: Sequence[str]
     ) -> Linear:
         rows = sum(self._file.layers[layer].shape[0] for layer in layers)
+        full = self._file.layers[layers[0]].full_precision
+        compute: Compute = "exact" if full else self._compute
         try:
-            linear, stats = quantized_linear(codes, scales, rows, self._compute, self._dtype)
+            linear, stats = quantized_linear(codes, scales, rows, compute, self._dtype)
         except InvalidArgumentError as error:  # NaN among the codes or scales
             raise CheckpointError(
                 f'{self._file.checkpoint.path}: layer "{" and ".join(layers)}" is damaged: '
