@@ -190,7 +190,8 @@ def to_float64(tensor: SourceTensor, data: npt.NDArray[np.uint8]) -> Vector:
     source = as_integers(tensor.dtype, data).reshape(1, -1)
     target = np.empty(source.shape, np.float32)
     _core.cast(source, FLOAT_NAMES[tensor.dtype], target, "float32", 1)
-    return target.reshape(-1).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
+        return target.reshape(-1).astype(np.float64)
 
 
 def add_to_bias(
