@@ -16,6 +16,7 @@ import torch
 
 import zimage_mxfp8 as zm
 from conftest import Run
+from cuda_sync import no_waiting
 from diffusers_reference import make_reference, random_inputs, relative_error
 from test_generate import levels
 from test_torch_codec import encoded_of, equal_but_for_nan, matrix_of
@@ -170,11 +171,8 @@ def test_a_forward_does_not_wait_for_the_device(compute: str, quantized: Path) -
     inputs = on_device(random_inputs(*EQUAL))
     model(*inputs)  # the layout of these sizes is made on the CPU
     model.to("cuda")  # without a graph again
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         model(*inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
