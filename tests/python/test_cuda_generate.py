@@ -70,7 +70,7 @@ def test_peak_memory_is_that_of_the_device(zimage_folder: Path, zimage_quantized
     generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cuda")
     made = generator.generate(SETTINGS)
     assert made.device.startswith("cuda:")
-    found = re.search(r"of (cuda:\d): (\S+) [KMG]iB allocated", _peak_memory(made.device))
+    found = re.search(r"of (cuda:\d): (\S+) ([KMG])iB allocated", _peak_memory(made.device))
     assert found is not None and found[1] == made.device
     weights = sum(each.nbytes for each in generator._kept["VAE"].model.parameters())
-    assert float(found[2]) > weights / 2**20
+    assert float(found[2]) * 1024 ** ("KMG".index(found[3]) + 1) > weights
