@@ -32,7 +32,7 @@ class Group:
     nbytes: int = 0
 
 
-@dataclass
+@dataclass(repr=False)
 class Inspection:
     """What `inspect` found.
 
@@ -53,6 +53,15 @@ class Inspection:
     metadata: dict[str, str]
     groups: list[Group]
     breaches: list[str]
+
+    def __repr__(self) -> str:
+        return f"Inspection({self.path!r}, {self.kind}, {self.parameters:,} parameters)"
+
+    def __str__(self) -> str:
+        from .printing.inspection import print_inspection
+        from .printing.screen import as_text
+
+        return as_text(lambda screen: print_inspection(self, screen))
 
     @property
     def nbytes(self) -> int:

@@ -30,13 +30,14 @@ from .dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from .error_stats import ErrorStats, merge_rows
 from .errors import CheckpointError, NonFiniteError
 from .pipeline import Job, Lane, ProgressCallback, byte_chunks, row_chunks, run_jobs
+from .printing.progress import byte_bar, shown
 from .rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
 from .text import plural
 
 Bytes = npt.NDArray[np.uint8]
 
 
-@dataclass
+@dataclass(repr=False)
 class ValidationReport:
     """What `validate` found.
 
@@ -55,6 +56,17 @@ class ValidationReport:
     breaches: list[Breach] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: dict[str, ErrorStats] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        layers = plural(self.layers, "MXFP8 layer")
+        breaches = plural(len(self.breaches), "breach", "breaches")
+        return f"ValidationReport({self.file!r}, {layers}, {breaches})"
+
+    def __str__(self) -> str:
+        from .printing.screen import as_text
+        from .printing.validation import print_validation
+
+        return as_text(lambda screen: print_validation(self, screen))
 
     @property
     def ok(self) -> bool:
@@ -79,7 +91,7 @@ def validate(
     against: str | os.PathLike[str] | None = None,
     *,
     threads: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> ValidationReport:
     """Check an MXFP8 checkpoint.
 
@@ -91,7 +103,7 @@ def validate(
         file: the MXFP8 file.
         against: the checkpoint that it was converted from (file or diffusers folder).
         threads: cores to use; 0 means all.
-        progress: called with a `Progress` from this thread.
+        progress: called with a `Progress` from this thread; True draws a bar on a terminal.
 
     Raises:
         CheckpointError: a file is unreadable or malformed, `file` has nothing quantised in it, or
@@ -120,7 +132,8 @@ def validate(
     for layer in layers:
         if layer.name not in scanned:
             jobs += scan.jobs(layer)
-    run_jobs(jobs, None, threads=threads, progress=progress)
+    with shown(progress, byte_bar("checking")) as callback:
+        run_jobs(jobs, None, threads=threads, progress=callback)
     scan.finish()
     if comparison is not None:
         comparison.finish()

@@ -18,8 +18,11 @@ from ..codec import padded_shape, scale_shape
 from ..conversion.plan import make_plan
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError, UsageError
+from ..file_names import base_name
 from ..pipeline import ProgressCallback
+from ..printing.progress import byte_bar, shown
 from ..recipes import DEFAULT, Recipe, load_recipe
+from ..text import plural
 from .grouping import ProbedGroup, ProbedTensor, Stack, Weight, decide
 from .measuring import measure
 from .probe_recipe import exclusion_regex, probe_recipe
@@ -33,7 +36,7 @@ CSV_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProbeReport:
     """What `probe` found.
 
@@ -64,6 +67,15 @@ class ProbeReport:
     input_bytes: int
     exclude_layers_bytes: int | None
     recipe_bytes: int | None
+
+    def __repr__(self) -> str:
+        return f"ProbeReport({self.path!r}, {plural(len(self.tensors), 'weight')})"
+
+    def __str__(self) -> str:
+        from ..printing.probe import print_probe
+        from ..printing.screen import as_text
+
+        return as_text(lambda screen: print_probe(self, screen))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: such a rule is None."""
@@ -105,7 +117,7 @@ def probe(
     *,
     rules: ProbeRules | None = None,
     threads: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> ProbeReport:
     """Measure how sensitive each weight of Z-Image's blocks is, and recommend what to keep.
 
@@ -117,7 +129,7 @@ def probe(
             F16 or F32.
         rules: the numbers that decide, by default quant_probe's for Z-Image.
         threads: cores to use; 0 means all.
-        progress: called with a `Progress` from this thread.
+        progress: called with a `Progress` from this thread; True draws a bar on a terminal.
 
     Returns:
         A `ProbeReport`.
@@ -140,7 +152,8 @@ def probe(
         )
     targets = _targets(checkpoint, prefix)
     sources = [tensor for tensor, *_ in targets]
-    measured = measure(sources, rules.outlier_sigma, threads=threads, progress=progress)
+    with shown(progress, byte_bar("probing")) as callback:
+        measured = measure(sources, rules.outlier_sigma, threads=threads, progress=callback)
     metrics = [measured[tensor.name] for tensor in sources]
     all_scores = scores(metrics, [kind for _, kind, *_ in targets], rules)
     limits = thresholds(all_scores, rules)
@@ -155,7 +168,7 @@ def probe(
     ]
     tensors, groups = decide(weights, limits, rules)
     regex = exclusion_regex(tensors)
-    recipe = probe_recipe(tensors, limits, rules, Path(path).name)
+    recipe = probe_recipe(tensors, limits, rules, base_name(path))
     any_model = not is_zimage(checkpoint.tensors)
     default = load_recipe(DEFAULT).excluding([regex] if regex else [])
     return ProbeReport(

@@ -21,6 +21,7 @@ from ..checks import file_or_folder
 from ..devices import core_index, memory_for, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UsageError
 from ..pipeline import Progress
+from ..printing.progress import shown, stage_bar
 from ..transformer.compute import Compute, choose
 from ..transformer.model import ZImageTransformer
 from ..transformer.weights import open_model
@@ -125,7 +126,7 @@ class ZImageGenerator:
         dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
         offload: load a part when its turn comes, and free it afterwards: memory holds the largest
             part and what it works on. Otherwise all parts are loaded now, and stay.
-        progress: called while the parts are loaded.
+        progress: called while the parts are loaded; True draws bars on a terminal.
 
     Raises:
         CheckpointError: a part is missing, damaged, or does not go with the others; the sentence
@@ -144,7 +145,7 @@ class ZImageGenerator:
         dtype: str = "bfloat16",
         *,
         offload: bool = False,
-        progress: GenerationCallback | None = None,
+        progress: GenerationCallback | bool | None = None,
     ) -> None:
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
@@ -171,11 +172,12 @@ class ZImageGenerator:
         self._turn = threading.RLock() if offload else nullcontext()
         self._kept: dict[Stage, Any] = {}
         if not offload:
-            for part in ("text encoder", "transformer", "VAE"):
-                self._part(part, progress)
+            with shown(progress, stage_bar) as callback:
+                for part in ("text encoder", "transformer", "VAE"):
+                    self._part(part, callback)
 
     def generate(
-        self, settings: GenerationSettings, progress: GenerationCallback | None = None
+        self, settings: GenerationSettings, progress: GenerationCallback | bool | None = None
     ) -> Generation:
         """Make pictures.
 
@@ -184,7 +186,8 @@ class ZImageGenerator:
 
         Args:
             settings: what to make.
-            progress: called as stages begin and advance, and after every step.
+            progress: called as stages begin and advance, and after every step; True draws bars on a
+                terminal.
 
         Raises:
             CheckpointError: the init image cannot be read, or, with offloading, a part.
@@ -193,8 +196,8 @@ class ZImageGenerator:
         """
         image = None if settings.init_image is None else open_init_image(settings.init_image)
         settings = settings.resolved(image.size if image else None)
-        report = progress or (lambda _: None)
-        with self._turn:
+        with self._turn, shown(progress, stage_bar) as callback:
+            report = callback or (lambda _: None)
             captions = self._encode(settings, report)
             self._free()
             latents, steps = self._denoise(settings, image, captions, report)
