@@ -6,10 +6,10 @@
     transformer = zm.ZImageTransformer.from_checkpoint("z_image_turbo-mxfp8.safetensors")
     encoded = zm.quantize(matrix)  # NumPy or torch
 
-Names are imported when they are first used, so that the command line starts quickly.
+Names are imported when they are first used, so that the command line starts quickly. Where that
+needs a package which is not installed, `MissingExtraError` says what to install.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         Error,
         GenerationError,
         InvalidArgumentError,
+        MissingAttributeError,
+        MissingExtraError,
         MissingFeatureError,
         NonFiniteError,
         OutputError,
@@ -80,6 +82,8 @@ _HOME = {
     "Error": "errors",
     "GenerationError": "errors",
     "InvalidArgumentError": "errors",
+    "MissingAttributeError": "errors",
+    "MissingExtraError": "errors",
     "MissingFeatureError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",
@@ -126,6 +130,8 @@ __all__ = [
     "Inspection",
     "InvalidArgumentError",
     "MXFP8Array",
+    "MissingAttributeError",
+    "MissingExtraError",
     "MissingFeatureError",
     "NonFiniteError",
     "OutputError",
@@ -169,7 +175,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    from .optional_packages import import_part
+
+    value = globals()[name] = getattr(import_part(_HOME[name], name), name)
     return value
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from . import _core
 from .dtypes import FLOAT_NAMES, DTypeName
-from .errors import InvalidArgumentError, NonFiniteError, UnsupportedError
+from .errors import InvalidArgumentError, NonFiniteError
+from .optional_packages import needed
 
 CODES, SCALES = "float8_e4m3fn", "float8_e8m0fnu"  # dtypes of codes and scales, beside uint8
 
@@ -45,7 +46,7 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return _round_up(rows, 128), _round_up(cols // 32, 4)
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no single truth value
+@dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
 class MXFP8Array:
     """A matrix in MXFP8.
 
@@ -62,6 +63,9 @@ class MXFP8Array:
     scales: Any
     shape: tuple[int, int]
 
+    def __repr__(self) -> str:
+        return f"MXFP8Array({'x'.join(map(str, self.shape))}, {kind_of(self.codes)})"
+
     @property
     def nbytes(self) -> int:
         """Bytes of the codes and the scales."""
@@ -72,6 +76,13 @@ def _torch_of(array: object) -> Any:
     """The torch module if `array` is a torch tensor, else None."""
     torch = sys.modules.get("torch")
     return torch if torch is not None and isinstance(array, torch.Tensor) else None
+
+
+def kind_of(array: Any) -> str:
+    """Library, device and dtype of an array, for `repr`."""
+    if is_tensor(array):
+        return f"torch on {array.device}, {str(array.dtype).removeprefix('torch.')}"
+    return f"NumPy, {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
 
 
 def is_tensor(array: object) -> bool:
@@ -330,7 +341,7 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
     Raises:
         InvalidArgumentError: codes or scales do not have the shapes that `array.shape` asks for,
             or are on different devices.
-        UnsupportedError: bfloat16 in NumPy without ml_dtypes.
+        MissingExtraError: bfloat16 in NumPy without ml_dtypes.
     """
     name = dtype_name(dtype, "dtype")
     codes, scales, rows, cols = mxfp8_parts(array, "array")
@@ -387,10 +398,6 @@ def dtype_name(dtype: Any, what: str) -> DTypeName:
 
 def bfloat16_type() -> Any:
     """NumPy's type for bfloat16, which ml_dtypes has."""
-    try:
+    with needed("analysis", "bfloat16 in NumPy"):
         import ml_dtypes
-    except ImportError:
-        raise UnsupportedError(
-            "NumPy has no bfloat16: install ml_dtypes, or ask for float32"
-        ) from None
     return ml_dtypes.bfloat16

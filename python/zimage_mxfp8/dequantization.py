@@ -16,6 +16,7 @@ from .checkpoint.output import AtomicFile, check_target
 from .checkpoint.provenance import PROVENANCE_KEY
 from .errors import CheckpointError
 from .pipeline import Job, Lane, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
+from .printing.progress import byte_bar, shown
 from .rows import read_encoded
 from .text import plural
 
@@ -26,7 +27,7 @@ def dequantize_checkpoint(
     *,
     overwrite: bool = False,
     threads: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> None:
     """Write the checkpoint that an MXFP8 file stands for, with plain BF16 weights.
 
@@ -38,7 +39,7 @@ def dequantize_checkpoint(
         output: file to write.
         overwrite: replace an existing output.
         threads: cores to use; 0 means all.
-        progress: called with a `Progress` from this thread.
+        progress: called with a `Progress` from this thread; True draws a bar on a terminal.
 
     Raises:
         CheckpointError: the input is unreadable, has no MXFP8 layers, breaks the contract, or has
@@ -78,8 +79,11 @@ def dequantize_checkpoint(
             jobs += _decode_jobs(weights[name], info.begin)
         else:
             jobs += copy_jobs(checkpoint.tensors[name], info.begin)
-    with AtomicFile(target, file_size(header, places), overwrite=overwrite) as file:
-        run_jobs(jobs, file, threads=threads, progress=progress)
+    with (
+        shown(progress, byte_bar("decoding")) as callback,
+        AtomicFile(target, file_size(header, places), overwrite=overwrite) as file,
+    ):
+        run_jobs(jobs, file, threads=threads, progress=callback)
 
 
 def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:

@@ -29,8 +29,23 @@ class UnsupportedError(Error, RuntimeError):
     """Something that this build or this machine cannot do."""
 
 
-class MissingFeatureError(Error, AttributeError):
-    """Something of diffusers' models that the transformer does not have."""
+class MissingFeatureError(Error):
+    """Something that is not there: one of the two classes below."""
+
+
+class MissingAttributeError(MissingFeatureError, AttributeError):
+    """Something of diffusers' models that the transformer does not have.
+
+    An AttributeError, because diffusers and its like ask with `hasattr`.
+    """
+
+
+class MissingExtraError(MissingFeatureError, ImportError):
+    """An optional package that is missing, with the extra that brings it.
+
+    An ImportError and no AttributeError: of the latter Python makes a sentence of its own in
+    `from zimage_mxfp8 import ...`, and drops this one.
+    """
 
 
 class CudaError(Error, RuntimeError):

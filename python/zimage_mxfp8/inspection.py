@@ -34,7 +34,7 @@ class Group:
     nbytes: int = 0
 
 
-@dataclass
+@dataclass(repr=False)
 class Inspection:
     """What `inspect` found.
 
@@ -61,6 +61,15 @@ class Inspection:
     accepted_by: list[str]
     remedy: str
     provenance: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Inspection({self.path!r}, {self.kind}, {self.parameters:,} parameters)"
+
+    def __str__(self) -> str:
+        from .printing.inspection import print_inspection
+        from .printing.screen import as_text
+
+        return as_text(lambda screen: print_inspection(self, screen))
 
     @property
     def nbytes(self) -> int:

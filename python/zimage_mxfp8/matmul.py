@@ -29,6 +29,7 @@ from .codec import (
     call_core,
     dtype_name,
     empty,
+    kind_of,
     mxfp8_parts,
     on_cuda,
     plain,
@@ -53,7 +54,7 @@ __all__ = [
 Path = Literal["emulated", "decode", "row-scaled", "sm90", "sm100", "sm120"]
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no single truth value
+@dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
 class RowScaledArray:
     """A matrix in E4M3 with one scale a row: element = e4m3(code) * scale of its row.
 
@@ -64,6 +65,10 @@ class RowScaledArray:
 
     codes: Any
     scales: Any
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, getattr(self.codes, "shape", "?")))
+        return f"RowScaledArray({size}, {kind_of(self.codes)})"
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from .checkpoint.header import TensorInfo, file_size, layout_header
 from .checkpoint.output import AtomicFile, check_target
 from .checkpoint.zimage import zimage_shapes
 from .pipeline import Job, Lane, ProgressCallback, header_job, run_jobs
+from .printing.progress import byte_bar, shown
 
 _CHUNK = 1 << 20  # elements that one job draws
 
@@ -29,7 +30,7 @@ def write_synthetic_checkpoint(
     seed: int = 0,
     overwrite: bool = False,
     threads: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> None:
     """Write a BF16 checkpoint with random weights.
 
@@ -42,7 +43,7 @@ def write_synthetic_checkpoint(
         seed: seed of the random numbers.
         overwrite: replace an existing file.
         threads: cores to use; 0 means all.
-        progress: called with a `Progress` from this thread.
+        progress: called with a `Progress` from this thread; True draws a bar on a terminal.
 
     Raises:
         OutputError: the file cannot be written, or exists already.
@@ -58,8 +59,11 @@ def write_synthetic_checkpoint(
             _random_job(name, info, seed, begin, min(begin + _CHUNK, count))
             for begin in range(0, count, _CHUNK)
         ]
-    with AtomicFile(target, file_size(header, places), overwrite=overwrite) as file:
-        run_jobs(jobs, file, threads=threads, progress=progress)
+    with (
+        shown(progress, byte_bar("making weights")) as callback,
+        AtomicFile(target, file_size(header, places), overwrite=overwrite) as file,
+    ):
+        run_jobs(jobs, file, threads=threads, progress=callback)
 
 
 def _random_job(name: str, info: TensorInfo, seed: int, begin: int, end: int) -> Job:

@@ -1,5 +1,9 @@
 """Wording of sentences and tables."""
 
+from __future__ import annotations
+
+from collections.abc import Collection
+
 
 def plural(count: int, one: str, many: str | None = None) -> str:
     """A count with its noun: "1 layer", "1,234 layers"."""
@@ -9,3 +13,11 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 def printable(text: str) -> str:
     """Text without line breaks and control characters, which names in files may hold."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def did_you_mean(words: Collection[str], known: Collection[str]) -> str:
+    """End of a sentence about unknown words: the known ones that are most like them, or nothing."""
+    from difflib import get_close_matches
+
+    found = dict.fromkeys(near for word in words for near in get_close_matches(word, known, 1))
+    return f"; did you mean {' '.join(found)}?" if found else ""

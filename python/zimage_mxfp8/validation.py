@@ -26,13 +26,14 @@ from .error_stats import ErrorStats, merge_rows
 from .errors import NonFiniteError
 from .nonfinite import can_be_nonfinite, first_nonfinite
 from .pipeline import Job, Lane, ProgressCallback, byte_chunks, row_chunks, run_jobs
+from .printing.progress import byte_bar, shown
 from .rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
 from .text import plural
 
 Bytes = npt.NDArray[np.uint8]
 
 
-@dataclass
+@dataclass(repr=False)
 class ValidationReport:
     """What `validate` found.
 
@@ -51,6 +52,17 @@ class ValidationReport:
     breaches: list[Breach] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: dict[str, ErrorStats] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        layers = plural(self.layers, "MXFP8 layer")
+        breaches = plural(len(self.breaches), "breach", "breaches")
+        return f"ValidationReport({self.file!r}, {layers}, {breaches})"
+
+    def __str__(self) -> str:
+        from .printing.screen import as_text
+        from .printing.validation import print_validation
+
+        return as_text(lambda screen: print_validation(self, screen))
 
     @property
     def ok(self) -> bool:
@@ -75,7 +87,7 @@ def validate(
     against: str | os.PathLike[str] | None = None,
     *,
     threads: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> ValidationReport:
     """Check an MXFP8 checkpoint.
 
@@ -88,7 +100,7 @@ def validate(
         file: the MXFP8 file.
         against: the checkpoint that it was converted from (file or diffusers folder).
         threads: cores to use; 0 means all.
-        progress: called with a `Progress` from this thread.
+        progress: called with a `Progress` from this thread; True draws a bar on a terminal.
 
     Raises:
         CheckpointError: a file is unreadable or malformed, `file` is not an MXFP8 file, or
@@ -118,7 +130,8 @@ def validate(
             jobs += scan.jobs(layer)
     kept = _KeptScan(found, layers, report)
     jobs += kept.jobs()
-    run_jobs(jobs, None, threads=threads, progress=progress)
+    with shown(progress, byte_bar("checking")) as callback:
+        run_jobs(jobs, None, threads=threads, progress=callback)
     scan.finish()
     kept.finish()
     if comparison is not None:

@@ -95,7 +95,7 @@ def cli(tmp_path: Path) -> Run:
             command,
             capture_output=True,
             text=True,
-            cwd=tmp_path,
+            cwd=options.pop("cwd", tmp_path),  # type: ignore[arg-type]
             env={**os.environ, **options.pop("env", {})},  # type: ignore[dict-item]
             timeout=120,
             **options,
@@ -156,7 +156,8 @@ def generate(
         model: Path | str = zimage_folder,
         transformer: Path | str | None = zimage_quantized,
     ) -> tuple[int, str, str]:
-        parts: list[object] = ["generate", "--model-dir", model, "--dtype", "float32"]
+        parts: list[object] = ["generate", "--model-dir", model]
+        parts += [] if "--dtype" in arguments else ["--dtype", "float32"]
         parts += [] if "--device" in arguments else ["--device", "cpu"]
         parts += [] if transformer is None else ["--transformer", transformer]
         code = main([str(part) for part in (*parts, *arguments)])

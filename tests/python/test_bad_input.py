@@ -260,7 +260,7 @@ def test_invalid_regular_expression(cli: Run, small_file: Path, tmp_path: Path) 
         (["--dry-run", "--report", "r.json"], "--report needs a conversion"),
         (["--report", "../{folder}/o.safetensors"], "two outputs are the same file"),
         (["--recipe", "none.toml"], "the recipe file none.toml does not exist"),
-        (["-o", "folder/"], "folder/ is a folder; name a file"),
+        (["--report", "folder/"], "folder/ is a folder; name a file"),
         (["--report", "o.safetensors"], "two outputs are the same file"),
     ],
 )
@@ -309,8 +309,8 @@ def test_output_folder_is_missing(cli: Run, small_file: Path, tmp_path: Path) ->
 
 
 def test_output_is_a_folder(cli: Run, small_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "o").mkdir()
-    fails(cli("convert", "-i", small_file, "-o", "o"), 1, "is a folder")
+    (tmp_path / "o.safetensors").mkdir()
+    fails(cli("convert", "-i", small_file, "-o", "o.safetensors"), 1, "is a folder")
 
 
 @pytest.mark.parametrize("how", ["same", "other spelling", "symbolic link", "hard link", "shard"])
@@ -374,22 +374,25 @@ def test_other_inputs_are_protected(cli: Run, small_file: Path, tmp_path: Path) 
     index = tmp_path / "z" / "diffusion_pytorch_model.safetensors.index.json"
     (tmp_path / "my.toml").write_text('title = "mine"')
     before = index.read_bytes()
-    fails(cli("convert", "-i", "z", "-o", index, "--overwrite"), 2, "is the input")
-    arguments = ("-i", small_file, "-o", "my.toml", "--recipe", "my.toml", "--overwrite")
-    fails(cli("convert", *arguments), 2, "is the input")
+    arguments = ("-o", "o.safetensors", "--overwrite", "--report")
+    fails(cli("convert", "-i", "z", *arguments, index), 2, "is the input")
+    recipe = ("--recipe", "my.toml")
+    fails(cli("convert", "-i", small_file, *arguments, *recipe[1:], *recipe), 2, "is the input")
     assert index.read_bytes() == before and (tmp_path / "my.toml").stat().st_size < 99
 
 
 def test_what_is_no_regular_file(cli: Run, small_file: Path, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "loop").symlink_to("loop")
-    fails(cli("convert", "-i", "pipe", "-o", "o.safetensors"), 1, "pipe is not a regular file")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    pipe = "pipe.safetensors"
+    fails(cli("convert", "-i", pipe, "-o", "o.safetensors"), 1, "pipe.safetensors is not a regular")
     fails(cli("convert", "-i", "/dev/zero", "-o", "o.safetensors"), 1, "is not a regular file")
-    fails(cli("inspect", "pipe"), 1, "pipe is not a regular file")
-    result = cli("convert", "-i", small_file, "-o", "pipe", "--overwrite")
-    fails(result, 1, "pipe is not a regular file")
-    assert (tmp_path / "pipe").is_fifo()
-    fails(cli("convert", "-i", small_file, "-o", "loop"), 1, "loop leads nowhere")
+    fails(cli("inspect", pipe), 1, "pipe.safetensors is not a regular file")
+    result = cli("convert", "-i", small_file, "-o", pipe, "--overwrite")
+    fails(result, 1, "pipe.safetensors is not a regular file")
+    assert (tmp_path / pipe).is_fifo()
+    result = cli("convert", "-i", small_file, "-o", "loop.safetensors")
+    fails(result, 1, "loop.safetensors leads nowhere")
     fails(cli("convert", "-i", "/"), 2, "give one with -o")
 
 

@@ -494,12 +494,13 @@ def test_unknown_target_in_the_environment() -> None:
 
 
 def test_converting_imports_no_torch(small_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "o.safetensors"
     code = (
         "import sys, numpy as np, zimage_mxfp8 as zm\n"
         "zm.dequantize(zm.quantize(np.ones((2, 32), np.float32)))\n"
         "from zimage_mxfp8.cli.main import main\n"
-        f"assert main(['convert', '-i', {str(small_file)!r}, '-o', {str(tmp_path / 'o')!r}]) == 0\n"
-        f"assert main(['validate', {str(tmp_path / 'o')!r}]) == 0\n"
+        f"assert main(['convert', {str(small_file)!r}, {str(output)!r}]) == 0\n"
+        f"assert main(['validate', {str(output)!r}]) == 0\n"
         "print('torch' in sys.modules)"
     )
     assert run_python(code).stdout.splitlines()[-1] == "False"

@@ -515,7 +515,10 @@ def answers(path: Path, matrix: torch.Tensor) -> dict[str, bool | None]:
     return {answer.claim: answer.holds for answer in report.answers}
 
 
-ERROR, FINER = "the error of MXFP8 is below 0.1 %", "MXFP8 is 16 times finer than NVFP4"
+ERROR, FINER = (
+    "the relative squared error of MXFP8 is below 0.1 %",
+    "MXFP8 is 16 times finer than NVFP4",
+)
 BRANCH = "a low-rank branch gains little at 8 bits"
 BLOCK = "formats chosen for each block gain little at 8 bits"
 LAYER = "a format chosen for each layer gains little at 8 bits"
@@ -583,14 +586,18 @@ def test_recipe_keeps_the_layers_above_the_bound(cli: Run, tmp_path: Path) -> No
     assert result.returncode == 0, result.stderr
     document = tomllib.loads((tmp_path / "own.toml").read_text())
     for rule in document["keep"][: len(bad)]:
-        assert rule["reason"] == "MXFP8 error 3.460e-03 (SNR 24.6 dB) exceeds 0.002"
+        assert rule["reason"] == (
+            "relative squared error 3.460e-03 in MXFP8 (SNR 24.6 dB), above 0.002"
+        )
     plan = zm.plan_conversion(tmp_path / "in.safetensors", recipe=tmp_path / "own.toml")
     matrices = [
         p for n, p in plan.tensors.items() if n.endswith(".weight") and len(p.source.shape) == 2
     ]
     count = sum(planned.action == "keep" for planned in matrices)
-    assert result.stdout.endswith(f"own.toml keeps {count} layers, 2 of them for the error\n")
-    kept = {n for n, p in plan.tensors.items() if "MXFP8 error" in p.reason}
+    assert result.stdout.endswith(
+        f"wrote own.toml: a recipe that keeps {count} layers, 2 of them for the squared error\n"
+    )
+    kept = {n for n, p in plan.tensors.items() if "relative squared error" in p.reason}
     assert kept == {PREFIX + name for name in bad}
     done = cli("convert", "-i", "in.safetensors", "-o", "o.safetensors", "--recipe", "own.toml")
     assert done.returncode == 0 and "matches no tensor" not in done.stderr
@@ -701,13 +708,13 @@ def test_tables_fit_80_columns(
     tensors = [layer.tensor for layer in worst[:10]]
     assert [first_column(table) for table in tables] == [titles, groups, branches, tensors]
     assert tables[1][0] == ["group", "mxfp8-e4m3", "fp8-row", "int8-row", "nvfp4"]
-    assert "--json and wider terminals also show: gain, std. error." in text
+    assert "--json and wider terminals also show: gain, standard error." in text
     answers = " ".join(text.split())
     for answer in report.answers:
         assert f"{'yes' if answer.holds else 'no'} {answer.claim}: {answer.finding}" in answers
     wide, text = tables_in_terminal(["compare", small_file.name], 160)
     assert [first_column(table) for table in wide] == [titles, groups, branches, tensors]
-    assert wide[0][0][-2:] == ["gain", "std. error"] and "wider terminals" not in text
+    assert wide[0][0][-2:] == ["gain", "standard error"] and "wider terminals" not in text
     document = report.to_dict()  # what --json prints
     for name, error in document["total"]["formats"].items():
         base = document["total"]["formats"]["mxfp8-e4m3"]["snr_db"]
@@ -847,7 +854,7 @@ def test_missing_ml_dtypes_is_named(small_file: Path) -> None:
         f"sys.exit(main(['compare', {str(small_file)!r}]))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    fails(result, 1, "ml_dtypes 0.5 or newer", "zimage-mxfp8[analysis]")
+    fails(result, 1, "comparing formats needs ml-dtypes, which is not", "zimage-mxfp8[analysis]")
 
 
 def test_failing_callback_stops_the_work(checkpoint: Path, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_while_the_demo_removes_its_files(tmp_path: Path, twice: bool) -> None:
     program = f"""
 import shutil
 import zimage_mxfp8.cli.demo as demo
-def fill(folder):
+def fill(folder, overwrite):
     (folder / "partial").write_bytes(b"partial")
     if {twice}:
         press()

@@ -326,7 +326,9 @@ def test_pages_of_little(tmp_path: Path) -> None:
     save_file(random_tensors({"a.weight": (64, 64), "b.weight": (32, 64)}), tmp_path / "other")
     other = zm.compare(tmp_path / "other", any_model=True)
     text = compare_page(other, 1.0)
-    assert text.count("<figcaption>") == 1 and "No layer has a squared error above 1" in text
+    assert (
+        text.count("<figcaption>") == 1 and "No layer has a relative squared error above 1" in text
+    )
     make_reference(dim=128, layers=1).save_pretrained(tmp_path / "model")
     report = zm.analyse_sensitivity(
         tmp_path / "model", size=(32, 32), timesteps=1, bound=10, device="cpu"

@@ -382,7 +382,9 @@ def test_convert_takes_the_exclusions_and_the_recipe(
         commands, (report.exclude_layers_bytes, report.recipe_bytes), strict=True
     ):
         assert f"would write exactly {nbytes:,} bytes" in result.stdout
-        done = cli(*shlex.split(command)[1:], "-o", "o.safetensors", "--overwrite")
+        words = shlex.split(command)[1:]
+        words[words.index("-o") + 1] = "o.safetensors"  # not beside the input, which is shared
+        done = cli(*words, "--overwrite")
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert (tmp_path / "o.safetensors").stat().st_size == nbytes
         stored = load_file(tmp_path / "o.safetensors")
@@ -610,9 +612,12 @@ def test_html_without_plotly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("zimage_mxfp8.analysis.page.find_spec", lambda name: None)
+    monkeypatch.setattr("zimage_mxfp8.optional_packages.find_spec", lambda name: None)
     assert main(["probe", str(small_file), "--html", str(tmp_path / "a.html")]) == 1
-    assert "pip install 'zimage-mxfp8[plots]'" in capsys.readouterr().err
+    assert (
+        '--html needs plotly, which is not installed: pip install "zimage-mxfp8[plots]"'
+        in capsys.readouterr().err
+    )
     only(tmp_path)
 
 

@@ -73,7 +73,7 @@ def test_drop_in_command(small_file: Path, tmp_path: Path) -> None:
     shutil.copy(small_file, tmp_path / "in.safetensors")
     (command,) = [block for block in blocks("sh") if "--zimage" in block]
     result = run_in_shell(command, tmp_path)
-    assert result.stdout.startswith("out.safetensors: 161 layers in MXFP8")
+    assert result.stdout.startswith("wrote out.safetensors: 161 layers in MXFP8")
     assert result.stderr == ""
 
 

@@ -399,9 +399,19 @@ def test_nothing_is_lost(tensors: Tensors, tmp_path: Path) -> None:
 
 
 def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:
-    arguments = ("sensitivity", zimage_folder, "--size", 32, "--timesteps", 1, "--device", "cpu")
-    arguments += ("--dtype", "float32")
-    ran = cli(*arguments, "--prompt", "a", "--prompt", "", "--model-dir", zimage_folder, "--json")
+    arguments = (
+        "sensitivity",
+        zimage_folder,
+        "--size",
+        32,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    )
+    one = ("--timesteps", 1)
+    prompts = ("--prompt", "a", "--prompt", "")
+    ran = cli(*arguments, *one, *prompts, "--model-dir", zimage_folder, "--json")
     assert ran.returncode == 0, ran.stderr
     lines = ran.stderr.splitlines()
     assert lines[0] == "zimage-mxfp8: encoding the prompts"
@@ -410,8 +420,16 @@ def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:
     config = other / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 32}))
     for options, code, sentence in (
-        (["--model-dir", other], 1, "other/text_encoder gives 32: they belong to different models"),
-        (["--model-dir", zimage_folder, "--prompt", os.fsdecode(b"\xff")], 2, "is not UTF-8 text"),
+        (
+            ["--model-dir", other, *one],
+            1,
+            "other/text_encoder gives 32: they belong to different models",
+        ),
+        (
+            ["--model-dir", zimage_folder, *one, "--prompt", os.fsdecode(b"\xff")],
+            2,
+            "is not UTF-8 text",
+        ),
         (["--model-dir", zimage_folder, "--timesteps", 9], 2, "--timesteps must be 1 to 8"),
     ):
         fails(cli(*arguments, "--prompt", "a", *options), code, sentence)

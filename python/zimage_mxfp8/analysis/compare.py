@@ -26,6 +26,7 @@ from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS
 from ..error_stats import ErrorStats, merge_rows
 from ..errors import CheckpointError, NonFiniteError, UsageError
 from ..pipeline import Job, Lane, Progress, row_chunks, run_jobs
+from ..printing.progress import compare_bar, shown
 from ..recipes import compile_pattern, recipe_toml
 from ..rows import as_matrix, encode_rows, measure_rows, read_rows
 from .compare_low_rank import MOST_ELEMENTS, STEPS, measure_low_rank
@@ -94,14 +95,14 @@ def compare(
     bound: float = DEFAULT_BOUND,
     overwrite: bool = False,
     threads: int = 0,
-    progress: CompareCallback | None = None,
+    progress: CompareCallback | bool | None = None,
 ) -> CompareReport:
     """Measure what number formats of 8 and 4 bits lose on a checkpoint's linears.
 
     Every weight is encoded in MXFP8 by this package's codec. The other formats are measured on a
     sample of rows, evenly spaced tiles of 128 of every matrix, and low-rank branches on all rows
-    of one layer for each group. Errors are those of weights alone, relative to the squared
-    weights; see docs/methodology.md.
+    of one layer for each group. What is measured are relative squared errors of
+    weights alone; see docs/methodology.md.
 
     Args:
         source: a ComfyUI single file or a diffusers folder; BF16, F16 or F32 weights.
@@ -111,14 +112,14 @@ def compare(
         sample: fraction of the rows, above 0 and up to 1.
         low_rank: measure low-rank branches on one layer for each group, on "all", or on "none".
         csv: file to write every layer's figures to.
-        write_recipe: file to write a recipe to that keeps the layers whose MXFP8 error exceeds
-            `bound`, the embedders and the final layer; needs all layers.
+        write_recipe: file to write a recipe to that keeps the layers with a relative squared error
+            in MXFP8 above `bound`, the embedders and the final layer; needs all layers.
         bound: relative squared error.
         overwrite: replace existing outputs.
         threads: cores to use; 0 means all. NumPy's linear algebra, in the low-rank stage, uses
             all of them, unless OPENBLAS_NUM_THREADS was 1 when NumPy was imported, as it is in the
             command. That saves time where other programs use the cores too.
-        progress: called with a `CompareProgress` from this thread.
+        progress: called with a `CompareProgress` from this thread; True draws bars on a terminal.
 
     Returns:
         A `CompareReport`.
@@ -128,7 +129,7 @@ def compare(
         CheckpointError: the checkpoint is unreadable, malformed, not Z-Image or quantised already.
         NonFiniteError: a weight has NaN or Inf; the sentence names tensor, row and column.
         OutputError: an output cannot be written, or exists already.
-        UnsupportedError: the package ml_dtypes is not installed.
+        MissingExtraError: the package ml_dtypes is not installed.
     """
     started = time.perf_counter()
     sample, bound = number("sample", sample), number("bound", bound)
@@ -142,7 +143,10 @@ def compare(
     check_distinct(outputs)
     linears = _find_linears(checkpoint, scope, layers)
 
-    measured = _Measurement(checkpoint, linears, sample, threads, progress)
+    warnings: list[str] = []
+    with shown(progress, compare_bar) as callback:
+        measured = _Measurement(checkpoint, linears, sample, threads, callback)
+        branches = _low_rank_errors(linears, low_rank, threads, callback, warnings)
     compared = {linear.tensor.name: measured.layer(linear) for linear in linears}
     by_group: dict[str, list[LayerComparison]] = {}
     for layer in compared.values():
@@ -150,8 +154,6 @@ def compare(
     groups = [combine(name, members) for name, members in by_group.items()]
     groups.sort(key=lambda group: -group.parameters)
     total = combine("all layers", list(compared.values()))
-    warnings: list[str] = []
-    branches = _low_rank_errors(linears, low_rank, threads, progress, warnings)
     report = CompareReport(
         input=str(source),
         layers=list(compared.values()),

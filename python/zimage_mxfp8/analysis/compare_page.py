@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
+from ..file_names import base_name
 from ..recipes import DEFAULT, load_recipe
 from ..text import plural
 from .block_maps import BlockMap, Metric, by_place
@@ -24,7 +24,7 @@ def compare_page(report: CompareReport, bound: float) -> str:
         bound: relative squared error in MXFP8 above which a layer is worth keeping.
 
     Raises:
-        UnsupportedError: plotly is not installed.
+        MissingExtraError: plotly is not installed.
     """
     sections = [
         Section("What is said about 8 bits", [_answers(report)]),
@@ -36,7 +36,7 @@ def compare_page(report: CompareReport, bound: float) -> str:
     ]
     if report.low_rank_summary:
         sections.append(Section("Low-rank branches", [_low_rank(report)]))
-    return render_page(f"What formats cost on {Path(report.input).name}", sections)
+    return render_page(f"What formats cost on {base_name(report.input)}", sections)
 
 
 def _answers(report: CompareReport) -> Table:
@@ -89,7 +89,11 @@ def _formats(report: CompareReport, bound: float) -> list[Block]:
         )
     columns = [
         *(Column("format"), Column("bits a weight", 2), Column("model (GiB)", 3)),
-        *(Column("squared error", 7), Column("standard error", 7), Column("SNR (dB)", 2)),
+        *(
+            Column("relative squared error", 7),
+            Column("standard error of it", 7),
+            Column("SNR (dB)", 2),
+        ),
         Column(f"gain over {mxfp8} (dB)", 2),
     ]
     return [
@@ -97,7 +101,7 @@ def _formats(report: CompareReport, bound: float) -> list[Block]:
             "Relative squared error of the weights of all linears together, and the size of a "
             f"transformer with all of them in the format. {mxfp8} was measured on every row, "
             f"the others on {report.sampled:.1%}. Where layers are kept, they count 16 bits a "
-            "weight and no error. Errors of weights do not tell how sensitive a layer is."
+            "weight and no error. What weights lose does not tell how sensitive a layer is."
         ),
         Figure("SNR against size", size_plot(points, "SNR (dB)", chosen=chosen)),
         Table(columns, rows),
@@ -107,9 +111,9 @@ def _formats(report: CompareReport, bound: float) -> list[Block]:
 def _exclusions(report: CompareReport, bound: float) -> Block:
     above = report.above(bound)
     if not above:
-        return Paragraph(f"No layer has a squared error above {bound:g} in MXFP8 E4M3.")
+        return Paragraph(f"No layer has a relative squared error above {bound:g} in MXFP8 E4M3.")
     names = "|".join(re.escape(layer.tensor) for layer in above)
-    label = f"Layers above a squared error of {bound:g}, for convert --exclude-layers:"
+    label = f"Layers above a relative squared error of {bound:g}, for convert --exclude-layers:"
     return Copyable(label, f"^({names})$")
 
 
@@ -161,7 +165,7 @@ def _layers(report: CompareReport) -> Table:
 def _low_rank(report: CompareReport) -> Table:
     columns = [
         *(Column("format"), Column("rank", 0), Column("bits a weight", 2)),
-        *(Column("squared error without", 7), Column("gain on the residual (dB)", 3)),
+        *(Column("relative squared error without", 7), Column("gain on the residual (dB)", 3)),
         Column("gain SVDQuant's way (dB)", 3),
     ]
     rows: list[list[Cell]] = [

@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from ..error_stats import snr_db
+from ..file_names import base_name
 from ..recipes import KeepRule, Recipe, rules_outside_blocks
 from ..text import plural, printable
 from .formats import FORMATS
@@ -186,7 +186,7 @@ class Mix:
     Attributes:
         kept: number of those.
         size: how large all is then.
-        error: over the weights of all linears, kept ones without any error.
+        error: of the weights of all linears together, kept ones without any.
     """
 
     kept: int
@@ -209,7 +209,7 @@ class Answer:
     holds: bool | None
 
 
-@dataclass
+@dataclass(repr=False)
 class CompareReport:
     """What `compare` measured.
 
@@ -243,6 +243,15 @@ class CompareReport:
 
     def __post_init__(self) -> None:
         self.answers = _answers(self)
+
+    def __repr__(self) -> str:
+        return f"CompareReport({self.input!r}, {plural(len(self.layers), 'layer')})"
+
+    def __str__(self) -> str:
+        from ..printing.compare import print_compare
+        from ..printing.screen import as_text
+
+        return as_text(lambda screen: print_compare(self, screen))
 
     @property
     def gains_db(self) -> dict[str, float]:
@@ -290,9 +299,9 @@ class CompareReport:
         return text.getvalue()
 
     def recipe(self, bound: float) -> Recipe:
-        """A recipe that keeps the layers whose MXFP8 error exceeds a bound.
+        """Make the recipe that keeps the layers that lose more than a bound in MXFP8.
 
-        What is no layer of a block stays as in every other recipe, however small its error.
+        What is no layer of a block stays as in every other recipe, however little it loses.
 
         Args:
             bound: relative squared error, for example 1e-3.
@@ -301,12 +310,12 @@ class CompareReport:
         for layer in self.above(bound):
             error = layer.formats[MXFP8]
             reason = (
-                f"MXFP8 error {error.relative_squared_error:.3e} (SNR {error.snr_db:.1f} dB) "
-                f"exceeds {bound:g}"
+                f"relative squared error {error.relative_squared_error:.3e} in MXFP8 "
+                f"(SNR {error.snr_db:.1f} dB), above {bound:g}"
             )
             rules.append(KeepRule(layer.name, re.compile(f"^{re.escape(layer.name)}$"), reason))
         title = f"MXFP8 where its relative squared error is at most {bound:g}"
-        description = f"Written by zimage-mxfp8 compare for {printable(Path(self.input).name)}."
+        description = f"Written by zimage-mxfp8 compare for {printable(base_name(self.input))}."
         # In a model that is not Z-Image they may match nothing, which convert would report.
         outside = (
             rule
@@ -342,7 +351,7 @@ class CompareReport:
         )
 
     def above(self, bound: float) -> list[LayerComparison]:
-        """The layers whose MXFP8 error exceeds a bound."""
+        """The layers with a relative squared error in MXFP8 above a bound."""
         return [
             layer for layer in self.layers if layer.formats[MXFP8].relative_squared_error > bound
         ]
@@ -451,7 +460,7 @@ def _answers(report: CompareReport) -> list[Answer]:
     )
     return [
         Answer(
-            "the error of MXFP8 is below 0.1 %",
+            "the relative squared error of MXFP8 is below 0.1 %",
             f"{mxfp8:.4%} of the squared weights (SNR {snr_db(mxfp8):.1f} dB); "
             f"{plural(above, 'layer')} of {len(report.layers):,} above 0.1 %, the worst "
             f"{worst.formats[MXFP8].relative_squared_error:.4%} ({worst.tensor})",

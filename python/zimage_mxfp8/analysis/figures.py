@@ -26,7 +26,7 @@ _ROW_HEIGHT = 30  # pixels
 _MARGINS = {"l": 150, "r": 20, "t": 10, "b": 70}
 
 Cells = Sequence[Sequence[float | None]]
-SizePoint = tuple[float, float, str]  # size in GiB, error, name
+SizePoint = tuple[float, float, str]  # size in GiB, what is lost, name
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def size_plot(
             marker |= {"size": 5}
         figure.add_scatter(
             x=[size for size, _, _ in series],
-            y=[error for _, error, _ in series],
+            y=[value for _, value, _ in series],
             customdata=[point for _, _, point in series],
             name=name,
             mode="lines+markers" if name == path else "markers",

@@ -28,7 +28,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UnsupportedError
+from ..optional_packages import missing, needed
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -36,6 +36,7 @@ Exponents = npt.NDArray[np.int32]
 Rounding = Callable[[Floats, Floats, Floats], None]  # values, out, scratch
 
 BLOCK: Final = 32
+_WHAT: Final = "comparing formats"  # in the sentence about a missing package
 _NVFP4_BLOCK: Final = 16
 _INT8_MAX: Final = 127.0
 _E8M0_BIAS: Final = 127
@@ -83,18 +84,15 @@ def element(name: str) -> Element:
     """An element type of ml_dtypes by its name there.
 
     Raises:
-        UnsupportedError: ml_dtypes is not installed, or too old.
+        MissingExtraError: ml_dtypes is not installed, or too old.
     """
-    try:
+    with needed("analysis", _WHAT):
         import ml_dtypes
-
-        finfo: Any = ml_dtypes.finfo  # which has no types
+    finfo: Any = ml_dtypes.finfo  # which has no types
+    try:
         info = finfo(getattr(ml_dtypes, name))
-    except (ImportError, AttributeError):
-        raise UnsupportedError(
-            "comparing formats needs the package ml_dtypes 0.5 or newer: "
-            "pip install 'zimage-mxfp8[analysis]'"
-        ) from None
+    except AttributeError:
+        raise missing("analysis", _WHAT, "ml-dtypes 0.5 or newer") from None
     maximum = float(info.max)
     return Element(int(info.nmant), int(info.minexp), math.frexp(maximum)[1] - 1, maximum)
 
@@ -145,7 +143,7 @@ FORMATS: Final[dict[str, Format]] = {
     for kind in (
         *_mx("mxfp8-e4m3", "MXFP8 E4M3", 8, "", "-floor", "-search"),
         *_mx("mxfp8-e5m2", "MXFP8 E5M2", 8, "", "-floor", "-search"),
-        Format("mxfp8-best", "MXFP8, E4M3 or E5M2 for each block", 8, 8 + 1, BLOCK),
+        Format("mxfp8-best", "MXFP8, E4M3 or E5M2 per block", 8, 8 + 1, BLOCK),
         Format("fp8-tensor", "FP8 E4M3, a scale for the tensor", 8, _FLOAT32_BITS, -1),
         Format("fp8-row", "FP8 E4M3, a scale for each row", 8, _FLOAT32_BITS, 0),
         Format("int8-row", "INT8, a scale for each row", 8, _FLOAT32_BITS, 0),

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UnsupportedError
+from ..optional_packages import check_installed
 from ..text import plural, printable
 
 if TYPE_CHECKING:
@@ -25,12 +24,9 @@ def check_plots_available() -> None:
     """Check that the plotting library is there.
 
     Raises:
-        UnsupportedError: it is not; the sentence says how to install it.
+        MissingExtraError: it is not; the sentence says how to install it.
     """
-    if find_spec("plotly") is None:
-        raise UnsupportedError(
-            "--html needs plotly, which is not installed: pip install 'zimage-mxfp8[plots]'"
-        )
+    check_installed("plots", "--html")
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def render_page(title: str, sections: Sequence[Section]) -> str:
     """The page as HTML, with scripts and styles inside.
 
     Raises:
-        UnsupportedError: plotly is not installed.
+        MissingExtraError: plotly is not installed.
     """
     check_plots_available()
     from plotly.offline import get_plotlyjs

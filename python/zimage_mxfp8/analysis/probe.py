@@ -7,7 +7,6 @@ import io
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint import quantization as marks
@@ -20,8 +19,11 @@ from ..conversion.options import ConversionOptions
 from ..conversion.plan import make_plan
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError, UsageError
+from ..file_names import base_name
 from ..pipeline import ProgressCallback
+from ..printing.progress import byte_bar, shown
 from ..recipes import Recipe
+from ..text import plural
 from .grouping import ProbedGroup, ProbedTensor, Stack, Weight, decide
 from .measuring import measure
 from .probe_recipe import exclusion_regex, probe_recipe
@@ -35,7 +37,7 @@ CSV_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProbeReport:
     """What `probe` found.
 
@@ -64,6 +66,15 @@ class ProbeReport:
     input_bytes: int
     exclude_layers_bytes: int | None
     recipe_bytes: int | None
+
+    def __repr__(self) -> str:
+        return f"ProbeReport({self.path!r}, {plural(len(self.tensors), 'weight')})"
+
+    def __str__(self) -> str:
+        from ..printing.probe import print_probe
+        from ..printing.screen import as_text
+
+        return as_text(lambda screen: print_probe(self, screen))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: such a rule is None."""
@@ -104,7 +115,7 @@ def probe(
     *,
     rules: ProbeRules | None = None,
     threads: int = 0,
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> ProbeReport:
     """Measure how sensitive each weight of Z-Image's blocks is, and recommend what to keep.
 
@@ -116,7 +127,7 @@ def probe(
             F16 or F32.
         rules: the numbers that decide, by default quant_probe's for Z-Image.
         threads: cores to use; 0 means all.
-        progress: called with a `Progress` from this thread.
+        progress: called with a `Progress` from this thread; True draws a bar on a terminal.
 
     Returns:
         A `ProbeReport`.
@@ -134,7 +145,8 @@ def probe(
     checkpoint = found.checkpoint
     targets = _targets(checkpoint, found.scope)
     sources = [tensor for tensor, *_ in targets]
-    measured = measure(sources, rules.outlier_sigma, threads=threads, progress=progress)
+    with shown(progress, byte_bar("probing")) as callback:
+        measured = measure(sources, rules.outlier_sigma, threads=threads, progress=callback)
     metrics = [measured[tensor.name] for tensor in sources]
     all_scores = scores(metrics, [kind for _, kind, *_ in targets], rules)
     limits = thresholds(all_scores, rules)
@@ -149,7 +161,7 @@ def probe(
     ]
     tensors, groups = decide(weights, limits, rules)
     regex = exclusion_regex(tensors)
-    recipe = probe_recipe(tensors, limits, rules, Path(path).name)
+    recipe = probe_recipe(tensors, limits, rules, base_name(path))
     default = ConversionOptions(exclude_layers=[regex] if regex else [])
     return ProbeReport(
         str(path),

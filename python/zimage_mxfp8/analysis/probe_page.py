@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from ..file_names import base_name
 from ..text import plural
 from .block_maps import BlockMap, Metric, Place
 from .figures import SizePoint, category_map, line_plot, size_plot
@@ -35,7 +35,7 @@ def probe_page(report: ProbeReport) -> str:
     """A page with the figures of every weight, in heat maps and in a table, as HTML.
 
     Raises:
-        UnsupportedError: plotly is not installed.
+        MissingExtraError: plotly is not installed.
     """
     sections = [
         Section("What to keep", [*_summary(report), *_sizes(report)]),
@@ -43,7 +43,7 @@ def probe_page(report: ProbeReport) -> str:
         Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
         Section("Weights", [_weights(report)]),
     ]
-    return render_page(f"Sensitivity of {Path(report.path).name}", sections)
+    return render_page(f"Sensitivity of {base_name(report.path)}", sections)
 
 
 def _summary(report: ProbeReport) -> list[Block]:

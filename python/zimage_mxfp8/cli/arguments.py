@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..text import did_you_mean
 from .streams import tell
 
 
@@ -25,17 +28,37 @@ def spellings(*names: str) -> list[str]:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, without the usage before it.
 
-    Options are not abbreviated: what is short today may be ambiguous tomorrow.
+    Options are not abbreviated: what is short today may be ambiguous tomorrow. An option with one
+    value that is given twice is an error.
+
+    Args:
+        intermixed: take positional arguments between options too.
+        options: those of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, intermixed: bool = False, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self._intermixed = intermixed
+        self._is_parsing = False
+        self._given: set[argparse.Action] = set()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """What a command does not know is its own error, and not that of the main parser."""
-        known, unknown = super().parse_known_args(args, namespace)
+        """Parse; what a command does not know is its own error, and not that of the main parser."""
+        if self._is_parsing:  # one of the passes below
+            return super().parse_known_args(args, namespace)
+        if self._subparsers is None and args is not None:
+            self._check_options(args)
+        self._is_parsing = self._intermixed
+        self._given.clear()
+        try:
+            parse = super().parse_known_args
+            if self._intermixed:
+                parse = self.parse_known_intermixed_args
+            known, unknown = parse(args, namespace)
+        finally:
+            self._is_parsing = False
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self._refuse(unknown)
         return known, unknown
 
     def error(self, message: str) -> NoReturn:
@@ -43,14 +66,56 @@ class Parser(argparse.ArgumentParser):
         tell(f"error: {message} (see {self.prog} --help)")
         sys.exit(2)
 
+    def _check_options(self, words: Sequence[str]) -> None:
+        """Refuse unknown options first: the word after one may be a wrong positional argument."""
+        before = takewhile(lambda word: word != "--", words)
+        options = [word for word in before if word.startswith("--")]
+        known = self._option_string_actions
+        if unknown := [word for word in options if word.partition("=")[0] not in known]:
+            self._refuse(unknown)
+
+    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
+        actions = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        known = [option for action in actions for option in action.option_strings]
+        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(names, known)}")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # argparse calls it once for each time that an option is given.
+        if action.option_strings and isinstance(action, argparse._StoreAction):
+            if action in self._given:
+                raise argparse.ArgumentError(action, "given twice; give it once")
+            self._given.add(action)
+        return super()._get_values(action, arg_strings)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        rest = f"(choose from {', '.join(names)}){did_you_mean([str(value)], names)}"
+        if isinstance(action, argparse._SubParsersAction):
+            self.error(f'there is no command "{value}" {rest}')
+        raise argparse.ArgumentError(action, f'invalid choice "{value}" {rest}')
+
 
 def file_path(text: str) -> Path:
     """A file to write, for `type=`."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; name a file")
-    if text.endswith(("/", os.sep)):
+    path = Path(text)
+    if text.endswith(("/", os.sep)) or path.name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
-    return Path(text)
+    return path
+
+
+def checkpoint_path(text: str) -> Path:
+    """A safetensors file to write, for `type=`."""
+    path = file_path(text)
+    if path.suffix.lower() != ".safetensors":
+        raise argparse.ArgumentTypeError(
+            f"{text} does not end in .safetensors, by which programs know these files; name it so"
+        )
+    return path
 
 
 def count(minimum: int) -> type[int]:

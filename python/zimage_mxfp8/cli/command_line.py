@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import Error, UsageError
 from . import (
     compare,
+    completion,
     convert,
     demo,
     dequantize,
@@ -42,6 +44,7 @@ _COMMANDS = (
     recipes,
     doctor,
     demo,
+    completion,
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -93,7 +96,12 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     arguments = argparse.Namespace()
     try:
-        build_parser().parse_args(argv, arguments)
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+            from .completer import answer
+
+            answer(parser)
+        parser.parse_args(argv, arguments)
         with device_warnings.as_lines():
             return int(arguments.run(arguments))
     except (Error, MemoryError, OSError) as error:

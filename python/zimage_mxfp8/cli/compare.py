@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..text import plural
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
-
-if TYPE_CHECKING:
-    from ..analysis.compare import CompareCallback, CompareProgress
-    from ..analysis.compare_report import CompareReport, LayerComparison
-    from ..pipeline import ProgressCallback
-
-_MOST_SHOWN = 10
 
 
 def _fraction(text: str) -> float:
@@ -108,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..analysis.page import check_plots_available
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
+    from ..printing.compare import print_compare
     from . import display
 
     if arguments.html is not None:
@@ -116,20 +107,19 @@ def run(arguments: argparse.Namespace) -> int:
         check_target(arguments.html, inputs, overwrite=arguments.overwrite)
         outputs = (arguments.html, arguments.csv, arguments.write_recipe)
         check_distinct(path for path in outputs if path is not None)
-    with _stage_bars() as progress:
-        report = compare(
-            arguments.file,
-            any_model=arguments.any_model,
-            layers=arguments.layers,
-            sample=arguments.sample,
-            low_rank=arguments.low_rank,
-            csv=arguments.csv,
-            write_recipe=arguments.write_recipe,
-            bound=arguments.bound,
-            overwrite=arguments.overwrite,
-            threads=arguments.threads,
-            progress=progress,
-        )
+    report = compare(
+        arguments.file,
+        any_model=arguments.any_model,
+        layers=arguments.layers,
+        sample=arguments.sample,
+        low_rank=arguments.low_rank,
+        csv=arguments.csv,
+        write_recipe=arguments.write_recipe,
+        bound=arguments.bound,
+        overwrite=arguments.overwrite,
+        threads=arguments.threads,
+        progress=True,
+    )
     display.warn(report.warnings)
     if arguments.html is not None:
         from ..analysis.compare_page import compare_page
@@ -138,147 +128,18 @@ def run(arguments: argparse.Namespace) -> int:
         write_file(arguments.html, content, overwrite=arguments.overwrite)
     if arguments.json:
         display.print_json(report.to_dict())
-        return 0
-    print_report(report)
-    if arguments.write_recipe is not None:
-        kept = plural(len(report.kept(arguments.bound)), "layer")
-        above = f"{len(report.above(arguments.bound)):,} of them for the error"
-        display.print_text(f"{arguments.write_recipe} keeps {kept}, {above}")
+    else:
+        print_compare(report, display.screen())
+    kept, above = report.kept(arguments.bound), report.above(arguments.bound)
+    for path, what in (
+        (arguments.csv, f"the figures of {plural(len(report.layers), 'layer')}"),
+        (arguments.html, "a page with plots and tables"),
+        (
+            arguments.write_recipe,
+            f"a recipe that keeps {plural(len(kept), 'layer')}, {len(above):,} of them for the "
+            "squared error",
+        ),
+    ):
+        if path is not None:
+            display.wrote(path, what, as_json=arguments.json)
     return 0
-
-
-@contextmanager
-def _stage_bars() -> Iterator[CompareCallback]:
-    """A progress bar for each stage, one after another."""
-    from . import display
-
-    with ExitStack() as shown:
-        stage: str | None = None
-        update: ProgressCallback | None = None
-
-        def progress(state: CompareProgress) -> None:
-            nonlocal stage, update
-            if state.stage != stage:
-                shown.close()
-                stage = state.stage
-                update = shown.enter_context(display.progress_bar(f"comparing: {stage}"))
-            if update is not None:
-                update(state)
-
-        yield progress
-
-
-def print_report(report: CompareReport) -> None:
-    """Print what was measured, and the answers."""
-    from . import display
-
-    _print_formats(report)
-    _print_groups(report)
-    if report.low_rank_summary:
-        _print_low_rank(report)
-    order = sorted(report.layers, key=_mxfp8_error, reverse=True)[:_MOST_SHOWN]
-    display.print_table(
-        f"The {plural(len(order), 'layer')} with the largest MXFP8 error",
-        ["tensor", "error>", "SNR (dB)>"],
-        [
-            [
-                layer.tensor,
-                f"{_mxfp8_error(layer):.3e}",
-                f"{layer.formats['mxfp8-e4m3'].snr_db:.2f}",
-            ]
-            for layer in order
-        ],
-        spare=1,
-    )
-    title = "What is said about 8 bits, and whether it holds for this checkpoint"
-    display.print_text(title, style="bold")
-    words = {True: "yes", False: "no", None: "-"}
-    for answer in report.answers:
-        # No table: three columns of prose would be too narrow to read.
-        verdict = f"{words[answer.holds]:3}  {answer.claim}: {answer.finding}"
-        display.print_text(verdict, indent=" " * 5)
-    display.print_text(
-        "Errors are those of weights alone, which do not tell how sensitive a layer is. "
-        '"Little" is below 0.5 dB.'
-    )
-
-
-def _mxfp8_error(layer: LayerComparison) -> float:
-    return layer.formats["mxfp8-e4m3"].relative_squared_error
-
-
-def _print_formats(report: CompareReport) -> None:
-    from ..analysis.formats import FORMATS
-    from . import display
-
-    gains = report.gains_db
-    bf16 = report.sizes["bf16"]
-    rows = [["BF16", "", "", "16.00", display.size_text(bf16.model_bytes), "", ""]]
-    for name, kind in FORMATS.items():
-        error, size = report.total.formats[name], report.sizes[name]
-        rows.append(
-            [
-                kind.title,
-                f"{error.relative_squared_error:.3e}",
-                f"{error.snr_db:.2f}",
-                f"{size.bits_per_weight:.2f}",
-                display.size_text(size.model_bytes),
-                f"{gains[name]:+.2f}",
-                "exact" if name == "mxfp8-e4m3" else f"{error.standard_error:.1e}",
-            ]
-        )
-    display.print_table(
-        f"{report.input}: {plural(report.total.layers, 'linear')} in other formats",
-        ["format", "error>", "SNR>", "bits>", "model>", "gain>", "std. error>"],
-        rows,
-        spare=2,
-    )
-    display.print_text(
-        "Errors are squared and relative to the squared weights: of MXFP8 E4M3 on every row, of "
-        f"the others on {report.sampled:.1%}. SNR and gain in dB; bits are those of a weight, and "
-        "the model is a transformer with all of these linears in the format."
-    )
-
-
-def _print_groups(report: CompareReport) -> None:
-    from ..analysis.formats import BASE_FORMATS
-    from . import display
-
-    first = ("mxfp8-e4m3", "fp8-row", "int8-row", "nvfp4")  # where not all have room
-    names = [*first, *(name for name in BASE_FORMATS if name not in first)]
-    display.print_table(
-        "SNR (dB) by groups",
-        ["group", *(f"{name}>" for name in names), "layers>"],
-        [
-            [
-                group.name,
-                *(f"{group.formats[name].snr_db:.2f}" for name in names),
-                str(group.layers),
-            ]
-            for group in [report.total, *report.groups]
-        ],
-        spare=len(names) - len(first) + 1,
-    )
-
-
-def _print_low_rank(report: CompareReport) -> None:
-    from ..error_stats import snr_db
-    from . import display
-
-    measured = len({error.tensor for error in report.low_rank})
-    display.print_table(
-        f"Low-rank branches in 16 bits, measured on {plural(measured, 'layer')}: SNR without them "
-        "and gains with them in dB, on the residual and SVDQuant's way",
-        ["format", "rank>", "bits a weight>", "SNR without>", "residual>", "SVDQuant's>"],
-        [
-            [
-                summary.format,
-                str(summary.rank),
-                f"{summary.bits_per_weight:.2f}",
-                f"{snr_db(summary.plain):.2f}",
-                f"{summary.residual_gain_db:+.3f}",
-                f"{summary.svdquant_gain_db:+.3f}",
-            ]
-            for summary in report.low_rank_summary
-        ],
-    )

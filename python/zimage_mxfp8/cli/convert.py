@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .. import hub
 from ..devices import cuda_index
 from ..errors import UsageError
 from ..text import plural
 from . import convert_to_quant, download, dry_run
-from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
-
-if TYPE_CHECKING:
-    from ..conversion.report import ConversionReport
+from .arguments import add_json, add_overwrite, add_threads, checkpoint_path, file_path, spellings
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,24 +20,28 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "convert",
         help="convert a checkpoint to MXFP8",
         description="Convert a Z-Image checkpoint (BF16, F16 or F32) to MXFP8 for ComfyUI.",
+        intermixed=True,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "-i",
-        "--input",
-        required=True,
-        metavar="PATH",
+        "file",
+        nargs="?",
+        metavar="FILE",
         help="safetensors file, diffusers folder, or OWNER/NAME[@REVISION][/FILE.safetensors] from "
         "the Hugging Face cache",
     )
     download.add_download(parser)
     parser.add_argument(
-        "-o",
-        "--output",
-        type=file_path,
-        metavar="FILE",
-        help="output file (default: beside the input, its name with -mxfp8 before the suffix; for "
-        "OWNER/NAME in this folder)",
+        "out",
+        nargs="?",
+        type=checkpoint_path,
+        metavar="OUT",
+        help="output file (default: beside the input, its name with -mxfp8 before .safetensors; "
+        "for OWNER/NAME in this folder)",
+    )
+    parser.add_argument("-i", "--input", metavar="FILE", help="the same as FILE")
+    parser.add_argument(
+        "-o", "--output", type=checkpoint_path, metavar="OUT", help="the same as OUT"
     )
     parser.add_argument(
         "--recipe",
@@ -96,13 +96,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         *spellings("--dry-run"),
         action="store_true",
-        help="show what would happen, and the exact output size",
+        help="show what would happen, by groups, and the exact output size",
+    )
+    parser.add_argument(
+        "--tensors", action="store_true", help="with --dry-run: show every tensor too"
     )
     parser.add_argument(
         "--report",
         type=file_path,
         metavar="FILE",
-        help="write each layer's error and scale histogram as JSON, measured in the same pass",
+        help="write each layer's relative squared error and scale histogram as JSON, measured in "
+        "the same pass",
     )
     add_overwrite(parser)
     add_threads(parser)
@@ -118,6 +122,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    arguments.input, arguments.output = _files(arguments)
     recipe = convert_to_quant.choose_recipe(arguments)
     if arguments.dry_run and arguments.report is not None:
         raise UsageError("--report needs a conversion; drop it or --dry-run")
@@ -125,30 +130,32 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         cuda_index(arguments.device)
         return dry_run.run(arguments, recipe)
+    if arguments.tensors:
+        raise UsageError("--tensors belongs to --dry-run; add that")
 
     from ..conversion.convert import convert
+    from ..printing.conversion import print_conversion
     from . import display
 
-    with display.progress_bar("converting") as progress:
-        report = convert(
-            arguments.input,
-            arguments.output,
-            recipe=recipe,
-            exclude_layers=arguments.exclude_layers,
-            any_model=arguments.any_model,
-            nonfinite=arguments.nonfinite,
-            bias_correction=arguments.bias_correction,
-            timesteps=arguments.timesteps,
-            calibration_samples=arguments.calib_samples,
-            seed=arguments.manual_seed,
-            modulation_matmul=arguments.modulation_matmul,
-            hash_source=arguments.hash_source,
-            overwrite=arguments.overwrite,
-            report=arguments.report,
-            threads=arguments.threads,
-            device=arguments.device,
-            progress=progress,
-        )
+    report = convert(
+        arguments.input,
+        arguments.output,
+        recipe=recipe,
+        exclude_layers=arguments.exclude_layers,
+        any_model=arguments.any_model,
+        nonfinite=arguments.nonfinite,
+        bias_correction=arguments.bias_correction,
+        timesteps=arguments.timesteps,
+        calibration_samples=arguments.calib_samples,
+        seed=arguments.manual_seed,
+        modulation_matmul=arguments.modulation_matmul,
+        hash_source=arguments.hash_source,
+        overwrite=arguments.overwrite,
+        report=arguments.report,
+        threads=arguments.threads,
+        device=arguments.device,
+        progress=True,
+    )
     display.warn(report.warnings)
     display.note(report.notes)
     if arguments.json:
@@ -156,10 +163,15 @@ def run(arguments: argparse.Namespace) -> int:
         document.pop("tensors", None)
         display.print_json(document)
     elif sys.stdout.isatty():
-        print_summary(report)
-    else:
-        layers = plural(report.quantized, "layer")
-        print(f"{report.output}: {layers} in MXFP8, {report.file_bytes:,} bytes")
+        print_conversion(report, display.screen())
+    display.wrote(
+        Path(report.output),
+        f"{plural(report.quantized, 'layer')} in MXFP8, {report.file_bytes:,} bytes",
+        as_json=arguments.json,
+    )
+    if arguments.report is not None:
+        what = "squared error and scale histogram of every layer"
+        display.wrote(arguments.report, what, as_json=arguments.json)
     return 0
 
 
@@ -178,19 +190,18 @@ def _resolve_input(arguments: argparse.Namespace) -> None:
     )
 
 
-def print_summary(report: ConversionReport) -> None:
-    """Print what a conversion did."""
-    from . import display
-
-    rows = [["quantised to MXFP8", str(report.quantized)]]
-    rows += [[f"kept: {reason}", str(number)] for reason, number in report.kept.items()]
-    if report.corrected_biases:
-        rows.append([f"biases corrected ({report.bias_correction})", str(report.corrected_biases)])
-    display.print_table(f"{report.output} (recipe {report.recipe})", ["what", "tensors>"], rows)
-    speed = report.input_bytes / report.seconds / 1e9 if report.seconds else 0.0
-    display.console().print(
-        f"{display.size_text(report.input_bytes)} -> {display.size_text(report.output_bytes)} "
-        f"({report.ratio - 1:+.1%}) in {report.seconds:.1f} s, {speed:.2f} GB/s"
-    )
-    if report.errors is not None:
-        display.print_errors(report.errors)
+def _files(arguments: argparse.Namespace) -> tuple[str, Path | None]:
+    """Input and output, each given by position or by option."""
+    if arguments.file is None and arguments.input is None:
+        raise UsageError("name the checkpoint to convert: zimage-mxfp8 convert FILE [OUT]")
+    if None not in (arguments.file, arguments.input):
+        raise UsageError(
+            f"the input is given twice, as {arguments.file} and as -i {arguments.input}; give it "
+            "once (-o names the output)"
+        )
+    if None not in (arguments.out, arguments.output):
+        raise UsageError(
+            f"the output is given twice, as {arguments.out} and as -o {arguments.output}; give it "
+            "once"
+        )
+    return arguments.file or arguments.input, arguments.out or arguments.output

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import tempfile
 import time
 from pathlib import Path
 
+from ..errors import MissingExtraError
+from ..optional_packages import needed
+from .arguments import add_overwrite
+
+_ORIGINAL, _CONVERTED = "z-image-demo.safetensors", "z-image-demo-mxfp8.safetensors"
 _DIM, _CAPTION_DIM = 256, 128
 _CAPTION_TOKENS = 20
 _LATENT_SIDE = 8  # 64 pixels
@@ -29,6 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FOLDER",
         help="keep the files in this folder (default: a temporary one, deleted at the end)",
     )
+    add_overwrite(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,39 +44,56 @@ def run(arguments: argparse.Namespace) -> int:
         temporary = tempfile.TemporaryDirectory(prefix="zimage-mxfp8-demo-")
         try:
             with temporary as folder:
-                code = _demo(Path(folder))
+                code = _demo(Path(folder), overwrite=False)
         finally:
             temporary.cleanup()  # once more: Ctrl-C may have ended the first time
-        print("The files were temporary; zimage-mxfp8 demo -o FOLDER keeps them.")
+        print("\nThe files were temporary; zimage-mxfp8 demo -o FOLDER keeps them.")
+        _print_next("your.safetensors", "your-mxfp8.safetensors")
         return code
+    from . import display
+
     arguments.output.mkdir(parents=True, exist_ok=True)
-    return _demo(arguments.output)
+    code = _demo(arguments.output, arguments.overwrite)
+    original, converted = arguments.output / _ORIGINAL, arguments.output / _CONVERTED
+    print()
+    display.wrote(original, "a small Z-Image with random weights")
+    display.wrote(converted, "the same in MXFP8")
+    _print_next(str(original), str(converted))
+    return code
 
 
-def _demo(folder: Path) -> int:
+def _print_next(original: str, converted: str) -> None:
+    """Three commands to copy."""
+    original, converted = shlex.quote(original), shlex.quote(converted)
+    print("\nTo try next:")
+    print(f"zimage-mxfp8 convert {original} --recipe zimage --dry-run")
+    print(f"zimage-mxfp8 probe {original}")
+    print(f"zimage-mxfp8 inspect {converted}")
+
+
+def _demo(folder: Path, overwrite: bool) -> int:
+    from ..checkpoint.output import check_target
     from ..checkpoint.zimage import zimage_shapes
     from ..conversion.convert import convert
+    from ..printing.conversion import print_conversion
+    from ..printing.validation import print_validation
     from ..synthetic import write_synthetic_checkpoint
     from ..validation import validate
     from . import display
-    from .convert import print_summary
-    from .validate import print_report
 
-    original = folder / "z-image-demo.safetensors"
-    converted = folder / "z-image-demo-mxfp8.safetensors"
+    original, converted = folder / _ORIGINAL, folder / _CONVERTED
+    for path in (original, converted):
+        check_target(path, (), overwrite=overwrite)
     shapes = zimage_shapes(dim=_DIM, caption_dim=_CAPTION_DIM)
-    with display.progress_bar("making weights") as progress:
-        write_synthetic_checkpoint(original, shapes, overwrite=True, progress=progress)
+    write_synthetic_checkpoint(original, shapes, overwrite=overwrite, progress=True)
     print(f"1. made {original.name}: Z-Image with {_DIM} channels, random weights\n", flush=True)
-    with display.progress_bar("converting") as progress:
-        report = convert(original, converted, overwrite=True, progress=progress)
-    print(f"2. zimage-mxfp8 convert -i {original.name} -o {converted.name}", flush=True)
+    report = convert(original, converted, overwrite=overwrite, progress=True)
+    print(f"2. zimage-mxfp8 convert {original.name} {converted.name}", flush=True)
     display.warn(report.warnings)
-    print_summary(report)
-    with display.progress_bar("checking") as progress:
-        checked = validate(converted, original, progress=progress)
+    print_conversion(report, display.screen())
+    checked = validate(converted, original, progress=True)
     print(f"\n3. zimage-mxfp8 validate {converted.name} --against {original.name}", flush=True)
-    print_report(checked)
+    print_validation(checked, display.screen())
     print(f"\n4. Turbo's eight steps with {converted.name}, on the CPU", flush=True)
     _run_both(original, converted)
     return 0 if checked.ok else 1
@@ -78,9 +102,10 @@ def _demo(folder: Path) -> int:
 def _run_both(original: Path, converted: Path) -> None:
     """Denoise the same noise with both checkpoints and print how far apart the results are."""
     try:
-        import torch
-    except ImportError:
-        print('skipped: torch is optional and not installed: pip install "zimage-mxfp8[torch]"')
+        with needed("torch", "denoising"):
+            import torch
+    except MissingExtraError as problem:
+        print(f"skipped: {problem}")
         return
     from ..generation.sampler import denoise
     from ..transformer.config import LATENT_CHANNELS
@@ -105,7 +130,8 @@ def _run_both(original: Path, converted: Path) -> None:
         error = float((latents - results[0]).norm() / results[0].norm())
         rows.append([name, f"{error:.2%}" if error else "-", f"{seconds:.1f}"])
     display.print_table(
-        "Denoised latents against those of the original (random weights)",
+        "Denoised latents against those of the original (random weights): norm of the difference "
+        "over that of the original",
         ["weights, compute mode", "relative error>", "seconds>"],
         rows,
     )

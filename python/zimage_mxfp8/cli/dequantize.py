@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_overwrite, add_threads, file_path
+from .arguments import add_overwrite, add_threads, checkpoint_path
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,7 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.set_defaults(run=run)
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("-o", "--output", type=file_path, required=True, metavar="OUT")
+    parser.add_argument("-o", "--output", type=checkpoint_path, required=True, metavar="OUT")
     add_overwrite(parser)
     add_threads(parser)
 
@@ -27,14 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ..dequantization import dequantize_checkpoint
     from . import display
 
-    with display.progress_bar("decoding") as progress:
-        dequantize_checkpoint(
-            arguments.file,
-            arguments.output,
-            overwrite=arguments.overwrite,
-            threads=arguments.threads,
-            progress=progress,
-        )
+    dequantize_checkpoint(
+        arguments.file,
+        arguments.output,
+        overwrite=arguments.overwrite,
+        threads=arguments.threads,
+        progress=True,
+    )
     size = display.size_text(arguments.output.stat().st_size)
-    print(f"{arguments.output}: {size}, MXFP8 weights decoded to BF16")
+    display.wrote(arguments.output, f"MXFP8 weights decoded to BF16, {size}")
     return 0

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     display.print_table("Installation", ["what", "version"], rows)
     _print_paths("CPU", found.cpu, {})
     if not found.devices:
-        display.print_text(f"No CUDA device: {found.no_devices}. Everything runs on the CPU.")
+        display.screen().text(f"No CUDA device: {found.no_devices}. Everything runs on the CPU.")
     for device in found.devices:
         memory = display.size_text(device.memory)
         title = f"{device.name}, compute capability {device.capability}, {memory}"
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             other = ("with kernels", device.with_kernels)
         _print_paths(title, device.paths, {f"compute modes {other[0]}": ", ".join(other[1])})
     if found.devices and not found.cuda:
-        display.print_text(f"To get CUDA kernels, {HOW_TO_GET_KERNELS}.")
+        display.screen().text(f"To get CUDA kernels, {HOW_TO_GET_KERNELS}.")
     display.print_table(
         "Extras",
         ["extra", "missing", "what installs it"],

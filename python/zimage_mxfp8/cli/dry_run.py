@@ -1,8 +1,9 @@
-"""`zimage-mxfp8 convert --dry-run`: the plan as tables or as JSON."""
+"""`zimage-mxfp8 convert --dry-run`: the plan for people or as JSON."""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,16 @@ from ..text import plural
 
 if TYPE_CHECKING:
     from ..conversion.plan import Plan
+    from ..printing.screen import Screen
     from ..recipes import Recipe
+
+_MOST_REASONS = 15
 
 
 def run(arguments: argparse.Namespace, recipe: Recipe) -> int:
     """Show what a conversion would do."""
     from ..conversion.convert import default_output, plan_conversion
+    from ..printing.screen import size_text
     from . import display
 
     plan = plan_conversion(
@@ -36,32 +41,41 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> int:
     if arguments.json:
         display.print_json(_plan_document(plan, output))
         return 0
-    display.print_table(
-        "Tensors",
-        ["tensor", "type", "shape", "becomes", "bytes>", "why"],
-        [
-            [
-                name,
-                planned.source.dtype,
-                "x".join(map(str, planned.source.shape)) or "scalar",
-                _becomes(plan, name),
-                f"{plan.output_nbytes(name):,}",
-                planned.reason,
-            ]
-            for name, planned in plan.tensors.items()
-        ],
+    screen = display.screen()
+    screen.table(
+        f"What would become of {plan.checkpoint.path} (recipe {plan.recipe.name}): tensors that "
+        "become MXFP8, those that are kept, and their size now and then",
+        ["group", "MXFP8>", "kept>", "now>", "then>"],
+        _group_rows(plan),
     )
-    display.print_table(
-        "Groups", ["group", "quantised>", "kept>", "bytes now>", "bytes then>"], _group_rows(plan)
-    )
+    kept = Counter(planned.reason for planned in plan.tensors.values() if planned.reason)
+    shown = kept.most_common(_MOST_REASONS)
+    rows = [[reason, f"{number:,}"] for reason, number in shown]
+    screen.table("Why tensors are kept", ["why", "tensors>"], rows)
+    if len(kept) > len(shown):
+        more = plural(len(kept) - len(shown), "more reason")
+        screen.text(f"... and {more} (--tensors shows them)")
+    if arguments.tensors:
+        _print_tensors(plan, screen)
     before = plan.checkpoint.nbytes
-    display.console().print(
-        f"{output} would have exactly {plan.size:,} bytes ({display.size_text(plan.size)}), "
+    screen.text(
+        f"{output} would have exactly {plan.size:,} bytes ({size_text(plan.size)}), "
         f"{(plan.size - len(plan.header)) / before - 1:+.1%}; "
-        f"{plural(len(plan.quantized), 'layer')} in MXFP8",
-        soft_wrap=True,
+        f"{plural(len(plan.quantized), 'layer')} in MXFP8"
+        + ("" if arguments.tensors else " (--tensors lists every tensor)")
     )
     return 0
+
+
+def _print_tensors(plan: Plan, screen: Screen) -> None:
+    """Two lines for each: names may be as long as a terminal is wide."""
+    screen.text("Tensors", style="bold")
+    for name, planned in plan.tensors.items():
+        shape = "x".join(map(str, planned.source.shape)) or "scalar"
+        becomes = f"{_becomes(plan, name)}, {plan.output_nbytes(name):,} bytes"
+        why = f", kept: {planned.reason}" if planned.reason else ""
+        screen.line(name)
+        screen.text(f"    {shape} {planned.source.dtype} -> {becomes}{why}", indent=" " * 6)
 
 
 def _becomes(plan: Plan, name: str) -> str:
@@ -69,6 +83,8 @@ def _becomes(plan: Plan, name: str) -> str:
 
 
 def _group_rows(plan: Plan) -> list[list[str]]:
+    from ..printing.screen import size_text
+
     groups: dict[str, list[int]] = {}
     for name, planned in plan.tensors.items():
         row = groups.setdefault(planned.group, [0, 0, 0, 0])
@@ -76,7 +92,10 @@ def _group_rows(plan: Plan) -> list[list[str]]:
         row[2] += planned.source.nbytes
         row[3] += plan.output_nbytes(name)
     ordered = sorted(groups.items(), key=lambda item: -item[1][2])
-    return [[name, *(f"{value:,}" for value in row)] for name, row in ordered]
+    return [
+        [name, f"{quantized:,}", f"{kept:,}", size_text(before), size_text(after)]
+        for name, (quantized, kept, before, after) in ordered
+    ]
 
 
 def _plan_document(plan: Plan, output: Path) -> dict[str, object]:

@@ -157,6 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
     from ..generation.pictures import open_init_image, png_bytes, preview_path, write_new
+    from ..printing.progress import stage_bar_or_lines
     from . import display
 
     stored, settings = _settings(arguments)
@@ -190,7 +191,7 @@ def run(arguments: argparse.Namespace) -> int:
             'pip install "zimage-mxfp8[generate]"'
         ) from None
 
-    with display.stage_bar() as progress, PreviewFiles(previews) as preview_files:
+    with stage_bar_or_lines(tell) as progress, PreviewFiles(previews) as preview_files:
         generator = ZImageGenerator(
             model_dir,
             transformer,

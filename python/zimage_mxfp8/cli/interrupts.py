@@ -22,6 +22,10 @@ class _Interrupt(KeyboardInterrupt):
         _on_their_way.add(self)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a command that keeps something, with the sentence that says what."""
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     if not _on_their_way:
         raise _Interrupt

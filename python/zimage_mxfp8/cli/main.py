@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         streams.prepare()  # it may have come before `run`
         streams.flush_stdout()
-        streams.tell("error: interrupted; no partial output was left")
+        is_kept = isinstance(error, interrupts.Interrupted)
+        outcome = str(error) if is_kept else "no partial output was left"
+        streams.tell(f"error: interrupted; {outcome}")
         return 130
     return code
 

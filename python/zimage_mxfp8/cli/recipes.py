@@ -41,13 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
             ]
         )
         return 0
-    out = display.console()
+    screen = display.screen()
     for recipe in recipes:
         default = " (the default)" if recipe.name == DEFAULT else ""
-        out.print(f"{recipe.name}{default}: {recipe.title}", style="bold")
+        screen.text(f"{recipe.name}{default}: {recipe.title}", style="bold")
         if recipe.description:
-            out.print(recipe.description)
-        rows = [[rule.name, rule.pattern.pattern, rule.reason] for rule in recipe.keep]
-        display.print_table(None, ["kept", "pattern", "why"], rows)
-        out.print()
+            screen.text(recipe.description)
+        # No table: patterns are longer than a terminal is wide, and are there to be copied.
+        for rule in recipe.keep:
+            screen.text(f"  {rule.name}: {rule.reason}", indent=" " * 4)
+            screen.line(f"    {rule.pattern.pattern}")
+        screen.line()
     return 0

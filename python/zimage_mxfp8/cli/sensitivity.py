@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checks import text
-from ..errors import UnsupportedError, UsageError
+from ..errors import UsageError
+from ..optional_packages import needed
+from ..text import plural
 from .arguments import add_json, add_overwrite, count, file_path, spellings
 from .generate import keep_libraries_quiet
-
-if TYPE_CHECKING:
-    from ..analysis.sensitivity.run import Choice, Measured, SensitivityReport
-
-_SHOWN = 15  # layers of the ranking
+from .interrupts import Interrupted, is_interrupt
+from .streams import tell
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=count(16),
         default=512,
         metavar="PIXELS",
-        help="side of the pictures, a multiple of 16 (512)",
+        help="side of the images, a multiple of 16 (512)",
     )
     parser.add_argument(
         "--timesteps", type=count(1), default=4, metavar="N", help="of 8 to measure at (4)"
@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..analysis.page import check_plots_available
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
+    from ..printing.progress import sensitivity_bar
     from ..recipes import recipe_toml
     from . import display
 
@@ -97,23 +98,24 @@ def run(arguments: argparse.Namespace) -> int:
     check_distinct([*outputs, *([arguments.state] if arguments.state else [])])
     if arguments.html:
         check_plots_available()
-    try:
+    with needed("torch", "sensitivity"):
         import torch
 
         from ..analysis.sensitivity.recipe import sensitivity_recipe
-        from ..analysis.sensitivity.run import analyse_sensitivity, check_settings
-    except ImportError as error:
-        raise UnsupportedError(
-            f'sensitivity needs torch ({error}): pip install "zimage-mxfp8[torch]"'
-        ) from None
+        from ..analysis.sensitivity.run import (
+            SensitivityProgress,
+            analyse_sensitivity,
+            check_settings,
+        )
+        from ..printing.sensitivity import print_sensitivity
     size = (arguments.size, arguments.size)
     # Told now, and not after the text encoder was loaded.
     check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
     dtype = getattr(torch, arguments.dtype)
-    with display.count_bar() as progress:
+    with _keeping(arguments.state), sensitivity_bar(tell) as progress:
         captions = None
         if arguments.prompt:
-            progress("encoding the prompts", "", 0, 0)
+            progress(SensitivityProgress("encoding the prompts", "", 0, 0))
             captions = _captions(arguments, dtype)
         report = analyse_sensitivity(
             arguments.file,
@@ -125,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             dtype=dtype,
             state=arguments.state,
-            progress=lambda p: progress(p.stage, p.what, p.done, p.total),
+            progress=progress,
         )
     if arguments.write_recipe:
         content = recipe_toml(sensitivity_recipe(report)).encode()
@@ -138,15 +140,36 @@ def run(arguments: argparse.Namespace) -> int:
     if len(report.smallest.kept) == len(report.layers):
         display.warn(
             [
-                f"the error is at most {report.bound:g} only with every layer kept: convert "
-                "refuses a recipe that keeps them all"
+                f"the relative error is at most {report.bound:g} only with every layer kept: "
+                "convert refuses a recipe that keeps them all"
             ]
         )
     if arguments.json:
         display.print_json(report.to_dict())
     else:
-        _print(report, arguments.write_recipe)
+        print_sensitivity(report, display.screen(), arguments.write_recipe)
+    kept = plural(len(report.smallest.kept), "layer")
+    for path, what in (
+        (arguments.write_recipe, f"the recipe that keeps {kept} of the blocks"),
+        (arguments.html, "a page with plots and tables"),
+        (arguments.state, "the measurements, from which the same command goes on"),
+    ):
+        if path is not None:
+            display.wrote(path, what, as_json=arguments.json)
     return 0
+
+
+@contextmanager
+def _keeping(state: Path | None) -> Iterator[None]:
+    """Have Ctrl-C say that what was measured is kept, if it is."""
+    try:
+        yield
+    except BaseException as error:
+        if state is None or not state.exists() or not is_interrupt(error):
+            raise
+        raise Interrupted(
+            f"{state} keeps what was measured, and the same command goes on from there"
+        ) from error
 
 
 def _captions(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
@@ -158,75 +181,9 @@ def _captions(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
     folder = open_model_folder(arguments.model_dir)
     folder.check_captions_fit(arguments.file, open_model(arguments.file).config.cap_feat_dim)
     keep_libraries_quiet()
-    try:
+    with needed("generate", "--prompt"):
         from ..generation.components import TextEncoder
-    except (ImportError, RuntimeError):  # the latter comes from diffusers' lazy modules
-        raise UnsupportedError(
-            '--prompt needs diffusers and transformers: pip install "zimage-mxfp8[generate]"'
-        ) from None
     device = torch_device(arguments.device)
     with memory_for("the text encoder", device, "measure without --prompt"):
         encoder = TextEncoder(folder, device, dtype)
         return [encoder.encode(prompt) for prompt in prompts]
-
-
-def _print(report: SensitivityReport, recipe: Path | None) -> None:
-    from . import display
-
-    columns = ["error>", "low>", "high>", "first step>", "last step>"]
-
-    def row(measured: Measured) -> list[str]:
-        e, steps = measured.error, [error.total for _, error in measured.by_step]
-        return [f"{x:.2e}" for x in (e.total, e.low, e.high, steps[0], steps[-1])]
-
-    display.print_table(
-        "Squared error of the output relative to its energy, each group quantised alone: of all "
-        "frequencies, of low and high ones, of all at the first and the last timestep",
-        ["group", "layers>", *columns],
-        [[m.name, str(m.layers), *row(m)] for m in report.groups],
-        spare=2,
-    )
-    display.print_table(
-        f"The {min(_SHOWN, len(report.layers))} layers that cost most for the bytes they save",
-        ["layer", *columns],
-        [[m.name, *row(m)] for m in report.layers[:_SHOWN]],
-        spare=2,
-    )
-    drifting = sorted(report.salience.items(), key=lambda item: -item[1].activation_peak)[:_SHOWN]
-    display.print_table(
-        "Channels that stand out: the largest over the median, and the share over 5 medians",
-        ["layer", "peak>", "activations>", "weights>", "drift in time>", "in depth>"],
-        [
-            [
-                name,
-                f"{s.activation_peak:.1f}",
-                f"{s.activation_outliers:.2%}",
-                f"{s.weight_outliers:.2%}",
-                f"{s.time_drift:.0%}",
-                f"{s.depth_drift:.0%}",
-            ]
-            for name, s in drifting
-        ],
-        spare=2,
-    )
-
-    def choice(what: str, chosen: Choice) -> list[str]:
-        size = display.size_text(chosen.nbytes)
-        return [what, str(len(chosen.kept)), size, f"{chosen.error:.4f}"]
-
-    display.print_table(
-        "Choices: relative error of the output (Frobenius) with all layers quantised but the kept",
-        ["choice", "kept layers>", "size>", "error>"],
-        [
-            choice("every layer quantised", report.everything),
-            choice("the model card's exclusions", report.card),
-            choice(f"smallest for a bound of {report.bound:g}", report.smallest),
-        ],
-    )
-    if report.smallest.kept:
-        print("\nTo hold the bound, keep")
-        for name in report.smallest.kept:
-            print(name)
-    if recipe is not None:
-        options = f"--recipe {shlex.quote(str(recipe))}"
-        print("\n" + display.convert_command(report.path, options, recipe.stem))

@@ -23,6 +23,7 @@ from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
 from ..checkpoint.zimage import is_modulation
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..errors import CheckpointError, UnsupportedError, UsageError
+from ..optional_packages import needed
 from .plan import Plan
 
 Mode = Literal["timesteps", "synthetic", "none"]
@@ -156,13 +157,8 @@ def _random_means(checkpoint: Checkpoint, samples: int, seed: int) -> dict[int, 
     It draws one matrix for each new number of columns, over all 2-D weights in name order, from
     one generator; the mean of its products is the product with the mean.
     """
-    try:
+    with needed("torch", "--bias-correction synthetic"):  # for convert_to_quant's random numbers
         import torch
-    except ImportError:
-        raise UnsupportedError(
-            "--bias-correction synthetic needs torch for convert_to_quant's random numbers: "
-            'pip install "zimage-mxfp8[torch]"'
-        ) from None
     if not 1 <= samples <= 1_000_000 or not 0 <= seed < 2**63:
         raise UsageError("samples must be 1 to 1,000,000 and the seed a 63-bit number")
     generator = torch.Generator(device="cpu").manual_seed(seed)

@@ -25,7 +25,8 @@ from ..codec import padded_shape, scale_shape
 from ..devices import cuda_index
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..error_stats import ErrorStats, merge_rows
-from ..errors import Error, UsageError
+from ..errors import Error
+from ..file_names import checkpoint_beside
 from ..nonfinite import KeptTensorCheck
 from ..pipeline import (
     ByteCheck,
@@ -38,6 +39,7 @@ from ..pipeline import (
     row_chunks,
     run_jobs,
 )
+from ..printing.progress import byte_bar, shown
 from ..recipes import DEFAULT, Recipe
 from ..rows import as_matrix, encode_rows, measure_rows, read_rows, round_to_bfloat16
 from ..text import plural
@@ -50,15 +52,8 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def default_output(source: Path) -> Path:
-    """The input's name with `-mxfp8` before the suffix (`.safetensors` for a folder)."""
-    source = Path(os.path.abspath(source))  # noqa: PTH100 - keeps links, unlike resolve()
-    if not source.name:
-        raise UsageError(
-            f"there is no name to make the output's from in {source}; give one with -o"
-        )
-    suffix = ".safetensors" if source.is_dir() else source.suffix
-    stem = source.name if source.is_dir() else source.stem
-    return source.with_name(f"{stem}-mxfp8{suffix}")
+    """The input's name with `-mxfp8` before `.safetensors`."""
+    return checkpoint_beside(source, "-mxfp8")
 
 
 def plan_conversion(
@@ -138,7 +133,7 @@ def convert(
     report: str | os.PathLike[str] | None = None,
     threads: int = 0,
     device: str = "cpu",
-    progress: ProgressCallback | None = None,
+    progress: ProgressCallback | bool | None = None,
 ) -> ConversionReport:
     """Convert a Z-Image checkpoint to MXFP8, for ComfyUI and for this package.
 
@@ -172,7 +167,8 @@ def convert(
         report: file to write the `ConversionReport` to as JSON, with each layer's error.
         threads: cores to use; 0 means all.
         device: "cpu", "cuda" or "cuda:N": where weights are encoded; the bytes are the same.
-        progress: called with a `Progress` from this thread, many times a second.
+        progress: called with a `Progress` from this thread, many times a second; True draws a bar
+            on a terminal.
 
     Returns:
         A `ConversionReport`.
@@ -229,9 +225,12 @@ def convert(
     measure = error_stats or report is not None
     collected: dict[tuple[str, int], ErrorStats] | None = {} if measure else None
     kept = KeptTensorCheck(keep=nonfinite == "keep")
-    with AtomicFile(target, plan.size, overwrite=overwrite) as file:
-        jobs = _conversion_jobs(plan, corrections, collected, kept)
-        run_jobs(jobs, file, threads=threads, cuda_device=cuda_device, progress=progress)
+    jobs = _conversion_jobs(plan, corrections, collected, kept)
+    with (
+        shown(progress, byte_bar("converting")) as callback,
+        AtomicFile(target, plan.size, overwrite=overwrite) as file,
+    ):
+        run_jobs(jobs, file, threads=threads, cuda_device=cuda_device, progress=callback)
     warnings[:0] = _kept_nonfinite(kept.found)
     result = ConversionReport(
         input=str(source),

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..error_stats import ErrorStats, total
+from ..text import plural
 
 
-@dataclass
+@dataclass(repr=False)
 class ConversionReport:
     """What a conversion did.
 
@@ -43,6 +44,16 @@ class ConversionReport:
     warnings: list[str]
     notes: list[str]
     errors: dict[str, ErrorStats] | None = None
+
+    def __repr__(self) -> str:
+        layers = plural(self.quantized, "layer")
+        return f"ConversionReport({self.output!r}, {layers} in MXFP8, {self.file_bytes:,} bytes)"
+
+    def __str__(self) -> str:
+        from ..printing.conversion import print_conversion
+        from ..printing.screen import as_text
+
+        return as_text(lambda screen: print_conversion(self, screen))
 
     @property
     def ratio(self) -> float:

@@ -22,6 +22,7 @@ from ..device_notes import tell
 from ..devices import core_index, memory_for, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UsageError
 from ..pipeline import Progress
+from ..printing.progress import shown, stage_bar
 from ..transformer.compute import Compute, choose
 from ..transformer.model import ZImageTransformer
 from ..transformer.weights import open_model
@@ -130,7 +131,7 @@ class ZImageGenerator:
             part and what it works on. Otherwise all parts are loaded now, and stay.
         download: fetch from the hub what the cache lacks; without it nothing is asked for on the
             network.
-        progress: called while the parts are loaded.
+        progress: called while the parts are loaded; True draws bars on a terminal.
 
     Raises:
         CheckpointError: a part is missing, damaged, or does not go with the others; the sentence
@@ -150,7 +151,7 @@ class ZImageGenerator:
         *,
         offload: bool = False,
         download: bool = False,
-        progress: GenerationCallback | None = None,
+        progress: GenerationCallback | bool | None = None,
     ) -> None:
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
@@ -180,13 +181,14 @@ class ZImageGenerator:
         self._turn = threading.RLock() if offload else nullcontext()
         self._kept: dict[Stage, Any] = {}
         if not offload:
-            for part in ("text encoder", "transformer", "VAE"):
-                self._part(part, progress)
+            with shown(progress, stage_bar) as callback:
+                for part in ("text encoder", "transformer", "VAE"):
+                    self._part(part, callback)
 
     def generate(
         self,
         settings: GenerationSettings,
-        progress: GenerationCallback | None = None,
+        progress: GenerationCallback | bool | None = None,
         *,
         preview: PreviewCallback | None = None,
         preview_every: int = 1,
@@ -198,7 +200,8 @@ class ZImageGenerator:
 
         Args:
             settings: what to make.
-            progress: called as stages begin and advance, and after every step.
+            progress: called as stages begin and advance, and after every step; True draws bars on a
+                terminal.
             preview: called with the number of steps that are done and a small image of each that is
                 being made, a guess that the VAE decodes. It does not change the result.
             preview_every: steps from one preview to the next; there is none after the first step
@@ -214,8 +217,8 @@ class ZImageGenerator:
             raise UsageError(f"preview_every must be 1 or more, not {preview_every}")
         image = None if settings.init_image is None else open_init_image(settings.init_image)
         settings = settings.resolved(image.size if image else None)
-        report = progress or (lambda _: None)
-        with self._turn:
+        with self._turn, shown(progress, stage_bar) as callback:
+            report = callback or (lambda _: None)
             captions = self._encode(settings, report)
             self._free()
             latents, steps = self._denoise(

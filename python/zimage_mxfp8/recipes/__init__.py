@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, UsageError
+from ..text import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -142,6 +143,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             raise UsageError(f"the recipe file {path} does not exist")
         raise UsageError(
             f'there is no recipe "{text}": name one of {", ".join(builtin_names())} or a TOML file'
+            f"{did_you_mean([text], builtin_names())}"
         )
     return _read(path, text)
 
@@ -197,9 +199,10 @@ def _read(path: Path, name: str) -> Recipe:
     base = None
     if "extends" in document:
         if document["extends"] not in builtin_names():
+            hint = did_you_mean([document["extends"]], builtin_names())
             raise RecipeError(
                 f'recipe {path} extends "{document["extends"]}", which is none of '
-                f"{', '.join(builtin_names())}"
+                f"{', '.join(builtin_names())}{hint}"
             )
         base = load_recipe(document["extends"])
         keep = base.keep

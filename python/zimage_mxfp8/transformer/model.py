@@ -22,11 +22,12 @@ from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import (
     CudaError,
     InvalidArgumentError,
-    MissingFeatureError,
+    MissingAttributeError,
     UnsupportedError,
     UsageError,
 )
 from ..pipeline import ProgressCallback
+from ..printing.progress import byte_bar, shown
 from ..text import plural
 from . import ops
 from .absent import instead_of
@@ -158,7 +159,7 @@ class ZImageTransformer(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         *,
         cuda_graphs: bool = True,
-        progress: ProgressCallback | None = None,
+        progress: ProgressCallback | bool | None = None,
     ) -> ZImageTransformer:
         """Load a checkpoint.
 
@@ -185,7 +186,8 @@ class ZImageTransformer(nn.Module):
             dtype: bfloat16 or float32, of everything that is not 8 bits wide.
             cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
                 Without, hooks on the model's modules run in every call.
-            progress: called with a `Progress` while weights are read.
+            progress: called with a `Progress` while weights are read; True draws a bar on a
+                terminal.
 
         Raises:
             CheckpointError: unreadable, not Z-Image, incomplete, or quantised in another way; the
@@ -209,7 +211,8 @@ class ZImageTransformer(nn.Module):
         tell(place, device)
         if place.type == "cuda":
             has_cudnn_attention(place)  # for its warning, now and not in the middle of a picture
-        parts = load_parts(file, place, mode, dtype, progress)
+        with shown(progress, byte_bar("loading the transformer")) as callback:
+            parts = load_parts(file, place, mode, dtype, callback)
         return cls(file.config, parts, mode, dtype, cuda_graphs)
 
     @classmethod
@@ -293,14 +296,15 @@ class ZImageTransformer(nn.Module):
         """A parameter, buffer or module.
 
         Raises:
-            AttributeError: none of that name. `MissingFeatureError`, which is one, where diffusers'
-                models have it: its libraries ask with `hasattr`, and users are told what to do.
+            AttributeError: none of that name. `MissingAttributeError`, which is one, where
+                diffusers' models have it: its libraries ask with `hasattr`, and users are told
+                what to do.
         """
         try:
             return super().__getattr__(name)
         except AttributeError:
             if advice := instead_of(name):
-                raise MissingFeatureError(f"the transformer has no {name}: {advice}") from None
+                raise MissingAttributeError(f"the transformer has no {name}: {advice}") from None
             raise
 
     def __repr__(self) -> str:

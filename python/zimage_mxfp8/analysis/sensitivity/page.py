@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
+from ...file_names import base_name
 from ...text import plural
 from ..block_maps import BlockMap, Metric, by_place
 from ..figures import size_plot
@@ -28,7 +28,7 @@ def sensitivity_page(report: SensitivityReport) -> str:
     """A page with what was measured, as HTML.
 
     Raises:
-        UnsupportedError: plotly is not installed.
+        MissingExtraError: plotly is not installed.
     """
     sections = [
         Section("What to keep", _choices(report)),
@@ -37,7 +37,7 @@ def sensitivity_page(report: SensitivityReport) -> str:
         Section("Groups", [_groups(report)]),
         Section("Layers", [_layers(report)]),
     ]
-    return render_page(f"Sensitivity of {Path(report.path).name}, measured", sections)
+    return render_page(f"Sensitivity of {base_name(report.path)}, measured", sections)
 
 
 def _choices(report: SensitivityReport) -> list[Block]:
@@ -58,7 +58,7 @@ def _choices(report: SensitivityReport) -> list[Block]:
             f"quantised it is {report.everything.error:.4f}, with the model card's exclusions "
             f"{report.card.error:.4f}."
         ),
-        Figure("Error against size", size_plot(series, "relative error", chosen=found)),
+        Figure("Relative error against size", size_plot(series, "relative error", chosen=found)),
     ]
     if smallest.kept:
         pattern = "|".join(f"{name}." for name in smallest.kept).replace(".", r"\.")
@@ -70,13 +70,13 @@ def _errors(report: SensitivityReport) -> list[Block]:
     layers = BlockMap(by_place({m.name: m.error for m in report.layers}))
     return [
         Paragraph(
-            "Squared error of the output relative to its energy, in decibels: 10 more are ten "
-            "times the error. Mean over timesteps. Blocks in the order of their computation: noise "
+            "Squared error of the output relative to its energy, in decibels: 10 dB more are ten "
+            "times as much. Mean over timesteps. Blocks in the order of their computation: noise "
             "refiner, context refiner, main blocks."
         ),
         *layers.heat_maps(
             [
-                Metric(title.capitalize(), "error (dB)", 1, _in_decibels(value))
+                Metric(title.capitalize(), "squared error (dB)", 1, _in_decibels(value))
                 for title, value in _BANDS
             ]
         ),
@@ -108,7 +108,11 @@ def _in_decibels(value: Callable[[OutputError], float]) -> Callable[[OutputError
 
 
 def _groups(report: SensitivityReport) -> Table:
-    columns = [Column("group"), Column("layers", 0), *(Column(title, 7) for title, _ in _BANDS)]
+    columns = [
+        Column("group"),
+        Column("layers", 0),
+        *(Column(f"squared error, {title}", 7) for title, _ in _BANDS),
+    ]
     return Table(
         columns,
         [[m.name, m.layers, *(value(m.error) for _, value in _BANDS)] for m in report.groups],
@@ -119,8 +123,8 @@ def _layers(report: SensitivityReport) -> Table:
     kept = set(report.smallest.kept)
     columns = [
         *(Column("layer"), Column("kept"), Column("MiB saved", 2)),
-        *(Column(title, 7) for title, _ in _BANDS),
-        *(Column(f"step {step}", 7) for step, _ in report.layers[0].by_step),
+        *(Column(f"squared error, {title}", 7) for title, _ in _BANDS),
+        *(Column(f"squared error, step {step}", 7) for step, _ in report.layers[0].by_step),
         *(Column("activation peak", 1), Column("activation outliers (%)", 2)),
         *(Column("weight outliers (%)", 2), Column("drift in time (%)", 0)),
         Column("drift in depth (%)", 0),

@@ -19,11 +19,11 @@ def sensitivity_recipe(report: SensitivityReport) -> Recipe:
     for name in report.smallest.kept:
         error = errors[name]
         reason = (
-            f"alone it moves the output by {error.total:.2e} of its energy "
+            f"squared error of the output, quantised alone: {error.total:.2e} of its energy "
             f"(low frequencies {error.low:.2e}, high {error.high:.2e})"
         )
         rules.append(KeepRule(name, re.compile(rf"^{re.escape(name)}\."), reason))
-    title = f"Measured: output error of at most {report.bound:g}"
+    title = f"Measured: relative error of the output of at most {report.bound:g}"
     description = (
         f"Keeps {plural(len(rules), 'layer')}: relative error of the output "
         f"{report.smallest.error:.4f}, instead of {report.everything.error:.4f} with every layer "

@@ -15,7 +15,9 @@ from ...checkpoint.output import check_target
 from ...checks import number, whole_number
 from ...errors import CheckpointError, UsageError
 from ...generation.settings import MOST_PIXELS, PIXELS_PER_TOKEN, SEEDS
+from ...printing.progress import sensitivity_bar, shown
 from ...recipes import Recipe, load_recipe
+from ...text import plural
 from ...transformer.model import ZImageTransformer
 from ...transformer.weights import ModelFile, open_model
 from .cases import Case, chosen_steps, record_cases
@@ -36,8 +38,8 @@ class Measured:
         name: of the layer or group.
         layers: how many layers.
         saved: bytes that quantising it saves, against BF16.
-        error: mean over timesteps.
-        by_step: (step, error) of each timestep.
+        error: squared error of the output relative to its energy, mean over timesteps.
+        by_step: (step, the same) of each timestep.
     """
 
     name: str
@@ -55,7 +57,8 @@ class Choice:
         name: of the choice.
         kept: names of the layers that are kept.
         nbytes: bytes of the transformer's tensors then.
-        error: relative error (Frobenius) of the output, root of the mean over timesteps.
+        error: relative error of the output (norm of the difference over that of the output): the
+            root of the relative squared error, which is the mean over timesteps.
     """
 
     name: str
@@ -64,13 +67,13 @@ class Choice:
     error: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SensitivityReport:
     """What the analysis found.
 
     Attributes:
         path: the checkpoint.
-        bound: the error that was asked for.
+        bound: the relative error of the output that was asked for.
         layers: each quantised alone, the most harmful for its size first.
         groups: each quantised alone.
         salience: of each layer but modulations, by name.
@@ -89,6 +92,16 @@ class SensitivityReport:
     everything: Choice
     card: Choice
     tried: tuple[Choice, ...]
+
+    def __repr__(self) -> str:
+        layers = plural(len(self.layers), "layer")
+        return f"SensitivityReport({self.path!r}, {layers}, bound {self.bound:g})"
+
+    def __str__(self) -> str:
+        from ...printing.screen import as_text
+        from ...printing.sensitivity import print_sensitivity
+
+        return as_text(lambda screen: print_sensitivity(self, screen))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-compatible values."""
@@ -112,6 +125,9 @@ class SensitivityProgress:
     total: int
 
 
+SensitivityCallback = Callable[[SensitivityProgress], object]
+
+
 def analyse_sensitivity(
     path: str | os.PathLike[str],
     *,
@@ -123,7 +139,7 @@ def analyse_sensitivity(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     state: str | os.PathLike[str] | None = None,
-    progress: Callable[[SensitivityProgress], object] | None = None,
+    progress: SensitivityCallback | bool | None = None,
 ) -> SensitivityReport:
     """Measure what quantising each layer to MXFP8 does to the transformer's output.
 
@@ -141,7 +157,8 @@ def analyse_sensitivity(
         device: as for `ZImageTransformer.from_checkpoint`.
         dtype: of the model: bfloat16, or float32 to keep its own rounding out of the picture.
         state: a JSON file to keep measurements in, so that an interrupted run can go on.
-        progress: called when a stage begins, and after each measurement.
+        progress: called when a stage begins, and after each measurement; True draws a bar on a
+            terminal, and prints lines to stderr elsewhere.
 
     Raises:
         CheckpointError: the model cannot be loaded, or its output is NaN, infinite or zero.
@@ -171,13 +188,14 @@ def analyse_sensitivity(
     if state is not None:
         check_target(Path(state), file.checkpoint.inputs, overwrite=True)
     memory = State(None if state is None else Path(state), run)
-    report = progress or (lambda _: None)
-    report(SensitivityProgress("loading the model", "", 0, 0))
-    model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
-    report(SensitivityProgress("running the original model", "", 0, 0))
-    cases = record_cases(model, captions, size, timesteps, seed)
-    _check_outputs(path, cases)
-    return _Analysis(str(path), file, model, cases, memory, bound, report).run()
+    with shown(progress, sensitivity_bar) as callback:
+        report = callback or (lambda _: None)
+        report(SensitivityProgress("loading the model", "", 0, 0))
+        model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
+        report(SensitivityProgress("running the original model", "", 0, 0))
+        cases = record_cases(model, captions, size, timesteps, seed)
+        _check_outputs(path, cases)
+        return _Analysis(str(path), file, model, cases, memory, bound, report).run()
 
 
 def check_settings(
@@ -245,7 +263,7 @@ class _Analysis:
         cases: Sequence[Case],
         memory: State,
         bound: float,
-        progress: Callable[[SensitivityProgress], object],
+        progress: SensitivityCallback,
     ) -> None:
         self._path, self._file, self._model, self._cases = path, file, model, cases
         self._memory, self._bound = memory, bound

@@ -1,0 +1,50 @@
+"""Answers to a shell that completes a command line, by argcomplete's protocol."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator
+
+from argcomplete.completers import BaseCompleter, FilesCompleter
+from argcomplete.finders import CompletionFinder
+
+from ..recipes import builtin_names
+
+_FILES = re.compile("FILE|PATH|DIR|FOLDER|ORIGINAL|OUT|PNG")  # in placeholders
+_RECIPES = "NAME|FILE"
+
+
+class _Values(BaseCompleter):
+    """Values of options and positional arguments without choices, by their placeholders."""
+
+    def __call__(
+        self,
+        *,
+        prefix: str,
+        action: argparse.Action,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        parsed_args: argparse.Namespace,  # noqa: ARG002
+    ) -> Iterable[str]:
+        placeholder = str(action.metavar or "")
+        files = FilesCompleter()(prefix) if _FILES.search(placeholder) else []
+        return [*builtin_names(), *files] if placeholder == _RECIPES else files
+
+
+def answer(parser: argparse.ArgumentParser) -> None:
+    """Print the completions that the shell asked for, and exit."""
+    second_spellings = [option for option in _options(parser) if "_" in option]
+    CompletionFinder()(
+        parser,
+        always_complete_options=False,
+        exclude=second_spellings,
+        default_completer=_Values(),
+    )
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _options(command)

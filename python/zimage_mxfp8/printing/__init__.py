@@ -1,0 +1,1 @@
+"""What people see: text and tables, progress bars, and each report."""

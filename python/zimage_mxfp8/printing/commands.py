@@ -1,0 +1,17 @@
+"""Command lines to copy."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from ..file_names import checkpoint_beside
+
+
+def convert_command(source: str, options: str, name: str) -> str:
+    """A conversion with other options than the defaults.
+
+    It names an output, with `name` in it: the default one may be there already.
+    """
+    output = shlex.quote(str(checkpoint_beside(Path(source), f"-{name}")))
+    return f"zimage-mxfp8 convert {shlex.quote(source)} {options} -o {output}"

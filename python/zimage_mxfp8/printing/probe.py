@@ -1,0 +1,88 @@
+"""What `probe` found."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..text import plural
+from .commands import convert_command
+from .screen import Screen, size_text
+
+if TYPE_CHECKING:
+    from ..analysis.grouping import ProbedGroup
+    from ..analysis.probe import ProbeReport
+
+
+def print_probe(report: ProbeReport, screen: Screen, recipe: Path | None = None) -> None:
+    """Print groups, counts and what to do with `convert`.
+
+    Args:
+        report: what was found.
+        screen: where to print it.
+        recipe: the file that the report's recipe was written to, if any.
+    """
+    screen.table(
+        f"{report.path}: {plural(len(report.tensors), 'weight')} probed",
+        [
+            *("layer type", "blocks>", "recommended", "score>", "kurtosis>", "largest>"),
+            *("range>", "std>", "outliers (%)>"),
+        ],
+        [
+            [
+                group.layer_type,
+                f"{group.first_block}-{group.last_block}",
+                _group_recommendation(group),
+                f"{group.score:.3f}",
+                f"{group.metrics.excess_kurtosis:.3f}",
+                f"{group.largest_kurtosis:.3f}",
+                f"{group.metrics.dynamic_range:.3f}",
+                f"{group.metrics.std:.4f}",
+                f"{group.metrics.outlier_pct:.2f}",
+            ]
+            for group in report.groups
+        ],
+        spare=4,
+    )
+    if any(group.spread_filtered for group in report.groups):
+        screen.text(
+            '"->" demotes, because the scores of the layer type differ too little by position '
+            "(--min-group-spread)."
+        )
+    effective = [tensor.effective for tensor in report.tensors]
+    counts = ", ".join(f"{effective.count(kind)} {kind}" for kind in ("*KEEP*", "FP8", "NVFP4"))
+    screen.text(
+        f"{counts}. Scores from {report.thresholds.fp8:.4f} on are FP8's, from "
+        f"{report.thresholds.keep:.4f} on they are kept. Convert writes MXFP8 for FP8 and NVFP4 "
+        "alike."
+    )
+    if report.exclude_layers is None:
+        screen.line("No weight is worth keeping by these rules: there is nothing to exclude.")
+    else:
+        screen.line()
+        screen.line("To keep them besides what the default recipe keeps:")
+        options = f"--exclude-layers '{report.exclude_layers}'"
+        screen.line(convert_command(report.path, options, "excluded"))
+        screen.line(_size(report.exclude_layers_bytes, report.input_bytes))
+    screen.line()
+    note = "" if recipe else " (--write-recipe FILE.toml writes the recipe)"
+    screen.text(f"To keep only them, the embedders and the final layer{note}:")
+    file = recipe or Path("FILE.toml")
+    options = f"--recipe {shlex.quote(str(file))}"
+    screen.line(convert_command(report.path, options, file.stem))
+    screen.line(_size(report.recipe_bytes, report.input_bytes))
+
+
+def _group_recommendation(group: ProbedGroup) -> str:
+    if not group.spread_filtered:
+        return group.recommendation
+    demoted = "NVFP4" if group.recommendation == "FP8" else "FP8"
+    return f"{group.recommendation} -> {demoted}"
+
+
+def _size(nbytes: int | None, before: int) -> str:
+    if nbytes is None:
+        return "convert would refuse that; with --dry-run it says why"
+    share = nbytes / before - 1
+    return f"would write exactly {nbytes:,} bytes ({size_text(nbytes)}, {share:+.1%})"

@@ -1,0 +1,223 @@
+"""Progress bars on stderr.
+
+Each is a context manager that gives the callback to draw with, or None where stderr is no
+terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, TypeVar
+
+from ..errors import UsageError
+from ..text import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import ProgressColumn
+
+    from ..analysis.compare import CompareCallback, CompareProgress
+    from ..analysis.sensitivity.run import SensitivityCallback, SensitivityProgress
+    from ..generation.generator import GenerationCallback, GenerationProgress
+    from ..pipeline import Progress, ProgressCallback
+
+_Callback = TypeVar("_Callback", bound=Callable[..., object])
+
+
+def shown(
+    progress: _Callback | bool | None,
+    bar: Callable[[], AbstractContextManager[_Callback | None]],
+) -> AbstractContextManager[_Callback | None]:
+    """The callback that an argument `progress` means: the caller's own, or for True a bar's.
+
+    Raises:
+        UsageError: neither a function nor True, False or None.
+    """
+    if progress is True:
+        return bar()
+    if not progress:
+        return nullcontext()
+    if not callable(progress):
+        raise UsageError(f"progress must be a function, True or None, not {repr(progress)[:80]}")
+    return nullcontext(progress)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def byte_bar(title: str) -> Callable[[], AbstractContextManager[ProgressCallback | None]]:
+    """Make a bar with throughput and time left."""
+
+    @contextmanager
+    def bar() -> Iterator[ProgressCallback | None]:
+        if not _is_terminal():
+            yield None
+            return
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        with _bar(
+            TextColumn(title, markup=False),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        ) as drawn:
+            task = drawn.add_task(title, total=None)
+
+            def update(progress: Progress) -> None:
+                drawn.update(task, completed=progress.done, total=progress.total)
+
+            yield update
+
+    return bar
+
+
+@contextmanager
+def compare_bar() -> Iterator[CompareCallback]:
+    """A bar for each stage of a comparison, one after another."""
+    with ExitStack() as drawn:
+        stage: str | None = None
+        update: ProgressCallback | None = None
+
+        def show(progress: CompareProgress) -> None:
+            nonlocal stage, update
+            if progress.stage != stage:
+                drawn.close()
+                stage = progress.stage
+                update = drawn.enter_context(byte_bar(f"comparing: {stage}")())
+            if update is not None:
+                update(progress)
+
+        yield show
+
+
+@contextmanager
+def stage_bar() -> Iterator[GenerationCallback | None]:
+    """A bar for each stage of a generation; None if stderr is no terminal."""
+    if not _is_terminal():
+        yield None
+        return
+    from rich.progress import BarColumn, TextColumn
+
+    with _bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
+    ) as bar:
+        task = bar.add_task("", total=None, state="")
+
+        def update(progress: GenerationProgress) -> None:
+            bar.update(
+                task,
+                description=_generation_stage(progress),
+                completed=progress.done,
+                total=progress.total,
+                state=_generation_state(progress),
+                # Bytes come more often than a screen need show them; all else is drawn at once.
+                refresh=progress.stage != "transformer" or progress.done == 0,
+            )
+
+        yield update
+
+
+@contextmanager
+def stage_bar_or_lines(print_line: Callable[[str], None]) -> Iterator[GenerationCallback]:
+    """A bar for each stage of a generation; if stderr is no terminal, some lines.
+
+    Lines come when a stage begins, and for every tenth of the steps and images.
+    """
+    with stage_bar() as bar:
+        if bar is not None:
+            yield bar
+            return
+        last: tuple[str, int] | None = None
+
+        def update(progress: GenerationProgress) -> None:
+            nonlocal last
+            state = _generation_state(progress)
+            now = (progress.stage, 10 * progress.done // progress.total if state else 0)
+            if now != last:
+                print_line(_generation_stage(progress) + (f": {state}" if state else ""))
+                last = now
+
+        yield update
+
+
+def _generation_stage(progress: GenerationProgress) -> str:
+    loading = progress.stage in ("text encoder", "transformer", "VAE")
+    return f"loading the {progress.stage}" if loading else progress.stage
+
+
+def _generation_state(progress: GenerationProgress) -> str:
+    """How far a stage of several pieces is; empty for others."""
+    if progress.stage == "denoising":
+        return f"step {progress.done} of {progress.total}, {progress.seconds:.2f} s a step"
+    if progress.stage == "decoding" and progress.total > 1:
+        return f"image {progress.done} of {progress.total}"
+    return ""
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def sensitivity_bar(
+    print_line: Callable[[str], None] = _print_line,
+) -> Iterator[SensitivityCallback]:
+    """A bar for the stages of a sensitivity analysis; if stderr is no terminal, some lines.
+
+    It may take hours: a log has to tell that it lives.
+    """
+    if not _is_terminal():
+        yield _stage_lines(print_line)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    with _bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    ) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(progress: SensitivityProgress) -> None:
+            what = printable(progress.what or progress.stage)[:40]
+            bar.update(
+                task, description=what, completed=progress.done, total=progress.total or None
+            )
+
+        yield update
+
+
+def _stage_lines(print_line: Callable[[str], None]) -> SensitivityCallback:
+    """Print a line when a stage begins, and whenever another tenth of everything is done."""
+    last: tuple[str, int] | None = None
+
+    def update(progress: SensitivityProgress) -> None:
+        nonlocal last
+        now = (progress.stage, 10 * progress.done // progress.total if progress.total else 0)
+        if now != last:
+            count = f" ({progress.done:,} of {progress.total:,})" if progress.total else ""
+            print_line(f"{progress.stage}{count}")
+            last = now
+
+    return update
+
+
+def _bar(*columns: ProgressColumn) -> Bar:
+    from rich.progress import Progress as Bar
+
+    from .screen import console
+
+    return Bar(*columns, console=console(stderr=True), transient=True)

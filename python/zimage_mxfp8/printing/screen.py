@@ -1,0 +1,136 @@
+"""Text and tables for people: on a terminal, in a file or pipe, or in a string."""
+
+from __future__ import annotations
+
+import io
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+
+from ..text import printable
+
+_PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
+_UNKNOWN_WIDTH = 80  # of a terminal
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that prints text as it is (names may hold brackets)."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PLAIN_WIDTH
+    made = Console(
+        stderr=stderr, markup=False, highlight=False, emoji=False, width=width, soft_wrap=False
+    )
+    if made.width < 1:  # COLUMNS=0
+        made.width = _UNKNOWN_WIDTH
+    return made
+
+
+def size_text(nbytes: int) -> str:
+    """A size in binary units, as people read it."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+class Screen:
+    """Where reports are printed.
+
+    Args:
+        target: what prints; its width is that of tables.
+        wraps: whether lines of text end between words at that width.
+    """
+
+    def __init__(self, target: Console, *, wraps: bool) -> None:
+        self._console = target
+        self._wraps = wraps
+
+    def line(self, text: str = "") -> None:
+        """Print a line that is never wrapped, because it is there to be copied."""
+        self._console.print(printable(text), soft_wrap=True)
+
+    def text(self, text: str, style: str | None = None, indent: str = "") -> None:
+        """Print a sentence; where it is wrapped, all lines but the first begin with `indent`."""
+        text = printable(text)
+        if self._wraps:
+            text = textwrap.fill(
+                text,
+                self._console.width,
+                subsequent_indent=indent,
+                break_long_words=False,  # a path is copied
+                break_on_hyphens=False,
+            )
+        self._console.print(text, style=style, soft_wrap=True)
+
+    def table(
+        self,
+        title: str | None,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        spare: int = 0,
+    ) -> None:
+        """Print a table; columns whose names end with ">" are right-aligned.
+
+        Args:
+            title: printed before it.
+            columns: their names.
+            rows: their cells.
+            spare: how many of the last columns may be left out, from the right, where there is too
+                little width for them; `--json` has to have them.
+        """
+        if title:
+            self.text(title, style="bold")  # by itself: the table would wrap it to its own width
+        cells = [list(map(printable, row)) for row in rows]
+        names = [column.removesuffix(">") for column in columns]
+        shown, width = len(columns), self._console.width
+        while shown > len(columns) - spare and _table_width(names[:shown], cells) > width:
+            shown -= 1
+        table = Table()
+        for name, column in zip(names[:shown], columns[:shown], strict=True):
+            table.add_column(
+                name,
+                justify="right" if column.endswith(">") else "left",
+                overflow="fold",  # a name cut short with "..." would hide its end
+            )
+        for row in cells:
+            table.add_row(*row[:shown])
+        self._console.print(table)
+        if shown < len(columns):
+            self.text(f"--json and wider terminals also show: {', '.join(names[shown:])}.")
+
+
+def _table_width(names: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Of a table with these columns, if no cell is wrapped; rows may have more cells."""
+    columns = zip(names, *(row[: len(names)] for row in cells), strict=True)
+    return 1 + sum(3 + max(map(cell_len, column)) for column in columns)
+
+
+class _Text(io.StringIO):
+    """Text for standard output: rich looks at the encoding when it draws lines."""
+
+    @property
+    def encoding(self) -> str | None:  # type: ignore[override]
+        return getattr(sys.stdout, "encoding", None)
+
+
+def as_text(show: Callable[[Screen], None]) -> str:
+    """What `show` prints, as plain text that fits standard output."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    text = _Text()
+    target = Console(
+        file=text,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        color_system=None,
+        force_terminal=False,
+        width=console().width if is_terminal else _PLAIN_WIDTH,
+    )
+    show(Screen(target, wraps=is_terminal))
+    return text.getvalue().removesuffix("\n")

@@ -1,0 +1,28 @@
+"""What checking an MXFP8 file found."""
+
+from __future__ import annotations
+
+from ..text import plural
+from ..validation import ValidationReport
+from .errors import print_errors
+from .screen import Screen
+
+_MOST_SHOWN = 20
+
+
+def print_validation(report: ValidationReport, screen: Screen) -> None:
+    """Print a `ValidationReport`."""
+    for breach in report.breaches[:_MOST_SHOWN]:
+        screen.text(f"breach: {breach}")
+    if len(report.breaches) > _MOST_SHOWN:
+        screen.text(f"... and {len(report.breaches) - _MOST_SHOWN} more breaches (--json has all)")
+    for note in report.notes:
+        screen.text(f"note: {note}")
+    if report.errors:
+        print_errors(report.errors, screen)
+    compared = "; codes, scales and their order equal the original's" if report.against else ""
+    if report.ok:
+        screen.text(f"{report.file}: sound, {report.layers} MXFP8 layers{compared}")
+    else:
+        count = plural(len(report.breaches), "breach", "breaches")
+        screen.text(f"{report.file}: {count} of the contract")
