@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -33,7 +34,9 @@ def find_extras() -> list[Extra]:
     extras: dict[str, list[str]] = {}
     for requirement in requires(_PACKAGE) or []:
         found = _REQUIREMENT.match(requirement)
-        if found is None or found["extra"] in _OF_CONTRIBUTORS:
+        if found is None or found["extra"] in _OF_CONTRIBUTORS or found["name"] == _PACKAGE:
+            continue  # the last is `all`, which consists of others
+        if not _is_for_this_python(requirement):
             continue
         missing = extras.setdefault(found["extra"], [])
         if problem := _problem(found["name"], found["bounds"]):
@@ -42,6 +45,15 @@ def find_extras() -> list[Extra]:
         Extra(name, missing, f'pip install "{_PACKAGE}[{name}]"')
         for name, missing in extras.items()
     ]
+
+
+def _is_for_this_python(requirement: str) -> bool:
+    """Whether a marker on the Python version, the only kind that pyproject.toml has, holds."""
+    found = re.search(r"""python_version\s*(<|>=)\s*["']([\d.]+)["']""", requirement)
+    if found is None:
+        return True
+    is_older = sys.version_info[:2] < _numbers(found[2])
+    return is_older if found[1] == "<" else not is_older
 
 
 def _problem(name: str, bounds: str) -> str:

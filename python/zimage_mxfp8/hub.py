@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError
+from .optional_packages import needed
 from .text import plural
 
 TRANSFORMER = "transformer"
@@ -146,7 +147,7 @@ def resolve(
 
     Raises:
         CheckpointError: not in the cache, or the download failed.
-        UnsupportedError: huggingface_hub is not installed.
+        MissingExtraError: huggingface_hub is not installed.
     """
     reference = parse(text)
     if reference is None:
@@ -174,14 +175,10 @@ def name_of(folder: Path) -> str:
 
 
 def _library(reference: Reference) -> Any:
-    try:
+    what = f"{reference} does not exist here, and looking it up in the Hugging Face cache"
+    with needed("hub", what):
         import huggingface_hub.constants
         import huggingface_hub.errors
-    except ImportError as error:
-        raise UnsupportedError(
-            f"{reference} does not exist here, and searching the Hugging Face cache for it needs "
-            f'huggingface_hub ({error}): pip install "zimage-mxfp8[hub]"'
-        ) from None
     return huggingface_hub
 
 

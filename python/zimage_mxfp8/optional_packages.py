@@ -11,16 +11,21 @@ from typing import Final, Literal
 
 from .errors import MissingExtraError
 
-Extra = Literal["analysis", "generate", "plots", "torch"]
+Extra = Literal["analysis", "generate", "hub", "plots", "torch"]
 
 # The modules of each extra in pyproject.toml, and what pip calls them where that differs.
 _MODULES: Final[dict[Extra, tuple[str, ...]]] = {
     "analysis": ("ml_dtypes",),
     "generate": ("torch", "diffusers", "transformers", "accelerate", "PIL"),
+    "hub": ("huggingface_hub",),
     "plots": ("plotly",),
     "torch": ("torch",),
 }
-_PACKAGES: Final = {"ml_dtypes": "ml-dtypes", "PIL": "pillow"}
+_PACKAGES: Final = {
+    "huggingface_hub": "huggingface-hub",
+    "ml_dtypes": "ml-dtypes",
+    "PIL": "pillow",
+}
 # The modules of this package that cannot be imported without an extra.
 _NEEDED: Final[dict[str, Extra]] = {
     "analysis.sensitivity.run": "torch",

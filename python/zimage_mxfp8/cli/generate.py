@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError, UnsupportedError, UsageError
+from ..errors import OutputError, UsageError
 from ..generation.settings import (
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
@@ -157,6 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
     from ..generation.pictures import open_init_image, png_bytes, preview_path, write_new
+    from ..optional_packages import needed
     from ..printing.progress import stage_bar_or_lines
     from . import display
 
@@ -180,16 +181,10 @@ def run(arguments: argparse.Namespace) -> int:
     open_model_folder(model_dir)
     keep_libraries_quiet()
     tell("loading torch and diffusers ...")
-    try:
+    with needed("generate", "generate"):
         if settings.init_image is not None:
             open_init_image(settings.init_image)
         from ..generation.generator import ZImageGenerator
-    except (ImportError, RuntimeError) as error:  # the latter comes from diffusers' lazy modules
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedError(
-            f"generate needs torch, diffusers, transformers and Pillow ({reason}): "
-            'pip install "zimage-mxfp8[generate]"'
-        ) from None
 
     with stage_bar_or_lines(tell) as progress, PreviewFiles(previews) as preview_files:
         generator = ZImageGenerator(
