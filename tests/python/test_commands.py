@@ -179,7 +179,7 @@ def test_dequantize_protects_files(cli: Run, converted: Path, small_file: Path) 
 def test_dequantize_refuses_broken_files(cli: Run, converted: Path, tmp_path: Path) -> None:
     tensors = load_file(converted)
     del tensors["layers.0.attention.qkv.comfy_quant"]
-    save_file(tensors, tmp_path / "broken.safetensors", metadata_of(converted))
+    save_file(tensors, tmp_path / "broken.safetensors")  # and without the header's description
     result = cli("dequantize", "broken.safetensors", "-o", "plain.safetensors")
     assert result.returncode == 1
     assert '"layers.0.attention.qkv.comfy_quant" is missing' in result.stderr

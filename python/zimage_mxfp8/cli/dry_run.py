@@ -37,7 +37,6 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> int:
     )
     output = arguments.output or default_output(arguments.input)
     display.warn(plan.warnings)
-    display.note(plan.notes)
     if arguments.json:
         display.print_json(_plan_document(plan, output))
         return 0
@@ -57,6 +56,8 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> int:
         screen.text(f"... and {more} (--tensors shows them)")
     if arguments.tensors:
         _print_tensors(plan, screen)
+    for note in plan.notes:
+        screen.text(note)
     before = plan.checkpoint.nbytes
     screen.text(
         f"{output} would have exactly {plan.size:,} bytes ({size_text(plan.size)}), "
@@ -108,6 +109,7 @@ def _plan_document(plan: Plan, output: Path) -> dict[str, object]:
         "output_bytes": plan.size - len(plan.header),
         "file_bytes": plan.size,
         "warnings": list(plan.warnings),
+        "notes": list(plan.notes),
         "tensors": {
             name: {
                 "dtype": planned.source.dtype,
