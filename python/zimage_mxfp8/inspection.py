@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .checkpoint import kinds
@@ -13,7 +14,7 @@ from .checkpoint.identify import Identified, identify
 from .checkpoint.mxfp8_layers import find_layers
 from .checkpoint.provenance import PROVENANCE_KEY, read_provenance
 from .checkpoint.zimage import group_of
-from .errors import WrongKindError
+from .errors import CheckpointError, WrongKindError
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Inspection:
         groups: sums by group, the largest first.
         breaches: what is wrong with its MXFP8 layers.
         accepted_by: the commands that take it.
-        remedy: what to do instead, if no command takes it; else "".
+        refusal: why no command takes it, and what to do instead, as a clause; "" if one does.
         provenance: what `convert` wrote about the conversion; None without.
     """
 
@@ -59,7 +60,7 @@ class Inspection:
     groups: list[Group]
     breaches: list[str]
     accepted_by: list[str]
-    remedy: str
+    refusal: str
     provenance: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -93,17 +94,21 @@ class Inspection:
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Sum up a safetensors file or a diffusers folder; reads no weights.
 
-    Other kinds of files, such as pickles and web pages, are described as what they are.
+    Other kinds of files, such as pickles and web pages, are described as what they are, and damaged
+    safetensors files by what is wrong with them.
 
     Raises:
-        CheckpointError: there is no such file, it cannot be read, or is a malformed safetensors
-            file.
+        CheckpointError: there is no such file, it cannot be read, or it is neither a file nor a
+            folder.
     """
     try:
         found = identify(path)
     except WrongKindError as error:
-        remedy = str(error).rpartition("; ")[2]
-        return Inspection(str(path), error.kind.title, None, 0, {}, [], [], [], remedy)
+        return _unusable(path, error.kind.title, error)
+    except CheckpointError as error:
+        if not (Path(path).is_file() and os.access(path, os.R_OK)):
+            raise
+        return _unusable(path, "a damaged or unknown file", error)
     checkpoint, scope = found.checkpoint, found.scope
     mxfp8 = find_layers(checkpoint, scope) if found.format is kinds.MXFP8 else None
     layers = mxfp8.layers if mxfp8 else []
@@ -131,9 +136,18 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         groups=sorted(groups.values(), key=lambda group: -group.nbytes),
         breaches=[str(breach) for breach in mxfp8.breaches] if mxfp8 else [],
         accepted_by=[commands for use, commands in kinds.USES.items() if _accepts(found, use)],
-        remedy=_remedy(found),
+        refusal=_refusal(found),
         provenance=read_provenance(checkpoint.metadata),
     )
+
+
+def _unusable(path: str | os.PathLike[str], kind: str, error: CheckpointError) -> Inspection:
+    return Inspection(str(path), kind, None, 0, {}, [], [], [], _clause(path, error))
+
+
+def _clause(path: str | os.PathLike[str], error: CheckpointError) -> str:
+    """An error's sentence without the file at its beginning."""
+    return str(error).removeprefix(f"{path}").lstrip(": ")
 
 
 def _describe(found: Identified) -> str:
@@ -155,12 +169,11 @@ def _accepts(found: Identified, use: kinds.Use) -> bool:
     return True
 
 
-def _remedy(found: Identified) -> str:
-    """What to do instead, if there is nothing that takes it."""
+def _refusal(found: Identified) -> str:
     if any(_accepts(found, use) for use in kinds.USES):
         return ""
     try:
         found.check_use("run")
     except WrongKindError as error:
-        return str(error).rpartition("; ")[2]
+        return _clause(found.checkpoint.path, error)
     return ""

@@ -370,6 +370,18 @@ def test_converted_file_is_refused_where_the_original_is_needed(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [b"\x00" * 100, b"\xff" * 5, b"\x10" + bytes(7) + b"{" * 16])
+def test_damaged_files_are_described(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.safetensors").write_bytes(content)
+    assert main(["inspect", str(tmp_path / "in.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "a damaged or unknown file" in out and "no command takes it: it " in out
+    with pytest.raises(zm.CheckpointError, match="does not exist"):
+        zm.inspect(tmp_path / "none.safetensors")
+
+
 def sharded(folder: Path) -> list[Path]:
     model = ZImageTransformer2DModel(
         dim=256,

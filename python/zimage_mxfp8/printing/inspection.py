@@ -24,7 +24,7 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
     title = f"{found.path}: {found.kind}{quantized}{files}"
     if not rows:
         screen.text(title)
-        screen.text(f"no command takes it: {found.remedy}")
+        screen.text(f"no command takes it: it {found.refusal}")
         return
     screen.table(title, ["group", "tensors", "parameters>", "size>"], rows)
     screen.text(f"{found.parameters:,} parameters, {size_text(found.nbytes)}")
@@ -34,8 +34,8 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
         screen.text(f"converted by zimage-mxfp8 {version}: {', '.join(made)}")
     if found.accepted_by:
         screen.text(f"accepted by {', '.join(found.accepted_by)}")
-    elif found.remedy:
-        screen.text(f"no command takes it: {found.remedy}")
+    elif found.refusal:
+        screen.text(f"no command takes it: it {found.refusal}")
     for key, value in found.metadata.items():
         end = "..." if len(value) > _LONGEST_VALUE else ""
         screen.text(f"metadata {key}: {value[:_LONGEST_VALUE]}{end}")
