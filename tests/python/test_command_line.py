@@ -172,7 +172,7 @@ def test_did_you_mean(cli: Run, tmp_path: Path, words: str, end: str) -> None:
 
 
 def test_options_of_convert_to_quant_are_not_proposed(cli: Run) -> None:
-    """They are refused, so that nobody means them."""
+    """A suggestion must not be an option that is refused."""
     assert "did you mean" not in cli("convert", "in", "--scale-optimizatio").stderr
 
 

@@ -1,7 +1,7 @@
 """How a file says which of its layers are quantised: `comfy_quant` tensors and header metadata.
 
-Sources: convert_to_quant 1.3.4, comfy-kitchen 0.2.40 and ComfyUI 0.33, of which the last reads
-`format` and `full_precision_matrix_mult` only, and takes the header's word where both are there.
+Sources: convert_to_quant 1.3.4, comfy-kitchen 0.2.40 and ComfyUI 0.33. ComfyUI reads `format` and
+`full_precision_matrix_mult` only, and prefers the header where both describe a layer.
 """
 
 from __future__ import annotations

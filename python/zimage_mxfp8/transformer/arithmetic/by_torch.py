@@ -34,7 +34,7 @@ def fold(array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
 
 
 def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
-    """Multiply with the decoded weights, some rows of which are decoded at a time."""
+    """Multiply with the weights, decoding some rows at a time."""
     rows, columns = weights.shape
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     for tile in tiles.row_tiles(rows, columns, tiles.WEIGHT_TILE, _SCALE_ROWS):
