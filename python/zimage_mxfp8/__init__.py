@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         RecipeError,
         UnsupportedError,
         UsageError,
+        WrongKindError,
     )
     from .generation.generator import Generation, GenerationProgress, ZImageGenerator
     from .generation.settings import GenerationSettings
@@ -91,6 +92,7 @@ _HOME = {
     "RecipeError": "errors",
     "UnsupportedError": "errors",
     "UsageError": "errors",
+    "WrongKindError": "errors",
     "Generation": "generation.generator",
     "GenerationProgress": "generation.generator",
     "ZImageGenerator": "generation.generator",
@@ -147,6 +149,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "ValidationReport",
+    "WrongKindError",
     "ZImageConfig",
     "ZImageGenerator",
     "ZImageTransformer",

@@ -22,6 +22,9 @@ _ZIMAGE_PART = re.compile(
     r"(?:^|\.)(?:(?:noise|context)_refiner\.\d+\.|layers\.\d+\.(?:adaLN_modulation\.|feed_forward\.w[123]\.)"
     r"|cap_embedder\.[01]\.|all_(?:x_embedder|final_layer)\.)"
 )
+_TEXT_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|tok_embeddings|word_embeddings|shared|wte)\.weight$"
+)
 _LUMINA2_ONLY = re.compile(
     r"(?:^|\.)layers\.\d+\.adaLN_modulation\.1\.weight$|(?:^|\.)time_caption_embed\."
 )
@@ -31,7 +34,7 @@ _LUMINA2_ONLY = re.compile(
 _FAMILIES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     (
         kinds.ZIMAGE_CONTROLNET,
-        re.compile(r"^(?:control_layers|control_noise_refiner|control_all_x_embedder)\."),
+        re.compile(r"(?:^|\.)(?:control_layers|control_noise_refiner|control_all_x_embedder)\."),
     ),
     (
         kinds.CONTROLNET,
@@ -74,10 +77,7 @@ _FAMILIES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ),
     (
         kinds.TEXT_ENCODER,
-        re.compile(
-            r"(?:^|\.)(?:embed_tokens|token_embedding|word_embeddings|shared|wte)\.weight$"
-            r"|\.self_attn\.(?:[qkv]|out)_proj\.|\.layer\.\d+\.SelfAttention\."
-        ),
+        re.compile(r"\.self_attn\.(?:[qkv]|out)_proj\.|\.layer\.\d+\.SelfAttention\."),
     ),
 )
 
@@ -112,20 +112,17 @@ class Identified:
         Raises:
             WrongKindError: one sentence with what the file is and what to do instead.
         """
-        by_format = self.kind is kinds.ZIMAGE or any_model or use in ("validate", "dequantize")
-        if self.format is not None and by_format and not self._is_broken():
-            if not self.format.accepts(use):
-                raise refuse(self.checkpoint.path, self.format, self.format_evidence)
-        elif not self.kind.accepts(use, any_model=any_model):
-            raise refuse(self.checkpoint.path, self.kind, self.evidence)
-
-    def _is_broken(self) -> bool:
-        """Whether no command takes it, quantised or not."""
-        return (
-            not self.kind.uses
-            and not self.kind.uses_as_other_model
-            and (self.kind is not kinds.INCOMPLETE)
-        )
+        by_kind = self.kind.accepts(use, any_model=any_model)
+        if self.format is None:
+            refused = None if by_kind else self.kind
+        elif self.kind is kinds.ZIMAGE or by_kind:
+            refused = None if self.format.accepts(use) else self.format
+        else:  # another model in MXFP8, or part of one, can be validated and decoded
+            decodable = use in ("validate", "dequantize") and self.kind.holds_layers
+            refused = None if decodable and self.format.accepts(use) else self.kind
+        if refused is not None:
+            evidence = self.evidence if refused is self.kind else self.format_evidence
+            raise refuse(self.checkpoint.path, refused, evidence)
 
 
 def identify(path: str | os.PathLike[str]) -> Identified:
@@ -202,14 +199,15 @@ def _kind_without_zimage(checkpoint: Checkpoint) -> tuple[Kind, str]:
             found := _first(names, pattern)
         ):
             return kind, found
+    if embedding := _first(names, _TEXT_EMBEDDING):
+        return kinds.TEXT_ENCODER, embedding
     if _first(names, _ZIMAGE_PART):
         if _is_shard(checkpoint):
             return kinds.SHARD, str(checkpoint.path.parent)
-        lumina = _first(names, _LUMINA2_ONLY)
+        if lumina := _first(names, _LUMINA2_ONLY):
+            return kinds.LUMINA2, lumina
         anchor = next((name for name in names if name.endswith(ANCHOR)), None)
-        if lumina or anchor:
-            return kinds.LUMINA2, (anchor or ANCHOR).removesuffix(ANCHOR) + PAD_TOKENS[0]
-        return kinds.INCOMPLETE, ANCHOR
+        return kinds.INCOMPLETE, anchor.removesuffix(ANCHOR) + PAD_TOKENS[0] if anchor else ANCHOR
     for kind, pattern in _FAMILIES:
         if found := _first(names, pattern):
             return kind, found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 # What a file is opened for. "original" is the file that `validate --against` compares with.
-Use = Literal["convert", "original", "analyse", "validate", "dequantize", "run"]
+Use = Literal["convert", "original", "analyse", "measure", "validate", "dequantize", "run"]
 
 # The commands and calls behind each use, for people.
 USES: Final[dict[Use, str]] = {
@@ -19,10 +19,11 @@ USES: Final[dict[Use, str]] = {
     "analyse": "probe, compare",
     "validate": "validate",
     "dequantize": "dequantize",
-    "run": "generate, sensitivity, ZImageTransformer",
+    "measure": "sensitivity",
+    "run": "generate, ZImageTransformer",
 }
 
-_PLAIN: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse", "run"))
+_PLAIN: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse", "measure", "run"))
 _MXFP8: Final[frozenset[Use]] = frozenset(("validate", "dequantize", "run"))
 _OTHER_MODEL: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse"))
 
@@ -38,6 +39,8 @@ class Kind:
         remedy: what to do instead, in the imperative.
         uses: what it is accepted for.
         uses_as_other_model: what it is accepted for besides, with `any_model`.
+        holds_layers: whether its layers mean something by themselves, so that MXFP8 ones can be
+            validated and decoded.
     """
 
     title: str
@@ -45,6 +48,7 @@ class Kind:
     remedy: str
     uses: frozenset[Use] = frozenset()
     uses_as_other_model: frozenset[Use] = frozenset()
+    holds_layers: bool = False
 
     def accepts(self, use: Use, *, any_model: bool = False) -> bool:
         """Whether a file of this kind can be used so."""
@@ -55,7 +59,7 @@ def _format(title: str, uses: frozenset[Use] = frozenset()) -> Kind:
     return Kind(
         title,
         f'is quantised already ({title}, see "{{0}}")',
-        "use the BF16, F16 or F32 checkpoint instead",
+        "start from the BF16, F16 or F32 checkpoint (zimage-mxfp8 convert)",
         uses,
     )
 
@@ -66,6 +70,7 @@ def _other_model(title: str, problem: str | None = None) -> Kind:
         problem or f'is {title}, not Z-Image (see "{{0}}")',
         "use a Z-Image checkpoint, or give --any-model to convert or compare this one",
         uses_as_other_model=_OTHER_MODEL,
+        holds_layers=True,
     )
 
 
@@ -75,6 +80,7 @@ def _part(title: str) -> Kind:
         f'is a {title}, not a transformer (see "{{0}}")',
         "use the checkpoint of the Z-Image transformer",
         uses_as_other_model=_OTHER_MODEL,
+        holds_layers=True,
     )
 
 
@@ -114,6 +120,7 @@ INCOMPLETE = Kind(
     "part of a Z-Image",
     'is part of a Z-Image only: it lacks "{0}"',
     "use the whole checkpoint, or download it again",
+    holds_layers=True,
 )
 DIFFUSERS_QUANTISED = Kind(
     "quantised, with diffusers names",
@@ -159,9 +166,7 @@ QWEN_IMAGE = _other_model("Qwen-Image")
 WAN = _other_model("Wan")
 SDXL = _other_model("Stable Diffusion XL")
 STABLE_DIFFUSION = _other_model("Stable Diffusion")
-LUMINA2 = _other_model(
-    "Lumina 2", 'is Lumina 2, or a Z-Image without its pad tokens (it lacks "{0}")'
-)
+LUMINA2 = _other_model("Lumina 2")
 UNKNOWN = _other_model("not Z-Image", 'is not a Z-Image checkpoint (its first tensor is "{0}")')
 
 # ---- files that are not safetensors

@@ -63,7 +63,7 @@ def unknown_weights(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
         for name, tensor in checkpoint.tensors.items()
         if name in scope
         and len(tensor.shape) == 2
-        and tensor.dtype in FLOAT_NAMES
+        and (tensor.dtype in FLOAT_NAMES or name.endswith(".weight"))
         and BLOCK_TENSOR.match(scope.inner(name))
         and scope.inner(name) not in known
     )

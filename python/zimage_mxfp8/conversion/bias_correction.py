@@ -23,6 +23,7 @@ from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
 from ..checkpoint.zimage import is_modulation
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..errors import CheckpointError, UnsupportedError, UsageError
+from ..nonfinite import KeptTensorCheck
 from ..optional_packages import needed
 from .plan import Plan
 
@@ -70,8 +71,8 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
     """Output of `t_embedder` for each timestep, [steps, dim], in float64.
 
     Raises:
-        CheckpointError: the embedder's tensors are missing, do not fit together, or have NaN or
-            Inf.
+        CheckpointError: the embedder's tensors are missing, do not fit together, or lead to NaN.
+        NonFiniteError: one of them has NaN or Inf.
     """
     remedy = "--bias-correction none does without"
     tensors = []
@@ -95,12 +96,9 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
     values = []
     with TensorReader() as reader:
         for tensor in tensors:
-            value = to_float64(tensor, reader.read(tensor)).reshape(tensor.shape)
-            if not np.isfinite(value).all():
-                raise CheckpointError(
-                    f'{checkpoint.path}: tensor "{tensor.name}" has NaN or Inf; {remedy}'
-                )
-            values.append(value)
+            data = reader.read(tensor)
+            KeptTensorCheck(keep=False).check(tensor, 0, data)
+            values.append(to_float64(tensor, data).reshape(tensor.shape))
     weight0, bias0, weight2, bias2 = values
     with np.errstate(over="ignore", invalid="ignore"):  # exp of a large number: silu is 0 then
         hidden = timestep_features(timesteps, w0[1]) @ weight0.T + bias0

@@ -25,7 +25,7 @@ from ..codec import padded_shape, scale_shape
 from ..devices import cuda_index
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..error_stats import ErrorStats, merge_rows
-from ..errors import Error
+from ..errors import Error, NonFiniteError
 from ..file_names import checkpoint_beside
 from ..nonfinite import KeptTensorCheck
 from ..pipeline import (
@@ -71,8 +71,8 @@ def plan_conversion(
 ) -> Plan:
     """Decide what a conversion would do, without writing anything.
 
-    Arguments and errors are those of `convert`. Reads the header only, or, with
-    `nonfinite="keep"`, every weight that the recipe would quantise.
+    Arguments are those of `convert`, and errors those that it finds before it reads data. Reads the
+    header only, or, with `nonfinite="keep"`, every weight that the recipe would quantise.
     """
     options = ConversionOptions(
         recipe=recipe,
@@ -158,7 +158,7 @@ def convert(
         calibration_samples: for "synthetic": rows of random input.
         seed: for "synthetic": seed of the random numbers.
         modulation_matmul: "full" asks ComfyUI not to quantise the input of quantised modulations
-            on GPUs that multiply MXFP8, which costs no time: it is one row per block.
+            on GPUs that multiply MXFP8; it is one row per block.
         hash_source: write the SHA-256 of the source's files into the header, which means to read
             them once more. Version, recipe and correction are always written, unless the recipe
             reproduces convert_to_quant's files.
@@ -213,9 +213,14 @@ def convert(
         # The first use of a device takes half a second: let that pass while we compute.
         with contextlib.suppress(RuntimeError):  # no more threads: then it waits
             threading.Thread(target=_wake, args=(cuda_device,)).start()
-    corrections, uncorrected = correction_inputs(
-        plan, bias_correction, sampler=timesteps, samples=calibration_samples, seed=seed
-    )
+    try:
+        corrections, uncorrected = correction_inputs(
+            plan, bias_correction, sampler=timesteps, samples=calibration_samples, seed=seed
+        )
+    except NonFiniteError:  # in the embedder
+        if nonfinite == "error":
+            raise
+        corrections, uncorrected = {}, sorted(p.layer for p in plan.quantized if p.bias)
     warnings = list(plan.warnings)
     if uncorrected:
         warnings.append(

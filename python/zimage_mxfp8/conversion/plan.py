@@ -54,7 +54,7 @@ class PlannedTensor:
         return self.source.name.removesuffix(marks.WEIGHT_SUFFIX)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A whole conversion, decided.
 
@@ -81,6 +81,13 @@ class Plan:
     size: int
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({str(self.checkpoint.path)!r}, recipe {self.recipe.name!r}: "
+            f"{plural(len(self.quantized), 'layer')} of {plural(len(self.tensors), 'tensor')} in "
+            f"MXFP8, {self.size:,} bytes)"
+        )
 
     @property
     def quantized(self) -> list[PlannedTensor]:

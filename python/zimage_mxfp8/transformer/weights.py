@@ -14,6 +14,7 @@ import torch
 
 from .. import _core
 from ..checkpoint.identify import open_for
+from ..checkpoint.kinds import Use
 from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
 from ..checkpoint.structure import missing_or_misshapen, structure_error, unknown_parameters
@@ -62,17 +63,18 @@ class ModelFile:
         return total + sum(layer.scale.nbytes for layer in self.layers.values())
 
 
-def open_model(path: str | os.PathLike[str]) -> ModelFile:
+def open_model(path: str | os.PathLike[str], use: Use = "run") -> ModelFile:
     """Look at a checkpoint's headers and markers.
 
     Args:
         path: an MXFP8 or plain single file, or a diffusers folder.
+        use: what for.
 
     Raises:
         CheckpointError: unreadable, not Z-Image, incomplete, or quantised in a way that cannot be
             run; the sentence names the tensor.
     """
-    found = open_for(path, "run")
+    found = open_for(path, use)
     checkpoint, scope = found.checkpoint, found.scope
     mxfp8 = find_layers(checkpoint, scope)
     if mxfp8.breaches:

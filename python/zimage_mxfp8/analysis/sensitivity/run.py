@@ -168,12 +168,7 @@ def analyse_sensitivity(
         OutputError: `state` cannot be written.
     """
     bound, size, timesteps, seed = check_settings(bound, size, timesteps, seed)
-    file = open_model(path)
-    if file.layers:
-        raise UsageError(
-            f"{path} is quantised already, and only the original tells what that costs; name the "
-            "BF16 checkpoint"
-        )
+    file = open_model(path, "measure")
     if captions is None:
         captions = _synthetic_captions(file.config.cap_feat_dim, seed)
     _check_captions(captions, file.config.cap_feat_dim)
