@@ -143,7 +143,7 @@ def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
     [
         ("convert", "The output appears whole"),
         ("generate", "A picture that"),
-        ("compare", "An error of weights does not"),
+        ("compare", "The squared error of weights does not"),
     ],
 )
 def test_options_exist(command: str, end: str) -> None:
