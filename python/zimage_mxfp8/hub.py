@@ -119,6 +119,8 @@ def parse(text: str | os.PathLike[str]) -> Reference | None:
         return None
     if repo.endswith(".safetensors"):  # a file in a folder that does not exist
         return None
+    if any(part.endswith((".", "-", ".git")) for part in repo.split("/")):  # no names on the hub
+        return None
     return Reference(repo, match["revision"], match["file"])
 
 
@@ -203,6 +205,11 @@ def _snapshot(library: Any, repo: str, revision: str | None) -> Path | None:
         )
     except library.errors.LocalEntryNotFoundError:
         return None
+    except (OSError, ValueError) as error:  # a file of the cache that is a folder, or not text
+        raise CheckpointError(
+            f"the Hugging Face cache of {repo} cannot be read ({error}); delete "
+            f"models--{repo.replace('/', '--')} in it"
+        ) from None
 
 
 def _files_in(folder: Path) -> set[str]:

@@ -24,7 +24,7 @@ FULL_PRECISION_KEY = "full_precision_matrix_mult"
 MXFP8_FORMAT = "mxfp8"
 
 _MARKER_LIMIT = 4096  # bytes; a marker has about 100
-_FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
 _SCALED_FP8 = "scaled_fp8"  # a tensor that older ComfyUI files have next to the model's
 _KINDS = {
     MXFP8_FORMAT: kinds.MXFP8,

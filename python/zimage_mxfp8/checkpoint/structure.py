@@ -10,6 +10,7 @@ from .source import Checkpoint
 from .zimage import ANCHOR, BLOCK_TENSOR, SIGNATURE, Scope, expected_shapes
 
 _MOST_NAMED = 5
+_INTEGERS = ("U64", "I64", "U32", "I32", "U16", "I16", "I8", "U8", "BOOL", "C64")
 _UNRECOGNISED = "is missing, without which ComfyUI does not recognise Z-Image"
 
 Problem = tuple[str, str]  # a tensor, and what is wrong with it
@@ -52,6 +53,8 @@ def missing_or_misshapen(
                 problems.append((scope.prefix + name, "is missing"))
         elif inner[name] != shape:
             problems.append((scope.prefix + name, f"is {list(inner[name])}, not {list(shape)}"))
+        elif for_comfyui and (dtype := checkpoint.tensors[scope.prefix + name].dtype) in _INTEGERS:
+            problems.append((scope.prefix + name, f"is {dtype}, not floating point"))
     return sorted(problems)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
@@ -23,6 +24,9 @@ def spellings(*names: str) -> list[str]:
             if name.startswith("--") and f"--{other}" not in result:
                 result.append(f"--{other}")
     return result
+
+
+_NAMES = re.compile("FILE|PATH|DIR|FOLDER|ORIGINAL|OUT|PNG")  # in placeholders of files
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +90,9 @@ class Parser(argparse.ArgumentParser):
             if action in self._given:
                 raise argparse.ArgumentError(action, "given twice; give it once")
             self._given.add(action)
+        # Python takes an empty path for the current folder.
+        if "" in arg_strings and _NAMES.search(str(action.metavar or "")):
+            raise argparse.ArgumentError(action, "the name is empty; name a file or folder")
         return super()._get_values(action, arg_strings)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 
@@ -27,7 +28,10 @@ class _Values(BaseCompleter):
         parsed_args: argparse.Namespace,  # noqa: ARG002
     ) -> Iterable[str]:
         placeholder = str(action.metavar or "")
-        files = FilesCompleter()(prefix) if _FILES.search(placeholder) else []
+        files: Iterable[str] = []
+        if _FILES.search(placeholder):
+            with contextlib.suppress(UnicodeDecodeError):  # a name in the folder that is not UTF-8
+                files = FilesCompleter()(prefix)
         return [*builtin_names(), *files] if placeholder == _RECIPES else files
 
 

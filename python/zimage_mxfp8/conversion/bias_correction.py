@@ -81,7 +81,7 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.dtype not in FLOAT_NAMES:
             raise CheckpointError(
-                f'{checkpoint.path} has no floating-point tensor "{name}", which '
+                f'{checkpoint.path} has no BF16, F16 or F32 tensor "{name}", which '
                 f"--bias-correction timesteps needs; {remedy}"
             )
         tensors.append(tensor)

@@ -236,7 +236,7 @@ def convert(
         AtomicFile(target, plan.size, overwrite=overwrite) as file,
     ):
         run_jobs(jobs, file, threads=threads, cuda_device=cuda_device, progress=callback)
-    warnings[:0] = _kept_nonfinite(kept.found)
+    warnings[:0] = [told for told in _kept_nonfinite(kept.found) if told not in warnings]
     result = ConversionReport(
         input=str(source),
         output=str(target),

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 KEY = "parameters"  # of the text in PNG files
 _NEGATIVE = "Negative prompt:"
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# The length of names is bounded: a long last line would take time by its square.
+_PAIR = re.compile(r'(\w[\w \-/]{1,40}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _MIN_PAIRS = 3  # of a last line that is not a part of the prompt
 
 
@@ -70,7 +71,7 @@ def read_infotext(text: str) -> dict[str, Any]:
             values["width"], values["height"] = map(int, pairs["Size"].split("x"))
         if "CFG scale" in pairs:
             values["guidance"] = float(Decimal(pairs["CFG scale"]) - 1)
-    except (ValueError, InvalidOperation):
+    except (ValueError, ArithmeticError):
         raise ValueError(f'has a number that cannot be read in "{last.strip()[:200]}"') from None
     return values
 
