@@ -482,3 +482,27 @@ start("sensitivity", "tiny.safetensors", "--state", "s.json")
 """
     interrupted(run_program(program, tiny_here))
     only(tiny_here, "in.safetensors", "tiny.safetensors")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", ""],
+        ["convert", "-i", ""],
+        ["convert", "a", ""],
+        ["convert", "a", "--recipe", ""],
+        ["inspect", ""],
+        ["validate", "a", "--against", ""],
+        ["dequantize", "", "-o", "b.safetensors"],
+        ["probe", ""],
+        ["compare", ""],
+        ["generate", "--model-dir", "", "--prompt", "a"],
+        ["generate", "--model-dir", "a", "--transformer", "", "--prompt", "a"],
+    ],
+    ids=" ".join,
+)
+def test_empty_names_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty path is the current folder to Python; a script means a variable that is not set."""
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the name is empty; name a file" in line

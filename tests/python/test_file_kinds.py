@@ -240,6 +240,19 @@ KINDS: dict[str, tuple[Make, str, str]] = {
         f'was saved with a PEFT adapter attached ("{W1}.base_layer.weight")',
         "fuse_lora()",
     ),
+    "a norm in E8M0": (
+        zimage(
+            lambda t: t.update(
+                {
+                    "layers.0.attention.k_norm.weight": torch.full(
+                        (128,), 255, dtype=torch.uint8
+                    ).view(torch.float8_e8m0fnu)
+                }
+            )
+        ),
+        "is quantised already (FP8, see",
+        "BF16, F16 or F32",
+    ),
     "plain FP8": (zimage(as_float8), "is quantised already (FP8, see", "BF16, F16 or F32"),
     "scaled FP8": (
         zimage(
@@ -462,6 +475,10 @@ def test_two_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (
             lambda t: t.update({f"{W1}.weight": torch.zeros(7, 40).bfloat16()}),
             [f'"{W1}.weight" is [7, 40], not [75, 40]'],
+        ),
+        (
+            lambda t: t.update({"layers.1.attention.out.weight": torch.zeros(40, 40).long()}),
+            ['"layers.1.attention.out.weight" is I64, not floating point'],
         ),
         (
             lambda t: t.update({"layers.1.feed_forward.w9.weight": torch.zeros(8, 8).double()}),

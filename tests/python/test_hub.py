@@ -420,3 +420,18 @@ print(kept.nbytes == again.nbytes)
     first, second = result.stdout.splitlines()
     assert first.startswith(f"{TURBO} does not exist on this machine") and second == "True"
     assert hub.downloaded() == [WEIGHTS]
+
+
+@pytest.mark.parametrize("name", ["owner/name.", "owner/name-", "owner/name.git", "owner./name"])
+def test_names_that_no_hub_has_are_paths(name: str) -> None:
+    assert hub_module.parse(name) is None
+
+
+def test_a_cache_that_cannot_be_read(tmp_path: Path, cli: Run) -> None:
+    refs = tmp_path / "home" / "hub" / "models--owner--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_bytes(b"\xff\xfe")
+    result = cli("convert", "owner/name", env={"HF_HOME": str(tmp_path / "home")})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "cache of owner/name cannot be read" in result.stderr
+    assert "delete models--owner--name" in result.stderr

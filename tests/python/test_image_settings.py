@@ -372,3 +372,19 @@ def test_files_without_settings(
 ) -> None:
     make(tmp_path / "i.png")
     fails(generate("--settings-from", "i.png"), 1, sentence)
+
+
+@pytest.mark.parametrize(
+    "last", ["word " * 50_000, "Steps: 2, Seed: 1, Size: 16x16, " + "a/" * 100_000, 'a:"' * 50_000]
+)
+def test_long_infotexts_end(last: str) -> None:
+    """Backtracking would take minutes over these."""
+    try:
+        assert infotext.read_infotext(f"prompt\n{last}")["prompt"] == "prompt"
+    except ValueError as error:
+        assert "does not end with a line of settings" in str(error)
+
+
+def test_infotext_with_a_huge_number() -> None:
+    with pytest.raises(ValueError, match="has a number that cannot be read"):
+        infotext.read_infotext("a\nSteps: 2, Seed: 1, Size: 16x16, CFG scale: 1e999999999")
