@@ -38,7 +38,7 @@ def _without_kernels(device: torch.device) -> str:
     remedy = "" if _core.build_info().cuda else f". To get them, {HOW_TO_GET_KERNELS}"
     return (
         f"{device} works through torch, without CUDA kernels of this package: {why_no_kernels()}. "
-        "That is slower (2 to 2.7 times at 1024x1024 on an H200), because torch decodes weights, "
+        "That is slower (2 to 3 times at 1024x1024 on an H100), because torch decodes weights, "
         "encodes activations and does what lies between the products in many operations where "
         f"kernels need one, and mode mxfp8 is missing{remedy}"
     )

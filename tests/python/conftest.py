@@ -124,7 +124,7 @@ Generate = Callable[..., "tuple[int, str, str]"]
 
 # What `generate` tells without a terminal while all goes well.
 STAGES = re.compile(
-    r"^zimage-mxfp8: (?:loading [a-zA-Z ]+(?: \.\.\.)?|encoding|denoising: step \d+ of \d+, "
+    r"^zimage-mxfp8: (?:(?:checking|loading) [a-zA-Z ]+(?: \.\.\.)?|encoding|denoising: step \d+ of \d+, "
     r"\S+ s a step|decoding(?:: image \d+ of \d+)?)\n",
     re.MULTILINE,
 )

@@ -112,9 +112,10 @@ def test_lines_without_a_terminal(cli: Run, zimage_folder: Path, zimage_quantize
     steps = [int(line.split()[2]) for line in lines if line.startswith("denoising")]
     assert steps == [1, *range(4, 41, 4)]
     assert all(
-        re.fullmatch(r"denoising: step \d+ of 40, \d+\.\d\d s a step", x) for x in lines[5:-3]
+        re.fullmatch(r"denoising: step \d+ of 40, \d+\.\d\d s a step", x) for x in lines[6:-3]
     )
     assert [line for line in lines if not line.startswith("denoising")] == [
+        "checking the model folder and the output ...",
         "loading torch and diffusers ...",
         *(f"loading the {part}" for part in ("text encoder", "transformer", "VAE")),
         "encoding",
@@ -125,12 +126,12 @@ def test_lines_without_a_terminal(cli: Run, zimage_folder: Path, zimage_quantize
 
 
 def test_the_first_line_comes_before_what_takes_long(zimage_folder: Path, tmp_path: Path) -> None:
-    """`torch` and the like are not even looked for when it is printed."""
+    """NumPy, torch and the like are not even looked for when it is printed."""
     code = """
 import sys
 class Watch:
     def find_spec(self, name, path, target=None):
-        if name in ("torch", "diffusers", "transformers"):
+        if name in ("numpy", "torch", "diffusers", "transformers"):
             print("looking for", name, file=sys.stderr)
 sys.meta_path.insert(0, Watch())
 from zimage_mxfp8.cli.main import main
@@ -141,9 +142,13 @@ sys.exit(main(sys.argv[1:]))
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    first, second, *_ = result.stderr.splitlines()
-    assert first == "zimage-mxfp8: loading torch and diffusers ..."
-    assert second == "looking for torch"
+    lines = result.stderr.splitlines()
+    assert lines[:4] == [
+        "zimage-mxfp8: checking the model folder and the output ...",
+        "looking for numpy",
+        "zimage-mxfp8: loading torch and diffusers ...",
+        "looking for torch",
+    ]
 
 
 def test_peak_memory_of_the_process(generate: Generate) -> None:

@@ -153,6 +153,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     begin = time.perf_counter()
+    stored, settings = _settings(arguments)
+    tell("checking the model folder and the output ...")  # before the imports, which take long
     from .. import hub
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
@@ -161,7 +163,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..printing.progress import stage_bar_or_lines
     from . import display
 
-    stored, settings = _settings(arguments)
     outputs = _outputs(arguments.output, settings)
     previews = [preview_path(output) for output in outputs] if arguments.preview else []
     inputs = [settings.init_image, arguments.settings_from]
