@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
@@ -51,12 +52,12 @@ def finite_number(name: str, value: Any) -> float:
 
 def path(name: str, value: Any) -> Path:
     """A path. Errors as above."""
-    return _converted(name, Path, "a path", value)
+    return _converted(name, _path, "a path", value)
 
 
 def file_or_folder(name: str, value: Any) -> Path:
     """A path of what may be either. Errors as above."""
-    return _converted(name, Path, "the path of a file or folder", value)
+    return _converted(name, _path, "the path of a file or folder", value)
 
 
 def text(name: str, value: Any) -> str:
@@ -76,6 +77,12 @@ def check_threads(threads: Any) -> None:
     """
     if not isinstance(threads, int) or threads < 0:
         raise UsageError("threads must be 0 (one a core) or more")
+
+
+def _path(value: Any) -> Path:
+    if "\0" in (text := os.fspath(value)):
+        raise ValueError
+    return Path(text)
 
 
 def _real(value: Any) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from .checkpoint.identify import open_for
 from .checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from .checkpoint.output import AtomicFile, check_target
 from .checkpoint.provenance import PROVENANCE_KEY
+from .checks import path as path_argument
 from .errors import CheckpointError
 from .pipeline import Job, Lane, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
 from .printing.progress import byte_bar, shown
@@ -47,7 +47,7 @@ def dequantize_checkpoint(
         UsageError: the output is the input.
         OutputError: the output cannot be written, or exists already.
     """
-    target = Path(output)
+    target = path_argument("output", output)
     found = open_for(source, "dequantize")
     checkpoint = found.checkpoint
     check_target(target, checkpoint.inputs, overwrite=overwrite)

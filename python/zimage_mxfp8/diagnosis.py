@@ -116,6 +116,12 @@ class Diagnosis:
     cpu: Paths
     devices: list[Device]
 
+    def __str__(self) -> str:
+        from .printing.diagnosis import print_diagnosis
+        from .printing.screen import as_text
+
+        return as_text(lambda screen: print_diagnosis(self, screen))
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-compatible values."""
         return asdict(self)

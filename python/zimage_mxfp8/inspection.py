@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .checkpoint import kinds
@@ -14,6 +13,7 @@ from .checkpoint.identify import Identified, identify
 from .checkpoint.mxfp8_layers import find_layers
 from .checkpoint.provenance import PROVENANCE_KEY, read_provenance
 from .checkpoint.zimage import group_of
+from .checks import file_or_folder
 from .errors import CheckpointError, WrongKindError
 
 
@@ -101,12 +101,13 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         CheckpointError: there is no such file, it cannot be read, or it is neither a file nor a
             folder.
     """
+    path = file_or_folder("path", path)
     try:
         found = identify(path)
     except WrongKindError as error:
         return _unusable(path, error.kind.title, error)
     except CheckpointError as error:
-        if not (Path(path).is_file() and os.access(path, os.R_OK)):
+        if not (path.is_file() and os.access(path, os.R_OK)):
             raise
         return _unusable(path, "a damaged or unknown file", error)
     checkpoint, scope = found.checkpoint, found.scope

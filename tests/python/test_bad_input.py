@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,18 +12,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import zimage_mxfp8 as zm
 from conftest import Run, Tensors, random_tensors, small_shapes
 from test_convert import PREFIX, to_diffusers, write_shards
 from zimage_mxfp8.checkpoint.output import AtomicFile
 from zimage_mxfp8.errors import OutputError
+from zimage_mxfp8.transformer.weights import open_model
 
 
 def fails(result: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
@@ -424,8 +428,15 @@ def test_permissions(cli: Run, small_file: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     (tmp_path / "blind").mkdir(mode=0o300)
     drop = {"preexec_fn": drop_the_right_to_ignore_permissions}
-    fails(cli("convert", "-i", "in.safetensors", **drop), 1, "cannot be read: Permission denied")
+    fails(
+        cli("convert", "-i", "in.safetensors", **drop),
+        1,
+        "in.safetensors cannot be read: no permission",
+    )
     (tmp_path / "in.safetensors").chmod(0o600)
+    (tmp_path / "closed" / "transformer").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    fails(cli("inspect", "closed", **drop), 1, "closed cannot be read: no permission; allow")
     result = cli("convert", "-i", "in.safetensors", "-o", "locked/o.safetensors", **drop)
     fails(result, 1, "locked is not writable")
     # Writable but not listable: cleaning up and flushing the folder fail, the conversion does not.
@@ -637,3 +648,34 @@ def test_header_decides_how_much_memory_is_used(tmp_path: Path, cli: Run) -> Non
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 
     fails(cli("convert", "-i", path, preexec_fn=limit_memory), 1, "truncated or no safetensors")
+
+
+@pytest.mark.parametrize("value", [5, "a\0b", b"a\0b", ["a"]])
+def test_paths_of_wrong_types(small_file: Path, value: Any) -> None:
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: zm.convert(value),
+        lambda: zm.convert(small_file, value),
+        lambda: zm.convert(small_file, report=value),
+        lambda: zm.inspect(value),
+        lambda: zm.validate(value),
+        lambda: zm.dequantize_checkpoint(small_file, value),
+    )
+    for call in calls:
+        with pytest.raises(zm.UsageError, match=r"must be .*path"):
+            call()
+    only(small_file.parent, small_file.name)
+
+
+def test_vectors_that_the_model_does_not_have(cli: Run, small_file: Path, tmp_path: Path) -> None:
+    """They are copied, as ComfyUI ignores them, with a warning that `generate` does not."""
+    tensors = load_file(small_file)
+    names = [f"layers.0.attention.{part}.bias" for part in "abcdefg"]
+    tensors |= {name: torch.zeros(8, dtype=torch.bfloat16) for name in names}
+    save_file(tensors, tmp_path / "in.safetensors")
+    result = cli("convert", "in.safetensors", "out.safetensors")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("it is copied, and generate refuses the converted file") == 5
+    assert "2 more of such tensors" in result.stderr
+    assert names[6] in load_file(tmp_path / "out.safetensors")
+    with pytest.raises(zm.CheckpointError, match=re.escape(names[0])):
+        open_model(tmp_path / "out.safetensors")

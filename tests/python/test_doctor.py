@@ -163,6 +163,10 @@ def test_extras_are_those_of_the_project_file(monkeypatch: pytest.MonkeyPatch) -
     assert not any("torch" in package for package in generate.missing)
 
 
+def test_a_diagnosis_prints_as_doctor_does(cli: Run) -> None:
+    assert str(zm.diagnose()).split() == cli("doctor").stdout.split()
+
+
 class Missing:
     """`importlib.metadata.version` where few packages are installed."""
 

@@ -121,7 +121,7 @@ MALFORMED: dict[str, tuple[object, bytes, int | None, str]] = {
     "size a bool": ({"a": entry("U8", [True], [0, 1])}, b"1", None, 'tensor "a" a shape'),
     "size a fraction": ({"a": entry(shape=[2.0])}, b"1234", None, 'tensor "a" a shape'),
     "absurd size": ({"a": entry(shape=[10**4000] * 2)}, b"1234", None, 'tensor "a" a shape'),
-    "absurd product": ({"a": entry(shape=[2**62] * 999)}, b"1234", None, "more than any file"),
+    "absurd product": ({"a": entry(shape=[2**62] * 999)}, b"1234", None, "more than a file"),
     "half a byte": ({"a": entry("F4", [9])}, b"1234", None, "F4 [9] needs 4.5"),
     "half a character": (b'{"\\ud800": {}}', b"", None, "half a surrogate pair"),
     "offsets reversed": ({"a": entry(offsets=[4, 0])}, b"1234", None, "data_offsets"),
@@ -149,6 +149,7 @@ def test_malformed_files_get_one_sentence(tmp_path: Path, case: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_header(path)
     assert sentence in str(caught.value)
+    assert str(caught.value).endswith("; download or export it again")
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -170,6 +170,9 @@ def test_texts_after_the_pixels_are_found(tmp_path: Path) -> None:
     assert read_texts(tmp_path / "i.png", ("key",)) == {"key": "late"}
     (tmp_path / "i.png").write_bytes(late[:-12])  # cut off after the text
     assert read_texts(tmp_path / "i.png", ("key",)) == {"key": "late"}
+    (tmp_path / "i.png").write_bytes(late[: at - 2])  # and before it
+    with pytest.raises(zm.CheckpointError, match="damaged or incomplete PNG"):
+        read_texts(tmp_path / "i.png", ("key",))
 
 
 BOMB = zlib.compress(bytes(100 << 20), 9)

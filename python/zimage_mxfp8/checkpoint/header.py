@@ -60,7 +60,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-            _fail(path, "is not a regular file")
+            _fail(path, "is not a regular file", "name a file or a folder")
         with path.open("rb") as file:
             file_size = path.stat().st_size
             prefix = file.read(8)
@@ -71,7 +71,7 @@ def read_header(path: Path) -> Header:
                 _fail(
                     path,
                     f"is truncated or no safetensors file: its header should have {length:,} "
-                    f"bytes, the file has {file_size:,}; download it again",
+                    f"bytes, the file has {file_size:,}",
                 )
             if length > MAX_HEADER_BYTES:
                 _fail(path, f"has a header of {length:,} bytes, over the format's limit of 100 MB")
@@ -137,12 +137,14 @@ def file_size(header: bytes, places: Mapping[str, TensorInfo]) -> int:
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file that the operating system does not let us read."""
     if isinstance(error, FileNotFoundError):
-        return CheckpointError(f"{path} does not exist")
+        return CheckpointError(f"{path} does not exist; check the path")
+    if isinstance(error, PermissionError):
+        return CheckpointError(f"{path} cannot be read: no permission; allow this user to read it")
     return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
 
 
-def _fail(path: Path, what: str) -> NoReturn:
-    raise CheckpointError(f"{path} {what}")
+def _fail(path: Path, what: str, remedy: str = "download or export it again") -> NoReturn:
+    raise CheckpointError(f"{path} {what}; {remedy}")
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
@@ -155,22 +157,32 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
         return result
 
     def no_constants(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not JSON")
+        raise ValueError(text)
 
     try:
         document = json.loads(
             text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants
         )
     except (ValueError, RecursionError) as error:
-        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        _fail(path, f"has a header that is not JSON ({detail}); download it again")
+        detail = _what_is_wrong(error)
+        _fail(path, f"has a header that is not JSON ({detail})")
     if not isinstance(document, dict):
         _fail(path, "has a header that is not a JSON object")
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        _fail(path, "has a header with half a surrogate pair, which is no Unicode text")
+        _fail(path, "has a header with half a surrogate pair, which is not Unicode text")
     return document
+
+
+def _what_is_wrong(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
+    return "a number out of range"
 
 
 def _is_size(value: object) -> bool:
@@ -184,18 +196,18 @@ def _parse_entry(path: Path, name: str, entry: object, data_begin: int) -> Tenso
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_BITS:
         _fail(path, f'gives tensor "{name}" the unknown dtype {json.dumps(dtype)}')
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        _fail(path, f'gives tensor "{name}" a shape that is no list of sizes')
+        _fail(path, f'gives tensor "{name}" a shape that is not a list of sizes')
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not all(_is_size(offset) for offset in offsets)
         or offsets[0] > offsets[1]
     ):
-        _fail(path, f'gives tensor "{name}" data_offsets that are no [begin, end]')
+        _fail(path, f'gives tensor "{name}" data_offsets that are not [begin, end]')
     bits = math.prod(shape) * SAFETENSORS_BITS[dtype]
     begin, end = offsets
     if bits != (end - begin) * 8:
-        needed = "more than any file has" if bits >= 2**66 else f"{bits / 8:,.10g}"
+        needed = "more than a file can hold" if bits >= 2**66 else f"{bits / 8:,.10g}"
         _fail(
             path,
             f'gives tensor "{name}" {end - begin:,} bytes, but {dtype} {shape} needs {needed}',
@@ -216,12 +228,12 @@ def _check_coverage(
             _fail(
                 path,
                 f'is truncated: tensor "{name}" ends at byte {info.end:,}, the file has '
-                f"{file_size:,}; download it again",
+                f"{file_size:,}",
             )
         position, previous = info.end, name
     if position != file_size:
         _fail(
             path,
             f"has {file_size - position:,} bytes after its last tensor, so its header and its data "
-            "do not belong together; download it again",
+            "do not belong together",
         )

@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
+from ..checks import file_or_folder
 from . import kinds
 from .adapters import describe_adapter, find_adapter_tensor, is_adapter
 from .diffusers_layout import is_diffusers_layout, other_patch_size, to_comfyui_layout
@@ -132,7 +132,7 @@ def identify(path: str | os.PathLike[str]) -> Identified:
         WrongKindError: it is not a safetensors file, and its kind is known.
         CheckpointError: unreadable or malformed, or tensors that do not fit together.
     """
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint = open_checkpoint(file_or_folder("a checkpoint", path))
     names = checkpoint.tensors.keys()
     scopes = find_scopes(names)
     if not scopes:

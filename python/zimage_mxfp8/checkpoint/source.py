@@ -82,7 +82,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: unreadable, malformed, incomplete, or without any tensor. Of the class
             `WrongKindError` if it is a known kind of file that is not safetensors.
     """
-    shards, index = _folder_shards(path) if path.is_dir() else ({path: None}, None)
+    try:
+        shards, index = _folder_shards(path) if path.is_dir() else ({path: None}, None)
+    except OSError as error:  # a folder without permission
+        raise unreadable(path, error) from None
     tensors: dict[str, SourceTensor] = {}
     metadata: dict[str, str] = {}
     for file, expected in shards.items():
@@ -94,19 +97,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
         for name in sorted(expected or ()):
             if name not in header.tensors:
                 raise CheckpointError(
-                    f'{file} lacks tensor "{name}", which the index of {path} puts there'
+                    f'{file} lacks tensor "{name}", which the index of {path} puts there; '
+                    "download both again"
                 )
         for name, info in header.tensors.items():
             if name in tensors:
                 raise CheckpointError(
-                    f'{file} has tensor "{name}", which is also in {tensors[name].segments[0].path}'
+                    f'{file} has tensor "{name}", which is also in '
+                    f"{tensors[name].segments[0].path}; download the folder again"
                 )
             segment = Segment(file, info.begin, info.nbytes)
             tensors[name] = SourceTensor(name, info.dtype, info.shape, (segment,))
         for key, value in header.metadata.items():
             metadata.setdefault(key, value)
     if not tensors:
-        raise CheckpointError(f"{path} has no tensors")
+        raise CheckpointError(f"{path} has no tensors; download or export it again")
     return Checkpoint(path, tensors, metadata, tuple(shards), index)
 
 

@@ -9,7 +9,7 @@ from ..errors import CheckpointError
 from .source import Checkpoint
 from .zimage import ANCHOR, BLOCK_TENSOR, SIGNATURE, Scope, expected_shapes
 
-_MOST_NAMED = 5
+MAX_NAMED = 5
 _INTEGERS = ("U64", "I64", "U32", "I32", "U16", "I16", "I8", "U8", "BOOL", "C64")
 _UNRECOGNISED = "is missing, without which ComfyUI does not recognise Z-Image"
 
@@ -94,8 +94,8 @@ def _known(checkpoint: Checkpoint, scope: Scope) -> Collection[str]:
 
 def structure_error(checkpoint: Checkpoint, problems: Sequence[Problem]) -> CheckpointError:
     """The error for a Z-Image with structural problems: names up to five, counts the rest."""
-    named = "; ".join(f'"{tensor}" {problem}' for tensor, problem in problems[:_MOST_NAMED])
-    rest = len(problems) - _MOST_NAMED
+    named = "; ".join(f'"{tensor}" {problem}' for tensor, problem in problems[:MAX_NAMED])
+    rest = len(problems) - MAX_NAMED
     more = f"; and {rest:,} more" if rest > 0 else ""
     return CheckpointError(
         f"{checkpoint.path} is not a whole Z-Image transformer: {named}{more}; download or export "

@@ -20,7 +20,8 @@ from ..checkpoint import quantization as marks
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.output import AtomicFile, check_distinct, check_target, write_file
 from ..checkpoint.source import SourceTensor, sha256
-from ..checks import check_threads
+from ..checks import check_threads, file_or_folder
+from ..checks import path as path_argument
 from ..codec import padded_shape, scale_shape
 from ..devices import cuda_index
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
@@ -198,7 +199,9 @@ def convert(
         hash_source=hash_source,
     )
     check_threads(threads)
-    target = default_output(Path(source)) if output is None else Path(output)
+    source = file_or_folder("source", source)
+    target = default_output(source) if output is None else path_argument("output", output)
+    report_file = None if report is None else path_argument("report", report)
     found = open_for(source, "convert", any_model=any_model)
     hashes = [sha256(path) for path in found.checkpoint.files] if hash_source else ()
     plan = _plan(found, options, hashes, threads)
@@ -206,9 +209,9 @@ def convert(
     if Path(plan.recipe.name).is_file():
         sources.append(Path(plan.recipe.name))
     check_target(target, sources, overwrite=overwrite)
-    if report is not None:
-        check_target(Path(report), sources, overwrite=overwrite)
-        check_distinct([target, Path(report)])
+    if report_file is not None:
+        check_target(report_file, sources, overwrite=overwrite)
+        check_distinct([target, report_file])
     if cuda_device is not None:
         # The first use of a device takes half a second: let that pass while we compute.
         with contextlib.suppress(RuntimeError):  # no more threads: then it waits
@@ -253,9 +256,9 @@ def convert(
         notes=list(plan.notes),
         errors=None if collected is None else merge_rows(collected),
     )
-    if report is not None:
+    if report_file is not None:
         content = json.dumps(result.to_dict(), indent=1).encode()
-        write_file(Path(report), content, overwrite=overwrite)
+        write_file(report_file, content, overwrite=overwrite)
     return result
 
 

@@ -13,7 +13,13 @@ from ..checkpoint.header import TensorInfo, file_size, layout_header
 from ..checkpoint.identify import Identified
 from ..checkpoint.provenance import PROVENANCE_KEY
 from ..checkpoint.source import Checkpoint, SourceTensor
-from ..checkpoint.structure import missing_or_misshapen, structure_error, unknown_weights
+from ..checkpoint.structure import (
+    MAX_NAMED,
+    missing_or_misshapen,
+    structure_error,
+    unknown_parameters,
+    unknown_weights,
+)
 from ..checkpoint.zimage import COMFYUI_PREFIXES, NOT_TRANSFORMER, Scope, group_of, is_modulation
 from ..codec import padded_shape, scale_shape
 from ..dtypes import FLOAT_NAMES
@@ -170,7 +176,7 @@ def make_plan(
         header,
         places,
         file_size(header, places),
-        _warnings(tensors, recipe, scope),
+        (*_warnings(tensors, recipe, scope), *_unknown(source)),
         _notes(source, tensors),
     )
 
@@ -284,6 +290,17 @@ def _warnings(
             "will not load the file"
         )
     return tuple(warnings)
+
+
+def _unknown(source: Identified) -> list[str]:
+    """Warnings of vectors that ComfyUI ignores and that this package does not run without."""
+    if not source.scope.zimage:
+        return []
+    unknown = unknown_parameters(source.checkpoint, source.scope)
+    return [
+        f'"{name}" {problem}: it is copied, and generate refuses the converted file'
+        for name, problem in unknown[:MAX_NAMED]
+    ] + ([f"{len(unknown) - MAX_NAMED} more of such tensors"] if unknown[MAX_NAMED:] else [])
 
 
 def _notes(source: Identified, tensors: Mapping[str, PlannedTensor]) -> tuple[str, ...]:

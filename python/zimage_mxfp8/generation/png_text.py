@@ -40,7 +40,13 @@ def read_texts(path: Path, keys: Collection[str]) -> dict[str, str]:
 
 def _read_chunks(path: Path, file: BinaryIO, keys: Collection[str]) -> dict[str, str]:
     texts: dict[str, str] = {}
-    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+    while (head := file.read(8))[4:] != b"IEND":
+        if len(head) < 8 or not head[4:].isalpha():
+            if texts:
+                break
+            raise CheckpointError(
+                f"{path} is a damaged or incomplete PNG file; copy or download it again"
+            )
         size, kind = int.from_bytes(head[:4], "big"), head[4:]
         begin = file.tell()
         if kind in (b"tEXt", b"zTXt", b"iTXt"):

@@ -22,7 +22,7 @@ def print_validation(report: ValidationReport, screen: Screen) -> None:
         print_errors(report.errors, screen)
     compared = "; codes, scales and their order equal the original's" if report.against else ""
     if report.ok:
-        screen.text(f"{report.file}: sound, {report.layers} MXFP8 layers{compared}")
+        screen.text(f"{report.file}: sound, {plural(report.layers, 'MXFP8 layer')}{compared}")
     else:
         count = plural(len(report.breaches), "breach", "breaches")
         screen.text(f"{report.file}: {count} of the contract")

@@ -178,7 +178,11 @@ def _read(path: Path, name: str) -> Recipe:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # TOML or UTF-8
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"recipe {path} is not TOML: byte {error.start} is not UTF-8; save it as UTF-8 text"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from None
     known = {
         "title": str,

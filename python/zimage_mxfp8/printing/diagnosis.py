@@ -1,0 +1,68 @@
+"""What `diagnose` found."""
+
+from __future__ import annotations
+
+from ..devices import HOW_TO_GET_KERNELS
+from ..diagnosis import Diagnosis, Paths
+from .screen import Screen, size_text
+
+
+def print_diagnosis(found: Diagnosis, screen: Screen) -> None:
+    """Print a `Diagnosis`."""
+    kernels = f"none: {found.no_cuda}"
+    if found.cuda:
+        kernels = f"{', '.join(found.architectures)} (compiled by CUDA {found.cuda})"
+    rows = [
+        ["zimage-mxfp8", found.version],
+        ["Python", found.python],
+        ["CPU kernels", f"{found.cpu_target}, of {', '.join(found.cpu_targets)}"],
+        ["cores", str(found.threads)],
+        ["CUDA kernels", kernels],
+        ["CUTLASS", found.cutlass or "not used"],
+        ["cuBLASLt", found.cublaslt or "not found"],
+        ["NVIDIA driver", f"for CUDA {found.driver}" if found.driver else "not found"],
+        *([name, number] for name, number in found.libraries.items()),
+    ]
+    screen.table("Installation", ["what", "version"], rows)
+    _print_paths(screen, "CPU", found.cpu, {})
+    if not found.devices:
+        screen.text(f"No CUDA device: {found.no_devices}. Everything runs on the CPU.")
+    for device in found.devices:
+        memory = size_text(device.memory)
+        title = f"{device.name}, compute capability {device.capability}, {memory}"
+        other = ("without kernels", device.without_kernels)
+        if not device.kernels:
+            other = ("with kernels", device.with_kernels)
+        _print_paths(
+            screen, title, device.paths, {f"compute modes {other[0]}": ", ".join(other[1])}
+        )
+    if found.devices and not found.cuda:
+        screen.text(f"To get CUDA kernels, {HOW_TO_GET_KERNELS}.")
+    screen.table(
+        "Extras",
+        ["extra", "missing", "what installs it"],
+        [
+            [
+                extra.name,
+                ", ".join(extra.missing) or "nothing",
+                extra.command if extra.missing else "",
+            ]
+            for extra in found.extras
+        ],
+    )
+
+
+def _print_paths(screen: Screen, title: str, paths: Paths, more: dict[str, str]) -> None:
+    taken = {
+        what: path or "only emulated, when asked for" for what, path in paths.preferred.items()
+    }
+    modes = ", ".join(
+        f"{mode} (auto)" if mode == paths.compute[0] else mode for mode in paths.compute
+    )
+    taken |= {"transformer's compute modes": modes or "none", **more}
+    screen.table(title, ["product", "path"], [list(row) for row in taken.items()])
+    reasons = {
+        **paths.reasons,
+        **{f"mode {mode}": why for mode, why in paths.missing_modes.items()},
+    }
+    screen.table(None, ["not taken", "because"], [list(row) for row in reasons.items()])
