@@ -1,5 +1,5 @@
 """The whole transformer on a CUDA device: speed, memory, loading, errors and where the time goes,
-beside diffusers' BF16 model under torch.compile, and a picture with `generate`, in one run.
+beside diffusers' BF16 model under torch.compile, and an image with `generate`, in one run.
 
     python benchmarks/transformer.py                    # full size; needs 20 GB of disk
     python benchmarks/transformer.py --only ours peer   # some parts; --help lists them
@@ -43,10 +43,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "python"))
 from model_folder import make_parts
 
 PARTS = ("load", "start", "generate", "ours", "profile", "errors", "peer")
-# Pixels of a side, pictures, caption tokens.
+# Pixels of a side, images, caption tokens.
 SHAPES = [(1024, 1, 128), (512, 1, 128), (1536, 1, 128), (2048, 1, 128), (1024, 4, 128)]
 SHAPES.append((1024, 1, 512))
-MODES: tuple[Compute, ...] = ("folded", "exact")
+MODES: tuple[Compute, ...] = ("fp8", "weight-only")
 Inputs = tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
 
 START = """
@@ -83,15 +83,15 @@ sys.exit(code)
 """
 
 
-def random_inputs(side: int, pictures: int, tokens: int, seed: int = 0) -> Inputs:
+def random_inputs(side: int, images: int, tokens: int, seed: int = 0) -> Inputs:
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
-    images = [randn(16, 1, side // 8, side // 8) for _ in range(pictures)]
-    times = torch.rand(pictures, generator=generator, device="cuda")
-    return images, times, [randn(tokens, 2560) for _ in range(pictures)]
+    images = [randn(16, 1, side // 8, side // 8) for _ in range(images)]
+    times = torch.rand(images, generator=generator, device="cuda")
+    return images, times, [randn(tokens, 2560) for _ in range(images)]
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
@@ -153,7 +153,7 @@ def measure_load(file: Path) -> dict[str, float]:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{model!r}\nworst fold {model.worst_fold:.2e}", flush=True)
+    print(f"{model!r}\nworst fold {model.max_fold_error:.2e}", flush=True)
     return {"seconds": seconds, "host MiB above": (after - before) / 1024}
 
 
@@ -178,16 +178,16 @@ def measure_generate(file: Path) -> dict[str, dict[str, float]]:
     """
     result = {}
     with tempfile.TemporaryDirectory() as folder:
-        model, picture = Path(folder) / "model", Path(folder) / "o.png"
+        model, image = Path(folder) / "model", Path(folder) / "o.png"
         make_model_folder(model)
         command = [sys.executable, "-c", GENERATE, "--model-dir", str(model)]
-        command += ["--transformer", str(file), "--prompt", "a cat", "-o", str(picture)]
+        command += ["--transformer", str(file), "--prompt", "a cat", "-o", str(image)]
         for name, options in (("all parts kept", []), ("--offload", ["--offload"])):
-            picture.unlink(missing_ok=True)
+            image.unlink(missing_ok=True)
             began = time.time()
             process = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE)
             times, peak = json.loads(process.stdout.splitlines()[-1])
-            times["PNG"] = picture.stat().st_mtime
+            times["PNG"] = image.stat().st_mtime
             result[name] = {stage: at - began for stage, at in times.items()} | {"peak GB": peak}
     return result
 
@@ -283,7 +283,7 @@ def measure_errors(checkpoint: Path, file: Path) -> dict[str, dict[str, float]]:
         "ours BF16": lambda: zm.ZImageTransformer.from_checkpoint(checkpoint, "cuda"),
         **{
             mode: lambda mode=mode: zm.ZImageTransformer.from_checkpoint(file, "cuda", mode)
-            for mode in modes(("exact", "emulated", "folded"))
+            for mode in modes(("weight-only", "mxfp8-emulated", "fp8"))
         },
     }
     for name, make in models.items():
@@ -342,7 +342,7 @@ def main() -> None:
     if "start" in arguments.only:
         note("start to the end of 8 steps, seconds", measure_start(file))
     if "generate" in arguments.only:
-        note("start of generate to its stages and its picture, seconds", measure_generate(file))
+        note("start of generate to its stages and its image, seconds", measure_generate(file))
     if "ours" in arguments.only:
         note("ours", measure_ours(file, arguments.repeats))
     if "profile" in arguments.only:

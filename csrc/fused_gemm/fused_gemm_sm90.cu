@@ -49,7 +49,7 @@ constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 2 * kWarps) * 8 + 1024
 static_assert(kSharedBytes <= 232448);
 
 // A warp's 16 tokens in boxes, as TMA swizzles them.
-struct Boxes {
+struct SmemTile {
   uint32_t address;
 
   // Where eight columns are: piece 0 to 7 of a box.
@@ -59,7 +59,7 @@ struct Boxes {
 };
 
 // Eight columns of BF16, or of scales, as float32.
-struct Eight {
+struct Vec8 {
   float of[8];
 
   __device__ void load(uint32_t address) {
@@ -77,7 +77,7 @@ struct Eight {
     of[4] = high.x, of[5] = high.y, of[6] = high.z, of[7] = high.w;
   }
 
-  __device__ void scale(float of_token, const Eight& of_columns) {
+  __device__ void scale(float of_token, const Vec8& of_columns) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) of[i] = __fmul_rn(__fmul_rn(of[i], of_token), of_columns.of[i]);
   }
@@ -111,8 +111,8 @@ struct Operands {
     return __ldg(a_scales + min(first_token + int(threadIdx.x) % kWarpTokens, m - 1));
   }
   // N is a multiple of 8.
-  __device__ Eight b_scales8(int row) const {
-    Eight scales;
+  __device__ Vec8 b_scales8(int row) const {
+    Vec8 scales;
     scales.load(b_scales + min(row, n - 8));
     return scales;
   }
@@ -131,16 +131,16 @@ struct SiluMultiply {
 
   __device__ int row_of_b(int tile, int half) const { return tile * kColumns + half * columns; }
 
-  __device__ void operator()(Boxes boxes, const Operands& operands, int first_token,
+  __device__ void operator()(SmemTile boxes, const Operands& operands, int first_token,
                              int tile) const {
     const int lane = threadIdx.x % 32, box = lane % 16 / 8, piece = lane % 8;
     const int column = min(tile * kColumns + lane % 16 * 8, columns - 8);
-    const Eight gate_scales = operands.b_scales8(column);
-    const Eight up_scales = operands.b_scales8(columns + column);
+    const Vec8 gate_scales = operands.b_scales8(column);
+    const Vec8 up_scales = operands.b_scales8(columns + column);
     const float a_scales = operands.a_scales16(first_token);
 #pragma unroll 1
     for (int first = lane / 16; first < kWarpTokens; first += 2 * kTogether) {
-      Eight gate[kTogether], up[kTogether];
+      Vec8 gate[kTogether], up[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         gate[i].load(boxes.piece(first + 2 * i, box, piece));
@@ -173,12 +173,12 @@ struct RotateHeads {
 
   __device__ int row_of_b(int tile, int half) const { return tile * kRows + half * kRows / 2; }
 
-  __device__ void operator()(Boxes boxes, const Operands& operands, int first_token,
+  __device__ void operator()(SmemTile boxes, const Operands& operands, int first_token,
                              int tile) const {
     const int lane = threadIdx.x % 32, box = lane / 8, piece = lane % 8;
     const float a_scales = operands.a_scales16(first_token);
-    const Eight b_scales = operands.b_scales8(tile * kRows + lane * 8);
-    const auto load_scaled = [&](int first, Eight(&values)[kTogether]) {
+    const Vec8 b_scales = operands.b_scales8(tile * kRows + lane * 8);
+    const auto load_scaled = [&](int first, Vec8(&values)[kTogether]) {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) values[i].load(boxes.piece(first + i, box, piece));
 #pragma unroll
@@ -186,11 +186,11 @@ struct RotateHeads {
         values[i].scale(__shfl_sync(~0u, a_scales, first + i), b_scales);
       }
     };
-    const auto store = [&](int first, const Eight(&values)[kTogether]) {
+    const auto store = [&](int first, const Vec8(&values)[kTogether]) {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) values[i].store(boxes.piece(first + i, box, piece));
     };
-    Eight values[kTogether];
+    Vec8 values[kTogether];
     if (tile >= heads) {  // both are of v
 #pragma unroll 1
       for (int first = 0; first < kWarpTokens; first += kTogether) {
@@ -202,10 +202,10 @@ struct RotateHeads {
     const int head = tile * 2 + lane / kLanes;
     Weight weight;
     weight.vector = __ldg((head < heads ? q_weight : k_weight) + lane % kLanes);
-    Turns next = load_turns(first_token, operands.m);
+    RotationPairs next = load_turns(first_token, operands.m);
 #pragma unroll 1
     for (int first = 0; first < kWarpTokens; first += kTogether) {
-      const Turns turns = next;
+      const RotationPairs turns = next;
       next = load_turns(first_token + min(first + kTogether, kWarpTokens - 1), operands.m);
       load_scaled(first, values);
       float mean[kTogether];
@@ -219,7 +219,7 @@ struct RotateHeads {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const float factor = rsqrtf(__fadd_rn(mean[i], eps));
-        const Eight rotated = normed_and_rotated(values[i], weight, factor, turns.of[i]);
+        const Vec8 rotated = normed_and_rotated(values[i], weight, factor, turns.of[i]);
         values[i] = head < 2 * heads ? rotated : values[i];
       }
       store(first, values);
@@ -233,12 +233,12 @@ struct RotateHeads {
   };
 
   // Cosines and sines of a lane's columns, for tokens that are taken together.
-  struct Turns {
+  struct RotationPairs {
     float4 of[kTogether][2];
   };
 
-  __device__ Turns load_turns(int token, int tokens) const {
-    Turns turns;
+  __device__ RotationPairs load_turns(int token, int tokens) const {
+    RotationPairs turns;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const float4* const of_row =
@@ -249,9 +249,9 @@ struct RotateHeads {
     return turns;
   }
 
-  static __device__ Eight normed_and_rotated(const Eight& values, const Weight& weight,
+  static __device__ Vec8 normed_and_rotated(const Vec8& values, const Weight& weight,
                                              float factor, const float4 (&turns)[2]) {
-    Eight result;
+    Vec8 result;
 #pragma unroll
     for (int e = 0; e < 8; e += 2) {
       const uint32_t pair = weight.pair[e / 2];
@@ -299,7 +299,7 @@ __device__ void multiply(float (&sums)[kRows / 2], uint64_t a, uint64_t b, int h
 }
 
 // Leaves a warp's sums of 16 tokens (see wgmma.cuh), rounded.
-__device__ void store_sums(const float (&sums)[kRows / 2], Boxes boxes) {
+__device__ void store_sums(const float (&sums)[kRows / 2], SmemTile boxes) {
   // Four 8x8 matrices at a time: eight tokens and those 8 below, two groups of eight columns.
   const int lane = threadIdx.x % 32, matrix = lane / 8, row = matrix % 2 * 8 + lane % 8;
 #pragma unroll
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto sums_full = [&](int warp) { return barrier(2 * kStages + warp); };
   const auto sums_empty = [&](int warp) { return barrier(2 * kStages + kWarps + warp); };
   const auto boxes_of = [&](int warp) {
-    return Boxes{shared + kOutAt + warp / 4 * kBoxes * kBoxBytes +
+    return SmemTile{shared + kOutAt + warp / 4 * kBoxes * kBoxBytes +
                  warp % 4 * kWarpTokens * kBoxColumns * 2};
   };
   const int block = block_of_cluster();
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
         for (int warp = epilogue_warp; warp < kWarps; warp += kEpilogueWarps) {
           const int token = tile.token + warp * kWarpTokens;
-          const Boxes boxes = boxes_of(warp);
+          const SmemTile boxes = boxes_of(warp);
           barrier_wait(sums_full(warp), full_phase);
           p.epilogue(boxes, p.operands, token, b_tile);
           fence_for_copies();
@@ -437,8 +437,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           constexpr int part = kTokens / kCluster;
           copy_box_to_cluster(a_map, full(stage), a + block * part * kDepth, step * kDepth,
                               tile.token + block * part, (1 << kCluster) - 1);
-          copy_box(b_map, full(stage), b, step * kDepth, b_rows[0]);
-          copy_box(b_map, full(stage), b + kBBytes / 2, step * kDepth, b_rows[1]);
+          tma_load_2d(b_map, full(stage), b, step * kDepth, b_rows[0]);
+          tma_load_2d(b_map, full(stage), b + kBBytes / 2, step * kDepth, b_rows[1]);
           next_stage();
         }
       }

@@ -14,11 +14,11 @@ std::string cublaslt_version() { return detail::cublaslt::version(); }
 namespace detail {
 namespace {
 
-// Parts of a workspace, each aligned for every use. Without one only the size counts.
-class Parts {
+// WorkspaceLayout of a workspace, each aligned for every use. Without one only the size counts.
+class WorkspaceLayout {
  public:
-  Parts() = default;
-  explicit Parts(Workspace workspace)
+  WorkspaceLayout() = default;
+  explicit WorkspaceLayout(Workspace workspace)
       : base_(static_cast<char*>(workspace.data)), limit_(workspace.bytes) {}
 
   void* take(std::int64_t bytes) {
@@ -44,7 +44,7 @@ class Parts {
 class Epilogue {
  public:
   // Completes `product`, which has the operands, and takes parts of the workspace.
-  Epilogue(const GemmTask& task, cublaslt::Product& product, Parts& parts) : task_(task) {
+  Epilogue(const GemmTask& task, cublaslt::Product& product, WorkspaceLayout& parts) : task_(task) {
     library_ = parts.take(static_cast<std::int64_t>(cublaslt::kWorkspaceBytes));
     product.m = static_cast<int>(task.m);
     product.n = static_cast<int>(task.n);
@@ -105,7 +105,7 @@ cublaslt::Product row_scaled_product(const GemmTask& task) {
 }
 
 // An operand in BF16: as it is, or the part of the workspace that it is to be decoded to.
-const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, Parts& parts,
+const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, WorkspaceLayout& parts,
                     std::int64_t& row_stride) {
   if (operand.format == OperandFormat::kBFloat16) {
     row_stride = operand.row_stride;
@@ -115,7 +115,7 @@ const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int6
   return parts.take(rows * k * 2);
 }
 
-cublaslt::Product decoded_product(const GemmTask& task, Parts& parts) {
+cublaslt::Product decoded_product(const GemmTask& task, WorkspaceLayout& parts) {
   cublaslt::Product product{};
   product.a = decoded(task.a, task.m, task.k, parts, product.a_row_stride);
   product.b = decoded(task.b, task.n, task.k, parts, product.b_row_stride);
@@ -140,14 +140,14 @@ Support supports_cublaslt(std::size_t minimum) {
 
 std::size_t workspace_decode(const GemmProblem& problem) {
   const GemmTask task = task_of(problem);
-  Parts parts;
+  WorkspaceLayout parts;
   cublaslt::Product product = decoded_product(task, parts);
   const Epilogue epilogue(task, product, parts);
   return parts.used();
 }
 
 void gemm_decode(const GemmTask& task, Workspace workspace, CudaStream stream) {
-  Parts parts(workspace);
+  WorkspaceLayout parts(workspace);
   cublaslt::Product product = decoded_product(task, parts);
   const Epilogue epilogue(task, product, parts);
   decode(task.a, task.m, task.k, product.a, stream);
@@ -157,14 +157,14 @@ void gemm_decode(const GemmTask& task, Workspace workspace, CudaStream stream) {
 
 std::size_t workspace_row_scaled(const GemmProblem& problem) {
   const GemmTask task = task_of(problem);
-  Parts parts;
+  WorkspaceLayout parts;
   cublaslt::Product product = row_scaled_product(task);
   const Epilogue epilogue(task, product, parts);
   return parts.used();
 }
 
 void gemm_row_scaled(const GemmTask& task, Workspace workspace, CudaStream stream) {
-  Parts parts(workspace);
+  WorkspaceLayout parts(workspace);
   cublaslt::Product product = row_scaled_product(task);
   Epilogue(task, product, parts).run(product, stream);
 }

@@ -134,7 +134,7 @@ __device__ void load_fragments(Fragments& fragments, uint32_t codes, int row, ui
 // Sums go from thread to thread through shared memory, in pieces of 16 bytes that are kWarpgroup
 // pieces apart. They are given to a block of the cluster, and added by the one that received them.
 template <int count, int all>
-__device__ void give_sums(const float (&sums)[all], int first, uint32_t to, uint32_t block) {
+__device__ void store_accumulators(const float (&sums)[all], int first, uint32_t to, uint32_t block) {
 #pragma unroll
   for (int i = 0; i < count; i += 4) {
     const float* const four = sums + first + i;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(V::threads, 1)
   const int steps = min(steps_each, p.k_steps - first_step);
 
   if (group == V::consumers) {
-    if constexpr (V::consumers == 2) fewer_registers<40>();
+    if constexpr (V::consumers == 2) warpgroup_reg_dealloc<40>();
     if (threadIdx.x % kWarpgroup == 0) {
       int stage = 0;
       uint32_t phase = 0;
@@ -225,10 +225,10 @@ __global__ void __launch_bounds__(V::threads, 1)
               copy_box_to_cluster(x_map, full(stage), target + block * part * kHalf * 2, k,
                                   tile.token + block * part, (1 << V::multicast) - 1);
             } else {
-              copy_box(x_map, full(stage), target, k, tile.token);
+              tma_load_2d(x_map, full(stage), target, k, tile.token);
             }
           }
-          copy_box(w_map, full(stage), w_tiles + stage * V::w_bytes, step * kDepth, tile.weight);
+          tma_load_2d(w_map, full(stage), w_tiles + stage * V::w_bytes, step * kDepth, tile.weight);
           copy_bytes(p.scales + (int64_t(scale_row) * p.k_steps + step) * kScaleTile, full(stage),
                      scale_tiles + stage * kScaleTile, kScaleTile);
           if (++stage == V::stages) {
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(V::threads, 1)
       cluster_sync();
     }
   } else {
-    if constexpr (V::consumers == 2) more_registers<232>();
+    if constexpr (V::consumers == 2) warpgroup_reg_alloc<232>();
     const int row_group = group % V::row_groups, k_group = group / V::row_groups;
     const int thread = threadIdx.x % kWarpgroup;
     const int row = thread / 32 * 16 + thread % 32 / 4;
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(V::threads, 1)
         const auto from = [&](int other) {
           return received(V::sums_at + other * V::sum_bytes, V::sums);
         };
-        if (k_group > 0) give_sums<V::sums>(sums, 0, from(k_group - 1), block);
+        if (k_group > 0) store_accumulators<V::sums>(sums, 0, from(k_group - 1), block);
         named_barrier(1, V::consumers * kWarpgroup);
         if (k_group == 0) {
           for (int other = 0; other < V::k_groups - 1; ++other) add_sums(sums, from(other));
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(V::threads, 1)
             for (int i = 0; i < V::sums / V::split; ++i)
               part[i] = sums[of * V::sums / V::split + i];
           } else if (k_group == 0) {
-            give_sums<V::sums / V::split>(sums, of * V::sums / V::split, from(block - (block > of)),
+            store_accumulators<V::sums / V::split>(sums, of * V::sums / V::split, from(block - (block > of)),
                                           of);
           }
         }

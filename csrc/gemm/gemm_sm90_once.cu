@@ -32,7 +32,7 @@ constexpr int kScaleTile = 512;  // bytes: the scales of 128 weights and 128 of 
 // What a warp decodes at a time.
 constexpr int kUnitRows = 16, kUnitDepth = 128;
 // The columns of W are decoded in so many chunks at most: a lane looks after each.
-constexpr int kMostChunks = 32;
+constexpr int kMaxChunks = 32;
 constexpr int kGroupsAhead = 1;  // decoded before a block needs them
 
 // A variant of the kernel: how high a tile is.
@@ -69,7 +69,7 @@ struct Parameters {
   const uint8_t* scales;
   const __nv_bfloat16* bias;
   __nv_bfloat16* weights;  // in the workspace: W decoded
-  uint32_t* ready;         // [slabs][kMostChunks]: units decoded
+  uint32_t* ready;         // [slabs][kMaxChunks]: units decoded
   uint32_t* claimed;       // units
   int n, k;
   int m_tiles;      // tiles of tokens
@@ -81,7 +81,7 @@ struct Parameters {
 
 // ---- Decoding
 
-struct Unit {
+struct DecodeUnit {
   int group, slab, chunk;
   int row, column;  // its first
 };
@@ -93,7 +93,7 @@ __device__ uint32_t units_of_slab(const Parameters& p) {
 
 // The units of a group are claimed in order of K, so that products may begin with all rows.
 template <class V>
-__device__ Unit unit_of(const Parameters& p, uint32_t index) {
+__device__ DecodeUnit decode_unit(const Parameters& p, uint32_t index) {
   constexpr uint32_t row_units = V::slab / kUnitRows;
   const uint32_t group_units = p.group_slabs * units_of_slab<V>(p);
   const uint32_t group = index / group_units, in_group = index % group_units;
@@ -113,19 +113,19 @@ struct Codes {
   uint32_t scales;  // of blocks that are kUnitDepth wide together
 };
 
-struct Place {
+struct TilePosition {
   int64_t first;  // of the lane's elements
   int rows;       // of the lane's that there are
 };
 
-__device__ Place place_of(const Parameters& p, const Unit& unit) {
+__device__ TilePosition tile_position(const Parameters& p, const DecodeUnit& unit) {
   const int row = unit.row + threadIdx.x % 32 / 16, column = unit.column + threadIdx.x % 16 * 8;
   return {int64_t(row) * p.k + column, column < p.k ? (p.n - row + 1) / 2 : 0};
 }
 
-__device__ void load_codes(Codes& codes, const Parameters& p, const Unit& unit) {
+__device__ void load_codes(Codes& codes, const Parameters& p, const DecodeUnit& unit) {
   if (unit.row >= p.n || unit.column >= p.k) return;
-  const Place place = place_of(p, unit);
+  const TilePosition place = tile_position(p, unit);
   const int64_t scale_tile =
       int64_t(unit.row / 128) * ((p.k + kUnitDepth - 1) / kUnitDepth) + unit.column / kUnitDepth;
   const int row = unit.row % 128 + threadIdx.x % kUnitRows;
@@ -140,9 +140,9 @@ __device__ void load_codes(Codes& codes, const Parameters& p, const Unit& unit) 
   }
 }
 
-__device__ void store_weights(const Codes& codes, const Parameters& p, const Unit& unit) {
+__device__ void store_weights(const Codes& codes, const Parameters& p, const DecodeUnit& unit) {
   if (unit.row >= p.n || unit.column >= p.k) return;
-  const Place place = place_of(p, unit);
+  const TilePosition place = tile_position(p, unit);
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < Codes::rows; ++i) {
@@ -181,16 +181,16 @@ __device__ void decode_weights(const Parameters& p, int* group) {
   const bool first_lane = threadIdx.x % 32 == 0;
   const uint32_t units = p.slabs * units_of_slab<V>(p);
   const auto claim = [&] { return first_lane ? atomicAdd(p.claimed, 1) : 0; };
-  const auto may_begin = [&](const Unit& unit) {
+  const auto may_begin = [&](const DecodeUnit& unit) {
     const int current = first_lane ? atomicAdd(group, 0) : 0;
     return unit.group <= __shfl_sync(~0u, current, 0) + kGroupsAhead;
   };
-  const auto await = [&](const Unit& unit) {
+  const auto await = [&](const DecodeUnit& unit) {
     while (!may_begin(unit)) __nanosleep(500);
   };
   uint32_t index = __shfl_sync(~0u, claim(), 0);
   if (index >= units) return;
-  Unit unit = unit_of<V>(p, index);
+  DecodeUnit unit = decode_unit<V>(p, index);
   Codes codes;
   await(unit);
   load_codes(codes, p, unit);
@@ -199,8 +199,8 @@ __device__ void decode_weights(const Parameters& p, int* group) {
     store_weights(codes, p, unit);
     index = __shfl_sync(~0u, claimed, 0);
     const bool is_last = index >= units;
-    uint32_t* const ready = p.ready + unit.slab * kMostChunks + unit.chunk;
-    if (!is_last) unit = unit_of<V>(p, index);
+    uint32_t* const ready = p.ready + unit.slab * kMaxChunks + unit.chunk;
+    if (!is_last) unit = decode_unit<V>(p, index);
     // The next codes come while this unit's stores become visible.
     const bool begun = !is_last && may_begin(unit);
     if (begun) load_codes(codes, p, unit);
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(V::threads, 1)
   };
 
   if (warpgroup == V::consumers) {
-    fewer_registers<V::copier_registers>();
+    warpgroup_reg_dealloc<V::copier_registers>();
     if (threadIdx.x % kWarpgroup >= 32) {
       decode_weights<V>(p, group_of_block);
     } else {
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(V::threads, 1)
       for (int index = first_tile; index < tiles; index += tile_step) {
         const Tile tile = tile_of<V>(p, index);
         if (lane == 0) atomicExch(group_of_block, tile.group);
-        const uint32_t* const ready = p.ready + tile.slab * kMostChunks + lane;
+        const uint32_t* const ready = p.ready + tile.slab * kMaxChunks + lane;
         const int weight = tile.slab * V::slab + block * V::weights;
         uint32_t ready_chunks = 0;  // a bit each
         for (int chunk = 0; chunk < p.chunks; ++chunk) {
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(V::threads, 1)
               copy_box_to_cluster(x_map, full(stage),
                                   x_tiles + stage * V::x_bytes + block * part * kDepth * 2,
                                   step * kDepth, tile.token + block * part, (1 << kCluster) - 1);
-              copy_box(w_map, full(stage), w_tiles + stage * V::w_bytes, step * kDepth, weight);
+              tma_load_2d(w_map, full(stage), w_tiles + stage * V::w_bytes, step * kDepth, weight);
               next_stage();
             }
           }
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(V::threads, 1)
     }
     __syncwarp();
   } else {
-    more_registers<V::consumer_registers>();
+    warpgroup_reg_alloc<V::consumer_registers>();
     const int thread = threadIdx.x % kWarpgroup;
     float sums[kTokens / 2];
     int next_buffer = 0;  // for D
@@ -381,13 +381,13 @@ struct Plan {
 template <class V>
 Plan plan_of(int64_t n, int64_t k) {
   const int64_t depth_units = ceil_div(k, kUnitDepth);
-  const int64_t chunk_units = ceil_div(depth_units, kMostChunks);
+  const int64_t chunk_units = ceil_div(depth_units, kMaxChunks);
   Plan plan;
   plan.chunk_depth = static_cast<int>(chunk_units * kUnitDepth);
   plan.chunks = static_cast<int>(ceil_div(depth_units, chunk_units));
   plan.slabs = static_cast<int>(ceil_div(n, V::slab));
   plan.counter_bytes =
-      static_cast<std::size_t>(round_up((int64_t{plan.slabs} * kMostChunks + 1) * 4, 256));
+      static_cast<std::size_t>(round_up((int64_t{plan.slabs} * kMaxChunks + 1) * 4, 256));
   return plan;
 }
 
@@ -399,7 +399,7 @@ void run(const GemmTask& task, Workspace workspace, CudaStream stream) {
   p.scales = static_cast<const uint8_t*>(task.b.scales);
   p.bias = static_cast<const __nv_bfloat16*>(task.bias);
   p.ready = static_cast<uint32_t*>(workspace.data);
-  p.claimed = p.ready + plan.slabs * kMostChunks;
+  p.claimed = p.ready + plan.slabs * kMaxChunks;
   p.weights =
       reinterpret_cast<__nv_bfloat16*>(static_cast<char*>(workspace.data) + plan.counter_bytes);
   p.n = static_cast<int>(task.n);

@@ -78,7 +78,7 @@ __device__ inline void launch_dependents() {
 __device__ inline void await_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Copies a box of a tensor map, beginning at (column, row), to shared memory.
-__device__ inline void copy_box(const CUtensorMap& map, uint32_t barrier, uint32_t target,
+__device__ inline void tma_load_2d(const CUtensorMap& map, uint32_t barrier, uint32_t target,
                                 int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -180,12 +180,12 @@ __device__ inline void store_shared(uint32_t address, uint32_t block_of_cluster,
 }
 
 template <uint32_t registers>
-__device__ void more_registers() {
+__device__ void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
 template <uint32_t registers>
-__device__ void fewer_registers() {
+__device__ void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 

@@ -14,7 +14,7 @@ namespace {
 // Elements that are worth clearing and adding up a table of a thread's own.
 constexpr std::int64_t kGrain = std::int64_t{1} << 20;
 // Elements after which a 32-bit counter could be full.
-constexpr std::int64_t kMostCounted = std::int64_t{1} << 31;
+constexpr std::int64_t kMaxCounted = std::int64_t{1} << 31;
 
 // Tables of one thread, in 32 bits so that more of them stay in the fastest cache.
 class Tables {
@@ -23,8 +23,8 @@ class Tables {
 
   void count(const char* row, std::int64_t elements, std::vector<std::uint64_t>& total) {
     for (std::int64_t done = 0; done < elements;) {
-      if (pending_ == kMostCounted) flush(total);
-      const std::int64_t step = std::min(elements - done, kMostCounted - pending_);
+      if (pending_ == kMaxCounted) flush(total);
+      const std::int64_t step = std::min(elements - done, kMaxCounted - pending_);
       detail::active_kernels().count_bit_patterns(row + 2 * done, step, counts_.data());
       pending_ += step;
       done += step;

@@ -17,9 +17,9 @@ namespace zimage_mxfp8 {
 namespace {
 
 constexpr int kCodes = 0x7F;   // magnitudes of E4M3 that are numbers
-constexpr int kMostUp = 17;    // 2^-9, the smallest code, can move up so far: 2^8 <= 448
-constexpr int kMostDown = 19;  // from here on every code becomes zero: 448 * 2^-19 < 2^-10
-constexpr int kShifts = kMostUp + kMostDown + 1;
+constexpr int kMaxUp = 17;    // 2^-9, the smallest code, can move up so far: 2^8 <= 448
+constexpr int kMaxDown = 19;  // from here on every code becomes zero: 448 * 2^-19 < 2^-10
+constexpr int kShifts = kMaxUp + kMaxDown + 1;
 
 // What becomes of every magnitude of a code whose block's scale is 2^shift times too small.
 struct Shifted {
@@ -36,10 +36,10 @@ struct Tables {
     for (std::size_t i = 0; i < kCodes; ++i) {
       const int field = static_cast<int>(i >> 3), mantissa = static_cast<int>(i & 7);
       value[i] = field == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, field - 10);
-      headroom[i] = i == 0 ? kMostUp : static_cast<int>(std::floor(std::log2(448.0 / value[i])));
+      headroom[i] = i == 0 ? kMaxUp : static_cast<int>(std::floor(std::log2(448.0 / value[i])));
     }
-    for (int shift = -kMostUp; shift <= kMostDown; ++shift) {
-      Shifted& table = shifted[static_cast<std::size_t>(shift + kMostUp)];
+    for (int shift = -kMaxUp; shift <= kMaxDown; ++shift) {
+      Shifted& table = shifted[static_cast<std::size_t>(shift + kMaxUp)];
       for (std::size_t i = 0; i < kCodes; ++i) {
         const std::size_t code = nearest(std::ldexp(value[i], -shift));
         table.code[i] = static_cast<std::uint8_t>(code);
@@ -93,8 +93,8 @@ FoldRowStats fold_row(const ConstMXFP8View& source, const RowScaledView& target,
   FoldRowStats sums;
   for (std::int64_t block = 0; block < blocks; ++block) {
     const int byte = source.scales[scale_offset(row, block, tiles)];
-    const int shift = std::clamp(row_byte - byte, -kMostUp, kMostDown);
-    const Shifted& shifted = table.shifted[static_cast<std::size_t>(shift + kMostUp)];
+    const int shift = std::clamp(row_byte - byte, -kMaxUp, kMaxDown);
+    const Shifted& shifted = table.shifted[static_cast<std::size_t>(shift + kMaxUp)];
     double error = 0.0, signal = 0.0;
     const std::int64_t begin = block * kBlockSize, end = std::min(begin + kBlockSize, source.cols);
     for (std::int64_t column = begin; column < end; ++column) {

@@ -12,7 +12,7 @@ constexpr int kStep = 32 * 8;  // columns that a warp works on at a time
 constexpr uint32_t kNoBlock = ~0u;
 // A code that is not zero has room for 17 doublings at most, and is zero after 19 halvings, so
 // that factors beyond these, which may overflow, change nothing.
-constexpr int kMostUp = 17, kMostDown = 19;
+constexpr int kMaxUp = 17, kMaxDown = 19;
 
 // 2^(2 * exponent) for exponents of scales.
 __device__ double squared_scale(int exponent) {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t column = lane * 8; column < source.cols; column += kStep) {
     const uint2 codes = codes_at(column);
     const int byte = byte_at(column);
-    const int shift = max(-kMostUp, min(row_byte - byte, kMostDown));
+    const int shift = max(-kMaxUp, min(row_byte - byte, kMaxDown));
     const float down = power_of_two(-shift), up = power_of_two(shift);
     uint32_t moved[4];
     double error = 0.0, signal = 0.0;

@@ -99,5 +99,5 @@ def _converted(name: str, convert: Callable[[Any], _T], what: str, value: Any) -
 
 
 def _wrong_type(name: str, what: str, value: object) -> UsageError:
-    # Only the beginning: it may be anything, a whole picture too.
+    # Only the beginning: it may be anything, a whole image too.
     return UsageError(f"{name} must be {what}, not {repr(value)[:80]}")

@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from . import _core
-from .checkpoint import quantization as marks
+from .checkpoint import quantization as markers
 from .checkpoint.header import file_size, layout_header
 from .checkpoint.identify import open_for
 from .checkpoint.mxfp8_layers import MXFP8Layer, find_layers
@@ -15,7 +15,7 @@ from .checkpoint.output import AtomicFile, check_target
 from .checkpoint.provenance import PROVENANCE_KEY
 from .checks import path as path_argument
 from .errors import CheckpointError
-from .pipeline import Job, Lane, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
+from .pipeline import Job, ProgressCallback, Worker, copy_jobs, header_job, row_chunks, run_jobs
 from .printing.progress import byte_bar, shown
 from .rows import read_encoded
 from .text import plural
@@ -59,7 +59,7 @@ def dequantize_checkpoint(
 
     weights = {layer.weight.name: layer for layer in layers}
     dropped = {layer.scale.name for layer in layers} | {
-        layer.name + marks.MARKER_SUFFIX for layer in layers
+        layer.name + markers.MARKER_SUFFIX for layer in layers
     }
     outputs = {
         name: ("BF16", weights[name].shape) if name in weights else (tensor.dtype, tensor.shape)
@@ -69,9 +69,9 @@ def dequantize_checkpoint(
     metadata = dict(checkpoint.metadata)
     names = {name for layer in layers for name in (layer.name, found.scope.inner(layer.name))}
     metadata.pop(PROVENANCE_KEY, None)
-    described = marks.header_layers(metadata.pop(marks.HEADER_KEY, "")) or {}
+    described = markers.header_layers(metadata.pop(markers.HEADER_KEY, "")) or {}
     if others := {name: layer for name, layer in described.items() if name not in names}:
-        metadata[marks.HEADER_KEY] = marks.header_value(others)
+        metadata[markers.HEADER_KEY] = markers.header_value(others)
     header, places = layout_header(outputs, metadata)
     jobs = [header_job(header)]
     for name, info in places.items():
@@ -90,8 +90,8 @@ def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:
     rows, cols = layer.shape
 
     def job(begin: int, end: int) -> Job:
-        def run(lane: Lane) -> None:
-            codes, scales = read_encoded(lane, layer, begin, end)
+        def run(worker: Worker) -> None:
+            codes, scales = read_encoded(worker, layer, begin, end)
             if ((codes & 0x7F) == 0x7F).any() or (scales == 255).any():
                 raise CheckpointError(
                     f'{layer.weight.segments[0].path}: layer "{layer.name}" has NaN codes or '
@@ -99,10 +99,10 @@ def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:
                 )
             real = min(end, rows) - begin
             at = position + begin * cols * 2
-            plain = lane.scratch("plain", real * cols * 2, at)
+            plain = worker.scratch("plain", real * cols * 2, at)
             matrix = plain.view(np.uint16).reshape(real, cols)
             _core.dequantize(codes, scales, matrix, "bfloat16", 1)
-            lane.write(at, plain)
+            worker.write(at, plain)
 
         return Job(layer.weight.name, (end - begin) * layer.weight.shape[1], run)
 

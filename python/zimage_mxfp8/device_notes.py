@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _told: set[str] = set()
 
 
-def tell(device: torch.device, asked: object) -> None:
+def report_line(device: torch.device, asked: object) -> None:
     """Warn if a GPU is not used, or used without this package's kernels.
 
     Args:

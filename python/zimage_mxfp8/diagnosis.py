@@ -190,7 +190,7 @@ def _paths(device: int, no_torch: str) -> Paths:
     missing = {mode: why for mode, why in missing.items() if why}
     modes: list[str] = [] if no_torch else list(supported(device))
     if device < 0:  # what "auto" takes there
-        modes.sort(key=lambda mode: mode != "exact")
+        modes.sort(key=lambda mode: mode != "weight-only")
     if not has_kernels(device):
         return Paths({}, {}, modes, missing)
     preferred, reasons = dict.fromkeys(_PRODUCTS, ""), {}

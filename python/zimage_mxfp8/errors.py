@@ -79,7 +79,7 @@ class PrecisionLossError(Error, ValueError):
 
 
 class GenerationError(Error, ArithmeticError):
-    """A picture that became NaN or infinite.
+    """An image that became NaN or infinite.
 
     Attributes:
         step: the first step after which it was so, from 1; None if the steps were sound and the

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .checkpoint import kinds
-from .checkpoint import quantization as marks
+from .checkpoint import quantization as markers
 from .checkpoint.identify import Identified, identify
 from .checkpoint.mxfp8_layers import find_layers
 from .checkpoint.provenance import PROVENANCE_KEY, read_provenance
@@ -115,7 +115,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     layers = mxfp8.layers if mxfp8 else []
     weights = {layer.weight.name: layer for layer in layers}
     parts = {layer.scale.name for layer in layers}
-    parts |= {layer.name + marks.MARKER_SUFFIX for layer in layers}
+    parts |= {layer.name + markers.MARKER_SUFFIX for layer in layers}
     groups: dict[str, Group] = {}
     for name, tensor in sorted(checkpoint.tensors.items()):
         title = group_of(name, scope)
@@ -127,7 +127,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         group.formats[form] = group.formats.get(form, 0) + 1
         shape = weights[name].shape if name in weights else tensor.shape
         group.parameters += math.prod(shape)
-    hidden = (marks.HEADER_KEY, PROVENANCE_KEY)
+    hidden = (markers.HEADER_KEY, PROVENANCE_KEY)
     return Inspection(
         path=str(path),
         kind=_describe(found),

@@ -48,7 +48,7 @@ ProgressCallback = Callable[[Progress], object]
 ByteCheck = Callable[[SourceTensor, int, npt.NDArray[np.uint8]], None]
 
 
-class Lane:
+class Worker:
     """What one worker owns: open files, scratch memory, and a place on the GPU if it uses one."""
 
     def __init__(self, output: AtomicFile | None, cuda_device: int | None = None) -> None:
@@ -129,7 +129,7 @@ class Job:
 
     tensor: str
     nbytes: int
-    run: Callable[[Lane], None]
+    run: Callable[[Worker], None]
 
 
 def row_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
@@ -156,7 +156,7 @@ def byte_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
 def header_job(header: bytes) -> Job:
     """The job that writes the first bytes of a file."""
     data = np.frombuffer(header, np.uint8)
-    return Job("", 0, lambda lane: lane.write(0, data))
+    return Job("", 0, lambda worker: worker.write(0, data))
 
 
 def copy_jobs(tensor: SourceTensor, position: int, check: ByteCheck | None = None) -> list[Job]:
@@ -166,11 +166,11 @@ def copy_jobs(tensor: SourceTensor, position: int, check: ByteCheck | None = Non
     """
 
     def job(begin: int, end: int) -> Job:
-        def run(lane: Lane) -> None:
-            data = lane.read(tensor, begin, end - begin, position=position + begin)
+        def run(worker: Worker) -> None:
+            data = worker.read(tensor, begin, end - begin, position=position + begin)
             if check is not None:
                 check(tensor, begin, data)
-            lane.write(position + begin, data)
+            worker.write(position + begin, data)
 
         return Job(tensor.name, end - begin, run)
 
@@ -194,7 +194,7 @@ def run_jobs(
 ) -> None:
     """Run jobs on `threads` cores (0: all) and report progress from the calling thread.
 
-    With `cuda_device` the lanes encode on that device.
+    With `cuda_device` the workers encode on that device.
 
     Raises whatever a job raised; of several failures the one of the first job, so that the same
     input gives the same error. No job starts after a failure.
@@ -207,24 +207,24 @@ def run_jobs(
     finished: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def work() -> None:
-        lane: Lane | None = None
+        worker: Worker | None = None
         number: int | None = None
         try:
-            lane = Lane(output, cuda_device)
+            worker = Worker(output, cuda_device)
             while not stop.is_set():
                 with lock:
                     number = next(numbers, None)
                 if number is None:
-                    lane.flush()
+                    worker.flush()
                     return
-                jobs[number].run(lane)
+                jobs[number].run(worker)
                 finished.put(jobs[number])
         except BaseException as error:  # handed to the calling thread
             failures[len(jobs) if number is None else number] = error
             stop.set()
         finally:
-            if lane is not None:
-                lane.close()
+            if worker is not None:
+                worker.close()
             finished.put(None)
 
     pool: list[threading.Thread] = []

@@ -15,7 +15,7 @@ from .dtypes import FLOAT_NAMES, DTypeName, as_integers
 from .error_stats import ErrorStats
 from .errors import NonFiniteError
 from .nonfinite import nonfinite_error
-from .pipeline import Lane
+from .pipeline import Worker
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -26,33 +26,33 @@ def as_matrix(tensor: SourceTensor, data: Bytes, rows: int) -> npt.NDArray[np.ge
 
 
 def round_to_bfloat16(
-    lane: Lane, matrix: npt.NDArray[np.generic], dtype: DTypeName
+    worker: Worker, matrix: npt.NDArray[np.generic], dtype: DTypeName
 ) -> tuple[npt.NDArray[np.generic], DTypeName]:
-    """A matrix as BF16 bits, in the lane's scratch memory if it has another type."""
+    """A matrix as BF16 bits, in the worker's scratch memory if it has another type."""
     if dtype == "bfloat16":
         return matrix, dtype
-    rounded = lane.scratch("rounded", matrix.size * 2).view(np.uint16).reshape(matrix.shape)
+    rounded = worker.scratch("rounded", matrix.size * 2).view(np.uint16).reshape(matrix.shape)
     _core.cast(matrix, dtype, rounded, "bfloat16", 1)
     return rounded, "bfloat16"
 
 
 def read_rows(
-    lane: Lane, tensor: SourceTensor, begin: int, end: int, source_rounding: bool
+    worker: Worker, tensor: SourceTensor, begin: int, end: int, source_rounding: bool
 ) -> tuple[Bytes, npt.NDArray[np.generic], DTypeName]:
     """Read rows [begin, end) of a weight: its bytes, and them as a matrix for the core.
 
     With `source_rounding` the matrix is rounded to BF16, the bytes are not.
     """
     row_bytes = tensor.nbytes // tensor.shape[0]
-    data = lane.read(tensor, begin * row_bytes, (end - begin) * row_bytes)
+    data = worker.read(tensor, begin * row_bytes, (end - begin) * row_bytes)
     matrix, dtype = as_matrix(tensor, data, end - begin), FLOAT_NAMES[tensor.dtype]
     if source_rounding:
-        matrix, dtype = round_to_bfloat16(lane, matrix, dtype)
+        matrix, dtype = round_to_bfloat16(worker, matrix, dtype)
     return data, matrix, dtype
 
 
 def encode_rows(
-    lane: Lane,
+    worker: Worker,
     tensor: SourceTensor,
     begin: int,
     end: int,
@@ -64,17 +64,17 @@ def encode_rows(
     `begin` is a multiple of 128; `positions` are where codes and scales will be written.
 
     Returns the source's bytes, the codes [padded rows, padded columns] and the blocked scales, all
-    in the lane's scratch memory.
+    in the worker's scratch memory.
 
     Raises:
         NonFiniteError: NaN or Inf; row and column are those of the whole tensor.
     """
     rows, cols = end - begin, tensor.shape[1]
-    data, matrix, dtype = read_rows(lane, tensor, begin, end, source_rounding)
-    codes = lane.scratch("codes", math.prod(padded_shape((rows, cols))), positions[0])
-    scales = lane.scratch("scales", math.prod(scale_shape((rows, cols))), positions[1])
+    data, matrix, dtype = read_rows(worker, tensor, begin, end, source_rounding)
+    codes = worker.scratch("codes", math.prod(padded_shape((rows, cols))), positions[0])
+    scales = worker.scratch("scales", math.prod(scale_shape((rows, cols))), positions[1])
     try:
-        lane.quantize(matrix, dtype, codes, scales)
+        worker.quantize(matrix, dtype, codes, scales)
     except NonFiniteError as error:
         raise nonfinite_error(tensor, begin + error.row, error.column) from None
     return data, codes, scales
@@ -95,10 +95,10 @@ def measure_rows(
     return ErrorStats(error, signal, worst, rows * cols, histogram)
 
 
-def read_encoded(lane: Lane, layer: MXFP8Layer, begin: int, end: int) -> tuple[Bytes, Bytes]:
+def read_encoded(worker: Worker, layer: MXFP8Layer, begin: int, end: int) -> tuple[Bytes, Bytes]:
     """Codes and blocked scales of the padded rows [begin, end); `begin` is a multiple of 128."""
     code_cols, scale_cols = layer.weight.shape[1], layer.scale.shape[1]
-    codes = lane.read(layer.weight, begin * code_cols, (end - begin) * code_cols, "file codes")
+    codes = worker.read(layer.weight, begin * code_cols, (end - begin) * code_cols, "file codes")
     scale_rows = -(-(end - begin) // 128) * 128
-    scales = lane.read(layer.scale, begin * scale_cols, scale_rows * scale_cols, "file scales")
+    scales = worker.read(layer.scale, begin * scale_cols, scale_rows * scale_cols, "file scales")
     return codes, scales

@@ -17,7 +17,7 @@ from . import _core
 from .checkpoint.header import TensorInfo, file_size, layout_header
 from .checkpoint.output import AtomicFile, check_target
 from .checkpoint.zimage import zimage_shapes
-from .pipeline import Job, Lane, ProgressCallback, header_job, run_jobs
+from .pipeline import Job, ProgressCallback, Worker, header_job, run_jobs
 from .printing.progress import byte_bar, shown
 
 _CHUNK = 1 << 20  # elements that one job draws
@@ -67,13 +67,13 @@ def write_synthetic_checkpoint(
 
 
 def _random_job(name: str, info: TensorInfo, seed: int, begin: int, end: int) -> Job:
-    def run(lane: Lane) -> None:
+    def run(worker: Worker) -> None:
         key = np.random.SeedSequence([seed, zlib.crc32(name.encode()), begin])
         random = np.random.Generator(np.random.SFC64(key))
         values = _draw(random, name, info.shape, begin, end - begin)
         bits = np.empty((1, values.size), np.uint16)
         _core.cast(values.reshape(1, -1), "float32", bits, "bfloat16", 1)
-        lane.write(info.begin + 2 * begin, bits)
+        worker.write(info.begin + 2 * begin, bits)
 
     return Job(name, 2 * (end - begin), run)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import safetensors
 
 from . import _core
-from .checkpoint import quantization as marks
+from .checkpoint import quantization as markers
 from .checkpoint.identify import Identified, open_for
 from .checkpoint.mxfp8_layers import AGAIN, Breach, MXFP8Layer, find_layers
 from .checkpoint.provenance import PROVENANCE_KEY
@@ -25,7 +25,7 @@ from .dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from .error_stats import ErrorStats, merge_rows
 from .errors import NonFiniteError
 from .nonfinite import can_be_nonfinite, first_nonfinite
-from .pipeline import Job, Lane, ProgressCallback, byte_chunks, row_chunks, run_jobs
+from .pipeline import Job, ProgressCallback, Worker, byte_chunks, row_chunks, run_jobs
 from .printing.progress import byte_bar, shown
 from .rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
 from .text import plural
@@ -192,8 +192,8 @@ class _KeptScan:
         ]
 
     def _job(self, tensor: SourceTensor, begin: int, end: int) -> Job:
-        def run(lane: Lane) -> None:
-            if first_nonfinite(tensor.dtype, lane.read(tensor, begin, end - begin)) is not None:
+        def run(worker: Worker) -> None:
+            if first_nonfinite(tensor.dtype, worker.read(tensor, begin, end - begin)) is not None:
                 self._bad.add(tensor.name)
 
         return Job(tensor.name, end - begin, run)
@@ -220,8 +220,8 @@ class _DataScan:
         code_cols = layer.weight.shape[1]
 
         def job(begin: int, end: int) -> Job:
-            def run(lane: Lane) -> None:
-                self.scan(layer, *read_encoded(lane, layer, begin, end), begin)
+            def run(worker: Worker) -> None:
+                self.scan(layer, *read_encoded(worker, layer, begin, end), begin)
 
             return Job(layer.weight.name, (end - begin) * code_cols, run)
 
@@ -295,7 +295,7 @@ class _Comparison:
         jobs = []
         for key, value in self._original.metadata.items():
             if (
-                key not in (marks.HEADER_KEY, PROVENANCE_KEY)
+                key not in (markers.HEADER_KEY, PROVENANCE_KEY)
                 and self._checkpoint.metadata.get(key) != value
             ):
                 self._breach(key, "is metadata of the original that is lost or changed")
@@ -316,7 +316,7 @@ class _Comparison:
             elif found.dtype in FLOAT_NAMES:
                 jobs.append(self._bias_job(found, tensor))
         for name in sorted(self._checkpoint.tensors.keys() - self._original.tensors.keys()):
-            if not name.endswith((marks.SCALE_SUFFIX, marks.MARKER_SUFFIX)):
+            if not name.endswith((markers.SCALE_SUFFIX, markers.MARKER_SUFFIX)):
                 self._breach(name, "is not in the original")
         return jobs
 
@@ -335,13 +335,13 @@ class _Comparison:
         roundings = (False,) if original.dtype == "BF16" else (False, True)
 
         def job(begin: int, end: int) -> Job:
-            def run(lane: Lane) -> None:
+            def run(worker: Worker) -> None:
                 rows = padded_shape((end - begin, 1))[0]
-                file_codes, file_scales = read_encoded(lane, layer, begin, begin + rows)
+                file_codes, file_scales = read_encoded(worker, layer, begin, begin + rows)
                 self._scan.scan(layer, file_codes, file_scales, begin)
                 for rounding in roundings:
                     try:
-                        data, codes, scales = encode_rows(lane, original, begin, end, rounding)
+                        data, codes, scales = encode_rows(worker, original, begin, end, rounding)
                     except NonFiniteError as error:
                         self._breach(
                             layer.weight.name,
@@ -363,9 +363,9 @@ class _Comparison:
     def _bias_job(self, found: SourceTensor, original: SourceTensor) -> Job:
         """A job that compares a bias, which the correction may have moved."""
 
-        def run(lane: Lane) -> None:
-            old = to_float64(original, lane.read(original, 0, original.nbytes))
-            new = to_float64(found, lane.read(found, 0, found.nbytes, "file"))
+        def run(worker: Worker) -> None:
+            old = to_float64(original, worker.read(original, 0, original.nbytes))
+            new = to_float64(found, worker.read(found, 0, found.nbytes, "file"))
             if np.isfinite(old).all() and not np.isfinite(new).all():
                 self._breach(found.name, "has NaN or Inf, which the original's has not")
             elif old.size:
@@ -386,14 +386,14 @@ class _Comparison:
         item = SAFETENSORS_BITS[original.dtype] // 8
 
         def job(begin: int, end: int) -> Job:
-            def run(lane: Lane) -> None:
-                expected = lane.read(original, begin, end - begin)
+            def run(worker: Worker) -> None:
+                expected = worker.read(original, begin, end - begin)
                 if cast:
                     source = as_integers(original.dtype, expected).reshape(1, -1)
-                    rounded, _ = round_to_bfloat16(lane, source, FLOAT_NAMES[original.dtype])
+                    rounded, _ = round_to_bfloat16(worker, source, FLOAT_NAMES[original.dtype])
                     expected = rounded.reshape(-1).view(np.uint8)
                 at = begin // item * 2 if cast else begin
-                if not np.array_equal(expected, lane.read(found, at, expected.size, "file")):
+                if not np.array_equal(expected, worker.read(found, at, expected.size, "file")):
                     self._changed.add(found.name)
 
             return Job(found.name, end - begin, run)
@@ -432,17 +432,17 @@ class _Comparison:
 
     def _diagnose_scales(self, layer: MXFP8Layer, source_rounding: bool) -> str | None:
         """What order a layer's scales are in, if it is a known wrong one."""
-        lane = Lane(None)
+        worker = Worker(None)
         try:
             expected = np.empty(scale_shape(layer.shape), np.uint8)
             tensor = self._original.tensors[layer.weight.name]
             for begin, end in row_chunks(tensor):
-                _, _, scales = encode_rows(lane, tensor, begin, end, source_rounding)
+                _, _, scales = encode_rows(worker, tensor, begin, end, source_rounding)
                 rows = scales.size // expected.shape[1]
                 expected[begin : begin + rows] = scales.reshape(rows, -1)
-            found = lane.read(layer.scale, 0, layer.scale.nbytes)
+            found = worker.read(layer.scale, 0, layer.scale.nbytes)
         finally:
-            lane.close()
+            worker.close()
         rearranged = np.empty(expected.size, np.uint8)
         _core.to_blocked(expected, rearranged)
         if np.array_equal(found, rearranged):

@@ -21,7 +21,7 @@ struct Shape {
   std::int64_t m, n, k;
 };
 
-// [N, K] of Z-Image's linears with 32 tokens, ragged numbers of them, and a whole picture; then the
+// [N, K] of Z-Image's linears with 32 tokens, ragged numbers of them, and a whole image; then the
 // odd ones that the API promises.
 std::vector<Shape> shapes() {
   std::vector<Shape> all;

@@ -34,23 +34,23 @@ class Seen:
     Attributes:
         result: what the test's script returned.
         console: messages of the page.
-        picture: RGB, [height, width, 3].
+        image: RGB, [height, width, 3].
     """
 
     result: Any
     console: list[str]
-    picture: npt.NDArray[np.uint8]
+    image: npt.NDArray[np.uint8]
 
 
 def look_at(
     page: Path, folder: Path, script: str, *, dark: bool = False, height: int = 900
 ) -> Seen:
-    """Open a copy of a page, run a script in it when all is drawn, and take a picture.
+    """Open a copy of a page, run a script in it when all is drawn, and take an image.
 
     `script` is the body of an async function; what it returns must be JSON. The browser finds no
     network: every host name leads nowhere.
     """
-    copy, picture = folder / "looked-at.html", folder / "picture.png"
+    copy, image = folder / "looked-at.html", folder / "image.png"
     driver = (
         "<script>addEventListener('load', async () => {"
         f"const result = await (async () => {{{script}}})();"
@@ -69,12 +69,10 @@ def look_at(
         *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=20000"),
         *(f"--user-data-dir={folder / 'profile'}", f"--window-size=1300,{height}"),
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        *(f"--screenshot={picture}", "--dump-dom", copy.as_uri()),
+        *(f"--screenshot={image}", "--dump-dom", copy.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r'id="test-result" data-result="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return Seen(
-        json.loads(unescape(found[1])), console, np.array(Image.open(picture).convert("RGB"))
-    )
+    return Seen(json.loads(unescape(found[1])), console, np.array(Image.open(image).convert("RGB")))

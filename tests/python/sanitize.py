@@ -27,7 +27,7 @@ import torch
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core, fused, fused_gemm
 
-TOLERANCE = {"emulated": 1e-6, "decode": 5e-3, "row-scaled": 1e-2, "sm90": 5e-3}
+TOLERANCE = {"mxfp8-emulated": 1e-6, "decode": 5e-3, "row-scaled": 1e-2, "sm90": 5e-3}
 # M, N and K: every kernel's number of tokens, and weights enough for every multiprocessor.
 PRODUCTS = (
     *((m, 72, 288) for m in (1, 40, 100, 200, 4100)),
@@ -103,11 +103,11 @@ def check_fused_products(tokens: int, columns: int, heads: int, depth: int) -> N
     """The products with fused epilogues, against a product and the fused operation."""
     x = zm.quantize_rows(torch.randn(tokens, depth, device="cuda"))
     both = zm.quantize_rows(torch.randn(2 * columns, depth, device="cuda"))
-    gate, up = zm.gemm(x, both, path="emulated").chunk(2, dim=1)
+    gate, up = zm.gemm(x, both, path="mxfp8-emulated").chunk(2, dim=1)
     want = fused.silu_multiply(gate, up).float()
     check_close(fused_gemm.gemm_silu_multiply(x, both), want, tokens, columns)
     weights = zm.quantize_rows(torch.randn(384 * heads, depth, device="cuda"))
-    qkv = zm.gemm(x, weights, path="emulated")
+    qkv = zm.gemm(x, weights, path="mxfp8-emulated")
     norm = torch.rand(128, device="cuda").bfloat16()
     rotations = torch.randn(tokens, 64, 2, device="cuda")
     fused.rotate_heads(qkv, norm, norm, rotations, heads)

@@ -219,7 +219,7 @@ def test_demo(cli: Run, tmp_path: Path) -> None:
     result = cli("demo")
     assert result.returncode == 0, result.stderr
     assert "185" in result.stdout and "sound, 185 MXFP8 layers" in result.stdout
-    for mode in ("exact", "emulated"):
+    for mode in ("weight-only", "mxfp8-emulated"):
         error = re.search(rf"MXFP8, {mode}\s*│\s*([\d.]+)%", result.stdout)
         assert error and 0.1 < float(error[1]) < 10
     assert not list(tmp_path.iterdir())

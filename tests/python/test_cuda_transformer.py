@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 RAGGED = ([(16, 16), (4, 30), (2, 2)], [33, 1, 64])
 EQUAL = ([(8, 12), (8, 12)], [32, 32])
 # Against the same numbers in float32: what rounding to BF16 and quantising activations costs.
-TOLERANCE = {"exact": 0.02, "folded": 0.15, "emulated": 0.15, "mxfp8": 0.15}
+TOLERANCE = {"weight-only": 0.02, "fp8": 0.15, "mxfp8-emulated": 0.15, "mxfp8": 0.15}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def load(path: Path, compute: str = "auto", dtype=torch.bfloat16) -> zm.ZImageTr
 def test_modes_agree_with_the_cpu(compute: str, batch, quantized: Path) -> None:
     model = load(quantized, compute)
     inputs = random_inputs(*batch)
-    exact = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", "exact", torch.float32)
+    exact = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", "weight-only", torch.float32)
     want = exact(*inputs).sample
     assert relative_error(model(*on_device(inputs)).sample, want) < TOLERANCE[compute]
     # The same mode on the CPU has the same steps of E4M3, but for ties; so it is closer.
-    if compute in ("folded", "emulated"):
+    if compute in ("fp8", "mxfp8-emulated"):
         same = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute)(*inputs).sample
         assert relative_error(model(*on_device(inputs)).sample, same) < 0.1
 
@@ -82,20 +82,20 @@ def test_fused_epilogues(batch, quantized: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("gemm_rotate_heads", "gemm_silu_multiply"):
         monkeypatch.setattr(fused_gemm, name, counting(name))
     monkeypatch.setattr(fused_gemm, "is_faster", lambda *_: False)
-    apart = load(quantized, "folded")(*inputs).sample
+    apart = load(quantized, "fp8")(*inputs).sample
     assert not calls
     monkeypatch.setattr(fused_gemm, "is_faster", lambda *_: True)
-    result = load(quantized, "folded")(*inputs).sample
+    result = load(quantized, "fp8")(*inputs).sample
     assert calls["gemm_rotate_heads"] > 0 and calls["gemm_silu_multiply"] > 0
     # The same numbers, but for the order of sums and roundings, and so for ties in E4M3.
     assert relative_error(result, apart) < 0.1
 
 
-@pytest.mark.parametrize("source", ["plain", "exact"])
+@pytest.mark.parametrize("source", ["plain", "weight-only"])
 def test_float32_is_as_exact_as_on_the_cpu(source: str, folder: Path, quantized: Path) -> None:
     path = folder if source == "plain" else quantized
     inputs = random_inputs(*RAGGED)
-    compute = "auto" if source == "plain" else "exact"
+    compute = "auto" if source == "plain" else "weight-only"
     want = zm.ZImageTransformer.from_checkpoint(path, "cpu", compute, torch.float32)(*inputs)
     found = load(path, compute, torch.float32)(*on_device(inputs))
     assert relative_error(found.sample, want.sample) < 1e-5

@@ -162,9 +162,9 @@ def test_models_on_both_devices(tmp_path: Path) -> None:
     images, times, captions = random_inputs([(8, 12)], [32])
     others, _, _ = random_inputs([(8, 12)], [32], seed=7)
 
-    def run(model: zm.ZImageTransformer, pictures: list[torch.Tensor]) -> torch.Tensor:
+    def run(model: zm.ZImageTransformer, images: list[torch.Tensor]) -> torch.Tensor:
         place = model.device
-        result = model([x.to(place) for x in pictures], times, [c.to(place) for c in captions])
+        result = model([x.to(place) for x in images], times, [c.to(place) for c in captions])
         assert result.sample[0].device == place
         return result.sample[0].cpu()
 

@@ -120,7 +120,7 @@ def told(monkeypatch: pytest.MonkeyPatch, found: driver.Driver, cuda: str | None
     monkeypatch.setattr(driver, "look", lambda: found)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     with pytest.warns(zm.DeviceWarning) as caught:
-        device_notes.tell(CPU, None)
+        device_notes.report_line(CPU, None)
     (warning,) = caught
     return str(warning.message)
 
@@ -145,19 +145,19 @@ def test_a_torch_for_cuda_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> N
 def test_nothing_is_told_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(driver, "look", lambda: NO_GPU)
-    device_notes.tell(CPU, None)
+    device_notes.report_line(CPU, None)
     monkeypatch.setattr(driver, "look", lambda: pytest.fail("the CPU was asked for"))
-    device_notes.tell(CPU, "cpu")
+    device_notes.report_line(CPU, "cpu")
     monkeypatch.setattr(device_notes, "has_kernels", lambda device: True)
-    device_notes.tell(CUDA, None)
+    device_notes.report_line(CUDA, None)
 
 
 @no_kernels
 @pytest.mark.parametrize("asked", [None, "cuda:0"])
 def test_a_gpu_without_kernels(asked: str | None) -> None:
     with pytest.warns(zm.DeviceWarning) as caught:
-        device_notes.tell(CUDA, asked)
-        device_notes.tell(CUDA, asked)  # once
+        device_notes.report_line(CUDA, asked)
+        device_notes.report_line(CUDA, asked)  # once
     (warning,) = caught
     sentence = str(warning.message)
     reason = _core.build_info().no_cuda

@@ -81,7 +81,7 @@ def test_the_processor(cli: Run) -> None:
     assert set(found["cpu"]["reasons"]) == set(MADE_FOR) == set(_core.gemm_paths()) - {"emulated"}
     for path, reason in found["cpu"]["reasons"].items():
         assert refusal(path, matrix).startswith(f"{reason}; ")
-    assert found["cpu"]["compute"] == ["exact", "folded", "emulated"]
+    assert found["cpu"]["compute"] == ["weight-only", "fp8", "mxfp8-emulated"]
 
 
 def test_what_people_read(cli: Run) -> None:
@@ -95,7 +95,7 @@ def test_what_people_read(cli: Run) -> None:
         ("CUDA kernels", re.escape(kernels)),
         ("torch", re.escape(torch.__version__)),
         ("BF16 x MXFP8", "emulated"),
-        ("transformer's compute modes", r"exact \(auto\), folded, emulated"),
+        ("transformer's compute modes", r"weight-only \(auto\), fp8, mxfp8-emulated"),
         ("sm90", "sm90 needs a CUDA device"),
     ):
         assert re.search(rf"│ {what} +│ {value}", result.stdout), what
@@ -114,7 +114,7 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
     assert "built" in found["no_cuda"]
     ada, blackwell = found["devices"]
     assert (ada["name"], ada["capability"], ada["memory"]) == ("Fake RTX 4090", "8.9", 24 << 30)
-    assert not ada["kernels"] and ada["with_kernels"] == ["folded", "exact", "emulated"]
+    assert not ada["kernels"] and ada["with_kernels"] == ["fp8", "weight-only", "mxfp8-emulated"]
     assert blackwell["with_kernels"] == ["mxfp8", *ada["with_kernels"]]
     assert blackwell["without_kernels"] == ada["without_kernels"] == ada["with_kernels"]
     assert ada["paths"]["compute"] == []
@@ -124,7 +124,9 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
     assert shown.returncode == 0 and shown.stderr == ""
     assert "Fake RTX 5090, compute capability 12.0, 32.00 GiB" in shown.stdout
     assert re.search(r"compute modes +│ none ", shown.stdout)
-    assert re.search(r"compute modes with kernels +│ mxfp8, folded, exact, emulated ", shown.stdout)
+    assert re.search(
+        r"compute modes with kernels +│ mxfp8, fp8, weight-only, mxfp8-emulated ", shown.stdout
+    )
     assert "To get CUDA kernels, install nvcc 12.8" in shown.stdout
     assert "No CUDA device" not in shown.stdout
 

@@ -1,4 +1,4 @@
-"""Pictures: against diffusers' own pipelines, and what a user may rely on."""
+"""Images: against diffusers' own pipelines, and what a user may rely on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from diffusers_reference import load_reference, make_reference
 from model_folder import make_pipeline, make_tokenizer
 from test_commands import run_in_terminal
 from zimage_mxfp8.generation import generator as generator_module
-from zimage_mxfp8.generation.pictures import METADATA_KEY
+from zimage_mxfp8.generation.images import METADATA_KEY
 from zimage_mxfp8.generation.sampler import denoise
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
@@ -50,10 +50,10 @@ def reference(zimage_quantized: Path) -> ZImagePipeline:
     return pipeline
 
 
-def levels(picture: Path | Image.Image) -> np.ndarray:
-    if isinstance(picture, Path):
-        picture = Image.open(picture)
-    return np.asarray(picture).astype(int)
+def levels(image: Path | Image.Image) -> np.ndarray:
+    if isinstance(image, Path):
+        image = Image.open(image)
+    return np.asarray(image).astype(int)
 
 
 def settings_of(path: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def init_image(path: Path, size: tuple[int, int]) -> Image.Image:
     return image
 
 
-# ---- the same pictures as diffusers'
+# ---- the same images as diffusers'
 
 
 @pytest.mark.parametrize("steps", [1, 8])
@@ -84,7 +84,7 @@ def test_picture_equals_that_of_diffusers(
     )
     assert (code, err) == (0, "")
     assert re.fullmatch(
-        rf"o\.png: 64x48, seed 7, {steps} steps of \d+\.\d\d s, compute exact on cpu\n"
+        rf"o\.png: 64x48, seed 7, {steps} steps of \d+\.\d\d s, compute weight-only on cpu\n"
         r"total: \d+\.\d s, peak memory of the process: \d\S* [MG]iB\n",
         out,
     )
@@ -97,19 +97,19 @@ def test_picture_equals_that_of_diffusers(
         generator=generator_of(7),
     ).images[0]
     assert abs(levels(tmp_path / "o.png") - levels(want)).max() <= 1
-    assert levels(want).std() > 20  # no grey picture, which anything would equal
+    assert levels(want).std() > 20  # no grey image, which anything would equal
 
 
-def test_prompt_and_seed_change_the_picture(generate: Generate, tmp_path: Path) -> None:
-    pictures = []
+def test_prompt_and_seed_change_the_image(generate: Generate, tmp_path: Path) -> None:
+    images = []
     for prompt, seed in (("a cat", 7), ("a dog", 7), ("a cat", 8)):
         code, _, _ = generate(
             *("--prompt", prompt, "-o", "o.png", "--seed", seed, "--overwrite", *SIZE)
         )
         assert code == 0
-        pictures.append(levels(tmp_path / "o.png"))
-    assert abs(pictures[0] - pictures[1]).max() > 10
-    assert abs(pictures[0] - pictures[2]).max() > 10
+        images.append(levels(tmp_path / "o.png"))
+    assert abs(images[0] - images[1]).max() > 10
+    assert abs(images[0] - images[2]).max() > 10
 
 
 def test_guidance_equals_that_of_diffusers(
@@ -156,7 +156,7 @@ def test_init_image_equals_that_of_diffusers(
     assert abs(levels(tmp_path / "o.png") - levels(want)).max() <= 1
 
 
-@pytest.mark.parametrize("compute", ["emulated", "folded"])
+@pytest.mark.parametrize("compute", ["mxfp8-emulated", "fp8"])
 def test_picture_differs_by_the_rounding_of_activations(
     generate: Generate, reference: ZImagePipeline, tmp_path: Path, compute: str
 ) -> None:
@@ -207,12 +207,12 @@ def test_inpainting_pipeline_takes_our_transformer(
     image = init_image(tmp_path / "in.png", (64, 48))
     mask = Image.new("L", image.size)
     mask.paste(255, (16, 16, 48, 32))
-    model = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu", "exact", torch.float32)
-    pictures = []
+    model = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu", "weight-only", torch.float32)
+    images = []
     for transformer in (model, reference.transformer):
         pipeline = ZImageInpaintPipeline(**(reference.components | {"transformer": transformer}))
         pipeline.set_progress_bar_config(disable=True)
-        pictures.append(
+        images.append(
             pipeline(
                 "a cat",
                 image=image,
@@ -223,7 +223,7 @@ def test_inpainting_pipeline_takes_our_transformer(
                 generator=generator_of(2)[0],
             ).images[0]
         )
-    assert abs(levels(pictures[0]) - levels(pictures[1])).max() <= 1
+    assert abs(levels(images[0]) - levels(images[1])).max() <= 1
 
 
 # ---- the sampler
@@ -306,13 +306,13 @@ def test_pictures_of_a_batch_can_be_made_alone(
     names = [line.split(":")[0] for line in out.splitlines()]
     assert names == ["o-0.png", "o-1.png", "o-2.png", "total"]
     assert not (tmp_path / "o.png").exists()
-    pictures = [levels(tmp_path / f"o-{i}.png") for i in range(3)]
-    for i, picture in enumerate(pictures):
+    images = [levels(tmp_path / f"o-{i}.png") for i in range(3)]
+    for i, image in enumerate(images):
         assert settings_of(tmp_path / f"o-{i}.png")["seed"] == 20 + i
         code, _, _ = generate(*options, "-o", f"alone{i}.png", "--seed", 20 + i)
         assert code == 0
-        assert abs(levels(tmp_path / f"alone{i}.png") - picture).max() <= 1
-    assert abs(pictures[0] - pictures[1]).max() > 10
+        assert abs(levels(tmp_path / f"alone{i}.png") - image).max() <= 1
+    assert abs(images[0] - images[1]).max() > 10
 
 
 def test_metadata_makes_the_picture_again(generate: Generate, tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_metadata_makes_the_picture_again(generate: Generate, tmp_path: Path) ->
         "strength": None,
         "model": "Z-Image-tiny",
         "transformer": "quantized.safetensors",
-        "compute": "exact",
+        "compute": "weight-only",
         "dtype": "float32",
         "version": zm.__version__,
     }
@@ -394,7 +394,7 @@ def test_default_size_and_strength() -> None:
 # ---- parts
 
 
-def test_offloading_gives_the_same_picture(generate: Generate, tmp_path: Path) -> None:
+def test_offloading_gives_the_same_image(generate: Generate, tmp_path: Path) -> None:
     init_image(tmp_path / "in.png", (64, 48))
     for options in ((*SIZE,), ("--init-image", "in.png")):
         common = ("--prompt", "a", "--seed", 5, "--steps", 2, "--overwrite", *options)
@@ -456,7 +456,7 @@ def test_offloading_holds_one_part_at_a_time(
     if image is None:
         assert order == ["text", "transformer", "vae"]
         assert alive == [set(), set(), set()]
-    else:  # the small VAE encodes the picture, so it is there beside the transformer
+    else:  # the small VAE encodes the image, so it is there beside the transformer
         assert order == ["text", "transformer", "vae", "vae"]
         assert alive == [set(), set(), {"transformer"}, set()]
 
@@ -672,7 +672,7 @@ def test_diffusers_loads_the_folder_with_our_transformer(
     )
     pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer is transformer
-    pictures = [
+    images = [
         levels(
             each(
                 ["a cat", "a longer prompt"], height=48, width=64, num_inference_steps=3,
@@ -681,7 +681,7 @@ def test_diffusers_loads_the_folder_with_our_transformer(
         )
         for each in (pipe, reference)
     ]  # fmt: skip
-    assert abs(pictures[0] - pictures[1]).max() <= 1
+    assert abs(images[0] - images[1]).max() <= 1
 
 
 def test_from_pipe_takes_the_transformer_by_name(
@@ -691,7 +691,7 @@ def test_from_pipe_takes_the_transformer_by_name(
     transformer = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu", dtype=torch.float32)
     pipe = ZImagePipeline(**(reference.components | {"transformer": transformer}))
     image = init_image(tmp_path / "in.png", (64, 48))
-    pictures = []
+    images = []
     for each in (
         ZImageImg2ImgPipeline.from_pipe(pipe, transformer=pipe.transformer),
         ZImageImg2ImgPipeline(**reference.components),
@@ -699,8 +699,8 @@ def test_from_pipe_takes_the_transformer_by_name(
         each.set_progress_bar_config(disable=True)
         options = {"num_inference_steps": 2, "guidance_scale": 0.0}
         made = each("a cat", image=image, generator=generator_of(1), **options)
-        pictures.append(levels(made.images[0]))
-    assert abs(pictures[0] - pictures[1]).max() <= 1
+        images.append(levels(made.images[0]))
+    assert abs(images[0] - images[1]).max() <= 1
 
 
 def test_a_pipeline_is_saved_as_the_error_says(
@@ -715,12 +715,12 @@ def test_a_pipeline_is_saved_as_the_error_says(
     saved = ZImagePipeline.from_pretrained(
         tmp_path / "saved", transformer=transformer, local_files_only=True
     )
-    pictures = []
+    images = []
     for each in (saved, reference):
         each.set_progress_bar_config(disable=True)
         options = {"height": 48, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0}
-        pictures.append(levels(each("a cat", generator=generator_of(1), **options).images[0]))
-    assert abs(pictures[0] - pictures[1]).max() <= 1
+        images.append(levels(each("a cat", generator=generator_of(1), **options).images[0]))
+    assert abs(images[0] - images[1]).max() <= 1
 
 
 def test_adapters_of_a_pipeline_are_refused(

@@ -1,4 +1,4 @@
-"""Bad input of `generate`: one sentence, the right exit code, no picture."""
+"""Bad input of `generate`: one sentence, the right exit code, no image."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from conftest import STAGES, Generate
 from test_generate import init_image
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.generation.components import VAE, TextEncoder
-from zimage_mxfp8.generation.pictures import open_init_image, picture_paths
-from zimage_mxfp8.generation.settings import MOST_PICTURES
+from zimage_mxfp8.generation.images import image_paths, open_init_image
+from zimage_mxfp8.generation.settings import MAX_IMAGES
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
 USUAL = ("--prompt", "a", "-o", "o.png", "--steps", "2", "--height", "32", "--width", "32")
@@ -60,7 +60,7 @@ def fails(result: tuple[int, str, str], code: int, *parts: str) -> None:
         (("--batch", "0"), "--batch"),
         (("--seed", "-1"), "--seed"),
         (("--seed", str(2**63 - 1), "--batch", "2"), "--seed must be 0 or more, and below 2^63"),
-        (("--batch", "100000000"), "--batch must be 1 to 64, not 100000000; for more pictures"),
+        (("--batch", "100000000"), "--batch must be 1 to 64, not 100000000; for more images"),
         (("--guidance", "-1"), "--guidance must be 0 to 100, not -1.0"),
         (("--guidance", "1e38"), "--guidance must be 0 to 100, not 1e+38"),
         (("--guidance", "nan"), "--guidance must be a finite number, not nan"),
@@ -94,16 +94,16 @@ def test_needed_options(generate: Generate) -> None:
 def test_modes_that_are_not_to_be_had(generate: Generate) -> None:
     fails(generate(*USUAL, "--device", "cuda:99"), 1, "device cuda:99: ")
     fails(generate(*USUAL, "--compute", "mxfp8"), 1, "--compute mxfp8: ", "the CPU has ")
-    fails(generate(*USUAL, "--compute", "folded", transformer=None), 2, "is not quantised")
+    fails(generate(*USUAL, "--compute", "fp8", transformer=None), 2, "is not quantised")
 
 
 def test_settings_from_python() -> None:
     for changes in ({"steps": 0}, {"batch": 0}, {"seed": -1}, {"height": 0}, {"width": -16}):
         with pytest.raises(zm.UsageError, match=f"--{next(iter(changes))} must be"):
             zm.GenerationSettings("a", **changes)
-    with pytest.raises(zm.UsageError, match=f"--batch must be 1 to {MOST_PICTURES}"):
-        zm.GenerationSettings("a", batch=MOST_PICTURES + 1)
-    assert zm.GenerationSettings("a", batch=MOST_PICTURES).batch == MOST_PICTURES
+    with pytest.raises(zm.UsageError, match=f"--batch must be 1 to {MAX_IMAGES}"):
+        zm.GenerationSettings("a", batch=MAX_IMAGES + 1)
+    assert zm.GenerationSettings("a", batch=MAX_IMAGES).batch == MAX_IMAGES
     with pytest.raises(zm.UsageError, match="dtype must be bfloat16 or float32, not 'half'"):
         zm.ZImageGenerator("nowhere", dtype="half")
 
@@ -204,20 +204,20 @@ def test_output_is_protected(generate: Generate, tmp_path: Path, zimage_quantize
 
 
 def test_picture_names() -> None:
-    assert picture_paths(Path("a/b.c.PNG"), 1) == [Path("a/b.c.PNG")]
-    assert picture_paths(Path("a/b.c.PNG"), 2) == [Path("a/b.c-0.PNG"), Path("a/b.c-1.PNG")]
+    assert image_paths(Path("a/b.c.PNG"), 1) == [Path("a/b.c.PNG")]
+    assert image_paths(Path("a/b.c.PNG"), 2) == [Path("a/b.c-0.PNG"), Path("a/b.c-1.PNG")]
 
 
 def test_init_image(generate: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (*USUAL, "--init-image", "i.png")
     fails(generate(*options), 1, "the init image i.png does not exist")
     (tmp_path / "i.png").mkdir()
-    fails(generate(*options), 1, "the init image i.png is no regular file; name a picture")
+    fails(generate(*options), 1, "the init image i.png is no regular file; name an image")
     (tmp_path / "i.png").rmdir()
     os.mkfifo(tmp_path / "i.png")
-    fails(generate(*options), 1, "the init image i.png is no regular file; name a picture")
+    fails(generate(*options), 1, "the init image i.png is no regular file; name an image")
     (tmp_path / "i.png").unlink()
-    (tmp_path / "i.png").write_text("no picture")
+    (tmp_path / "i.png").write_text("no image")
     fails(generate(*options), 1, "the init image i.png is in no format that Pillow reads")
     init_image(tmp_path / "whole.png", (64, 64))
     content = (tmp_path / "whole.png").read_bytes()
@@ -238,9 +238,9 @@ def pixels_of(path: Path) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
 def test_ordinary_init_images_keep_their_levels(tmp_path: Path, mode: str) -> None:
-    picture = Image.new("RGB", (2, 1))
-    picture.putpixel((1, 0), (255, 255, 255))
-    picture.convert(mode).save(tmp_path / "i.tiff")
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((1, 0), (255, 255, 255))
+    image.convert(mode).save(tmp_path / "i.tiff")
     assert pixels_of(tmp_path / "i.tiff") == [(0, 0, 0), (255, 255, 255)]
 
 
@@ -272,22 +272,22 @@ def test_transparent_init_images_are_on_white(tmp_path: Path, mode: str) -> None
     """Black: transparent, half so if the mode has that, and a grey that is not."""
     path, options = tmp_path / "i.png", {}
     grey = (100, 100, 100)
-    picture = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
-    picture.putpixel((1, 0), (0, 0, 0, 128))
-    picture.putpixel((2, 0), (*grey, 255))
+    image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 128))
+    image.putpixel((2, 0), (*grey, 255))
     half = (127, 127, 127)
     if mode == "P":
-        picture = Image.new("P", (3, 1))
-        picture.putpalette([0, 0, 0, 0, 0, 0, *grey])
-        picture.putdata([0, 1, 2])
+        image = Image.new("P", (3, 1))
+        image.putpalette([0, 0, 0, 0, 0, 0, *grey])
+        image.putdata([0, 1, 2])
         options = {"transparency": bytes([0, 128, 255])}
     elif mode in ("L", "RGB"):  # one colour that stands for nothing
-        picture = picture.convert(mode)
+        image = image.convert(mode)
         options = {"transparency": 0 if mode == "L" else (0, 0, 0)}
         half = (255, 255, 255)
     else:
-        picture = picture.convert(mode)
-    picture.save(path, **options)
+        image = image.convert(mode)
+    image.save(path, **options)
     assert pixels_of(path) == [(255, 255, 255), half, grey]
 
 
@@ -537,12 +537,12 @@ def test_tokenizer_of_two_files(
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     fails(generate(*USUAL, model="model"), 1, "model/tokenizer has no tokenizer.json or vocab.json")
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    pictures = []
+    images = []
     for i, source in enumerate((zimage_folder, model)):
         code, _, err = generate(*usual_but("-o", f"{i}.png", "--seed", 1), model=source)
         assert code == 0, err
-        pictures.append(np.asarray(Image.open(tmp_path / f"{i}.png")))
-    assert (pictures[0] == pictures[1]).all()
+        images.append(np.asarray(Image.open(tmp_path / f"{i}.png")))
+    assert (images[0] == images[1]).all()
 
 
 def test_tokenizer_of_another_model(generate: Generate, model: Path) -> None:
@@ -614,7 +614,7 @@ def test_nan_in_the_transformer_is_reported_with_the_step(
     fails(
         result,
         1,
-        "the picture of seed 9 became NaN or Inf in step 1 of 2 (compute exact, float32)",
+        "the image of seed 9 became NaN or Inf in step 1 of 2 (compute weight-only, float32)",
         "validate nan.safetensors tells whether the file is sound",
     )
     assert result[2].endswith("is sound\n")  # what else may help is in use already
@@ -622,7 +622,7 @@ def test_nan_in_the_transformer_is_reported_with_the_step(
 
 
 @pytest.mark.parametrize(
-    ("value", "compute"), [(float("nan"), "exact"), (float("inf"), "emulated")]
+    ("value", "compute"), [(float("nan"), "weight-only"), (float("inf"), "mxfp8-emulated")]
 )
 def test_first_bad_step_and_picture_are_named(
     zimage_folder: Path,
@@ -646,7 +646,7 @@ def test_first_bad_step_and_picture_are_named(
     with pytest.raises(zm.GenerationError, match="seed 11 became NaN or Inf in step 3 of 5") as e:
         generator.generate(settings)
     assert e.value.step == 3
-    assert ("--compute exact" in str(e.value)) == (compute != "exact")
+    assert ("--compute weight-only" in str(e.value)) == (compute != "weight-only")
     assert calls == [2] * 5  # nobody looked before the end
 
 
@@ -715,7 +715,7 @@ def test_too_little_memory_of_a_device_is_a_sentence(
     with pytest.raises(zm.CudaError) as e:
         generator.generate(zm.GenerationSettings("a", steps=1, height=32, width=32))
     assert str(e.value) == (
-        "cpu ran out of memory for decoding a picture: another 1.50 GiB were needed, and 0.5 of "
+        "cpu ran out of memory for decoding an image: another 1.50 GiB were needed, and 0.5 of "
         "10.0 GiB are free; close other programs, or use a smaller size or batch; --offload "
         "needs less"
     )

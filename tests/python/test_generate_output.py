@@ -24,7 +24,7 @@ from test_generate_bad_input import fails
 from zimage_mxfp8.checkpoint import output as output_module
 from zimage_mxfp8.cli.generate import _peak_memory
 from zimage_mxfp8.generation import generator as generator_module
-from zimage_mxfp8.generation.pictures import free_path, name_from_prompt, preview_path, write_new
+from zimage_mxfp8.generation.images import free_path, name_from_prompt, preview_path, write_new
 
 QUICK = ("--prompt", "a red fox, in SNOW!", "--steps", 1, "--seed", 1234, *SIZE)
 
@@ -389,10 +389,12 @@ def test_guidance_is_comfyuis_cfg_minus_1(tmp_path: Path, cfg: float, kind: type
 def test_from_pretrained_is_from_checkpoint(zimage_folder: Path, zimage_quantized: Path) -> None:
     load = zm.ZImageTransformer.from_pretrained
     for model in (
-        load(zimage_quantized, "cpu", "emulated", torch.float32),
-        load(str(zimage_quantized), device="cpu", compute="emulated", torch_dtype=torch.float32),
+        load(zimage_quantized, "cpu", "mxfp8-emulated", torch.float32),
+        load(
+            str(zimage_quantized), device="cpu", compute="mxfp8-emulated", torch_dtype=torch.float32
+        ),
     ):
-        assert (model.compute, model.dtype) == ("emulated", torch.float32)
+        assert (model.compute, model.dtype) == ("mxfp8-emulated", torch.float32)
     own = zm.ZImageTransformer.from_checkpoint(zimage_folder, "cpu").nbytes
     ignored = {"low_cpu_mem_usage": False, "use_safetensors": True, "variant": None}
     for path, options in (

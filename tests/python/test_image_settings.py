@@ -20,7 +20,7 @@ from conftest import Generate
 from test_generate import SIZE, init_image, levels, settings_of
 from test_generate_bad_input import fails
 from zimage_mxfp8.generation import infotext
-from zimage_mxfp8.generation.pictures import METADATA_KEY
+from zimage_mxfp8.generation.images import METADATA_KEY
 from zimage_mxfp8.generation.png_text import MAX_TEXT, read_texts
 from zimage_mxfp8.generation.stored import read_settings
 
@@ -36,7 +36,7 @@ METADATA: dict[str, Any] = {
     "strength": None,
     "model": "Z-Image-Turbo",
     "transformer": "z_image_turbo-mxfp8.safetensors",
-    "compute": "exact",
+    "compute": "weight-only",
     "dtype": "bfloat16",
     "version": "1.2.3",
 }
@@ -268,14 +268,14 @@ def test_the_init_image_must_be_named(generate: Generate, tmp_path: Path) -> Non
 
 def test_what_differs_is_a_warning(generate: Generate, tmp_path: Path, zimage_folder: Path) -> None:
     common = ("--prompt", "a", "--steps", 1, *SIZE)
-    assert generate(*common, "-o", "a.png", "--compute", "emulated")[0] == 0
+    assert generate(*common, "-o", "a.png", "--compute", "mxfp8-emulated")[0] == 0
     code, _, err = generate(
         "--settings-from", "a.png", "-o", "b.png", transformer=zimage_folder / "transformer"
     )
     assert code == 0
     assert err == (
         "zimage-mxfp8: warning: a.png was made with transformer quantized.safetensors (now "
-        "transformer), compute emulated (now exact): the image differs\n"
+        "transformer), compute mxfp8-emulated (now weight-only): the image differs\n"
     )
 
 

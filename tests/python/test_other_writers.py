@@ -133,14 +133,14 @@ def test_full_precision_layers_take_exact_activations(model: Tensors, tmp_path: 
     outputs = {}
     for how in ("markers, U8", "markers with full precision, U8"):
         path = write(tmp_path / "in.safetensors", model, how)
-        for mode in ("emulated", "exact"):
+        for mode in ("mxfp8-emulated", "weight-only"):
             loaded = zm.ZImageTransformer.from_checkpoint(path, "cpu", mode, torch.float32)
             torch.manual_seed(0)
             x, caption = torch.randn(16, 1, 8, 8), torch.randn(9, 48)
             outputs[how, mode] = loaded([x], torch.tensor([0.5]), [caption]).sample[0]
     plain, full = "markers, U8", "markers with full precision, U8"
-    assert torch.equal(outputs[full, "emulated"], outputs[full, "exact"])
-    assert not torch.equal(outputs[plain, "emulated"], outputs[plain, "exact"])
+    assert torch.equal(outputs[full, "mxfp8-emulated"], outputs[full, "weight-only"])
+    assert not torch.equal(outputs[plain, "mxfp8-emulated"], outputs[plain, "weight-only"])
 
 
 def test_a_marker_that_cannot_be_read_is_named(model: Tensors, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from zimage_mxfp8.checkpoint import output
 from zimage_mxfp8.checkpoint.output import BLOCK, AtomicFile, Writer, write_file
 from zimage_mxfp8.errors import OutputError
-from zimage_mxfp8.pipeline import Lane
+from zimage_mxfp8.pipeline import Worker
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +38,16 @@ def write_in_pieces(target: Path, content: bytes, cuts: list[int], seed: int) ->
     pieces = list(itertools.pairwise(edges))
     random.Random(seed).shuffle(pieces)
     with AtomicFile(target, len(content), overwrite=True) as file:
-        lanes = [Lane(file), Lane(file)]
+        workers = [Worker(file), Worker(file)]
         for i, (begin, end) in enumerate(pieces):
-            lane = lanes[i % 2]
+            worker = workers[i % 2]
             # Sometimes aligned for direct writing, sometimes not.
-            data = lane.scratch("piece", end - begin, begin if i % 3 else begin + 1)
+            data = worker.scratch("piece", end - begin, begin if i % 3 else begin + 1)
             data[:] = np.frombuffer(content[begin:end], np.uint8)
-            lane.write(begin, data)
-        for lane in lanes:
-            lane.flush()
-            lane.close()
+            worker.write(begin, data)
+        for worker in workers:
+            worker.flush()
+            worker.close()
 
 
 @settings(max_examples=60, deadline=None)

@@ -155,8 +155,8 @@ def brightness(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
 def pixels_of(seen: Seen, box: dict[str, float]) -> npt.NDArray[np.uint8]:
     top, left = int(box["y"]), int(box["x"])
     height, width = int(box["height"]), int(box["width"])
-    area = seen.picture[top : top + height, left : left + width]
-    assert area.shape == (height, width, 3), "beyond the picture"
+    area = seen.image[top : top + height, left : left + width]
+    assert area.shape == (height, width, 3), "beyond the image"
     return area
 
 
@@ -168,7 +168,7 @@ def test_plots_are_drawn(look: Look, name: str, dark: bool) -> None:
     plots = seen.result["plots"]
     maps = [plot for plot in plots if plot["cells"]]
     assert len(maps) == MAPS[name] and len(plots) - len(maps) == OTHERS[name]
-    ground = brightness(seen.picture[2:3, 2:3]).item()
+    ground = brightness(seen.image[2:3, 2:3]).item()
     assert ground < 40 if dark else ground > 230
     for plot in plots:
         area = pixels_of(seen, plot)

@@ -107,7 +107,7 @@ def test_pipeline_example(turbo: Path) -> None:
 
 
 def test_generate_commands(zimage_folder: Path, tmp_path: Path) -> None:
-    """From a downloaded folder to a picture."""
+    """From a downloaded folder to an image."""
     shutil.copytree(zimage_folder, tmp_path / "Z-Image-Turbo")
     (block,) = [block for block in blocks("sh") if "zimage-mxfp8 generate" in block]
     command = block[block.index("zimage-mxfp8 convert") :].rstrip() + " --height 64 --width 64"
@@ -142,7 +142,7 @@ def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
     ("command", "end"),
     [
         ("convert", "The output appears whole"),
-        ("generate", "A picture that"),
+        ("generate", "An image that"),
         ("compare", "The squared error of weights does not"),
     ],
 )

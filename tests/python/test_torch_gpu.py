@@ -29,7 +29,7 @@ pytestmark = pytest.mark.gpu(kernels=False)
 RAGGED = ([(16, 16), (4, 30), (2, 2)], [33, 1, 64])
 EQUAL = ([(8, 12), (8, 12)], [32, 32])
 # Against the same numbers in float32: what rounding to BF16 and quantising activations costs.
-TOLERANCE = {"exact": 0.02, "folded": 0.15, "emulated": 0.15}
+TOLERANCE = {"weight-only": 0.02, "fp8": 0.15, "mxfp8-emulated": 0.15}
 DTYPES = [torch.bfloat16, torch.float32]
 
 
@@ -123,9 +123,9 @@ def test_fp8_products(m: int, n: int, k: int) -> None:
 def test_modes_are_those_of_the_rule() -> None:
     index = torch.cuda.current_device()
     assert not devices.has_kernels(index)
-    # Torch's own version decides of "folded" too.
+    # Torch's own version decides of "fp8" too.
     modes = set(modes_of(torch.cuda.get_device_capability(index), kernels=False))
-    assert modes - {"folded"} <= set(supported(index)) <= modes
+    assert modes - {"fp8"} <= set(supported(index)) <= modes
 
 
 @pytest.mark.parametrize("batch", [RAGGED, EQUAL], ids=["ragged", "equal"])
@@ -134,12 +134,12 @@ def test_modes_are_those_of_the_rule() -> None:
 def test_modes_agree_with_the_cpu(compute: str, dtype, batch, quantized: Path) -> None:
     model = load(quantized, compute, dtype)
     inputs = random_inputs(*batch)
-    exact = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", "exact", torch.float32)
+    exact = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", "weight-only", torch.float32)
     found, want = model(*on_device(inputs)).sample, exact(*inputs).sample
     assert relative_error(found, want) < TOLERANCE[compute]
     # The same mode on the CPU has the same steps of E4M3, but for ties; so it is closer.
     same = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute, dtype)(*inputs).sample
-    closer = 1e-5 if compute == "exact" and dtype == torch.float32 else 0.1
+    closer = 1e-5 if compute == "weight-only" and dtype == torch.float32 else 0.1
     assert relative_error(found, same) < closer
 
 
@@ -232,12 +232,12 @@ assert "works through torch, without CUDA kernels" in str(told[0].message), told
 
 
 @pytest.mark.parametrize("compute", TOLERANCE)
-def test_pictures(compute: str, zimage_folder: Path, zimage_quantized: Path) -> None:
+def test_images(compute: str, zimage_folder: Path, zimage_quantized: Path) -> None:
     if why := unsupported(compute, torch.cuda.current_device()):  # type: ignore[arg-type]
         pytest.skip(why)
     settings = zm.GenerationSettings("a cat", height=48, width=64, seed=7, batch=2)
     made = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cuda", compute).generate(settings)
-    exact = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", "exact", "float32")
+    exact = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", "weight-only", "float32")
     for found, want in zip(made.images, exact.generate(settings).images, strict=True):
         difference = levels(found) - levels(want)
         assert np.sqrt(np.mean(difference**2)) < 0.3 * levels(want).std()

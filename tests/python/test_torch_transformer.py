@@ -18,7 +18,7 @@ from zimage_mxfp8.transformer.compute import modes_of, unsupported
 from zimage_mxfp8.transformer.sequence import layout_of
 
 RAGGED = ([(16, 16), (4, 30), (2, 2)], [33, 1, 64])
-COMPUTE = ["exact", "folded", "emulated"]
+COMPUTE = ["weight-only", "fp8", "mxfp8-emulated"]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def test_modes_agree_with_the_core(
         monkeypatch.setattr(tiles, name, 30_000)  # several in every operation
     found = run(quantized, compute, dtype)
     # Sums in another order; where that decides a rounding, a step of BF16 or of E4M3.
-    bound = 0.06 if compute != "exact" else 1e-5 if dtype == torch.float32 else 0.02
+    bound = 0.06 if compute != "weight-only" else 1e-5 if dtype == torch.float32 else 0.02
     assert relative_error(found, want) < bound
-    for seed in range(9):  # most pictures have no such tie, for float32's sums
-        if compute == "exact" or dtype != torch.float32:
+    for seed in range(9):  # most images have no such tie, for float32's sums
+        if compute == "weight-only" or dtype != torch.float32:
             break
         inputs = random_inputs([(4, 4)], [3], seed)
         model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute, dtype)
@@ -67,15 +67,15 @@ def test_modes_agree_with_the_core(
         if relative_error(model(*inputs).sample, core) < 1e-5:
             break
     else:
-        pytest.fail("no picture is equal to float32's precision")
+        pytest.fail("no image is equal to float32's precision")
 
 
 @pytest.mark.usefixtures("without_kernels")
 def test_what_it_is_made_of(quantized: Path) -> None:
-    model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", "folded", torch.float32)
-    assert 0 <= model.worst_fold < 1e-6
+    model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", "fp8", torch.float32)
+    assert 0 <= model.max_fold_error < 1e-6
     kinds = {layer.kind for layer in model.modules() if hasattr(layer, "kind")}
-    assert kinds == {"folded", "plain"}
+    assert kinds == {"fp8", "plain"}
 
 
 @pytest.mark.usefixtures("without_kernels")
@@ -87,7 +87,7 @@ def test_nan_is_told_when_it_is_folded(quantized: Path, tmp_path: Path) -> None:
     with pytest.raises(
         zm.CheckpointError, match=r'"layers.1.attention.out" is damaged: .* row 3, columns 0 to 31'
     ):
-        zm.ZImageTransformer.from_checkpoint(file, "cpu", "folded")
+        zm.ZImageTransformer.from_checkpoint(file, "cpu", "fp8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -150,10 +150,10 @@ def test_memory_of_a_forward(compute: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_modes_by_the_rule() -> None:
-    assert modes_of((7, 5), kernels=False) == ["exact", "emulated"]
-    assert modes_of((8, 9), kernels=False) == ["folded", "exact", "emulated"]
-    assert modes_of((9, 0), kernels=True) == ["folded", "exact", "emulated"]
-    assert modes_of((12, 0), kernels=True) == ["mxfp8", "folded", "exact", "emulated"]
+    assert modes_of((7, 5), kernels=False) == ["weight-only", "mxfp8-emulated"]
+    assert modes_of((8, 9), kernels=False) == ["fp8", "weight-only", "mxfp8-emulated"]
+    assert modes_of((9, 0), kernels=True) == ["fp8", "weight-only", "mxfp8-emulated"]
+    assert modes_of((12, 0), kernels=True) == ["mxfp8", "fp8", "weight-only", "mxfp8-emulated"]
 
 
 @pytest.mark.usefixtures("without_kernels")

@@ -98,7 +98,7 @@ def test_exact_is_diffusers_with_the_decoded_weights(
 ) -> None:
     inputs = random_inputs(*BATCHES[batch])
     want = reference_on(quantized, tmp_path)(*inputs, return_dict=False)[0]
-    assert relative_error(float32(quantized, "exact")(*inputs).sample, want) < FLOAT32
+    assert relative_error(float32(quantized, "weight-only")(*inputs).sample, want) < FLOAT32
 
 
 def test_quantised_layers_without_refiners(tmp_path: Path) -> None:
@@ -111,14 +111,14 @@ def test_quantised_layers_without_refiners(tmp_path: Path) -> None:
     load_reference(reference, tmp_path / "plain.safetensors")
     inputs = random_inputs(*BATCHES["ragged items"])
     want = reference(*inputs, return_dict=False)[0]
-    found = float32(tmp_path / "quantized.safetensors", "exact")(*inputs).sample
+    found = float32(tmp_path / "quantized.safetensors", "weight-only")(*inputs).sample
     assert relative_error(found, want) < FLOAT32
 
 
 def assert_equal_but_for_ties(model: zm.ZImageTransformer, reference) -> None:
     """Sums in another order differ by 1e-7, and where that decides a rounding, by a step of E4M3.
 
-    So some pictures are equal to float32's precision, and the others nearly so.
+    So some images are equal to float32's precision, and the others nearly so.
     """
     errors = []
     for seed in range(9):
@@ -144,7 +144,7 @@ def test_emulated_rounds_activations_to_mxfp8(quantized: Path, tmp_path: Path) -
 
     reference = reference_on(quantized, tmp_path)
     quantize_inputs(reference, set(open_model(quantized).layers), encode)
-    assert_equal_but_for_ties(float32(quantized, "emulated"), reference)
+    assert_equal_but_for_ties(float32(quantized, "mxfp8-emulated"), reference)
 
 
 def test_folded_rounds_activations_per_token(quantized: Path, tmp_path: Path) -> None:
@@ -155,22 +155,22 @@ def test_folded_rounds_activations_per_token(quantized: Path, tmp_path: Path) ->
 
     reference = reference_on(quantized, tmp_path)
     quantize_inputs(reference, set(open_model(quantized).layers), encode)
-    model = float32(quantized, "folded")
+    model = float32(quantized, "fp8")
     assert_equal_but_for_ties(model, reference)
-    assert 0 <= model.worst_fold < 1e-6
+    assert 0 <= model.max_fold_error < 1e-6
 
 
-@pytest.mark.parametrize("compute", ["exact", "folded", "emulated"])
+@pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
 def test_bfloat16_is_close_to_float32(compute: str, quantized: Path) -> None:
     inputs = random_inputs(*BATCHES["ragged items"])
     model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute)
     found = model(*inputs).sample
     assert {x.dtype for x in found} == {torch.bfloat16}
-    want = float32(quantized, "exact")(*inputs).sample
-    assert relative_error(found, want) < (0.02 if compute == "exact" else 0.15)
+    want = float32(quantized, "weight-only")(*inputs).sample
+    assert relative_error(found, want) < (0.02 if compute == "weight-only" else 0.15)
 
 
-@pytest.mark.parametrize("compute", ["exact", "folded", "emulated"])
+@pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
 def test_two_runs_give_the_same_bytes(compute: str, quantized: Path) -> None:
     inputs = random_inputs(*BATCHES["ragged items"])
     first, second = (
@@ -192,7 +192,7 @@ def test_other_plain_checkpoints(source: str, quantized: Path, tmp_path: Path) -
     save_file(tensors, tmp_path / "other.safetensors")
     inputs = random_inputs(*BATCHES["one image"])
     found = float32(tmp_path / "other.safetensors")(*inputs).sample
-    want = float32(quantized, "exact")(*inputs).sample
+    want = float32(quantized, "weight-only")(*inputs).sample
     assert relative_error(found, want) < (1e-3 if source == "float16" else FLOAT32)
 
 
@@ -233,12 +233,12 @@ def test_a_layer_that_cannot_be_folded_stays_exact(
         return fold(array)
 
     monkeypatch.setattr("zimage_mxfp8.transformer.arithmetic.by_core.fold", refuse_squares)
-    model = float32(quantized, "folded")
+    model = float32(quantized, "fp8")
     kinds = {name: layer.kind for name, layer in model.named_modules() if hasattr(layer, "kind")}
-    assert kinds["layers.0.qkv"] == "folded"
-    assert kinds["layers.0.out"] == "exact"
+    assert kinds["layers.0.qkv"] == "fp8"
+    assert kinds["layers.0.out"] == "weight-only"
     inputs = random_inputs(*BATCHES["one image"])
-    exact = float32(quantized, "exact")(*inputs).sample
+    exact = float32(quantized, "weight-only")(*inputs).sample
     assert relative_error(model(*inputs).sample, exact) < 0.1
 
 
@@ -252,7 +252,7 @@ def test_progress_ends_at_the_total(quantized: Path) -> None:
 
 def test_it_says_what_it_is(quantized: Path) -> None:
     model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
-    assert "compute=exact" in repr(model)
+    assert "compute=weight-only" in repr(model)
     assert "2 layers, dim 256, cpu, bfloat16" in repr(model)
     assert model.dtype == torch.bfloat16
     assert model.device == torch.device("cpu")
@@ -368,7 +368,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@pytest.mark.parametrize("compute", ["exact", "folded", "emulated"])
+@pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
 def test_too_little_memory_of_a_device_is_told_with_what_is_needed(
     compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,14 +421,14 @@ def test_offloading_finds_its_device(quantized: Path) -> None:
 
 
 def test_auto_is_exact_on_the_cpu(quantized: Path) -> None:
-    assert choose("auto", -1, True) == "exact"
-    assert choose("auto", -1, False) == "exact"
+    assert choose("auto", -1, True) == "weight-only"
+    assert choose("auto", -1, False) == "weight-only"
 
 
 @pytest.mark.parametrize("compute", COMPUTE_MODES)
 def test_modes_of_plain_checkpoints(compute: str, folder: Path) -> None:
-    if compute == "exact":
-        assert float32(folder, compute).compute == "exact"
+    if compute == "weight-only":
+        assert float32(folder, compute).compute == "weight-only"
         return
     with pytest.raises(zm.UsageError, match=f"--compute {compute} .*not quantised; convert"):
         float32(folder, compute)
@@ -437,7 +437,7 @@ def test_modes_of_plain_checkpoints(compute: str, folder: Path) -> None:
 def test_native_mxfp8_needs_its_device(quantized: Path) -> None:
     assert unsupported("mxfp8", -1)
     with pytest.raises(
-        zm.UnsupportedError, match=r"--compute mxfp8: .*the CPU has folded, exact, emul"
+        zm.UnsupportedError, match=r"--compute mxfp8: .*the CPU has fp8, weight-only, mxfp8-emul"
     ):
         float32(quantized, "mxfp8")
 
@@ -451,9 +451,12 @@ def test_native_mxfp8_needs_its_device(quantized: Path) -> None:
             {"path": b"model.safetensors"},
             "path must be the path of a file or folder, not b'model.safetensors'",
         ),
-        ({"compute": "fp8"}, "compute must be auto, mxfp8, folded, exact, emulated, not 'fp8'"),
+        (
+            {"compute": "fp4"},
+            "compute must be auto, mxfp8, fp8, weight-only, mxfp8-emulated, not 'fp4'",
+        ),
         ({"compute": None}, "compute must be auto, .*, not None"),
-        ({"compute": ["exact"]}, r"compute must be auto, .*, not \['exact'\]"),
+        ({"compute": ["weight-only"]}, r"compute must be auto, .*, not \['weight-only'\]"),
         ({"dtype": torch.float16}, "dtype must be torch.bfloat16 or torch.float32, not torch.fl"),
         ({"dtype": "bfloat16"}, "dtype must be torch.bfloat16 or torch.float32, not 'bfloat16'"),
         ({"dtype": None}, "dtype must be .*, not None"),
@@ -580,9 +583,9 @@ def test_only_folding_looks_for_nan(part: str, quantized: Path, tmp_path: Path) 
         tensors[f"layers.1.attention.out.{part}"].view(torch.uint8)[3, 5] = 255  # NaN in both types
 
     file = change(quantized, tmp_path / "damaged.safetensors", damage)
-    float32(file, "exact")
+    float32(file, "weight-only")
     with pytest.raises(zm.CheckpointError, match=r'layer "layers.1.attention.out" is damaged.*NaN'):
-        float32(file, "folded")
+        float32(file, "fp8")
 
 
 def test_a_width_without_whole_heads(small_file: Path) -> None:

@@ -19,7 +19,7 @@ Layer = TypeVar("Layer")
 
 
 @dataclass(frozen=True)
-class Place:
+class RowRange:
     """Where a layer is.
 
     Attributes:
@@ -33,13 +33,15 @@ class Place:
     kind: str
 
 
-def by_place(layers: Mapping[str, Layer]) -> dict[Place, Layer]:
+def by_place(layers: Mapping[str, Layer]) -> dict[RowRange, Layer]:
     """Layers by their place instead of their name, or their weight's; without those in no block."""
     places = (
         (BLOCK_TENSOR.match(name.removesuffix(WEIGHT_SUFFIX)), layer)
         for name, layer in layers.items()
     )
-    return {Place(at["stack"], int(at["block"]), at["part"]): layer for at, layer in places if at}
+    return {
+        RowRange(at["stack"], int(at["block"]), at["part"]): layer for at, layer in places if at
+    }
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class BlockMap(Generic[Layer]):
         grid: names of the blocks and of the layer types.
     """
 
-    def __init__(self, layers: Mapping[Place, Layer]) -> None:
+    def __init__(self, layers: Mapping[RowRange, Layer]) -> None:
         kinds = {place.kind for place in layers}
         known = [kind for kind in MAIN_TYPES if kind in kinds]
         self._layers = layers
@@ -85,7 +87,7 @@ class BlockMap(Generic[Layer]):
     def cells(self, value: Callable[[Layer], float | None]) -> Cells:
         """A number for every layer type and block; None where there is no such layer."""
         found = [
-            [self._layers.get(Place(*at, kind)) for at in self._blocks] for kind in self._kinds
+            [self._layers.get(RowRange(*at, kind)) for at in self._blocks] for kind in self._kinds
         ]
         return [[None if layer is None else value(layer) for layer in row] for row in found]
 

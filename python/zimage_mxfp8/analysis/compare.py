@@ -15,21 +15,21 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..checkpoint import quantization as marks
+from ..checkpoint import quantization as markers
 from ..checkpoint.identify import open_for
 from ..checkpoint.output import check_distinct, check_target, write_file
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.zimage import Scope, group_of
 from ..checks import check_threads, number
-from ..conversion.plan import MOST_COLUMNS
+from ..conversion.plan import MAX_COLUMNS
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS
 from ..error_stats import ErrorStats, merge_rows
 from ..errors import CheckpointError, NonFiniteError, UsageError
-from ..pipeline import Job, Lane, Progress, row_chunks, run_jobs
+from ..pipeline import Job, Progress, Worker, row_chunks, run_jobs
 from ..printing.progress import compare_bar, shown
 from ..recipes import compile_pattern, recipe_toml
 from ..rows import as_matrix, encode_rows, measure_rows, read_rows
-from .compare_low_rank import MOST_ELEMENTS, STEPS, measure_low_rank
+from .compare_low_rank import MAX_ELEMENTS, STEPS, measure_low_rank
 from .compare_report import (
     MXFP8,
     CompareReport,
@@ -50,7 +50,7 @@ DEFAULT_SAMPLE: Final = 1 / 8
 DEFAULT_BOUND: Final = 1e-3
 _TILE_ROWS: Final = 128  # that are sampled together
 _FEWEST_TILES: Final = 2  # of which a standard error can be computed
-_MOST_DIGITS: Final = 9  # of a number in a name that is sorted as one
+_MAX_DIGITS: Final = 9  # of a number in a name that is sorted as one
 # Magnitude of a weight, far beyond any model's; near float32's limit, products and MXFP8's own
 # rounding become infinite.
 _LARGEST: Final = 2.0**100
@@ -205,14 +205,14 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
     for name in sorted(checkpoint.tensors, key=_natural_order):
         tensor = checkpoint.tensors[name]
         is_matrix = len(tensor.shape) == 2 and tensor.nbytes > 0
-        if not (name in scope and name.endswith(marks.WEIGHT_SUFFIX) and is_matrix):
+        if not (name in scope and name.endswith(markers.WEIGHT_SUFFIX) and is_matrix):
             continue
         if not pattern.search(name):
             continue
-        if tensor.shape[1] > MOST_COLUMNS:
+        if tensor.shape[1] > MAX_COLUMNS:
             raise CheckpointError(
                 f'{checkpoint.path}: tensor "{name}" has {tensor.shape[1]:,} columns; more than '
-                f"{MOST_COLUMNS:,} cannot be compared: leave it out with --layers"
+                f"{MAX_COLUMNS:,} cannot be compared: leave it out with --layers"
             )
         if tensor.dtype in FLOAT_NAMES:
             linears.append(_Linear(tensor, scope.inner(name), group_of(name, scope)))
@@ -230,7 +230,7 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
 
 def _natural_order(name: str) -> str:
     """A sort key with layers.2 before layers.10."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(_MOST_DIGITS), name)
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(_MAX_DIGITS), name)
 
 
 def _with_stage(
@@ -284,9 +284,9 @@ class _Measurement:
         run_jobs(jobs, None, threads=threads, progress=_with_stage(progress, "sampling"))
 
     def _reading_job(self, tensor: SourceTensor, begin: int, end: int) -> Job:
-        def run(lane: Lane) -> None:
+        def run(worker: Worker) -> None:
             try:
-                data, codes, scales = encode_rows(lane, tensor, begin, end, False)
+                data, codes, scales = encode_rows(worker, tensor, begin, end, False)
             except NonFiniteError as error:
                 raise NonFiniteError(
                     f'{self._checkpoint.path}: tensor "{tensor.name}" has NaN or Inf at row '
@@ -311,8 +311,8 @@ class _Measurement:
     def _sampling_job(self, tensor: SourceTensor, tile: int) -> Job:
         begin, end = self._tile_rows(tensor, tile)
 
-        def run(lane: Lane) -> None:
-            _, matrix, dtype = read_rows(lane, tensor, begin, end, False)
+        def run(worker: Worker) -> None:
+            _, matrix, dtype = read_rows(worker, tensor, begin, end, False)
             rows = np.empty(matrix.shape, np.float32)
             _core.cast(matrix, dtype, rows, "float32", 1)
             errors = measure(rows, self._largest_of[tensor.name])
@@ -405,12 +405,12 @@ def _low_rank_errors(
 ) -> list[LowRankError]:
     """The third stage."""
     wanted = _low_rank_layers(linears, which)
-    chosen = [linear for linear in wanted if math.prod(linear.shape) <= MOST_ELEMENTS]
+    chosen = [linear for linear in wanted if math.prod(linear.shape) <= MAX_ELEMENTS]
     warnings += [
-        f'"{linear.tensor.name}" has more than {MOST_ELEMENTS:,} weights: no low-rank branch was '
+        f'"{linear.tensor.name}" has more than {MAX_ELEMENTS:,} weights: no low-rank branch was '
         "measured for it"
         for linear in wanted
-        if math.prod(linear.shape) > MOST_ELEMENTS
+        if math.prod(linear.shape) > MAX_ELEMENTS
     ]
     total = sum(linear.tensor.nbytes for linear in chosen) * STEPS
     done = 0

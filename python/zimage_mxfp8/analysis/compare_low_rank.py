@@ -24,14 +24,14 @@ import numpy as np
 
 from .. import _core
 from ..checkpoint.source import SourceTensor
-from ..pipeline import Job, Lane, run_jobs
+from ..pipeline import Job, Worker, run_jobs
 from ..rows import read_rows
 from .compare_report import LowRankError
 from .formats import BASE_FORMATS, FORMATS, Doubles, Floats, measure_base, residual
 
 RANKS: Final = (16, 32)
 STEPS: Final = len(BASE_FORMATS) + len(RANKS)  # of `measure_low_rank`
-MOST_ELEMENTS: Final = 80_000_000  # of a matrix; twice in float32 they stay well under 1 GiB
+MAX_ELEMENTS: Final = 80_000_000  # of a matrix; twice in float32 they stay well under 1 GiB
 _BLOCKS: Final = 5  # of the Krylov basis
 _NEGLIGIBLE: Final = 1e-10  # of a squared length; rounding errors of float32 reach 1e-11
 _ROWS: Final = 512  # that one thread quantises at once
@@ -84,7 +84,7 @@ def _product(left: Floats, right: Floats, threads: int, out: Floats | None = Non
     if os.environ.get("OPENBLAS_NUM_THREADS") != "1":
         return np.matmul(left, right, out=out)
 
-    def work(_: Lane, part: slice) -> None:
+    def work(_: Worker, part: slice) -> None:
         np.matmul(left[part], right, out=out[part])
 
     _on_rows(left.shape[0], _PRODUCT_ROWS, threads, work)
@@ -125,8 +125,8 @@ def measure_low_rank(
     rows, cols = shape = (tensor.shape[0], tensor.shape[1])
     weights, other = (half[: rows * cols].reshape(shape) for half in memory)
 
-    def read(lane: Lane, part: slice) -> tuple[float, float]:
-        _, matrix, dtype = read_rows(lane, tensor, part.start, part.stop, False)
+    def read(worker: Worker, part: slice) -> tuple[float, float]:
+        _, matrix, dtype = read_rows(worker, tensor, part.start, part.stop, False)
         _core.cast(matrix, dtype, weights[part], "float32", 1)
         signal = np.einsum("ij,ij->", weights[part], weights[part], dtype=np.float64)
         return float(signal), _largest(weights[part])
@@ -139,7 +139,7 @@ def measure_low_rank(
     after_residual: dict[tuple[str, int], float] = {}
     for name in BASE_FORMATS:
 
-        def quantise(_: Lane, part: slice, name: str = name) -> float:
+        def quantise(_: Worker, part: slice, name: str = name) -> float:
             return residual(weights[part], name, largest, other[part])
 
         plain[name] = sum(_on_rows(rows, _ROWS, threads, quantise))
@@ -153,13 +153,13 @@ def measure_low_rank(
     for rank in RANKS:
         _product(scaled[:, :rank], vt[:rank], threads, other)
 
-        def subtract(_: Lane, part: slice) -> float:
+        def subtract(_: Worker, part: slice) -> float:
             np.subtract(weights[part], other[part], out=other[part])
             return _largest(other[part])
 
         rest_largest = max(_on_rows(rows, _ROWS, threads, subtract))
 
-        def requantise(_: Lane, part: slice, largest: float = rest_largest) -> dict[str, float]:
+        def requantise(_: Worker, part: slice, largest: float = rest_largest) -> dict[str, float]:
             return measure_base(other[part], largest)
 
         errors = _on_rows(rows, _ROWS, threads, requantise)
@@ -182,13 +182,13 @@ def measure_low_rank(
     ]
 
 
-def _on_rows(rows: int, step: int, threads: int, work: Callable[[Lane, slice], _T]) -> list[_T]:
+def _on_rows(rows: int, step: int, threads: int, work: Callable[[Worker, slice], _T]) -> list[_T]:
     """What `work` returns for each `step` rows, in order: sums depend on no thread's speed."""
     found: dict[int, _T] = {}
 
     def job(part: slice) -> Job:
-        def run(lane: Lane) -> None:
-            found[part.start] = work(lane, part)
+        def run(worker: Worker) -> None:
+            found[part.start] = work(worker, part)
 
         return Job("", 0, run)
 

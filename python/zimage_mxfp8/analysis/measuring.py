@@ -12,7 +12,7 @@ from .. import _core
 from ..checkpoint.source import SourceTensor
 from ..dtypes import FLOAT_NAMES
 from ..errors import NonFiniteError
-from ..pipeline import Job, Lane, Progress, ProgressCallback, row_chunks, run_jobs
+from ..pipeline import Job, Progress, ProgressCallback, Worker, row_chunks, run_jobs
 from ..rows import read_rows
 from .weight_metrics import (
     BIT_PATTERNS,
@@ -57,13 +57,13 @@ def _shifted(progress: ProgressCallback | None, done: int, total: int) -> Progre
 
 
 def _jobs(
-    tensors: Iterable[SourceTensor], work: Callable[[Lane, SourceTensor, int, int], None]
+    tensors: Iterable[SourceTensor], work: Callable[[Worker, SourceTensor, int, int], None]
 ) -> list[Job]:
-    """A job for each range of rows: `work(lane, tensor, first row, end)`."""
+    """A job for each range of rows: `work(worker, tensor, first row, end)`."""
 
     def job(tensor: SourceTensor, begin: int, end: int) -> Job:
         nbytes = (end - begin) * (tensor.nbytes // tensor.shape[0])
-        return Job(tensor.name, nbytes, lambda lane: work(lane, tensor, begin, end))
+        return Job(tensor.name, nbytes, lambda worker: work(worker, tensor, begin, end))
 
     return [job(tensor, *rows) for tensor in tensors for rows in row_chunks(tensor)]
 
@@ -94,9 +94,9 @@ class _NarrowWeights:
     def jobs(self) -> list[Job]:
         return _jobs(self._tensors, self._count)
 
-    def _count(self, lane: Lane, tensor: SourceTensor, begin: int, end: int) -> None:
-        _, matrix, dtype = read_rows(lane, tensor, begin, end, False)
-        counts = lane.scratch("counts", BIT_PATTERNS * 8).view(np.uint64)
+    def _count(self, worker: Worker, tensor: SourceTensor, begin: int, end: int) -> None:
+        _, matrix, dtype = read_rows(worker, tensor, begin, end, False)
+        counts = worker.scratch("counts", BIT_PATTERNS * 8).view(np.uint64)
         counts[:] = 0
         _core.count_bit_patterns(matrix, dtype, counts, 1)
         if counts[~np.isfinite(pattern_values(dtype))].any():
@@ -136,13 +136,15 @@ class _WideWeights:
     def jobs_again(self) -> list[Job]:
         return _jobs(self._tensors, self._look_for_outliers)
 
-    def _sum(self, lane: Lane, tensor: SourceTensor, begin: int, end: int) -> None:
-        data, matrix, _ = read_rows(lane, tensor, begin, end, False)
+    def _sum(self, worker: Worker, tensor: SourceTensor, begin: int, end: int) -> None:
+        data, matrix, _ = read_rows(worker, tensor, begin, end, False)
         _check_finite(tensor, matrix, begin)
         self._moments[tensor.name][begin] = moments_of(data.view(np.float32))
 
-    def _look_for_outliers(self, lane: Lane, tensor: SourceTensor, begin: int, end: int) -> None:
-        data, _, _ = read_rows(lane, tensor, begin, end, False)
+    def _look_for_outliers(
+        self, worker: Worker, tensor: SourceTensor, begin: int, end: int
+    ) -> None:
+        data, _, _ = read_rows(worker, tensor, begin, end, False)
         whole = self._merged(tensor.name)
         self._outliers[tensor.name][begin] = count_outliers(
             data.view(np.float32), whole.mean, self._sigma * whole.std

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint import quantization as marks
+from ..checkpoint import quantization as markers
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.zimage import BLOCK_TENSOR, Scope
@@ -185,10 +185,10 @@ def _targets(checkpoint: Checkpoint, scope: Scope) -> list[Target]:
     targets: list[Target] = []
     for name, tensor in sorted(checkpoint.tensors.items()):
         match = BLOCK_TENSOR.match(scope.inner(name)) if name in scope else None
-        if match is None or not name.endswith(marks.WEIGHT_SUFFIX) or len(tensor.shape) != 2:
+        if match is None or not name.endswith(markers.WEIGHT_SUFFIX) or len(tensor.shape) != 2:
             continue
         stack: Stack = match["stack"]  # type: ignore[assignment]
-        part = match["part"].removesuffix(marks.WEIGHT_SUFFIX)
+        part = match["part"].removesuffix(markers.WEIGHT_SUFFIX)
         kind = part if stack == "layers" else f"{stack}.{part}"
         if kind not in (MAIN_TYPES if stack == "layers" else REFINER_TYPES):
             continue

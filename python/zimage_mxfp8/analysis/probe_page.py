@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..file_names import base_name
 from ..text import plural
-from .block_maps import BlockMap, Metric, Place
+from .block_maps import BlockMap, Metric, RowRange
 from .figures import SizePoint, category_map, line_plot, size_plot
 from .grouping import ProbedTensor
 from .page import Block, Cell, Column, Copyable, Figure, Paragraph, Section, Table, render_page
@@ -97,7 +97,7 @@ def _sizes(report: ProbeReport) -> list[Block]:
 
 
 def _figures(report: ProbeReport) -> list[Block]:
-    layers = BlockMap({Place(t.stack, t.block, _short_type(t)): t for t in report.tensors})
+    layers = BlockMap({RowRange(t.stack, t.block, _short_type(t)): t for t in report.tensors})
     effective = layers.cells(lambda tensor: _RECOMMENDATIONS.index(tensor.effective))
     names, marks = ("NVFP4", "FP8", "KEEP"), ("4", "8", "K")
     scores = layers.cells(lambda tensor: tensor.score)

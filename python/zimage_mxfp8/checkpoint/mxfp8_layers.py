@@ -12,7 +12,7 @@ from typing import Any
 
 from ..codec import padded_shape, scale_shape
 from ..text import plural
-from . import quantization as marks
+from . import quantization as markers
 from .quantization import Description
 from .source import Checkpoint, SourceTensor
 from .zimage import ANCHOR, Scope, expected_shapes
@@ -90,17 +90,19 @@ class _Finder:
         self._remarks: Counter[str] = Counter()
 
     def find(self) -> MXFP8Layers:
-        descriptions = marks.read_descriptions(self._checkpoint, self._scope)
+        descriptions = markers.read_descriptions(self._checkpoint, self._scope)
         if descriptions.header_problem:
-            self._breach(marks.HEADER_KEY, descriptions.header_problem)
+            self._breach(markers.HEADER_KEY, descriptions.header_problem)
         described = dict(descriptions.layers)
         for name, tensor in self._checkpoint.tensors.items():
             if name not in self._scope:
                 continue
-            if name.endswith(marks.SCALE_SUFFIX):
-                described.setdefault(name.removesuffix(marks.SCALE_SUFFIX), Description(None, None))
-            if tensor.dtype.startswith("F8_") and name.endswith(marks.WEIGHT_SUFFIX):
-                layer = name.removesuffix(marks.WEIGHT_SUFFIX)
+            if name.endswith(markers.SCALE_SUFFIX):
+                described.setdefault(
+                    name.removesuffix(markers.SCALE_SUFFIX), Description(None, None)
+                )
+            if tensor.dtype.startswith("F8_") and name.endswith(markers.WEIGHT_SUFFIX):
+                layer = name.removesuffix(markers.WEIGHT_SUFFIX)
                 described.setdefault(layer, Description(None, None))
         expected = self._expected_shapes(described)
         layers = []
@@ -121,7 +123,7 @@ class _Finder:
         shapes, padded = {}, set()
         for inner, name in self._scope.inner_names(self._checkpoint.tensors).items():
             shapes[inner] = self._checkpoint.tensors[name].shape
-            layer = name.removesuffix(marks.WEIGHT_SUFFIX)
+            layer = name.removesuffix(markers.WEIGHT_SUFFIX)
             if layer != name and layer in described:
                 if stated := _stated_shape(described[layer].believed):
                     shapes[inner] = stated
@@ -135,15 +137,16 @@ class _Finder:
     def _layer(
         self, name: str, description: Description, expected: dict[str, tuple[int, ...]]
     ) -> MXFP8Layer | None:
-        weight = self._checkpoint.tensors.get(name + marks.WEIGHT_SUFFIX)
-        scale = self._checkpoint.tensors.get(name + marks.SCALE_SUFFIX)
+        weight = self._checkpoint.tensors.get(name + markers.WEIGHT_SUFFIX)
+        scale = self._checkpoint.tensors.get(name + markers.SCALE_SUFFIX)
         if weight is None:
             self._breach(
-                name + marks.WEIGHT_SUFFIX, "is missing, though the file describes it as quantised"
+                name + markers.WEIGHT_SUFFIX,
+                "is missing, though the file describes it as quantised",
             )
             return None
         if scale is None:
-            self._breach(name + marks.SCALE_SUFFIX, "is missing")
+            self._breach(name + markers.SCALE_SUFFIX, "is missing")
         if not self._is_described(name, description) or scale is None:
             return None
         if weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
@@ -161,12 +164,12 @@ class _Finder:
                 scale.name,
                 f"is {list(scale.shape)}, but the blocked scales are {list(scale_shape(shape))}",
             )
-        full = bool((description.believed or {}).get(marks.FULL_PRECISION_KEY))
+        full = bool((description.believed or {}).get(markers.FULL_PRECISION_KEY))
         return MXFP8Layer(name, weight, scale, shape, full)
 
     def _is_described(self, name: str, description: Description) -> bool:
         marker, header = description.marker, description.header
-        tensor = name + marks.MARKER_SUFFIX
+        tensor = name + markers.MARKER_SUFFIX
         if description.unreadable:
             self._breach(tensor, description.unreadable)
             return False
@@ -178,16 +181,16 @@ class _Finder:
                 "codes without scales and draw noise",
             )
             return False
-        if believed.get("format") != marks.MXFP8_FORMAT:
-            place = tensor if header is None else marks.HEADER_KEY
+        if believed.get("format") != markers.MXFP8_FORMAT:
+            place = tensor if header is None else markers.HEADER_KEY
             layer = f' for layer "{name}"' if header is not None else ""
             self._breach(place, f'has the format "{believed.get("format")}"{layer}, not "mxfp8"')
             return False
         if marker is not None and header is not None:
-            for key in ("format", marks.FULL_PRECISION_KEY):
+            for key in ("format", markers.FULL_PRECISION_KEY):
                 if marker.get(key) != header.get(key):
                     self._breach(
-                        marks.HEADER_KEY,
+                        markers.HEADER_KEY,
                         f'says something else of layer "{name}" than its comfy_quant tensor '
                         f"({key}), and ComfyUI believes the header",
                     )
@@ -234,7 +237,7 @@ class _Finder:
         if unlisted and not self._scope.prefix:
             notes.append(
                 f"{plural(unlisted, 'layer')} described by comfy_quant tensors only: ComfyUI reads "
-                f"them, and programs that look for {marks.HEADER_KEY} in the header do not"
+                f"them, and programs that look for {markers.HEADER_KEY} in the header do not"
             )
         if count := self._remarks["no orig_shape"]:
             notes.append(
@@ -247,7 +250,9 @@ class _Finder:
                 "in keys that ComfyUI does not read"
             )
         scales = sum(
-            tensor.dtype == "F8_E8M0" and name in self._scope and name.endswith(marks.SCALE_SUFFIX)
+            tensor.dtype == "F8_E8M0"
+            and name in self._scope
+            and name.endswith(markers.SCALE_SUFFIX)
             for name, tensor in self._checkpoint.tensors.items()
         )
         if scales:

@@ -31,8 +31,8 @@ import numpy.typing as npt
 from ..errors import OutputError, UsageError
 
 BLOCK = max(4096, mmap.PAGESIZE)  # bytes; what disks and page caches are divided into
-_MOST_NAME_BYTES = 200  # of a target, for its hidden name to stay under the usual 255
-_MOST_KEPT = 16 << 20  # bytes of small pieces that a writer keeps
+_MAX_NAME_BYTES = 200  # of a target, for its hidden name to stay under the usual 255
+_MAX_KEPT = 16 << 20  # bytes of small pieces that a writer keeps
 _SUFFIX = ".zimage-mxfp8-partial"
 _PATIENCE = 0.25  # seconds: a process that looks for leftovers holds a lock for a moment
 
@@ -202,7 +202,7 @@ class Writer:
         if data.size:
             self._kept.append((position, data.tobytes()))
             self._kept_bytes += data.size
-            if self._kept_bytes > _MOST_KEPT:
+            if self._kept_bytes > _MAX_KEPT:
                 self.flush()
 
     def _write_direct(self, position: int, data: npt.NDArray[np.uint8]) -> None:
@@ -264,7 +264,7 @@ class AtomicFile:
         self._overwrite = overwrite
         self._final = _resolved(target)  # a link stays a link, and what it names is replaced
         name = self._final.name
-        if len(os.fsencode(name)) > _MOST_NAME_BYTES:
+        if len(os.fsencode(name)) > _MAX_NAME_BYTES:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()
         self._partial = self._final.with_name(f".{name}{_SUFFIX}")
         self._file: BinaryIO | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..text import did_you_mean
-from .streams import tell
+from .streams import report_line
 
 
 def spellings(*names: str) -> list[str]:
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        tell(f"error: {message} (see {self.prog} --help)")
+        report_line(f"error: {message} (see {self.prog} --help)")
         sys.exit(2)
 
     def _check_options(self, words: Sequence[str]) -> None:

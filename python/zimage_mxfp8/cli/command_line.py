@@ -135,5 +135,5 @@ def _remedy_for_memory(arguments: argparse.Namespace) -> str:
 
 
 def _fail(sentence: str, code: int) -> int:
-    streams.tell(f"error: {sentence}")
+    streams.report_line(f"error: {sentence}")
     return code

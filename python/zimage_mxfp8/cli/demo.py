@@ -117,9 +117,9 @@ def _run_both(original: Path, converted: Path) -> None:
     caption = torch.randn(_CAPTION_TOKENS, _CAPTION_DIM, generator=random)
     results, rows = [], []
     for name, file, compute in (
-        ("BF16, the original", original, "exact"),
-        ("MXFP8, exact", converted, "exact"),
-        ("MXFP8, emulated", converted, "emulated"),
+        ("BF16, the original", original, "weight-only"),
+        ("MXFP8, weight-only", converted, "weight-only"),
+        ("MXFP8, mxfp8-emulated", converted, "mxfp8-emulated"),
     ):
         # Sums in float32, so that the differences are those of the 8 bits.
         model = ZImageTransformer.from_checkpoint(file, "cpu", compute, torch.float32)

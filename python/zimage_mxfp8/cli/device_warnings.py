@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import DeviceWarning
-from .streams import tell
+from .streams import report_line
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def as_lines() -> Iterator[None]:
 
         def show_or_tell(message: Any, category: Any, *place: Any, **options: Any) -> None:
             if issubclass(category, DeviceWarning):
-                tell(f"warning: {message}")
+                report_line(f"warning: {message}")
             else:
                 show(message, category, *place, **options)
 

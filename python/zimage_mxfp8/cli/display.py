@@ -12,7 +12,7 @@ from ..printing.screen import Screen
 from ..printing.screen import console as console
 from ..printing.screen import size_text as size_text
 from ..text import printable
-from .streams import tell
+from .streams import report_line
 
 
 def screen() -> Screen:
@@ -28,13 +28,13 @@ def print_json(document: Any) -> None:
 def warn(sentences: Sequence[str]) -> None:
     """Print warnings to stderr."""
     for sentence in sentences:
-        tell(f"warning: {sentence}")
+        report_line(f"warning: {sentence}")
 
 
 def note(sentences: Sequence[str]) -> None:
     """Print remarks to stderr."""
     for sentence in sentences:
-        tell(f"note: {sentence}")
+        report_line(f"note: {sentence}")
 
 
 def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -52,6 +52,6 @@ def wrote(path: Path, what: str, *, as_json: bool = False) -> None:
     """
     line = f"wrote {path}: {what}"
     if as_json:
-        tell(line)
+        report_line(line)
     else:
         print(printable(line), flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..text import printable
-from .streams import tell
+from .streams import report_line
 
 if TYPE_CHECKING:
     from ..hub import Download
@@ -44,7 +44,7 @@ def _show(download: Download) -> None:
             disable_progress_bars()
     if download.done < len(download.files) and not sys.stderr.isatty():
         file = download.files[download.done]
-        tell(f"downloading {file.name} ({download.done + 1} of {len(download.files)})")
+        report_line(f"downloading {file.name} ({download.done + 1} of {len(download.files)})")
 
 
 def _print_plan(download: Download) -> None:
@@ -59,7 +59,7 @@ def _print_plan(download: Download) -> None:
         part = file.name.rpartition("/")[0] or file.name
         counts[part] += 1
         sizes[part] += file.nbytes
-    tell(f"to download from {download.repo}:")
+    report_line(f"to download from {download.repo}:")
     table = Table()
     table.add_column("what", overflow="fold")
     table.add_column("files", justify="right")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..printing.screen import Screen
     from ..recipes import Recipe
 
-_MOST_REASONS = 15
+_MAX_REASONS = 15
 
 
 def run(arguments: argparse.Namespace, recipe: Recipe) -> int:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> int:
         _group_rows(plan),
     )
     kept = Counter(planned.reason for planned in plan.tensors.values() if planned.reason)
-    shown = kept.most_common(_MOST_REASONS)
+    shown = kept.most_common(_MAX_REASONS)
     rows = [[reason, f"{number:,}"] for reason, number in shown]
     screen.table("Why tensors are kept", ["why", "tensors>"], rows)
     if len(kept) > len(shown):

@@ -16,15 +16,15 @@ from ..errors import OutputError, UsageError
 from ..generation.settings import (
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
-    MOST_GUIDANCE,
-    MOST_PICTURES,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
     GenerationSettings,
     draw_seed,
 )
 from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, spellings
 from .download import add_download, resolve
-from .streams import tell
+from .streams import report_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,7 +94,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--guidance",
         type=float,
         metavar="SCALE",
-        help=f"classifier-free guidance up to {MOST_GUIDANCE}, ComfyUI's CFG minus 1; twice the "
+        help=f"classifier-free guidance up to {MAX_GUIDANCE}, ComfyUI's CFG minus 1; twice the "
         "work (default: 0, none, for Turbo)",
     )
     parser.add_argument(
@@ -106,7 +106,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--batch",
         type=count(1),
         metavar="N",
-        help=f"images to make together, up to {MOST_PICTURES} (default: 1)",
+        help=f"images to make together, up to {MAX_IMAGES} (default: 1)",
     )
     parser.add_argument(
         *spellings("--init-image"), type=Path, metavar="FILE", help="image to start from"
@@ -154,11 +154,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     begin = time.perf_counter()
     stored, settings = _settings(arguments)
-    tell("checking the model folder and the output ...")  # before the imports, which take long
+    report_line(
+        "checking the model folder and the output ..."
+    )  # before the imports, which take long
     from .. import hub
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
-    from ..generation.pictures import open_init_image, png_bytes, preview_path, write_new
+    from ..generation.images import open_init_image, png_bytes, preview_path, write_new
     from ..optional_packages import needed
     from ..printing.progress import stage_bar_or_lines
     from . import display
@@ -181,13 +183,13 @@ def run(arguments: argparse.Namespace) -> int:
         )
     open_model_folder(model_dir)
     keep_libraries_quiet()
-    tell("loading torch and diffusers ...")
+    report_line("loading torch and diffusers ...")
     with needed("generate", "generate"):
         if settings.init_image is not None:
             open_init_image(settings.init_image)
         from ..generation.generator import ZImageGenerator
 
-    with stage_bar_or_lines(tell) as progress, PreviewFiles(previews) as preview_files:
+    with stage_bar_or_lines(report_line) as progress, PreviewFiles(previews) as preview_files:
         generator = ZImageGenerator(
             model_dir,
             transformer,
@@ -248,10 +250,10 @@ def _settings(
 
 
 def _outputs(given: Path | None, settings: GenerationSettings) -> list[Path]:
-    from ..generation.pictures import free_path, name_from_prompt, picture_paths
+    from ..generation.images import free_path, image_paths, name_from_prompt
 
     if given is not None:
-        return picture_paths(given, settings.batch)
+        return image_paths(given, settings.batch)
     assert settings.seed is not None
     name = name_from_prompt(settings.prompt)
     return [free_path(Path(f"{name}-{settings.seed + i}.png")) for i in range(settings.batch)]
@@ -292,7 +294,7 @@ class PreviewFiles:
     def show(self, _step: int, images: Sequence[Image]) -> None:
         """Replace the files."""
         from ..checkpoint.output import write_file
-        from ..generation.pictures import plain_png_bytes
+        from ..generation.images import plain_png_bytes
 
         for path, image in zip(self._paths, images, strict=True):
             if self._failed:
@@ -301,7 +303,7 @@ class PreviewFiles:
             try:
                 write_file(path, plain_png_bytes(image), overwrite=True)
             except OutputError as error:
-                tell(f"warning: no more previews: {error}")
+                report_line(f"warning: no more previews: {error}")
                 self._failed = True
 
 

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         streams.flush_stdout()
         is_kept = isinstance(error, interrupts.Interrupted)
         outcome = str(error) if is_kept else "no partial output was left"
-        streams.tell(f"error: interrupted; {outcome}")
+        streams.report_line(f"error: interrupted; {outcome}")
         return 130
     return code
 

@@ -15,7 +15,7 @@ from ..text import plural
 from .arguments import add_json, add_overwrite, count, file_path, spellings
 from .generate import keep_libraries_quiet
 from .interrupts import Interrupted, is_interrupt
-from .streams import tell
+from .streams import report_line
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     # Told now, and not after the text encoder was loaded.
     check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
     dtype = getattr(torch, arguments.dtype)
-    with _keeping(arguments.state), sensitivity_bar(tell) as progress:
+    with _keeping(arguments.state), sensitivity_bar(report_line) as progress:
         captions = None
         if arguments.prompt:
             progress(SensitivityProgress("encoding the prompts", "", 0, 0))

@@ -21,7 +21,7 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def tell(sentence: str) -> None:
+def report_line(sentence: str) -> None:
     """Print a line to stderr, if that can be written: the work does not depend on it."""
     try:
         print(f"zimage-mxfp8: {printable(sentence)}", file=sys.stderr, flush=True)

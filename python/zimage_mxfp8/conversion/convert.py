@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..checkpoint import quantization as marks
+from ..checkpoint import quantization as markers
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.output import AtomicFile, check_distinct, check_target, write_file
 from ..checkpoint.source import SourceTensor, sha256
@@ -32,8 +32,8 @@ from ..nonfinite import KeptTensorCheck
 from ..pipeline import (
     ByteCheck,
     Job,
-    Lane,
     ProgressCallback,
+    Worker,
     byte_chunks,
     copy_jobs,
     header_job,
@@ -301,25 +301,25 @@ def _quantize_jobs(
     tensor = planned.source
     rows, cols = tensor.shape
     codes_at = plan.places[tensor.name].begin
-    scales_at = plan.places[planned.layer + marks.SCALE_SUFFIX].begin
+    scales_at = plan.places[planned.layer + markers.SCALE_SUFFIX].begin
     code_cols = padded_shape((rows, cols))[1]
     scale_cols = scale_shape((rows, cols))[1]
-    marker_at = plan.places[planned.layer + marks.MARKER_SUFFIX].begin
-    marker = np.frombuffer(marks.marker_bytes(plan.layers[planned.layer]), np.uint8)
+    marker_at = plan.places[planned.layer + markers.MARKER_SUFFIX].begin
+    marker = np.frombuffer(markers.marker_bytes(plan.layers[planned.layer]), np.uint8)
 
     def job(begin: int, end: int) -> Job:
-        def run(lane: Lane) -> None:
+        def run(worker: Worker) -> None:
             positions = codes_at + begin * code_cols, scales_at + begin * scale_cols
             data, codes, scales = encode_rows(
-                lane, tensor, begin, end, plan.recipe.source_rounding, positions
+                worker, tensor, begin, end, plan.recipe.source_rounding, positions
             )
-            lane.write(positions[0], codes)
-            lane.write(positions[1], scales)
+            worker.write(positions[0], codes)
+            worker.write(positions[1], scales)
             if begin == 0:
-                lane.write(marker_at, marker)
+                worker.write(marker_at, marker)
             if correction is not None:
                 _correct_bias(
-                    lane, plan, planned, correction, kept, begin, end, data, codes, scales
+                    worker, plan, planned, correction, kept, begin, end, data, codes, scales
                 )
             if collected is not None:
                 collected[tensor.name, begin] = measure_rows(
@@ -332,7 +332,7 @@ def _quantize_jobs(
 
 
 def _correct_bias(
-    lane: Lane,
+    worker: Worker,
     plan: Plan,
     planned: PlannedTensor,
     correction: Vector,
@@ -358,10 +358,10 @@ def _correct_bias(
         1,
     )
     item = bias.nbytes // bias.shape[0]
-    old = lane.read(bias, begin * item, rows * item, "bias")
+    old = worker.read(bias, begin * item, rows * item, "bias")
     kept.check(bias, begin * item, old)
     new = add_to_bias(bias, old, change)
-    lane.write(plan.places[bias.name].begin + begin * item, new)
+    worker.write(plan.places[bias.name].begin + begin * item, new)
 
 
 def _cast_jobs(tensor: SourceTensor, position: int, check: ByteCheck) -> list[Job]:
@@ -369,12 +369,12 @@ def _cast_jobs(tensor: SourceTensor, position: int, check: ByteCheck) -> list[Jo
     item = SAFETENSORS_BITS[tensor.dtype] // 8
 
     def job(begin: int, end: int) -> Job:
-        def run(lane: Lane) -> None:
-            data = lane.read(tensor, begin, end - begin)
+        def run(worker: Worker) -> None:
+            data = worker.read(tensor, begin, end - begin)
             check(tensor, begin, data)
             source = as_integers(tensor.dtype, data).reshape(1, -1)
-            target, _ = round_to_bfloat16(lane, source, FLOAT_NAMES[tensor.dtype])
-            lane.write(position + begin // item * 2, target)
+            target, _ = round_to_bfloat16(worker, source, FLOAT_NAMES[tensor.dtype])
+            worker.write(position + begin // item * 2, target)
 
         return Job(tensor.name, end - begin, run)
 
@@ -386,8 +386,8 @@ def _find_nonfinite(plan: Plan, threads: int) -> set[str]:
     found: set[str] = set()
 
     def job(tensor: SourceTensor, begin: int, end: int) -> Job:
-        def run(lane: Lane) -> None:
-            _, matrix, dtype = read_rows(lane, tensor, begin, end, plan.recipe.source_rounding)
+        def run(worker: Worker) -> None:
+            _, matrix, dtype = read_rows(worker, tensor, begin, end, plan.recipe.source_rounding)
             if _core.find_nonfinite(matrix, dtype, 1) is not None:
                 found.add(tensor.name)
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..checkpoint import quantization as marks
+from ..checkpoint import quantization as markers
 from ..checkpoint.header import TensorInfo, file_size, layout_header
 from ..checkpoint.identify import Identified
 from ..checkpoint.provenance import PROVENANCE_KEY
@@ -28,7 +28,7 @@ from ..recipes import Recipe
 from ..text import plural
 
 # A tile of 32 to 128 rows is encoded at once; this bounds its memory. Real layers have thousands.
-MOST_COLUMNS = 1 << 20
+MAX_COLUMNS = 1 << 20
 
 OUTSIDE = "not part of the transformer"
 
@@ -57,7 +57,7 @@ class PlannedTensor:
     @property
     def layer(self) -> str:
         """The layer's name, for a weight."""
-        return self.source.name.removesuffix(marks.WEIGHT_SUFFIX)
+        return self.source.name.removesuffix(markers.WEIGHT_SUFFIX)
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,7 +105,7 @@ class Plan:
         planned = self.tensors[name]
         names = [name]
         if planned.action == "quantize":
-            names += [planned.layer + marks.SCALE_SUFFIX, planned.layer + marks.MARKER_SUFFIX]
+            names += [planned.layer + markers.SCALE_SUFFIX, planned.layer + markers.MARKER_SUFFIX]
         return sum(self.places[part].nbytes for part in names)
 
 
@@ -147,7 +147,7 @@ def make_plan(
             "every 2-D weight"
         )
     layers = {
-        planned.layer: marks.layer_marker(
+        planned.layer: markers.layer_marker(
             _matrix_shape(planned.source),
             full_precision=full_precision_modulations and is_modulation(scope.inner(planned.layer)),
         )
@@ -157,13 +157,13 @@ def make_plan(
     outputs = _output_tensors(checkpoint, tensors, layers)
     metadata = dict(checkpoint.metadata)
     # An all-in-one file may describe a quantised text encoder there; that stays.
-    described = marks.header_layers(metadata.pop(marks.HEADER_KEY, "")) or {}
+    described = markers.header_layers(metadata.pop(markers.HEADER_KEY, "")) or {}
     # With a prefix ComfyUI adds the header's layers under both names, and warns of those that the
     # model does not have; markers are enough for it.
     if not scope.prefix or recipe.reproduces_convert_to_quant:
         described |= layers
     if described:
-        metadata[marks.HEADER_KEY] = marks.header_value(described)
+        metadata[markers.HEADER_KEY] = markers.header_value(described)
     if provenance is not None:
         metadata[PROVENANCE_KEY] = json.dumps(provenance)
     header, places = layout_header(outputs, metadata)
@@ -207,7 +207,7 @@ def _plan_tensor(
 
     if tensor.name not in scope:
         return kept(OUTSIDE)
-    if len(tensor.shape) != 2 or not tensor.name.endswith(marks.WEIGHT_SUFFIX):
+    if len(tensor.shape) != 2 or not tensor.name.endswith(markers.WEIGHT_SUFFIX):
         return kept("not a weight matrix")
     for rule in recipe.keep:
         if rule.matches(tensor.name, scope.prefix):
@@ -224,12 +224,12 @@ def _plan_tensor(
             f'{checkpoint.path}: tensor "{tensor.name}" is {tensor.dtype}; only BF16, F16 and F32 '
             "weights can be quantised: convert it, or exclude it with --exclude-layers"
         )
-    if tensor.shape[1] > MOST_COLUMNS:
+    if tensor.shape[1] > MAX_COLUMNS:
         raise CheckpointError(
             f'{checkpoint.path}: tensor "{tensor.name}" has {tensor.shape[1]:,} columns; more than '
-            f"{MOST_COLUMNS:,} cannot be quantised: exclude it with --exclude-layers"
+            f"{MAX_COLUMNS:,} cannot be quantised: exclude it with --exclude-layers"
         )
-    bias = checkpoint.tensors.get(tensor.name.removesuffix(marks.WEIGHT_SUFFIX) + ".bias")
+    bias = checkpoint.tensors.get(tensor.name.removesuffix(markers.WEIGHT_SUFFIX) + ".bias")
     has_bias = bias is not None and bias.shape == tensor.shape[:1] and bias.dtype in FLOAT_NAMES
     return PlannedTensor(tensor, "quantize", "", group, bias.name if bias and has_bias else None)
 
@@ -252,11 +252,11 @@ def _output_tensors(
             outputs[name] = ("BF16" if planned.action == "cast" else source.dtype), source.shape
             continue
         shape = _matrix_shape(source)
-        marker = marks.marker_bytes(layers[planned.layer])
+        marker = markers.marker_bytes(layers[planned.layer])
         outputs[name] = "F8_E4M3", padded_shape(shape)
         for suffix, added in (
-            (marks.SCALE_SUFFIX, ("U8", scale_shape(shape))),
-            (marks.MARKER_SUFFIX, ("U8", (len(marker),))),
+            (markers.SCALE_SUFFIX, ("U8", scale_shape(shape))),
+            (markers.MARKER_SUFFIX, ("U8", (len(marker),))),
         ):
             if planned.layer + suffix in tensors:
                 raise CheckpointError(

@@ -1,1 +1,1 @@
-"""Pictures: the transformer between the other parts of a diffusers folder."""
+"""Images: the transformer between the other parts of a diffusers folder."""

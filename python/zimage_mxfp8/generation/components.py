@@ -77,7 +77,7 @@ class TextEncoder:
 
 
 class VAE:
-    """The autoencoder between latents and pictures."""
+    """The autoencoder between latents and images."""
 
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
         with _loading(folder, "vae") as path:

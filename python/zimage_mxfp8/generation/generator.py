@@ -1,4 +1,4 @@
-"""From a prompt to pictures: text encoder, transformer and VAE, one after another."""
+"""From a prompt to images: text encoder, transformer and VAE, one after another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from .. import _core, hub
 from ..checks import file_or_folder, whole_number
-from ..device_notes import tell
+from ..device_notes import report_line
 from ..devices import core_index, memory_for, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UsageError
 from ..pipeline import Progress
@@ -28,7 +28,7 @@ from ..transformer.model import ZImageTransformer
 from ..transformer.weights import open_model
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
 from .folder import open_model_folder
-from .pictures import open_init_image
+from .images import open_init_image
 from .preview import PreviewCallback, Previews
 from .settings import PIXELS_PER_TOKEN, GenerationSettings
 
@@ -45,7 +45,7 @@ class GenerationProgress:
 
     Attributes:
         stage: what goes on: the name of a part while it is loaded, else the work.
-        done: what is finished of the stage: bytes of "transformer", steps of "denoising", pictures
+        done: what is finished of the stage: bytes of "transformer", steps of "denoising", images
             of "decoding", 0 or 1 of the others.
         total: of how many.
         seconds: time of the last step of "denoising", else 0.
@@ -62,7 +62,7 @@ GenerationCallback = Callable[[GenerationProgress], object]
 
 @dataclass(frozen=True)
 class Generation:
-    """Pictures, and how they were made.
+    """Images, and how they were made.
 
     Attributes:
         images: PIL images.
@@ -89,12 +89,12 @@ class Generation:
     warnings: tuple[str, ...]
 
     def seed(self, i: int) -> int:
-        """The seed that makes picture i alone."""
+        """The seed that makes image i alone."""
         assert self.settings.seed is not None  # resolved
         return self.settings.seed + i
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """What makes picture i again, as JSON-compatible values; names of files only."""
+        """What makes image i again, as JSON-compatible values; names of files only."""
         settings = self.settings
         return {
             "prompt": settings.prompt,
@@ -115,7 +115,7 @@ class Generation:
 
 
 class ZImageGenerator:
-    """Makes pictures with the parts of a diffusers folder and a transformer of this package.
+    """Makes images with the parts of a diffusers folder and a transformer of this package.
 
     Threads may share one; with `offload` they take turns.
 
@@ -173,7 +173,7 @@ class ZImageGenerator:
         headers = open_model(self._file)
         self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
         self._compute = choose(compute, core_index(self._device), bool(headers.layers))
-        tell(self._device, device)
+        report_line(self._device, device)
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
         # While a part is loaded, torch's default dtype is another, in all threads; nor would memory
@@ -193,9 +193,9 @@ class ZImageGenerator:
         preview: PreviewCallback | None = None,
         preview_every: int = 1,
     ) -> Generation:
-        """Make pictures.
+        """Make images.
 
-        The same seed gives the same noise on every device; what differs is rounding. A picture of
+        The same seed gives the same noise on every device; what differs is rounding. An image of
         a batch is that of its own seed alone, again but for rounding.
 
         Args:
@@ -210,7 +210,7 @@ class ZImageGenerator:
         Raises:
             UsageError: `preview_every` is no whole number from 1 on.
             CheckpointError: the init image cannot be read, or, with offloading, a part.
-            GenerationError: a picture became NaN or infinite; the sentence says at which step.
+            GenerationError: an image became NaN or infinite; the sentence says at which step.
             CudaError, UnsupportedError: too little memory.
         """
         if whole_number("preview_every", preview_every) < 1:
@@ -233,12 +233,12 @@ class ZImageGenerator:
             self._free()
         # One look at the device for the whole generation.
         finite = [torch.stack([c.isfinite().all() for c in captions]).all().expand(settings.batch)]
-        finite += [*steps.finite, torch.stack([picture.isfinite().all() for picture in pixels])]
+        finite += [*steps.finite, torch.stack([image.isfinite().all() for image in pixels])]
         self._check(settings, torch.stack(finite).cpu())
         return Generation(
             images=tuple(
-                VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN).postprocess(picture)[0]
-                for picture in pixels
+                VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN).postprocess(image)[0]
+                for image in pixels
             ),
             settings=settings,
             steps=len(steps.finite),
@@ -335,7 +335,7 @@ class ZImageGenerator:
             assert vae is not None
             pipeline = ZImageImg2ImgPipeline(vae=vae.model, **parts)
             resized = pipeline.image_processor.resize(image, settings.height, settings.width)
-            # One for each picture: otherwise the first one's random numbers serve all of them.
+            # One for each image: otherwise the first one's random numbers serve all of them.
             options = {"image": [resized] * batch, "strength": settings.strength}
         pipeline.set_progress_bar_config(disable=True)
         previews = make_previews(vae) if make_previews and vae else None
@@ -361,18 +361,18 @@ class ZImageGenerator:
         return latents, steps
 
     def _decode(self, latents: torch.Tensor, report: GenerationCallback) -> list[torch.Tensor]:
-        """Pictures [1, 3, height, width], decoded one by one to bound the memory."""
+        """Images [1, 3, height, width], decoded one by one to bound the memory."""
         vae: VAE = self._part("VAE", report)
         pixels: list[torch.Tensor] = []
         report(GenerationProgress("decoding", 0, len(latents)))
-        with self._memory_for("decoding a picture"):
+        with self._memory_for("decoding an image"):
             for latent in latents.split(1):
                 pixels.append(vae.decode(latent))
                 report(GenerationProgress("decoding", len(pixels), len(latents)))
         return pixels
 
     def _check(self, settings: GenerationSettings, finite: torch.Tensor) -> None:
-        """Raise if a picture is not finite; [captions, steps..., pixels; batch] of flags."""
+        """Raise if an image is not finite; [captions, steps..., pixels; batch] of flags."""
         if finite.all():
             return
         assert settings.seed is not None
@@ -386,10 +386,10 @@ class ZImageGenerator:
         if row == last:
             where = "the VAE turned sound latents into NaN or Inf"
             raise GenerationError(f"{where}; check {self._folder.path / 'vae'}{remedy}", None)
-        sounder = ([] if self._compute == "exact" else ["--compute exact"]) + wider
+        sounder = ([] if self._compute == "weight-only" else ["--compute weight-only"]) + wider
         remedy = f", and {' or '.join(sounder)} may get around it" if sounder else ""
         raise GenerationError(
-            f"the picture of seed {settings.seed + item} became NaN or Inf in step {row} of "
+            f"the image of seed {settings.seed + item} became NaN or Inf in step {row} of "
             f"{last - 1} (compute {self._compute}, {self._dtype}); zimage-mxfp8 validate "
             f"{self._file} tells whether the file is sound{remedy}",
             row,
@@ -400,7 +400,7 @@ class _Steps:
     """Watches the steps of a pipeline and keeps the device busy meanwhile.
 
     Attributes:
-        finite: for each step, which pictures were finite after it: flags [batch] on the device.
+        finite: for each step, which images were finite after it: flags [batch] on the device.
     """
 
     def __init__(

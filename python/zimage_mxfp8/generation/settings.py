@@ -1,4 +1,4 @@
-"""What a picture is made of, as far as the user chooses it."""
+"""What an image is made of, as far as the user chooses it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..transformer.config import ROPE_LENGTHS
 PIXELS_PER_TOKEN = 16  # a side: 8 pixels to a latent, 2 latents to a patch
 DEFAULT_SIZE = 1024
 DEFAULT_STRENGTH = 0.6
-MOST_PIXELS = min(ROPE_LENGTHS[1:]) * PIXELS_PER_TOKEN  # a side
-_MOST_STEPS = 1000
-MOST_PICTURES = 64  # of a batch, far beyond what a device's memory holds in 1024 x 1024
-MOST_GUIDANCE = 100  # useful values are below 10; huge ones overflow
+MAX_PIXELS = min(ROPE_LENGTHS[1:]) * PIXELS_PER_TOKEN  # a side
+_MAX_STEPS = 1000
+MAX_IMAGES = 64  # of a batch, far beyond what a device's memory holds in 1024 x 1024
+MAX_GUIDANCE = 100  # useful values are below 10; huge ones overflow
 SEEDS = 2**63
 
 _NEVER_NONE = ("prompt", "steps", "guidance", "batch")
@@ -29,15 +29,15 @@ class GenerationSettings:
     Attributes:
         prompt: what to show.
         negative_prompt: what not to show; only with `guidance`.
-        steps: forward passes of the transformer, from noise to picture (twice as wide with
+        steps: forward passes of the transformer, from noise to image (twice as wide with
             `guidance`). With an init image, `strength` of them.
         height: pixels, a multiple of 16; None: 1024, or that of the init image.
         width: likewise.
         guidance: classifier-free guidance s, 0 to 100: positive + s * (positive - negative), which
             is a CFG scale of s + 1 in ComfyUI. 0: without, as Turbo needs it.
-        seed: of the first picture; the i-th has seed + i. None draws one.
-        batch: number of pictures, which are made together; 1 to 64.
-        init_image: file of a picture to start from; a str becomes a Path.
+        seed: of the first image; the i-th has seed + i. None draws one.
+        batch: number of images, which are made together; 1 to 64.
+        init_image: file of an image to start from; a str becomes a Path.
         strength: how much of the init image is replaced by noise, 0.01 to 1; None: 0.6.
 
     Raises:
@@ -57,27 +57,27 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if not 1 <= self.steps <= _MOST_STEPS:
-            raise UsageError(f"--steps must be 1 to {_MOST_STEPS}, not {self.steps}")
+        if not 1 <= self.steps <= _MAX_STEPS:
+            raise UsageError(f"--steps must be 1 to {_MAX_STEPS}, not {self.steps}")
         for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and (size % PIXELS_PER_TOKEN or not 0 < size <= MOST_PIXELS):
+            if size is not None and (size % PIXELS_PER_TOKEN or not 0 < size <= MAX_PIXELS):
                 raise UsageError(
-                    f"--{name} must be a multiple of {PIXELS_PER_TOKEN} up to {MOST_PIXELS}, not "
+                    f"--{name} must be a multiple of {PIXELS_PER_TOKEN} up to {MAX_PIXELS}, not "
                     f"{size}"
                 )
-        if not 0 <= self.guidance <= MOST_GUIDANCE:
-            raise UsageError(f"--guidance must be 0 to {MOST_GUIDANCE}, not {self.guidance}")
+        if not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise UsageError(f"--guidance must be 0 to {MAX_GUIDANCE}, not {self.guidance}")
         if self.negative_prompt is not None and not self.guidance:
             raise UsageError(
                 "--negative-prompt has no effect without guidance; add --guidance or drop it"
             )
-        if not 1 <= self.batch <= MOST_PICTURES:
+        if not 1 <= self.batch <= MAX_IMAGES:
             raise UsageError(
-                f"--batch must be 1 to {MOST_PICTURES}, not {self.batch}; for more pictures, make "
+                f"--batch must be 1 to {MAX_IMAGES}, not {self.batch}; for more images, make "
                 "several batches"
             )
         if self.seed is not None and not 0 <= self.seed <= SEEDS - self.batch:
-            raise UsageError("--seed must be 0 or more, and below 2^63 for every picture")
+            raise UsageError("--seed must be 0 or more, and below 2^63 for every image")
         if self.strength is not None and self.init_image is None:
             raise UsageError("--strength is for --init-image; add it, or drop --strength")
         if self.strength is not None and not 0.01 <= self.strength <= 1:
@@ -121,5 +121,5 @@ def draw_seed() -> int:
 
 
 def _whole_tokens(pixels: int) -> int:
-    tokens = min(pixels, MOST_PIXELS) // PIXELS_PER_TOKEN
+    tokens = min(pixels, MAX_PIXELS) // PIXELS_PER_TOKEN
     return max(tokens, 1) * PIXELS_PER_TOKEN

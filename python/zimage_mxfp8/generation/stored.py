@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UsageError
 from . import infotext
-from .pictures import METADATA_KEY
+from .images import METADATA_KEY
 from .png_text import read_texts
 from .settings import GenerationSettings
 

@@ -8,7 +8,7 @@ from ..error_stats import snr_db
 from ..text import plural
 from .screen import Screen, size_text
 
-_MOST_SHOWN = 10
+_MAX_SHOWN = 10
 
 
 def print_compare(report: CompareReport, screen: Screen) -> None:
@@ -17,7 +17,7 @@ def print_compare(report: CompareReport, screen: Screen) -> None:
     _print_groups(report, screen)
     if report.low_rank_summary:
         _print_low_rank(report, screen)
-    order = sorted(report.layers, key=_mxfp8_error, reverse=True)[:_MOST_SHOWN]
+    order = sorted(report.layers, key=_mxfp8_error, reverse=True)[:_MAX_SHOWN]
     screen.table(
         f"The {plural(len(order), 'layer')} with the largest squared error in MXFP8",
         ["tensor", "squared error>", "SNR (dB)>"],

@@ -7,15 +7,15 @@ from ..validation import ValidationReport
 from .errors import print_errors
 from .screen import Screen
 
-_MOST_SHOWN = 20
+_MAX_SHOWN = 20
 
 
 def print_validation(report: ValidationReport, screen: Screen) -> None:
     """Print a `ValidationReport`."""
-    for breach in report.breaches[:_MOST_SHOWN]:
+    for breach in report.breaches[:_MAX_SHOWN]:
         screen.text(f"breach: {breach}")
-    if len(report.breaches) > _MOST_SHOWN:
-        screen.text(f"... and {len(report.breaches) - _MOST_SHOWN} more breaches (--json has all)")
+    if len(report.breaches) > _MAX_SHOWN:
+        screen.text(f"... and {len(report.breaches) - _MAX_SHOWN} more breaches (--json has all)")
     for note in report.notes:
         screen.text(f"note: {note}")
     if report.errors:

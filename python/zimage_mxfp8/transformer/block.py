@@ -20,7 +20,7 @@ from .linear import (
     workspace,
 )
 from .ops import Activation
-from .sequence import Part
+from .sequence import Segment
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Block(nn.Module):
         """The forms in which w1 and w3 take their input."""
         return {layer.form for layer in self.ffn_in}  # type: ignore[misc]
 
-    def attention(self, h: Activation, part: Part) -> torch.Tensor:
+    def attention(self, h: Activation, part: Segment) -> torch.Tensor:
         """Attention of normalised activations."""
         qkv = multiply_and_rotate(
             self.qkv, h, self.q_norm, self.k_norm, part.rotations, self._heads
@@ -127,7 +127,7 @@ def run_blocks(
     blocks: Sequence[Block],
     x: torch.Tensor,
     modulations: Sequence[Modulation],
-    part: Part,
+    part: Segment,
 ) -> None:
     """Run blocks one after another, in place on x [tokens, dim].
 

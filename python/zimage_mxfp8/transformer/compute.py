@@ -7,14 +7,14 @@ from typing import Literal
 from .. import _core, devices
 from ..errors import UnsupportedError, UsageError
 
-Compute = Literal["mxfp8", "folded", "exact", "emulated"]
-COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "folded", "exact", "emulated")
+Compute = Literal["mxfp8", "fp8", "weight-only", "mxfp8-emulated"]
+COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "mxfp8-emulated")
 
 DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",
-    "folded": "scales folded to one per row, FP8 tensor cores",
-    "exact": "weights decoded exactly, activations as they are",
-    "emulated": "Blackwell's numerics: activations in MXFP8 too, products of decoded numbers",
+    "fp8": "scales folded to one per row, FP8 tensor cores",
+    "weight-only": "weights decoded exactly, activations as they are",
+    "mxfp8-emulated": "Blackwell's numerics: activations in MXFP8 too, products of decoded numbers",
 }
 
 _NATIVE_PATHS = ("sm100", "sm120")
@@ -35,7 +35,7 @@ def unsupported(compute: Compute, device: int) -> str:
         problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
         reasons = [_core.gemm_unsupported(path, problem, device) for path in _NATIVE_PATHS]
         return "" if "" in reasons else reasons[0]
-    if compute == "folded" and device >= 0:
+    if compute == "fp8" and device >= 0:
         try:
             from .arithmetic import by_core, scaled_mm
         except ImportError:
@@ -55,7 +55,7 @@ def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
     if not kernels or capability not in _NATIVE_CAPABILITIES:
         modes.remove("mxfp8")
     if capability < _FP8_CAPABILITY:
-        modes.remove("folded")
+        modes.remove("fp8")
     return modes
 
 
@@ -81,12 +81,12 @@ def choose(compute: str, device: int, quantized: bool) -> Compute:
         raise UsageError(f"compute must be auto, {', '.join(modes)}, not {repr(compute)[:80]}")
     if compute == "auto":
         # On the CPU nothing is faster in 8 bits.
-        return supported(device)[0] if quantized and device >= 0 else "exact"
+        return supported(device)[0] if quantized and device >= 0 else "weight-only"
     mode = modes[compute]
-    if not quantized and mode != "exact":
+    if not quantized and mode != "weight-only":
         raise UsageError(
             f"--compute {mode} is for MXFP8 checkpoints, and this one is not quantised; convert it "
-            "first (zimage-mxfp8 convert), or use --compute exact"
+            "first (zimage-mxfp8 convert), or use --compute weight-only"
         )
     if why := unsupported(mode, device):
         place = f"cuda:{device}" if device >= 0 else "the CPU"

@@ -77,15 +77,15 @@ class _MXFP8Linear(Linear):
         return MXFP8Array(self.codes, self.scales, (rows, columns))
 
 
-class ExactLinear(_MXFP8Linear):
+class WeightOnlyLinear(_MXFP8Linear):
     """Decoded weights, which is exact; activations as they are."""
 
-    kind = "exact"
+    kind = "weight-only"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[M, K] -> [M, N]."""
         x = pad_columns(x, self.codes.shape[1])
-        out = arithmetic.on(x.device).multiply_exact(x, self._weights())
+        out = arithmetic.on(x.device).multiply_weight_only(x, self._weights())
         return out[:, : self.out_features]
 
 
@@ -115,10 +115,10 @@ class BlockScaledLinear(_MXFP8Linear):
         return multiply(a, self._weights(), self.dtype)[:, : self.out_features]
 
 
-class FoldedLinear(Linear):
+class FP8Linear(Linear):
     """Weights in E4M3 with one power of two a row; activations likewise, scaled per token."""
 
-    kind = "folded"
+    kind = "fp8"
     form: Form = "row-scaled"
     codes: torch.Tensor
     scale_bits: torch.Tensor
@@ -164,16 +164,16 @@ def quantized_linear(
         compute: the mode.
         dtype: of the activations and results that are not encoded.
     """
-    if compute == "exact":
-        return ExactLinear(codes, scales, n, dtype), None
-    if compute != "folded":
-        return BlockScaledLinear(codes, scales, n, dtype, compute == "emulated"), None
+    if compute == "weight-only":
+        return WeightOnlyLinear(codes, scales, n, dtype), None
+    if compute != "fp8":
+        return BlockScaledLinear(codes, scales, n, dtype, compute == "mxfp8-emulated"), None
     rows, columns = codes.shape
     try:
         folded, stats = arithmetic.on(codes.device).fold(MXFP8Array(codes, scales, (rows, columns)))
     except PrecisionLossError:
-        return ExactLinear(codes, scales, n, dtype), None
-    return FoldedLinear(folded, n, dtype), stats
+        return WeightOnlyLinear(codes, scales, n, dtype), None
+    return FP8Linear(folded, n, dtype), stats
 
 
 def multiply(layer: Linear, activation: Activation) -> torch.Tensor:
@@ -191,7 +191,7 @@ def multiply_and_rotate(
     heads: int,
 ) -> torch.Tensor:
     """`multiply`, then `ops.rotate_heads`."""
-    if isinstance(layer, FoldedLinear) and layer.fuses_epilogue(len(rotations)):
+    if isinstance(layer, FP8Linear) and layer.fuses_epilogue(len(rotations)):
         out: torch.Tensor = fused_gemm.gemm_rotate_heads(
             activation[layer.form], layer.weights, q_weight, k_weight, rotations, heads, NORM_EPS
         )
@@ -204,9 +204,7 @@ def multiply_and_rotate(
 def fuses_gate(layers: Sequence[Linear], tokens: int) -> bool:
     """Whether `multiply_and_gate` keeps the products on the chip: half as much reaches memory."""
     return (
-        len(layers) == 1
-        and isinstance(layers[0], FoldedLinear)
-        and layers[0].fuses_epilogue(tokens)
+        len(layers) == 1 and isinstance(layers[0], FP8Linear) and layers[0].fuses_epilogue(tokens)
     )
 
 
@@ -216,7 +214,7 @@ def multiply_and_gate(
     """The products of w1 and w3, stacked in one layer or apart, then `ops.silu_multiply`."""
     first = layers[0]
     x = activation[first.form]
-    if isinstance(first, FoldedLinear) and fuses_gate(layers, x.shape[0]):
+    if isinstance(first, FP8Linear) and fuses_gate(layers, x.shape[0]):
         return ops.encode(fused_gemm.gemm_silu_multiply(x, first.weights), forms)
     products = [multiply(layer, activation) for layer in layers]
     gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
@@ -231,9 +229,9 @@ def workspace(layer: Linear, tokens: int) -> int:
     assert isinstance(codes, torch.Tensor)
     rows, columns = codes.shape
     of_device = arithmetic.on(codes.device)
-    if isinstance(layer, ExactLinear):
-        return of_device.exact_workspace((rows, columns), dtype)
-    if isinstance(layer, FoldedLinear):
+    if isinstance(layer, WeightOnlyLinear):
+        return of_device.weight_only_workspace((rows, columns), dtype)
+    if isinstance(layer, FP8Linear):
         return of_device.row_scaled_workspace(tokens, (rows, columns), dtype, codes.device)
     if isinstance(layer, BlockScaledLinear) and layer.emulated:
         return of_device.decoded_workspace(tokens, (rows, columns), dtype, codes.device)

@@ -54,7 +54,7 @@ Raw = dict[str, torch.Tensor]  # the same as they came
 
 
 @dataclass(frozen=True)
-class Parts:
+class LoadedWeights:
     """What a transformer consists of.
 
     Attributes:
@@ -62,13 +62,13 @@ class Parts:
         modulation: weight and bias of all modulated blocks' modulations, stacked in the order of
             "noise_refiner", then "layers".
         others: embedders, pad tokens and the final layer, by tensor name.
-        worst_fold: the largest relative error that folding added to a layer.
+        max_fold_error: the largest relative error that folding added to a layer.
     """
 
     blocks: dict[str, list[Block]]
     modulation: tuple[torch.Tensor, torch.Tensor]
     others: dict[str, torch.Tensor]
-    worst_fold: float
+    max_fold_error: float
 
 
 def load_parts(
@@ -77,7 +77,7 @@ def load_parts(
     compute: Compute,
     dtype: torch.dtype,
     progress: ProgressCallback | None,
-) -> Parts:
+) -> LoadedWeights:
     """Read all weights to a device.
 
     Raises:
@@ -124,7 +124,7 @@ class _Loader:
         self._dtype = dtype
         self._worst = 0.0
 
-    def load(self) -> Parts:
+    def load(self) -> LoadedWeights:
         config = self._file.config
         counts = {
             "noise_refiner": config.n_refiner_layers,
@@ -151,7 +151,7 @@ class _Loader:
                 modulation = self._plain(raw, _modulation_names(name))
                 weights.append(modulation[name + _MODULATION + ".weight"])
                 biases.append(modulation[name + _MODULATION + ".bias"])
-        return Parts(blocks, (torch.cat(weights), torch.cat(biases)), others, self._worst)
+        return LoadedWeights(blocks, (torch.cat(weights), torch.cat(biases)), others, self._worst)
 
     # ---- What to read
 
@@ -222,7 +222,7 @@ class _Loader:
     ) -> Linear:
         rows = sum(self._file.layers[layer].shape[0] for layer in layers)
         full = self._file.layers[layers[0]].full_precision
-        compute: Compute = "exact" if full else self._compute
+        compute: Compute = "weight-only" if full else self._compute
         try:
             linear, stats = quantized_linear(codes, scales, rows, compute, self._dtype)
         except InvalidArgumentError as error:  # NaN among the codes or scales

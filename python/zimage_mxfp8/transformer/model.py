@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import hub
 from ..checks import file_or_folder, text
-from ..device_notes import tell
+from ..device_notes import report_line
 from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import (
     CudaError,
@@ -30,7 +30,6 @@ from ..pipeline import ProgressCallback
 from ..printing.progress import byte_bar, shown
 from ..text import plural
 from . import ops
-from .absent import instead_of
 from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
 from .compute import DESCRIPTIONS, Compute, choose
@@ -44,9 +43,9 @@ from .config import (
 )
 from .graphs import GraphCache
 from .linear import Linear
-from .loading import Parts, load_parts
+from .loading import LoadedWeights, load_parts
 from .sequence import (
-    MOST_LATENTS,
+    MAX_LATENTS,
     Shape,
     fill_up,
     image_tokens,
@@ -56,6 +55,7 @@ from .sequence import (
     patchify,
     unpatchify,
 )
+from .unsupported import alternative_to
 from .weights import open_model
 
 # Values of diffusers' arguments that ask for what is done here anyway.
@@ -92,7 +92,7 @@ class ZImageTransformer(nn.Module):
     Attributes:
         config: the model's sizes.
         compute: the compute mode, see `from_checkpoint`.
-        worst_fold: the largest relative error that folding added to a layer (mode "folded").
+        max_fold_error: the largest relative error that folding added to a layer (mode "fp8").
     """
 
     cap_embedder_0_weight: torch.Tensor
@@ -119,7 +119,7 @@ class ZImageTransformer(nn.Module):
     def __init__(
         self,
         config: ZImageConfig,
-        parts: Parts,
+        parts: LoadedWeights,
         compute: Compute,
         dtype: torch.dtype,
         cuda_graphs: bool,
@@ -127,7 +127,7 @@ class ZImageTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute = compute
-        self.worst_fold = parts.worst_fold
+        self.max_fold_error = parts.max_fold_error
         self._dtype = dtype
         self._cuda_graphs = cuda_graphs
         self._graphs = GraphCache()
@@ -145,7 +145,7 @@ class ZImageTransformer(nn.Module):
         """Where diffusers is in use, a class that its pipelines take, which is one of its own.
 
         Deriving from it would mean to import diffusers, which takes longer than everything else
-        until the first picture.
+        until the first image.
         """
         cls: Any = type(self)
         return _with_diffusers_base(cls) if "diffusers" in sys.modules else cls
@@ -165,7 +165,7 @@ class ZImageTransformer(nn.Module):
 
         All checks come before the first weight goes to the device, and host memory stays small.
         Weights are not searched for NaN and Inf, which on the CPU takes longer than to read them:
-        `zimage-mxfp8 validate` does that, and `ZImageGenerator` names the step in which a picture
+        `zimage-mxfp8 validate` does that, and `ZImageGenerator` names the step in which an image
         becomes so. Only folding, which looks at every weight anyway, refuses NaN.
 
         Args:
@@ -177,12 +177,12 @@ class ZImageTransformer(nn.Module):
 
                 - "mxfp8": MXFP8 x MXFP8 on the tensor cores of compute capability 10.x and 12.x
                   (these kernels have never run on such a device; without kernels it is missing).
-                - "folded": scales folded into one per row, FP8 tensor cores of 8.9 and newer;
+                - "fp8": scales folded into one per row, FP8 tensor cores of 8.9 and newer;
                   activations are quantised per token.
-                - "exact": weights decoded exactly, activations as they are; any device.
-                - "emulated": activations in MXFP8 too, as on 10.x and 12.x, with products of
+                - "weight-only": weights decoded exactly, activations as they are; any device.
+                - "mxfp8-emulated": activations in MXFP8 too, as on 10.x and 12.x, with products of
                   decoded numbers; any device.
-                - "auto": the first of these that the device has fast; "exact" on the CPU.
+                - "auto": the first of these that the device has fast; "weight-only" on the CPU.
             dtype: bfloat16 or float32, of everything that is not 8 bits wide.
             cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
                 Without, hooks on the model's modules run in every call.
@@ -208,9 +208,9 @@ class ZImageTransformer(nn.Module):
         file = open_model(file_or_folder("path", path))
         place = torch_device(device)
         mode = choose(compute, core_index(place), bool(file.layers))
-        tell(place, device)
+        report_line(place, device)
         if place.type == "cuda":
-            has_cudnn_attention(place)  # for its warning, now and not in the middle of a picture
+            has_cudnn_attention(place)  # for its warning, now and not in the middle of an image
         with shown(progress, byte_bar("loading the transformer")) as callback:
             parts = load_parts(file, place, mode, dtype, callback)
         return cls(file.config, parts, mode, dtype, cuda_graphs)
@@ -303,7 +303,7 @@ class ZImageTransformer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if advice := instead_of(name):
+            if advice := alternative_to(name):
                 raise MissingAttributeError(f"the transformer has no {name}: {advice}") from None
             raise
 
@@ -429,9 +429,9 @@ class ZImageTransformer(nn.Module):
                 raise InvalidArgumentError(
                     f"x[{i}] must be [{channels}, 1, H, W] with H and W even, not {list(size)}"
                 )
-            if max(size[2:]) > MOST_LATENTS:
+            if max(size[2:]) > MAX_LATENTS:
                 raise InvalidArgumentError(
-                    f"x[{i}] must have H and W of {MOST_LATENTS} at most, which is what the model "
+                    f"x[{i}] must have H and W of {MAX_LATENTS} at most, which is what the model "
                     f"has positions for, not {list(size)}"
                 )
             if caption.dim() != 2 or caption.shape[1] != features or not len(caption):

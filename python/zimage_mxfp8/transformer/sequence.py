@@ -26,7 +26,7 @@ from .config import (
 Size = tuple[int, int, int]  # frames, height and width of a latent image
 Shape = tuple[Size, int]  # of a batch's item: its image, the tokens of its caption
 
-MOST_LATENTS = PATCH_SIZE * min(ROPE_LENGTHS[1:])  # of an image's height and width
+MAX_LATENTS = PATCH_SIZE * min(ROPE_LENGTHS[1:])  # of an image's height and width
 
 
 def padded(tokens: int) -> int:
@@ -48,7 +48,7 @@ def most_caption_tokens(frames: int) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """A kind of sequence of a batch: its tokens, item after item.
 
     Attributes:
@@ -72,9 +72,9 @@ class Layout:
         joint: of the main blocks; an item's image comes before its caption.
     """
 
-    images: Part
-    captions: Part
-    joint: Part
+    images: Segment
+    captions: Segment
+    joint: Segment
 
 
 @lru_cache(maxsize=16)
@@ -96,7 +96,7 @@ def _grid(start: Size, size: Size) -> torch.Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
-def _part(positions: list[torch.Tensor], device: torch.device) -> Part:
+def _part(positions: list[torch.Tensor], device: torch.device) -> Segment:
     lengths = tuple(len(p) for p in positions)
     items = None
     if len(lengths) > 1:
@@ -104,7 +104,7 @@ def _part(positions: list[torch.Tensor], device: torch.device) -> Part:
             torch.tensor(lengths)
         )
         items = items.to(device)
-    return Part(lengths, items, _rotations(torch.cat(positions)).to(device))
+    return Segment(lengths, items, _rotations(torch.cat(positions)).to(device))
 
 
 def _rotations(positions: torch.Tensor) -> torch.Tensor:

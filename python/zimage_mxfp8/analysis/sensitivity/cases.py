@@ -1,4 +1,4 @@
-"""Inputs that the model is measured with: latents on their way from noise to a picture."""
+"""Inputs that the model is measured with: latents on their way from noise to an image."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def record_cases(
     timesteps: int,
     seed: int,
 ) -> list[Case]:
-    """Sample a picture for each caption with the original model, and keep some of the steps.
+    """Sample an image for each caption with the original model, and keep some of the steps.
 
     Args:
         model: the original model.
         captions: [tokens, features] each.
-        size: height and width of the pictures in pixels, multiples of 16.
+        size: height and width of the images in pixels, multiples of 16.
         timesteps: how many of the 8 steps of Turbo's sampler.
         seed: of the noise.
     """

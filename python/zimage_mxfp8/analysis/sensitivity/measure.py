@@ -1,6 +1,6 @@
 """How far a change moves the output: content and detail apart.
 
-Low and high spatial frequencies are told apart, because an error in the one changes what a picture
+Low and high spatial frequencies are told apart, because an error in the one changes what an image
 shows and an error in the other how fine it is. (ViDiT-Q decouples its metrics for the same reason:
 Zhao et al., "ViDiT-Q: Efficient and Accurate Quantization of Diffusion Transformers", 2024.)
 """

@@ -14,7 +14,7 @@ import torch
 from ...checkpoint.output import check_target
 from ...checks import number, whole_number
 from ...errors import CheckpointError, UsageError
-from ...generation.settings import MOST_PIXELS, PIXELS_PER_TOKEN, SEEDS
+from ...generation.settings import MAX_PIXELS, PIXELS_PER_TOKEN, SEEDS
 from ...printing.progress import sensitivity_bar, shown
 from ...recipes import Recipe, load_recipe
 from ...text import plural
@@ -151,11 +151,11 @@ def analyse_sensitivity(
         captions: caption features [tokens, features] of real prompts; by default two synthetic
             ones, which say less.
         bound: relative error of the output that the smallest set of exclusions has to hold.
-        size: height and width of the pictures, multiples of 16 up to 8192.
+        size: height and width of the images, multiples of 16 up to 8192.
         timesteps: how many of the 8 steps of Turbo's sampler to measure at.
         seed: of the noise and of synthetic captions.
         device: as for `ZImageTransformer.from_checkpoint`.
-        dtype: of the model: bfloat16, or float32 to keep its own rounding out of the picture.
+        dtype: of the model: bfloat16, or float32 to keep its own rounding out of the image.
         state: a JSON file to keep measurements in, so that an interrupted run can go on.
         progress: called when a stage begins, and after each measurement; True draws a bar on a
             terminal, and prints lines to stderr elsewhere.
@@ -207,9 +207,9 @@ def check_settings(
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise UsageError(f"size must be (height, width), not {repr(size)[:80]}")
     height, width = whole_number("height", size[0]), whole_number("width", size[1])
-    if any(n % PIXELS_PER_TOKEN or not 0 < n <= MOST_PIXELS for n in (height, width)):
+    if any(n % PIXELS_PER_TOKEN or not 0 < n <= MAX_PIXELS for n in (height, width)):
         raise UsageError(
-            f"height and width must be multiples of {PIXELS_PER_TOKEN} up to {MOST_PIXELS}, not "
+            f"height and width must be multiples of {PIXELS_PER_TOKEN} up to {MAX_PIXELS}, not "
             f"{height} and {width}"
         )
     timesteps, seed = whole_number("timesteps", timesteps), whole_number("seed", seed)

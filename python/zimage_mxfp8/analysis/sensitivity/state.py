@@ -14,7 +14,7 @@ from ...checkpoint.output import write_file
 from ...errors import UsageError
 from .measure import OutputError
 
-_MOST_SHOWN = 80  # characters of the values that differ; those of a checkpoint are long
+_MAX_SHOWN = 80  # characters of the values that differ; those of a checkpoint are long
 
 
 class State:
@@ -57,7 +57,7 @@ class State:
             found = document["run"].get(key)
             if found != value:
                 both = f" ({found}, not {value})"
-                shown = both if len(both) < _MOST_SHOWN else ""
+                shown = both if len(both) < _MAX_SHOWN else ""
                 raise UsageError(f"{path} is of a run with another {key}{shown}; {remedy}")
         errors = document["errors"]
         self._errors = {name: [OutputError(**e) for e in cases] for name, cases in errors.items()}

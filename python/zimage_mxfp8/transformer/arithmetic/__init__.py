@@ -34,11 +34,11 @@ class Arithmetic(Protocol):
     def fold(self, array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
         """Fold the block scales into one per row; waits for the device. See `matmul.fold`."""
 
-    def multiply_exact(self, x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
+    def multiply_weight_only(self, x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
         """Multiply [M, K] with the decoded weights [N, K]: [M, N] in the dtype of x."""
 
-    def exact_workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that `multiply_exact` takes on a CUDA device for weights [N, K]."""
+    def weight_only_workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that `multiply_weight_only` takes on a CUDA device for weights [N, K]."""
 
     def multiply_row_scaled(
         self, x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype

@@ -35,7 +35,7 @@ def fold(array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
     return matmul.fold(array)
 
 
-def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
+def multiply_weight_only(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
     """Multiply with the decoded weights."""
     if x.is_cuda and x.dtype == torch.bfloat16:
         out: torch.Tensor = gemm(x, weights, dtype=x.dtype)
@@ -43,7 +43,7 @@ def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
     return F.linear(x, dequantize(weights, x.dtype))
 
 
-def exact_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
+def weight_only_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes of the decoded weights; few tokens do without."""
     return shape[0] * shape[1] * dtype.itemsize
 

@@ -13,15 +13,15 @@ from .torch_codec import dequantize, quantize, quantize_rows
 __all__ = [
     "decoded_workspace",
     "dequantize",
-    "exact_workspace",
     "fold",
     "multiply_decoded",
-    "multiply_exact",
     "multiply_mxfp8",
     "multiply_row_scaled",
+    "multiply_weight_only",
     "quantize",
     "quantize_rows",
     "row_scaled_workspace",
+    "weight_only_workspace",
 ]
 
 _SCALE_ROWS = 128  # of a tile of blocked scales
@@ -33,7 +33,7 @@ def fold(array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
     return folded, matmul.fold_stats(statistics)
 
 
-def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
+def multiply_weight_only(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
     """Multiply with the weights, decoding some rows at a time."""
     rows, columns = weights.shape
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
@@ -43,7 +43,7 @@ def multiply_exact(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
     return out
 
 
-def exact_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
+def weight_only_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Bytes of the rows that are decoded at a time."""
     return min(shape[0] * shape[1], tiles.WEIGHT_TILE) * dtype.itemsize
 
@@ -63,7 +63,7 @@ def row_scaled_workspace(
 
 def multiply_decoded(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
     """Multiply decoded operands."""
-    return multiply_exact(dequantize(x, dtype), weights)
+    return multiply_weight_only(dequantize(x, dtype), weights)
 
 
 # Torch has block-scaled products on few devices; the mode for those needs kernels.
@@ -77,4 +77,4 @@ def decoded_workspace(
     device: torch.device,  # noqa: ARG001 - of the interface
 ) -> int:
     """Bytes of the decoded activations, and of the rows of weights that are decoded at a time."""
-    return tokens * shape[1] * dtype.itemsize + exact_workspace(shape, dtype)
+    return tokens * shape[1] * dtype.itemsize + weight_only_workspace(shape, dtype)

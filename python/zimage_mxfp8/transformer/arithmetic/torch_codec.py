@@ -22,7 +22,7 @@ _SMALLEST_ROW_MAXIMUM = 2.0**-100  # a row with a smaller one becomes zeros
 # 448 * 2^-127 as float32 bits: a block with a smaller maximum becomes zeros.
 _TINY_BITS = (8 << 23) | 0x600000
 _MANTISSA_OF_MAXIMUM = 0x600000  # 448 is 1.75 * 2^8
-_MOST_UP, _MOST_DOWN = 17, 19  # binary places between the smallest code and the largest, and zero
+_MAX_UP, _MAX_DOWN = 17, 19  # binary places between the smallest code and the largest, and zero
 
 
 # ---- Scales
@@ -163,7 +163,7 @@ def _fold_rows(
     # The smallest scale that no block overflows; at least 2^-126, a float32 normal.
     lowest = torch.where((largest == 0) | is_nan, 0, bytes_ - _headroom(largest))
     row_byte = lowest.amax(1).clamp(min=1)
-    up = (bytes_ - row_byte[:, None]).clamp(-_MOST_DOWN, _MOST_UP)
+    up = (bytes_ - row_byte[:, None]).clamp(-_MAX_DOWN, _MAX_UP)
     values = blocks.view(torch.float8_e4m3fn).float()
     folded = (values * _power(up)[..., None]).to(torch.float8_e4m3fn)
     codes.copy_(folded.view(torch.uint8).flatten(1)[:, :columns])

@@ -27,8 +27,8 @@ _SUFFIX = ".png"
 _MAX_STEM = 40  # characters of a name made from a prompt
 
 
-def picture_paths(output: Path, batch: int) -> list[Path]:
-    """Where the pictures of a batch go: `output` itself if it is one, else numbered from 0.
+def image_paths(output: Path, batch: int) -> list[Path]:
+    """Where the images of a batch go: `output` itself if it is one, else numbered from 0.
 
     Raises:
         UsageError: the name is not that of a PNG file.
@@ -115,27 +115,27 @@ def plain_png_bytes(image: Image) -> bytes:
 
 
 def open_init_image(path: Path) -> Image:
-    """Read a picture, upright and in RGB: transparent pixels on white, 16 bits as 8.
+    """Read an image, upright and in RGB: transparent pixels on white, 16 bits as 8.
 
     Raises:
-        CheckpointError: there is no such file, it is no picture that Pillow reads, or one whose
+        CheckpointError: there is no such file, it is no image that Pillow reads, or one whose
             numbers have no fixed black and white.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         if path.exists() and not path.is_file():  # opening a pipe waits for its other end
-            raise CheckpointError(f"the init image {path} is no regular file; name a picture file")
+            raise CheckpointError(f"the init image {path} is no regular file; name an image file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened)
-        if picture.mode in ("I", "F"):
+                image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "F"):
             raise CheckpointError(
                 f"the init image {path} has 32-bit pixels, whose black and white nothing tells; "
                 "save it with 8 or 16 bits per channel"
             )
-        return _as_rgb(picture)
+        return _as_rgb(image)
     except FileNotFoundError:
         raise CheckpointError(f"the init image {path} does not exist") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -146,14 +146,14 @@ def open_init_image(path: Path) -> Image:
         raise CheckpointError(f"the init image {path} cannot be read: {error}") from None
 
 
-def _as_rgb(picture: Image) -> Image:
+def _as_rgb(image: Image) -> Image:
     from PIL import Image
 
-    if picture.mode.startswith("I;16"):  # convert would clip at 255
-        levels = (np.asarray(picture).astype(np.uint32) + 128) // 257
+    if image.mode.startswith("I;16"):  # convert would clip at 255
+        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         # convert would show the colours that transparent pixels happen to have.
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return picture.convert("RGB")
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")

@@ -22,6 +22,6 @@ _INSTEAD = {
 }
 
 
-def instead_of(attribute: str) -> str | None:
+def alternative_to(attribute: str) -> str | None:
     """What to do instead of using an attribute of diffusers' models; None if there is no advice."""
     return next((advice for names, advice in _INSTEAD.items() if re.search(names, attribute)), None)
