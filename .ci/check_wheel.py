@@ -23,7 +23,7 @@ REQUIRED = (
     MODULE,
     r"zimage_mxfp8/_core\.pyi",
     r"zimage_mxfp8/py\.typed",
-    r"zimage_mxfp8/recipes/uniform\.toml",
+    r"zimage_mxfp8/conversion/recipes/uniform\.toml",
     r"zimage_mxfp8/analysis/page\.css",
     r"zimage_mxfp8/analysis/page\.js",
     r"zimage_mxfp8/include/zimage_mxfp8/gemm\.h",

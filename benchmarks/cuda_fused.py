@@ -21,7 +21,8 @@ import torch
 from timing import copy_bandwidth, microseconds
 from torch.nn.functional import rms_norm, silu
 
-from zimage_mxfp8 import _core, fused
+from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import fused
 
 ROWS, HIDDEN, FEED_FORWARD, HEADS = 4224, 3840, 10240, 30
 ROTATED_BYTES = 1 << 30

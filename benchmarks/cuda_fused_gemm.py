@@ -17,7 +17,7 @@ import torch
 from timing import microseconds_in_turn
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import fused, fused_gemm
+from zimage_mxfp8.ops import fused, fused_gemm
 
 HIDDEN, FEED_FORWARD, HEADS = 3840, 10240, 30
 

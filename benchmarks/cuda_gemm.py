@@ -18,7 +18,8 @@ import torch
 from timing import microseconds_in_turn
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core, matmul
+from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import gemm as matmul
 
 LINEARS = {
     "qkv": (11520, 3840),

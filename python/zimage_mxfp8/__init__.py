@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__
-    from .analysis.compare import CompareProgress, compare
-    from .analysis.compare_report import CompareReport
-    from .analysis.probe import ProbeReport, probe
-    from .analysis.scoring import ProbeRules
+    from .analysis.compare.report import CompareReport
+    from .analysis.compare.run import CompareProgress, compare
+    from .analysis.probe.run import ProbeReport, probe
+    from .analysis.probe.scoring import ProbeRules
     from .analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
-    from .codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
+    from .checkpoint.inspection import Inspection, inspect
     from .conversion.convert import convert, plan_conversion
+    from .conversion.dequantization import dequantize_checkpoint
     from .conversion.plan import Plan
+    from .conversion.recipes import Recipe, load_recipe
     from .conversion.report import ConversionReport
-    from .dequantization import dequantize_checkpoint
-    from .diagnosis import Diagnosis, diagnose
-    from .error_stats import ErrorStats
+    from .conversion.validation import ValidationReport, validate
     from .errors import (
         CheckpointError,
         CudaError,
@@ -46,37 +46,37 @@ if TYPE_CHECKING:
     )
     from .generation.generator import Generation, GenerationProgress, ZImageGenerator
     from .generation.settings import GenerationSettings
-    from .inspection import Inspection, inspect
-    from .matmul import FoldStats, RowScaledArray, fold, gemm, gemm_path, quantize_rows
-    from .pipeline import Progress
-    from .recipes import Recipe, load_recipe
+    from .ops.codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
+    from .ops.gemm import FoldStats, RowScaledArray, fold, gemm, gemm_path, quantize_rows
+    from .streaming.error_stats import ErrorStats
+    from .streaming.jobs import Progress
+    from .system.diagnosis import Diagnosis, diagnose
     from .transformer.config import ZImageConfig
     from .transformer.model import ZImageTransformer
-    from .validation import ValidationReport, validate
 
 _HOME = {
     "__version__": "_core",
     "SensitivityReport": "analysis.sensitivity.run",
     "analyse_sensitivity": "analysis.sensitivity.run",
-    "ProbeReport": "analysis.probe",
-    "probe": "analysis.probe",
-    "ProbeRules": "analysis.scoring",
-    "CompareProgress": "analysis.compare",
-    "compare": "analysis.compare",
-    "CompareReport": "analysis.compare_report",
-    "MXFP8Array": "codec",
-    "dequantize": "codec",
-    "from_blocked": "codec",
-    "quantize": "codec",
-    "to_blocked": "codec",
+    "ProbeReport": "analysis.probe.run",
+    "probe": "analysis.probe.run",
+    "ProbeRules": "analysis.probe.scoring",
+    "CompareProgress": "analysis.compare.run",
+    "compare": "analysis.compare.run",
+    "CompareReport": "analysis.compare.report",
+    "MXFP8Array": "ops.codec",
+    "dequantize": "ops.codec",
+    "from_blocked": "ops.codec",
+    "quantize": "ops.codec",
+    "to_blocked": "ops.codec",
     "convert": "conversion.convert",
     "plan_conversion": "conversion.convert",
     "Plan": "conversion.plan",
     "ConversionReport": "conversion.report",
-    "dequantize_checkpoint": "dequantization",
-    "Diagnosis": "diagnosis",
-    "diagnose": "diagnosis",
-    "ErrorStats": "error_stats",
+    "dequantize_checkpoint": "conversion.dequantization",
+    "Diagnosis": "system.diagnosis",
+    "diagnose": "system.diagnosis",
+    "ErrorStats": "streaming.error_stats",
     "CheckpointError": "errors",
     "CudaError": "errors",
     "DeviceWarning": "errors",
@@ -97,21 +97,21 @@ _HOME = {
     "GenerationProgress": "generation.generator",
     "ZImageGenerator": "generation.generator",
     "GenerationSettings": "generation.settings",
-    "FoldStats": "matmul",
-    "RowScaledArray": "matmul",
-    "fold": "matmul",
-    "gemm": "matmul",
-    "gemm_path": "matmul",
-    "quantize_rows": "matmul",
-    "Inspection": "inspection",
-    "inspect": "inspection",
-    "Progress": "pipeline",
-    "Recipe": "recipes",
-    "load_recipe": "recipes",
+    "FoldStats": "ops.gemm",
+    "RowScaledArray": "ops.gemm",
+    "fold": "ops.gemm",
+    "gemm": "ops.gemm",
+    "gemm_path": "ops.gemm",
+    "quantize_rows": "ops.gemm",
+    "Inspection": "checkpoint.inspection",
+    "inspect": "checkpoint.inspection",
+    "Progress": "streaming.jobs",
+    "Recipe": "conversion.recipes",
+    "load_recipe": "conversion.recipes",
     "ZImageConfig": "transformer.config",
     "ZImageTransformer": "transformer.model",
-    "ValidationReport": "validation",
-    "validate": "validation",
+    "ValidationReport": "conversion.validation",
+    "validate": "conversion.validation",
 }
 
 __all__ = [
@@ -178,7 +178,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .optional_packages import import_part
+    from .system.optional_packages import import_part
 
     value = globals()[name] = getattr(import_part(_HOME[name], name), name)
     return value

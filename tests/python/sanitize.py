@@ -25,7 +25,8 @@ import argparse
 import torch
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core, fused, fused_gemm
+from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import fused, fused_gemm
 
 TOLERANCE = {"mxfp8-emulated": 1e-6, "decode": 5e-3, "row-scaled": 1e-2, "sm90": 5e-3}
 # M, N and K: every kernel's number of tokens, and weights enough for every multiprocessor.

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import zimage_mxfp8 as zm
 from conftest import Run, Tensors, random_tensors, tensor_bytes
 from test_convert import metadata_of, sha256
+from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
-from zimage_mxfp8.synthetic import write_synthetic_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,12 @@ from conftest import Run, random_tensors, small_shapes
 from test_bad_input import fails, only
 from test_commands import first_column, run_in_terminal, tables_in_terminal
 from test_convert import PREFIX, to_diffusers, write_shards
-from zimage_mxfp8.analysis import compare_low_rank, formats
-from zimage_mxfp8.analysis.compare import _ratio
-from zimage_mxfp8.analysis.compare_page import compare_page
-from zimage_mxfp8.analysis.compare_report import LayerComparison
-from zimage_mxfp8.synthetic import write_synthetic_checkpoint
+from zimage_mxfp8.analysis.compare import formats
+from zimage_mxfp8.analysis.compare import low_rank as compare_low_rank
+from zimage_mxfp8.analysis.compare.page import compare_page
+from zimage_mxfp8.analysis.compare.report import LayerComparison
+from zimage_mxfp8.analysis.compare.run import _ratio
+from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 
 Floats = npt.NDArray[np.float32]
 WEIGHT = "layers.0.feed_forward.w1.weight"

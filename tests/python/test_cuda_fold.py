@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import zimage_mxfp8 as zm
 from cuda_sync import no_waiting
 from zimage_mxfp8 import _core
-from zimage_mxfp8.matmul import fold_async, fold_stats
+from zimage_mxfp8.ops.gemm import fold_async, fold_stats
 
 pytestmark = pytest.mark.gpu
 

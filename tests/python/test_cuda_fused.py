@@ -13,7 +13,8 @@ import torch
 
 import zimage_mxfp8 as zm
 from cuda_sync import no_waiting
-from zimage_mxfp8 import _core, fused
+from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import fused
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import fused_gemm
+from zimage_mxfp8.ops import fused_gemm
 
 pytestmark = pytest.mark.gpu
 

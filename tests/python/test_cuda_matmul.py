@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core, matmul
+from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import gemm as matmul
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,8 @@ import torch
 
 import zimage_mxfp8 as zm
 from diffusers_reference import make_reference, random_inputs
-from zimage_mxfp8 import _core, fused
+from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import fused
 
 pytestmark = [
     pytest.mark.gpu,

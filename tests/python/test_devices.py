@@ -14,9 +14,10 @@ import zimage_mxfp8 as zm
 from conftest import Run
 from diffusers_reference import make_reference
 from fake_driver import make_driver
-from zimage_mxfp8 import _core, device_notes, devices, driver
+from zimage_mxfp8 import _core
 from zimage_mxfp8.cli import device_warnings
-from zimage_mxfp8.devices import torch_device
+from zimage_mxfp8.system import device_notes, devices, driver
+from zimage_mxfp8.system.devices import torch_device
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

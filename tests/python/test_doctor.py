@@ -20,7 +20,7 @@ import zimage_mxfp8 as zm
 from conftest import Run
 from fake_driver import make_driver
 from zimage_mxfp8 import _core
-from zimage_mxfp8.extras import find_extras
+from zimage_mxfp8.system.extras import find_extras
 
 CMAKE = Path(__file__).parents[2] / "CMakeLists.txt"
 LIBRARIES = (torch, np, safetensors, diffusers, transformers)
@@ -152,7 +152,7 @@ def test_extras_are_those_of_the_project_file(monkeypatch: pytest.MonkeyPatch) -
         if name not in ("test", "dev", "all")  # of contributors; the sum of the others
     }
     assert all(extra.missing == [] for extra in find_extras())  # the tests need them
-    monkeypatch.setattr("zimage_mxfp8.extras.version", missing := Missing())
+    monkeypatch.setattr("zimage_mxfp8.system.extras.version", missing := Missing())
     found = {extra.name: extra for extra in find_extras()}
     assert list(found) == list(wanted)
     for name, requirements in wanted.items():

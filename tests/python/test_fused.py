@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core, fused, fused_gemm
+from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import fused, fused_gemm
 
 X = torch.ones(4, 64).bfloat16()
 WEIGHT = torch.ones(64).bfloat16()

@@ -20,7 +20,7 @@ from transformers import Qwen3Model
 import zimage_mxfp8 as zm
 from conftest import STAGES, Run
 from hub_server import Hub, serve_hub
-from zimage_mxfp8 import hub as hub_module
+from zimage_mxfp8.checkpoint import hub as hub_module
 
 TURBO = "Tongyi-MAI/Z-Image-Turbo"
 IMAGE = ("--prompt", "a cat", "-o", "o.png", "--seed", 7, "--steps", 1, "--height", 32)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import reference
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
-from zimage_mxfp8.matmul import fold_async, fold_stats
+from zimage_mxfp8.ops.gemm import fold_async, fold_stats
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"bfloat16": BFLOAT16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}

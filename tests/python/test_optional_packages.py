@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import optional_packages
+from zimage_mxfp8.system import optional_packages
 
 if sys.version_info >= (3, 11):
     import tomllib

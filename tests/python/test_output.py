@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from zimage_mxfp8.checkpoint import output
 from zimage_mxfp8.checkpoint.output import BLOCK, AtomicFile, Writer, write_file
 from zimage_mxfp8.errors import OutputError
-from zimage_mxfp8.pipeline import Worker
+from zimage_mxfp8.streaming.jobs import Worker
 
 
 @pytest.fixture(scope="module")

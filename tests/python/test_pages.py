@@ -19,11 +19,18 @@ import zimage_mxfp8 as zm
 from browser import Seen, look_at
 from conftest import Run, random_tensors, small_shapes
 from diffusers_reference import make_reference
-from zimage_mxfp8.analysis.compare_page import compare_page
-from zimage_mxfp8.analysis.page import Column, Copyable, Paragraph, Section, Table, render_page
-from zimage_mxfp8.analysis.probe_page import probe_page
+from zimage_mxfp8.analysis.compare.page import compare_page
+from zimage_mxfp8.analysis.pages.page import (
+    Column,
+    Copyable,
+    Paragraph,
+    Section,
+    Table,
+    render_page,
+)
+from zimage_mxfp8.analysis.probe.page import probe_page
 from zimage_mxfp8.analysis.sensitivity.page import sensitivity_page
-from zimage_mxfp8.recipes import KeepRule
+from zimage_mxfp8.conversion.recipes import KeepRule
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +235,7 @@ def test_a_request_is_noticed(page: Path, tmp_path: Path) -> None:
 def test_colours_can_be_told_apart_without_red_and_green(page: Path) -> None:
     # Cividis goes from dark blue to light yellow: brightness alone orders it.
     assert '"#00224e"' in page.read_text("utf-8")
-    from zimage_mxfp8.analysis.figures import Grid, heat_map
+    from zimage_mxfp8.analysis.pages.figures import Grid, heat_map
 
     figure = heat_map(Grid(["0", "1"], ["a"]), [[0.0, 1.0]], "x", 2)
     shades = [color for _, color in figure.data[0].colorscale]
@@ -367,7 +374,7 @@ def test_the_list_of_formats_finds_its_layers_only(tmp_path: Path) -> None:
 
 
 def test_a_map_of_gaps() -> None:
-    from zimage_mxfp8.analysis.figures import Grid, heat_map
+    from zimage_mxfp8.analysis.pages.figures import Grid, heat_map
 
     figure = heat_map(Grid(["0"], ["a"]), [[None]], "x", 2)
     assert (figure.data[0].zmin, figure.data[0].zmax) == (0, 1)

@@ -25,7 +25,7 @@ from test_bad_input import fails, only
 from test_commands import first_column, tables_in_terminal
 from test_convert import PREFIX, to_diffusers
 from zimage_mxfp8 import _core
-from zimage_mxfp8.analysis.weight_metrics import (
+from zimage_mxfp8.analysis.probe.weight_metrics import (
     Moments,
     WeightMetrics,
     count_outliers,
@@ -612,7 +612,7 @@ def test_html_without_plotly(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("zimage_mxfp8.optional_packages.find_spec", lambda name: None)
+    monkeypatch.setattr("zimage_mxfp8.system.optional_packages.find_spec", lambda name: None)
     assert main(["probe", str(small_file), "--html", str(tmp_path / "a.html")]) == 1
     assert (
         '--html needs plotly, which is not installed: pip install "zimage-mxfp8[plots]"'

@@ -10,7 +10,7 @@ import pytest
 
 import zimage_mxfp8 as zm
 from conftest import Run
-from zimage_mxfp8.recipes import builtin_names
+from zimage_mxfp8.conversion.recipes import builtin_names
 
 # The model card's table, layer by layer.
 CARD_KEEPS = (

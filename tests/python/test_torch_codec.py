@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import reference
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import matmul
+from zimage_mxfp8.ops import gemm as matmul
 from zimage_mxfp8.transformer.arithmetic import scaled_mm, tiles, torch_codec
 
 SIZES = st.tuples(st.integers(1, 140), st.integers(1, 170))

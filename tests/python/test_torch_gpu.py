@@ -20,7 +20,8 @@ from cuda_sync import no_waiting
 from diffusers_reference import make_reference, random_inputs, relative_error
 from test_generate import levels
 from test_torch_codec import encoded_of, equal_but_for_nan, matrix_of
-from zimage_mxfp8 import devices, matmul
+from zimage_mxfp8.ops import gemm as matmul
+from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer.arithmetic import scaled_mm, tiles, torch_codec
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, modes_of, supported, unsupported
 

@@ -10,8 +10,8 @@ import torch
 import zimage_mxfp8 as zm
 from diffusers_reference import make_reference, random_inputs, relative_error
 from test_transformer import LiveBytes, change
-from zimage_mxfp8 import devices
 from zimage_mxfp8.analysis.sensitivity.targets import round_to_mxfp8
+from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer import arithmetic, block, ops
 from zimage_mxfp8.transformer.arithmetic import by_core, by_torch, scaled_mm, tiles
 from zimage_mxfp8.transformer.compute import modes_of, unsupported

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ..codec import padded_shape, scale_shape
+from ..layout import padded_shape, scale_shape
 from ..text import plural
 from . import quantization as markers
 from .quantization import Description

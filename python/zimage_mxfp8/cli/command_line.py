@@ -74,7 +74,7 @@ class _PrintCMakeDir(argparse.Action):
     """Like `--version`: print and exit, without a command."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_arguments: object) -> None:
-        from ..diagnosis import cmake_dir
+        from ..system.diagnosis import cmake_dir
 
         print(cmake_dir())
         parser.exit()

@@ -94,8 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     # Before NumPy is imported: its products then run on --threads cores, see `compare_low_rank`.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from ..analysis.compare import compare
-    from ..analysis.page import check_plots_available
+    from ..analysis.compare.run import compare
+    from ..analysis.pages.page import check_plots_available
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
     from ..printing.compare import print_compare
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     display.warn(report.warnings)
     if arguments.html is not None:
-        from ..analysis.compare_page import compare_page
+        from ..analysis.compare.page import compare_page
 
         content = compare_page(report, arguments.bound).encode()
         write_file(arguments.html, content, overwrite=arguments.overwrite)

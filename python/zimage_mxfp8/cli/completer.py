@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from argcomplete.completers import BaseCompleter, FilesCompleter
 from argcomplete.finders import CompletionFinder
 
-from ..recipes import builtin_names
+from ..conversion.recipes import builtin_names
 
 _FILES = re.compile("FILE|PATH|DIR|FOLDER|ORIGINAL|OUT|PNG")  # in placeholders
 _RECIPES = "NAME|FILE"

@@ -6,12 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from .. import hub
-from ..devices import cuda_index
+from ..checkpoint import hub
 from ..errors import UsageError
+from ..system.devices import cuda_index
 from ..text import plural
 from . import convert_to_quant, download, dry_run
-from .arguments import add_json, add_overwrite, add_threads, checkpoint_path, file_path, spellings
+from .arguments import (
+    add_json,
+    add_overwrite,
+    add_threads,
+    checkpoint_path,
+    file_path,
+    spellings,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from .arguments import count, spellings
 
 if TYPE_CHECKING:
-    from ..recipes import Recipe
+    from ..conversion.recipes import Recipe
 
 # What needs no asking here.
 _ALWAYS_SO = ("--mxfp8", "--simple", "--comfy-quant", "--save-quant-metadata", "--low-memory")
@@ -109,7 +109,7 @@ class _Refuse(argparse.Action):
 
 def choose_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe that `--recipe` or the filters ask for."""
-    from ..recipes import DEFAULT, load_recipe
+    from ..conversion.recipes import DEFAULT, load_recipe
 
     filters = [name for name in ("zimage", "zimage_refiner") if getattr(arguments, name)]
     if (filters or arguments.mxfp8) and not arguments.simple:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from ..errors import MissingExtraError
-from ..optional_packages import needed
+from ..system.optional_packages import needed
 from .arguments import add_overwrite
 
 _ORIGINAL, _CONVERTED = "z-image-demo.safetensors", "z-image-demo-mxfp8.safetensors"
@@ -73,12 +73,12 @@ def _print_next(original: str, converted: str) -> None:
 
 def _demo(folder: Path, overwrite: bool) -> int:
     from ..checkpoint.output import check_target
+    from ..checkpoint.synthetic import write_synthetic_checkpoint
     from ..checkpoint.zimage import zimage_shapes
     from ..conversion.convert import convert
+    from ..conversion.validation import validate
     from ..printing.conversion import print_conversion
     from ..printing.validation import print_validation
-    from ..synthetic import write_synthetic_checkpoint
-    from ..validation import validate
     from . import display
 
     original, converted = folder / _ORIGINAL, folder / _CONVERTED

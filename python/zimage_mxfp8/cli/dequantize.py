@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..dequantization import dequantize_checkpoint
+    from ..conversion.dequantization import dequantize_checkpoint
     from . import display
 
     dequantize_checkpoint(

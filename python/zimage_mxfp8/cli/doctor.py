@@ -21,8 +21,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..diagnosis import diagnose
     from ..printing.diagnosis import print_diagnosis
+    from ..system.diagnosis import diagnose
     from . import display
 
     found = diagnose()

@@ -14,7 +14,7 @@ from ..text import printable
 from .streams import report_line
 
 if TYPE_CHECKING:
-    from ..hub import Download
+    from ..checkpoint.hub import Download
 
 
 def add_download(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_download(parser: argparse.ArgumentParser) -> None:
 
 def resolve(text: str, parts: Sequence[str], *, download: bool) -> Path:
     """Find a path or a name on the hub, see `hub.resolve`."""
-    from .. import hub
+    from ..checkpoint import hub
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it would ask for more than models
     return hub.resolve(text, parts, download=download, report=_show)

@@ -11,8 +11,8 @@ from ..text import plural
 
 if TYPE_CHECKING:
     from ..conversion.plan import Plan
+    from ..conversion.recipes import Recipe
     from ..printing.screen import Screen
-    from ..recipes import Recipe
 
 _MAX_REASONS = 15
 

@@ -157,12 +157,12 @@ def run(arguments: argparse.Namespace) -> int:
     report_line(
         "checking the model folder and the output ..."
     )  # before the imports, which take long
-    from .. import hub
+    from ..checkpoint import hub
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
     from ..generation.images import open_init_image, png_bytes, preview_path, write_new
-    from ..optional_packages import needed
     from ..printing.progress import stage_bar_or_lines
+    from ..system.optional_packages import needed
     from . import display
 
     outputs = _outputs(arguments.output, settings)

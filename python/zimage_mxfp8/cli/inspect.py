@@ -22,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..inspection import inspect
+    from ..checkpoint.inspection import inspect
     from ..printing.inspection import print_inspection
     from . import display
 

@@ -10,7 +10,7 @@ from ..text import plural
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
 
 if TYPE_CHECKING:
-    from ..analysis.scoring import ProbeRules
+    from ..analysis.probe.scoring import ProbeRules
 
 # Option, placeholder, help; the defaults are those of ProbeRules.
 _RULES = (
@@ -77,12 +77,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..analysis.page import check_plots_available
-    from ..analysis.probe import probe
+    from ..analysis.pages.page import check_plots_available
+    from ..analysis.probe.run import probe
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
+    from ..conversion.recipes import recipe_toml
     from ..printing.probe import print_probe
-    from ..recipes import recipe_toml
     from . import display
 
     rules = _rules(arguments)
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         ),
     ]
     if arguments.html is not None:
-        from ..analysis.probe_page import probe_page
+        from ..analysis.probe.page import probe_page
 
         contents.append((arguments.html, probe_page(report), "a page with heat maps and tables"))
     written = [(path, text, what) for path, text, what in contents if path is not None]
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _rules(arguments: argparse.Namespace) -> ProbeRules:
-    from ..analysis.scoring import ProbeRules
+    from ..analysis.probe.scoring import ProbeRules
 
     names = [name.lstrip("-").replace("-", "_") for name, *_ in _RULES]
     given = {name: getattr(arguments, name) for name in names}

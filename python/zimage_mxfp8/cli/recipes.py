@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..recipes import DEFAULT, builtin_names, load_recipe
+    from ..conversion.recipes import DEFAULT, builtin_names, load_recipe
     from . import display
 
     recipes = [load_recipe(name) for name in arguments.names or builtin_names()]

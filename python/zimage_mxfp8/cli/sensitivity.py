@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checks import text
 from ..errors import UsageError
-from ..optional_packages import needed
+from ..system.optional_packages import needed
 from ..text import plural
 from .arguments import add_json, add_overwrite, count, file_path, spellings
 from .generate import keep_libraries_quiet
@@ -82,11 +82,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..analysis.page import check_plots_available
+    from ..analysis.pages.page import check_plots_available
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
+    from ..conversion.recipes import recipe_toml
     from ..printing.progress import sensitivity_bar
-    from ..recipes import recipe_toml
     from . import display
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
@@ -173,8 +173,8 @@ def _keeping(state: Path | None) -> Iterator[None]:
 
 
 def _captions(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
-    from ..devices import memory_for, torch_device
     from ..generation.folder import open_model_folder
+    from ..system.devices import memory_for, torch_device
     from ..transformer.weights import open_model
 
     prompts = [text("--prompt", prompt) for prompt in arguments.prompt]

@@ -30,8 +30,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    from ..conversion.validation import validate
     from ..printing.validation import print_validation
-    from ..validation import validate
     from . import display
 
     report = validate(arguments.file, arguments.against, threads=arguments.threads, progress=True)

@@ -23,8 +23,8 @@ from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
 from ..checkpoint.zimage import is_modulation
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..errors import CheckpointError, UnsupportedError, UsageError
-from ..nonfinite import KeptTensorCheck
-from ..optional_packages import needed
+from ..system.optional_packages import needed
+from .nonfinite import KeptTensorCheck
 from .plan import Plan
 
 Mode = Literal["timesteps", "synthetic", "none"]

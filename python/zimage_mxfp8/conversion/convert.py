@@ -17,19 +17,18 @@ import numpy.typing as npt
 
 from .. import _core
 from ..checkpoint import quantization as markers
+from ..checkpoint.file_names import checkpoint_beside
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.output import AtomicFile, check_distinct, check_target, write_file
 from ..checkpoint.source import SourceTensor, sha256
 from ..checks import check_threads, file_or_folder
 from ..checks import path as path_argument
-from ..codec import padded_shape, scale_shape
-from ..devices import cuda_index
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
-from ..error_stats import ErrorStats, merge_rows
 from ..errors import Error, NonFiniteError
-from ..file_names import checkpoint_beside
-from ..nonfinite import KeptTensorCheck
-from ..pipeline import (
+from ..layout import padded_shape, scale_shape
+from ..printing.progress import byte_bar, shown
+from ..streaming.error_stats import ErrorStats, merge_rows
+from ..streaming.jobs import (
     ByteCheck,
     Job,
     ProgressCallback,
@@ -40,13 +39,14 @@ from ..pipeline import (
     row_chunks,
     run_jobs,
 )
-from ..printing.progress import byte_bar, shown
-from ..recipes import DEFAULT, Recipe
-from ..rows import as_matrix, encode_rows, measure_rows, read_rows, round_to_bfloat16
+from ..streaming.rows import as_matrix, encode_rows, measure_rows, read_rows, round_to_bfloat16
+from ..system.devices import cuda_index
 from ..text import plural
 from .bias_correction import Mode, Vector, add_to_bias, correction_inputs
+from .nonfinite import KeptTensorCheck
 from .options import ConversionOptions, ModulationMatmul, NonFinite
 from .plan import Plan, PlannedTensor, make_plan
+from .recipes import DEFAULT, Recipe
 from .report import ConversionReport
 
 Bytes = npt.NDArray[np.uint8]

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from .. import _core
 from ..errors import UsageError
-from ..recipes import DEFAULT, Recipe, builtin_names, load_recipe
 from .bias_correction import MODES, Mode, sampler_timesteps
+from .recipes import DEFAULT, Recipe, builtin_names, load_recipe
 
 NonFinite = Literal["error", "keep"]
 ModulationMatmul = Literal["quantised", "full"]

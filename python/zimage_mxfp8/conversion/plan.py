@@ -20,12 +20,18 @@ from ..checkpoint.structure import (
     unknown_parameters,
     unknown_weights,
 )
-from ..checkpoint.zimage import COMFYUI_PREFIXES, NOT_TRANSFORMER, Scope, group_of, is_modulation
-from ..codec import padded_shape, scale_shape
+from ..checkpoint.zimage import (
+    COMFYUI_PREFIXES,
+    NOT_TRANSFORMER,
+    Scope,
+    group_of,
+    is_modulation,
+)
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
-from ..recipes import Recipe
+from ..layout import padded_shape, scale_shape
 from ..text import plural
+from .recipes import Recipe
 
 # A tile of 32 to 128 rows is encoded at once; this bounds its memory. Real layers have thousands.
 MAX_COLUMNS = 1 << 20

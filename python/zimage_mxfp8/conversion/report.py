@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..error_stats import ErrorStats, total
+from ..streaming.error_stats import ErrorStats, total
 from ..text import plural
 
 

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from transformers import AutoModel, AutoTokenizer
 
-from ..devices import is_out_of_host_memory
 from ..errors import CheckpointError, Error
+from ..system.devices import is_out_of_host_memory
 from .folder import ModelFolder
 
 MAX_TOKENS = 512  # of a prompt, with the marks around it; the default of diffusers' pipelines

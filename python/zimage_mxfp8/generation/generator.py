@@ -16,13 +16,14 @@ import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from diffusers.image_processor import VaeImageProcessor
 
-from .. import _core, hub
+from .. import _core
+from ..checkpoint import hub
 from ..checks import file_or_folder, whole_number
-from ..device_notes import report_line
-from ..devices import core_index, memory_for, torch_device
 from ..errors import CheckpointError, CudaError, GenerationError, UsageError
-from ..pipeline import Progress
 from ..printing.progress import shown, stage_bar
+from ..streaming.jobs import Progress
+from ..system.device_notes import report_line
+from ..system.devices import core_index, memory_for, torch_device
 from ..transformer.compute import Compute, choose
 from ..transformer.model import ZImageTransformer
 from ..transformer.weights import open_model

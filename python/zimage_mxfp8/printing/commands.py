@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ..file_names import checkpoint_beside
+from ..checkpoint.file_names import checkpoint_beside
 
 
 def convert_command(source: str, options: str, name: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..analysis.compare_report import MXFP8, CompareReport, LayerComparison
-from ..analysis.formats import BASE_FORMATS, FORMATS
-from ..error_stats import snr_db
+from ..analysis.compare.formats import BASE_FORMATS, FORMATS
+from ..analysis.compare.report import MXFP8, CompareReport, LayerComparison
+from ..streaming.error_stats import snr_db
 from ..text import plural
 from .screen import Screen, size_text
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..devices import HOW_TO_GET_KERNELS
-from ..diagnosis import Diagnosis, Paths
+from ..system.devices import HOW_TO_GET_KERNELS
+from ..system.diagnosis import Diagnosis, Paths
 from .screen import Screen, size_text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..error_stats import ErrorStats, total
+from ..streaming.error_stats import ErrorStats, total
 from .screen import Screen
 
 _WORST = 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..inspection import Inspection
+from ..checkpoint.inspection import Inspection
 from .screen import Screen, size_text
 
 _LONGEST_VALUE = 200  # characters of metadata

@@ -11,8 +11,8 @@ from .commands import convert_command
 from .screen import Screen, size_text
 
 if TYPE_CHECKING:
-    from ..analysis.grouping import ProbedGroup
-    from ..analysis.probe import ProbeReport
+    from ..analysis.probe.grouping import ProbedGroup
+    from ..analysis.probe.run import ProbeReport
 
 
 def print_probe(report: ProbeReport, screen: Screen, recipe: Path | None = None) -> None:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import ProgressColumn
 
-    from ..analysis.compare import CompareCallback, CompareProgress
+    from ..analysis.compare.run import CompareCallback, CompareProgress
     from ..analysis.sensitivity.run import SensitivityCallback, SensitivityProgress
     from ..generation.generator import GenerationCallback, GenerationProgress
-    from ..pipeline import Progress, ProgressCallback
+    from ..streaming.jobs import Progress, ProgressCallback
 
 _Callback = TypeVar("_Callback", bound=Callable[..., object])
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..conversion.validation import ValidationReport
 from ..text import plural
-from ..validation import ValidationReport
 from .errors import print_errors
 from .screen import Screen
 

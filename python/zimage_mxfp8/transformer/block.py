@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..fused import Form
+from ..ops.fused import Form
 from . import ops
 from .attention import attend
 from .linear import (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .. import _core, devices
+from .. import _core
 from ..errors import UnsupportedError, UsageError
+from ..system import devices
 
 Compute = Literal["mxfp8", "fp8", "weight-only", "mxfp8-emulated"]
 COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "mxfp8-emulated")

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import devices, fused_gemm
-from ..codec import MXFP8Array
 from ..errors import PrecisionLossError
-from ..fused import Form
-from ..matmul import FoldStats, RowScaledArray
+from ..ops import fused_gemm
+from ..ops.codec import MXFP8Array
+from ..ops.fused import Form
+from ..ops.gemm import FoldStats, RowScaledArray
+from ..system import devices
 from . import arithmetic, ops
 from .compute import Compute
 from .config import NORM_EPS

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint.source import SourceTensor
-from ..codec import MXFP8Array
-from ..devices import is_out_of_host_memory
 from ..errors import CheckpointError, CudaError, InvalidArgumentError, UnsupportedError
-from ..pipeline import ProgressCallback
+from ..ops.codec import MXFP8Array
+from ..streaming.jobs import ProgressCallback
+from ..system.devices import is_out_of_host_memory
 from . import arithmetic
 from .block import Block
 from .compute import Compute

@@ -15,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import hub
+from ..checkpoint import hub
 from ..checks import file_or_folder, text
-from ..device_notes import report_line
-from ..devices import core_index, is_out_of_host_memory, torch_device
 from ..errors import (
     CudaError,
     InvalidArgumentError,
@@ -26,8 +24,10 @@ from ..errors import (
     UnsupportedError,
     UsageError,
 )
-from ..pipeline import ProgressCallback
 from ..printing.progress import byte_bar, shown
+from ..streaming.jobs import ProgressCallback
+from ..system.device_notes import report_line
+from ..system.devices import core_index, is_out_of_host_memory, torch_device
 from ..text import plural
 from . import ops
 from .attention import has_cudnn_attention

@@ -1,8 +1,8 @@
 """The work between the products, on plain torch tensors of any device.
 
-On CUDA in BF16 the core's fused kernels do it (`zimage_mxfp8.fused`) if this build has them; torch
-does elsewhere, on some rows at a time. Either way arithmetic is in float32 and results are rounded
-once.
+On CUDA in BF16 the core's fused kernels do it (`zimage_mxfp8.ops.fused`) if this build has them;
+torch does elsewhere, on some rows at a time. Either way arithmetic is in float32 and results are
+rounded once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import devices, fused
-from ..fused import Form
+from ..ops import fused
+from ..ops.fused import Form
+from ..system import devices
 from . import arithmetic
 from .arithmetic import tiles
 from .config import HEAD_DIM, NORM_EPS

@@ -21,7 +21,7 @@ from ..checkpoint.structure import missing_or_misshapen, structure_error, unknow
 from ..checkpoint.zimage import ANCHOR, expected_shapes
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
-from ..pipeline import Progress, ProgressCallback
+from ..streaming.jobs import Progress, ProgressCallback
 from ..text import plural
 from .config import HEAD_DIM, ZImageConfig
 

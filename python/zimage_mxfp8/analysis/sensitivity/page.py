@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ...file_names import base_name
+from ...checkpoint.file_names import base_name
 from ...text import plural
-from ..block_maps import BlockMap, Metric, by_place
-from ..figures import size_plot
-from ..page import Block, Cell, Column, Copyable, Figure, Paragraph, Section, Table, render_page
+from ..pages.block_maps import BlockMap, Metric, by_place
+from ..pages.figures import size_plot
+from ..pages.page import (
+    Block,
+    Cell,
+    Column,
+    Copyable,
+    Figure,
+    Paragraph,
+    Section,
+    Table,
+    render_page,
+)
 from .measure import OutputError
 from .run import Choice, SensitivityReport
 from .salience import Salience

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ...recipes import KeepRule, Recipe, rules_outside_blocks
+from ...conversion.recipes import KeepRule, Recipe, rules_outside_blocks
 from ...text import plural
 from .run import SensitivityReport
 

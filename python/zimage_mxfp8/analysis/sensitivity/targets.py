@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...codec import padded_shape, scale_shape
+from ...layout import padded_shape, scale_shape
 from ...transformer import arithmetic
 from ...transformer.block import Block
 from ...transformer.model import ZImageTransformer

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from ... import devices
-from ...codec import MXFP8Array
-from ...matmul import FoldStats, RowScaledArray
+from ...ops.codec import MXFP8Array
+from ...ops.gemm import FoldStats, RowScaledArray
+from ...system import devices
 from . import by_core, by_torch
 
 __all__ = ["Arithmetic", "on"]

@@ -7,10 +7,12 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from ... import _core, codec, matmul
-from ...codec import MXFP8Array
-from ...devices import core_index
-from ...matmul import FoldStats, Path, RowScaledArray, gemm
+from ... import _core
+from ...ops import codec
+from ...ops import gemm as matmul
+from ...ops.codec import MXFP8Array
+from ...ops.gemm import FoldStats, Path, RowScaledArray, gemm
+from ...system.devices import core_index
 from . import scaled_mm
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ... import matmul
-from ...codec import MXFP8Array
-from ...matmul import FoldStats, RowScaledArray
+from ...ops import gemm as matmul
+from ...ops.codec import MXFP8Array
+from ...ops.gemm import FoldStats, RowScaledArray
 from . import scaled_mm, tiles, torch_codec
 from .torch_codec import dequantize, quantize, quantize_rows
 

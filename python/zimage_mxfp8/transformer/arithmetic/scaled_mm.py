@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from ...matmul import RowScaledArray
+from ...ops.gemm import RowScaledArray
 from . import tiles
 
 _FIRST = (8, 9)  # compute capability with FP8 tensor cores

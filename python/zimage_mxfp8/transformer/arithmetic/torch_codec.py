@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...codec import MXFP8Array, padded_shape, scale_shape
-from ...matmul import RowScaledArray
+from ...layout import padded_shape, scale_shape
+from ...ops.codec import MXFP8Array
+from ...ops.gemm import RowScaledArray
 from . import tiles
 
 _BLOCK = 32

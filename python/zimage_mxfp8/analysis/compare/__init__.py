@@ -1,0 +1,1 @@
+"""Errors of formats on the weights of a checkpoint."""

@@ -1,0 +1,1 @@
+"""Which layers are sensitive, told from weights alone."""

@@ -1,0 +1,36 @@
+"""Names that follow from a path, which may be "." or ".."."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import UsageError
+
+_SUFFIXES = (".safetensors", ".sft")
+
+
+def base_name(path: str | os.PathLike[str]) -> str:
+    """The name of a file or folder; of "." that of the folder itself, and "" of the root."""
+    return _absolute(Path(path)).name
+
+
+def checkpoint_beside(source: Path, ending: str) -> Path:
+    """A safetensors file beside a checkpoint, for what is made of it.
+
+    Args:
+        source: a file or a folder; the result is relative if it is.
+        ending: what the name gets, `-mxfp8` for example, after the source's name without suffix.
+
+    Raises:
+        UsageError: the source has no name, because it is the root.
+    """
+    place = _absolute(source) if source.name in ("", "..") else source
+    if not place.name:
+        raise UsageError(f"there is no name to make the output's from in {place}; give one with -o")
+    stem = place.stem if place.suffix in _SUFFIXES and not place.is_dir() else place.name
+    return place.with_name(f"{stem}{ending}.safetensors")
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - keeps links, unlike resolve()

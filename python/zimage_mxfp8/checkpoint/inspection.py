@@ -1,0 +1,180 @@
+"""What is in a checkpoint, summed up by groups of tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checks import file_or_folder
+from ..errors import CheckpointError, WrongKindError
+from . import kinds
+from . import quantization as markers
+from .identify import Identified, identify
+from .mxfp8_layers import find_layers
+from .provenance import PROVENANCE_KEY, read_provenance
+from .zimage import group_of
+
+
+@dataclass
+class Group:
+    """Tensors that are shown in one row.
+
+    Attributes:
+        name: the group.
+        formats: how many tensors there are of each format ("MXFP8", "BF16", ...). An MXFP8 layer
+            counts once, its scales and marker included.
+        parameters: elements, without padding and without scales.
+        nbytes: bytes in the file.
+    """
+
+    name: str
+    formats: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    nbytes: int = 0
+
+
+@dataclass(repr=False)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        path: what was looked at.
+        kind: what it is.
+        quantization: format that the model is quantised with, or None.
+        files: number of safetensors files.
+        metadata: of the header, without the description of quantised layers.
+        groups: sums by group, the largest first.
+        breaches: what is wrong with its MXFP8 layers.
+        accepted_by: the commands that take it.
+        refusal: why no command takes it, and what to do instead, as a clause; "" if one does.
+        provenance: what `convert` wrote about the conversion; None without.
+    """
+
+    path: str
+    kind: str
+    quantization: str | None
+    files: int
+    metadata: dict[str, str]
+    groups: list[Group]
+    breaches: list[str]
+    accepted_by: list[str]
+    refusal: str
+    provenance: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Inspection({self.path!r}, {self.kind}, {self.parameters:,} parameters)"
+
+    def __str__(self) -> str:
+        from ..printing.inspection import print_inspection
+        from ..printing.screen import as_text
+
+        return as_text(lambda screen: print_inspection(self, screen))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(group.nbytes for group in self.groups)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(group.parameters for group in self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return vars(self) | {
+            "groups": [vars(group) for group in self.groups],
+            "parameters": self.parameters,
+            "nbytes": self.nbytes,
+        }
+
+
+def inspect(path: str | os.PathLike[str]) -> Inspection:
+    """Sum up a safetensors file or a diffusers folder; reads no weights.
+
+    Other kinds of files, such as pickles and web pages, are described as what they are, and damaged
+    safetensors files by what is wrong with them.
+
+    Raises:
+        CheckpointError: there is no such file, it cannot be read, or it is neither a file nor a
+            folder.
+    """
+    path = file_or_folder("path", path)
+    try:
+        found = identify(path)
+    except WrongKindError as error:
+        return _unusable(path, error.kind.title, error)
+    except CheckpointError as error:
+        if not (path.is_file() and os.access(path, os.R_OK)):
+            raise
+        return _unusable(path, "a damaged or unknown file", error)
+    checkpoint, scope = found.checkpoint, found.scope
+    mxfp8 = find_layers(checkpoint, scope) if found.format is kinds.MXFP8 else None
+    layers = mxfp8.layers if mxfp8 else []
+    weights = {layer.weight.name: layer for layer in layers}
+    parts = {layer.scale.name for layer in layers}
+    parts |= {layer.name + markers.MARKER_SUFFIX for layer in layers}
+    groups: dict[str, Group] = {}
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        title = group_of(name, scope)
+        group = groups.setdefault(title, Group(title))
+        group.nbytes += tensor.nbytes
+        if name in parts:
+            continue
+        form = "MXFP8" if name in weights else tensor.dtype
+        group.formats[form] = group.formats.get(form, 0) + 1
+        shape = weights[name].shape if name in weights else tensor.shape
+        group.parameters += math.prod(shape)
+    hidden = (markers.HEADER_KEY, PROVENANCE_KEY)
+    return Inspection(
+        path=str(path),
+        kind=_describe(found),
+        quantization=found.format.title if found.format else None,
+        files=len(checkpoint.files),
+        metadata={k: v for k, v in checkpoint.metadata.items() if k not in hidden},
+        groups=sorted(groups.values(), key=lambda group: -group.nbytes),
+        breaches=[str(breach) for breach in mxfp8.breaches] if mxfp8 else [],
+        accepted_by=[commands for use, commands in kinds.USES.items() if _accepts(found, use)],
+        refusal=_refusal(found),
+        provenance=read_provenance(checkpoint.metadata),
+    )
+
+
+def _unusable(path: str | os.PathLike[str], kind: str, error: CheckpointError) -> Inspection:
+    return Inspection(str(path), kind, None, 0, {}, [], [], [], _clause(path, error))
+
+
+def _clause(path: str | os.PathLike[str], error: CheckpointError) -> str:
+    """An error's sentence without the file at its beginning."""
+    return str(error).removeprefix(f"{path}").lstrip(": ")
+
+
+def _describe(found: Identified) -> str:
+    """Kind and layout, such as "Z-Image, ComfyUI layout"."""
+    if found.kind is kinds.ADAPTER:
+        return found.evidence
+    if found.kind is not kinds.ZIMAGE:
+        return found.kind.title
+    layout = "diffusers" if found.diffusers else "ComfyUI"
+    prefix = f', prefix "{found.scope.prefix}"' if found.scope.prefix else ""
+    return f"{found.kind.title}, {layout} layout{prefix}"
+
+
+def _accepts(found: Identified, use: kinds.Use) -> bool:
+    try:
+        found.check_use(use)
+    except WrongKindError:
+        return False
+    return True
+
+
+def _refusal(found: Identified) -> str:
+    if any(_accepts(found, use) for use in kinds.USES):
+        return ""
+    try:
+        found.check_use("run")
+    except WrongKindError as error:
+        return _clause(found.checkpoint.path, error)
+    return ""

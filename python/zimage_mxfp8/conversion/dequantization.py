@@ -1,0 +1,118 @@
+"""Decoding an MXFP8 checkpoint back to a plain BF16 one."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from .. import _core
+from ..checkpoint import quantization as markers
+from ..checkpoint.header import file_size, layout_header
+from ..checkpoint.identify import open_for
+from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
+from ..checkpoint.output import AtomicFile, check_target
+from ..checkpoint.provenance import PROVENANCE_KEY
+from ..checks import path as path_argument
+from ..errors import CheckpointError
+from ..printing.progress import byte_bar, shown
+from ..streaming.jobs import (
+    Job,
+    ProgressCallback,
+    Worker,
+    copy_jobs,
+    header_job,
+    row_chunks,
+    run_jobs,
+)
+from ..streaming.rows import read_encoded
+from ..text import plural
+
+
+def dequantize_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    threads: int = 0,
+    progress: ProgressCallback | bool | None = None,
+) -> None:
+    """Write the checkpoint that an MXFP8 file stands for, with plain BF16 weights.
+
+    Padding is cut off, scales and markers go, everything else is copied (corrected biases stay
+    corrected: they belong to the rounded weights).
+
+    Args:
+        source: the MXFP8 file.
+        output: file to write.
+        overwrite: replace an existing output.
+        threads: cores to use; 0 means all.
+        progress: called with a `Progress` from this thread; True draws a bar on a terminal.
+
+    Raises:
+        CheckpointError: the input is unreadable, has no MXFP8 layers, breaks the contract, or has
+            NaN in its codes or scales.
+        UsageError: the output is the input.
+        OutputError: the output cannot be written, or exists already.
+    """
+    target = path_argument("output", output)
+    found = open_for(source, "dequantize")
+    checkpoint = found.checkpoint
+    check_target(target, checkpoint.inputs, overwrite=overwrite)
+    mxfp8 = find_layers(checkpoint, found.scope)
+    layers = mxfp8.layers
+    if mxfp8.breaches:
+        count = plural(len(mxfp8.breaches), "breach", "breaches")
+        raise CheckpointError(f"{source} breaks the contract: {mxfp8.breaches[0]} ({count} in all)")
+
+    weights = {layer.weight.name: layer for layer in layers}
+    dropped = {layer.scale.name for layer in layers} | {
+        layer.name + markers.MARKER_SUFFIX for layer in layers
+    }
+    outputs = {
+        name: ("BF16", weights[name].shape) if name in weights else (tensor.dtype, tensor.shape)
+        for name, tensor in checkpoint.tensors.items()
+        if name not in dropped
+    }
+    metadata = dict(checkpoint.metadata)
+    names = {name for layer in layers for name in (layer.name, found.scope.inner(layer.name))}
+    metadata.pop(PROVENANCE_KEY, None)
+    described = markers.header_layers(metadata.pop(markers.HEADER_KEY, "")) or {}
+    if others := {name: layer for name, layer in described.items() if name not in names}:
+        metadata[markers.HEADER_KEY] = markers.header_value(others)
+    header, places = layout_header(outputs, metadata)
+    jobs = [header_job(header)]
+    for name, info in places.items():
+        if name in weights:
+            jobs += _decode_jobs(weights[name], info.begin)
+        else:
+            jobs += copy_jobs(checkpoint.tensors[name], info.begin)
+    with (
+        shown(progress, byte_bar("decoding")) as callback,
+        AtomicFile(target, file_size(header, places), overwrite=overwrite) as file,
+    ):
+        run_jobs(jobs, file, threads=threads, progress=callback)
+
+
+def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:
+    rows, cols = layer.shape
+
+    def job(begin: int, end: int) -> Job:
+        def run(worker: Worker) -> None:
+            codes, scales = read_encoded(worker, layer, begin, end)
+            if ((codes & 0x7F) == 0x7F).any() or (scales == 255).any():
+                raise CheckpointError(
+                    f'{layer.weight.segments[0].path}: layer "{layer.name}" has NaN codes or '
+                    "scales, so it is damaged; zimage-mxfp8 validate says more"
+                )
+            real = min(end, rows) - begin
+            at = position + begin * cols * 2
+            plain = worker.scratch("plain", real * cols * 2, at)
+            matrix = plain.view(np.uint16).reshape(real, cols)
+            _core.dequantize(codes, scales, matrix, "bfloat16", 1)
+            worker.write(at, plain)
+
+        return Job(layer.weight.name, (end - begin) * layer.weight.shape[1], run)
+
+    # Padding never fills a chunk of its own: it is less than 32 rows, and chunks end at 128.
+    return [job(begin, end) for begin, end in row_chunks(layer.weight)]

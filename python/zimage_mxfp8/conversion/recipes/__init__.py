@@ -1,0 +1,237 @@
+"""Recipes: which layers stay in the source's precision, and why.
+
+A recipe is data. The built-in ones are the TOML files beside this module; users write their own:
+
+    title = "..."                     # optional
+    extends = "uniform"               # optional: a built-in recipe whose patterns come first
+
+    [[keep]]
+    name = "first blocks"
+    pattern = '^layers\\.[01]\\.'      # Python regular expression, searched in the tensor's name
+    reason = "why they stay"
+
+Names are matched without the transformer's prefix, such as `model.diffusion_model.`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import RecipeError, UsageError
+from ...text import did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_FOLDER = Path(__file__).parent
+DEFAULT = "uniform"
+
+
+@dataclass(frozen=True)
+class KeepRule:
+    """Layers that are not quantised.
+
+    Attributes:
+        name: short title of the rule.
+        pattern: regular expression, searched in tensor names.
+        reason: why these layers stay as they are.
+        full_name: whether the transformer's prefix counts as part of the name.
+    """
+
+    name: str
+    pattern: re.Pattern[str]
+    reason: str
+    full_name: bool = False
+
+    def matches(self, tensor_name: str, prefix: str) -> bool:
+        """Whether the rule keeps a tensor, whose name starts with `prefix`."""
+        name = tensor_name if self.full_name else tensor_name[len(prefix) :]
+        return self.pattern.search(name) is not None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of rules.
+
+    Attributes:
+        name: name of a built-in recipe, or the path of a file.
+        title: one line.
+        description: some sentences.
+        keep: the rules; the first that matches a layer gives the reason.
+        source_rounding: round F16 and F32 weights to BF16 before they are quantised or kept, as
+            convert_to_quant does.
+    """
+
+    name: str
+    title: str
+    description: str
+    keep: tuple[KeepRule, ...]
+    source_rounding: bool = False
+
+    @property
+    def reproduces_convert_to_quant(self) -> bool:
+        """Whether files are to equal convert_to_quant's byte for byte."""
+        return self.source_rounding
+
+    def excluding(self, patterns: Iterable[str]) -> Recipe:
+        """This recipe with more patterns, searched in the tensors' full names.
+
+        Raises:
+            UsageError: a pattern is no regular expression.
+        """
+        rules = []
+        for pattern in patterns:
+            try:
+                compiled = compile_pattern(pattern)
+            except ValueError as error:
+                raise UsageError(
+                    f'--exclude-layers "{pattern}" is no regular expression: {error}'
+                ) from None
+            rules.append(
+                KeepRule(f"--exclude-layers {pattern}", compiled, "--exclude-layers", True)
+            )
+        return Recipe(
+            self.name, self.title, self.description, self.keep + tuple(rules), self.source_rounding
+        )
+
+    def with_rules_of(self, other: Recipe) -> Recipe:
+        """Both recipes' rules."""
+        keep = self.keep + tuple(rule for rule in other.keep if rule not in self.keep)
+        rounding = self.source_rounding or other.source_rounding
+        return Recipe(f"{self.name}+{other.name}", self.title, self.description, keep, rounding)
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A regular expression as recipes and options have them; ValueError if it is none."""
+    if not isinstance(pattern, str):
+        raise ValueError("it is no text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # on spellings that may change one day
+        try:
+            return re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(str(error)) from None
+
+
+def builtin_names() -> list[str]:
+    """Names of the built-in recipes, the default first."""
+    return sorted((path.stem for path in _FOLDER.glob("*.toml")), key=lambda n: (n != DEFAULT, n))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A built-in recipe by name, or a recipe from a TOML file by path.
+
+    Raises:
+        UsageError: no built-in recipe or file of that name.
+        RecipeError: a file that is no recipe; the sentence says what is wrong and where.
+    """
+    text = str(name_or_path)
+    if text in builtin_names():
+        return _read(_FOLDER / f"{text}.toml", text)
+    path = Path(name_or_path)
+    if not path.is_file():
+        if path.suffix == ".toml":
+            raise UsageError(f"the recipe file {path} does not exist")
+        raise UsageError(
+            f'there is no recipe "{text}": name one of {", ".join(builtin_names())} or a TOML file'
+            f"{did_you_mean([text], builtin_names())}"
+        )
+    return _read(path, text)
+
+
+def rules_outside_blocks() -> tuple[KeepRule, ...]:
+    """The default recipe's rules for what is no layer of a block: embedders, the final layer."""
+    names = ("x_embedder.weight", "final_layer.linear.weight")
+    return tuple(
+        rule for rule in load_recipe(DEFAULT).keep if any(rule.matches(name, "") for name in names)
+    )
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """A recipe's title, description and rules as `load_recipe` reads them."""
+    lines = [f"title = {_toml_text(recipe.title)}"]
+    lines += [f"description = {_toml_text(recipe.description)}"]
+    for rule in recipe.keep:
+        lines += ["", "[[keep]]"]
+        lines += [f"name = {_toml_text(rule.name)}"]
+        lines += [f"pattern = {_toml_text(rule.pattern.pattern)}"]
+        lines += [f"reason = {_toml_text(rule.reason)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_text(text: str) -> str:
+    """A TOML basic string. Its escapes are JSON's, but for the character DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _read(path: Path, name: str) -> Recipe:
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"recipe {path} is not TOML: byte {error.start} is not UTF-8; save it as UTF-8 text"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+    known = {
+        "title": str,
+        "description": str,
+        "extends": str,
+        "source_rounding": str,
+        "keep": list,
+    }
+    for key, value in document.items():
+        if key not in known:
+            raise RecipeError(f'recipe {path} has the unknown key "{key}"')
+        if not isinstance(value, known[key]):
+            raise RecipeError(f'recipe {path}: "{key}" must be a {known[key].__name__}')
+    rounding = document.get("source_rounding", "")
+    if rounding not in ("", "bfloat16"):
+        raise RecipeError(f'recipe {path}: "source_rounding" can only be "bfloat16"')
+    keep: tuple[KeepRule, ...] = ()
+    base = None
+    if "extends" in document:
+        if document["extends"] not in builtin_names():
+            hint = did_you_mean([document["extends"]], builtin_names())
+            raise RecipeError(
+                f'recipe {path} extends "{document["extends"]}", which is none of '
+                f"{', '.join(builtin_names())}{hint}"
+            )
+        base = load_recipe(document["extends"])
+        keep = base.keep
+    keep += tuple(
+        _rule(path, number, entry) for number, entry in enumerate(document.get("keep", ()), 1)
+    )
+    return Recipe(
+        name,
+        document.get("title", path.stem),
+        " ".join(document.get("description", "").split()),
+        keep,
+        bool(rounding) or (base is not None and base.source_rounding),
+    )
+
+
+def _rule(path: Path, number: int, entry: Any) -> KeepRule:
+    where = f"recipe {path}, [[keep]] number {number}"
+    if not isinstance(entry, dict) or set(entry) != {"name", "pattern", "reason"}:
+        raise RecipeError(f"{where} must have exactly name, pattern and reason")
+    if not all(isinstance(value, str) and value for value in entry.values()):
+        raise RecipeError(f"{where}: name, pattern and reason must be text")
+    try:
+        pattern = compile_pattern(entry["pattern"])
+    except ValueError as error:
+        raise RecipeError(
+            f'{where}: the pattern "{entry["pattern"]}" is no regular expression: {error}'
+        ) from None
+    return KeepRule(entry["name"], pattern, entry["reason"])

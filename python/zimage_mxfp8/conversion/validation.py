@@ -1,0 +1,455 @@
+"""Checking an MXFP8 checkpoint against the file contract, and against its original."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+
+from .. import _core
+from ..checkpoint import quantization as markers
+from ..checkpoint.identify import Identified, open_for
+from ..checkpoint.mxfp8_layers import AGAIN, Breach, MXFP8Layer, find_layers
+from ..checkpoint.provenance import PROVENANCE_KEY
+from ..checkpoint.source import Checkpoint, SourceTensor
+from ..checkpoint.structure import missing_or_misshapen, unknown_weights
+from ..checkpoint.zimage import COMFYUI_PREFIXES
+from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
+from ..errors import NonFiniteError
+from ..layout import padded_shape, scale_shape
+from ..printing.progress import byte_bar, shown
+from ..streaming.error_stats import ErrorStats, merge_rows
+from ..streaming.jobs import Job, ProgressCallback, Worker, byte_chunks, row_chunks, run_jobs
+from ..streaming.rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
+from ..text import plural
+from .bias_correction import to_float64
+from .nonfinite import can_be_nonfinite, first_nonfinite
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(repr=False)
+class ValidationReport:
+    """What `validate` found.
+
+    Attributes:
+        file: the file that was checked.
+        against: the original it was compared with, if any.
+        layers: number of MXFP8 layers that are stored as the contract says.
+        breaches: broken rules; empty for a sound file.
+        notes: things worth knowing that are no breaches.
+        errors: per layer's weight, its error against the original; empty without one.
+    """
+
+    file: str
+    against: str | None
+    layers: int
+    breaches: list[Breach] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    errors: dict[str, ErrorStats] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        layers = plural(self.layers, "MXFP8 layer")
+        breaches = plural(len(self.breaches), "breach", "breaches")
+        return f"ValidationReport({self.file!r}, {layers}, {breaches})"
+
+    def __str__(self) -> str:
+        from ..printing.screen import as_text
+        from ..printing.validation import print_validation
+
+        return as_text(lambda screen: print_validation(self, screen))
+
+    @property
+    def ok(self) -> bool:
+        """Whether no rule is broken."""
+        return not self.breaches
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "file": self.file,
+            "against": self.against,
+            "ok": self.ok,
+            "layers": self.layers,
+            "breaches": [vars(breach) for breach in self.breaches],
+            "notes": self.notes,
+            "tensors": {name: stats.to_dict() for name, stats in self.errors.items()},
+        }
+
+
+def validate(
+    file: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    threads: int = 0,
+    progress: ProgressCallback | bool | None = None,
+) -> ValidationReport:
+    """Check an MXFP8 checkpoint.
+
+    Checks names, types, shapes, markers and the header, then the data: NaN codes and scales,
+    padding, blocks of zeros, NaN and Inf anywhere else. With the original it also encodes every
+    layer again and compares codes, scales and their order byte by byte, compares all other
+    tensors, and measures errors.
+
+    Args:
+        file: the MXFP8 file.
+        against: the checkpoint that it was converted from (file or diffusers folder).
+        threads: cores to use; 0 means all.
+        progress: called with a `Progress` from this thread; True draws a bar on a terminal.
+
+    Raises:
+        CheckpointError: a file is unreadable or malformed, `file` is not an MXFP8 file, or
+            `against` is not a plain checkpoint.
+    """
+    found = open_for(file, "validate")
+    checkpoint = found.checkpoint
+    mxfp8 = find_layers(checkpoint, found.scope)
+    layers = mxfp8.layers
+    report = ValidationReport(
+        str(file), None if against is None else str(against), len(layers), mxfp8.breaches
+    )
+    report.notes += mxfp8.notes
+    _check_readable_by_others(checkpoint, report)
+    _check_model(found, layers, report)
+    scan = _DataScan(report)
+    comparison = None
+    jobs: list[Job] = []
+    scanned: set[str] = set()
+    if against is not None:
+        original = open_for(against, "original", any_model=True).checkpoint
+        comparison = _Comparison(checkpoint, layers, original, report, scan)
+        jobs = comparison.jobs()
+        scanned = comparison.compared
+    for layer in layers:
+        if layer.name not in scanned:
+            jobs += scan.jobs(layer)
+    kept = _KeptScan(found, layers, report)
+    jobs += kept.jobs()
+    with shown(progress, byte_bar("checking")) as callback:
+        run_jobs(jobs, None, threads=threads, progress=callback)
+    scan.finish()
+    kept.finish()
+    if comparison is not None:
+        comparison.finish()
+    return report
+
+
+def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) -> None:
+    """The safetensors library, which parses on its own, must see the same tensors."""
+    unseen = set(checkpoint.tensors)
+    try:
+        for path in checkpoint.files:
+            with safetensors.safe_open(path, framework="np") as opened:
+                unseen -= set(opened.keys())
+    except (safetensors.SafetensorError, OSError) as error:
+        problem = f"is refused by the safetensors library: {error}"
+        report.breaches.append(Breach(path.name, problem, AGAIN))
+        return
+    if unseen:
+        report.breaches.append(Breach(min(unseen), "is unseen by the safetensors library", AGAIN))
+
+
+def _check_model(found: Identified, layers: list[MXFP8Layer], report: ValidationReport) -> None:
+    checkpoint, scope = found.checkpoint, found.scope
+    if not scope.zimage:
+        report.notes.append("not a Z-Image transformer: its tensors were not counted")
+        return
+    shapes = {layer.weight.name: layer.shape for layer in layers}
+    remedy = "complete the original and " + AGAIN
+    for name, problem in missing_or_misshapen(checkpoint, scope, shapes):
+        report.breaches.append(Breach(name, problem, remedy))
+    for name, problem in unknown_weights(checkpoint, scope):
+        report.breaches.append(Breach(name, problem, remedy))
+    if scope.prefix not in COMFYUI_PREFIXES:
+        report.notes.append(
+            f'the prefix "{scope.prefix}" is not one that ComfyUI strips: it does not load the file'
+        )
+
+
+class _KeptScan:
+    """Looks for NaN and Inf in floating-point tensors that are not quantised."""
+
+    def __init__(
+        self, found: Identified, layers: list[MXFP8Layer], report: ValidationReport
+    ) -> None:
+        self._found = found
+        self._encoded = {layer.weight.name for layer in layers}
+        self._encoded |= {layer.scale.name for layer in layers}
+        self._report = report
+        self._bad: set[str] = set()  # added to by all workers
+
+    def jobs(self) -> list[Job]:
+        return [
+            self._job(tensor, begin, end)
+            for name, tensor in self._found.checkpoint.tensors.items()
+            if name not in self._encoded and can_be_nonfinite(tensor.dtype)
+            for begin, end in byte_chunks(tensor)
+        ]
+
+    def _job(self, tensor: SourceTensor, begin: int, end: int) -> Job:
+        def run(worker: Worker) -> None:
+            if first_nonfinite(tensor.dtype, worker.read(tensor, begin, end - begin)) is not None:
+                self._bad.add(tensor.name)
+
+        return Job(tensor.name, end - begin, run)
+
+    def finish(self) -> None:
+        for name in sorted(self._bad):
+            if name in self._found.scope:
+                problem = "has NaN or Inf, which make every image NaN"
+                self._report.breaches.append(
+                    Breach(name, problem, "repair the original and " + AGAIN)
+                )
+            else:
+                self._report.notes.append(f'"{name}", outside the transformer, has NaN or Inf')
+
+
+class _DataScan:
+    """Looks at codes and scales by themselves."""
+
+    def __init__(self, report: ValidationReport) -> None:
+        self._report = report
+        self._found: list[tuple[str, str, int]] = []  # appended to by all workers
+
+    def jobs(self, layer: MXFP8Layer) -> list[Job]:
+        code_cols = layer.weight.shape[1]
+
+        def job(begin: int, end: int) -> Job:
+            def run(worker: Worker) -> None:
+                self.scan(layer, *read_encoded(worker, layer, begin, end), begin)
+
+            return Job(layer.weight.name, (end - begin) * code_cols, run)
+
+        return [job(begin, end) for begin, end in row_chunks(layer.weight)]
+
+    def scan(self, layer: MXFP8Layer, codes: Bytes, scales: Bytes, begin: int) -> None:
+        """Look at the rows from `begin` on, as `read_encoded` gives them."""
+        codes = codes.reshape(-1, layer.weight.shape[1])
+        rows, cols = layer.shape
+        real_rows = min(rows - begin, codes.shape[0])
+        blocks = -(-cols // 32)
+        magnitude = codes & 0x7F
+        self._count(layer.weight.name, "has NaN codes", int((magnitude == 0x7F).sum()))
+        padding = int(np.count_nonzero(codes[real_rows:])) + int(np.count_nonzero(codes[:, cols:]))
+        self._count(layer.weight.name, "has codes other than 0 in its padding", padding)
+
+        plain = np.empty((codes.shape[0], blocks), np.uint8)
+        _core.from_blocked(scales, plain)
+        self._count(layer.scale.name, "has NaN scales", int((plain == 255).sum()))
+        stray = int(np.count_nonzero(scales)) - int(np.count_nonzero(plain[:real_rows]))
+        self._count(layer.scale.name, "has scales other than 0 in its padding", stray)
+
+        words = magnitude.view(np.uint64).reshape(codes.shape[0], blocks, 4)
+        is_zero = (words[..., 0] | words[..., 1] | words[..., 2] | words[..., 3]) == 0
+        orphans = int((is_zero & (plain != 0)).sum())
+        self._count(layer.scale.name, "has scales other than 0 for blocks of zeros", orphans)
+        ambiguous = int((~is_zero & (plain == 0)).sum())
+        if ambiguous:
+            self._report.notes.append(
+                f'"{layer.scale.name}" has {plural(ambiguous, "block")} of numbers with scale 0, '
+                "which comfy-kitchen reads as 0 and the hardware as 2^-127"
+            )
+
+    def _count(self, tensor: str, what: str, count: int) -> None:
+        if count:
+            self._found.append((tensor, what, count))
+
+    def finish(self) -> None:
+        totals: Counter[tuple[str, str]] = Counter()
+        for tensor, what, count in self._found:
+            totals[tensor, what] += count
+        for (tensor, what), count in sorted(totals.items()):
+            self._report.breaches.append(Breach(tensor, f"{what} ({count:,})", AGAIN))
+
+
+class _Comparison:
+    """Compares a file with its original."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: list[MXFP8Layer],
+        original: Checkpoint,
+        report: ValidationReport,
+        scan: _DataScan,
+    ) -> None:
+        self._scan = scan
+        self.compared: set[str] = set()  # layers whose data the jobs read, and so also scan
+        self._checkpoint = checkpoint
+        self._layers = {layer.name: layer for layer in layers}
+        self._original = original
+        self._report = report
+        # Layer, way of rounding the source (see Recipe.source_rounding), differing codes, scales;
+        # appended to by all workers.
+        self._differences: list[tuple[str, bool, int, int]] = []
+        self._stats: dict[tuple[str, int], ErrorStats] = {}
+        self._changed: set[str] = set()
+        self._bias_changes: list[float] = []
+
+    def jobs(self) -> list[Job]:
+        jobs = []
+        for key, value in self._original.metadata.items():
+            if (
+                key not in (markers.HEADER_KEY, PROVENANCE_KEY)
+                and self._checkpoint.metadata.get(key) != value
+            ):
+                self._breach(key, "is metadata of the original that is lost or changed")
+        weights = {layer.weight.name: layer for layer in self._layers.values()}
+        biases = {layer.name + ".bias" for layer in self._layers.values()}
+        for name, tensor in self._original.tensors.items():
+            found = self._checkpoint.tensors.get(name)
+            if found is None:
+                self._breach(name, "is missing, though the original has it")
+            elif name in weights:
+                jobs += self._weight_jobs(weights[name], tensor)
+            elif found.dtype == "F8_E4M3" and tensor.dtype in FLOAT_NAMES:
+                continue  # a layer with breaches of its own
+            elif name not in biases:
+                jobs += self._copy_check_jobs(found, tensor)
+            elif (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+                self._breach(name, "has another type or shape than the original's")
+            elif found.dtype in FLOAT_NAMES:
+                jobs.append(self._bias_job(found, tensor))
+        for name in sorted(self._checkpoint.tensors.keys() - self._original.tensors.keys()):
+            if not name.endswith((markers.SCALE_SUFFIX, markers.MARKER_SUFFIX)):
+                self._breach(name, "is not in the original")
+        return jobs
+
+    def _breach(self, tensor: str, problem: str) -> None:
+        self._report.breaches.append(Breach(tensor, problem, AGAIN))
+
+    def _weight_jobs(self, layer: MXFP8Layer, original: SourceTensor) -> list[Job]:
+        if original.shape != layer.shape or original.dtype not in FLOAT_NAMES:
+            self._breach(
+                layer.weight.name,
+                f"encodes {list(layer.shape)}, but the original is {original.dtype} "
+                f"{list(original.shape)}",
+            )
+            return []
+        self.compared.add(layer.name)
+        roundings = (False,) if original.dtype == "BF16" else (False, True)
+
+        def job(begin: int, end: int) -> Job:
+            def run(worker: Worker) -> None:
+                rows = padded_shape((end - begin, 1))[0]
+                file_codes, file_scales = read_encoded(worker, layer, begin, begin + rows)
+                self._scan.scan(layer, file_codes, file_scales, begin)
+                for rounding in roundings:
+                    try:
+                        data, codes, scales = encode_rows(worker, original, begin, end, rounding)
+                    except NonFiniteError as error:
+                        self._breach(
+                            layer.weight.name,
+                            f"encodes an original with NaN or Inf (row {error.row}, column "
+                            f"{error.column})",
+                        )
+                        return
+                    wrong_codes = int(np.count_nonzero(codes != file_codes))
+                    wrong_scales = int(np.count_nonzero(scales != file_scales))
+                    self._differences.append((layer.name, rounding, wrong_codes, wrong_scales))
+                self._stats[layer.weight.name, begin] = measure_rows(
+                    original, data, end - begin, file_codes, file_scales
+                )
+
+            return Job(layer.weight.name, (end - begin) * layer.shape[1], run)
+
+        return [job(begin, end) for begin, end in row_chunks(original)]
+
+    def _bias_job(self, found: SourceTensor, original: SourceTensor) -> Job:
+        """A job that compares a bias, which the correction may have moved."""
+
+        def run(worker: Worker) -> None:
+            old = to_float64(original, worker.read(original, 0, original.nbytes))
+            new = to_float64(found, worker.read(found, 0, found.nbytes, "file"))
+            if np.isfinite(old).all() and not np.isfinite(new).all():
+                self._breach(found.name, "has NaN or Inf, which the original's has not")
+            elif old.size:
+                self._bias_changes.append(float(np.abs(new - old).max()))
+
+        return Job(found.name, original.nbytes, run)
+
+    def _copy_check_jobs(self, found: SourceTensor, original: SourceTensor) -> list[Job]:
+        """Jobs that compare a tensor that was kept, or cast to BF16."""
+        cast = found.dtype == "BF16" and original.dtype in ("F16", "F32")
+        if found.shape != original.shape or (found.dtype != original.dtype and not cast):
+            self._breach(
+                found.name,
+                f"is {found.dtype} {list(found.shape)}, the original {original.dtype} "
+                f"{list(original.shape)}",
+            )
+            return []
+        item = SAFETENSORS_BITS[original.dtype] // 8
+
+        def job(begin: int, end: int) -> Job:
+            def run(worker: Worker) -> None:
+                expected = worker.read(original, begin, end - begin)
+                if cast:
+                    source = as_integers(original.dtype, expected).reshape(1, -1)
+                    rounded, _ = round_to_bfloat16(worker, source, FLOAT_NAMES[original.dtype])
+                    expected = rounded.reshape(-1).view(np.uint8)
+                at = begin // item * 2 if cast else begin
+                if not np.array_equal(expected, worker.read(found, at, expected.size, "file")):
+                    self._changed.add(found.name)
+
+            return Job(found.name, end - begin, run)
+
+        return [job(begin, end) for begin, end in byte_chunks(original)]
+
+    def finish(self) -> None:
+        moved = [change for change in self._bias_changes if change != 0]
+        if moved:
+            self._report.notes.append(
+                f"{plural(len(moved), 'bias differs', 'biases differ')} from the original's, by up "
+                f"to {max(moved):.2e}: the bias correction, which is not checked"
+            )
+        for name in sorted(self._changed):
+            self._breach(name, "differs from the original, though it is not quantised")
+        wrong: dict[str, dict[bool, list[int]]] = {}
+        for name, rounding, codes, scales in self._differences:
+            total = wrong.setdefault(name, {}).setdefault(rounding, [0, 0])
+            total[0] += codes
+            total[1] += scales
+        for name in sorted(wrong):
+            rounding = min(wrong[name], key=lambda way: sum(wrong[name][way]))
+            codes, scales = wrong[name][rounding]
+            layer = self._layers[name]
+            if scales:
+                problem = self._diagnose_scales(layer, rounding) or (
+                    f"has scales that differ from the original's ({scales:,})"
+                )
+                self._breach(layer.scale.name, problem)
+            if codes:
+                self._breach(
+                    layer.weight.name,
+                    f"has codes that are not the original's rounded to nearest ({codes:,})",
+                )
+        self._report.errors = merge_rows(self._stats)
+
+    def _diagnose_scales(self, layer: MXFP8Layer, source_rounding: bool) -> str | None:
+        """What order a layer's scales are in, if it is a known wrong one."""
+        worker = Worker(None)
+        try:
+            expected = np.empty(scale_shape(layer.shape), np.uint8)
+            tensor = self._original.tensors[layer.weight.name]
+            for begin, end in row_chunks(tensor):
+                _, _, scales = encode_rows(worker, tensor, begin, end, source_rounding)
+                rows = scales.size // expected.shape[1]
+                expected[begin : begin + rows] = scales.reshape(rows, -1)
+            found = worker.read(layer.scale, 0, layer.scale.nbytes)
+        finally:
+            worker.close()
+        rearranged = np.empty(expected.size, np.uint8)
+        _core.to_blocked(expected, rearranged)
+        if np.array_equal(found, rearranged):
+            return "has its scales swizzled twice"
+        _core.from_blocked(expected, rearranged.reshape(expected.shape))
+        if np.array_equal(found, rearranged):
+            return "has its scales in row-major order, not in the 128x4 blocked layout"
+        if np.array_equal(np.sort(found), np.sort(expected.reshape(-1))):
+            return "has the right scales in a wrong order"
+        return None

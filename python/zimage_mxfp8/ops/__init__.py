@@ -1,0 +1,1 @@
+"""The operations of the core on NumPy arrays and torch tensors."""

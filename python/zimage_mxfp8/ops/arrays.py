@@ -1,0 +1,225 @@
+"""Arrays and tensors on their way to the core: NumPy arrays, torch tensors, strides and streams.
+
+torch is never imported from here: a tensor is recognised by its type, and its own module serves
+it. NumPy has no bfloat16 or float8 of its own; arrays with the types of ml_dtypes are understood.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import FLOAT_NAMES, DTypeName
+from ..errors import InvalidArgumentError
+from ..system.optional_packages import needed
+
+CODES, SCALES = "float8_e4m3fn", "float8_e8m0fnu"  # dtypes of codes and scales, beside uint8
+
+
+def _torch_of(array: object) -> Any:
+    """The torch module if `array` is a torch tensor, else None."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and isinstance(array, torch.Tensor) else None
+
+
+def kind_of(array: Any) -> str:
+    """Library, device and dtype of an array, for `repr`."""
+    if is_tensor(array):
+        return f"torch on {array.device}, {str(array.dtype).removeprefix('torch.')}"
+    return f"NumPy, {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+
+
+def is_tensor(array: object) -> bool:
+    """Whether `array` is a torch tensor."""
+    return _torch_of(array) is not None
+
+
+def on_cuda(array: Any) -> bool:
+    """Whether `array` is a torch tensor on a CUDA device."""
+    return _torch_of(array) is not None and array.device.type == "cuda"
+
+
+def require_cpu(array: Any, name: str) -> None:
+    """Refuse a tensor that is not in host memory."""
+    if _torch_of(array) is not None and array.device.type != "cpu":
+        raise InvalidArgumentError(
+            f"{name} is on {array.device}; move it to the CPU first ({name}.cpu())"
+        )
+
+
+class _Exporter:
+    """A tensor of another device than the current one, from which alone torch exports memory."""
+
+    def __init__(self, tensor: Any, torch: Any) -> None:
+        self._tensor, self._torch = tensor, torch
+
+    def __dlpack_device__(self) -> Any:
+        return self._tensor.__dlpack_device__()
+
+    def __dlpack__(self, stream: int) -> Any:
+        with self._torch.cuda.device(self._tensor.device):
+            return self._tensor.__dlpack__(stream=stream)
+
+
+def _exportable(argument: Any) -> Any:
+    """An argument of the core, with tensors that it can import whatever device is current."""
+    if isinstance(argument, tuple):
+        return tuple(map(_exportable, argument))
+    if not on_cuda(argument):
+        return argument
+    torch = _torch_of(argument)
+    current = argument.device.index == torch.cuda.current_device()
+    return argument if current else _Exporter(argument, torch)
+
+
+def call_core(function: Callable[..., None], *arguments: Any, like: Any) -> None:
+    """Call a function of the core on torch's current stream of the device of `like`, or the CPU."""
+    torch = _torch_of(like)
+    stream = torch.cuda.current_stream(like.device).cuda_stream if on_cuda(like) else 0
+    function(*map(_exportable, arguments), stream)
+
+
+def _tensor(array: Any, torch: Any, name: str) -> Any:
+    """A tensor whose memory holds its values: dense, on the CPU or CUDA, nothing lazy."""
+    if array.layout != torch.strided or array.is_nested:
+        raise InvalidArgumentError(f"{name} must be a dense tensor")
+    if not on_cuda(array):
+        require_cpu(array, name)
+    return array.detach().resolve_neg()
+
+
+def _array(array: Any, name: str, kinds: str) -> Any:
+    """A plain NumPy array in native byte order."""
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+        raise InvalidArgumentError(f"{name} must be {kinds}, not {type(array).__name__}")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+_KINDS = "a NumPy array or a torch tensor"
+
+
+def plain(array: Any, name: str, kinds: str = _KINDS) -> tuple[Any, str]:
+    """An array as something that the core accepts, and the name of its dtype."""
+    torch = _torch_of(array)
+    if torch is not None:
+        tensor = _tensor(array, torch, name)
+        usable = tensor.dim() != 2 or _rows_are_usable(tensor.shape, tensor.stride())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return (tensor if usable else tensor.contiguous()), dtype
+    array = _array(array, name, kinds)
+    dtype = array.dtype.name
+    if array.ndim == 2:
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        if not _rows_are_usable(array.shape, strides):
+            array = np.ascontiguousarray(array)
+    # bfloat16 from ml_dtypes does not export a buffer: pass the bits.
+    return (array.view(np.uint16) if dtype == "bfloat16" else array), dtype
+
+
+def vector(array: Any, dtype: str, size: int, name: str) -> Any:
+    """A vector of that dtype and size as something that the core accepts."""
+    values, found = plain(array, name)
+    if found != dtype:
+        raise InvalidArgumentError(f"{name} must be {dtype}, not {found}")
+    if tuple(values.shape) != (size,):
+        raise InvalidArgumentError(f"{name} must be [{size}], not {list(values.shape)}")
+    if _torch_of(values) is None:
+        return np.ascontiguousarray(values)
+    return aligned(values.contiguous())
+
+
+def aligned(tensor: Any) -> Any:
+    """A tensor, or a copy of it, that begins at a multiple of 16 bytes, as CUDA kernels need it."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _rows_are_usable(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the core can read a matrix in place: elements of a row adjacent, rows apart."""
+    rows, cols = shape
+    return (cols <= 1 or strides[1] == 1) and (rows <= 1 or strides[0] >= cols)
+
+
+def as_bytes(array: Any, dtype: str, name: str) -> Any:
+    """Codes or scales, uint8 or `dtype`, as a C-contiguous array of uint8 that the core accepts."""
+    torch = _torch_of(array)
+    values = _array(array, name, _KINDS) if torch is None else _tensor(array, torch, name)
+    found = values.dtype.name if torch is None else str(values.dtype).removeprefix("torch.")
+    if found not in ("uint8", dtype):
+        raise InvalidArgumentError(f"{name} must be uint8 or {dtype}, not {found}")
+    if torch is not None:
+        return values.contiguous().view(torch.uint8)
+    return np.ascontiguousarray(values).view(np.uint8)
+
+
+def dimensions(shape: Any, what: str) -> tuple[int, int]:
+    """Two sizes."""
+    try:
+        rows, cols = (operator.index(size) for size in shape)
+    except (TypeError, ValueError):
+        rows, cols = -1, -1
+    if not (0 <= rows < 2**40 and 0 <= cols < 2**40):
+        raise InvalidArgumentError(f"{what} must be two sizes, not {str(shape)[:40]}")
+    return rows, cols
+
+
+def thread_count(threads: Any) -> int:
+    """A number of threads."""
+    try:
+        number = operator.index(threads)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**31:
+        raise InvalidArgumentError("threads must be 0 (one a core) or more")
+    return number
+
+
+def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+    """A new array of the kind (NumPy or torch) and on the device of `like`.
+
+    bfloat16 in NumPy is uint16: its bits.
+    """
+    torch = _torch_of(like)
+    if torch is not None:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    return np.empty(shape, "uint16" if dtype == "bfloat16" else dtype)
+
+
+def as_float8(codes: Any) -> Any:
+    """Codes as users get them: NumPy uint8 as it is, a torch tensor as float8_e4m3fn."""
+    torch = _torch_of(codes)
+    return codes if torch is None else codes.view(torch.float8_e4m3fn)
+
+
+def as_result(array: Any, dtype: DTypeName) -> Any:
+    """What `empty` gave, as users get it: the bits of bfloat16 in NumPy as ml_dtypes's type."""
+    bits = dtype == "bfloat16" and isinstance(array, np.ndarray)
+    return array.view(bfloat16_type()) if bits else array
+
+
+def require_2d(array: Any, name: str) -> tuple[int, int]:
+    """The shape of an array, which must be a matrix."""
+    if len(array.shape) != 2:
+        raise InvalidArgumentError(f"{name} must have 2 dimensions, not {len(array.shape)}")
+    rows, cols = array.shape
+    return int(rows), int(cols)
+
+
+def dtype_name(dtype: Any, what: str) -> DTypeName:
+    """The name of a NumPy or torch dtype, which must be bfloat16, float16 or float32."""
+    text = np.dtype(dtype).name if isinstance(dtype, (type, np.dtype)) else str(dtype)
+    text = text.removeprefix("torch.")
+    for name in FLOAT_NAMES.values():
+        if text == name:
+            return name
+    raise InvalidArgumentError(f"{what} must be bfloat16, float16 or float32, not {text}")
+
+
+def bfloat16_type() -> Any:
+    """NumPy's type for bfloat16, which ml_dtypes has."""
+    with needed("analysis", "bfloat16 in NumPy"):
+        import ml_dtypes
+    return ml_dtypes.bfloat16

@@ -1,0 +1,253 @@
+"""What Z-Image's DiT computes between its products, on CUDA: one pass over memory each.
+
+Arguments are torch tensors of bfloat16 on one CUDA device; the work goes to torch's current stream
+and can be captured in a CUDA graph. The arithmetic is float32, and every result is rounded to
+bfloat16 once. An activation comes back in the form that the next product takes:
+
+    bfloat16    a tensor [M, C]
+    row-scaled  a RowScaledArray, with the bytes of quantize_rows() over the bfloat16 result
+    mxfp8       an MXFP8Array, with the bytes of quantize() over the bfloat16 result
+
+C is 1 to 16384. NaN and infinity become what quantize() on CUDA and quantize_rows() make of them.
+Everything raises InvalidArgumentError for shapes, dtypes, devices and strides that do not go
+together, and UnsupportedError in a build without CUDA.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Literal
+
+from .. import _core
+from ..errors import InvalidArgumentError
+from ..layout import padded_shape, scale_shape
+from .arrays import as_float8, call_core, empty, is_tensor, plain, require_2d, vector
+from .codec import MXFP8Array
+from .gemm import RowScaledArray
+
+__all__ = ["Form", "add_norm_modulate", "norm_modulate", "rotate_heads", "silu_multiply"]
+
+Form = Literal["bfloat16", "row-scaled", "mxfp8"]
+
+HEAD_SIZE = 128
+
+
+def _matrix(array: Any, name: str) -> Any:
+    """A matrix of bfloat16 as the core reads it."""
+    if not is_tensor(array):
+        raise InvalidArgumentError(f"{name} must be a torch tensor, not {type(array).__name__}")
+    values, dtype = plain(array, name)
+    if dtype != "bfloat16":
+        raise InvalidArgumentError(f"{name} must be bfloat16, not {dtype}")
+    require_2d(values, name)
+    return values
+
+
+def _written_matrix(array: Any, name: str) -> Any:
+    """The same of a matrix that is written in place, so that a copy will not do."""
+    values = _matrix(array, name)
+    if values.data_ptr() != array.data_ptr():
+        raise InvalidArgumentError(
+            f"{name} is written in place: the elements of a row must be adjacent, and rows apart"
+        )
+    return values
+
+
+def _optional_matrix(array: Any, name: str) -> Any:
+    return None if array is None else _matrix(array, name)
+
+
+def _items(items: Any, rows: int) -> Any:
+    return None if items is None else vector(items, "int32", rows, "items")
+
+
+def as_eps(eps: Any) -> float:
+    """What is added to a mean of squares, checked."""
+    try:
+        return float(eps)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidArgumentError("eps must be a number") from None
+
+
+def as_whole(number: Any, name: str) -> int:
+    """A whole number, checked."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise InvalidArgumentError(f"{name} must be a whole number") from None
+
+
+def as_heads(heads: Any) -> int:
+    """A number of heads, checked."""
+    count = as_whole(heads, "heads")
+    if not 0 < count < 2**20:
+        raise InvalidArgumentError("heads must be 1 or more")
+    return count
+
+
+def as_rotations(rotations: Any, rows: int) -> Any:
+    """The pairs of cosine and sine of so many rows, [rows, 64, 2], as the core takes them."""
+    pairs, dtype = plain(rotations, "rotations")
+    wanted = (rows, HEAD_SIZE // 2, 2)
+    if dtype != "float32" or tuple(pairs.shape) != wanted:
+        raise InvalidArgumentError(
+            f"rotations must be float32 {list(wanted)}, not {dtype} {list(pairs.shape)}"
+        )
+    return pairs.reshape(rows, HEAD_SIZE)
+
+
+class _Activation:
+    """Memory of an activation that is to be computed, of the shape and on the device of `like`."""
+
+    def __init__(self, form: Form, like: Any) -> None:
+        rows, cols = shape = require_2d(like, "the activation")
+        self.shape = shape
+        self.form = str(form)
+        self.scales = None
+        if self.form == "bfloat16":
+            self.values = empty(shape, "bfloat16", like=like)
+        elif self.form == "row-scaled":
+            self.values = empty(shape, "uint8", like=like)
+            self.scales = empty((rows,), "float32", like=like)
+        elif self.form == "mxfp8":
+            self.values = empty(padded_shape(shape), "uint8", like=like)
+            self.scales = empty(scale_shape(shape), "uint8", like=like)
+        else:
+            raise InvalidArgumentError("form must be bfloat16, row-scaled or mxfp8")
+        self.parts = (self.form, self.values, self.scales, rows, cols)
+
+    def result(self) -> Any:
+        if self.form == "bfloat16":
+            return self.values
+        codes = as_float8(self.values)
+        if self.form == "row-scaled":
+            return RowScaledArray(codes, self.scales)
+        return MXFP8Array(codes, self.scales, self.shape)
+
+
+def silu_multiply(gate: Any, up: Any, form: Form = "bfloat16") -> Any:
+    """Compute silu(gate) * up.
+
+    Args:
+        gate: [M, C]; `gate` and `up` may be the halves of one product [M, 2 C].
+        up: [M, C].
+        form: of the result.
+    """
+    gate, up = _matrix(gate, "gate"), _matrix(up, "up")
+    target = _Activation(form, gate)
+    call_core(_core.silu_multiply, gate, up, target.parts, like=gate)
+    return target.result()
+
+
+def norm_modulate(
+    x: Any,
+    weight: Any,
+    scale: Any = None,
+    items: Any = None,
+    form: Form = "bfloat16",
+    eps: float = 1e-5,
+) -> Any:
+    """Compute RMSNorm(x) * weight * (1 + scale[item]).
+
+    Args:
+        x: [M, C].
+        weight: [C] of bfloat16.
+        scale: [I, C], a row for each item (element of the batch), or None for no modulation.
+        items: [M] of int32, the item of each row, or None if there is one. A row whose item is
+            not in [0, I) becomes NaN.
+        form: of the result.
+        eps: added to the mean of the squares.
+    """
+    x = _matrix(x, "x")
+    rows, cols = require_2d(x, "x")
+    target = _Activation(form, x)
+    call_core(
+        _core.norm_modulate,
+        x,
+        vector(weight, "bfloat16", cols, "weight"),
+        _optional_matrix(scale, "scale"),
+        _items(items, rows),
+        as_eps(eps),
+        target.parts,
+        like=x,
+    )
+    return target.result()
+
+
+def add_norm_modulate(
+    x: Any,
+    y: Any,
+    norm_weight: Any,
+    gate: Any = None,
+    next_weight: Any = None,
+    next_scale: Any = None,
+    items: Any = None,
+    form: Form = "bfloat16",
+    eps: float = 1e-5,
+) -> Any:
+    """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm what results.
+
+    Args:
+        x: [M, C], written.
+        y: [M, C].
+        norm_weight: [C] of bfloat16.
+        gate: [I, C], a row for each item, or None for a factor of 1.
+        next_weight: [C] of bfloat16, the weight of the norm that follows; None for no norm.
+        next_scale: [I, C], its modulation, or None.
+        items: as in `norm_modulate`.
+        form: of the result.
+        eps: added to the mean of the squares, in both norms.
+
+    Returns:
+        `norm_modulate(x, next_weight, next_scale, items, form, eps)` of the new x, or None without
+        a `next_weight`.
+    """
+    x, y = _written_matrix(x, "x"), _matrix(y, "y")
+    rows, cols = require_2d(x, "x")
+    if next_weight is None and next_scale is not None:
+        raise InvalidArgumentError("next_scale needs a next_weight")
+    target = None if next_weight is None else _Activation(form, x)
+    call_core(
+        _core.add_norm_modulate,
+        x,
+        y,
+        vector(norm_weight, "bfloat16", cols, "norm_weight"),
+        _optional_matrix(gate, "gate"),
+        None if next_weight is None else vector(next_weight, "bfloat16", cols, "next_weight"),
+        _optional_matrix(next_scale, "next_scale"),
+        _items(items, rows),
+        as_eps(eps),
+        None if target is None else target.parts,
+        like=x,
+    )
+    return None if target is None else target.result()
+
+
+def rotate_heads(
+    qkv: Any, q_weight: Any, k_weight: Any, rotations: Any, heads: int, eps: float = 1e-5
+) -> None:
+    """Norm and rotate the heads of q and k in place.
+
+    Every head becomes RMSNorm(head) * weight, and then its adjacent pairs, taken as complex
+    numbers, are multiplied with those of `rotations`; rounded once, at the end.
+
+    Args:
+        qkv: [M, 3 * heads * 128], written: the heads of q, of k and of v, which stays as it is.
+        q_weight: [128] of bfloat16.
+        k_weight: [128] of bfloat16.
+        rotations: [M, 64, 2] of float32: cosine and sine for each pair.
+        heads: of each of q, k and v.
+        eps: added to the mean of the squares.
+    """
+    qkv = _written_matrix(qkv, "qkv")
+    rows, _ = require_2d(qkv, "qkv")
+    call_core(
+        _core.rotate_heads,
+        qkv,
+        vector(q_weight, "bfloat16", HEAD_SIZE, "q_weight"),
+        vector(k_weight, "bfloat16", HEAD_SIZE, "k_weight"),
+        as_rotations(rotations, rows),
+        as_heads(heads),
+        as_eps(eps),
+        like=qkv,
+    )

@@ -1,0 +1,312 @@
+"""Matrix products with 8-bit operands: D = A B^T + bias, for NumPy arrays and torch tensors.
+
+Operands are MXFP8 (`codec.MXFP8Array`), E4M3 with one scale a row (`RowScaledArray`) or plain
+bfloat16. How a product is computed is a path:
+
+    emulated    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
+    decode      operands decoded to bfloat16 in a workspace, then cuBLASLt
+    row-scaled  cuBLASLt's FP8 product of two row-scaled operands; Hopper
+    sm90        bfloat16 times MXFP8, decoded on the way to the tensor cores; Hopper
+    sm100       block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
+    sm120       the same for 12.0 and 12.1; never run on one
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import _core
+from ..dtypes import DTypeName
+from ..errors import InvalidArgumentError
+from .arrays import (
+    CODES,
+    as_bytes,
+    as_float8,
+    as_result,
+    bfloat16_type,
+    call_core,
+    dtype_name,
+    empty,
+    kind_of,
+    on_cuda,
+    plain,
+    require_2d,
+    thread_count,
+    vector,
+)
+from .codec import MXFP8Array, mxfp8_parts
+
+__all__ = [
+    "FoldStats",
+    "RowScaledArray",
+    "fold",
+    "fold_async",
+    "fold_stats",
+    "gemm",
+    "gemm_path",
+    "quantize_rows",
+]
+
+Path = Literal["emulated", "decode", "row-scaled", "sm90", "sm100", "sm120"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
+class RowScaledArray:
+    """A matrix in E4M3 with one scale a row: element = e4m3(code) * scale of its row.
+
+    Attributes:
+        codes: E4M3 bit patterns, [N, K], row-major: NumPy uint8, or torch float8_e4m3fn.
+        scales: float32, [N].
+    """
+
+    codes: Any
+    scales: Any
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, getattr(self.codes, "shape", "?")))
+        return f"RowScaledArray({size}, {kind_of(self.codes)})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        rows, cols = self.codes.shape
+        return int(rows), int(cols)
+
+
+@dataclass(frozen=True)
+class FoldStats:
+    """What folding the scales of a matrix changed.
+
+    Attributes:
+        changed: elements whose value is not the same any more.
+        relative_error: Frobenius norm of the change, relative to that of the matrix.
+    """
+
+    changed: int
+    relative_error: float
+
+
+def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
+    """Encode every row of a matrix in E4M3 with a scale of its own, as activations are.
+
+    `scale = amax / 448` in float32, codes `x * (448 / amax)` to nearest even. A row with a maximum
+    below 2^-100 becomes zeros; one with NaN or infinity gets the scale NaN. The bytes depend
+    neither on the processor nor on the device.
+
+    Args:
+        array: [N, K] of bfloat16, float16 or float32; NumPy, or torch on the CPU or on CUDA.
+        threads: threads to use on the CPU; 0 means one a core.
+
+    Raises:
+        InvalidArgumentError: not a matrix, or another dtype or device.
+    """
+    source, name = plain(array, "array")
+    dtype = dtype_name(name, "array")
+    shape = require_2d(source, "array")
+    codes = empty(shape, "uint8", like=source)
+    scales = empty(shape[:1], "float32", like=source)
+    call_core(_core.quantize_rows, source, dtype, codes, scales, thread_count(threads), like=source)
+    return RowScaledArray(as_float8(codes), scales)
+
+
+def fold(
+    array: MXFP8Array, *, bound: float = 1e-3, threads: int = 0
+) -> tuple[RowScaledArray, FoldStats]:
+    """Fold the block scales of an MXFP8 matrix into one power of two a row.
+
+    The scales of the blocks are powers of two, so what differs within a row moves into the codes'
+    exponents; only codes that fall below E4M3's normal range lose bits. The result is what
+    Hopper's FP8 tensor cores take.
+
+    Args:
+        array: on the CPU or on CUDA, where the call waits for the device.
+        bound: the largest relative error that may be added.
+        threads: threads to use on the CPU; 0 means one a core.
+
+    Returns:
+        The row-scaled matrix, and what changed. The bytes do not depend on the device.
+
+    Raises:
+        PrecisionLossError: the error would pass `bound`.
+        InvalidArgumentError: NaN in the matrix.
+    """
+    codes, scales, rows, cols = mxfp8_parts(array, "array")
+    limit = _bound(bound)
+    threads = thread_count(threads)
+    if on_cuda(codes) or on_cuda(scales):
+        result, statistics = fold_async(array)
+        return result, fold_stats(statistics, bound=limit)
+    out_codes = empty((rows, cols), "uint8", like=codes)
+    out_scales = empty((rows,), "float32", like=codes)
+    changed, error = _core.fold(codes, scales, rows, cols, out_codes, out_scales, limit, threads)
+    return RowScaledArray(as_float8(out_codes), out_scales), FoldStats(changed, error)
+
+
+def fold_async(array: MXFP8Array) -> tuple[RowScaledArray, Any]:
+    """Fold a matrix on CUDA, on torch's current stream, without waiting for the device.
+
+    Args:
+        array: on a CUDA device.
+
+    Returns:
+        The row-scaled matrix and what changed in each row, a tensor of float64 [N, 3] on the
+        device that `fold_stats` reads. Until then the matrix may be unusable: there may be NaN in
+        it, or too much may have changed.
+
+    Raises:
+        InvalidArgumentError: not an `MXFP8Array` on one CUDA device.
+    """
+    codes, scales, rows, cols = mxfp8_parts(array, "array")
+    out_codes = empty((rows, cols), "uint8", like=codes)
+    out_scales = empty((rows,), "float32", like=codes)
+    statistics = empty((rows, 3), "float64", like=codes)
+    call_core(
+        _core.fold_async, codes, scales, rows, cols, out_codes, out_scales, statistics, like=codes
+    )
+    return RowScaledArray(as_float8(out_codes), out_scales), statistics
+
+
+def fold_stats(statistics: Any, *, bound: float = 1e-3) -> FoldStats:
+    """What folding changed, from what `fold_async` gave; waits for the device.
+
+    Args:
+        statistics: of one matrix, [N, 3] of float64.
+        bound: the largest relative error that may have been added.
+
+    Raises:
+        PrecisionLossError: the error passes `bound`.
+        InvalidArgumentError: NaN in the matrix, or not such statistics.
+    """
+    limit = _bound(bound)
+    rows, dtype = plain(statistics, "statistics")
+    if dtype != "float64" or len(rows.shape) != 2 or rows.shape[1] != 3:
+        raise InvalidArgumentError(
+            f"statistics must be float64 [N, 3], not {dtype} {list(rows.shape)}"
+        )
+    return FoldStats(*_core.fold_stats(rows.cpu() if on_cuda(rows) else rows, limit))
+
+
+def _bound(bound: Any) -> float:
+    try:
+        return float(bound)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidArgumentError("bound must be a number") from None
+
+
+def row_scaled_parts(array: RowScaledArray, name: str) -> tuple[Any, Any, int, int]:
+    """Codes, scales, rows and columns of a `RowScaledArray`, as the core accepts them.
+
+    Raises:
+        InvalidArgumentError: its parts do not belong together.
+    """
+    codes = as_bytes(array.codes, CODES, f"codes of {name}")
+    rows, cols = require_2d(codes, f"codes of {name}")
+    return codes, vector(array.scales, "float32", rows, f"scales of {name}"), rows, cols
+
+
+Operand = tuple[str, Any, Any, int, int]
+
+
+def _operand(array: Any, name: str) -> Operand:
+    """An operand as the core takes it: format, elements or codes, scales, rows, columns."""
+    if isinstance(array, MXFP8Array):
+        return "mxfp8", *mxfp8_parts(array, name)
+    if isinstance(array, RowScaledArray):
+        return "row-scaled", *row_scaled_parts(array, name)
+    kinds = "an MXFP8Array, a RowScaledArray or an array of bfloat16"
+    matrix, dtype = plain(array, name, kinds)
+    if dtype != "bfloat16":
+        raise InvalidArgumentError(f"{name} must be {kinds}, not of {dtype}")
+    return "bfloat16", matrix, None, *require_2d(matrix, name)
+
+
+def _operands(a: Any, b: Any) -> tuple[Operand, Operand]:
+    """Both operands, whose widths agree."""
+    first, second = _operand(a, "a"), _operand(b, "b")
+    if first[4] != second[4]:
+        raise InvalidArgumentError(
+            f"a is {list(first[3:])} and b is {list(second[3:])}: their widths differ"
+        )
+    return first, second
+
+
+def _problem(a: Operand, b: Operand, dtype: DTypeName, bias: bool) -> _core.GemmProblem:
+    return _core.GemmProblem(a[3], b[3], a[4], a[0], b[0], dtype, bias)
+
+
+def _device(operand: Operand) -> int:
+    """The index of the CUDA device that holds an operand; -1 for the CPU."""
+    return int(operand[1].device.index) if on_cuda(operand[1]) else -1
+
+
+def gemm_path(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") -> Path:
+    """The path that `gemm` takes for such arguments when none is asked for.
+
+    Raises:
+        UnsupportedError: the device has none but "emulated"; the sentence says why.
+        InvalidArgumentError: operands that `gemm` does not take.
+    """
+    first, second = _operands(a, b)
+    problem = _problem(first, second, dtype_name(dtype, "dtype"), bias is not None)
+    path: Path = _core.gemm_preferred_path(problem, _device(first))
+    return path
+
+
+def gemm(
+    a: Any,
+    b: Any,
+    bias: Any = None,
+    *,
+    dtype: Any = "bfloat16",
+    path: Path | None = None,
+    threads: int = 0,
+) -> Any:
+    """Compute A B^T + bias with 8-bit operands and float32 sums.
+
+    On CUDA it runs on torch's current stream; workspace comes from torch's allocator.
+
+    Args:
+        a: [M, K], an `MXFP8Array`, a `RowScaledArray` or bfloat16.
+        b: [N, K], likewise, and on the same device. N is a multiple of 8, K of 32.
+        bias: [N] of bfloat16, or None.
+        dtype: of the result: bfloat16, float16 or float32.
+        path: how it is computed (see the module); by default the device's fastest.
+        threads: threads to use on the CPU; 0 means one a core.
+
+    Returns:
+        [M, N] of `dtype`, NumPy or torch as `a` is.
+
+    Raises:
+        InvalidArgumentError: shapes, dtypes or devices that do not go together.
+        UnsupportedError: the device does not have the path; the sentence says why, and which it
+            has.
+    """
+    first, second = _operands(a, b)
+    name = dtype_name(dtype, "dtype")
+    threads = thread_count(threads)
+    if path is not None and str(path) not in _core.gemm_paths():
+        raise InvalidArgumentError(f"path must be one of {', '.join(_core.gemm_paths())}")
+    if name == "bfloat16" and isinstance(first[1], np.ndarray):
+        bfloat16_type()  # of the result; better missed now than after the work
+    problem, device = _problem(first, second, name, bias is not None), _device(first)
+    bias_vector = None if bias is None else vector(bias, "bfloat16", second[3], "bias")
+    path_name = path if path is not None else _core.gemm_preferred_path(problem, device)
+    nbytes = _core.gemm_workspace_size(path_name, problem, device)
+    workspace = empty((nbytes,), "uint8", like=first[1]) if nbytes else None
+    result = empty((first[3], second[3]), name, like=first[1])
+    call_core(
+        _core.gemm,
+        path_name,
+        first,
+        second,
+        bias_vector,
+        result,
+        name,
+        workspace,
+        threads,
+        like=first[1],
+    )
+    return as_result(result, name)

@@ -1,0 +1,257 @@
+"""Streaming work from checkpoint to checkpoint: jobs, each of which reads, computes and writes.
+
+Workers take jobs in order, so that the reading of one overlaps with the arithmetic and the
+writing of others. Every job has its own place in the output: the bytes do not depend on which
+worker ran when. Memory is bounded by workers times chunk size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import _core
+from ..checkpoint.output import BLOCK, AtomicFile, Writer
+from ..checkpoint.source import SourceTensor, TensorReader
+from ..dtypes import DTypeName
+from ..errors import UnsupportedError
+from ..layout import padded_shape
+
+CHUNK_BYTES = 16 << 20
+_MAX_WORKERS = 16  # more would only queue for the memory bus
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a long operation, given to progress callbacks.
+
+    Attributes:
+        done: bytes of the input that are finished.
+        total: bytes of the input.
+        tensor: the tensor that was worked on last.
+    """
+
+    done: int
+    total: int
+    tensor: str
+
+
+ProgressCallback = Callable[[Progress], object]
+# Looks at a tensor's bytes from a position on, and raises if something is wrong with them.
+ByteCheck = Callable[[SourceTensor, int, npt.NDArray[np.uint8]], None]
+
+
+class Worker:
+    """What one worker owns: open files, scratch memory, and a place on the GPU if it uses one."""
+
+    def __init__(self, output: AtomicFile | None, cuda_device: int | None = None) -> None:
+        self._output = output
+        self._staged = None if cuda_device is None else _core.StagedQuantizer(cuda_device)
+        self._reader = TensorReader()
+        self._writer: Writer | None = None
+        self._scratch: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def scratch(self, use: str, nbytes: int, position: int = 0) -> npt.NDArray[np.uint8]:
+        """Reusable memory; its content lasts until the next call for the same `use`.
+
+        Give the output position that it will be written to: the memory is then aligned so that
+        it can go to the disk directly.
+        """
+        if use not in self._scratch or self._scratch[use].size < nbytes + 2 * BLOCK:
+            self._scratch[use] = np.empty(nbytes + 2 * BLOCK, np.uint8)
+        memory = self._scratch[use]
+        begin = (position - memory.ctypes.data) % BLOCK
+        return memory[begin : begin + nbytes]
+
+    def read(
+        self, tensor: SourceTensor, begin: int, nbytes: int, use: str = "source", position: int = 0
+    ) -> npt.NDArray[np.uint8]:
+        """The bytes [begin, begin + nbytes) of a tensor, in scratch memory."""
+        data = self.scratch(use, nbytes, position)
+        self._reader.read_into(tensor, begin, data)
+        return data
+
+    def quantize(
+        self,
+        matrix: npt.NDArray[np.generic],
+        dtype: DTypeName,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.uint8],
+    ) -> None:
+        """Encode a matrix, on this thread or on the GPU."""
+        if self._staged is None:
+            _core.quantize(matrix, dtype, codes, scales, 1)
+        else:
+            self._staged.quantize(matrix, dtype, codes, scales)
+
+    def write(self, position: int, data: npt.NDArray[Any]) -> None:
+        """Write an array's bytes at a position of the output."""
+        assert self._output is not None
+        if self._writer is None:
+            self._writer = self._output.open()
+        try:
+            self._writer.write(position, data.reshape(-1).view(np.uint8))
+        except OSError as error:
+            raise self._output.failure(error) from None
+
+    def flush(self) -> None:
+        """Bring everything that was written into the output file."""
+        if self._writer is not None:
+            assert self._output is not None
+            try:
+                self._writer.flush()
+            except OSError as error:
+                raise self._output.failure(error) from None
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work.
+
+    Attributes:
+        tensor: name of the tensor that it is part of.
+        nbytes: bytes of the input that it covers, for progress.
+        run: does the work, on a worker's thread.
+    """
+
+    tensor: str
+    nbytes: int
+    run: Callable[[Worker], None]
+
+
+def row_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
+    """Split a matrix into row ranges of about `CHUNK_BYTES`, each a multiple of 128 rows.
+
+    128 rows make one tile row of the blocked scales, so the codes and the scales of a chunk are
+    contiguous in the output.
+    """
+    rows, cols = tensor.shape
+    code_cols = padded_shape((1, cols))[1]  # for narrow matrices more than the source has
+    row_bytes = max(tensor.nbytes // max(rows, 1), code_cols, 1)
+    step = max(CHUNK_BYTES // (row_bytes * 128), 1) * 128
+    return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def byte_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
+    """Split a tensor's bytes into ranges of `CHUNK_BYTES`."""
+    return [
+        (begin, min(begin + CHUNK_BYTES, tensor.nbytes))
+        for begin in range(0, tensor.nbytes, CHUNK_BYTES)
+    ]
+
+
+def header_job(header: bytes) -> Job:
+    """The job that writes the first bytes of a file."""
+    data = np.frombuffer(header, np.uint8)
+    return Job("", 0, lambda worker: worker.write(0, data))
+
+
+def copy_jobs(tensor: SourceTensor, position: int, check: ByteCheck | None = None) -> list[Job]:
+    """Jobs that copy a tensor unchanged to a position of the output.
+
+    `check` sees each chunk before it is written.
+    """
+
+    def job(begin: int, end: int) -> Job:
+        def run(worker: Worker) -> None:
+            data = worker.read(tensor, begin, end - begin, position=position + begin)
+            if check is not None:
+                check(tensor, begin, data)
+            worker.write(position + begin, data)
+
+        return Job(tensor.name, end - begin, run)
+
+    return [job(begin, end) for begin, end in byte_chunks(tensor)]
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for a thread, however often Ctrl-C is pressed: it writes to a file that goes away."""
+    while thread.is_alive():
+        with contextlib.suppress(KeyboardInterrupt):
+            thread.join()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    output: AtomicFile | None,
+    *,
+    threads: int = 0,
+    cuda_device: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Run jobs on `threads` cores (0: all) and report progress from the calling thread.
+
+    With `cuda_device` the workers encode on that device.
+
+    Raises whatever a job raised; of several failures the one of the first job, so that the same
+    input gives the same error. No job starts after a failure.
+    """
+    cores = threads or _core.default_threads()
+    workers = max(min(cores + 1, _MAX_WORKERS, len(jobs)), 1)  # one more to keep the disk busy
+    numbers = iter(range(len(jobs)))
+    lock, stop = threading.Lock(), threading.Event()
+    failures: dict[int, BaseException] = {}
+    finished: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        worker: Worker | None = None
+        number: int | None = None
+        try:
+            worker = Worker(output, cuda_device)
+            while not stop.is_set():
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    worker.flush()
+                    return
+                jobs[number].run(worker)
+                finished.put(jobs[number])
+        except BaseException as error:  # handed to the calling thread
+            failures[len(jobs) if number is None else number] = error
+            stop.set()
+        finally:
+            if worker is not None:
+                worker.close()
+            finished.put(None)
+
+    pool: list[threading.Thread] = []
+    total = sum(job.nbytes for job in jobs)
+    done = 0
+    try:
+        for i in range(workers):
+            thread = threading.Thread(target=work, name=f"zimage-mxfp8-{i}")
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads; those that started go on
+                if not pool:
+                    raise UnsupportedError("the system does not let a thread start") from None
+                break
+            pool.append(thread)
+        running = len(pool)
+        while running:
+            job = finished.get()
+            if job is None:
+                running -= 1
+                continue
+            done += job.nbytes
+            if progress is not None:
+                progress(Progress(done, total, job.tensor))
+    finally:  # also when the callback raises, or on Ctrl-C
+        stop.set()
+        for thread in pool:
+            _join(thread)
+    if failures:
+        raise failures[min(failures)]

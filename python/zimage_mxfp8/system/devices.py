@@ -1,0 +1,144 @@
+"""Names of devices ("cpu", "cuda", "cuda:1"), and which of them this build has kernels for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+from .. import _core
+from ..errors import CudaError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+_FIRST_MAJOR = 8  # of the compute capabilities that kernels are compiled for
+HOW_TO_GET_KERNELS = (
+    "install nvcc 12.8 or newer, then run ZM_CUDA=ON pip install . in this package's source folder"
+)
+
+
+@cache
+def has_kernels(device: int) -> bool:
+    """Whether this build has kernels for a device. Where it has none, torch does the work.
+
+    Args:
+        device: index of a CUDA device, or -1 for the CPU, which always has them.
+    """
+    if device < 0:
+        return True
+    found = _core.cuda_devices()
+    return device < len(found) and found[device].major >= _FIRST_MAJOR
+
+
+def has_fused_kernels(device: torch.device) -> bool:
+    """Whether a torch device has the kernels of `fused` and `fused_gemm`, which are for CUDA."""
+    return device.type == "cuda" and has_kernels(device.index)
+
+
+def why_no_kernels() -> str:
+    """Why a CUDA device has no kernels: a clause."""
+    build = _core.build_info()
+    if build.cuda:
+        return f"those of this build need compute capability {_FIRST_MAJOR}.0 or newer"
+    return f"this build has none ({build.no_cuda})"
+
+
+def cuda_index(device: str) -> int | None:
+    """The index of the CUDA device with kernels that a name means; None for "cpu" and "cpu:0".
+
+    Raises:
+        UsageError: not the name of a device.
+        UnsupportedError: this build has no CUDA, or this machine no such device.
+    """
+    index = _index(device)
+    if index is None:
+        return None
+    if not _core.build_info().cuda:
+        raise UnsupportedError(
+            f"device {device} needs CUDA kernels, and {why_no_kernels()}; use cpu, or "
+            f"{HOW_TO_GET_KERNELS}"
+        )
+    found = len(_core.cuda_devices())
+    if max(index, 0) >= found:
+        raise UnsupportedError(f"device {device}: {found} CUDA devices found; use cpu")
+    return max(index, 0)
+
+
+def _index(device: object) -> int | None:
+    """The index that a name means: None for the CPU, -1 for a CUDA device without a number."""
+    name = str(device)  # of a torch.device too
+    if name in ("cpu", "cpu:0"):
+        return None
+    match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
+    if match is None:
+        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", not "{name[:40]}"')
+    return -1 if match[1] is None else int(match[1])
+
+
+def torch_device(device: str | torch.device | None) -> torch.device:
+    """The device that a name means, with an index if it is a CUDA device.
+
+    Args:
+        device: None stands for the current CUDA device where torch has one, else for the CPU.
+
+    Raises:
+        UsageError: not the name of a device.
+        UnsupportedError: torch has no CUDA, or this machine no such device.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    index = _index(device)
+    if index is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"device {device}: the torch that is installed ({torch.__version__}) finds no CUDA "
+            "device; use cpu, or install torch for CUDA"
+        )
+    if index >= (found := torch.cuda.device_count()):
+        raise UnsupportedError(f"device {device}: torch finds {found} CUDA devices; use cpu")
+    return torch.device("cuda", torch.cuda.current_device() if index < 0 else index)
+
+
+def core_index(device: torch.device) -> int:
+    """The number by which the core knows a torch device: of a CUDA device; -1 for the CPU."""
+    return int(device.index) if device.type == "cuda" else -1
+
+
+@contextmanager
+def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """Turns what torch raises when memory runs out into a sentence.
+
+    Raises:
+        CudaError, UnsupportedError: the device's memory ran out, or the CPU's.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise CudaError(
+            f"{device} ran out of memory for {what}: {_asked_for(error)}{free / 2**30:.1f} of "
+            f"{total / 2**30:.1f} GiB are free; close other programs, or {remedy}"
+        ) from None
+    except RuntimeError as error:
+        if not is_out_of_host_memory(error):
+            raise
+        raise UnsupportedError(f"not enough memory for {what}; {remedy}") from None
+
+
+def _asked_for(error: torch.OutOfMemoryError) -> str:
+    """The beginning of a sentence: what torch could not get, which only its message says."""
+    found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    return f"another {found[1]} were needed, and " if found else ""
+
+
+def is_out_of_host_memory(error: Exception) -> bool:
+    """Whether torch's error is that the CPU's memory ran out, which has no class of its own."""
+    return "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,205 @@
+"""What this installation is and what this machine lets it do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..errors import UnsupportedError
+from ..transformer.compute import COMPUTE_MODES, modes_of, supported, unsupported
+from . import driver
+from .devices import has_kernels
+from .extras import Extra, find_extras
+
+_LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "transformers", "comfy-kitchen")
+# Kinds of product and their operands, and the one that each path is made for.
+_PRODUCTS = {
+    "MXFP8 x MXFP8": ("mxfp8", "mxfp8"),
+    "BF16 x MXFP8": ("bfloat16", "mxfp8"),
+    "row-scaled FP8": ("row-scaled", "row-scaled"),
+}
+_MADE_FOR = {
+    "decode": "BF16 x MXFP8",
+    "row-scaled": "row-scaled FP8",
+    "sm90": "BF16 x MXFP8",
+    "sm100": "MXFP8 x MXFP8",
+    "sm120": "MXFP8 x MXFP8",
+}
+
+
+@dataclass(frozen=True)
+class Paths:
+    """How the CPU or a CUDA device computes products.
+
+    Attributes:
+        preferred: the path of each kind of product; "" where there is none. Empty without kernels.
+        reasons: why a path is missing, by path, for the kind of operands that it is made for.
+            Empty without kernels.
+        compute: the transformer's compute modes, the one that "auto" takes first.
+        missing_modes: why a compute mode is missing, by mode.
+    """
+
+    preferred: dict[str, str]
+    reasons: dict[str, str]
+    compute: list[str]
+    missing_modes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CUDA device.
+
+    Attributes:
+        name: its name.
+        capability: compute capability, such as "9.0".
+        memory: bytes.
+        kernels: whether this build has kernels for it.
+        with_kernels: compute modes of such a device where there are kernels.
+        without_kernels: the same through torch alone.
+        paths: how it computes products.
+    """
+
+    name: str
+    capability: str
+    memory: int
+    kernels: bool
+    with_kernels: list[str]
+    without_kernels: list[str]
+    paths: Paths
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What this installation is and what this machine lets it do.
+
+    Attributes:
+        version: of this package.
+        python: version and platform.
+        cuda: version of the CUDA compiler that built the kernels; "" without CUDA.
+        no_cuda: why this build is without CUDA; "" with it.
+        driver: the newest CUDA version that the NVIDIA driver supports; "" without a driver.
+        no_devices: why there are no CUDA devices; "" if there are.
+        torch_cuda: version of CUDA that torch is built for; "" without CUDA, or without torch.
+        architectures: CUDA targets that were compiled in.
+        cutlass: version of CUTLASS that the kernels are made of; "" where there are none.
+        cublaslt: version of cuBLASLt that was found; "" if none was.
+        cpu_targets: instruction sets with kernels that this processor has.
+        cpu_target: the one that is used.
+        threads: cores that this process may use.
+        libraries: versions of the libraries that are installed.
+        extras: what can be installed in addition, and what it lacks.
+        cpu: how the CPU computes products.
+        devices: CUDA devices.
+    """
+
+    version: str
+    python: str
+    cuda: str
+    no_cuda: str
+    driver: str
+    no_devices: str
+    torch_cuda: str
+    architectures: list[str]
+    cutlass: str
+    cublaslt: str
+    cpu_targets: list[str]
+    cpu_target: str
+    threads: int
+    libraries: dict[str, str]
+    extras: list[Extra]
+    cpu: Paths
+    devices: list[Device]
+
+    def __str__(self) -> str:
+        from ..printing.diagnosis import print_diagnosis
+        from ..printing.screen import as_text
+
+        return as_text(lambda screen: print_diagnosis(self, screen))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-compatible values."""
+        return asdict(self)
+
+
+def cmake_dir() -> Path:
+    """The folder of the CMake package, for `find_package(zimage_mxfp8 CONFIG)`."""
+    return Path(os.path.abspath(_core.__file__)).parent / "lib" / "cmake" / "zimage_mxfp8"  # noqa: PTH100
+
+
+def diagnose() -> Diagnosis:
+    """Look at this installation and this machine."""
+    build, found = _core.build_info(), driver.look()
+    torch = None
+    if build.cuda or found.gpus:
+        # torch brings cuBLASLt along: what is found is then what a program with torch finds.
+        with contextlib.suppress(ImportError, OSError):
+            torch = importlib.import_module("torch")
+    libraries = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            libraries[name] = version(name)
+    return Diagnosis(
+        version=build.version,
+        python=f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        cuda=build.cuda,
+        no_cuda=build.no_cuda,
+        driver=found.cuda,
+        no_devices=found.problem,
+        torch_cuda=(torch.version.cuda or "") if torch else "",
+        architectures=build.architectures,
+        cutlass=build.cutlass,
+        cublaslt=_core.cublaslt_version(),
+        cpu_targets=_core.available_cpu_targets(),
+        cpu_target=_core.active_cpu_target(),
+        threads=_core.default_threads(),
+        libraries=libraries,
+        extras=find_extras(),
+        cpu=_paths(-1, ""),
+        devices=[_device(index, gpu, torch) for index, gpu in enumerate(found.gpus)],
+    )
+
+
+def _device(index: int, gpu: driver.Gpu, torch: Any) -> Device:
+    no_torch = ""
+    if torch is None:
+        no_torch = "torch is not installed, or cannot be imported"
+    elif index >= torch.cuda.device_count():
+        no_torch = f"the torch that is installed ({torch.__version__}) does not find this device"
+    return Device(
+        gpu.name,
+        "{}.{}".format(*gpu.capability),
+        gpu.memory,
+        has_kernels(index),
+        list(modes_of(gpu.capability, kernels=True)),
+        list(modes_of(gpu.capability, kernels=False)),
+        _paths(index, no_torch),
+    )
+
+
+def _paths(device: int, no_torch: str) -> Paths:
+    """Those of a CUDA device, or of the CPU (-1); `no_torch` is why torch cannot use it, if so."""
+    missing: dict[str, str] = {
+        mode: no_torch or unsupported(mode, device) for mode in COMPUTE_MODES
+    }
+    missing = {mode: why for mode, why in missing.items() if why}
+    modes: list[str] = [] if no_torch else list(supported(device))
+    if device < 0:  # what "auto" takes there
+        modes.sort(key=lambda mode: mode != "weight-only")
+    if not has_kernels(device):
+        return Paths({}, {}, modes, missing)
+    preferred, reasons = dict.fromkeys(_PRODUCTS, ""), {}
+    for what, operands in _PRODUCTS.items():
+        problem = _core.GemmProblem(4096, 4096, 4096, *operands, "bfloat16", False)
+        with contextlib.suppress(UnsupportedError):
+            preferred[what] = _core.gemm_preferred_path(problem, device)
+        for path, kind in _MADE_FOR.items():
+            if kind == what and (why := _core.gemm_unsupported(path, problem, device)):
+                reasons[path] = why
+    return Paths(preferred, reasons, modes, missing)

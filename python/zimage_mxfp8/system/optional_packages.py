@@ -1,0 +1,122 @@
+"""Packages that are optional: the extra that brings each, and the error where one is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Final, Literal
+
+from ..errors import MissingExtraError
+
+Extra = Literal["analysis", "generate", "hub", "plots", "torch"]
+
+# The modules of each extra in pyproject.toml, and what pip calls them where that differs.
+_MODULES: Final[dict[Extra, tuple[str, ...]]] = {
+    "analysis": ("ml_dtypes",),
+    "generate": ("torch", "diffusers", "transformers", "accelerate", "PIL"),
+    "hub": ("huggingface_hub",),
+    "plots": ("plotly",),
+    "torch": ("torch",),
+}
+_PACKAGES: Final = {
+    "huggingface_hub": "huggingface-hub",
+    "ml_dtypes": "ml-dtypes",
+    "PIL": "pillow",
+}
+# The modules of this package that cannot be imported without an extra.
+_NEEDED: Final[dict[str, Extra]] = {
+    "analysis.sensitivity.run": "torch",
+    "generation.generator": "generate",
+    "transformer.model": "torch",
+}
+_OURS: Final = __name__.partition(".")[0]
+
+
+def import_part(module: str, what: str) -> ModuleType:
+    """Import a module of this package by its name in it, "transformer.model" for example.
+
+    Args:
+        module: its name.
+        what: who needs it, for the sentence.
+
+    Raises:
+        MissingExtraError: a package that it needs is missing.
+    """
+    if module not in _NEEDED:
+        return import_module(f".{module}", _OURS)
+    with needed(_NEEDED[module], what):
+        return import_module(f".{module}", _OURS)
+
+
+@contextmanager
+def needed(extra: Extra, what: str) -> Iterator[None]:
+    """Make a sentence of what imports of optional packages in the block raise.
+
+    Args:
+        extra: the extra that has the packages.
+        what: what needs them: an option, a command or a name.
+
+    Raises:
+        MissingExtraError: a package is missing, or it is there and cannot be imported.
+    """
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:  # the latter comes from diffusers' lazy modules
+        module = _missing_module(error)
+        if module.partition(".")[0] == _OURS:
+            raise
+        raise missing(extra, what, _problem(extra, module, error), module) from error
+
+
+def check_installed(extra: Extra, what: str) -> None:
+    """Check that the packages of an extra are there, without importing them.
+
+    Args:
+        extra: the extra.
+        what: what needs them: an option, a command or a name.
+
+    Raises:
+        MissingExtraError: one is missing.
+    """
+    for module in _MODULES[extra]:
+        if find_spec(module) is None:
+            raise missing(extra, what, f"{_package(module)}, which is not installed", module)
+
+
+def missing(extra: Extra, what: str, needs: str, module: str = "") -> MissingExtraError:
+    """The error for a package that is missing or does not do.
+
+    Args:
+        extra: the extra that brings it.
+        what: what needs it.
+        needs: the package, and what is wrong with it.
+        module: name of the module that cannot be imported.
+    """
+    return MissingExtraError(
+        f'{what} needs {needs}: pip install "zimage-mxfp8[{extra}]"', name=module or None
+    )
+
+
+def _missing_module(error: BaseException | None) -> str:
+    """The module whose import failed first; diffusers' lazy modules wrap that error."""
+    found = ""
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            found = error.name
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _problem(extra: Extra, module: str, error: BaseException) -> str:
+    if module in _MODULES[extra] and find_spec(module) is None:
+        return f"{_package(module)}, which is not installed"
+    packages = " and ".join(map(_package, _MODULES[extra]))
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{packages}, which cannot be imported ({reason[0]})"
+
+
+def _package(module: str) -> str:
+    return _PACKAGES.get(module, module)
