@@ -181,7 +181,7 @@ def test_strided_operands_and_output(kernel: str) -> None:
     problem = _core.GemmProblem(130, 72, 288, *kinds, "bfloat16", False)
     nbytes = _core.gemm_workspace_size(kernel, problem, 0)
     workspace = torch.empty(nbytes, dtype=torch.uint8, device="cuda") if nbytes else None
-    parts = [matmul._operand(x, "x") for x in (a, b)]
+    parts = [matmul.operand(x, "x") for x in (a, b)]
     _core.gemm(kernel, *parts, None, result[:, :72], "bfloat16", workspace, 0, 0)
     torch.cuda.synchronize()
     assert relative_error(result[:, :72], want) < 8e-3
@@ -296,10 +296,10 @@ def test_folded_weights_compute_the_same() -> None:
     assert relative_error(result, exact) < 3e-3  # a in bfloat16
 
 
-def test_the_device_has_the_paths_of_its_family() -> None:
+def test_the_device_has_the_kernels_of_its_family() -> None:
     """Else all that is above would pass without having run."""
     families = {
-        (9, 0): {"dequantize", "row-scaled", "mixed_sm90"},
+        (9, 0): {"dequantize", "fp8_rowwise", "mixed_sm90"},
         (10, 0): {"dequantize", "mxfp8_sm100"},
         (10, 3): {"dequantize", "mxfp8_sm100"},
         (12, 0): {"dequantize", "mxfp8_sm120"},
@@ -308,14 +308,14 @@ def test_the_device_has_the_paths_of_its_family() -> None:
     assert set(kernels()) == families.get(torch.cuda.get_device_capability(), {"dequantize"})
 
 
-def test_the_device_has_a_path() -> None:
+def test_the_device_has_a_kernel() -> None:
     a = zm.quantize(random(4, 32, 14))
     assert zm.gemm_kernel(a, zm.quantize(random(8, 32, 15))) in kernels()
 
 
 def test_misuse_is_a_typed_error() -> None:
     a, b = zm.quantize(random(16, 64, 1)), zm.quantize(random(16, 64, 2))
-    parts = [matmul._operand(x, "x") for x in (a, b)]
+    parts = [matmul.operand(x, "x") for x in (a, b)]
     out = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
     flat = torch.zeros(600, dtype=torch.bfloat16, device="cuda")
     small = torch.zeros(1024, dtype=torch.uint8, device="cuda")
@@ -345,9 +345,7 @@ def test_misuse_is_a_typed_error() -> None:
         with pytest.raises(zm.UnsupportedError, match="mixed_sm90 does not write F32"):
             check("mixed_sm90", ("bfloat16", "mxfp8"), 8, 8, 32, False, torch.float32)
     for kernel in set(OPERANDS) - set(kernels()):
-        with pytest.raises(
-            zm.UnsupportedError, match=f"{kernel} needs|no kernels for sm"
-        ) as e:
+        with pytest.raises(zm.UnsupportedError, match=f"{kernel} needs|no kernels for sm") as e:
             check(kernel, OPERANDS[kernel][0], 8, 8, 32, False, torch.bfloat16)
         there = {"reference"} | {p for p in kernels() if OPERANDS[kernel][0] in OPERANDS[p]}
         assert set(re.findall('"(.+?)"', str(e.value).split(" takes ")[1])) == there
