@@ -17,7 +17,7 @@ import torch
 from timing import microseconds_in_turn
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8.ops import fused, fused_gemm
+from zimage_mxfp8.ops import fused, gemm_epilogues
 
 HIDDEN, FEED_FORWARD, HEADS = 3840, 10240, 30
 
@@ -40,8 +40,8 @@ def qkv_ways(tokens: int) -> Ways:
             zm.gemm(x, weights),
             fused.rotate_heads(result, norm, norm, rotations, HEADS),
         ),
-        "gemm_rotate_heads": lambda: fused_gemm.gemm_rotate_heads(
-            x, weights, norm, norm, rotations, HEADS
+        "gemm_rotate_heads": lambda: gemm_epilogues.gemm_rotate_heads(
+            x, weights, norm, norm, rotations, HEADS, kernel="fp8_sm90"
         ),
     }
 
@@ -56,9 +56,11 @@ def feed_forward_ways(tokens: int) -> Ways:
     return {
         "cuBLASLt alone": lambda: zm.gemm(x, weights),
         "cuBLASLt, silu_multiply": apart,
-        "gemm_silu_multiply alone": lambda: fused_gemm.gemm_silu_multiply(x, weights),
+        "gemm_silu_multiply alone": lambda: gemm_epilogues.gemm_silu_multiply(
+            x, weights, kernel="fp8_sm90"
+        ),
         "gemm_silu_multiply, quantize_rows": lambda: zm.quantize_rows(
-            fused_gemm.gemm_silu_multiply(x, weights)
+            gemm_epilogues.gemm_silu_multiply(x, weights, kernel="fp8_sm90")
         ),
     }
 

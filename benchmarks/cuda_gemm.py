@@ -31,20 +31,20 @@ CACHE_BYTES = 300 << 20
 Call = Callable[[], object]
 
 
-def paths() -> list[str]:
-    return [p for p in _core.gemm_paths() if p != "emulated"]
+def kernels() -> list[str]:
+    return [k.name for k in _core.gemm_kernels() if k.name != "reference" and "none" in k.epilogues]
 
 
 class Ours:
-    """Calls of one path, with preallocated memory."""
+    """Calls of one kernel, with preallocated memory."""
 
-    def __init__(self, path: str, a: object, b: object, m: int, n: int) -> None:
-        self.path = path
-        self.parts = [matmul._operand(x, "x") for x in (a, b)]
+    def __init__(self, kernel: str, a: object, b: object, m: int, n: int) -> None:
+        self.path = kernel
+        self.parts = [matmul.operand(x, "x") for x in (a, b)]
         problem = _core.GemmProblem(
             m, n, self.parts[0][4], self.parts[0][0], self.parts[1][0], "bfloat16", False
         )
-        nbytes = _core.gemm_workspace_size(path, problem, torch.cuda.current_device())
+        nbytes = _core.gemm_workspace_size(kernel, problem, torch.cuda.current_device())
         self.workspace = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cuda")
         self.out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
 
@@ -53,9 +53,9 @@ class Ours:
         _core.gemm(self.path, *self.parts, None, self.out, "bfloat16", self.workspace, 0, stream)
 
 
-def supported(path: str, a: str, b: str) -> bool:
+def supported(kernel: str, a: str, b: str) -> bool:
     problem = _core.GemmProblem(128, 128, 128, a, b, "bfloat16", False)
-    return not _core.gemm_unsupported(path, problem, torch.cuda.current_device())
+    return not _core.gemm_unsupported(kernel, problem, torch.cuda.current_device())
 
 
 def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
@@ -82,10 +82,10 @@ def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
     }
     if torch.cuda.get_device_capability() >= (8, 9):
         calls["torch._scaled_mm"] = [scaled_mm(b) for b in row_scaled]
-    for path in paths():
-        if supported(path, "row-scaled", "row-scaled"):
-            products = [Ours(path, x_rows, b, m, n) for b in row_scaled]
-            calls[f"{path}"] = list(products)
+    for kernel in kernels():
+        if supported(kernel, "row-scaled", "row-scaled"):
+            products = [Ours(kernel, x_rows, b, m, n) for b in row_scaled]
+            calls[f"{kernel}"] = list(products)
             codes, scales = x_rows.codes.view(torch.uint8), x_rows.scales
 
             def with_quantize(
@@ -95,11 +95,11 @@ def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
                 _core.quantize_rows(x, "bfloat16", codes, scales, 0, stream)
                 product()
 
-            calls[f"{path} + quantize_rows"] = [lambda p=p: with_quantize(p) for p in products]
-        if supported(path, "bfloat16", "mxfp8"):
-            calls[f"{path}, BF16 x MXFP8"] = [Ours(path, x, b, m, n) for b in encoded]
-        if supported(path, "mxfp8", "mxfp8"):
-            calls[f"{path}, MXFP8 x MXFP8"] = [Ours(path, x_mx, b, m, n) for b in encoded]
+            calls[f"{kernel} + quantize_rows"] = [lambda p=p: with_quantize(p) for p in products]
+        if supported(kernel, "bfloat16", "mxfp8"):
+            calls[f"{kernel}, BF16 x MXFP8"] = [Ours(kernel, x, b, m, n) for b in encoded]
+        if supported(kernel, "mxfp8", "mxfp8"):
+            calls[f"{kernel}, MXFP8 x MXFP8"] = [Ours(kernel, x_mx, b, m, n) for b in encoded]
     peers = ("cuBLAS BF16", "torch._scaled_mm")
     return microseconds_in_turn({w: c for w, c in calls.items() if w in peers or only in w}, 40)
 

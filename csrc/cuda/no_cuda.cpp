@@ -2,7 +2,8 @@
 #include "cuda/runtime.h"
 #include "dequantize/dequantize_cuda.h"
 #include "fused/fused_cuda.h"
-#include "gemm/gemm_cuda.h"
+#include "gemm/missing.h"
+#include "gemm/table.h"
 #include "quantize/quantize_cuda.h"
 #include "row_scaled/fold_cuda.h"
 #include "row_scaled/quantize_rows_cuda.h"
@@ -62,13 +63,17 @@ void rotate_heads_cuda(const MatrixView&, const void*, const void*, const ConstM
                        std::int64_t, float, CudaStream) {
   refuse();
 }
-void gemm_emulated_cuda(const GemmTask&, CudaStream) { refuse(); }
+namespace {
 
-Support supports_cublaslt(std::size_t) { return {false, kNoCuda}; }
-std::size_t workspace_decode(const GemmProblem&) { refuse(); }
-void gemm_decode(const GemmTask&, Workspace, CudaStream) { refuse(); }
-std::size_t workspace_row_scaled(const GemmProblem&) { refuse(); }
-void gemm_row_scaled(const GemmTask&, Workspace, CudaStream) { refuse(); }
+struct NoCuda {
+  static constexpr const char* text = kNoCuda;
+};
+
+}  // namespace
+
+const GemmImplementation kReference = missing_kernel<NoCuda>();
+const GemmImplementation kDequantize = missing_kernel<NoCuda>();
+const GemmImplementation kFP8Rowwise = missing_kernel<NoCuda>();
 
 }  // namespace detail
 }  // namespace zimage_mxfp8

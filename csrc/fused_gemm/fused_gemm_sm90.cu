@@ -12,6 +12,7 @@
 #include "cuda/launch.cuh"
 #include "fused/arithmetic.cuh"
 #include "fused_gemm/fused_gemm_cuda.h"
+#include "gemm/heuristics.h"
 #include "gemm/hopper.cuh"
 #include "gemm/tensor_map.h"
 #include "gemm/wgmma.cuh"
@@ -29,6 +30,8 @@ constexpr int kGroupTokens = 64;  // that a warpgroup multiplies
 constexpr int kTokens = kConsumers * kGroupTokens;
 constexpr int kRows = 256;   // of B in a tile, copied in two halves
 constexpr int kDepth = 128;  // of K in a stage: as wide as TMA's swizzle
+static_assert(kTokens == kFP8SM90TileM && kCluster * kRows == kFP8SM90TileN &&
+              kCluster == kFP8SM90Cluster);
 constexpr int kStages = 3;
 // Pairs of tiles of B that all tokens are multiplied with before the next ones: they stay in the
 // cache.
@@ -249,8 +252,8 @@ struct RotateHeads {
     return turns;
   }
 
-  static __device__ Vec8 normed_and_rotated(const Vec8& values, const Weight& weight,
-                                             float factor, const float4 (&turns)[2]) {
+  static __device__ Vec8 normed_and_rotated(const Vec8& values, const Weight& weight, float factor,
+                                            const float4 (&turns)[2]) {
     Vec8 result;
 #pragma unroll
     for (int e = 0; e < 8; e += 2) {
@@ -329,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto sums_empty = [&](int warp) { return barrier(2 * kStages + kWarps + warp); };
   const auto boxes_of = [&](int warp) {
     return SmemTile{shared + kOutAt + warp / 4 * kBoxes * kBoxBytes +
-                 warp % 4 * kWarpTokens * kBoxColumns * 2};
+                    warp % 4 * kWarpTokens * kBoxColumns * 2};
   };
   const int block = block_of_cluster();
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
@@ -474,12 +477,6 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
 }
 
 }  // namespace
-
-double utilization_sm90(int64_t m, int64_t n, int device) {
-  const int64_t tiles = ceil_div(m, kTokens) * ceil_div(n, kCluster * kRows);
-  const int64_t clusters = multiprocessors(device) / kCluster;
-  return static_cast<double>(tiles) / static_cast<double>(round_up(tiles, clusters));
-}
 
 void gemm_silu_multiply_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
                              const MatrixView& target, CudaStream stream) {

@@ -1,5 +1,6 @@
 #include "gemm/block_scaled.h"
 
+#include "gemm/finish.h"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::detail {

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "gemm/gemm_cuda.h"
+#include "gemm/kernel.h"
 
 namespace zimage_mxfp8::detail {
 

@@ -1,38 +1,31 @@
 #include "zimage_mxfp8/gemm.h"
 
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <type_traits>
 
 #include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cuda/runtime.h"
-#include "gemm/gemm_cuda.h"
+#include "gemm/dispatch.h"
+#include "zimage_mxfp8/quantize.h"
+#include "zimage_mxfp8/row_scaled.h"
 
 namespace zimage_mxfp8 {
 namespace {
 
-const char* text(OperandFormat format) {
-  switch (format) {
-    case OperandFormat::kBFloat16:
-      return "BF16";
-    case OperandFormat::kMXFP8:
-      return "MXFP8";
-    default:
-      return "row-scaled FP8";
-  }
-}
-
-std::string operands_text(const GemmProblem& problem) {
-  return std::string(text(problem.a)) + " x " + text(problem.b);
-}
+using detail::MemoryRange;
 
 void check_sizes(const GemmProblem& problem) {
   const std::int64_t most = std::numeric_limits<std::int32_t>::max();
   if (problem.m < 0 || problem.n < 0 || problem.k < 0 || problem.m > most || problem.n > most ||
       problem.k > most) {
-    throw InvalidArgument("sizes of a product must be from 0 to 2^31 - 1");
+    throw InvalidArgument("sizes of a GEMM must be from 0 to 2^31 - 1");
   }
   if (problem.n % 8 != 0) {
     throw InvalidArgument("N must be a multiple of 8, not " + std::to_string(problem.n));
@@ -42,81 +35,70 @@ void check_sizes(const GemmProblem& problem) {
   }
 }
 
-std::string text(const CudaDevice& device) {
-  return device.name + " (compute capability " + std::to_string(device.major) + "." +
-         std::to_string(device.minor) + ")";
-}
-
-Support no(std::string reason) { return {false, std::move(reason)}; }
-constexpr auto yes = [] { return Support{true, ""}; };
-
-Support supports_on(GemmPath path, const GemmProblem& problem, const CudaDevice& device) {
-  const int capability = device.major * 10 + device.minor;
-  const auto has = [&](OperandFormat a, OperandFormat b) {
-    return problem.a == a && problem.b == b;
-  };
-  const auto not_here = [&](const char* needed) {
-    return no(std::string(name(path)) + " needs " + needed + ", and this is " + text(device));
-  };
-  const auto not_these = [&](const char* needed) {
-    return no(std::string(name(path)) + " multiplies " + needed + ", not " +
-              operands_text(problem));
-  };
-  switch (path) {
-    case GemmPath::kEmulated:
-      return device.major >= 8 ? yes() : not_here("compute capability 8.0 or newer");
-    case GemmPath::kDecode:
-      if (problem.a == OperandFormat::kRowScaled || problem.b == OperandFormat::kRowScaled) {
-        return not_these("BF16 and MXFP8");
-      }
-      switch (capability) {
-        case 80:
-        case 86:
-        case 87:
-        case 89:
-        case 90:
-        case 100:
-        case 103:
-        case 120:
-        case 121:
-          return detail::supports_cublaslt(120000);
-        default:
-          return not_here("compute capability 8.0 to 9.0, 10.0, 10.3, 12.0 or 12.1");
-      }
-    case GemmPath::kRowScaled:
-      if (!has(OperandFormat::kRowScaled, OperandFormat::kRowScaled)) {
-        return not_these("row-scaled FP8 with row-scaled FP8");
-      }
-      return capability == 90 ? detail::supports_cublaslt(120900)
-                              : not_here("compute capability 9.0");
-    case GemmPath::kSM90:
-      if (!has(OperandFormat::kBFloat16, OperandFormat::kMXFP8)) {
-        return not_these("BF16 with MXFP8");
-      }
-      if (problem.d != DType::kBFloat16) return no("sm90 writes BF16 only");
-      return capability == 90 ? detail::supports_sm90() : not_here("compute capability 9.0");
-    case GemmPath::kSM100:
-      if (!has(OperandFormat::kMXFP8, OperandFormat::kMXFP8)) return not_these("MXFP8 with MXFP8");
-      return capability == 100 || capability == 103 ? detail::supports_sm100()
-                                                    : not_here("compute capability 10.0 or 10.3");
-    case GemmPath::kSM120:
-      if (!has(OperandFormat::kMXFP8, OperandFormat::kMXFP8)) return not_these("MXFP8 with MXFP8");
-      return capability == 120 || capability == 121 ? detail::supports_sm120()
-                                                    : not_here("compute capability 12.0 or 12.1");
+void check_problem(const GemmProblem& problem) {
+  check_sizes(problem);
+  if (problem.epilogue == GemmEpilogue::kNone) {
+    if (problem.d_format != OperandFormat::kBFloat16) {
+      throw InvalidArgument("D is only encoded after silu_multiply");
+    }
+    return;
   }
-  return no("unknown path");
+  if (problem.bias) throw InvalidArgument("a GEMM with an epilogue has no bias");
+  if (problem.d != DType::kBFloat16) throw InvalidArgument("D of an epilogue must be BF16");
+  if (problem.epilogue == GemmEpilogue::kSiluMultiply) {
+    if (problem.n % 16 != 0) {
+      throw InvalidArgument("N must be a multiple of 16 with silu_multiply, not " +
+                            std::to_string(problem.n));
+    }
+  } else if (problem.d_format != OperandFormat::kBFloat16) {
+    throw InvalidArgument("D is only encoded after silu_multiply");
+  }
 }
 
-// The paths that compute a problem on a device, for a sentence on one that does not.
-std::string paths_text(const GemmProblem& problem, int device) {
+detail::Where where_of(int device) {
+  return device == kHost ? nullptr : &detail::find_device(device);
+}
+
+std::string environment(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value ? value : "";
+}
+
+// The kernel that the environment asks for; "" for none.
+const std::string& forced_kernel() {
+  static const std::string forced = [] {
+    std::string asked = environment("ZIMAGE_MXFP8_GEMM_KERNEL");
+    if (!asked.empty()) find_gemm_kernel(asked);
+    return asked;
+  }();
+  return forced;
+}
+
+// Prints each problem once.
+void log(const GemmProblem& problem, detail::Where where) {
+  static const bool enabled = [] {
+    const std::string value = environment("ZIMAGE_MXFP8_GEMM_LOG");
+    return !value.empty() && value != "0";
+  }();
+  if (!enabled) return;
+  const std::string line = detail::log_line(
+      problem, where, detail::explain(detail::gemm_table(), problem, where, forced_kernel()));
+  static std::mutex mutex;
+  static std::set<std::string> printed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (printed.insert(line).second) std::fprintf(stderr, "zimage-mxfp8 gemm: %s\n", line.c_str());
+}
+
+// Kernels that compute a problem on a device, for a sentence on one that does not.
+std::string kernels_text(const GemmProblem& problem, detail::Where where) {
   std::string names;
-  for (const GemmPath path : all_gemm_paths()) {
-    if (!supports(path, problem, device)) continue;
+  for (const GemmKernel& kernel : detail::gemm_table()) {
+    if (!detail::supports_on(kernel, problem, where)) continue;
     names += names.empty() ? "\"" : " or \"";
-    names += name(path) + std::string("\"");
+    names += std::string(kernel.name) + "\"";
   }
-  return operands_text(problem) + " takes " + (names.empty() ? "no path" : names) + " on " +
-         (device == kHost ? "the CPU" : detail::find_device(device).name);
+  return detail::problem_text(problem) + " is computed by " +
+         (names.empty() ? "no kernel" : names) + " on " + (where ? where->name : "the CPU");
 }
 
 struct OperandParts {
@@ -166,39 +148,6 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
       operand);
 }
 
-struct Checked {
-  GemmProblem problem;
-  detail::GemmTask task;
-  OperandParts a, b;
-  detail::MemoryRange bias, d;
-};
-
-Checked check(const GemmArguments& arguments) {
-  const OperandParts a = parts_of(arguments.a, "A"), b = parts_of(arguments.b, "B");
-  const MatrixView& d = arguments.d;
-  detail::check_matrix(d, "D");
-  if (a.cols != b.cols) {
-    throw InvalidArgument("A is " + detail::shape_text(a.rows, a.cols) + " and B is " +
-                          detail::shape_text(b.rows, b.cols) + ": their widths differ");
-  }
-  if (d.rows != a.rows || d.cols != b.rows) {
-    throw InvalidArgument("D is " + detail::shape_text(d.rows, d.cols) + ", and A B^T is " +
-                          detail::shape_text(a.rows, b.rows));
-  }
-  const Checked checked{
-      {a.rows, b.rows, a.cols, a.format, b.format, d.dtype, arguments.bias != nullptr},
-      {a.rows, b.rows, a.cols, a.task, b.task, arguments.bias, d.data, d.dtype,
-       d.rows > 1 ? d.row_stride : d.cols},
-      a,
-      b,
-      {arguments.bias, arguments.bias ? b.rows * 2 : 0, "the bias"},
-      detail::range_of(d, "D")};
-  check_sizes(checked.problem);
-  detail::check_alignment(checked.bias, 2);
-  detail::check_disjoint(checked.d, {a.data, a.scales, b.data, b.scales, checked.bias});
-  return checked;
-}
-
 void check_rows(const detail::MemoryRange& memory, std::int64_t row_stride, std::size_t item) {
   detail::check_alignment(memory, 16);
   // Rows without elements may have any stride: that of torch.zeros(3, 0) is 1.
@@ -208,106 +157,231 @@ void check_rows(const detail::MemoryRange& memory, std::int64_t row_stride, std:
   }
 }
 
-// Whether a BF16 product of all decoded weights takes less time on Hopper than sm90, by
-// measurements on an H100 (docs/performance.md). Decoding takes as long for few tokens as for many;
-// sm90 has tiles for the whole device from 4,096 tokens on, or from half of that if there are many
-// weights.
-bool decodes_first(const GemmProblem& problem) {
-  const std::int64_t enough_for_sm90 = problem.n > problem.k ? 2048 : 4096;
-  return problem.m >= 8192 || (problem.m >= 1024 && problem.m < enough_for_sm90);
+// D, and the memory of an epilogue.
+struct Outputs {
+  MatrixView plain;  // D in BF16 or another dtype; its data is null if D is encoded
+  std::int64_t rows, cols;
+  OperandFormat format;
+  MemoryRange data, scales;
+};
+
+Outputs outputs_of(const ActivationView& d) {
+  return std::visit(
+      [](const auto& view) -> Outputs {
+        using View = std::decay_t<decltype(view)>;
+        if constexpr (std::is_same_v<View, MatrixView>) {
+          detail::check_matrix(view, "D");
+          return {view,
+                  view.rows,
+                  view.cols,
+                  OperandFormat::kBFloat16,
+                  detail::range_of(view, "D"),
+                  {nullptr, 0, "D"}};
+        } else {
+          if (view.rows < 0 || view.cols < 0) {
+            throw InvalidArgument("D has a negative size " +
+                                  detail::shape_text(view.rows, view.cols));
+          }
+          if (view.rows > 0 && view.cols > 0 && (!view.codes || !view.scales)) {
+            throw InvalidArgument("the codes or scales of D are a null pointer");
+          }
+          constexpr bool mx = std::is_same_v<View, MXFP8View>;
+          const MXFP8Shape shape{view.rows, view.cols};
+          return {{nullptr, DType::kBFloat16, view.rows, view.cols, view.cols},
+                  view.rows,
+                  view.cols,
+                  mx ? OperandFormat::kMXFP8 : OperandFormat::kRowScaled,
+                  {view.codes, mx ? shape.code_bytes() : view.rows * view.cols, "the codes of D"},
+                  {view.scales, mx ? shape.scale_bytes() : view.rows * 4, "the scales of D"}};
+        }
+      },
+      d);
+}
+
+struct Checked {
+  GemmProblem problem;
+  detail::GemmTask task;
+  OperandParts a, b;
+  MemoryRange bias;
+  Outputs d;
+};
+
+Checked check(const GemmArguments& arguments) {
+  const OperandParts a = parts_of(arguments.a, "A"), b = parts_of(arguments.b, "B");
+  const Outputs d = outputs_of(arguments.d);
+  if (a.cols != b.cols) {
+    throw InvalidArgument("A is " + detail::shape_text(a.rows, a.cols) + " and B is " +
+                          detail::shape_text(b.rows, b.cols) + ": their widths differ");
+  }
+  const auto epilogue = static_cast<GemmEpilogue>(arguments.epilogue.index());
+  const Checked checked{{a.rows, b.rows, a.cols, a.format, b.format, d.plain.dtype,
+                         arguments.bias != nullptr, epilogue, d.format},
+                        {a.rows, b.rows, a.cols, a.task, b.task, arguments.bias, d.plain.data,
+                         d.plain.dtype, d.rows > 1 ? d.plain.row_stride : d.cols, epilogue,
+                         std::get_if<RotateHeads>(&arguments.epilogue)},
+                        a,
+                        b,
+                        {arguments.bias, arguments.bias ? b.rows * 2 : 0, "the bias"},
+                        d};
+  check_problem(checked.problem);
+  const std::int64_t columns = epilogue == GemmEpilogue::kSiluMultiply ? b.rows / 2 : b.rows;
+  if (d.rows != a.rows || d.cols != columns) {
+    throw InvalidArgument("D is " + detail::shape_text(d.rows, d.cols) + ", and the result is " +
+                          detail::shape_text(a.rows, columns));
+  }
+  detail::check_alignment(checked.bias, 2);
+  for (const MemoryRange& written : {d.data, d.scales}) {
+    detail::check_disjoint(written, {a.data, a.scales, b.data, b.scales, checked.bias});
+  }
+  return checked;
+}
+
+// The memory of a rotation, after the checks that all kernels need.
+struct RotationMemory {
+  MemoryRange q, k, rotations;
+};
+
+RotationMemory check_rotation(const RotateHeads& epilogue, const GemmProblem& problem) {
+  const std::int64_t heads = epilogue.heads;
+  if (heads < 1) throw InvalidArgument("heads must be 1 or more, not " + std::to_string(heads));
+  if (heads > (std::int64_t{1} << 20) || problem.n != 3 * heads * kHeadSize) {
+    throw InvalidArgument("B has " + std::to_string(problem.n) + " rows, which is not 3 * " +
+                          std::to_string(heads) + " heads of " + std::to_string(kHeadSize));
+  }
+  if (!(epilogue.eps >= 0.0f)) throw InvalidArgument("eps must be 0 or more");
+  const ConstMatrixView& rotations = epilogue.rotations;
+  detail::check_matrix(rotations, "rotations");
+  if (rotations.dtype != DType::kFloat32 || rotations.rows != problem.m ||
+      rotations.cols != kHeadSize) {
+    throw InvalidArgument("rotations must be float32 " + detail::shape_text(problem.m, kHeadSize));
+  }
+  const RotationMemory memory{
+      detail::required_range(epilogue.q_weight, kHeadSize * 2, 16, "q_weight"),
+      detail::required_range(epilogue.k_weight, kHeadSize * 2, 16, "k_weight"),
+      detail::range_of(rotations, "rotations")};
+  check_rows(memory.rotations, rotations.row_stride, 4);
+  return memory;
+}
+
+// How a kernel computes a problem: the workspace begins with what lies between its launches.
+struct Steps {
+  bool fused;            // the kernel applies the epilogue
+  std::int64_t between;  // columns of BF16 [M, between] that are kept in the workspace; 0: none
+  std::size_t between_bytes(const GemmProblem& problem) const {
+    return static_cast<std::size_t>(round_up(problem.m * between * 2, 256));
+  }
+};
+
+Steps steps_of(const GemmKernel& kernel, const GemmProblem& problem, detail::Where where) {
+  // Without depth there is nothing to multiply, and no fused kernel needs to know that.
+  const bool fused = problem.epilogue == GemmEpilogue::kNone ||
+                     (problem.k > 0 && detail::fuses_epilogue(kernel, problem, where));
+  if (problem.epilogue != GemmEpilogue::kSiluMultiply) return {fused, 0};
+  if (!fused) return {fused, problem.n};
+  return {fused, problem.d_format == OperandFormat::kBFloat16 ? 0 : problem.n / 2};
+}
+
+// What a kernel is to compute itself.
+const GemmProblem part_of_kernel(const GemmProblem& problem, const Steps& steps) {
+  return steps.fused ? problem : detail::without_epilogue(problem);
+}
+
+std::size_t kernel_workspace(const GemmKernel& kernel, const GemmProblem& problem) {
+  if (problem.k == 0 || !kernel.implementation->workspace) return 0;
+  return kernel.implementation->workspace(problem);
+}
+
+bool is_empty(const GemmProblem& problem) { return problem.m == 0 || problem.n == 0; }
+
+void encode(const ConstMatrixView& matrix, const ActivationView& target, CudaStream stream) {
+  if (const auto* mxfp8 = std::get_if<MXFP8View>(&target)) return quantize(matrix, *mxfp8, stream);
+  quantize_rows(matrix, std::get<RowScaledView>(target), stream);
 }
 
 }  // namespace
 
-const char* name(GemmPath path) {
-  switch (path) {
-    case GemmPath::kEmulated:
-      return "emulated";
-    case GemmPath::kDecode:
-      return "decode";
-    case GemmPath::kRowScaled:
-      return "row-scaled";
-    case GemmPath::kSM90:
-      return "sm90";
-    case GemmPath::kSM100:
-      return "sm100";
-    default:
-      return "sm120";
-  }
+const char* name(const GemmKernel& kernel) { return kernel.name; }
+
+std::vector<const GemmKernel*> gemm_kernels() {
+  std::vector<const GemmKernel*> kernels;
+  for (const GemmKernel& kernel : detail::gemm_table()) kernels.push_back(&kernel);
+  return kernels;
 }
 
-std::vector<GemmPath> all_gemm_paths() {
-  return {GemmPath::kEmulated, GemmPath::kDecode, GemmPath::kRowScaled,
-          GemmPath::kSM90,     GemmPath::kSM100,  GemmPath::kSM120};
-}
-
-GemmPath gemm_path(const std::string& path_name) {
+const GemmKernel& find_gemm_kernel(const std::string& kernel_name) {
   std::string known;
-  for (const GemmPath path : all_gemm_paths()) {
-    if (path_name == name(path)) return path;
+  for (const GemmKernel& kernel : detail::gemm_table()) {
+    if (kernel_name == kernel.name) return kernel;
     known += known.empty() ? "" : ", ";
-    known += name(path);
+    known += kernel.name;
   }
-  throw InvalidArgument("unknown path \"" + path_name + "\": use one of " + known);
+  throw InvalidArgument("unknown GEMM kernel \"" + kernel_name + "\": use one of " + known);
 }
 
-Support supports(GemmPath path, const GemmProblem& problem, int device) {
-  check_sizes(problem);
-  if (device == kHost) {
-    return path == GemmPath::kEmulated ? yes()
-                                       : no(std::string(name(path)) + " needs a CUDA device");
+std::vector<std::pair<OperandFormat, OperandFormat>> operand_formats(const GemmKernel& kernel) {
+  std::vector<std::pair<OperandFormat, OperandFormat>> pairs;
+  for (const auto a :
+       {OperandFormat::kBFloat16, OperandFormat::kMXFP8, OperandFormat::kRowScaled}) {
+    for (const auto b :
+         {OperandFormat::kBFloat16, OperandFormat::kMXFP8, OperandFormat::kRowScaled}) {
+      if (kernel.operands & detail::operands(a, b)) pairs.emplace_back(a, b);
+    }
   }
-  return supports_on(path, problem, detail::find_device(device));
+  return pairs;
 }
 
-GemmPath preferred_path(const GemmProblem& problem, int device) {
-  check_sizes(problem);
-  if (device == kHost) return GemmPath::kEmulated;
-  const CudaDevice& found = detail::find_device(device);
-  const bool decode_first = decodes_first(problem);
-  std::string reasons;
-  for (const GemmPath path : {GemmPath::kSM100, GemmPath::kSM120, GemmPath::kRowScaled,
-                              decode_first ? GemmPath::kDecode : GemmPath::kSM90,
-                              decode_first ? GemmPath::kSM90 : GemmPath::kDecode}) {
-    const Support support = supports_on(path, problem, found);
-    if (support) return path;
-    reasons += "; " + support.reason;
+std::vector<GemmEpilogue> epilogues(const GemmKernel& kernel) {
+  std::vector<GemmEpilogue> found;
+  for (const auto one :
+       {GemmEpilogue::kNone, GemmEpilogue::kSiluMultiply, GemmEpilogue::kRotateHeads}) {
+    if (kernel.epilogues & detail::epilogue(one)) found.push_back(one);
   }
-  if (supports_on(GemmPath::kEmulated, problem, found)) {
-    reasons += "; \"emulated\" runs there, slowly, when asked for by name";
-  }
-  throw Unsupported("no fast path for " + operands_text(problem) + " on " + text(found) + reasons);
+  return found;
 }
 
-std::size_t workspace_size(GemmPath path, const GemmProblem& problem, int device) {
-  const Support support = supports(path, problem, device);
-  if (!support) throw Unsupported(support.reason + "; " + paths_text(problem, device));
-  if (problem.m == 0 || problem.n == 0 || problem.k == 0) return 0;
+Support supports(const GemmKernel& kernel, const GemmProblem& problem, int device) {
+  check_problem(problem);
+  return detail::supports_on(kernel, problem, where_of(device));
+}
+
+std::vector<GemmCandidate> explain_gemm(const GemmProblem& problem, int device) {
+  check_problem(problem);
+  return detail::explain(detail::gemm_table(), problem, where_of(device), forced_kernel());
+}
+
+const GemmKernel& choose_gemm(const GemmProblem& problem, int device) {
+  check_problem(problem);
+  const detail::Where where = where_of(device);
+  log(problem, where);
+  return detail::choose(detail::gemm_table(), problem, where, forced_kernel());
+}
+
+std::size_t workspace_size(const GemmKernel& kernel, const GemmProblem& problem, int device) {
+  check_problem(problem);
+  const detail::Where where = where_of(device);
+  const Support support = detail::supports_on(kernel, problem, where);
+  if (!support) throw Unsupported(support.reason + "; " + kernels_text(problem, where));
+  if (is_empty(problem) || !where) return 0;
   const detail::DeviceGuard guard(device);
-  switch (path) {
-    case GemmPath::kEmulated:
-      return 0;
-    case GemmPath::kDecode:
-      return detail::workspace_decode(problem);
-    case GemmPath::kRowScaled:
-      return detail::workspace_row_scaled(problem);
-    case GemmPath::kSM90:
-      return detail::workspace_sm90(problem);
-    case GemmPath::kSM100:
-      return detail::workspace_sm100(problem);
-    default:
-      return detail::workspace_sm120(problem);
-  }
+  const Steps steps = steps_of(kernel, problem, where);
+  return steps.between_bytes(problem) + kernel_workspace(kernel, part_of_kernel(problem, steps));
 }
 
 GemmProblem problem_of(const GemmArguments& arguments) { return check(arguments).problem; }
 
-void gemm(GemmPath path, const GemmArguments& arguments, Workspace workspace, CudaStream stream) {
+void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace workspace,
+          CudaStream stream) {
   const Checked checked = check(arguments);
-  const detail::MemoryRange memory{workspace.data, static_cast<std::int64_t>(workspace.bytes),
-                                   "the workspace"};
-  detail::check_disjoint(memory, {checked.a.data, checked.a.scales, checked.b.data,
-                                  checked.b.scales, checked.bias, checked.d});
+  const GemmProblem& problem = checked.problem;
+  const MemoryRange memory{workspace.data, static_cast<std::int64_t>(workspace.bytes),
+                           "the workspace"};
+  RotationMemory rotation{
+      {nullptr, 0, "q_weight"}, {nullptr, 0, "k_weight"}, {nullptr, 0, "rotations"}};
+  if (checked.task.rotate_heads) rotation = check_rotation(*checked.task.rotate_heads, problem);
+  detail::check_disjoint(
+      memory, {checked.a.data, checked.a.scales, checked.b.data, checked.b.scales, checked.bias,
+               checked.d.data, checked.d.scales, rotation.q, rotation.k, rotation.rotations});
+  detail::check_disjoint(checked.d.data, {rotation.q, rotation.k, rotation.rotations});
   detail::check_alignment(memory, 256);
   detail::check_alignment(checked.bias, 16);
   for (const OperandParts* operand : {&checked.a, &checked.b}) {
@@ -315,36 +389,56 @@ void gemm(GemmPath path, const GemmArguments& arguments, Workspace workspace, Cu
     check_rows(operand->data, operand->task.row_stride, bf16 ? 2 : 1);
     detail::check_alignment(operand->scales, 16);
   }
-  check_rows(checked.d, checked.task.d_row_stride, element_size(checked.problem.d));
+  if (checked.d.format == OperandFormat::kBFloat16) {
+    check_rows(checked.d.data, checked.task.d_row_stride, element_size(problem.d));
+  }
   detail::check_device_memory({checked.a.data, checked.a.scales, checked.b.data, checked.b.scales,
-                               checked.bias, checked.d, memory});
-  if (checked.problem.m == 0 || checked.problem.n == 0) return;
-  const std::size_t needed = workspace_size(path, checked.problem, detail::current_device());
+                               checked.bias, checked.d.data, checked.d.scales, rotation.q,
+                               rotation.k, rotation.rotations, memory});
+  if (is_empty(problem)) return;
+  const int device = detail::current_device();
+  const std::size_t needed = workspace_size(kernel, problem, device);
   if (workspace.bytes < needed) {
     throw InvalidArgument("the workspace has " + std::to_string(workspace.bytes) +
-                          " bytes, and the path \"" + name(path) + "\" needs " +
+                          " bytes, and the kernel \"" + kernel.name + "\" needs " +
                           std::to_string(needed));
   }
-  // Without depth there is nothing to multiply, only the bias; only one path needs to know that.
-  switch (checked.problem.k == 0 ? GemmPath::kEmulated : path) {
-    case GemmPath::kEmulated:
-      return detail::gemm_emulated_cuda(checked.task, stream);
-    case GemmPath::kDecode:
-      return detail::gemm_decode(checked.task, workspace, stream);
-    case GemmPath::kRowScaled:
-      return detail::gemm_row_scaled(checked.task, workspace, stream);
-    case GemmPath::kSM90:
-      return detail::gemm_sm90(checked.task, workspace, stream);
-    case GemmPath::kSM100:
-      return detail::gemm_sm100(checked.task, workspace, stream);
-    case GemmPath::kSM120:
-      return detail::gemm_sm120(checked.task, workspace, stream);
+  const Steps steps = steps_of(kernel, problem, where_of(device));
+  detail::GemmTask task = checked.task;
+  auto* const rest = static_cast<char*>(workspace.data) + steps.between_bytes(problem);
+  if (steps.between > 0) {
+    task.d = workspace.data;
+    task.d_dtype = DType::kBFloat16;
+    task.d_row_stride = steps.between;
   }
+  if (!steps.fused) task.epilogue = GemmEpilogue::kNone;
+  // Without depth only the bias is left, which the reference knows of.
+  const detail::GemmImplementation& run =
+      problem.k == 0 ? detail::kReference : *kernel.implementation;
+  run.run(task, {rest, workspace.bytes - steps.between_bytes(problem)}, stream);
+
+  const ConstMatrixView between{task.d, DType::kBFloat16, problem.m, steps.between, steps.between};
+  if (steps.fused) {
+    if (steps.between > 0) encode(between, arguments.d, stream);
+    return;
+  }
+  if (problem.epilogue == GemmEpilogue::kSiluMultiply) {
+    ConstMatrixView gate = between, up = between;
+    gate.cols = up.cols = problem.n / 2;
+    up.data = static_cast<const std::uint16_t*>(task.d) + problem.n / 2;
+    return silu_multiply(gate, up, arguments.d, stream);
+  }
+  const RotateHeads& epilogue = *checked.task.rotate_heads;
+  rotate_heads(checked.d.plain, epilogue.q_weight, epilogue.k_weight, epilogue.rotations,
+               epilogue.heads, epilogue.eps, stream);
 }
 
 void gemm(const GemmArguments& arguments, int threads) {
   const Checked checked = check(arguments);
-  detail::check_alignment(checked.d, element_size(checked.problem.d));
+  if (checked.problem.epilogue != GemmEpilogue::kNone) {
+    throw Unsupported("GEMMs with an epilogue need a CUDA device");
+  }
+  detail::check_alignment(checked.d.data, element_size(checked.problem.d));
   const detail::GemmTask& task = checked.task;
   if (task.m == 0) return;
   const detail::Kernels& kernels = detail::active_kernels();

@@ -15,8 +15,8 @@
 
 #include "cuda/launch.cuh"
 #include "gemm/decode_bf16.cuh"
-#include "gemm/gemm_sm90.h"
 #include "gemm/hopper.cuh"
+#include "gemm/mixed_sm90.h"
 #include "gemm/tensor_map.h"
 #include "gemm/transposed_tile.cuh"
 #include "gemm/wgmma.cuh"
@@ -134,7 +134,8 @@ __device__ void load_fragments(Fragments& fragments, uint32_t codes, int row, ui
 // Sums go from thread to thread through shared memory, in pieces of 16 bytes that are kWarpgroup
 // pieces apart. They are given to a block of the cluster, and added by the one that received them.
 template <int count, int all>
-__device__ void store_accumulators(const float (&sums)[all], int first, uint32_t to, uint32_t block) {
+__device__ void store_accumulators(const float (&sums)[all], int first, uint32_t to,
+                                   uint32_t block) {
 #pragma unroll
   for (int i = 0; i < count; i += 4) {
     const float* const four = sums + first + i;
@@ -320,8 +321,8 @@ __global__ void __launch_bounds__(V::threads, 1)
             for (int i = 0; i < V::sums / V::split; ++i)
               part[i] = sums[of * V::sums / V::split + i];
           } else if (k_group == 0) {
-            store_accumulators<V::sums / V::split>(sums, of * V::sums / V::split, from(block - (block > of)),
-                                          of);
+            store_accumulators<V::sums / V::split>(sums, of * V::sums / V::split,
+                                                   from(block - (block > of)), of);
           }
         }
         cluster_sync();

@@ -15,8 +15,8 @@
 
 #include "cuda/launch.cuh"
 #include "gemm/decode_bf16.cuh"
-#include "gemm/gemm_sm90.h"
 #include "gemm/hopper.cuh"
+#include "gemm/mixed_sm90.h"
 #include "gemm/tensor_map.h"
 #include "gemm/transposed_tile.cuh"
 #include "gemm/wgmma.cuh"

@@ -8,17 +8,19 @@
 namespace zimage_mxfp8 {
 
 enum class OperandFormat : uint8_t;
+enum class GemmEpilogue : uint8_t;
+struct RotateHeads;
 
 namespace detail {
 
 struct GemmOperandTask {
   OperandFormat format;
   const void* codes;   // or BF16 elements
-  const void* scales;  // E8M0 in the blocked layout, or one float32 a row; null for BF16
+  const void* scales;  // E8M0 in the blocked layout, or one float32 per row; null for BF16
   int64_t row_stride;  // elements
 };
 
-// D[m, n] = A[m, k] B[n, k]^T + bias[n]
+// D[m, n] = epilogue(A[m, k] B[n, k]^T + bias[n]); with SiluMultiply D is [m, n / 2].
 struct GemmTask {
   int64_t m, n, k;
   GemmOperandTask a, b;
@@ -26,6 +28,8 @@ struct GemmTask {
   void* d;
   DType d_dtype;
   int64_t d_row_stride;
+  GemmEpilogue epilogue;
+  const RotateHeads* rotate_heads;  // of that epilogue; otherwise null
 };
 
 }  // namespace detail

@@ -10,7 +10,6 @@
 #include "python/register.h"
 #include "python/views.h"
 #include "zimage_mxfp8/fused.h"
-#include "zimage_mxfp8/fused_gemm.h"
 
 namespace py = pybind11;
 
@@ -150,49 +149,6 @@ void py_rotate_heads(const py::object& qkv, const py::object& q_weight, const py
   rotate_heads(view, q_data, k_data, rotation_view, heads, eps, cuda_stream(stream));
 }
 
-// A row-scaled operand as Python describes it: (codes, scales).
-struct RowScaledOperand {
-  Array codes, scales;
-  ConstRowScaledView view;
-
-  RowScaledOperand(const py::tuple& parts, const char* name)
-      : codes(parts[0], name, kRead, kAnywhere),
-        scales(parts[1], name, kRead, kAnywhere),
-        view(row_scaled<ConstRowScaledView>(codes, scales)) {}
-};
-
-void py_gemm_silu_multiply(const py::tuple& a, const py::tuple& b, const py::object& target,
-                           std::uintptr_t stream) {
-  const RowScaledOperand from_a(a, "A"), from_b(b, "B");
-  const Array to(target, "the target", kWrite, kAnywhere);
-  const int device =
-      common_device({&from_a.codes, &from_a.scales, &from_b.codes, &from_b.scales, &to});
-  const auto view = matrix<MatrixView>(to, "bfloat16");
-  const py::gil_scoped_release release;
-  const detail::DeviceGuard guard(device);
-  gemm_silu_multiply(from_a.view, from_b.view, view, cuda_stream(stream));
-}
-
-void py_gemm_rotate_heads(const py::tuple& a, const py::tuple& b, const py::object& q_weight,
-                          const py::object& k_weight, const py::object& rotations,
-                          std::int64_t heads, float eps, const py::object& target,
-                          std::uintptr_t stream) {
-  const RowScaledOperand from_a(a, "A"), from_b(b, "B");
-  const Array q(q_weight, "q_weight", kRead, kAnywhere), k(k_weight, "k_weight", kRead, kAnywhere);
-  const Array from(rotations, "rotations", kRead, kAnywhere);
-  const Array to(target, "the target", kWrite, kAnywhere);
-  const int device = common_device(
-      {&from_a.codes, &from_a.scales, &from_b.codes, &from_b.scales, &q, &k, &from, &to});
-  const auto rotation_view = matrix<ConstMatrixView>(from, "float32");
-  const auto view = matrix<MatrixView>(to, "bfloat16");
-  const void* q_data = vector(q, kHeadSize, 2);
-  const void* k_data = vector(k, kHeadSize, 2);
-  const py::gil_scoped_release release;
-  const detail::DeviceGuard guard(device);
-  gemm_rotate_heads(from_a.view, from_b.view, q_data, k_data, rotation_view, heads, eps, view,
-                    cuda_stream(stream));
-}
-
 }  // namespace
 
 void register_fused(py::module_& module) {
@@ -206,19 +162,6 @@ void register_fused(py::module_& module) {
              arg("target"), arg("stream") = 0);
   module.def("rotate_heads", &py_rotate_heads, arg("qkv"), arg("q_weight"), arg("k_weight"),
              arg("rotations"), arg("heads"), arg("eps"), arg("stream") = 0);
-  module.def(
-      "fused_gemm_unsupported",
-      [](int device) {
-        const Support support = supports_fused_gemm(device);
-        return support ? std::string() : support.reason;
-      },
-      arg("device"));
-  module.def("prefers_fused_gemm", &prefers_fused_gemm, arg("m"), arg("n"), arg("device"));
-  module.def("gemm_silu_multiply", &py_gemm_silu_multiply, arg("a"), arg("b"), arg("target"),
-             arg("stream") = 0);
-  module.def("gemm_rotate_heads", &py_gemm_rotate_heads, arg("a"), arg("b"), arg("q_weight"),
-             arg("k_weight"), arg("rotations"), arg("heads"), arg("eps"), arg("target"),
-             arg("stream") = 0);
 }
 
 }  // namespace zimage_mxfp8::python

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -20,45 +21,125 @@ namespace {
 
 using Operand = FormattedMatrix<ConstMatrixView, ConstMXFP8View, ConstRowScaledView>;
 
-void py_gemm(const std::string& path, const py::tuple& a, const py::tuple& b,
+using Activation = FormattedMatrix<MatrixView, MXFP8View, RowScaledView>;
+
+GemmEpilogue parse_epilogue(const std::string& name) {
+  if (name == "none") return GemmEpilogue::kNone;
+  if (name == "silu_multiply") return GemmEpilogue::kSiluMultiply;
+  if (name == "rotate_heads") return GemmEpilogue::kRotateHeads;
+  throw InvalidArgument("unknown epilogue \"" + name + "\"");
+}
+
+const char* text(GemmEpilogue epilogue) {
+  switch (epilogue) {
+    case GemmEpilogue::kNone:
+      return "none";
+    case GemmEpilogue::kSiluMultiply:
+      return "silu_multiply";
+    case GemmEpilogue::kRotateHeads:
+      return "rotate_heads";
+  }
+  return "";
+}
+
+const char* text(OperandFormat format) {
+  switch (format) {
+    case OperandFormat::kBFloat16:
+      return "bfloat16";
+    case OperandFormat::kMXFP8:
+      return "mxfp8";
+    case OperandFormat::kRowScaled:
+      return "row-scaled";
+  }
+  return "";
+}
+
+// Operands and workspace of a call.
+struct Call {
+  Operand a, b;
+  std::optional<Array> workspace;
+  std::vector<const Array*> arrays;
+
+  Call(const py::tuple& a_parts, const py::tuple& b_parts, const py::object& workspace_array)
+      : a(a_parts, "A", kRead), b(b_parts, "B", kRead) {
+    arrays = {&a.data, &b.data};
+    if (!workspace_array.is_none()) {
+      workspace.emplace(workspace_array, "the workspace", kWrite, kAnywhere);
+      arrays.push_back(&*workspace);
+    }
+    for (const Operand* operand : {&a, &b}) {
+      if (operand->scales) arrays.push_back(&*operand->scales);
+    }
+  }
+
+  Workspace space() const {
+    if (!workspace) return {};
+    std::int64_t bytes = workspace->item_size();
+    for (const std::int64_t size : workspace->shape()) bytes *= size;
+    workspace->require_contiguous(bytes);
+    return {workspace->data(), static_cast<std::size_t>(bytes)};
+  }
+
+  // Runs on the device that holds the arrays.
+  void run(const std::string& kernel, const GemmArguments& arguments, int threads,
+           std::uintptr_t stream) const {
+    const int device = common_device(arrays);
+    const GemmKernel& chosen = find_gemm_kernel(kernel);
+    const Workspace memory = space();
+    const py::gil_scoped_release release;
+    if (device < 0) {
+      const Support support = supports(chosen, problem_of(arguments), kHost);
+      if (!support) throw Unsupported(support.reason);
+      return gemm(arguments, threads);
+    }
+    const detail::DeviceGuard guard(device);
+    gemm(chosen, arguments, memory, cuda_stream(stream));
+  }
+};
+
+void py_gemm(const std::string& kernel, const py::tuple& a, const py::tuple& b,
              const py::object& bias, const py::object& d, const std::string& dtype,
              const py::object& workspace, int threads, std::uintptr_t stream) {
-  const Operand a_operand(a, "A", kRead), b_operand(b, "B", kRead);
+  Call call(a, b, workspace);
   const Array out(d, "D", kWrite, kAnywhere);
-  std::optional<Array> bias_array, workspace_array;
+  std::optional<Array> bias_array;
   if (!bias.is_none()) bias_array.emplace(bias, "the bias", kRead, kAnywhere);
-  if (!workspace.is_none()) workspace_array.emplace(workspace, "the workspace", kWrite, kAnywhere);
-
-  std::vector<const Array*> arrays{&a_operand.data, &b_operand.data, &out};
-  for (const std::optional<Array>* array :
-       {&a_operand.scales, &b_operand.scales, &std::as_const(bias_array),
-        &std::as_const(workspace_array)}) {
-    if (*array) arrays.push_back(&**array);
-  }
-  const int device = common_device(arrays);
-  GemmArguments arguments{a_operand.view, b_operand.view, nullptr, matrix<MatrixView>(out, dtype)};
+  call.arrays.push_back(&out);
+  if (bias_array) call.arrays.push_back(&*bias_array);
+  const auto matrix_d = matrix<MatrixView>(out, dtype);
+  GemmArguments arguments{call.a.view, call.b.view, nullptr, matrix_d};
   if (bias_array) {
-    bias_array->require_contiguous(arguments.d.cols * 2);
+    bias_array->require_contiguous(matrix_d.cols * 2);
     arguments.bias = bias_array->data();
   }
-  const GemmPath chosen = gemm_path(path);
-  if (device < 0) {
-    if (chosen != GemmPath::kEmulated) {
-      throw Unsupported(path + " needs a CUDA device; on the CPU there is only \"emulated\"");
-    }
-    const py::gil_scoped_release release;
-    return gemm(arguments, threads);
-  }
-  Workspace space;
-  if (workspace_array) {
-    std::int64_t bytes = workspace_array->item_size();
-    for (const std::int64_t size : workspace_array->shape()) bytes *= size;
-    workspace_array->require_contiguous(bytes);
-    space = {workspace_array->data(), static_cast<std::size_t>(bytes)};
-  }
-  const py::gil_scoped_release release;
-  const detail::DeviceGuard guard(device);
-  gemm(chosen, arguments, space, cuda_stream(stream));
+  call.run(kernel, arguments, threads, stream);
+}
+
+void py_gemm_silu_multiply(const std::string& kernel, const py::tuple& a, const py::tuple& b,
+                           const py::tuple& d, const py::object& workspace, std::uintptr_t stream) {
+  Call call(a, b, workspace);
+  const Activation out(d, "D", kWrite);
+  call.arrays.push_back(&out.data);
+  if (out.scales) call.arrays.push_back(&*out.scales);
+  call.run(kernel, {call.a.view, call.b.view, nullptr, out.view, SiluMultiply{}}, 1, stream);
+}
+
+void py_gemm_rotate_heads(const std::string& kernel, const py::tuple& a, const py::tuple& b,
+                          const py::object& q_weight, const py::object& k_weight,
+                          const py::object& rotations, std::int64_t heads, float eps,
+                          const py::object& d, const py::object& workspace, std::uintptr_t stream) {
+  Call call(a, b, workspace);
+  const Array q(q_weight, "q_weight", kRead, kAnywhere), k(k_weight, "k_weight", kRead, kAnywhere);
+  const Array from(rotations, "rotations", kRead, kAnywhere);
+  const Array out(d, "D", kWrite, kAnywhere);
+  call.arrays.insert(call.arrays.end(), {&q, &k, &from, &out});
+  q.require_contiguous(kHeadSize * 2);
+  k.require_contiguous(kHeadSize * 2);
+  const RotateHeads epilogue{q.data(), k.data(), matrix<ConstMatrixView>(from, "float32"), heads,
+                             eps};
+  call.run(kernel,
+           {call.a.view, call.b.view, nullptr, matrix<MatrixView>(out, "bfloat16"), epilogue}, 1,
+           stream);
 }
 
 void py_quantize_rows(const py::object& source, const std::string& dtype, const py::object& codes,
@@ -116,42 +197,90 @@ py::tuple py_fold_stats(const py::object& stats, double bound) {
   return py::make_tuple(result.changed, result.relative_error);
 }
 
+// A row of the table of kernels.
+struct KernelInfo {
+  std::string name;
+  std::vector<std::pair<std::string, std::string>> operands;
+  std::vector<std::string> epilogues;
+};
+
+std::vector<KernelInfo> kernel_infos() {
+  std::vector<KernelInfo> infos;
+  for (const GemmKernel* kernel : gemm_kernels()) {
+    KernelInfo info{name(*kernel), {}, {}};
+    for (const auto& [a, b] : operand_formats(*kernel))
+      info.operands.emplace_back(text(a), text(b));
+    for (const GemmEpilogue one : epilogues(*kernel)) info.epilogues.emplace_back(text(one));
+    infos.push_back(std::move(info));
+  }
+  return infos;
+}
+
 }  // namespace
 
 void register_gemm(py::module_& module) {
   using py::arg;
-  module.def("gemm_paths", [] {
-    std::vector<std::string> names;
-    for (const GemmPath path : all_gemm_paths()) names.emplace_back(name(path));
-    return names;
-  });
-  module.def("cublaslt_version", &cublaslt_version, py::call_guard<py::gil_scoped_release>());
-  py::class_<GemmProblem>(module, "GemmProblem")
+  module.def("cublaslt_version", &cublaslt_version, py::call_guard<py::gil_scoped_release>(),
+             "Return the version of the cuBLASLt that is used, such as 13.1.0; empty without one.");
+  py::class_<GemmProblem>(module, "GemmProblem", "What a GEMM computes, apart from its numbers.")
       .def(py::init([](std::int64_t m, std::int64_t n, std::int64_t k, const std::string& a,
-                       const std::string& b, const std::string& dtype, bool bias) {
-             return GemmProblem{m,   n, k, parse_format(a), parse_format(b), parse_dtype(dtype),
-                                bias};
+                       const std::string& b, const std::string& dtype, bool bias,
+                       const std::string& epilogue, const std::string& d_format) {
+             return GemmProblem{m,
+                                n,
+                                k,
+                                parse_format(a),
+                                parse_format(b),
+                                parse_dtype(dtype),
+                                bias,
+                                parse_epilogue(epilogue),
+                                parse_format(d_format)};
            }),
-           arg("m"), arg("n"), arg("k"), arg("a"), arg("b"), arg("dtype"), arg("bias"));
-  // Why the path does not support the problem on the device (-1: the CPU); empty if it does.
+           arg("m"), arg("n"), arg("k"), arg("a"), arg("b"), arg("dtype"), arg("bias"),
+           arg("epilogue") = "none", arg("d_format") = "bfloat16");
+  py::class_<KernelInfo>(module, "GemmKernel", "A kernel of the table.")
+      .def_readonly("name", &KernelInfo::name)
+      .def_readonly("operands", &KernelInfo::operands)
+      .def_readonly("epilogues", &KernelInfo::epilogues);
+  module.def("gemm_kernels", &kernel_infos, "Return the table of kernels, which all builds have.");
   module.def(
       "gemm_unsupported",
-      [](const std::string& path, const GemmProblem& problem, int device) {
-        return supports(gemm_path(path), problem, device).reason;
+      [](const std::string& kernel, const GemmProblem& problem, int device) {
+        return supports(find_gemm_kernel(kernel), problem, device).reason;
       },
-      arg("path"), arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>());
+      arg("kernel"), arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>(),
+      "Return why a kernel does not compute a problem on a device (-1: the CPU); empty if it "
+      "does.");
   module.def(
-      "gemm_preferred_path",
-      [](const GemmProblem& problem, int device) { return name(preferred_path(problem, device)); },
-      arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>());
+      "choose_gemm",
+      [](const GemmProblem& problem, int device) { return name(choose_gemm(problem, device)); },
+      arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>(),
+      "Return the name of the kernel of least cost.");
+  module.def(
+      "explain_gemm",
+      [](const GemmProblem& problem, int device) {
+        std::vector<std::tuple<std::string, bool, double, std::string>> result;
+        for (const GemmCandidate& one : explain_gemm(problem, device)) {
+          result.emplace_back(name(*one.kernel), one.fuses_epilogue, one.cost, one.reason);
+        }
+        return result;
+      },
+      arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>(),
+      "Return name, whether it fuses the epilogue, cost, and why it is not chosen, per kernel.");
   module.def(
       "gemm_workspace_size",
-      [](const std::string& path, const GemmProblem& problem, int device) {
-        return workspace_size(gemm_path(path), problem, device);
+      [](const std::string& kernel, const GemmProblem& problem, int device) {
+        return workspace_size(find_gemm_kernel(kernel), problem, device);
       },
-      arg("path"), arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>());
-  module.def("gemm", &py_gemm, arg("path"), arg("a"), arg("b"), arg("bias"), arg("d"), arg("dtype"),
-             arg("workspace"), arg("threads") = 0, arg("stream") = 0);
+      arg("kernel"), arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>(),
+      "Return the bytes of workspace that a kernel needs.");
+  module.def("gemm", &py_gemm, arg("kernel"), arg("a"), arg("b"), arg("bias"), arg("d"),
+             arg("dtype"), arg("workspace"), arg("threads") = 0, arg("stream") = 0);
+  module.def("gemm_silu_multiply", &py_gemm_silu_multiply, arg("kernel"), arg("a"), arg("b"),
+             arg("d"), arg("workspace"), arg("stream") = 0);
+  module.def("gemm_rotate_heads", &py_gemm_rotate_heads, arg("kernel"), arg("a"), arg("b"),
+             arg("q_weight"), arg("k_weight"), arg("rotations"), arg("heads"), arg("eps"), arg("d"),
+             arg("workspace"), arg("stream") = 0);
   module.def("quantize_rows", &py_quantize_rows, arg("source"), arg("dtype"), arg("codes"),
              arg("scales"), arg("threads") = 0, arg("stream") = 0);
   module.def("fold", &py_fold, arg("codes"), arg("scales"), arg("rows"), arg("cols"),

@@ -67,10 +67,8 @@ Matrix multiply_on_cpu(const Matrix& a, const Matrix& b) {
   };
   std::vector<std::uint8_t> a_codes, a_scales, b_codes, b_scales;
   Matrix d(kRows * kColumns);
-  zm::gemm({encode(a, kRows, a_codes, a_scales),
-            encode(b, kColumns, b_codes, b_scales),
-            nullptr,
-            {d.data(), zm::DType::kFloat32, kRows, kColumns, kColumns}});
+  zm::gemm({encode(a, kRows, a_codes, a_scales), encode(b, kColumns, b_codes, b_scales), nullptr,
+            zm::MatrixView{d.data(), zm::DType::kFloat32, kRows, kColumns, kColumns}});
 
   Matrix decoded(a.size());
   zm::dequantize({a_codes.data(), a_scales.data(), kRows, kDepth},
@@ -99,7 +97,7 @@ class DeviceMemory {
   void* data_ = nullptr;
 };
 
-Matrix multiply_on_gpu(const Matrix& a, const Matrix& b, zm::GemmPath path) {
+Matrix multiply_on_gpu(const Matrix& a, const Matrix& b, const zm::GemmKernel& kernel) {
   const zm::CudaStream stream;  // the default stream of the current device
   const zm::MXFP8Shape a_shape{kRows, kDepth}, b_shape{kColumns, kDepth};
   const DeviceMemory source(a.size() * sizeof(float)), d(kRows * kColumns * sizeof(float));
@@ -113,13 +111,12 @@ Matrix multiply_on_gpu(const Matrix& a, const Matrix& b, zm::GemmPath path) {
                  {codes.get<std::uint8_t>(), scales.get<std::uint8_t>(), rows, kDepth}, stream);
     return zm::ConstMXFP8View{codes.get<std::uint8_t>(), scales.get<std::uint8_t>(), rows, kDepth};
   };
-  const zm::GemmArguments arguments{encode(a, kRows, a_codes, a_scales),
-                                    encode(b, kColumns, b_codes, b_scales),
-                                    nullptr,
-                                    {d.get(), zm::DType::kFloat32, kRows, kColumns, kColumns}};
-  const std::size_t bytes = zm::workspace_size(path, zm::problem_of(arguments), 0);
+  const zm::GemmArguments arguments{
+      encode(a, kRows, a_codes, a_scales), encode(b, kColumns, b_codes, b_scales), nullptr,
+      zm::MatrixView{d.get(), zm::DType::kFloat32, kRows, kColumns, kColumns}};
+  const std::size_t bytes = zm::workspace_size(kernel, zm::problem_of(arguments), 0);
   const DeviceMemory workspace(bytes);
-  zm::gemm(path, arguments, {workspace.get(), bytes}, stream);
+  zm::gemm(kernel, arguments, {workspace.get(), bytes}, stream);
   Matrix result(kRows * kColumns);
   check(cudaMemcpy(result.data(), d.get(), result.size() * sizeof(float), cudaMemcpyDeviceToHost));
   return result;
@@ -134,7 +131,7 @@ int main() {
   const auto report = [&](const char* where, const Matrix& result) {
     const double error = relative_error(a, b, result);
     worst = std::fmax(worst, error);
-    std::printf("%-12s relative error of the product %.4f\n", where, error);
+    std::printf("%-12s relative error of the GEMM %.4f\n", where, error);
   };
   try {
     std::printf("zimage_mxfp8 %s\n", zm::build_info().version.c_str());
@@ -142,8 +139,8 @@ int main() {
 #ifdef WITH_CUDA
     const auto devices = zm::cuda_devices();
     if (devices.empty()) std::printf("no CUDA device\n");
-    for (const zm::GemmPath path :
-         devices.empty() ? std::vector<zm::GemmPath>{} : zm::all_gemm_paths()) {
+    for (const zm::GemmKernel* kernel : zm::gemm_kernels()) {
+      if (devices.empty()) break;
       const zm::GemmProblem problem{kRows,
                                     kColumns,
                                     kDepth,
@@ -151,11 +148,11 @@ int main() {
                                     zm::OperandFormat::kMXFP8,
                                     zm::DType::kFloat32,
                                     false};
-      const zm::Support support = zm::supports(path, problem, 0);
+      const zm::Support support = zm::supports(*kernel, problem, 0);
       if (support) {
-        report(zm::name(path), multiply_on_gpu(a, b, path));
+        report(zm::name(*kernel), multiply_on_gpu(a, b, *kernel));
       } else {
-        std::printf("%-12s %s\n", zm::name(path), support.reason.c_str());
+        std::printf("%-12s %s\n", zm::name(*kernel), support.reason.c_str());
       }
     }
 #endif

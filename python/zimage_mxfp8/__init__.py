@@ -47,7 +47,16 @@ if TYPE_CHECKING:
     from .generation.generator import Generation, GenerationProgress, ZImageGenerator
     from .generation.settings import GenerationSettings
     from .ops.codec import MXFP8Array, dequantize, from_blocked, quantize, to_blocked
-    from .ops.gemm import FoldStats, RowScaledArray, fold, gemm, gemm_path, quantize_rows
+    from .ops.gemm import (
+        FoldStats,
+        GemmCandidate,
+        RowScaledArray,
+        explain_gemm,
+        fold,
+        gemm,
+        gemm_kernel,
+        quantize_rows,
+    )
     from .streaming.error_stats import ErrorStats
     from .streaming.jobs import Progress
     from .system.diagnosis import Diagnosis, diagnose
@@ -101,7 +110,9 @@ _HOME = {
     "RowScaledArray": "ops.gemm",
     "fold": "ops.gemm",
     "gemm": "ops.gemm",
-    "gemm_path": "ops.gemm",
+    "gemm_kernel": "ops.gemm",
+    "GemmCandidate": "ops.gemm",
+    "explain_gemm": "ops.gemm",
     "quantize_rows": "ops.gemm",
     "Inspection": "checkpoint.inspection",
     "inspect": "checkpoint.inspection",
@@ -125,6 +136,7 @@ __all__ = [
     "Error",
     "ErrorStats",
     "FoldStats",
+    "GemmCandidate",
     "Generation",
     "GenerationError",
     "GenerationProgress",
@@ -160,10 +172,11 @@ __all__ = [
     "dequantize",
     "dequantize_checkpoint",
     "diagnose",
+    "explain_gemm",
     "fold",
     "from_blocked",
     "gemm",
-    "gemm_path",
+    "gemm_kernel",
     "inspect",
     "load_recipe",
     "plan_conversion",

@@ -97,35 +97,37 @@ def rotate_heads(
     eps: float,
     stream: int = 0,
 ) -> None: ...
-def fused_gemm_unsupported(device: int) -> str: ...
-def prefers_fused_gemm(m: int, n: int, device: int) -> bool: ...
-def gemm_silu_multiply(
-    a: tuple[Any, Any], b: tuple[Any, Any], target: Any, stream: int = 0
-) -> None: ...
-def gemm_rotate_heads(
-    a: tuple[Any, Any],
-    b: tuple[Any, Any],
-    q_weight: Any,
-    k_weight: Any,
-    rotations: Any,
-    heads: int,
-    eps: float,
-    target: Any,
-    stream: int = 0,
-) -> None: ...
-def gemm_paths() -> list[str]: ...
 def cublaslt_version() -> str: ...
 
 class GemmProblem:
     def __init__(
-        self, m: int, n: int, k: int, a: str, b: str, dtype: DTypeName, bias: bool
+        self,
+        m: int,
+        n: int,
+        k: int,
+        a: str,
+        b: str,
+        dtype: DTypeName,
+        bias: bool,
+        epilogue: str = "none",
+        d_format: str = "bfloat16",
     ) -> None: ...
 
-def gemm_unsupported(path: str, problem: GemmProblem, device: int) -> str: ...
-def gemm_preferred_path(problem: GemmProblem, device: int) -> Any: ...
-def gemm_workspace_size(path: str, problem: GemmProblem, device: int) -> int: ...
+class GemmKernel:
+    @property
+    def name(self) -> str: ...
+    @property
+    def operands(self) -> list[tuple[str, str]]: ...
+    @property
+    def epilogues(self) -> list[str]: ...
+
+def gemm_kernels() -> list[GemmKernel]: ...
+def gemm_unsupported(kernel: str, problem: GemmProblem, device: int) -> str: ...
+def choose_gemm(problem: GemmProblem, device: int) -> str: ...
+def explain_gemm(problem: GemmProblem, device: int) -> list[tuple[str, bool, float, str]]: ...
+def gemm_workspace_size(kernel: str, problem: GemmProblem, device: int) -> int: ...
 def gemm(
-    path: str,
+    kernel: str,
     a: tuple[str, Any, Any, int, int],
     b: tuple[str, Any, Any, int, int],
     bias: Any,
@@ -133,6 +135,27 @@ def gemm(
     dtype: DTypeName,
     workspace: Any,
     threads: int = 0,
+    stream: int = 0,
+) -> None: ...
+def gemm_silu_multiply(
+    kernel: str,
+    a: tuple[str, Any, Any, int, int],
+    b: tuple[str, Any, Any, int, int],
+    d: tuple[str, Any, Any, int, int],
+    workspace: Any,
+    stream: int = 0,
+) -> None: ...
+def gemm_rotate_heads(
+    kernel: str,
+    a: tuple[str, Any, Any, int, int],
+    b: tuple[str, Any, Any, int, int],
+    q_weight: Any,
+    k_weight: Any,
+    rotations: Any,
+    heads: int,
+    eps: float,
+    d: Any,
+    workspace: Any,
     stream: int = 0,
 ) -> None: ...
 def quantize_rows(

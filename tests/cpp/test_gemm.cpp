@@ -65,12 +65,12 @@ struct RowScaled {
 
 }  // namespace
 
-TEST_CASE("the emulated product is that of the decoded operands") {
+TEST_CASE("the reference is the GEMM of the decoded operands") {
   const std::int64_t m = 5, n = 40, k = 96;
   const Encoded a(ramp(m, k, 0.7), m, k), b(ramp(n, k, 0.3), n, k);
   for (const int threads : {1, 3}) {
     std::vector<float> d(static_cast<std::size_t>(m * n));
-    gemm({a.view(), b.view(), nullptr, {d.data(), DType::kFloat32, m, n, n}}, threads);
+    gemm({a.view(), b.view(), nullptr, MatrixView{d.data(), DType::kFloat32, m, n, n}}, threads);
     for (std::int64_t i = 0; i < m; ++i) {
       for (std::int64_t j = 0; j < n; ++j) {
         double want = 0, size = 0;
@@ -151,26 +151,60 @@ TEST_CASE("arguments of a product that do not go together") {
   CHECK_THROWS_AS(product(ConstMatrixView{d.data(), DType::kFloat32, 4, 16, 16}, b.view(), out),
                   InvalidArgument);
   CHECK_THROWS_AS(product(ConstMXFP8View{nullptr, nullptr, 4, 64}, b.view(), out), InvalidArgument);
-  CHECK_THROWS_AS(gemm_path("fastest"), InvalidArgument);
-  for (const GemmPath path : all_gemm_paths()) CHECK(gemm_path(name(path)) == path);
+  CHECK_THROWS_AS(find_gemm_kernel("fastest"), InvalidArgument);
+  for (const GemmKernel* kernel : gemm_kernels()) {
+    CHECK(&find_gemm_kernel(name(*kernel)) == kernel);
+    CHECK(!operand_formats(*kernel).empty());
+    CHECK(!epilogues(*kernel).empty());
+  }
 }
 
-TEST_CASE("without a device only the emulated path is there") {
+TEST_CASE("without a device only the reference is there") {
   const GemmProblem problem{
       4, 16, 64, OperandFormat::kMXFP8, OperandFormat::kMXFP8, DType::kBFloat16, false};
-  CHECK(preferred_path(problem, kHost) == GemmPath::kEmulated);
-  for (const GemmPath path : all_gemm_paths()) {
-    const Support support = supports(path, problem, kHost);
-    CHECK(support.ok == (path == GemmPath::kEmulated));
+  CHECK(name(choose_gemm(problem, kHost)) == std::string("reference"));
+  for (const GemmKernel* kernel : gemm_kernels()) {
+    const Support support = supports(*kernel, problem, kHost);
+    CHECK(support.ok == (name(*kernel) == std::string("reference")));
     CHECK(support.reason.empty() == support.ok);
   }
-  CHECK_THROWS_WITH_AS(workspace_size(GemmPath::kSM100, problem, kHost),
-                       "sm100 needs a CUDA device; MXFP8 x MXFP8 takes \"emulated\" on the CPU",
+  CHECK_THROWS_WITH_AS(workspace_size(find_gemm_kernel("mxfp8_sm100"), problem, kHost),
+                       "mxfp8_sm100 needs a CUDA device; 4x16x64 MXFP8 x MXFP8 -> BF16 is computed "
+                       "by \"reference\" on the CPU",
                        Unsupported);
   const int missing = static_cast<int>(cuda_devices().size());
-  CHECK_THROWS_AS(supports(GemmPath::kDecode, problem, missing), Unsupported);
-  CHECK_THROWS_AS(preferred_path({4, 12, 64, problem.a, problem.b, problem.d, false}, kHost),
+  CHECK_THROWS_AS(supports(find_gemm_kernel("dequantize"), problem, missing), Unsupported);
+  CHECK_THROWS_AS(choose_gemm({4, 12, 64, problem.a, problem.b, problem.d, false}, kHost),
                   InvalidArgument);
+}
+
+TEST_CASE("problems with an epilogue") {
+  GemmProblem problem{4,
+                      32,
+                      64,
+                      OperandFormat::kRowScaled,
+                      OperandFormat::kRowScaled,
+                      DType::kBFloat16,
+                      false,
+                      GemmEpilogue::kSiluMultiply};
+  for (const GemmKernel* kernel : gemm_kernels()) CHECK(!supports(*kernel, problem, kHost));
+  CHECK_THROWS_AS(choose_gemm(problem, kHost), Unsupported);
+  const auto refuses = [&](auto change) {
+    GemmProblem changed = problem;
+    change(changed);
+    CHECK_THROWS_AS(choose_gemm(changed, kHost), InvalidArgument);
+  };
+  refuses([](GemmProblem& p) { p.bias = true; });
+  refuses([](GemmProblem& p) { p.d = DType::kFloat32; });
+  refuses([](GemmProblem& p) { p.n = 24; });
+  refuses([](GemmProblem& p) {
+    p.epilogue = GemmEpilogue::kNone;
+    p.d_format = OperandFormat::kMXFP8;
+  });
+  refuses([](GemmProblem& p) {
+    p.epilogue = GemmEpilogue::kRotateHeads;
+    p.d_format = OperandFormat::kMXFP8;
+  });
 }
 
 TEST_CASE("host memory is refused where a device's is needed") {
@@ -187,8 +221,9 @@ TEST_CASE("host memory is refused where a device's is needed") {
   CHECK_THROWS_AS(quantize_rows(view, rows.view(), stream), Error);
   const ConstMXFP8View operand{codes, scales, 32, 32};
   CHECK_THROWS_AS(
-      gemm(GemmPath::kEmulated,
-           {operand, operand, nullptr, {d.data(), DType::kFloat32, 32, 32, 32}}, {}, stream),
+      gemm(find_gemm_kernel("reference"),
+           {operand, operand, nullptr, MatrixView{d.data(), DType::kFloat32, 32, 32, 32}}, {},
+           stream),
       Error);
   CHECK_THROWS_AS(quantize(view, MXFP8View{codes + 1, scales, 32, 31}, stream), InvalidArgument);
   CHECK_THROWS_AS(quantize(view, MXFP8View{codes + 1, scales, 32, 32}, stream), InvalidArgument);
@@ -200,11 +235,9 @@ TEST_CASE("alignment is asked of elements only") {
     alignas(16) static std::uint16_t d[3 * 8];
     alignas(16) static std::uint8_t codes[32 * 32], scales[512];
     try {
-      gemm(GemmPath::kSM90,
+      gemm(find_gemm_kernel("mixed_sm90"),
            {ConstMatrixView{a, DType::kBFloat16, 3, k, a_row_stride},
-            ConstMXFP8View{codes, scales, 8, k},
-            nullptr,
-            {d, DType::kBFloat16, 3, 8, 8}},
+            ConstMXFP8View{codes, scales, 8, k}, nullptr, MatrixView{d, DType::kBFloat16, 3, 8, 8}},
            {}, CudaStream{});
     } catch (const Error& error) {
       return std::string(error.what());
@@ -240,4 +273,71 @@ TEST_CASE("memory that is written overlaps with nothing") {
   CHECK_THROWS_AS(dequantize(ConstMXFP8View{bytes, scales.data(), 32, 32},
                              MatrixView{memory.data(), DType::kFloat32, 32, 32, 32}),
                   InvalidArgument);
+}
+
+namespace {
+
+// The memory of a call. It is the host's, so every call is refused; what matters is the reason.
+struct Memory {
+  alignas(16) std::uint8_t a[16 * 32]{}, b[384 * 32]{};
+  alignas(16) float a_scales[16]{}, b_scales[384]{}, rotations[16 * 128]{};
+  alignas(16) std::uint16_t weight[128]{}, target[16 * 384]{};
+};
+
+Memory memory;
+
+struct Call {
+  ConstRowScaledView a{memory.a, memory.a_scales, 16, 32};
+  ConstRowScaledView b{memory.b, memory.b_scales, 384, 32};
+  RotateHeads epilogue{
+      memory.weight, memory.weight, {memory.rotations, DType::kFloat32, 16, 128, 128}, 1, 1e-5f};
+  MatrixView target{memory.target, DType::kBFloat16, 16, 384, 384};
+
+  void rotate() const {
+    gemm(find_gemm_kernel("fp8_sm90"), {a, b, nullptr, target, epilogue}, {}, CudaStream{});
+  }
+  void gate() const {
+    gemm(find_gemm_kernel("fp8_sm90"), {a, b, nullptr, target, SiluMultiply{}}, {}, CudaStream{});
+  }
+};
+
+}  // namespace
+
+TEST_CASE("arguments of an epilogue that do not go together") {
+  CHECK_THROWS_AS(Call{}.rotate(), Error);  // no device, or not its memory
+  const auto refuses = [](auto change) {
+    Call call;
+    change(call);
+    CHECK_THROWS_AS(call.rotate(), InvalidArgument);
+  };
+  refuses([](Call& c) { c.a.codes = nullptr; });
+  refuses([](Call& c) { c.a.codes = memory.a + 1; });
+  refuses([](Call& c) { c.b.scales = memory.b_scales + 1; });
+  refuses([](Call& c) { c.a.rows = -1; });
+  refuses([](Call& c) { c.a.cols = 16; });
+  refuses([](Call& c) { c.a.cols = c.b.cols = 24; });
+  refuses([](Call& c) { c.epilogue.heads = 2; });
+  refuses([](Call& c) { c.epilogue.heads = 0; });
+  refuses([](Call& c) { c.epilogue.eps = -1.0f; });
+  refuses([](Call& c) { c.epilogue.eps = std::nanf(""); });
+  refuses([](Call& c) { c.epilogue.q_weight = nullptr; });
+  refuses([](Call& c) { c.epilogue.q_weight = memory.weight + 1; });
+  refuses([](Call& c) { c.epilogue.rotations.rows = 15; });
+  refuses([](Call& c) { c.epilogue.rotations.row_stride = 129; });
+  refuses([](Call& c) { c.epilogue.rotations.row_stride = std::int64_t{1} << 62; });
+  refuses([](Call& c) { c.target.cols = 376; });
+  refuses([](Call& c) { c.target.row_stride = 385; });
+  refuses([](Call& c) { c.target.row_stride = std::int64_t{1} << 62; });
+  refuses([](Call& c) { c.target.row_stride = INT64_MAX - 7; });
+  refuses([](Call& c) { c.target.dtype = DType::kFloat16; });
+  refuses([](Call& c) { c.target.data = memory.a; });
+
+  Call call;
+  call.target.cols = 192;
+  CHECK_THROWS_AS(call.gate(), Error);
+  call.target.cols = 191;
+  CHECK_THROWS_AS(call.gate(), InvalidArgument);
+  call.b.rows = 376;  // not a multiple of 16
+  call.target.cols = 188;
+  CHECK_THROWS_AS(call.gate(), InvalidArgument);
 }

@@ -2,12 +2,13 @@
 
     compute-sanitizer --tool memcheck python tests/python/sanitize.py
     compute-sanitizer --tool synccheck python tests/python/sanitize.py
-    compute-sanitizer --tool racecheck python tests/python/sanitize.py --skip decode row-scaled
-    compute-sanitizer --tool initcheck python tests/python/sanitize.py --skip decode row-scaled sm90
+    compute-sanitizer --tool racecheck python tests/python/sanitize.py --skip dequantize fp8_rowwise
+    compute-sanitizer --tool initcheck python tests/python/sanitize.py \
+        --skip dequantize fp8_rowwise mixed_sm90
     compute-sanitizer --tool initcheck python tests/python/sanitize.py --blind-spot
 
 racecheck (CUDA 13.0, on an H100) dies inside cuBLASLt's kernels with "failed to handle a hardware
-exception", even if `--kernel-name kns=zimage_mxfp8` keeps it to ours, hence the two paths that it
+exception", even if `--kernel-name kns=zimage_mxfp8` keeps it to ours, hence the two kernels that it
 cannot run.
 
 initcheck must see all kernels: with that filter it misses what torch's wrote, and reports that as
@@ -26,9 +27,9 @@ import torch
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
-from zimage_mxfp8.ops import fused, fused_gemm
+from zimage_mxfp8.ops import fused, gemm_epilogues
 
-TOLERANCE = {"mxfp8-emulated": 1e-6, "decode": 5e-3, "row-scaled": 1e-2, "sm90": 5e-3}
+TOLERANCE = {"reference": 1e-6, "dequantize": 5e-3, "fp8_rowwise": 1e-2, "mixed_sm90": 5e-3}
 # M, N and K: every kernel's number of tokens, and weights enough for every multiprocessor.
 PRODUCTS = (
     *((m, 72, 288) for m in (1, 40, 100, 200, 4100)),
@@ -104,15 +105,19 @@ def check_fused_products(tokens: int, columns: int, heads: int, depth: int) -> N
     """The products with fused epilogues, against a product and the fused operation."""
     x = zm.quantize_rows(torch.randn(tokens, depth, device="cuda"))
     both = zm.quantize_rows(torch.randn(2 * columns, depth, device="cuda"))
-    gate, up = zm.gemm(x, both, path="mxfp8-emulated").chunk(2, dim=1)
+    gate, up = zm.gemm(x, both, kernel="reference").chunk(2, dim=1)
     want = fused.silu_multiply(gate, up).float()
-    check_close(fused_gemm.gemm_silu_multiply(x, both), want, tokens, columns)
+    check_close(
+        gemm_epilogues.gemm_silu_multiply(x, both, kernel="fp8_sm90"), want, tokens, columns
+    )
     weights = zm.quantize_rows(torch.randn(384 * heads, depth, device="cuda"))
-    qkv = zm.gemm(x, weights, path="mxfp8-emulated")
+    qkv = zm.gemm(x, weights, kernel="reference")
     norm = torch.rand(128, device="cuda").bfloat16()
     rotations = torch.randn(tokens, 64, 2, device="cuda")
     fused.rotate_heads(qkv, norm, norm, rotations, heads)
-    result = fused_gemm.gemm_rotate_heads(x, weights, norm, norm, rotations, heads)
+    result = gemm_epilogues.gemm_rotate_heads(
+        x, weights, norm, norm, rotations, heads, kernel="fp8_sm90"
+    )
     check_close(result, qkv.float(), tokens, 384 * heads)
 
 
@@ -127,18 +132,18 @@ def check_products(m: int, n: int, k: int, skipped: list[str]) -> None:
     for first, second in (("mxfp8", "mxfp8"), ("bfloat16", "mxfp8"), ("row-scaled", "row-scaled")):
         left, right = kinds[first](a.cuda()), kinds[second](b.cuda())
         want = zm.gemm(kinds[first](a), kinds[second](b), bias, dtype=torch.float32)
-        for path in _core.gemm_paths():
+        for kernel in [k.name for k in _core.gemm_kernels()]:
             for dtype in ("bfloat16", "float16", "float32"):
                 problem = _core.GemmProblem(m, n, k, first, second, dtype, True)
-                if path in skipped or _core.gemm_unsupported(path, problem, 0):
+                if kernel in skipped or _core.gemm_unsupported(kernel, problem, 0):
                     continue
-                result = zm.gemm(left, right, bias.cuda(), dtype=dtype, path=path).cpu().float()
+                result = zm.gemm(left, right, bias.cuda(), dtype=dtype, kernel=kernel).cpu().float()
                 error = ((result - want).norm() / want.norm()).item()
-                assert error < TOLERANCE.get(path, 5e-3) + (0 if dtype == "float32" else 4e-3)
+                assert error < TOLERANCE.get(kernel, 5e-3) + (0 if dtype == "float32" else 4e-3)
 
 
 def check_torch(m: int, n: int, k: int) -> None:
-    """What our paths over cuBLASLt do, by torch alone: a product, and a kernel that reads it."""
+    """What our kernels over cuBLASLt do, by torch alone: a product, and a kernel that reads it."""
     a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
     want = a.double() @ b.double().T + 1
     left, right = a.cuda(), b.cuda().T
@@ -177,7 +182,7 @@ def main() -> None:
         check_heads(rows, heads, gap)
     for product in PRODUCTS:
         check_products(*product, arguments.skip)
-    if "sm90" not in arguments.skip and not fused_gemm.unsupported(0):
+    if "mixed_sm90" not in arguments.skip and "90a" in _core.build_info().architectures:
         for tokens, columns, heads, depth in ((5, 8, 1, 32), (130, 72, 3, 416), (300, 1000, 7, 96)):
             check_fused_products(tokens, columns, heads, depth)
         check_fused_products(4100, 1024, 2, 64)  # several tiles for each block

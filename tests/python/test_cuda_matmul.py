@@ -1,8 +1,8 @@
-"""Products on a CUDA device, of every path that the device has, against the emulated product.
+"""Products on a CUDA device, of every kernel that the device has, against the reference.
 
     pytest -m gpu
 
-The emulated product itself is checked on the CPU by test_matmul.py, and here against the CPU.
+The reference itself is checked on the CPU by test_matmul.py, and here against the CPU.
 """
 
 from __future__ import annotations
@@ -26,28 +26,34 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # [N, K] of Z-Image's linears, and the odd ones that the API promises.
 MODEL_SHAPES = [(11520, 3840), (3840, 3840), (10240, 3840), (3840, 10240), (15360, 256)]
 ODD_SHAPES = [(8, 32), (40, 96), (264, 160), (136, 3872), (11400, 160)]
-# Relative error (Frobenius) against the emulated product in float32: order of sums alone, or
+# Relative error (Frobenius) against the reference in float32: order of sums alone, or
 # the FP8 tensor cores' narrower sums. Rounding to the output type comes on top.
-SUMS = {"decode": 1e-5, "row-scaled": 5e-3, "sm90": 1e-5, "sm100": 1e-5, "sm120": 1e-5}
+SUMS = {
+    "dequantize": 1e-5,
+    "fp8_rowwise": 5e-3,
+    "mixed_sm90": 1e-5,
+    "mxfp8_sm100": 1e-5,
+    "mxfp8_sm120": 1e-5,
+}
 ROUNDING = {torch.bfloat16: 3e-3, torch.float16: 4e-4, torch.float32: 0.0}
 OPERANDS = {
-    "decode": [("mxfp8", "mxfp8"), ("bfloat16", "mxfp8")],
-    "row-scaled": [("row-scaled", "row-scaled")],
-    "sm90": [("bfloat16", "mxfp8")],
-    "sm100": [("mxfp8", "mxfp8")],
-    "sm120": [("mxfp8", "mxfp8")],
+    "dequantize": [("mxfp8", "mxfp8"), ("bfloat16", "mxfp8")],
+    "fp8_rowwise": [("row-scaled", "row-scaled")],
+    "mixed_sm90": [("bfloat16", "mxfp8")],
+    "mxfp8_sm100": [("mxfp8", "mxfp8")],
+    "mxfp8_sm120": [("mxfp8", "mxfp8")],
 }
 
 
-def paths() -> list[str]:
-    """The fast paths of the device that is there."""
+def kernels() -> list[str]:
+    """The fast kernels of the device that is there."""
     if not torch.cuda.is_available() or not _core.build_info().cuda:
         return list(OPERANDS)
     found = []
-    for path, operands in OPERANDS.items():
+    for kernel, operands in OPERANDS.items():
         problem = _core.GemmProblem(32, 32, 32, *operands[0], "bfloat16", False)
-        if not _core.gemm_unsupported(path, problem, torch.cuda.current_device()):
-            found.append(path)
+        if not _core.gemm_unsupported(kernel, problem, torch.cuda.current_device()):
+            found.append(kernel)
     return found
 
 
@@ -78,37 +84,39 @@ def relative_error(result: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def check(
-    path: str, kinds: tuple[str, str], m: int, n: int, k: int, bias: bool, dtype: torch.dtype
+    kernel: str, kinds: tuple[str, str], m: int, n: int, k: int, bias: bool, dtype: torch.dtype
 ) -> None:
     a, b = operand(kinds[0], random(m, k, 1)), operand(kinds[1], random(n, k, 2))
     vector = random(1, n, 3)[0].bfloat16() * k**0.5 if bias else None
-    want = zm.gemm(a, b, vector, dtype=torch.float32, path="emulated")
+    want = zm.gemm(a, b, vector, dtype=torch.float32, kernel="reference")
     torch.full((1 << 24,), 0x7F, dtype=torch.uint8, device="cuda")  # NaN in what is allocated next
-    result = zm.gemm(a, b, vector, dtype=dtype, path=path)
+    result = zm.gemm(a, b, vector, dtype=dtype, kernel=kernel)
     assert result.dtype == dtype and result.is_cuda
     if dtype == torch.float16:  # beyond its range both are infinite
         want, result = want.clamp(-65504, 65504), result.clamp(-65504, 65504)
-    assert relative_error(result, want) <= SUMS[path] + ROUNDING[dtype]
+    assert relative_error(result, want) <= SUMS[kernel] + ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("m", [1, 32, 64, 77, 129, 4224])
 @pytest.mark.parametrize(("n", "k"), MODEL_SHAPES)
-def test_model_shapes(path: str, m: int, n: int, k: int) -> None:
-    for kinds in OPERANDS[path]:
-        check(path, kinds, m, n, k, bias=m != 77, dtype=torch.bfloat16)
+def test_model_shapes(kernel: str, m: int, n: int, k: int) -> None:
+    for kinds in OPERANDS[kernel]:
+        check(kernel, kinds, m, n, k, bias=m != 77, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("n", "k"), ODD_SHAPES)
-def test_odd_shapes_and_outputs(path: str, dtype: torch.dtype, bias: bool, n: int, k: int) -> None:
-    if path == "sm90" and dtype != torch.bfloat16:
-        pytest.skip("sm90 writes bfloat16 only; test_misuse checks that it says so")
-    for kinds in OPERANDS[path]:
+def test_odd_shapes_and_outputs(
+    kernel: str, dtype: torch.dtype, bias: bool, n: int, k: int
+) -> None:
+    if kernel == "mixed_sm90" and dtype != torch.bfloat16:
+        pytest.skip("mixed_sm90 writes bfloat16 only; test_misuse checks that it says so")
+    for kinds in OPERANDS[kernel]:
         for m in (1, 5, 40, 128, 300, 4097):
-            check(path, kinds, m, n, k, bias, dtype)
+            check(kernel, kinds, m, n, k, bias, dtype)
 
 
 @settings(deadline=None, max_examples=40)
@@ -125,7 +133,7 @@ def test_emulated_has_the_bits_of_the_cpu(
 ) -> None:
     a, b = operand(kinds[0], random(m, k, 1)), operand(kinds[1], random(n, k, 2))
     vector = random(1, n, 3)[0].bfloat16() if bias else None
-    result = zm.gemm(a, b, vector, dtype=dtype, path="emulated").cpu()
+    result = zm.gemm(a, b, vector, dtype=dtype, kernel="reference").cpu()
     want = zm.gemm(on_host(a), on_host(b), None if vector is None else vector.cpu(), dtype=dtype)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(result.view(bits), want.view(bits))
@@ -160,65 +168,65 @@ def test_quantize_rows_of_every_length(cols: int) -> None:
         assert torch.equal(device.codes.view(torch.uint8).cpu(), host.codes.view(torch.uint8))
 
 
-@pytest.mark.parametrize("path", paths())
-def test_strided_operands_and_output(path: str) -> None:
-    kinds = OPERANDS[path][-1]
+@pytest.mark.parametrize("kernel", kernels())
+def test_strided_operands_and_output(kernel: str) -> None:
+    kinds = OPERANDS[kernel][-1]
     a, b = operand(kinds[0], random(130, 288, 5)), operand(kinds[1], random(72, 288, 6))
-    want = zm.gemm(a, b, dtype=torch.float32, path="emulated")
+    want = zm.gemm(a, b, dtype=torch.float32, kernel="reference")
     if kinds[0] == "bfloat16":
         wide = torch.full((130, 400), torch.nan, dtype=torch.bfloat16, device="cuda")
         wide[:, 8:296] = a
-        assert relative_error(zm.gemm(wide[:, 8:296], b, path=path), want) < 5e-3
+        assert relative_error(zm.gemm(wide[:, 8:296], b, kernel=kernel), want) < 5e-3
     result = torch.full((130, 96), 7.0, dtype=torch.bfloat16, device="cuda")
     problem = _core.GemmProblem(130, 72, 288, *kinds, "bfloat16", False)
-    nbytes = _core.gemm_workspace_size(path, problem, 0)
+    nbytes = _core.gemm_workspace_size(kernel, problem, 0)
     workspace = torch.empty(nbytes, dtype=torch.uint8, device="cuda") if nbytes else None
-    parts = [matmul._operand(x, "x") for x in (a, b)]
-    _core.gemm(path, *parts, None, result[:, :72], "bfloat16", workspace, 0, 0)
+    parts = [matmul.operand(x, "x") for x in (a, b)]
+    _core.gemm(kernel, *parts, None, result[:, :72], "bfloat16", workspace, 0, 0)
     torch.cuda.synchronize()
     assert relative_error(result[:, :72], want) < 8e-3
     assert (result[:, 72:] == 7).all()
 
 
-@pytest.mark.parametrize("path", [*paths(), "emulated"])
-def test_empty_products(path: str) -> None:
-    kinds = OPERANDS.get(path, [("mxfp8", "mxfp8")])[0]
+@pytest.mark.parametrize("kernel", [*kernels(), "reference"])
+def test_empty_products(kernel: str) -> None:
+    kinds = OPERANDS.get(kernel, [("mxfp8", "mxfp8")])[0]
     b, bias = operand(kinds[1], random(16, 64, 1)), random(1, 16, 2)[0].bfloat16()
     empty = torch.zeros(0, 64, device="cuda")
-    assert zm.gemm(operand(kinds[0], empty), b, bias, path=path).shape == (0, 16)
+    assert zm.gemm(operand(kinds[0], empty), b, bias, kernel=kernel).shape == (0, 16)
     nothing = [
         operand(kind, torch.zeros(rows, 0, device="cuda"))
         for kind, rows in zip(kinds, (3, 16), strict=True)
     ]
-    assert torch.equal(zm.gemm(*nothing, bias, path=path), bias.repeat(3, 1))
+    assert torch.equal(zm.gemm(*nothing, bias, kernel=kernel), bias.repeat(3, 1))
 
 
-@pytest.mark.parametrize("path", paths())
-def test_a_bias_that_is_a_view(path: str) -> None:
-    kinds = OPERANDS[path][0]
+@pytest.mark.parametrize("kernel", kernels())
+def test_a_bias_that_is_a_view(kernel: str) -> None:
+    kinds = OPERANDS[kernel][0]
     a, b = operand(kinds[0], random(40, 288, 1)), operand(kinds[1], random(72, 288, 2))
     bias = random(1, 80, 3)[0].bfloat16()[3:75]
-    want = zm.gemm(a, b, bias, dtype=torch.float32, path="emulated")
+    want = zm.gemm(a, b, bias, dtype=torch.float32, kernel="reference")
     assert (
-        relative_error(zm.gemm(a, b, bias, path=path), want)
-        <= SUMS[path] + ROUNDING[torch.bfloat16]
+        relative_error(zm.gemm(a, b, bias, kernel=kernel), want)
+        <= SUMS[kernel] + ROUNDING[torch.bfloat16]
     )
 
 
-@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("tokens", [100, 4096])
-def test_many_streams(path: str, tokens: int) -> None:
-    kinds = OPERANDS[path][0]
+def test_many_streams(kernel: str, tokens: int) -> None:
+    kinds = OPERANDS[kernel][0]
     b = operand(kinds[1], random(3840, 3840, 7))
     inputs = [operand(kinds[0], random(tokens + 50 * i, 3840, i)) for i in range(8)]
-    wants = [zm.gemm(a, b, path=path) for a in inputs]
+    wants = [zm.gemm(a, b, kernel=kernel) for a in inputs]
     torch.cuda.synchronize()
     results: list[Any] = [None] * len(inputs)
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(5):
-                results[i] = zm.gemm(inputs[i], b, path=path)
+                results[i] = zm.gemm(inputs[i], b, kernel=kernel)
             torch.cuda.current_stream().synchronize()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
@@ -230,31 +238,31 @@ def test_many_streams(path: str, tokens: int) -> None:
         assert relative_error(result, want) < 1e-4
 
 
-@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("m", [300, 4300])
-def test_graph_capture(path: str, m: int) -> None:
-    kinds = OPERANDS[path][0]
+def test_graph_capture(kernel: str, m: int) -> None:
+    kinds = OPERANDS[kernel][0]
     static = random(m, 3840, 8)
     b = operand(kinds[1], random(3840, 3840, 9))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        zm.gemm(operand(kinds[0], static), b, path=path)
+        zm.gemm(operand(kinds[0], static), b, kernel=kernel)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        result = zm.gemm(operand(kinds[0], static), b, path=path)
+        result = zm.gemm(operand(kinds[0], static), b, kernel=kernel)
     for seed in (10, 11):
         static.copy_(random(m, 3840, seed))
         graph.replay()
-        want = zm.gemm(operand(kinds[0], static), b, path="emulated")
-        assert relative_error(result, want) < SUMS[path] + ROUNDING[torch.bfloat16] * 2
+        want = zm.gemm(operand(kinds[0], static), b, kernel="reference")
+        assert relative_error(result, want) < SUMS[kernel] + ROUNDING[torch.bfloat16] * 2
 
 
-@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("m", [3, 50, 100, 200, 4200])
-def test_every_code_under_every_scale(path: str, m: int) -> None:
+def test_every_code_under_every_scale(kernel: str, m: int) -> None:
     """Weights whose blocks run through all codes and scales, beyond what a quantiser makes."""
-    if path == "row-scaled":
+    if kernel == "fp8_rowwise":
         pytest.skip("has no scales of blocks")
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     codes[127] = codes[255] = 0  # NaN
@@ -266,15 +274,15 @@ def test_every_code_under_every_scale(path: str, m: int) -> None:
         (208, 32),
     )
     a = (random(m, 32, 16) / 16).bfloat16()
-    left = zm.quantize(a) if OPERANDS[path][-1][0] == "mxfp8" else a
-    want = zm.gemm(left, b, dtype=torch.float32, path="emulated")
-    result = zm.gemm(left, b, path=path).float()
+    left = zm.quantize(a) if OPERANDS[kernel][-1][0] == "mxfp8" else a
+    want = zm.gemm(left, b, dtype=torch.float32, kernel="reference")
+    result = zm.gemm(left, b, kernel=kernel).float()
     assert want.isfinite().all()
     scale = want.abs().amax(dim=0)  # of a column: its block's
     assert ((result - want).abs() <= scale * 2.0**-8).all()
     nan = zm.MXFP8Array(b.codes, b.scales.clone(), b.shape)
     nan.scales.view(-1)[5 * 16] = 255  # row 5, block 0
-    columns = zm.gemm(left, nan, path=path).isnan().any(dim=0).nonzero().flatten().tolist()
+    columns = zm.gemm(left, nan, kernel=kernel).isnan().any(dim=0).nonzero().flatten().tolist()
     assert columns == [5]
 
 
@@ -283,31 +291,31 @@ def test_folded_weights_compute_the_same() -> None:
     folded, stats = zm.fold(weight)
     a = random(64, 3840, 13)
     exact = a.double() @ zm.dequantize(weight).double().T
-    result = zm.gemm(a.bfloat16(), folded, dtype="float32", path="emulated")
+    result = zm.gemm(a.bfloat16(), folded, dtype="float32", kernel="reference")
     assert stats.relative_error < 1e-4
     assert relative_error(result, exact) < 3e-3  # a in bfloat16
 
 
-def test_the_device_has_the_paths_of_its_family() -> None:
+def test_the_device_has_the_kernels_of_its_family() -> None:
     """Else all that is above would pass without having run."""
     families = {
-        (9, 0): {"decode", "row-scaled", "sm90"},
-        (10, 0): {"decode", "sm100"},
-        (10, 3): {"decode", "sm100"},
-        (12, 0): {"decode", "sm120"},
-        (12, 1): {"decode", "sm120"},
+        (9, 0): {"dequantize", "fp8_rowwise", "mixed_sm90"},
+        (10, 0): {"dequantize", "mxfp8_sm100"},
+        (10, 3): {"dequantize", "mxfp8_sm100"},
+        (12, 0): {"dequantize", "mxfp8_sm120"},
+        (12, 1): {"dequantize", "mxfp8_sm120"},
     }
-    assert set(paths()) == families.get(torch.cuda.get_device_capability(), {"decode"})
+    assert set(kernels()) == families.get(torch.cuda.get_device_capability(), {"dequantize"})
 
 
-def test_the_device_has_a_path() -> None:
+def test_the_device_has_a_kernel() -> None:
     a = zm.quantize(random(4, 32, 14))
-    assert zm.gemm_path(a, zm.quantize(random(8, 32, 15))) in paths()
+    assert zm.gemm_kernel(a, zm.quantize(random(8, 32, 15))) in kernels()
 
 
 def test_misuse_is_a_typed_error() -> None:
     a, b = zm.quantize(random(16, 64, 1)), zm.quantize(random(16, 64, 2))
-    parts = [matmul._operand(x, "x") for x in (a, b)]
+    parts = [matmul.operand(x, "x") for x in (a, b)]
     out = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
     flat = torch.zeros(600, dtype=torch.bfloat16, device="cuda")
     small = torch.zeros(1024, dtype=torch.uint8, device="cuda")
@@ -316,11 +324,11 @@ def test_misuse_is_a_typed_error() -> None:
     inside = large[1 << 20 : (1 << 20) + 512].view(torch.bfloat16).view(16, 16)
     shifted = flat[4:260].view(16, 16)
 
-    def gemm(d: Any, workspace: Any = None, bias: Any = None, path: str = "decode") -> None:
-        _core.gemm(path, *parts, bias, d, "bfloat16", workspace, 0, 0)
+    def gemm(d: Any, workspace: Any = None, bias: Any = None, kernel: str = "dequantize") -> None:
+        _core.gemm(kernel, *parts, bias, d, "bfloat16", workspace, 0, 0)
 
     for call, sentence in (
-        (lambda: gemm(out), 'the workspace has 0 bytes, and the path "decode" needs'),
+        (lambda: gemm(out), 'the workspace has 0 bytes, and the kernel "dequantize" needs'),
         (lambda: gemm(out, small), "the workspace has 1024 bytes"),
         (lambda: gemm(out, large[8:]), "the workspace must be aligned to 256 bytes"),
         (lambda: gemm(inside, large), "the workspace overlaps with D"),
@@ -333,12 +341,12 @@ def test_misuse_is_a_typed_error() -> None:
     ):
         with pytest.raises(zm.InvalidArgumentError, match=sentence):
             call()
-    if "sm90" in paths():
-        with pytest.raises(zm.UnsupportedError, match="sm90 writes BF16 only"):
-            check("sm90", ("bfloat16", "mxfp8"), 8, 8, 32, False, torch.float32)
-    for path in set(OPERANDS) - set(paths()):
-        with pytest.raises(zm.UnsupportedError, match=f"{path} needs|no kernels for {path}") as e:
-            check(path, OPERANDS[path][0], 8, 8, 32, False, torch.bfloat16)
-        there = {"emulated"} | {p for p in paths() if OPERANDS[path][0] in OPERANDS[p]}
+    if "mixed_sm90" in kernels():
+        with pytest.raises(zm.UnsupportedError, match="mixed_sm90 does not write F32"):
+            check("mixed_sm90", ("bfloat16", "mxfp8"), 8, 8, 32, False, torch.float32)
+    for kernel in set(OPERANDS) - set(kernels()):
+        with pytest.raises(zm.UnsupportedError, match=f"{kernel} needs|no kernels for sm") as e:
+            check(kernel, OPERANDS[kernel][0], 8, 8, 32, False, torch.bfloat16)
+        there = {"reference"} | {p for p in kernels() if OPERANDS[kernel][0] in OPERANDS[p]}
         assert set(re.findall('"(.+?)"', str(e.value).split(" takes ")[1])) == there
         assert str(e.value).endswith(f" on {torch.cuda.get_device_name()}")

@@ -12,7 +12,7 @@ import torch
 
 import zimage_mxfp8 as zm
 from diffusers_reference import make_reference, random_inputs, relative_error
-from zimage_mxfp8.ops import fused_gemm
+from zimage_mxfp8.ops import gemm_epilogues
 from zimage_mxfp8.transformer import attention
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, supported, unsupported
 
@@ -65,28 +65,24 @@ def test_modes_agree_with_the_cpu(compute: str, batch, quantized: Path) -> None:
 @pytest.mark.parametrize("batch", [RAGGED, EQUAL], ids=["ragged", "equal"])
 def test_fused_epilogues(batch, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few tokens they are not the faster ones, so they are not taken by themselves."""
-    if why := fused_gemm.unsupported(torch.cuda.current_device()):
-        pytest.skip(why)
     inputs = on_device(random_inputs(*batch))
-    calls: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    choose = gemm_epilogues.choose
 
-    def counting(name: str):
-        function = getattr(fused_gemm, name)
+    def forced(kernel: str):
+        def choose_that(problem, like, _kernel=None):
+            kernels[kernel] += 1
+            return choose(problem, like, kernel)
 
-        def counted(*arguments):
-            calls[name] += 1
-            return function(*arguments)
+        return choose_that
 
-        return counted
-
-    for name in ("gemm_rotate_heads", "gemm_silu_multiply"):
-        monkeypatch.setattr(fused_gemm, name, counting(name))
-    monkeypatch.setattr(fused_gemm, "is_faster", lambda *_: False)
+    monkeypatch.setattr(gemm_epilogues, "choose", forced("fp8_rowwise"))
     apart = load(quantized, "fp8")(*inputs).sample
-    assert not calls
-    monkeypatch.setattr(fused_gemm, "is_faster", lambda *_: True)
+    if not kernels:
+        pytest.skip("the core has no FP8 GEMM for this device")
+    monkeypatch.setattr(gemm_epilogues, "choose", forced("fp8_sm90"))
     result = load(quantized, "fp8")(*inputs).sample
-    assert calls["gemm_rotate_heads"] > 0 and calls["gemm_silu_multiply"] > 0
+    assert kernels["fp8_sm90"] == kernels["fp8_rowwise"] > 0
     # The same numbers, but for the order of sums and roundings, and so for ties in E4M3.
     assert relative_error(result, apart) < 0.1
 

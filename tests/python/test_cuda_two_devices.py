@@ -24,12 +24,12 @@ pytestmark = [
 
 FIRST, SECOND = "cuda:0", "cuda:1"
 OPERANDS = {
-    "emulated": ("mxfp8", "row-scaled"),
-    "decode": ("bfloat16", "mxfp8"),
-    "row-scaled": ("row-scaled", "row-scaled"),
-    "sm90": ("bfloat16", "mxfp8"),
-    "sm100": ("mxfp8", "mxfp8"),
-    "sm120": ("mxfp8", "mxfp8"),
+    "reference": ("mxfp8", "row-scaled"),
+    "dequantize": ("bfloat16", "mxfp8"),
+    "fp8_rowwise": ("row-scaled", "row-scaled"),
+    "mixed_sm90": ("bfloat16", "mxfp8"),
+    "mxfp8_sm100": ("mxfp8", "mxfp8"),
+    "mxfp8_sm120": ("mxfp8", "mxfp8"),
 }
 
 
@@ -81,19 +81,19 @@ def test_the_codec_works_on_the_device_of_its_tensors() -> None:
     assert stats.changed == want_stats.changed
 
 
-@pytest.mark.parametrize("path", list(OPERANDS))
+@pytest.mark.parametrize("kernel", list(OPERANDS))
 @pytest.mark.parametrize("m", [40, 4200])
-def test_products_are_computed_on_the_device_of_their_tensors(path: Any, m: int) -> None:
-    kinds = OPERANDS[path]
+def test_products_are_computed_on_the_device_of_their_tensors(kernel: Any, m: int) -> None:
+    kinds = OPERANDS[kernel]
     if why := _core.gemm_unsupported(
-        path, _core.GemmProblem(m, 72, 288, *kinds, "bfloat16", True), 1
+        kernel, _core.GemmProblem(m, 72, 288, *kinds, "bfloat16", True), 1
     ):
         pytest.skip(why)
     a, b = operand(kinds[0], random(m, 288, 2)), operand(kinds[1], random(72, 288, 3))
     bias = random(1, 72, 4)[0].bfloat16()
     want = zm.gemm(a, b, bias, dtype=torch.float32)
-    for device in (FIRST, SECOND):  # what a path looks up once must not be the first device's
-        result = zm.gemm(to(a, device), to(b, device), bias.to(device), path=path)
+    for device in (FIRST, SECOND):  # what a kernel looks up once must not be the first device's
+        result = zm.gemm(to(a, device), to(b, device), bias.to(device), kernel=kernel)
         assert result.device == torch.device(device)
         assert (result.cpu().float() - want).norm() <= 8e-3 * want.norm()
 
@@ -126,9 +126,9 @@ def test_operands_on_two_devices_are_refused(kind: str) -> None:
         first, second = f"cuda:{one}", f"cuda:{other}"
         sentence = f"A is on CUDA device {one} but {{}} is on CUDA device {other}"
         with pytest.raises(zm.InvalidArgumentError, match=sentence.format("B")):
-            zm.gemm(to(a, first), to(b, second), path="emulated")
+            zm.gemm(to(a, first), to(b, second), kernel="reference")
         with pytest.raises(zm.InvalidArgumentError, match=sentence.format("the bias")):
-            zm.gemm(to(a, first), to(b, first), bias.to(second), path="emulated")
+            zm.gemm(to(a, first), to(b, first), bias.to(second), kernel="reference")
 
 
 def test_parts_on_two_devices_are_refused() -> None:

@@ -25,11 +25,11 @@ from zimage_mxfp8.system.extras import find_extras
 CMAKE = Path(__file__).parents[2] / "CMakeLists.txt"
 LIBRARIES = (torch, np, safetensors, diffusers, transformers)
 MADE_FOR = {
-    "decode": "BF16 x MXFP8",
-    "row-scaled": "row-scaled FP8",
-    "sm90": "BF16 x MXFP8",
-    "sm100": "MXFP8 x MXFP8",
-    "sm120": "MXFP8 x MXFP8",
+    "dequantize": "BF16 x MXFP8",
+    "fp8_rowwise": "row-scaled FP8",
+    "mixed_sm90": "BF16 x MXFP8",
+    "mxfp8_sm100": "MXFP8 x MXFP8",
+    "mxfp8_sm120": "MXFP8 x MXFP8",
 }
 SIZE = 4096  # of the products that are asked about
 
@@ -43,10 +43,10 @@ def operands(what: str, matrix: torch.Tensor) -> tuple[Any, Any]:
     return zm.quantize(matrix) if first == "MXFP8" else matrix, zm.quantize(matrix)
 
 
-def refusal(path: Any, matrix: torch.Tensor) -> str:
+def refusal(kernel: Any, matrix: torch.Tensor) -> str:
     """What is said to a product that asks for a path which is not there."""
     with pytest.raises(zm.UnsupportedError) as caught:
-        zm.gemm(*operands(MADE_FOR[path], matrix), path=path)
+        zm.gemm(*operands(MADE_FOR[kernel], matrix), kernel=kernel)
     return str(caught.value)
 
 
@@ -75,12 +75,16 @@ def test_the_processor(cli: Run) -> None:
     found = json.loads(cli("doctor", "--json", env={"ZIMAGE_MXFP8_CPU": "baseline"}).stdout)
     assert found["cpu_target"] == "baseline" and "baseline" in found["cpu_targets"]
     matrix = torch.ones(32, 32).bfloat16()
-    assert set(found["cpu"]["preferred"].values()) == {"emulated"}
-    for what, path in found["cpu"]["preferred"].items():
-        assert zm.gemm_path(*operands(what, matrix)) == path
-    assert set(found["cpu"]["reasons"]) == set(MADE_FOR) == set(_core.gemm_paths()) - {"emulated"}
-    for path, reason in found["cpu"]["reasons"].items():
-        assert refusal(path, matrix).startswith(f"{reason}; ")
+    assert set(found["cpu"]["chosen"].values()) == {"reference"}
+    for what, kernel in found["cpu"]["chosen"].items():
+        assert zm.gemm_kernel(*operands(what, matrix)) == kernel
+    names = {kernel.name for kernel in _core.gemm_kernels()}
+    assert set(found["cpu"]["reasons"]) == names - {"reference"} == {*MADE_FOR, "fp8_sm90"}
+    for kernel, reason in found["cpu"]["reasons"].items():
+        if kernel == "fp8_sm90":  # for epilogues only
+            assert reason == "GEMMs with an epilogue need a CUDA device"
+            continue
+        assert refusal(kernel, matrix).startswith(f"{reason}; ")
     assert found["cpu"]["compute"] == ["weight-only", "fp8", "mxfp8-emulated"]
 
 
@@ -94,9 +98,9 @@ def test_what_people_read(cli: Run) -> None:
         ("CPU kernels", "baseline, of baseline"),
         ("CUDA kernels", re.escape(kernels)),
         ("torch", re.escape(torch.__version__)),
-        ("BF16 x MXFP8", "emulated"),
+        ("BF16 x MXFP8", "reference"),
         ("transformer's compute modes", r"weight-only \(auto\), fp8, mxfp8-emulated"),
-        ("sm90", "sm90 needs a CUDA device"),
+        ("mixed_sm90", "mixed_sm90 needs a CUDA device"),
     ):
         assert re.search(rf"│ {what} +│ {value}", result.stdout), what
     assert ("No CUDA device: " in result.stdout) == (found["devices"] == [])
@@ -117,9 +121,9 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
     assert not ada["kernels"] and ada["with_kernels"] == ["fp8", "weight-only", "mxfp8-emulated"]
     assert blackwell["with_kernels"] == ["mxfp8", *ada["with_kernels"]]
     assert blackwell["without_kernels"] == ada["without_kernels"] == ada["with_kernels"]
-    assert ada["paths"]["compute"] == []
+    assert ada["gemm"]["compute"] == []
     reason = f"the torch that is installed ({torch.__version__}) does not find this device"
-    assert set(ada["paths"]["missing_modes"].values()) == {reason}
+    assert set(ada["gemm"]["missing_modes"].values()) == {reason}
     shown = cli("doctor", env=environment)
     assert shown.returncode == 0 and shown.stderr == ""
     assert "Fake RTX 5090, compute capability 12.0, 32.00 GiB" in shown.stdout
@@ -137,8 +141,8 @@ def test_without_torch(cli: Run, tmp_path: Path) -> None:
     found = json.loads(cli("doctor", "--json", env=environment).stdout)
     assert [device["name"] for device in found["devices"]] == ["Fake RTX 4090", "Fake RTX 5090"]
     for device in found["devices"]:
-        assert device["paths"]["compute"] == []
-        assert set(device["paths"]["missing_modes"].values()) == {
+        assert device["gemm"]["compute"] == []
+        assert set(device["gemm"]["missing_modes"].values()) == {
             "torch is not installed, or cannot be imported"
         }
 
@@ -192,15 +196,17 @@ def test_a_device_takes_the_path_that_is_told() -> None:
         assert device.capability == f"{major}.{minor}"
         generator = torch.Generator(f"cuda:{index}").manual_seed(index)
         matrix = torch.randn(SIZE, SIZE, generator=generator, device=generator.device).bfloat16()
-        for what, path in device.paths.preferred.items():
+        for what, kernel in device.gemm.chosen.items():
             a, b = operands(what, matrix)
-            if path:
-                assert zm.gemm_path(a, b) == path
-                by_name: Any = path
-                assert torch.equal(zm.gemm(a, b), zm.gemm(a, b, path=by_name))
+            if kernel:
+                assert zm.gemm_kernel(a, b) == kernel
+                by_name: Any = kernel
+                assert torch.equal(zm.gemm(a, b), zm.gemm(a, b, kernel=by_name))
             else:
-                with pytest.raises(zm.UnsupportedError, match="no fast path"):
+                with pytest.raises(zm.UnsupportedError, match="no fast kernel"):
                     zm.gemm(a, b)
-        for path, reason in device.paths.reasons.items():
-            assert path not in device.paths.preferred.values()
-            assert refusal(path, matrix).startswith(f"{reason}; ")
+        for kernel, reason in device.gemm.reasons.items():
+            if kernel not in MADE_FOR:  # for epilogues only
+                continue
+            assert kernel not in device.gemm.chosen.values()
+            assert refusal(kernel, matrix).startswith(f"{reason}; ")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +51,7 @@ def values(operand: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def product_in_order(a: Any, b: Any, bias: np.ndarray | None) -> np.ndarray:
-    """The definition of the emulated path: float32 sums in ascending order of k."""
+    """The definition of the kernel `reference`: float32 sums in ascending order of k."""
     (left, row_scales), (right, column_scales) = values(a), values(b)
     total = np.zeros((left.shape[0], right.shape[0]), np.float32)
     for k in range(left.shape[1]):
@@ -229,7 +233,7 @@ def shaped(shape: Any) -> zm.MXFP8Array:
     ("call", "sentence"),
     [
         (lambda: zm.gemm(ENCODED, zm.quantize(np.ones((16, 96), np.float32))), "widths differ"),
-        (lambda: zm.gemm_path(ENCODED, zm.quantize(np.ones((16, 96), np.float32))), "widths"),
+        (lambda: zm.gemm_kernel(ENCODED, zm.quantize(np.ones((16, 96), np.float32))), "widths"),
         (lambda: zm.gemm(ENCODED, zm.quantize(np.ones((12, 64), np.float32))), "N must be a mult"),
         (
             lambda: zm.gemm(*[zm.quantize(np.ones((16, 40), np.float32))] * 2),
@@ -241,9 +245,9 @@ def shaped(shape: Any) -> zm.MXFP8Array:
         (lambda: zm.gemm(ENCODED, ENCODED, np.ones(16, np.float32)), "bias must be bfloat16"),
         (lambda: zm.gemm(ENCODED, ENCODED, [1.0] * 16), "bias must be a NumPy array"),
         (lambda: zm.gemm(ENCODED, ENCODED, dtype="float64"), "not float64"),
-        (lambda: zm.gemm(ENCODED, ENCODED, path="fast"), "path must be one of emulated"),  # type: ignore[arg-type]
-        (lambda: zm.gemm(ENCODED, ENCODED, path=""), "path must be one of emulated"),  # type: ignore[arg-type]
-        (lambda: zm.gemm(ENCODED, ENCODED, path=3), "path must be one of emulated"),  # type: ignore[arg-type]
+        (lambda: zm.gemm(ENCODED, ENCODED, kernel="fast"), "kernel must be one of mxfp8_sm100"),  # type: ignore[arg-type]
+        (lambda: zm.gemm(ENCODED, ENCODED, kernel=""), "kernel must be one of mxfp8_sm100"),  # type: ignore[arg-type]
+        (lambda: zm.gemm(ENCODED, ENCODED, kernel=3), "kernel must be one of mxfp8_sm100"),  # type: ignore[arg-type]
         (lambda: zm.gemm(ENCODED, ENCODED, threads=-1), "threads"),
         (lambda: zm.gemm(ENCODED, ENCODED, threads=1.5), "threads"),  # type: ignore[arg-type]
         (lambda: zm.quantize(np.ones((2, 32), np.float32), threads=None), "threads"),  # type: ignore[arg-type]
@@ -329,13 +333,48 @@ def test_empty_tensors(shape: tuple[int, int]) -> None:
     assert tuple(zm.quantize_rows(torch.zeros(shape)).codes.shape) == shape
 
 
-def test_paths_that_need_a_device() -> None:
-    for path in _core.gemm_paths():
-        if path != "emulated":
-            sentence = f'{path} needs a CUDA device; BF16 x MXFP8 takes "emulated" on the CPU'
-            with pytest.raises(zm.UnsupportedError, match=f"^{sentence}$"):
-                zm.gemm(np.ones((4, 64), BFLOAT16), ENCODED, path=path)  # type: ignore[arg-type]
-    assert zm.gemm_path(ENCODED, ENCODED) == "emulated"
+def test_kernels_that_need_a_device() -> None:
+    for kernel in _core.gemm_kernels():
+        if kernel.name != "reference":
+            sentence = (
+                f"{kernel.name} needs a CUDA device; 4x16x64 BF16 x MXFP8 -> BF16 is computed by "
+                '"reference" on the CPU'
+            )
+            with pytest.raises(zm.UnsupportedError, match=f"^{re.escape(sentence)}$"):
+                zm.gemm(np.ones((4, 64), BFLOAT16), ENCODED, kernel=kernel.name)
+    assert zm.gemm_kernel(ENCODED, ENCODED) == "reference"
+    first, *others = zm.explain_gemm(ENCODED, ENCODED)
+    assert (first.kernel, first.reason) == ("reference", "")
+    assert [one.reason for one in others] == [f"{one.kernel} needs a CUDA device" for one in others]
+
+
+def run_with(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    code = """
+import numpy as np, zimage_mxfp8 as zm
+a = zm.quantize(np.ones((8, 32), np.float32))
+for _ in range(2):
+    print(zm.gemm(a, a, dtype="float32").sum())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_environment_logs_and_forces_choices() -> None:
+    result = run_with({"ZIMAGE_MXFP8_GEMM_LOG": "1", "ZIMAGE_MXFP8_GEMM_KERNEL": "mixed_sm90"})
+    assert result.stdout.split() == ["2048.0"] * 2
+    (line,) = result.stderr.splitlines()
+    start = "zimage-mxfp8 gemm: 8x8x32 MXFP8 x MXFP8 -> F32 on the CPU: reference (cost 1.00); "
+    assert line.startswith(start)
+    assert "fp8_rowwise needs a CUDA device" in line
+    assert run_with({"ZIMAGE_MXFP8_GEMM_LOG": "0"}).stderr == ""
+    result = run_with({"ZIMAGE_MXFP8_GEMM_KERNEL": "fastest"})
+    assert 'InvalidArgumentError: unknown GEMM kernel "fastest": use one of mxfp8_sm100' in (
+        result.stderr
+    )
 
 
 def test_overlapping_memory_is_refused() -> None:
@@ -354,4 +393,4 @@ def test_overlapping_memory_is_refused() -> None:
     out = encoded.codes.reshape(-1).view(np.uint16).reshape(32, 64)
     with pytest.raises(zm.InvalidArgumentError, match="D overlaps with"):
         first = ("mxfp8", zm.quantize(matrix[:32]).codes, encoded.scales, 32, 64)
-        _core.gemm("emulated", first, operand, None, out, "bfloat16", None)
+        _core.gemm("reference", first, operand, None, out, "bfloat16", None)

@@ -1,20 +1,27 @@
-// Matrix products with 8-bit operands: D[M, N] = A[M, K] B[N, K]^T + bias[N].
+// GEMM with 8-bit operands: D[M, N] = epilogue(A[M, K] B[N, K]^T + bias[N]).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
 #include "zimage_mxfp8/device.h"
+#include "zimage_mxfp8/fused.h"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8 {
 
 enum class OperandFormat : std::uint8_t { kBFloat16, kMXFP8, kRowScaled };
 
-// What a product is, apart from its numbers. M is any size, N a multiple of 8, K one of 32.
+// What follows the sums, see fused.h: silu_multiply() of the upper and the lower half of B's rows,
+// or rotate_heads() where B is [3 * heads * 128, K].
+enum class GemmEpilogue : std::uint8_t { kNone, kSiluMultiply, kRotateHeads };
+
+// What is to be computed, apart from its numbers. M is any size, N (rows of B) a multiple of 8, K
+// one of 32. With an epilogue there is no bias and D is BF16 before it is encoded.
 struct GemmProblem {
   std::int64_t m;
   std::int64_t n;
@@ -23,70 +30,109 @@ struct GemmProblem {
   OperandFormat b;
   DType d;
   bool bias;
+  GemmEpilogue epilogue = GemmEpilogue::kNone;
+  // What D is encoded in; 8 bits only with kSiluMultiply.
+  OperandFormat d_format = OperandFormat::kBFloat16;
 };
 
-// How a product is computed. All accumulate in float32.
-enum class GemmPath : std::uint8_t {
-  // Decoded operands, products added in order of K. Runs on the CPU and on CUDA devices of
-  // compute capability 8.0 and newer with the same result; slow. The reference for all others.
-  kEmulated,
-  // Operands decoded to BF16 (exact for scale bytes of 3 and more) in the workspace, then
-  // cuBLASLt's BF16 product. Compute capability 8.0 to 9.0, 10.x, 12.x.
-  kDecode,
-  // Row-scaled operands, cuBLASLt's FP8 product with row and column scales and fast accumulation.
-  // Compute capability 9.0.
-  kRowScaled,
-  // BF16 activations and MXFP8 weights, which are decoded to BF16 (exact for scale bytes of 3 and
-  // more) on their way to the tensor cores. A block with scale 255 is NaN, but codes 0x7F and 0xFF
-  // under another scale, which no encoder writes, count as 480. D in BF16. Compute capability 9.0.
-  kSM90,
-  // MXFP8 operands on Blackwell's block-scaled tensor cores, through CUTLASS. Compute capability
-  // 10.0 and 10.3. Compiled and checked, but never run on such a device.
-  kSM100,
-  // The same for 12.0 and 12.1. Compiled and checked, but never run on such a device.
-  kSM120,
-};
+// A kernel of the table, which all builds have. All accumulate in float32.
+//
+//   reference    Decoded operands, products added in order of K. Runs on the CPU and on CUDA
+//   devices
+//                of compute capability 8.0 and newer with the same result; slow. The reference for
+//                all others.
+//   dequantize   Operands decoded to BF16 (exact for scale bytes of 3 and more) in the workspace,
+//                then cuBLASLt's BF16 GEMM. Compute capability 8.0 to 9.0, 10.x, 12.x.
+//   fp8_rowwise  Row-scaled operands, cuBLASLt's FP8 GEMM with row and column scales and fast
+//                accumulation. Compute capability 9.0.
+//   fp8_sm90     The same with a fused epilogue: sums over all of K ("fast accumulation") are
+//                rounded to BF16, then scaled, then comes the epilogue, both in float32; the result
+//                is rounded once more. Compute capability 9.0.
+//   mixed_sm90   BF16 activations and MXFP8 weights, which are decoded to BF16 (exact for scale
+//                bytes of 3 and more) on their way to the tensor cores. A block with scale 255 is
+//                NaN, but codes 0x7F and 0xFF under another scale, which no encoder writes, count
+//                as 480. D in BF16. Compute capability 9.0.
+//   mxfp8_sm100  MXFP8 operands on Blackwell's block-scaled tensor cores, through CUTLASS. Compute
+//                capability 10.0 and 10.3. Compiled and checked, but never run on such a device.
+//   mxfp8_sm120  The same for 12.0 and 12.1. Compiled and checked, but never run on such a device.
+struct GemmKernel;
 
-// "emulated", "decode", "row-scaled", "sm90", "sm100" or "sm120".
-const char* name(GemmPath path);
+const char* name(const GemmKernel& kernel);
+std::vector<const GemmKernel*> gemm_kernels();
 // Throws InvalidArgument for another name.
-GemmPath gemm_path(const std::string& path_name);
-std::vector<GemmPath> all_gemm_paths();
+const GemmKernel& find_gemm_kernel(const std::string& kernel_name);
 
-// Version of the cuBLASLt that kDecode and kRowScaled use, such as "13.1.0"; empty if there is
+// The operand formats that a kernel multiplies, and the epilogues that it fuses (kNone for plain
+// GEMMs), for lists.
+std::vector<std::pair<OperandFormat, OperandFormat>> operand_formats(const GemmKernel& kernel);
+std::vector<GemmEpilogue> epilogues(const GemmKernel& kernel);
+
+// Version of the cuBLASLt that dequantize and fp8_rowwise use, such as "13.1.0"; empty if there is
 // none. It is loaded when it is first needed: the process's own if it has one, else by its name.
 std::string cublaslt_version();
 
 // The CPU, in place of a device index.
 inline constexpr int kHost = -1;
 
-// Whether a path computes a problem on a device, and if not, why.
+// Whether a kernel computes a problem on a device, and if not, why.
 struct Support {
   bool ok;
   std::string reason;  // empty if ok
   explicit operator bool() const { return ok; }
 };
 
-// `device` is the index of a CUDA device, or kHost. Throws InvalidArgument for sizes that no path
-// takes, and Unsupported for a device that is not there.
-Support supports(GemmPath path, const GemmProblem& problem, int device);
+// `device` is the index of a CUDA device, or kHost. A kernel that does not fuse a problem's
+// epilogue supports it if it supports the plain GEMM: the epilogue is then a launch of its own.
+// Throws InvalidArgument for sizes that no kernel takes, and Unsupported for a device that is not
+// there.
+Support supports(const GemmKernel& kernel, const GemmProblem& problem, int device);
 
-// The fastest path that is not kEmulated; on the CPU kEmulated. Throws Unsupported if there is
-// none, naming the device and what would run there.
-GemmPath preferred_path(const GemmProblem& problem, int device);
+// A kernel that was considered for a problem.
+struct GemmCandidate {
+  const GemmKernel* kernel;
+  bool fuses_epilogue;  // or the problem has none
+  double cost;          // relative, see csrc/gemm/heuristics.h; infinite if it is not supported
+  std::string reason;   // why it was not chosen; empty for the one that was
+};
 
-// Bytes of workspace that gemm() needs. Throws Unsupported if the path does not support the
+// All kernels, the chosen one first, then in order of cost; no kernel is chosen if every one has a
+// reason. Throws as supports() does.
+//
+// If the environment variable ZIMAGE_MXFP8_GEMM_KERNEL names a kernel, that is chosen for every
+// problem that it supports. With ZIMAGE_MXFP8_GEMM_LOG=1 each problem that is chosen for is printed
+// once to stderr, with the reasons. Both are read once.
+std::vector<GemmCandidate> explain_gemm(const GemmProblem& problem, int device);
+
+// The kernel of least cost; on the CPU the reference. Throws Unsupported if there is none, naming
+// the device and what would run there.
+const GemmKernel& choose_gemm(const GemmProblem& problem, int device);
+
+// Bytes of workspace that gemm() needs. Throws Unsupported if the kernel does not support the
 // problem, naming those that do.
-std::size_t workspace_size(GemmPath path, const GemmProblem& problem, int device);
+std::size_t workspace_size(const GemmKernel& kernel, const GemmProblem& problem, int device);
 
 // BF16 elements, MXFP8 codes and blocked scales, or row-scaled codes. K is the matrix's width.
 using GemmOperand = std::variant<ConstMatrixView, ConstMXFP8View, ConstRowScaledView>;
+
+struct SiluMultiply {};
+
+struct RotateHeads {
+  const void* q_weight;       // [128] BF16
+  const void* k_weight;       // [128] BF16
+  ConstMatrixView rotations;  // [M, 128] float32
+  std::int64_t heads;
+  float eps;
+};
+
+// In the order of GemmEpilogue.
+using EpilogueArguments = std::variant<std::monostate, SiluMultiply, RotateHeads>;
 
 struct GemmArguments {
   GemmOperand a;     // [M, K]
   GemmOperand b;     // [N, K]
   const void* bias;  // [N] BF16, or null
-  MatrixView d;      // [M, N]
+  ActivationView d;  // [M, N], or [M, N / 2] with SiluMultiply
+  EpilogueArguments epilogue = {};
 };
 
 struct Workspace {
@@ -97,18 +143,20 @@ struct Workspace {
 // The problem that arguments state. Throws InvalidArgument if their shapes disagree.
 GemmProblem problem_of(const GemmArguments& arguments);
 
-// Computes a product on the current CUDA device (see CudaStream in device.h). All memory is aligned
-// to 16 bytes, as are the rows of D and of BF16 operands; the workspace to 256. It has at least
-// workspace_size() bytes, belongs to the call until its work on the stream is done, and may have
-// any content. Scales of padding are not 255 (quantize() makes them 0). Compute a product of the
-// kind once before a graph is captured, so that what it needs is loaded.
+// Computes a GEMM on the current CUDA device (see CudaStream in device.h), and what the kernel does
+// not fuse after it. All memory is aligned to 16 bytes, as are the rows of D, of BF16 operands and
+// of rotations; the workspace to 256. It has at least workspace_size() bytes, belongs to the call
+// until its work on the stream is done, and may have any content. Scales of padding are not 255
+// (quantize() makes them 0). Compute a GEMM of the kind once before a graph is captured, so that
+// what it needs is loaded.
 //
-// Throws InvalidArgument for arguments that break these rules or overlap, Unsupported if the path
+// Throws InvalidArgument for arguments that break these rules or overlap, Unsupported if the kernel
 // does not support the problem.
-void gemm(GemmPath path, const GemmArguments& arguments, Workspace workspace, CudaStream stream);
+void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace workspace,
+          CudaStream stream);
 
-// kEmulated in host memory, on `threads` threads (0: one a core). Bias and matrices need only the
-// alignment of their elements.
+// The reference in host memory, without an epilogue, on `threads` threads (0: one per core). Bias
+// and matrices need only the alignment of their elements.
 void gemm(const GemmArguments& arguments, int threads = 0);
 
 }  // namespace zimage_mxfp8

@@ -96,11 +96,15 @@ def as_rotations(rotations: Any, rows: int) -> Any:
     return pairs.reshape(rows, HEAD_SIZE)
 
 
-class _Activation:
-    """Memory of an activation that is to be computed, of the shape and on the device of `like`."""
+class ActivationMemory:
+    """Memory of an activation that is to be computed.
 
-    def __init__(self, form: Form, like: Any) -> None:
-        rows, cols = shape = require_2d(like, "the activation")
+    Attributes:
+        parts: as the core takes it.
+    """
+
+    def __init__(self, shape: tuple[int, int], form: Form, like: Any) -> None:
+        rows, cols = shape
         self.shape = shape
         self.form = str(form)
         self.scales = None
@@ -117,6 +121,7 @@ class _Activation:
         self.parts = (self.form, self.values, self.scales, rows, cols)
 
     def result(self) -> Any:
+        """The activation, as users get it."""
         if self.form == "bfloat16":
             return self.values
         codes = as_float8(self.values)
@@ -134,7 +139,7 @@ def silu_multiply(gate: Any, up: Any, form: Form = "bfloat16") -> Any:
         form: of the result.
     """
     gate, up = _matrix(gate, "gate"), _matrix(up, "up")
-    target = _Activation(form, gate)
+    target = ActivationMemory(require_2d(gate, "the activation"), form, gate)
     call_core(_core.silu_multiply, gate, up, target.parts, like=gate)
     return target.result()
 
@@ -160,7 +165,7 @@ def norm_modulate(
     """
     x = _matrix(x, "x")
     rows, cols = require_2d(x, "x")
-    target = _Activation(form, x)
+    target = ActivationMemory(require_2d(x, "the activation"), form, x)
     call_core(
         _core.norm_modulate,
         x,
@@ -206,7 +211,9 @@ def add_norm_modulate(
     rows, cols = require_2d(x, "x")
     if next_weight is None and next_scale is not None:
         raise InvalidArgumentError("next_scale needs a next_weight")
-    target = None if next_weight is None else _Activation(form, x)
+    target = (
+        None if next_weight is None else ActivationMemory(require_2d(x, "the activation"), form, x)
+    )
     call_core(
         _core.add_norm_modulate,
         x,

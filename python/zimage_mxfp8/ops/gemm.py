@@ -1,20 +1,25 @@
-"""Matrix products with 8-bit operands: D = A B^T + bias, for NumPy arrays and torch tensors.
+"""GEMM with 8-bit operands, D = A B^T + bias, for NumPy arrays and torch tensors.
 
-Operands are MXFP8 (`codec.MXFP8Array`), E4M3 with one scale a row (`RowScaledArray`) or plain
-bfloat16. How a product is computed is a path:
+Operands are MXFP8 (`codec.MXFP8Array`), E4M3 with one scale per row (`RowScaledArray`) or plain
+bfloat16. The core has a table of kernels, of which it takes the one of least cost:
 
-    emulated    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
-    decode      operands decoded to bfloat16 in a workspace, then cuBLASLt
-    row-scaled  cuBLASLt's FP8 product of two row-scaled operands; Hopper
-    sm90        bfloat16 times MXFP8, decoded on the way to the tensor cores; Hopper
-    sm100       block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
-    sm120       the same for 12.0 and 12.1; never run on one
+    reference    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
+    dequantize   operands decoded to bfloat16 in a workspace, then cuBLASLt
+    fp8_rowwise  cuBLASLt's FP8 GEMM of two row-scaled operands; Hopper
+    fp8_sm90     the same with a fused epilogue (`gemm_epilogues`); Hopper
+    mixed_sm90   bfloat16 times MXFP8, decoded on the way to the tensor cores; Hopper
+    mxfp8_sm100  block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
+    mxfp8_sm120  the same for 12.0 and 12.1; never run on one
+
+In the environment, ZIMAGE_MXFP8_GEMM_LOG=1 prints each choice once to stderr, with the reasons
+against the other kernels, and ZIMAGE_MXFP8_GEMM_KERNEL names a kernel to take wherever it supports
+the problem.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -41,16 +46,16 @@ from .codec import MXFP8Array, mxfp8_parts
 
 __all__ = [
     "FoldStats",
+    "GemmCandidate",
     "RowScaledArray",
+    "explain_gemm",
     "fold",
     "fold_async",
     "fold_stats",
     "gemm",
-    "gemm_path",
+    "gemm_kernel",
     "quantize_rows",
 ]
-
-Path = Literal["emulated", "decode", "row-scaled", "sm90", "sm100", "sm120"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
@@ -207,11 +212,33 @@ def row_scaled_parts(array: RowScaledArray, name: str) -> tuple[Any, Any, int, i
     return codes, vector(array.scales, "float32", rows, f"scales of {name}"), rows, cols
 
 
+@dataclass(frozen=True)
+class GemmCandidate:
+    """A kernel of the table, as the core considers it for a problem.
+
+    Attributes:
+        kernel: its name.
+        fuses_epilogue: whether it computes the epilogue too; True for problems without one.
+        cost: estimated duration relative to the others; infinity if it does not compute the
+            problem, or only when it is asked for by name.
+        reason: why it is not chosen; "" for the one that is.
+    """
+
+    kernel: str
+    fuses_epilogue: bool
+    cost: float
+    reason: str
+
+
 Operand = tuple[str, Any, Any, int, int]
 
 
-def _operand(array: Any, name: str) -> Operand:
-    """An operand as the core takes it: format, elements or codes, scales, rows, columns."""
+def operand(array: Any, name: str) -> Operand:
+    """An operand as the core takes it: format, elements or codes, scales, rows, columns.
+
+    Raises:
+        InvalidArgumentError: not an operand.
+    """
     if isinstance(array, MXFP8Array):
         return "mxfp8", *mxfp8_parts(array, name)
     if isinstance(array, RowScaledArray):
@@ -223,9 +250,13 @@ def _operand(array: Any, name: str) -> Operand:
     return "bfloat16", matrix, None, *require_2d(matrix, name)
 
 
-def _operands(a: Any, b: Any) -> tuple[Operand, Operand]:
-    """Both operands, whose widths agree."""
-    first, second = _operand(a, "a"), _operand(b, "b")
+def operands(a: Any, b: Any) -> tuple[Operand, Operand]:
+    """Both operands.
+
+    Raises:
+        InvalidArgumentError: not operands, or their widths differ.
+    """
+    first, second = operand(a, "a"), operand(b, "b")
     if first[4] != second[4]:
         raise InvalidArgumentError(
             f"a is {list(first[3:])} and b is {list(second[3:])}: their widths differ"
@@ -233,26 +264,69 @@ def _operands(a: Any, b: Any) -> tuple[Operand, Operand]:
     return first, second
 
 
-def _problem(a: Operand, b: Operand, dtype: DTypeName, bias: bool) -> _core.GemmProblem:
-    return _core.GemmProblem(a[3], b[3], a[4], a[0], b[0], dtype, bias)
-
-
-def _device(operand: Operand) -> int:
+def device_of(operand: Operand) -> int:
     """The index of the CUDA device that holds an operand; -1 for the CPU."""
     return int(operand[1].device.index) if on_cuda(operand[1]) else -1
 
 
-def gemm_path(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") -> Path:
-    """The path that `gemm` takes for such arguments when none is asked for.
+def choose(problem: _core.GemmProblem, like: Operand, kernel: str | None = None) -> tuple[str, Any]:
+    """Choose a kernel for a problem, and allocate its workspace.
+
+    Args:
+        problem: what to compute.
+        like: an operand, for the device.
+        kernel: its name, if it is not to be chosen.
+
+    Returns:
+        The name of the kernel, and its workspace: bytes on the device, or None.
 
     Raises:
-        UnsupportedError: the device has none but "emulated"; the sentence says why.
+        InvalidArgumentError: no kernel has that name.
+        UnsupportedError: the device has no fast kernel, or not that one; the sentence says why.
+    """
+    device = device_of(like)
+    if kernel is None:
+        kernel = _core.choose_gemm(problem, device)
+    elif str(kernel) not in (names := [known.name for known in _core.gemm_kernels()]):
+        raise InvalidArgumentError(f"kernel must be one of {', '.join(names)}")
+    nbytes = _core.gemm_workspace_size(kernel, problem, device)
+    return kernel, empty((nbytes,), "uint8", like=like[1]) if nbytes else None
+
+
+def _plain_problem(
+    a: Any, b: Any, bias: Any, dtype: Any
+) -> tuple[_core.GemmProblem, Operand, Operand, DTypeName]:
+    first, second = operands(a, b)
+    name = dtype_name(dtype, "dtype")
+    problem = _core.GemmProblem(
+        first[3], second[3], first[4], first[0], second[0], name, bias is not None
+    )
+    return problem, first, second, name
+
+
+def gemm_kernel(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") -> str:
+    """Return the name of the kernel that `gemm` chooses for such arguments.
+
+    Raises:
+        UnsupportedError: the device has none but "reference"; the sentence says why.
         InvalidArgumentError: operands that `gemm` does not take.
     """
-    first, second = _operands(a, b)
-    problem = _problem(first, second, dtype_name(dtype, "dtype"), bias is not None)
-    path: Path = _core.gemm_preferred_path(problem, _device(first))
-    return path
+    problem, first, _, _ = _plain_problem(a, b, bias, dtype)
+    return _core.choose_gemm(problem, device_of(first))
+
+
+def explain_gemm(
+    a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16"
+) -> list[GemmCandidate]:
+    """Return all kernels of the table for such arguments of `gemm`, the chosen one first.
+
+    If every kernel has a reason, none is chosen, and `gemm` raises `UnsupportedError`.
+
+    Raises:
+        InvalidArgumentError: operands that `gemm` does not take.
+    """
+    problem, first, _, _ = _plain_problem(a, b, bias, dtype)
+    return [GemmCandidate(*one) for one in _core.explain_gemm(problem, device_of(first))]
 
 
 def gemm(
@@ -261,7 +335,7 @@ def gemm(
     bias: Any = None,
     *,
     dtype: Any = "bfloat16",
-    path: Path | None = None,
+    kernel: str | None = None,
     threads: int = 0,
 ) -> Any:
     """Compute A B^T + bias with 8-bit operands and float32 sums.
@@ -273,33 +347,27 @@ def gemm(
         b: [N, K], likewise, and on the same device. N is a multiple of 8, K of 32.
         bias: [N] of bfloat16, or None.
         dtype: of the result: bfloat16, float16 or float32.
-        path: how it is computed (see the module); by default the device's fastest.
-        threads: threads to use on the CPU; 0 means one a core.
+        kernel: name of the kernel (see the module); by default the one of least cost.
+        threads: threads to use on the CPU; 0 means one per core.
 
     Returns:
         [M, N] of `dtype`, NumPy or torch as `a` is.
 
     Raises:
         InvalidArgumentError: shapes, dtypes or devices that do not go together.
-        UnsupportedError: the device does not have the path; the sentence says why, and which it
+        UnsupportedError: the device does not have the kernel; the sentence says why, and which it
             has.
     """
-    first, second = _operands(a, b)
-    name = dtype_name(dtype, "dtype")
     threads = thread_count(threads)
-    if path is not None and str(path) not in _core.gemm_paths():
-        raise InvalidArgumentError(f"path must be one of {', '.join(_core.gemm_paths())}")
+    problem, first, second, name = _plain_problem(a, b, bias, dtype)
     if name == "bfloat16" and isinstance(first[1], np.ndarray):
         bfloat16_type()  # of the result; better missed now than after the work
-    problem, device = _problem(first, second, name, bias is not None), _device(first)
     bias_vector = None if bias is None else vector(bias, "bfloat16", second[3], "bias")
-    path_name = path if path is not None else _core.gemm_preferred_path(problem, device)
-    nbytes = _core.gemm_workspace_size(path_name, problem, device)
-    workspace = empty((nbytes,), "uint8", like=first[1]) if nbytes else None
+    chosen, workspace = choose(problem, first, kernel)
     result = empty((first[3], second[3]), name, like=first[1])
     call_core(
         _core.gemm,
-        path_name,
+        chosen,
         first,
         second,
         bias_vector,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..system.devices import HOW_TO_GET_KERNELS
-from ..system.diagnosis import Diagnosis, Paths
+from ..system.diagnosis import Diagnosis, Kernels
 from .screen import Screen, size_text
 
 
@@ -24,7 +24,7 @@ def print_diagnosis(found: Diagnosis, screen: Screen) -> None:
         *([name, number] for name, number in found.libraries.items()),
     ]
     screen.table("Installation", ["what", "version"], rows)
-    _print_paths(screen, "CPU", found.cpu, {})
+    _print_kernels(screen, "CPU", found.cpu, {})
     if not found.devices:
         screen.text(f"No CUDA device: {found.no_devices}. Everything runs on the CPU.")
     for device in found.devices:
@@ -33,8 +33,8 @@ def print_diagnosis(found: Diagnosis, screen: Screen) -> None:
         other = ("without kernels", device.without_kernels)
         if not device.kernels:
             other = ("with kernels", device.with_kernels)
-        _print_paths(
-            screen, title, device.paths, {f"compute modes {other[0]}": ", ".join(other[1])}
+        _print_kernels(
+            screen, title, device.gemm, {f"compute modes {other[0]}": ", ".join(other[1])}
         )
     if found.devices and not found.cuda:
         screen.text(f"To get CUDA kernels, {HOW_TO_GET_KERNELS}.")
@@ -52,17 +52,18 @@ def print_diagnosis(found: Diagnosis, screen: Screen) -> None:
     )
 
 
-def _print_paths(screen: Screen, title: str, paths: Paths, more: dict[str, str]) -> None:
+def _print_kernels(screen: Screen, title: str, found: Kernels, more: dict[str, str]) -> None:
     taken = {
-        what: path or "only emulated, when asked for" for what, path in paths.preferred.items()
+        what: kernel or "only the reference, when asked for"
+        for what, kernel in found.chosen.items()
     }
     modes = ", ".join(
-        f"{mode} (auto)" if mode == paths.compute[0] else mode for mode in paths.compute
+        f"{mode} (auto)" if mode == found.compute[0] else mode for mode in found.compute
     )
     taken |= {"transformer's compute modes": modes or "none", **more}
-    screen.table(title, ["product", "path"], [list(row) for row in taken.items()])
+    screen.table(title, ["GEMM", "kernel"], [list(row) for row in taken.items()])
     reasons = {
-        **paths.reasons,
-        **{f"mode {mode}": why for mode, why in paths.missing_modes.items()},
+        **found.reasons,
+        **{f"mode {mode}": why for mode, why in found.missing_modes.items()},
     }
     screen.table(None, ["not taken", "because"], [list(row) for row in reasons.items()])

@@ -19,34 +19,28 @@ from .devices import has_kernels
 from .extras import Extra, find_extras
 
 _LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "transformers", "comfy-kitchen")
-# Kinds of product and their operands, and the one that each path is made for.
-_PRODUCTS = {
+# GEMMs of the transformer, by their operands.
+_GEMMS = {
     "MXFP8 x MXFP8": ("mxfp8", "mxfp8"),
     "BF16 x MXFP8": ("bfloat16", "mxfp8"),
     "row-scaled FP8": ("row-scaled", "row-scaled"),
 }
-_MADE_FOR = {
-    "decode": "BF16 x MXFP8",
-    "row-scaled": "row-scaled FP8",
-    "sm90": "BF16 x MXFP8",
-    "sm100": "MXFP8 x MXFP8",
-    "sm120": "MXFP8 x MXFP8",
-}
+_SIZE = 4096  # of the problems that kernels are asked about
 
 
 @dataclass(frozen=True)
-class Paths:
-    """How the CPU or a CUDA device computes products.
+class Kernels:
+    """How the CPU or a CUDA device computes GEMMs.
 
     Attributes:
-        preferred: the path of each kind of product; "" where there is none. Empty without kernels.
-        reasons: why a path is missing, by path, for the kind of operands that it is made for.
-            Empty without kernels.
+        chosen: the kernel of each kind of GEMM; "" where there is none. Empty without kernels.
+        reasons: why a kernel of the table is missing, by its name, for operands that it
+            multiplies. Empty without kernels.
         compute: the transformer's compute modes, the one that "auto" takes first.
         missing_modes: why a compute mode is missing, by mode.
     """
 
-    preferred: dict[str, str]
+    chosen: dict[str, str]
     reasons: dict[str, str]
     compute: list[str]
     missing_modes: dict[str, str]
@@ -63,7 +57,7 @@ class Device:
         kernels: whether this build has kernels for it.
         with_kernels: compute modes of such a device where there are kernels.
         without_kernels: the same through torch alone.
-        paths: how it computes products.
+        gemm: how it computes GEMMs.
     """
 
     name: str
@@ -72,7 +66,7 @@ class Device:
     kernels: bool
     with_kernels: list[str]
     without_kernels: list[str]
-    paths: Paths
+    gemm: Kernels
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ class Diagnosis:
         threads: cores that this process may use.
         libraries: versions of the libraries that are installed.
         extras: what can be installed in addition, and what it lacks.
-        cpu: how the CPU computes products.
+        cpu: how the CPU computes GEMMs.
         devices: CUDA devices.
     """
 
@@ -114,7 +108,7 @@ class Diagnosis:
     threads: int
     libraries: dict[str, str]
     extras: list[Extra]
-    cpu: Paths
+    cpu: Kernels
     devices: list[Device]
 
     def __str__(self) -> str:
@@ -161,7 +155,7 @@ def diagnose() -> Diagnosis:
         threads=_core.default_threads(),
         libraries=libraries,
         extras=find_extras(),
-        cpu=_paths(-1, ""),
+        cpu=_kernels(-1, ""),
         devices=[_device(index, gpu, torch) for index, gpu in enumerate(found.gpus)],
     )
 
@@ -179,11 +173,11 @@ def _device(index: int, gpu: driver.Gpu, torch: Any) -> Device:
         has_kernels(index),
         list(modes_of(gpu.capability, kernels=True)),
         list(modes_of(gpu.capability, kernels=False)),
-        _paths(index, no_torch),
+        _kernels(index, no_torch),
     )
 
 
-def _paths(device: int, no_torch: str) -> Paths:
+def _kernels(device: int, no_torch: str) -> Kernels:
     """Those of a CUDA device, or of the CPU (-1); `no_torch` is why torch cannot use it, if so."""
     missing: dict[str, str] = {
         mode: no_torch or unsupported(mode, device) for mode in COMPUTE_MODES
@@ -193,13 +187,17 @@ def _paths(device: int, no_torch: str) -> Paths:
     if device < 0:  # what "auto" takes there
         modes.sort(key=lambda mode: mode != "weight-only")
     if not has_kernels(device):
-        return Paths({}, {}, modes, missing)
-    preferred, reasons = dict.fromkeys(_PRODUCTS, ""), {}
-    for what, operands in _PRODUCTS.items():
-        problem = _core.GemmProblem(4096, 4096, 4096, *operands, "bfloat16", False)
+        return Kernels({}, {}, modes, missing)
+    chosen, reasons = dict.fromkeys(_GEMMS, ""), {}
+    for what, operands in _GEMMS.items():
         with contextlib.suppress(UnsupportedError):
-            preferred[what] = _core.gemm_preferred_path(problem, device)
-        for path, kind in _MADE_FOR.items():
-            if kind == what and (why := _core.gemm_unsupported(path, problem, device)):
-                reasons[path] = why
-    return Paths(preferred, reasons, modes, missing)
+            chosen[what] = _core.choose_gemm(_problem(operands, "none"), device)
+    for kernel in _core.gemm_kernels():
+        problem = _problem(kernel.operands[0], kernel.epilogues[0])
+        if why := _core.gemm_unsupported(kernel.name, problem, device):
+            reasons[kernel.name] = why
+    return Kernels(chosen, reasons, modes, missing)
+
+
+def _problem(operands: tuple[str, str], epilogue: str) -> _core.GemmProblem:
+    return _core.GemmProblem(_SIZE, _SIZE, _SIZE, *operands, "bfloat16", False, epilogue)

@@ -13,7 +13,6 @@ from . import ops
 from .attention import attend
 from .linear import (
     Linear,
-    fuses_gate,
     multiply,
     multiply_and_gate,
     multiply_and_rotate,
@@ -113,8 +112,6 @@ class Block(nn.Module):
         width = sum(layer.out_features for layer in self.ffn_in)  # type: ignore[misc]
         given = sum(ops.form_nbytes(form, tokens * dim, dtype) for form in self.ffn_forms)
         products = tokens * width * dtype.itemsize
-        if fuses_gate(list(self.ffn_in), tokens):  # type: ignore[arg-type]
-            products //= 2
         first = products + max(workspace(layer, tokens) for layer in self.ffn_in)  # type: ignore[arg-type]
         gated = ops.result_nbytes(self.ffn_out.form, tokens * width // 2, dtype, device)
         # torch's silu_multiply has as much again; the fused one writes its result alone.

@@ -18,7 +18,6 @@ DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8-emulated": "Blackwell's numerics: activations in MXFP8 too, products of decoded numbers",
 }
 
-_NATIVE_PATHS = ("sm100", "sm120")
 _NATIVE_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
 _FP8_CAPABILITY = (8, 9)
 
@@ -34,7 +33,8 @@ def unsupported(compute: Compute, device: int) -> str:
         if not devices.has_kernels(device):
             return f"it needs CUDA kernels, and {devices.why_no_kernels()}"
         problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
-        reasons = [_core.gemm_unsupported(path, problem, device) for path in _NATIVE_PATHS]
+        native = [k.name for k in _core.gemm_kernels() if k.operands == [("mxfp8", "mxfp8")]]
+        reasons = [_core.gemm_unsupported(kernel, problem, device) for kernel in native]
         return "" if "" in reasons else reasons[0]
     if compute == "fp8" and device >= 0:
         try:

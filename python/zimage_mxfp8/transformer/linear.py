@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import PrecisionLossError
-from ..ops import fused_gemm
+from ..ops import gemm_epilogues
 from ..ops.codec import MXFP8Array
 from ..ops.fused import Form
 from ..ops.gemm import FoldStats, RowScaledArray
@@ -135,14 +135,15 @@ class FP8Linear(Linear):
         """[N, K], with padding to multiples of 32 of both."""
         return RowScaledArray(self.codes, self.scale_bits.view(torch.float32))
 
-    def fuses_epilogue(self, tokens: int) -> bool:
-        """Whether a product with so many is fused with what follows it (see `fused_gemm`)."""
+    @property
+    def takes_epilogues(self) -> bool:
+        """Whether the core computes GEMM and epilogue in one call (see `gemm_epilogues`)."""
         device = self.codes.device
         return (
             self.dtype == torch.bfloat16
             and len(self.codes) == self.out_features
             and devices.has_fused_kernels(device)
-            and fused_gemm.is_faster(tokens, self.out_features, device.index)
+            and not arithmetic.by_core.row_scaled_unsupported(device.index)
         )
 
     def forward(self, x: RowScaledArray) -> torch.Tensor:
@@ -192,8 +193,8 @@ def multiply_and_rotate(
     heads: int,
 ) -> torch.Tensor:
     """`multiply`, then `ops.rotate_heads`."""
-    if isinstance(layer, FP8Linear) and layer.fuses_epilogue(len(rotations)):
-        out: torch.Tensor = fused_gemm.gemm_rotate_heads(
+    if isinstance(layer, FP8Linear) and layer.takes_epilogues:
+        out: torch.Tensor = gemm_epilogues.gemm_rotate_heads(
             activation[layer.form], layer.weights, q_weight, k_weight, rotations, heads, NORM_EPS
         )
         return out
@@ -202,11 +203,9 @@ def multiply_and_rotate(
     return qkv
 
 
-def fuses_gate(layers: Sequence[Linear], tokens: int) -> bool:
+def fuses_gate(layers: Sequence[Linear]) -> bool:
     """Whether `multiply_and_gate` keeps the products on the chip: half as much reaches memory."""
-    return (
-        len(layers) == 1 and isinstance(layers[0], FP8Linear) and layers[0].fuses_epilogue(tokens)
-    )
+    return len(layers) == 1 and isinstance(layers[0], FP8Linear) and layers[0].takes_epilogues
 
 
 def multiply_and_gate(
@@ -215,8 +214,11 @@ def multiply_and_gate(
     """The products of w1 and w3, stacked in one layer or apart, then `ops.silu_multiply`."""
     first = layers[0]
     x = activation[first.form]
-    if isinstance(first, FP8Linear) and fuses_gate(layers, x.shape[0]):
-        return ops.encode(fused_gemm.gemm_silu_multiply(x, first.weights), forms)
+    if isinstance(first, FP8Linear) and fuses_gate(layers):
+        if len(forms) == 1:
+            (form,) = forms
+            return {form: gemm_epilogues.gemm_silu_multiply(x, first.weights, form)}
+        return ops.encode(gemm_epilogues.gemm_silu_multiply(x, first.weights), forms)
     products = [multiply(layer, activation) for layer in layers]
     gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
     return ops.silu_multiply(gate, up, forms)

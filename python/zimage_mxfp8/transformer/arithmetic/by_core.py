@@ -11,7 +11,7 @@ from ... import _core
 from ...ops import codec
 from ...ops import gemm as matmul
 from ...ops.codec import MXFP8Array
-from ...ops.gemm import FoldStats, Path, RowScaledArray, gemm
+from ...ops.gemm import FoldStats, RowScaledArray, gemm
 from ...system.devices import core_index
 from . import scaled_mm
 
@@ -53,7 +53,7 @@ def weight_only_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
 def multiply_row_scaled(
     x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Multiply FP8 with a scale per row; by torch on CUDA devices that the core has no path for."""
+    """Multiply FP8 with a scale per row; by torch where the core has no kernel."""
     if row_scaled_unsupported(core_index(x.codes.device)):
         return scaled_mm.multiply(x, weights, dtype)
     out: torch.Tensor = gemm(x, weights, dtype=dtype)
@@ -79,18 +79,18 @@ def row_scaled_unsupported(device: int) -> str:
     if device < 0:
         return ""
     problem = _core.GemmProblem(128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False)
-    return _core.gemm_unsupported("row-scaled", problem, device)
+    return _core.gemm_unsupported("fp8_rowwise", problem, device)
 
 
 def multiply_mxfp8(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply by the device's fastest path."""
+    """Multiply by the device's fastest kernel."""
     out: torch.Tensor = gemm(x, weights, dtype=dtype)
     return out
 
 
 def multiply_decoded(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply by the faster of the two paths that decode first."""
-    out: torch.Tensor = gemm(x, weights, dtype=dtype, path=_decoding_path(x.codes.device))
+    """Multiply by the faster of the two kernels that decode first."""
+    out: torch.Tensor = gemm(x, weights, dtype=dtype, kernel=_decoding_kernel(x.codes.device))
     return out
 
 
@@ -101,13 +101,14 @@ def decoded_workspace(
     device: torch.device,
 ) -> int:
     """Bytes of both operands in bfloat16, whatever the dtype, where they are decoded to memory."""
-    if _decoding_path(device) == "emulated":
+    if _decoding_kernel(device) == "reference":
         return 0
     return (tokens + shape[0]) * shape[1] * torch.bfloat16.itemsize
 
 
-def _decoding_path(device: torch.device) -> Path:
+def _decoding_kernel(device: torch.device) -> str:
     if device.type == "cpu":
-        return "emulated"
+        return "reference"
     problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
-    return "emulated" if _core.gemm_unsupported("decode", problem, device.index) else "decode"
+    unsupported = _core.gemm_unsupported("dequantize", problem, device.index)
+    return "reference" if unsupported else "dequantize"

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8.ops import fused_gemm
+from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import fused
+from zimage_mxfp8.ops.gemm_epilogues import gemm_rotate_heads, gemm_silu_multiply
 
 pytestmark = pytest.mark.gpu
 
@@ -23,8 +25,21 @@ TOKENS = [1, 63, 64, 129, 300, 4224]
 
 @pytest.fixture(autouse=True)
 def _hopper() -> None:
-    if why := fused_gemm.unsupported(torch.cuda.current_device()):
+    problem = _core.GemmProblem(
+        128, 384, 128, "row-scaled", "row-scaled", "bfloat16", False, "rotate_heads"
+    )
+    if why := _core.gemm_unsupported("fp8_sm90", problem, torch.cuda.current_device()):
         pytest.skip(why)
+
+
+def fused_silu_multiply(a: zm.RowScaledArray, b: zm.RowScaledArray) -> torch.Tensor:
+    result: torch.Tensor = gemm_silu_multiply(a, b, kernel="fp8_sm90")
+    return result
+
+
+def fused_rotate_heads(*arguments: Any) -> torch.Tensor:
+    result: torch.Tensor = gemm_rotate_heads(*arguments, kernel="fp8_sm90")
+    return result
 
 
 def operand(rows: int, depth: int, seed: int) -> zm.RowScaledArray:
@@ -51,11 +66,11 @@ def bounds(a: zm.RowScaledArray, b: zm.RowScaledArray) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", TOKENS)
 @pytest.mark.parametrize(
-    ("columns", "depth"), [(10240, 3840), (10240, 32), (8, 32), (72, 144), (200, 128)]
+    ("columns", "depth"), [(10240, 3840), (10240, 32), (8, 32), (72, 160), (200, 128)]
 )
 def test_silu_multiply(rows: int, columns: int, depth: int) -> None:
     a, b = operand(rows, depth, 1), operand(2 * columns, depth, 2)
-    result = fused_gemm.gemm_silu_multiply(a, b)
+    result = fused_silu_multiply(a, b)
     gate, up = product(a, b).chunk(2, dim=1)
     exact = torch.nn.functional.silu(gate) * up
     assert result.dtype == torch.bfloat16 and result.shape == exact.shape
@@ -87,7 +102,7 @@ def test_rotate_heads(rows: int, heads: int, depth: int) -> None:
     q, k = (
         (torch.rand(128, generator=generator, device="cuda") + 0.5).bfloat16() for _ in range(2)
     )
-    result = fused_gemm.gemm_rotate_heads(a, b, q, k, rotations, heads)
+    result = fused_rotate_heads(a, b, q, k, rotations, heads)
     exact = rotated(product(a, b), q, k, rotations, heads)
     assert result.dtype == torch.bfloat16 and result.shape == exact.shape
     for i in range(3):  # q, k and v
@@ -100,15 +115,12 @@ def test_rotate_heads(rows: int, heads: int, depth: int) -> None:
 
 def heads_of(a: zm.RowScaledArray, b: zm.RowScaledArray, rotations: torch.Tensor) -> torch.Tensor:
     weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
-    result: torch.Tensor = fused_gemm.gemm_rotate_heads(
-        a, b, weight, weight, rotations, b.shape[0] // 384
-    )
-    return result
+    return fused_rotate_heads(a, b, weight, weight, rotations, b.shape[0] // 384)
 
 
 def test_same_bytes_again() -> None:
     a, b = operand(4224, 3840, 6), operand(20480, 3840, 7)
-    assert torch.equal(fused_gemm.gemm_silu_multiply(a, b), fused_gemm.gemm_silu_multiply(a, b))
+    assert torch.equal(fused_silu_multiply(a, b), fused_silu_multiply(a, b))
     qkv = zm.RowScaledArray(b.codes[:11520], b.scales[:11520])
     rotations = torch.rand(4224, 64, 2, device="cuda")
     assert torch.equal(heads_of(a, qkv, rotations), heads_of(a, qkv, rotations))
@@ -117,10 +129,10 @@ def test_same_bytes_again() -> None:
 def test_in_a_graph() -> None:
     a, b = operand(300, 256, 21), operand(768, 256, 22)
     rotations = torch.rand(300, 64, 2, device="cuda")
-    want = fused_gemm.gemm_silu_multiply(a, b), heads_of(a, b, rotations)
+    want = fused_silu_multiply(a, b), heads_of(a, b, rotations)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = fused_gemm.gemm_silu_multiply(a, b), heads_of(a, b, rotations)
+        results = fused_silu_multiply(a, b), heads_of(a, b, rotations)
     graph.replay()
     assert all(torch.equal(x, y) for x, y in zip(results, want, strict=True))
 
@@ -138,19 +150,59 @@ def test_memory_at_any_offset() -> None:
     assert torch.equal(heads_of(a, b, shifted(rotations)), want)
 
 
-def test_where_they_are_faster() -> None:
-    device = torch.cuda.current_device()
-    for b_rows in (11520, 20480):
-        assert fused_gemm.is_faster(4224, b_rows, device)
-        assert not fused_gemm.is_faster(1, b_rows, device)
+def test_the_kernel_of_least_cost_is_taken() -> None:
+    """Few tokens do not fill the device with the large tiles of the fused kernel."""
+    for tokens, kernel in ((4224, "fp8_sm90"), (1, "fp8_rowwise")):
+        a, b = operand(tokens, 3840, 25), operand(20480, 3840, 26)
+        found = gemm_silu_multiply(a, b)
+        assert torch.equal(found, gemm_silu_multiply(a, b, kernel=kernel))
+        other = "fp8_rowwise" if kernel == "fp8_sm90" else "fp8_sm90"
+        assert not torch.equal(found, gemm_silu_multiply(a, b, kernel=other))
+
+
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_a_separate_epilogue_has_the_bytes_of_two_calls(tokens: int) -> None:
+    a, b = operand(tokens, 256, 27), operand(768, 256, 28)
+    gate, up = zm.gemm(a, b, kernel="fp8_rowwise").chunk(2, dim=1)
+    for form in ("bfloat16", "row-scaled", "mxfp8"):
+        found = gemm_silu_multiply(a, b, form, kernel="fp8_rowwise")  # type: ignore[arg-type]
+        want = fused.silu_multiply(gate, up, form)  # type: ignore[arg-type]
+        assert_same(found, want)
+    weight = torch.rand(128, device="cuda").bfloat16()
+    rotations = torch.rand(tokens, 64, 2, device="cuda")
+    qkv = zm.gemm(a, b, kernel="fp8_rowwise")
+    fused.rotate_heads(qkv, weight, weight, rotations, 2)
+    found = gemm_rotate_heads(a, b, weight, weight, rotations, 2, kernel="fp8_rowwise")
+    assert torch.equal(found, qkv)
+
+
+def test_weights_in_mxfp8_take_a_separate_epilogue() -> None:
+    x = torch.randn(130, 256, device="cuda").bfloat16()
+    weights = zm.quantize(torch.randn(768, 256, device="cuda"))
+    gate, up = zm.gemm(x, weights).chunk(2, dim=1)
+    assert torch.equal(gemm_silu_multiply(x, weights), fused.silu_multiply(gate, up))
+
+
+def assert_same(found: Any, want: Any) -> None:
+    if isinstance(want, torch.Tensor):
+        assert torch.equal(found, want)
+        return
+    assert torch.equal(found.codes.view(torch.uint8), want.codes.view(torch.uint8))
+    assert torch.equal(found.scales, want.scales)
+
+
+@pytest.mark.parametrize("form", ["row-scaled", "mxfp8"])
+def test_a_fused_result_is_encoded(form: Any) -> None:
+    a, b = operand(300, 256, 29), operand(2048, 256, 30)
+    plain = fused_silu_multiply(a, b)
+    want = zm.quantize_rows(plain) if form == "row-scaled" else zm.quantize(plain)
+    assert_same(gemm_silu_multiply(a, b, form, kernel="fp8_sm90"), want)
 
 
 def test_rows_do_not_depend_on_other_rows() -> None:
     a, b = operand(300, 3840, 8), operand(2048, 3840, 9)
     some = zm.RowScaledArray(a.codes[130:200], a.scales[130:200])
-    assert torch.equal(
-        fused_gemm.gemm_silu_multiply(some, b), fused_gemm.gemm_silu_multiply(a, b)[130:200]
-    )
+    assert torch.equal(fused_silu_multiply(some, b), fused_silu_multiply(a, b)[130:200])
 
 
 def test_nan_stays_in_its_row() -> None:
@@ -158,8 +210,8 @@ def test_nan_stays_in_its_row() -> None:
     a.scales[70] = torch.nan
     weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
     rotations = torch.tensor([1.0, 0.0], device="cuda").expand(200, 64, 2).contiguous()
-    result = fused_gemm.gemm_rotate_heads(a, b, weight, weight, rotations, 1)
-    silu = fused_gemm.gemm_silu_multiply(a, b)
+    result = fused_rotate_heads(a, b, weight, weight, rotations, 1)
+    silu = fused_silu_multiply(a, b)
     for matrix in (result, silu):
         is_nan = matrix.isnan()
         assert is_nan[70].all() and not is_nan[:70].any() and not is_nan[71:].any()
@@ -168,7 +220,7 @@ def test_nan_stays_in_its_row() -> None:
 def test_nothing_to_do() -> None:
     a, b = operand(4, 128, 12), operand(384, 128, 13)
     none = zm.RowScaledArray(a.codes[:0], a.scales[:0])
-    assert fused_gemm.gemm_silu_multiply(none, b).shape == (0, 192)
+    assert fused_silu_multiply(none, b).shape == (0, 192)
     assert heads_of(none, b, torch.zeros(0, 64, 2, device="cuda")).shape == (0, 384)
 
 
@@ -179,27 +231,26 @@ def test_bad_arguments() -> None:
 
     def rotate(**changed: Any) -> None:
         arguments = {"a": a, "b": b, "q_weight": weight, "k_weight": weight}
-        fused_gemm.gemm_rotate_heads(
+        gemm_rotate_heads(
             **{**arguments, "rotations": rotations, "heads": 1, **changed}  # type: ignore[arg-type]
         )
 
     for changed, sentence in (
         ({"heads": 2}, "B has 384 rows, which is not 3 . 2 heads of 128"),
         ({"heads": 0}, "heads must be 1 or more"),
-        ({"a": a.codes}, "a must be a RowScaledArray, not Tensor"),
-        ({"b": operand(384, 64, 16)}, "A is .4, 128. and B is .384, 64.: their widths differ"),
+        ({"a": a.codes}, "a must be an MXFP8Array, a RowScaledArray or an array of bfloat16"),
+        ({"b": operand(384, 64, 16)}, "a is .4, 128. and b is .384, 64.: their widths differ"),
         ({"rotations": rotations[:3]}, "rotations must be float32 .4, 64, 2., not"),
         ({"q_weight": weight[:64]}, "q_weight must be .128."),
         ({"eps": -1.0}, "eps must be 0 or more"),
     ):
         with pytest.raises(zm.InvalidArgumentError, match=sentence):
             rotate(**changed)
-    with pytest.raises(zm.InvalidArgumentError, match="K must be a multiple of 16"):
-        fused_gemm.gemm_silu_multiply(operand(4, 40, 17), operand(16, 40, 18))
-    with pytest.raises(zm.InvalidArgumentError, match="even number of rows"):
-        fused_gemm.gemm_silu_multiply(a, operand(383, 128, 19))
-    with pytest.raises(zm.InvalidArgumentError, match="multiples of 16 bytes"):
-        fused_gemm.gemm_silu_multiply(a, operand(382, 128, 20))
+    with pytest.raises(zm.InvalidArgumentError, match="K must be a multiple of 32"):
+        fused_silu_multiply(operand(4, 40, 17), operand(16, 40, 18))
+    for rows in (376, 382):
+        with pytest.raises(zm.InvalidArgumentError, match="N must be a multiple of"):
+            fused_silu_multiply(a, operand(rows, 128, 19))
     host = zm.RowScaledArray(a.codes.cpu(), a.scales.cpu())
     with pytest.raises(zm.InvalidArgumentError, match="a must be on a CUDA device"):
-        fused_gemm.gemm_silu_multiply(host, b)
+        fused_silu_multiply(host, b)

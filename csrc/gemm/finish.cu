@@ -1,6 +1,6 @@
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
-#include "gemm/gemm_cuda.h"
+#include "gemm/finish.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

@@ -1,4 +1,4 @@
-// The kernels of the path "sm90".
+// The variants of the kernel mixed_sm90.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
-#include "gemm/gemm_cuda.h"
+#include "gemm/table.h"
 #include "zimage_mxfp8/scale_layout.h"
 
 namespace zimage_mxfp8::detail {
@@ -44,7 +44,7 @@ __device__ float row_scale(const GemmOperandTask& operand, int64_t row) {
 
 template <typename Type>
 __global__ void __launch_bounds__(kThreads)
-    emulated_kernel(const GemmTask task, uint32_t tile_columns) {
+    reference_kernel(const GemmTask task, uint32_t tile_columns) {
   __shared__ float a[kDepth][kTile + 4], b[kDepth][kTile + 4];
   const int64_t row0 = int64_t(blockIdx.x / tile_columns) * kTile;
   const int64_t column0 = int64_t(blockIdx.x % tile_columns) * kTile;
@@ -99,15 +99,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace
-
-void gemm_emulated_cuda(const GemmTask& task, CudaStream stream) {
+void run(const GemmTask& task, Workspace, CudaStream stream) {
   const uint32_t columns = static_cast<uint32_t>(ceil_div(task.n, kTile));
   const uint32_t tiles = checked_count(ceil_div(task.m, kTile) * columns);
   if (tiles == 0) return;
   with_type(task.d_dtype, [&](auto type) {
-    launch(emulated_kernel<decltype(type)>, tiles, kThreads, stream, task, columns);
+    launch(reference_kernel<decltype(type)>, tiles, kThreads, stream, task, columns);
   });
 }
+
+}  // namespace
+
+const GemmImplementation kReference{nullptr, nullptr, run};
 
 }  // namespace zimage_mxfp8::detail

@@ -1,9 +1,10 @@
-// The paths that end in a product of cuBLASLt.
+// The kernels dequantize and fp8_rowwise, which end in a GEMM of cuBLASLt.
 #include <limits>
 
 #include "dequantize/dequantize_cuda.h"
 #include "gemm/cublaslt.h"
-#include "gemm/gemm_cuda.h"
+#include "gemm/finish.h"
+#include "gemm/table.h"
 #include "zimage_mxfp8/error.h"
 #include "zimage_mxfp8/matrix.h"
 
@@ -37,7 +38,7 @@ class WorkspaceLayout {
   std::size_t used_ = 0;
 };
 
-// The last step of both paths: the product, and what cuBLASLt does not do.
+// The last step of both kernels: the GEMM, and what cuBLASLt does not do.
 //
 // It adds a bias if D is BF16 and it has an algorithm for that. Otherwise it writes float32 sums,
 // to D itself or, if D is narrower, to the workspace; then the bias is added and the sum rounded.
@@ -105,8 +106,8 @@ cublaslt::Product row_scaled_product(const GemmTask& task) {
 }
 
 // An operand in BF16: as it is, or the part of the workspace that it is to be decoded to.
-const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, WorkspaceLayout& parts,
-                    std::int64_t& row_stride) {
+const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k,
+                    WorkspaceLayout& parts, std::int64_t& row_stride) {
   if (operand.format == OperandFormat::kBFloat16) {
     row_stride = operand.row_stride;
     return operand.codes;
@@ -131,14 +132,14 @@ void decode(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, c
                   stream);
 }
 
-}  // namespace
-
-Support supports_cublaslt(std::size_t minimum) {
+// In version `minimum` (120900 is 12.9.0) or newer.
+template <std::size_t minimum>
+Support available() {
   const std::string reason = cublaslt::unavailable(minimum);
   return {reason.empty(), reason};
 }
 
-std::size_t workspace_decode(const GemmProblem& problem) {
+std::size_t dequantize_workspace(const GemmProblem& problem) {
   const GemmTask task = task_of(problem);
   WorkspaceLayout parts;
   cublaslt::Product product = decoded_product(task, parts);
@@ -146,7 +147,7 @@ std::size_t workspace_decode(const GemmProblem& problem) {
   return parts.used();
 }
 
-void gemm_decode(const GemmTask& task, Workspace workspace, CudaStream stream) {
+void run_dequantize(const GemmTask& task, Workspace workspace, CudaStream stream) {
   WorkspaceLayout parts(workspace);
   cublaslt::Product product = decoded_product(task, parts);
   const Epilogue epilogue(task, product, parts);
@@ -155,7 +156,7 @@ void gemm_decode(const GemmTask& task, Workspace workspace, CudaStream stream) {
   epilogue.run(product, stream);
 }
 
-std::size_t workspace_row_scaled(const GemmProblem& problem) {
+std::size_t fp8_rowwise_workspace(const GemmProblem& problem) {
   const GemmTask task = task_of(problem);
   WorkspaceLayout parts;
   cublaslt::Product product = row_scaled_product(task);
@@ -163,11 +164,16 @@ std::size_t workspace_row_scaled(const GemmProblem& problem) {
   return parts.used();
 }
 
-void gemm_row_scaled(const GemmTask& task, Workspace workspace, CudaStream stream) {
+void run_fp8_rowwise(const GemmTask& task, Workspace workspace, CudaStream stream) {
   WorkspaceLayout parts(workspace);
   cublaslt::Product product = row_scaled_product(task);
   Epilogue(task, product, parts).run(product, stream);
 }
+
+}  // namespace
+
+const GemmImplementation kDequantize{available<120000>, dequantize_workspace, run_dequantize};
+const GemmImplementation kFP8Rowwise{available<120900>, fp8_rowwise_workspace, run_fp8_rowwise};
 
 }  // namespace detail
 }  // namespace zimage_mxfp8

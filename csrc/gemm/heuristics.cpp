@@ -1,0 +1,76 @@
+#include "gemm/heuristics.h"
+
+#include <limits>
+
+#include "zimage_mxfp8/matrix.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+// ---- NVIDIA H100 80GB HBM3 (SXM), CUDA 13.0, commit 78d9177; docs/performance.md, "GEMM kernels"
+
+// BF16 x MXFP8. Decoding all weights first takes as long for few tokens as for many; mixed_sm90 has
+// tiles for the whole device from 4,096 tokens on, or from half of that if there are many weights.
+constexpr std::int64_t kDequantizeFrom = 1024;        // tokens
+constexpr std::int64_t kMixedFillsDevice = 4096;      // tokens
+constexpr std::int64_t kMixedFillsDeviceWide = 2048;  // tokens, if N > K
+constexpr std::int64_t kDequantizeFromAgain = 8192;   // tokens
+
+// mixed_sm90: decoding once was faster, or as fast, with 2,048 tokens.
+constexpr std::int64_t kMixedWorkspaceFrom = 2048;  // tokens
+
+// fp8_sm90 with a fused epilogue against fp8_rowwise and a launch of its own: faster at a wave
+// utilization of 0.91 and more, slower at 0.78 and less.
+constexpr double kFusedBreakEven = 0.85;
+
+// ---- By counting waves. Not measured: no Blackwell GPU was available.
+
+// Few rows take one SM per tile; 256x256 tiles need two waves of all pairs of SMs.
+constexpr std::int64_t kSM100FewRows = 128;
+constexpr std::int64_t kSM100LargeTileWaves = 2;
+// Block-scaled tensor cores have twice the rate of BF16.
+constexpr double kBlockScaledCost = 0.5;
+
+constexpr double kOnlyByName = std::numeric_limits<double>::infinity();
+
+bool dequantize_is_faster_than_mixed(const GemmProblem& problem) {
+  const std::int64_t filled = problem.n > problem.k ? kMixedFillsDeviceWide : kMixedFillsDevice;
+  return problem.m >= kDequantizeFromAgain || (problem.m >= kDequantizeFrom && problem.m < filled);
+}
+
+}  // namespace
+
+double wave_utilization(std::int64_t tiles, std::int64_t slots) {
+  return static_cast<double>(tiles) / static_cast<double>(round_up(tiles, slots));
+}
+
+double cost_reference(const GemmProblem&, const CudaDevice&) { return kOnlyByName; }
+
+double cost_dequantize(const GemmProblem&, const CudaDevice&) { return 1; }
+
+double cost_mixed_sm90(const GemmProblem& problem, const CudaDevice&) {
+  return dequantize_is_faster_than_mixed(problem) ? 1.1 : 0.9;
+}
+
+double cost_fp8_rowwise(const GemmProblem&, const CudaDevice&) { return 1; }
+
+double cost_fp8_sm90(const GemmProblem& problem, const CudaDevice& device) {
+  const std::int64_t tiles =
+      ceil_div(problem.m, kFP8SM90TileM) * ceil_div(problem.n, kFP8SM90TileN);
+  return kFusedBreakEven / wave_utilization(tiles, device.multiprocessors / kFP8SM90Cluster);
+}
+
+double cost_mxfp8_sm100(const GemmProblem&, const CudaDevice&) { return kBlockScaledCost; }
+
+double cost_mxfp8_sm120(const GemmProblem&, const CudaDevice&) { return kBlockScaledCost; }
+
+bool mixed_sm90_uses_workspace(std::int64_t m) { return m >= kMixedWorkspaceFrom; }
+
+SM100Tile sm100_tile(std::int64_t m, std::int64_t n, int multiprocessors) {
+  if (m <= kSM100FewRows) return SM100Tile::k128x128;
+  const std::int64_t large = ceil_div(m, 256) * ceil_div(n, 256);
+  const std::int64_t pairs = multiprocessors / 2;
+  return large >= kSM100LargeTileWaves * pairs ? SM100Tile::k256x256 : SM100Tile::k256x128;
+}
+
+}  // namespace zimage_mxfp8::detail

@@ -1,0 +1,36 @@
+// Every threshold by which a GEMM kernel, or a variant of one, is chosen. Host code without CUDA.
+//
+// A cost is an estimated duration relative to the other kernels for the same problem on the same
+// device: the smaller one wins, equal ones in the order of the table. 1 is a kernel at its usual
+// speed, with the epilogue as a launch of its own if the problem has one. Infinity means that the
+// kernel only runs when it is asked for by name.
+#pragma once
+
+#include <cstdint>
+
+#include "zimage_mxfp8/gemm.h"
+
+namespace zimage_mxfp8::detail {
+
+// The part of the last wave that is busy: tiles over the slots of all waves, 0 to 1.
+double wave_utilization(std::int64_t tiles, std::int64_t slots);
+
+double cost_reference(const GemmProblem& problem, const CudaDevice& device);
+double cost_dequantize(const GemmProblem& problem, const CudaDevice& device);
+double cost_mixed_sm90(const GemmProblem& problem, const CudaDevice& device);
+double cost_fp8_rowwise(const GemmProblem& problem, const CudaDevice& device);
+double cost_fp8_sm90(const GemmProblem& problem, const CudaDevice& device);
+double cost_mxfp8_sm100(const GemmProblem& problem, const CudaDevice& device);
+double cost_mxfp8_sm120(const GemmProblem& problem, const CudaDevice& device);
+
+// Tiles of the kernel fp8_sm90: rows of A, and rows of B for a cluster of two blocks.
+inline constexpr std::int64_t kFP8SM90TileM = 128, kFP8SM90TileN = 512, kFP8SM90Cluster = 2;
+
+// Whether mixed_sm90 decodes the weights once, to the workspace, instead of in registers for each
+// tile of tokens.
+bool mixed_sm90_uses_workspace(std::int64_t m);
+
+enum class SM100Tile : std::uint8_t { k128x128, k256x128, k256x256 };
+SM100Tile sm100_tile(std::int64_t m, std::int64_t n, int multiprocessors);
+
+}  // namespace zimage_mxfp8::detail

@@ -1,0 +1,18 @@
+// In builds without the target 90a.
+#include "gemm/missing.h"
+#include "gemm/table.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+struct Reason {
+  static constexpr const char* text =
+      "this build has no kernels for sm90: rebuild it with 90a in ZM_CUDA_ARCHS";
+};
+
+}  // namespace
+
+const GemmImplementation kMixedSM90 = missing_kernel<Reason>();
+const GemmImplementation kFP8SM90 = missing_kernel<Reason>();
+
+}  // namespace zimage_mxfp8::detail

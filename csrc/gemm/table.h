@@ -1,0 +1,22 @@
+// The table of GEMM kernels.
+#pragma once
+
+#include "gemm/kernel.h"
+
+namespace zimage_mxfp8::detail {
+
+struct GemmTable {
+  const GemmKernel* begin_;
+  const GemmKernel* end_;
+  const GemmKernel* begin() const { return begin_; }
+  const GemmKernel* end() const { return end_; }
+};
+
+// All kernels, in every build: those that a build lacks say so when they are asked for.
+GemmTable gemm_table();
+
+// Implementations that the kernels' files define, or `missing_*.cpp` in builds without them.
+extern const GemmImplementation kReference, kDequantize, kFP8Rowwise, kMixedSM90, kFP8SM90,
+    kMXFP8SM100, kMXFP8SM120;
+
+}  // namespace zimage_mxfp8::detail
