@@ -37,12 +37,12 @@ __device__ void wgmma_wait() {
 template <int n>
 struct Wgmma;
 
-// The same with A in shared memory, described as B is.
+// WgmmaShared<N>::multiply(d, a, b): D += A B^T with A in shared memory, described as B is.
 template <int n>
 struct WgmmaShared;
 
-// The same with A [64, 32] and B [N, 32] in E4M3, both in shared memory; D = A B^T unless it is to
-// `add`.
+// WgmmaFP8<N>::multiply(d, a, b, add): D += A B^T, or D = A B^T without `add`, with A [64, 32] and
+// B [N, 32] in E4M3, both in shared memory.
 template <int n>
 struct WgmmaFP8;
 
