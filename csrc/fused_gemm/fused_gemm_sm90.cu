@@ -200,7 +200,7 @@ struct RotateHeads {
       for (int i = 0; i < kTogether; ++i) values[i].store(boxes.piece(first + i, box, piece));
     };
     Vec8 values[kTogether];
-    if (tile >= heads) {  // both are of v
+    if (tile >= heads) {  // both heads are of v; of the tiles before, all are of q and k
 #pragma unroll 1
       for (int first = 0; first < kWarpTokens; first += kTogether) {
         load_scaled(first, values);
@@ -228,8 +228,7 @@ struct RotateHeads {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const float factor = rsqrtf(__fadd_rn(mean[i], eps));
-        const Vec8 rotated = normed_and_rotated(values[i], weight, factor, turns.of[i]);
-        values[i] = head < 2 * heads ? rotated : values[i];
+        values[i] = normed_and_rotated(values[i], weight, factor, turns.of[i]);
       }
       store(first, values);
     }
