@@ -355,13 +355,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply(sums, a, b, 0, step == 0);
         // The stage before is released as soon as it has been read, while the tensor cores have
         // work.
-        wgmma_wait<1>();
+        wgmma_wait_pending<1>();
         if (step > 0) pipeline.release(previous, thread);
         multiply(sums, a, b, 1, false);
         previous = state.stage;
         state.advance();
       }
-      wgmma_wait();
+      wgmma_wait(sums);
       pipeline.release(previous, thread);
       const int b_tile = at.n * kCluster + block;
       if (b_tile >= p.n_tiles) continue;

@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(V::threads, 1)
       }
       wgmma_commit();
       if (step + V::k_groups < steps) decode(next, step + V::k_groups, weight);
-      wgmma_wait();
+      wgmma_wait(sums);
       pipeline.release(stage, thread);
     };
     // Sums that a warpgroup receives: where a thread finds its own.

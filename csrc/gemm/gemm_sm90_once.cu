@@ -316,12 +316,12 @@ __global__ void __launch_bounds__(V::threads, 1)
           WgmmaShared<kTokens>::multiply(sums, w + i * step_of_16, x + i * step_of_16);
         }
         wgmma_commit();
-        wgmma_wait<1>();
+        wgmma_wait_pending<1>();
         if (step > 0) pipeline.release(previous, thread);
         previous = state.stage;
         state.advance();
       }
-      wgmma_wait();
+      wgmma_wait(sums);
       pipeline.release(previous, thread);
       store_tile<kTokens, V::out_buffers>(
           d_map, sums, bias, token, weight,
