@@ -338,11 +338,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const TileScheduler<GroupedOrder, kCluster> scheduler(
       GroupedOrder{p.m_tiles, (p.n_tiles + kCluster - 1) / kCluster, kGroupPairs});
   const int steps = (p.operands.k + kDepth - 1) / kDepth;
-  Ring::State state;
 
   if (warpgroup < kConsumers) {
     const int thread = threadIdx.x % kWarpgroup, warp = threadIdx.x / 32;
-    uint32_t empty_phase = 1;  // nothing is there at first
+    Ring::State state;
+    uint32_t empty_phase = 1;  // all boxes are empty at first
     for (const TileIndex at : scheduler) {
       float sums[kRows / 2];
       int previous = 0;
@@ -402,6 +402,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (lane == 0) {
       prefetch_tensor_map(a_map);
       prefetch_tensor_map(b_map);
+      Ring::State state;
       for (const TileIndex at : scheduler) {
         const int token = at.m * kTokens, b_tile = at.n * kCluster + block;
         const int b_rows[2] = {p.epilogue.row_of_b(b_tile, 0), p.epilogue.row_of_b(b_tile, 1)};

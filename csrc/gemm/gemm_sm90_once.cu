@@ -244,7 +244,6 @@ __global__ void __launch_bounds__(V::threads, 1)
   const TileScheduler<GroupedOrder, kCluster> scheduler(
       GroupedOrder{p.m_tiles, p.slabs, p.group_slabs});
   const int steps = (p.k + kDepth - 1) / kDepth;
-  typename V::Ring::State state;
 
   if (warpgroup == V::consumers) {
     V::Registers::begin_producer();
@@ -254,6 +253,7 @@ __global__ void __launch_bounds__(V::threads, 1)
       const int lane = threadIdx.x % 32;
       const uint32_t chunk_units = V::slab / kUnitRows * (p.chunk_depth / kUnitDepth);
       const int chunk_steps = p.chunk_depth / kDepth;
+      typename V::Ring::State state;
       if (lane == 0) {
         prefetch_tensor_map(x_map);
         prefetch_tensor_map(w_map);
@@ -297,6 +297,7 @@ __global__ void __launch_bounds__(V::threads, 1)
     const int thread = threadIdx.x % kWarpgroup;
     float sums[kTokens / 2];
     int next_buffer = 0;  // for D
+    typename V::Ring::State state;
     for (const TileIndex at : scheduler) {
       const int token = at.m * kTokens;
       const int weight = at.n * V::slab + block * V::weights + warpgroup * kGroupWeights;

@@ -33,8 +33,8 @@ struct BarrierPairs {
 // A position in the ring: the stage, and the parity of the lap.
 template <int stages>
 struct PipelineState {
-  uint32_t phase = 0;
   int stage = 0;
+  uint32_t phase = 0;
 
   __device__ void advance() {
     if (++stage == stages) {
