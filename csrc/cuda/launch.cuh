@@ -21,7 +21,7 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads, CudaSt
 }
 
 // The same in clusters of blocks with dynamic shared memory. The kernel may begin before those
-// ahead of it in the stream have completed: it must await_predecessors() (gemm/hopper.cuh).
+// ahead of it in the stream have completed: it must await_predecessors() (cuda/sm90/cluster.cuh).
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), uint32_t clusters, uint32_t cluster_blocks,
                      uint32_t threads, int shared_bytes, CudaStream stream,

@@ -10,12 +10,17 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
+#include "cuda/sm90/cluster.cuh"
+#include "cuda/sm90/mbarrier.cuh"
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/scheduler.cuh"
+#include "cuda/sm90/shared_memory.cuh"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/tma.cuh"
+#include "cuda/sm90/wgmma.cuh"
 #include "fused/arithmetic.cuh"
 #include "fused_gemm/fused_gemm_cuda.h"
 #include "gemm/heuristics.h"
-#include "gemm/hopper.cuh"
-#include "gemm/tensor_map.h"
-#include "gemm/wgmma.cuh"
 #include "zimage_mxfp8/fused.h"
 
 namespace zimage_mxfp8::detail {
@@ -43,13 +48,17 @@ constexpr int kBoxColumns = 64, kBoxes = kRows / kBoxColumns;
 constexpr int kWarpTokens = 16;
 constexpr int kBoxBytes = kGroupTokens * kBoxColumns * 2;
 
-// What TMA swizzles begins at multiples of 1024 bytes.
 constexpr int kBAt = kStages * kABytes;
 constexpr int kOutAt = kBAt + kStages * kBBytes;
 constexpr int kBarriersAt = kOutAt + kConsumers * kBoxes * kBoxBytes;
 constexpr int kWarps = kConsumers * 4;  // that multiply
-constexpr int kSharedBytes = kBarriersAt + (2 * kStages + 2 * kWarps) * 8 + 1024;
+using Ring = Pipeline<kStages, kConsumers, kCluster>;
+using SumBarriers = BarrierPairs<kWarps>;
+constexpr int kSumBarriersAt = kBarriersAt + Ring::Barriers::bytes;
+constexpr int kSharedBytes = kSumBarriersAt + SumBarriers::bytes + kTmaAlignment;
 static_assert(kSharedBytes <= 232448);
+static_assert(kABytes / kCluster % kTmaAlignment == 0 && kBBytes / 2 % kTmaAlignment == 0 &&
+              kBoxBytes % kTmaAlignment == 0);
 
 // A warp's 16 tokens in boxes, as TMA swizzles them.
 struct SmemTile {
@@ -194,7 +203,7 @@ struct RotateHeads {
       for (int i = 0; i < kTogether; ++i) values[i].store(boxes.piece(first + i, box, piece));
     };
     Vec8 values[kTogether];
-    if (tile >= heads) {  // both are of v
+    if (tile >= heads) {  // both heads are of v; of the tiles before, all are of q and k
 #pragma unroll 1
       for (int first = 0; first < kWarpTokens; first += kTogether) {
         load_scaled(first, values);
@@ -222,8 +231,7 @@ struct RotateHeads {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const float factor = rsqrtf(__fadd_rn(mean[i], eps));
-        const Vec8 rotated = normed_and_rotated(values[i], weight, factor, turns.of[i]);
-        values[i] = head < 2 * heads ? rotated : values[i];
+        values[i] = normed_and_rotated(values[i], weight, factor, turns.of[i]);
       }
       store(first, values);
     }
@@ -280,17 +288,6 @@ struct Parameters {
   int m_tiles, n_tiles;
 };
 
-// What a cluster works on: tokens, and two tiles of B.
-struct Tile {
-  int token, pair;
-};
-
-__device__ Tile tile_of(int index, int m_tiles, int pairs) {
-  const int group = index / (kGroupPairs * m_tiles), in_group = index % (kGroupPairs * m_tiles);
-  const int first = group * kGroupPairs, across = min(kGroupPairs, pairs - first);
-  return {in_group / across * kTokens, first + in_group % across};
-}
-
 // Adds the products of half of a stage; those of a tile's first stage begin the sums.
 __device__ void multiply(float (&sums)[kRows / 2], uint64_t a, uint64_t b, int half, bool first) {
   constexpr uint64_t step_of_32 = 32 / 16;
@@ -322,127 +319,105 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   launch_dependents();
   extern __shared__ uint8_t unaligned[];
-  const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
+  const uint32_t shared = tma_aligned(unaligned);
   const uint32_t a_tiles = shared, b_tiles = shared + kBAt;
-  const auto barrier = [&](int index) { return shared + kBarriersAt + index * 8; };
-  const auto full = [&](int stage) { return barrier(stage); };
-  const auto empty = [&](int stage) { return barrier(kStages + stage); };
-  // A warp's sums are there to be taken; there is room for them.
-  const auto sums_full = [&](int warp) { return barrier(2 * kStages + warp); };
-  const auto sums_empty = [&](int warp) { return barrier(2 * kStages + kWarps + warp); };
+  // For each warp: full when its sums are in its boxes, empty when they have been taken.
+  const SumBarriers sum_barriers{shared + kSumBarriersAt};
   const auto boxes_of = [&](int warp) {
     return SmemTile{shared + kOutAt + warp / 4 * kBoxes * kBoxBytes +
                     warp % 4 * kWarpTokens * kBoxColumns * 2};
   };
   const int block = block_of_cluster();
+  const Ring pipeline{{shared + kBarriersAt}, block};
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), kConsumers * kCluster);
-    }
-    for (int warp = 0; warp < kWarps; ++warp) {
-      barrier_init(sums_full(warp), 1);
-      barrier_init(sums_empty(warp), 1);
-    }
-    barrier_init_fence();
+    pipeline.init();
+    sum_barriers.init(1, 1);
+    mbarrier_init_fence();
   }
   cluster_sync();
   await_predecessors();
-  const int pairs = (p.n_tiles + 1) / 2, tiles = pairs * p.m_tiles;
-  const int first_tile = blockIdx.x / kCluster, tile_step = gridDim.x / kCluster;
+  const TileScheduler<GroupedOrder, kCluster> scheduler(
+      GroupedOrder{p.m_tiles, (p.n_tiles + kCluster - 1) / kCluster, kGroupPairs});
   const int steps = (p.operands.k + kDepth - 1) / kDepth;
-  int stage = 0;
-  uint32_t phase = 0;
-  const auto next_stage = [&] {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  };
 
   if (warpgroup < kConsumers) {
     const int thread = threadIdx.x % kWarpgroup, warp = threadIdx.x / 32;
-    uint32_t empty_phase = 1;  // nothing is there at first
-    const auto release = [&](int of_stage) {
-      if (thread < kCluster) barrier_arrive(empty(of_stage), thread);
-    };
-    for (int index = first_tile; index < tiles; index += tile_step) {
-      const Tile tile = tile_of(index, p.m_tiles, pairs);
+    Ring::State state;
+    uint32_t empty_phase = 1;  // all boxes are empty at first
+    for (const TileIndex at : scheduler) {
       float sums[kRows / 2];
       int previous = 0;
       for (int step = 0; step < steps; ++step) {
-        barrier_wait(full(stage), phase);
+        pipeline.wait(state);
         const uint64_t a =
-            wgmma_descriptor(a_tiles + stage * kABytes + warpgroup * kGroupTokens * kDepth);
-        const uint64_t b = wgmma_descriptor(b_tiles + stage * kBBytes);
+            wgmma_descriptor(a_tiles + state.stage * kABytes + warpgroup * kGroupTokens * kDepth);
+        const uint64_t b = wgmma_descriptor(b_tiles + state.stage * kBBytes);
         wgmma_fence();
         multiply(sums, a, b, 0, step == 0);
         // The stage before is released as soon as it has been read, while the tensor cores have
         // work.
-        wgmma_wait<1>();
-        if (step > 0) release(previous);
+        wgmma_wait_pending<1>();
+        if (step > 0) pipeline.release(previous, thread);
         multiply(sums, a, b, 1, false);
-        previous = stage;
-        next_stage();
+        previous = state.stage;
+        state.advance();
       }
-      wgmma_wait();
-      release(previous);
-      const int b_tile = tile.pair * kCluster + block;
+      wgmma_wait(sums);
+      pipeline.release(previous, thread);
+      const int b_tile = at.n * kCluster + block;
       if (b_tile >= p.n_tiles) continue;
-      barrier_wait(sums_empty(warp), empty_phase);
+      mbarrier_wait(sum_barriers.empty(warp), empty_phase);
       empty_phase ^= 1;
       store_sums(sums, boxes_of(warp));
       __syncwarp();
-      if (lane == 0) barrier_arrive(sums_full(warp));
+      if (lane == 0) mbarrier_arrive(sum_barriers.full(warp));
     }
   } else {
     const int epilogue_warp = threadIdx.x % kWarpgroup / 32 - 1;
     if (epilogue_warp >= 0) {
       uint32_t full_phase = 0;
-      for (int index = first_tile; index < tiles; index += tile_step) {
-        const Tile tile = tile_of(index, p.m_tiles, pairs);
-        const int b_tile = tile.pair * kCluster + block;
+      for (const TileIndex at : scheduler) {
+        const int first_token = at.m * kTokens, b_tile = at.n * kCluster + block;
         if (b_tile >= p.n_tiles) continue;
 #pragma unroll 1
         for (int warp = epilogue_warp; warp < kWarps; warp += kEpilogueWarps) {
-          const int token = tile.token + warp * kWarpTokens;
+          const int token = first_token + warp * kWarpTokens;
           const SmemTile boxes = boxes_of(warp);
-          barrier_wait(sums_full(warp), full_phase);
+          mbarrier_wait(sum_barriers.full(warp), full_phase);
           p.epilogue(boxes, p.operands, token, b_tile);
-          fence_for_copies();
+          tma_store_fence();
           __syncwarp();
           if (lane == 0) {
             for (int box = 0; box < Epilogue::kColumns / kBoxColumns; ++box) {
-              copy_box_out(d_map, boxes.address + box * kBoxBytes,
+              tma_store_2d(d_map, boxes.address + box * kBoxBytes,
                            b_tile * Epilogue::kColumns + box * kBoxColumns, token);
             }
-            commit_copies();
-            await_copies_read<0>();
-            barrier_arrive(sums_empty(warp));
+            tma_store_commit();
+            tma_store_wait_read();
+            mbarrier_arrive(sum_barriers.empty(warp));
           }
           __syncwarp();
         }
         full_phase ^= 1;
       }
     } else if (lane == 0) {
-      prefetch_map(a_map);
-      prefetch_map(b_map);
-      for (int index = first_tile; index < tiles; index += tile_step) {
-        const Tile tile = tile_of(index, p.m_tiles, pairs);
-        const int b_tile = tile.pair * kCluster + block;
+      prefetch_tensor_map(a_map);
+      prefetch_tensor_map(b_map);
+      Ring::State state;
+      for (const TileIndex at : scheduler) {
+        const int token = at.m * kTokens, b_tile = at.n * kCluster + block;
         const int b_rows[2] = {p.epilogue.row_of_b(b_tile, 0), p.epilogue.row_of_b(b_tile, 1)};
         for (int step = 0; step < steps; ++step) {
-          barrier_wait(empty(stage), phase ^ 1);
-          barrier_expect(full(stage), kABytes + kBBytes);
-          const uint32_t a = a_tiles + stage * kABytes, b = b_tiles + stage * kBBytes;
+          const uint32_t full = pipeline.acquire(state, kABytes + kBBytes);
+          const uint32_t a = a_tiles + state.stage * kABytes, b = b_tiles + state.stage * kBBytes;
           constexpr int part = kTokens / kCluster;
-          copy_box_to_cluster(a_map, full(stage), a + block * part * kDepth, step * kDepth,
-                              tile.token + block * part, (1 << kCluster) - 1);
-          tma_load_2d(b_map, full(stage), b, step * kDepth, b_rows[0]);
-          tma_load_2d(b_map, full(stage), b + kBBytes / 2, step * kDepth, b_rows[1]);
-          next_stage();
+          tma_load_2d_multicast(a_map, full, a + block * part * kDepth, step * kDepth,
+                                token + block * part, (1 << kCluster) - 1);
+          tma_load_2d(b_map, full, b, step * kDepth, b_rows[0]);
+          tma_load_2d(b_map, full, b + kBBytes / 2, step * kDepth, b_rows[1]);
+          state.advance();
         }
       }
     }

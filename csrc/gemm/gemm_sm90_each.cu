@@ -14,12 +14,18 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
+#include "cuda/sm90/cluster.cuh"
+#include "cuda/sm90/mbarrier.cuh"
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/registers.cuh"
+#include "cuda/sm90/scheduler.cuh"
+#include "cuda/sm90/shared_memory.cuh"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/tma.cuh"
+#include "cuda/sm90/wgmma.cuh"
 #include "gemm/decode_bf16.cuh"
-#include "gemm/hopper.cuh"
 #include "gemm/mixed_sm90.h"
-#include "gemm/tensor_map.h"
 #include "gemm/transposed_tile.cuh"
-#include "gemm/wgmma.cuh"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::detail {
@@ -40,12 +46,15 @@ struct Variant {
   static constexpr int stages = stages_;
   static constexpr int cluster = multicast * split;
   static_assert(multicast == 1 || split == 1);
-  // A warpgroup must see every phase of the barriers that it waits for: their parity is all it
-  // knows.
+  // A warpgroup must wait for every phase of the barriers that it uses (see Pipeline).
   static_assert(stages % k_groups == 0);
 
   static constexpr int consumers = row_groups * k_groups;
   static constexpr int threads = (consumers + 1) * kWarpgroup;
+  // A single consumer has enough registers from the start.
+  static constexpr bool hands_over = consumers == 2;
+  using Registers = RegisterSplit<2, 232>;
+  using Ring = Pipeline<stages, row_groups, multicast>;
   static constexpr int weights = row_groups * kGroupWeights;
   static constexpr int sums = tokens / 2;  // a thread's share of a warpgroup's tile
 
@@ -59,16 +68,16 @@ struct Variant {
   static constexpr int part_bytes = sum_bytes / split;
   static_assert(part_tokens % 16 == 0);
 
-  // What TMA swizzles begins at multiples of 1024 bytes.
   static constexpr int w_at = stages * x_bytes;
   static constexpr int out_at = w_at + stages * w_bytes;
   static constexpr int scales_at = out_at + row_groups * out_buffers * kOutBytes;
   static constexpr int sums_at = scales_at + stages * kScaleTile;
   static constexpr int parts_at = sums_at + (k_groups - 1) * sum_bytes;
   static constexpr int barriers_at = parts_at + (split - 1) * part_bytes;
-  static constexpr int shared_bytes = barriers_at + 2 * stages * 8 + 1024;  // to align the start
+  static constexpr int shared_bytes = barriers_at + Ring::Barriers::bytes + kTmaAlignment;
   static_assert(shared_bytes <= 232448);
-  static_assert(x_bytes % 1024 == 0 && w_bytes % 1024 == 0 && kOutBytes % 1024 == 0);
+  static_assert(x_bytes % kTmaAlignment == 0 && w_bytes % kTmaAlignment == 0 &&
+                kOutBytes % kTmaAlignment == 0);
 };
 
 struct Parameters {
@@ -155,15 +164,15 @@ __device__ void add_sums(float (&sums)[count], uint32_t from) {
   }
 }
 
-// Where the tile that a block works on lies.
+// The first token and weight of a block's tile.
 struct Tile {
   int token, weight;
 };
 
 template <class V>
-__device__ Tile tile_of(const Parameters& p, int index, int block) {
-  const int weights = index / p.m_tiles * V::multicast + (V::multicast > 1 ? block : 0);
-  return {index % p.m_tiles * V::tokens, weights * V::weights};
+__device__ Tile tile_of(const TileIndex& at, int block) {
+  const int weights = at.n * V::multicast + (V::multicast > 1 ? block : 0);
+  return {at.m * V::tokens, weights * V::weights};
 }
 
 template <class V>
@@ -174,23 +183,19 @@ __global__ void __launch_bounds__(V::threads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   launch_dependents();
   extern __shared__ uint8_t unaligned[];
-  const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
+  const uint32_t shared = tma_aligned(unaligned);
   const uint32_t x_tiles = shared, w_tiles = shared + V::w_at, scale_tiles = shared + V::scales_at;
-  const auto full = [&](int stage) { return shared + V::barriers_at + stage * 8; };
-  const auto empty = [&](int stage) { return shared + V::barriers_at + (V::stages + stage) * 8; };
   const int block = V::cluster > 1 ? block_of_cluster() : 0;
+  const typename V::Ring pipeline{{shared + V::barriers_at}, block};
   const int group = threadIdx.x / kWarpgroup;  // the last one copies
 
   if (threadIdx.x == V::consumers * kWarpgroup) {
-    prefetch_map(x_map);
-    prefetch_map(w_map);
+    prefetch_tensor_map(x_map);
+    prefetch_tensor_map(w_map);
   }
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < V::stages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), V::row_groups * V::multicast);
-    }
-    barrier_init_fence();
+    pipeline.init();
+    mbarrier_init_fence();
   }
   if constexpr (V::split > 1) cluster_arrive();  // awaited before sums are given
   if constexpr (V::multicast > 1) {
@@ -199,43 +204,37 @@ __global__ void __launch_bounds__(V::threads, 1)
     __syncthreads();
   }
   await_predecessors();
-  const int tiles = p.m_tiles * p.n_tiles;
-  const int first_tile = blockIdx.x / V::cluster, tile_step = gridDim.x / V::cluster;
+  const TileScheduler<ColumnOrder, V::cluster> scheduler(ColumnOrder{p.m_tiles, p.n_tiles});
   // This block's part of K.
   const int steps_each = (p.k_steps + V::split - 1) / V::split;
   const int first_step = V::split > 1 ? min(block * steps_each, p.k_steps) : 0;
   const int steps = min(steps_each, p.k_steps - first_step);
 
   if (group == V::consumers) {
-    if constexpr (V::consumers == 2) warpgroup_reg_dealloc<40>();
+    if constexpr (V::hands_over) V::Registers::begin_producer();
     if (threadIdx.x % kWarpgroup == 0) {
-      int stage = 0;
-      uint32_t phase = 0;
-      for (int index = first_tile; index < tiles; index += tile_step) {
-        const Tile tile = tile_of<V>(p, index, block);
+      typename V::Ring::State state;
+      for (const TileIndex at : scheduler) {
+        const Tile tile = tile_of<V>(at, block);
         // Beyond the last weight only zeros are copied, and any scales will do.
         const int scale_row = min(tile.weight / 128, p.scale_rows - 1);
         for (int step = first_step; step < first_step + steps; ++step) {
-          barrier_wait(empty(stage), phase ^ 1);
-          barrier_expect(full(stage), V::stage_bytes);
+          const uint32_t full = pipeline.acquire(state, V::stage_bytes);
           for (int half = 0; half < 2; ++half) {
             const int k = step * kDepth + half * kHalf;
-            const uint32_t target = x_tiles + stage * V::x_bytes + half * V::tokens * kHalf * 2;
+            const uint32_t x = x_tiles + state.stage * V::x_bytes + half * V::tokens * kHalf * 2;
             if constexpr (V::multicast > 1) {
               constexpr int part = V::tokens / V::multicast;
-              copy_box_to_cluster(x_map, full(stage), target + block * part * kHalf * 2, k,
-                                  tile.token + block * part, (1 << V::multicast) - 1);
+              tma_load_2d_multicast(x_map, full, x + block * part * kHalf * 2, k,
+                                    tile.token + block * part, (1 << V::multicast) - 1);
             } else {
-              tma_load_2d(x_map, full(stage), target, k, tile.token);
+              tma_load_2d(x_map, full, x, k, tile.token);
             }
           }
-          tma_load_2d(w_map, full(stage), w_tiles + stage * V::w_bytes, step * kDepth, tile.weight);
-          copy_bytes(p.scales + (int64_t(scale_row) * p.k_steps + step) * kScaleTile, full(stage),
-                     scale_tiles + stage * kScaleTile, kScaleTile);
-          if (++stage == V::stages) {
-            stage = 0;
-            phase ^= 1;
-          }
+          tma_load_2d(w_map, full, w_tiles + state.stage * V::w_bytes, step * kDepth, tile.weight);
+          tma_load_1d(p.scales + (int64_t(scale_row) * p.k_steps + step) * kScaleTile, full,
+                      scale_tiles + state.stage * kScaleTile, kScaleTile);
+          state.advance();
         }
       }
     }
@@ -245,7 +244,7 @@ __global__ void __launch_bounds__(V::threads, 1)
       cluster_sync();
     }
   } else {
-    if constexpr (V::consumers == 2) warpgroup_reg_alloc<232>();
+    if constexpr (V::hands_over) V::Registers::begin_consumer();
     const int row_group = group % V::row_groups, k_group = group / V::row_groups;
     const int thread = threadIdx.x % kWarpgroup;
     const int row = thread / 32 * 16 + thread % 32 / 4;
@@ -253,16 +252,15 @@ __global__ void __launch_bounds__(V::threads, 1)
     Fragments fragments[2];
     uint32_t done = 0;    // steps of the tiles before this one
     int next_buffer = 0;  // for D
-    // The ring has gone around position / stages times when a step's stage is full.
     const auto decode = [&](Fragments& to, int step, int weight) {
-      const uint32_t position = done + step, stage = position % V::stages;
-      barrier_wait(full(stage), position / V::stages % 2);
+      const uint32_t position = done + step, stage = pipeline.stage_at(position);
+      pipeline.wait_at(position);
       load_fragments(to, w_tiles + stage * V::w_bytes + row_group * kGroupWeights * kDepth, row,
                      scale_tiles + stage * kScaleTile, weight % 128 + row);
     };
     // Multiplies a step, and meanwhile decodes the next one that there is.
     const auto multiply = [&](Fragments& current, Fragments& next, int step, int weight) {
-      const uint32_t stage = (done + step) % V::stages;
+      const uint32_t stage = pipeline.stage_at(done + step);
       const uint64_t x = wgmma_descriptor(x_tiles + stage * V::x_bytes);
       wgmma_fence();
 #pragma unroll
@@ -272,18 +270,16 @@ __global__ void __launch_bounds__(V::threads, 1)
       }
       wgmma_commit();
       if (step + V::k_groups < steps) decode(next, step + V::k_groups, weight);
-      wgmma_wait();
-      if (thread < V::multicast) {
-        barrier_arrive(empty(stage), V::multicast > 1 ? thread : block);
-      }
+      wgmma_wait(sums);
+      pipeline.release(stage, thread);
     };
     // Sums that a warpgroup receives: where a thread finds its own.
     const auto received = [&](int at, int count) {
       return shared + at + (row_group * (count / 4) * kWarpgroup + thread) * 16;
     };
 
-    for (int index = first_tile; index < tiles; index += tile_step) {
-      Tile tile = tile_of<V>(p, index, block);
+    for (const TileIndex at : scheduler) {
+      Tile tile = tile_of<V>(at, block);
       tile.weight += row_group * kGroupWeights;
 #pragma unroll
       for (int i = 0; i < V::sums; ++i) sums[i] = 0.0f;
@@ -338,7 +334,7 @@ __global__ void __launch_bounds__(V::threads, 1)
                                               next_buffer, 2 + row_group);
       }
     }
-    if (thread == 0) await_copies_read<0>();
+    if (thread == 0) tma_store_wait_read();
   }
   // No block leaves while another may still write to its shared memory.
   if constexpr (V::multicast > 1) cluster_sync();

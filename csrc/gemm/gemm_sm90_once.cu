@@ -14,12 +14,17 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
+#include "cuda/sm90/cluster.cuh"
+#include "cuda/sm90/mbarrier.cuh"
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/registers.cuh"
+#include "cuda/sm90/scheduler.cuh"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/tma.cuh"
+#include "cuda/sm90/wgmma.cuh"
 #include "gemm/decode_bf16.cuh"
-#include "gemm/hopper.cuh"
 #include "gemm/mixed_sm90.h"
-#include "gemm/tensor_map.h"
 #include "gemm/transposed_tile.cuh"
-#include "gemm/wgmma.cuh"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::detail {
@@ -45,23 +50,19 @@ struct Variant {
   static constexpr int threads = (consumers + 1) * kWarpgroup;
   static constexpr int weights = consumers * kGroupWeights;  // height of a tile
   static constexpr int slab = kCluster * weights;            // rows of W of two tiles
-  // Of a thread, at first and then: what the warpgroup that copies gives up, the others get. (More
-  // than there are would never be granted.)
-  static constexpr int first_registers = 512 / (consumers + 1) / 8 * 8;
-  static constexpr int consumer_registers = consumers == 2 ? 208 : 136;
-  static constexpr int copier_registers =
-      first_registers - consumers * (consumer_registers - first_registers);
+  using Registers = RegisterSplit<consumers, consumers == 2 ? 208 : 136>;
+  using Ring = Pipeline<stages, consumers, kCluster>;
 
   static constexpr int x_bytes = kTokens * kDepth * 2;
   static constexpr int w_bytes = weights * kDepth * 2;
-  // What TMA swizzles begins at multiples of 1024 bytes.
   static constexpr int w_at = stages * x_bytes;
   static constexpr int out_at = w_at + stages * w_bytes;
   static constexpr int barriers_at = out_at + consumers * out_buffers * kOutBytes;
-  static constexpr int group_at = barriers_at + 2 * stages * 8;
-  static constexpr int shared_bytes = group_at + 4 + 1024;  // to align the start
+  static constexpr int group_at = barriers_at + Ring::Barriers::bytes;
+  static constexpr int shared_bytes = group_at + 4 + kTmaAlignment;
   static_assert(shared_bytes <= 232448);
-  static_assert(x_bytes / kCluster % 1024 == 0 && w_bytes % 1024 == 0 && kOutBytes % 1024 == 0);
+  static_assert(x_bytes / kCluster % kTmaAlignment == 0 && w_bytes % kTmaAlignment == 0 &&
+                kOutBytes % kTmaAlignment == 0);
 };
 
 struct Parameters {
@@ -216,19 +217,6 @@ __device__ void decode_weights(const Parameters& p, int* group) {
 
 // ---- The product
 
-// Where the tile that a cluster works on lies.
-struct Tile {
-  int group, slab, token;
-};
-
-template <class V>
-__device__ Tile tile_of(const Parameters& p, int index) {
-  const int group_tiles = p.group_slabs * p.m_tiles;
-  const int group = index / group_tiles, in_group = index % group_tiles;
-  const int first_slab = group * p.group_slabs, across = min(p.group_slabs, p.slabs - first_slab);
-  return {group, first_slab + in_group % across, in_group / across * kTokens};
-}
-
 template <class V>
 __global__ void __launch_bounds__(V::threads, 1)
     once_kernel(const __grid_constant__ CUtensorMap x_map,
@@ -237,55 +225,44 @@ __global__ void __launch_bounds__(V::threads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   launch_dependents();
   extern __shared__ uint8_t unaligned[];
-  const uint32_t shared = (shared_address(unaligned) + 1023) / 1024 * 1024;
+  const uint32_t shared = tma_aligned(unaligned);
   // Written and read without a barrier between, hence by atomics only.
   int* const group_of_block =
       reinterpret_cast<int*>(unaligned + (shared - shared_address(unaligned)) + V::group_at);
   const uint32_t x_tiles = shared, w_tiles = shared + V::w_at;
-  const auto full = [&](int stage) { return shared + V::barriers_at + stage * 8; };
-  const auto empty = [&](int stage) { return shared + V::barriers_at + (V::stages + stage) * 8; };
   const int block = block_of_cluster();
+  const typename V::Ring pipeline{{shared + V::barriers_at}, block};
   const int warpgroup = threadIdx.x / kWarpgroup;  // the last one copies and decodes
 
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < V::stages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), V::consumers * kCluster);
-    }
-    barrier_init_fence();
+    pipeline.init();
+    mbarrier_init_fence();
     *group_of_block = 0;
   }
   cluster_sync();
   await_predecessors();
-  const int tiles = p.slabs * p.m_tiles;
-  const int first_tile = blockIdx.x / kCluster, tile_step = gridDim.x / kCluster;
+  const TileScheduler<GroupedOrder, kCluster> scheduler(
+      GroupedOrder{p.m_tiles, p.slabs, p.group_slabs});
   const int steps = (p.k + kDepth - 1) / kDepth;
-  int stage = 0;
-  uint32_t phase = 0;
-  const auto next_stage = [&] {
-    if (++stage == V::stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  };
 
   if (warpgroup == V::consumers) {
-    warpgroup_reg_dealloc<V::copier_registers>();
+    V::Registers::begin_producer();
     if (threadIdx.x % kWarpgroup >= 32) {
       decode_weights<V>(p, group_of_block);
     } else {
       const int lane = threadIdx.x % 32;
       const uint32_t chunk_units = V::slab / kUnitRows * (p.chunk_depth / kUnitDepth);
       const int chunk_steps = p.chunk_depth / kDepth;
+      typename V::Ring::State state;
       if (lane == 0) {
-        prefetch_map(x_map);
-        prefetch_map(w_map);
+        prefetch_tensor_map(x_map);
+        prefetch_tensor_map(w_map);
       }
-      for (int index = first_tile; index < tiles; index += tile_step) {
-        const Tile tile = tile_of<V>(p, index);
-        if (lane == 0) atomicExch(group_of_block, tile.group);
-        const uint32_t* const ready = p.ready + tile.slab * kMaxChunks + lane;
-        const int weight = tile.slab * V::slab + block * V::weights;
+      for (const TileIndex at : scheduler) {
+        const int token = at.m * kTokens;
+        if (lane == 0) atomicExch(group_of_block, at.group);
+        const uint32_t* const ready = p.ready + at.n * kMaxChunks + lane;
+        const int weight = at.n * V::slab + block * V::weights;
         uint32_t ready_chunks = 0;  // a bit each
         for (int chunk = 0; chunk < p.chunks; ++chunk) {
           if (!(ready_chunks >> chunk & 1)) {
@@ -296,17 +273,16 @@ __global__ void __launch_bounds__(V::threads, 1)
             __syncwarp();  // what the lanes have seen to be stored is copied by the first
           }
           if (lane == 0) {
-            fence_global_for_copies();
+            tma_load_fence();
             const int end = min((chunk + 1) * chunk_steps, steps);
             for (int step = chunk * chunk_steps; step < end; ++step) {
-              barrier_wait(empty(stage), phase ^ 1);
-              barrier_expect(full(stage), V::x_bytes + V::w_bytes);
+              const uint32_t full = pipeline.acquire(state, V::x_bytes + V::w_bytes);
               constexpr int part = kTokens / kCluster;
-              copy_box_to_cluster(x_map, full(stage),
-                                  x_tiles + stage * V::x_bytes + block * part * kDepth * 2,
-                                  step * kDepth, tile.token + block * part, (1 << kCluster) - 1);
-              tma_load_2d(w_map, full(stage), w_tiles + stage * V::w_bytes, step * kDepth, weight);
-              next_stage();
+              tma_load_2d_multicast(x_map, full,
+                                    x_tiles + state.stage * V::x_bytes + block * part * kDepth * 2,
+                                    step * kDepth, token + block * part, (1 << kCluster) - 1);
+              tma_load_2d(w_map, full, w_tiles + state.stage * V::w_bytes, step * kDepth, weight);
+              state.advance();
             }
           }
           __syncwarp();
@@ -317,25 +293,23 @@ __global__ void __launch_bounds__(V::threads, 1)
     }
     __syncwarp();
   } else {
-    warpgroup_reg_alloc<V::consumer_registers>();
+    V::Registers::begin_consumer();
     const int thread = threadIdx.x % kWarpgroup;
     float sums[kTokens / 2];
     int next_buffer = 0;  // for D
-    const auto release = [&](int of_stage) {
-      if (thread < kCluster) barrier_arrive(empty(of_stage), thread);
-    };
-    for (int index = first_tile; index < tiles; index += tile_step) {
-      const Tile tile = tile_of<V>(p, index);
-      const int weight = tile.slab * V::slab + block * V::weights + warpgroup * kGroupWeights;
+    typename V::Ring::State state;
+    for (const TileIndex at : scheduler) {
+      const int token = at.m * kTokens;
+      const int weight = at.n * V::slab + block * V::weights + warpgroup * kGroupWeights;
       const BiasPair bias = load_bias(p.bias, weight, p.n);
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.0f;
       int previous = 0;
       for (int step = 0; step < steps; ++step) {
-        barrier_wait(full(stage), phase);
-        const uint64_t x = wgmma_descriptor(x_tiles + stage * V::x_bytes);
-        const uint64_t w =
-            wgmma_descriptor(w_tiles + stage * V::w_bytes + warpgroup * kGroupWeights * kDepth * 2);
+        pipeline.wait(state);
+        const uint64_t x = wgmma_descriptor(x_tiles + state.stage * V::x_bytes);
+        const uint64_t w = wgmma_descriptor(w_tiles + state.stage * V::w_bytes +
+                                            warpgroup * kGroupWeights * kDepth * 2);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kDepth / 16; ++i) {
@@ -343,18 +317,18 @@ __global__ void __launch_bounds__(V::threads, 1)
           WgmmaShared<kTokens>::multiply(sums, w + i * step_of_16, x + i * step_of_16);
         }
         wgmma_commit();
-        wgmma_wait<1>();
-        if (step > 0) release(previous);
-        previous = stage;
-        next_stage();
+        wgmma_wait_pending<1>();
+        if (step > 0) pipeline.release(previous, thread);
+        previous = state.stage;
+        state.advance();
       }
-      wgmma_wait();
-      release(previous);
+      wgmma_wait(sums);
+      pipeline.release(previous, thread);
       store_tile<kTokens, V::out_buffers>(
-          d_map, sums, bias, tile.token, weight,
+          d_map, sums, bias, token, weight,
           shared + V::out_at + warpgroup * V::out_buffers * kOutBytes, next_buffer, 1 + warpgroup);
     }
-    if (thread == 0) await_copies_read<0>();
+    if (thread == 0) tma_store_wait_read();
   }
   // No block leaves while the other may still write to its shared memory.
   cluster_sync();

@@ -6,8 +6,10 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
-#include "gemm/hopper.cuh"
-#include "gemm/wgmma.cuh"
+#include "cuda/sm90/mbarrier.cuh"
+#include "cuda/sm90/shared_memory.cuh"
+#include "cuda/sm90/tma.cuh"
+#include "cuda/sm90/wgmma.cuh"
 
 namespace zimage_mxfp8::detail {
 
@@ -57,14 +59,14 @@ __device__ void store_tile(const CUtensorMap& d_map, const float (&sums)[tokens 
       const int piece = warp * 2 + matrix % 2;
       store_matrices_transposed(buffer + row * kGroupWeights * 2 + (piece ^ row % 8) * 16, packed);
     }
-    fence_for_copies();
+    tma_store_fence();
     // The barrier also tells that the next buffer is free: the copy that was started from it has
     // read it.
-    if (thread == 0) await_copies_read<buffers - 2>();
+    if (thread == 0) tma_store_wait_read<buffers - 2>();
     named_barrier(barrier, kWarpgroup);
     if (thread == 0) {
-      copy_box_out(d_map, buffer, weight, token + first);
-      commit_copies();
+      tma_store_2d(d_map, buffer, weight, token + first);
+      tma_store_commit();
     }
     next = next == buffers - 1 ? 0 : next + 1;
   }

@@ -1,4 +1,4 @@
-#include "gemm/tensor_map.h"
+#include "cuda/sm90/tensor_map.h"
 
 #include <cuda_runtime.h>
 

@@ -27,22 +27,33 @@ __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" 
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Waits until all but the last `pending` committed groups are complete.
-template <int pending = 0>
-__device__ void wgmma_wait() {
+// Waits until all but the last `pending` committed groups have read their operands in shared memory
+// and written their sums.
+template <int pending>
+__device__ void wgmma_wait_pending() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// Waits until all committed groups are complete, after which their sums may be read. For the
+// compiler each sum is written where its product is issued: without a fence on the registers it
+// could move reads of them above the wait.
+template <int count>
+__device__ void wgmma_wait(float (&sums)[count]) {
+  wgmma_wait_pending<0>();
+#pragma unroll
+  for (int i = 0; i < count; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 // Wgmma<N>::multiply(d, a, b): D += A B^T.
 template <int n>
 struct Wgmma;
 
-// The same with A in shared memory, described as B is.
+// WgmmaShared<N>::multiply(d, a, b): D += A B^T with A in shared memory, described as B is.
 template <int n>
 struct WgmmaShared;
 
-// The same with A [64, 32] and B [N, 32] in E4M3, both in shared memory; D = A B^T unless it is to
-// `add`.
+// WgmmaFP8<N>::multiply(d, a, b, add): D += A B^T, or D = A B^T without `add`, with A [64, 32] and
+// B [N, 32] in E4M3, both in shared memory.
 template <int n>
 struct WgmmaFP8;
 
