@@ -74,7 +74,7 @@ function(zm_cutlass_library)
   set(type_F32 float)
   set(target zm_gemm_${arg_CONFIG}_${arg_OUTPUT})
   string(TOLOWER ${target} target)
-  zm_cuda_library(${target} ARCH ${arg_ARCH} SOURCES gemm/block_scaled.cu)
+  zm_cuda_library(${target} ARCH ${arg_ARCH} SOURCES gemm/blackwell/block_scaled.cu)
   set_target_properties(${target} PROPERTIES JOB_POOL_COMPILE zm_cutlass)
   target_include_directories(${target} SYSTEM PRIVATE ${zm_cutlass_include})
   # NDEBUG in every build type: assertions keep ptxas from overlapping the tensor cores' work.

@@ -12,7 +12,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cuda/runtime.h"
-#include "gemm/dispatch.h"
+#include "gemm/dispatch/dispatch.h"
 #include "zimage_mxfp8/quantize.h"
 #include "zimage_mxfp8/row_scaled.h"
 

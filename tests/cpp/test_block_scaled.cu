@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "gemm/block_scaled_kernel.h"
+#include "gemm/blackwell/block_scaled_kernel.h"
 #include "zimage_mxfp8/gemm.h"
 #include "zimage_mxfp8/quantize.h"
 #include "zimage_mxfp8/scale_layout.h"

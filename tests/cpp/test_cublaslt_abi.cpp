@@ -1,10 +1,10 @@
-// The declarations of gemm/cublaslt_abi.h against cuBLASLt's own header. Compiled where that is
-// installed; there is nothing to run.
+// The declarations of gemm/cublaslt/cublaslt_abi.h against cuBLASLt's own header. Compiled where
+// that is installed; there is nothing to run.
 #include <cublasLt.h>
 
 #include <type_traits>
 
-#include "gemm/cublaslt_abi.h"
+#include "gemm/cublaslt/cublaslt_abi.h"
 
 namespace abi = zimage_mxfp8::detail::cublaslt::abi;
 

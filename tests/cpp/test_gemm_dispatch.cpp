@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "gemm/dispatch.h"
-#include "gemm/heuristics.h"
+#include "gemm/dispatch/dispatch.h"
+#include "gemm/dispatch/heuristics.h"
 #include "zimage_mxfp8/error.h"
 
 using namespace zimage_mxfp8;
@@ -122,6 +122,18 @@ TEST_CASE("a fused epilogue needs full waves") {
 TEST_CASE("variants within a kernel") {
   CHECK(!detail::mixed_sm90_uses_workspace(2047));
   CHECK(detail::mixed_sm90_uses_workspace(2048));
+  using Register = detail::MixedRegisterTile;
+  CHECK(detail::mixed_register_tile(32, 3840, 132) == Register::k32x64);  // 30 tiles of 128
+  CHECK(detail::mixed_register_tile(33, 3840, 132) == Register::k64x64);
+  CHECK(detail::mixed_register_tile(128, 3840, 132) == Register::k128x64);
+  CHECK(detail::mixed_register_tile(1, 11520, 132) == Register::k64x128);  // 90 tiles
+  CHECK(detail::mixed_register_tile(65, 11520, 132) == Register::k128x128);
+  CHECK(detail::mixed_register_tile(129, 3840, 132) == Register::k192x128);
+  // 22 rows of tiles on 66 clusters: 3840 = 15 slabs of 256, 330 tiles in 5 waves of 128; 10 slabs
+  // of 384, 220 tiles in 4 waves of 192. 20480: 80, 27 waves of 128; 54, 18 waves of 192.
+  using Workspace = detail::MixedWorkspaceTile;
+  CHECK(detail::mixed_workspace_tile(4224, 3840, 132) == Workspace::k128);   // 640 against 768
+  CHECK(detail::mixed_workspace_tile(4224, 20480, 132) == Workspace::k192);  // 3456, 3456
   CHECK(detail::sm100_tile(128, 20480, 148) == detail::SM100Tile::k128x128);
   CHECK(detail::sm100_tile(1152, 3840, 148) == detail::SM100Tile::k256x128);   // 75 tiles
   CHECK(detail::sm100_tile(4224, 11520, 148) == detail::SM100Tile::k256x256);  // 765 tiles

@@ -91,7 +91,7 @@ Support supports(const GemmKernel& kernel, const GemmProblem& problem, int devic
 struct GemmCandidate {
   const GemmKernel* kernel;
   bool fuses_epilogue;  // or the problem has none
-  double cost;          // relative, see csrc/gemm/heuristics.h; infinite if it is not supported
+  double cost;          // relative, see csrc/gemm/dispatch/heuristics.h; infinite if it is not supported
   std::string reason;   // why it was not chosen; empty for the one that was
 };
 

@@ -3,8 +3,8 @@
 #include <string>
 
 #include "cuda/launch.cuh"
-#include "gemm/block_scaled.h"
-#include "gemm/block_scaled_kernel.h"
+#include "gemm/blackwell/block_scaled.h"
+#include "gemm/blackwell/block_scaled_kernel.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

@@ -1,4 +1,4 @@
-#include "gemm/heuristics.h"
+#include "gemm/dispatch/heuristics.h"
 
 #include <limits>
 
@@ -18,6 +18,10 @@ constexpr std::int64_t kDequantizeFromAgain = 8192;   // tokens
 
 // mixed_sm90: decoding once was faster, or as fast, with 2,048 tokens.
 constexpr std::int64_t kMixedWorkspaceFrom = 2048;  // tokens
+
+// mixed_sm90 in registers: half of the multiprocessors with whole tiles are better than all of them
+// with parts of K.
+constexpr std::int64_t kMixedPartsPerTile = 2;
 
 // fp8_sm90 with a fused epilogue against fp8_rowwise and a launch of its own: faster at a wave
 // utilization of 0.91 and more, slower at 0.78 and less.
@@ -65,6 +69,25 @@ double cost_mxfp8_sm100(const GemmProblem&, const CudaDevice&) { return kBlockSc
 double cost_mxfp8_sm120(const GemmProblem&, const CudaDevice&) { return kBlockScaledCost; }
 
 bool mixed_sm90_uses_workspace(std::int64_t m) { return m >= kMixedWorkspaceFrom; }
+
+MixedRegisterTile mixed_register_tile(std::int64_t m, std::int64_t n, int multiprocessors) {
+  if (m > 128) return MixedRegisterTile::k192x128;
+  if (ceil_div(n, 128) * kMixedPartsPerTile >= multiprocessors) {
+    return m <= 64 ? MixedRegisterTile::k64x128 : MixedRegisterTile::k128x128;
+  }
+  if (m <= 32) return MixedRegisterTile::k32x64;
+  return m <= 64 ? MixedRegisterTile::k64x64 : MixedRegisterTile::k128x64;
+}
+
+MixedWorkspaceTile mixed_workspace_tile(std::int64_t m, std::int64_t n, int multiprocessors) {
+  // Waves of clusters, times how long a tile takes, which is as its weights. Larger tiles are read
+  // less often, but the last of them may leave multiprocessors idle.
+  const auto duration = [&](std::int64_t weights) {
+    const std::int64_t tiles = ceil_div(m, 192) * ceil_div(n, 2 * weights);
+    return ceil_div(tiles, multiprocessors / 2) * weights;
+  };
+  return duration(192) <= duration(128) ? MixedWorkspaceTile::k192 : MixedWorkspaceTile::k128;
+}
 
 SM100Tile sm100_tile(std::int64_t m, std::int64_t n, int multiprocessors) {
   if (m <= kSM100FewRows) return SM100Tile::k128x128;

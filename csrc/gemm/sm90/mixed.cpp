@@ -1,20 +1,20 @@
-#include "gemm/mixed_sm90.h"
+#include "gemm/sm90/mixed.h"
 
-#include "gemm/heuristics.h"
-#include "gemm/table.h"
+#include "gemm/dispatch/heuristics.h"
+#include "gemm/dispatch/table.h"
 
 namespace zimage_mxfp8::detail {
 namespace {
 
 std::size_t workspace(const GemmProblem& problem) {
-  return mixed_sm90_uses_workspace(problem.m) ? workspace_sm90_once(problem) : 0;
+  return mixed_sm90_uses_workspace(problem.m) ? mixed_workspace_nbytes_sm90(problem) : 0;
 }
 
 void run(const GemmTask& task, Workspace memory, CudaStream stream) {
   if (mixed_sm90_uses_workspace(task.m)) {
-    gemm_sm90_once(task, memory, stream);
+    mixed_workspace_sm90(task, memory, stream);
   } else {
-    gemm_sm90_each(task, stream);
+    mixed_register_sm90(task, stream);
   }
 }
 

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "gemm/kernel.h"
+#include "gemm/dispatch/kernel.h"
 
 namespace zimage_mxfp8::detail {
 

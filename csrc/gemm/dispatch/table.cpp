@@ -1,6 +1,6 @@
-#include "gemm/table.h"
+#include "gemm/dispatch/table.h"
 
-#include "gemm/heuristics.h"
+#include "gemm/dispatch/heuristics.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

@@ -2,9 +2,9 @@
 #include <limits>
 
 #include "dequantize/dequantize_cuda.h"
-#include "gemm/cublaslt.h"
+#include "gemm/cublaslt/cublaslt.h"
 #include "gemm/finish.h"
-#include "gemm/table.h"
+#include "gemm/dispatch/table.h"
 #include "zimage_mxfp8/error.h"
 #include "zimage_mxfp8/matrix.h"
 

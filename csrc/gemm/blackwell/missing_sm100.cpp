@@ -1,6 +1,6 @@
 // In builds without the target 100f.
-#include "gemm/missing.h"
-#include "gemm/table.h"
+#include "gemm/dispatch/missing.h"
+#include "gemm/dispatch/table.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

@@ -30,6 +30,22 @@ inline constexpr std::int64_t kFP8SM90TileM = 128, kFP8SM90TileN = 512, kFP8SM90
 // tile of tokens.
 bool mixed_sm90_uses_workspace(std::int64_t m);
 
+// Tiles of mixed_sm90 with weights in registers: tokens x weights.
+enum class MixedRegisterTile : std::uint8_t {
+  k32x64,
+  k64x64,
+  k64x128,
+  k128x64,
+  k128x128,
+  k192x128
+};
+MixedRegisterTile mixed_register_tile(std::int64_t m, std::int64_t n, int multiprocessors);
+
+// Tiles of mixed_sm90 with weights in the workspace: 192 tokens and as many weights, for each of
+// the two blocks of a cluster.
+enum class MixedWorkspaceTile : std::uint8_t { k128, k192 };
+MixedWorkspaceTile mixed_workspace_tile(std::int64_t m, std::int64_t n, int multiprocessors);
+
 enum class SM100Tile : std::uint8_t { k128x128, k256x128, k256x256 };
 SM100Tile sm100_tile(std::int64_t m, std::int64_t n, int multiprocessors);
 

@@ -1,4 +1,4 @@
-// The entry functions of fused_gemm_sm90.cu: arguments are checked, and there is at least one row,
+// The entry functions of fp8_fused.cu: arguments are checked, and there is at least one row,
 // column and element of K.
 #pragma once
 

@@ -1,4 +1,4 @@
-#include "gemm/cublaslt.h"
+#include "gemm/cublaslt/cublaslt.h"
 
 #include <array>
 #include <map>
@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "cuda/runtime.h"
-#include "gemm/cublaslt_abi.h"
+#include "gemm/cublaslt/cublaslt_abi.h"
 
 #ifdef _WIN32
 #ifndef NOMINMAX

@@ -19,8 +19,8 @@
 #include "cuda/sm90/tma.cuh"
 #include "cuda/sm90/wgmma.cuh"
 #include "fused/arithmetic.cuh"
-#include "fused_gemm/fused_gemm_cuda.h"
-#include "gemm/heuristics.h"
+#include "gemm/dispatch/heuristics.h"
+#include "gemm/sm90/fp8_fused.h"
 #include "zimage_mxfp8/fused.h"
 
 namespace zimage_mxfp8::detail {

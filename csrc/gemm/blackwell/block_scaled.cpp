@@ -1,4 +1,4 @@
-#include "gemm/block_scaled.h"
+#include "gemm/blackwell/block_scaled.h"
 
 #include "gemm/finish.h"
 #include "zimage_mxfp8/matrix.h"

@@ -1,7 +1,7 @@
 // The table of GEMM kernels.
 #pragma once
 
-#include "gemm/kernel.h"
+#include "gemm/dispatch/kernel.h"
 
 namespace zimage_mxfp8::detail {
 

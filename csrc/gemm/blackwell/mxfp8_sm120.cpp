@@ -1,5 +1,5 @@
-#include "gemm/block_scaled.h"
-#include "gemm/table.h"
+#include "gemm/blackwell/block_scaled.h"
+#include "gemm/dispatch/table.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

@@ -1,7 +1,7 @@
 // The implementation of a kernel that a build does not have.
 #pragma once
 
-#include "gemm/kernel.h"
+#include "gemm/dispatch/kernel.h"
 #include "zimage_mxfp8/error.h"
 
 namespace zimage_mxfp8::detail {

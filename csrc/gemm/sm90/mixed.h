@@ -9,10 +9,10 @@
 namespace zimage_mxfp8::detail {
 
 // Decodes weights for each tile of tokens, in registers.
-void gemm_sm90_each(const GemmTask& task, CudaStream stream);
+void mixed_register_sm90(const GemmTask& task, CudaStream stream);
 
 // Decodes weights once, to the workspace.
-std::size_t workspace_sm90_once(const GemmProblem& problem);
-void gemm_sm90_once(const GemmTask& task, Workspace workspace, CudaStream stream);
+std::size_t mixed_workspace_nbytes_sm90(const GemmProblem& problem);
+void mixed_workspace_sm90(const GemmTask& task, Workspace workspace, CudaStream stream);
 
 }  // namespace zimage_mxfp8::detail

@@ -22,9 +22,10 @@
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/sm90/tma.cuh"
 #include "cuda/sm90/wgmma.cuh"
-#include "gemm/decode_bf16.cuh"
-#include "gemm/mixed_sm90.h"
-#include "gemm/transposed_tile.cuh"
+#include "gemm/dispatch/heuristics.h"
+#include "gemm/sm90/decode_bf16.cuh"
+#include "gemm/sm90/mixed.h"
+#include "gemm/sm90/transposed_tile.cuh"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::detail {
@@ -394,29 +395,23 @@ void run(const GemmTask& task, Workspace workspace, CudaStream stream) {
 }
 
 using Tile128 = Variant<2, 5, 3>;  // 128 weights
-using Tile192 = Variant<3, 4, 2>;
-
-// How long a product takes, in tiles of 64 weights, one after the other.
-template <class V>
-int64_t duration(const GemmTask& task) {
-  const int64_t tiles = ceil_div(task.m, kTokens) * ceil_div(task.n, V::slab);
-  return ceil_div(tiles, multiprocessors(current_device()) / kCluster) *
-         (V::weights / kGroupWeights);
-}
+using Tile192 = Variant<3, 4, 2>;  // 192
+static_assert(kTokens == 192 && kCluster == 2 && Tile128::weights == 128 && Tile192::weights == 192,
+              "mixed_workspace_tile() counts with these");
 
 }  // namespace
 
-std::size_t workspace_sm90_once(const GemmProblem& problem) {
+std::size_t mixed_workspace_nbytes_sm90(const GemmProblem& problem) {
   return plan_of<Tile128>(problem.n, problem.k).counter_bytes +  // no less than Tile192's
          static_cast<std::size_t>(problem.n) * static_cast<std::size_t>(problem.k) * 2;
 }
 
-void gemm_sm90_once(const GemmTask& task, Workspace workspace, CudaStream stream) {
-  // Larger tiles are read less often, but the last of them may leave multiprocessors idle.
-  if (duration<Tile192>(task) <= duration<Tile128>(task)) {
-    run<Tile192>(task, workspace, stream);
-  } else {
-    run<Tile128>(task, workspace, stream);
+void mixed_workspace_sm90(const GemmTask& task, Workspace workspace, CudaStream stream) {
+  switch (mixed_workspace_tile(task.m, task.n, multiprocessors(current_device()))) {
+    case MixedWorkspaceTile::k128:
+      return run<Tile128>(task, workspace, stream);
+    case MixedWorkspaceTile::k192:
+      return run<Tile192>(task, workspace, stream);
   }
 }
 

@@ -1,7 +1,7 @@
 #include "cuda/runtime.h"
-#include "gemm/block_scaled.h"
-#include "gemm/heuristics.h"
-#include "gemm/table.h"
+#include "gemm/blackwell/block_scaled.h"
+#include "gemm/dispatch/heuristics.h"
+#include "gemm/dispatch/table.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

@@ -1,4 +1,4 @@
-#include "gemm/dispatch.h"
+#include "gemm/dispatch/dispatch.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,7 @@
 // In builds without the target 90a.
-#include "gemm/missing.h"
-#include "gemm/table.h"
+#include "gemm/dispatch/missing.h"
+
+#include "gemm/dispatch/table.h"
 
 namespace zimage_mxfp8::detail {
 namespace {

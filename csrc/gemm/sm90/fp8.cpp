@@ -1,7 +1,7 @@
 #include <cstdint>
 
-#include "fused_gemm/fused_gemm_cuda.h"
-#include "gemm/table.h"
+#include "gemm/dispatch/table.h"
+#include "gemm/sm90/fp8_fused.h"
 #include "zimage_mxfp8/error.h"
 
 namespace zimage_mxfp8::detail {

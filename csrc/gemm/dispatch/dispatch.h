@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "gemm/table.h"
+#include "gemm/dispatch/table.h"
 
 namespace zimage_mxfp8::detail {
 

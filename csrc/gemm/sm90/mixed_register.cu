@@ -23,9 +23,10 @@
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/sm90/tma.cuh"
 #include "cuda/sm90/wgmma.cuh"
-#include "gemm/decode_bf16.cuh"
-#include "gemm/mixed_sm90.h"
-#include "gemm/transposed_tile.cuh"
+#include "gemm/dispatch/heuristics.h"
+#include "gemm/sm90/decode_bf16.cuh"
+#include "gemm/sm90/mixed.h"
+#include "gemm/sm90/transposed_tile.cuh"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::detail {
@@ -377,17 +378,21 @@ using Many = Variant<192, 2, 1, 2, 1, 3>;
 
 }  // namespace
 
-// Chosen by measurement on an H100 (docs/performance.md).
-void gemm_sm90_each(const GemmTask& task, CudaStream stream) {
-  if (task.m > Few128::tokens) return run<Many>(task, stream);
-  // Half of the multiprocessors with whole tiles are better than all of them with parts.
-  if (ceil_div(task.n, Few128Wide::weights) * 2 >= multiprocessors(current_device())) {
-    return task.m <= Few64Wide::tokens ? run<Few64Wide>(task, stream)
-                                       : run<Few128Wide>(task, stream);
+void mixed_register_sm90(const GemmTask& task, CudaStream stream) {
+  switch (mixed_register_tile(task.m, task.n, multiprocessors(current_device()))) {
+    case MixedRegisterTile::k32x64:
+      return run<Few32>(task, stream);
+    case MixedRegisterTile::k64x64:
+      return run<Few64>(task, stream);
+    case MixedRegisterTile::k64x128:
+      return run<Few64Wide>(task, stream);
+    case MixedRegisterTile::k128x64:
+      return run<Few128>(task, stream);
+    case MixedRegisterTile::k128x128:
+      return run<Few128Wide>(task, stream);
+    case MixedRegisterTile::k192x128:
+      return run<Many>(task, stream);
   }
-  if (task.m <= Few32::tokens) return run<Few32>(task, stream);
-  if (task.m <= Few64::tokens) return run<Few64>(task, stream);
-  return run<Few128>(task, stream);
 }
 
 }  // namespace zimage_mxfp8::detail

@@ -1,6 +1,6 @@
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
-#include "gemm/table.h"
+#include "gemm/dispatch/table.h"
 #include "zimage_mxfp8/scale_layout.h"
 
 namespace zimage_mxfp8::detail {
