@@ -23,7 +23,7 @@ MAX_UPWARDS = 10
 def read_tables(page: str) -> tuple[list[list[str]], set[tuple[str, str]], list[str]]:
     """Read the layers, the allowed upward imports, and what is wrong with the tables."""
     section = page.partition("\n## Order of layers\n")[2].partition("\n## ")[0]
-    tables = re.findall(r"\|[ :|-]+\|\n((?:\|.*\n?)+)", section)
+    tables = re.findall(r"\|[ :|-]+\|\n((?:\|.*\n?)*)", section)
     if len(tables) != 2:
         return [], set(), ['"Order of layers" must have two tables']
     rows = [
