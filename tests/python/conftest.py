@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -118,6 +119,15 @@ def zimage_quantized(zimage_folder: Path) -> Path:
     path = zimage_folder.parent / "quantized.safetensors"
     zm.convert(zimage_folder, path)
     return path
+
+
+@pytest.fixture
+def turbo(zimage_folder: Path, zimage_quantized: Path, tmp_path: Path) -> Path:
+    """A folder with the names of the examples, where the model's own transformer is missing."""
+    ignored = shutil.ignore_patterns("transformer")
+    shutil.copytree(zimage_folder, tmp_path / "Z-Image-Turbo", ignore=ignored)
+    shutil.copy(zimage_quantized, tmp_path / "Z-Image-Turbo-mxfp8.safetensors")
+    return tmp_path
 
 
 Generate = Callable[..., "tuple[int, str, str]"]

@@ -687,7 +687,7 @@ def test_diffusers_loads_the_folder_with_our_transformer(
 def test_from_pipe_takes_the_transformer_by_name(
     zimage_folder: Path, zimage_quantized: Path, reference: ZImagePipeline, tmp_path: Path
 ) -> None:
-    """As the README says: by itself diffusers passes only components of the class it expects."""
+    """As the guide says: by itself diffusers passes only components of the class it expects."""
     transformer = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu", dtype=torch.float32)
     pipe = ZImagePipeline(**(reference.components | {"transformer": transformer}))
     image = init_image(tmp_path / "in.png", (64, 48))
