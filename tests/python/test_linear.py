@@ -22,7 +22,7 @@ from diffusers_reference import (
     to_diffusers_names,
 )
 from low_rank_adapter import Branch, LowRankAdapter
-from test_transformer import FLOAT32
+from test_transformer import FLOAT32, LiveBytes
 from zimage_mxfp8.ops import fused_gemm
 from zimage_mxfp8.transformer.block import Block
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
@@ -141,17 +141,24 @@ def attach_adapters(
 # ---- Hooks
 
 
+def force_fusion(device: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Fuse epilogues where the device can, for few tokens too; whether it can."""
+    if device == "cpu" or fused_gemm.unsupported(torch.cuda.current_device()):
+        return False
+    monkeypatch.setattr(fused_gemm, "is_faster", lambda *_: True)
+    return True
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", MODES)
 def test_hooks_run_on_every_linear_and_block(
     mode: str, device: str, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With fused epilogues where the device has them, which few tokens are not faster with."""
-    if device == "cuda" and not fused_gemm.unsupported(torch.cuda.current_device()):
-        monkeypatch.setattr(fused_gemm, "is_faster", lambda *_: True)
+    fuses = force_fusion(device, monkeypatch)
     model = files.load(mode, device, torch.bfloat16, cuda_graphs=False)
     inputs = to(device, random_inputs(*RAGGED))
     without = model(*inputs).sample
+    assert model.layers[0].qkv.fuses_epilogue(64) == (fuses and mode == "fp8")
     calls: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., None]:
@@ -176,8 +183,7 @@ def test_hooks_run_on_every_linear_and_block(
 def test_a_hook_replaces_the_result_of_a_layer(
     name: str, mode: str, device: str, stacked: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if device == "cuda" and not fused_gemm.unsupported(torch.cuda.current_device()):
-        monkeypatch.setattr(fused_gemm, "is_faster", lambda *_: True)
+    force_fusion(device, monkeypatch)
     model = stacked.load(mode, device, torch.bfloat16, cuda_graphs=False)
     inputs = to(device, random_inputs(*RAGGED))
     before = model(*inputs).sample
@@ -311,6 +317,17 @@ def test_a_layer_with_an_adapter_does_not_fuse(
     qkv.adapter = w13.adapter = None
     assert qkv(qkv.encode(x), rotate) is fused
     assert w13(w13.encode(x), silu)[PLAIN] is fused
+
+
+def test_memory_of_an_adapter(stacked: Files) -> None:
+    model = stacked.load("plain")
+    attach_adapters(model, stacked.weights)
+    layer, tokens = model.layers[0].qkv, 96
+    activation = layer.encode(torch.ones(tokens, 384))
+    with LiveBytes() as live:
+        result = layer(activation)
+    assert live.peak == result.nbytes + layer.workspace_nbytes(tokens)
+    assert layer.workspace_nbytes(tokens) == tokens * (384 + RANK) * 4
 
 
 @pytest.mark.gpu

@@ -167,7 +167,7 @@ class Block(nn.Module):
         return out
 
     def working_nbytes(self, tokens: int, ragged: bool) -> int:
-        """Bytes that are in use on a CUDA device at most, beside the weights and `x`.
+        """Bytes that are in use on a CUDA device at most, in addition to the weights and `x`.
 
         Args:
             tokens: of all items.
@@ -192,13 +192,13 @@ class Block(nn.Module):
         device, layers = self.attention_norm1.device, self._ffn_in
         width = sum(layer.out_features for layer in layers)
         given = ops.activation_nbytes(self.ffn_input_formats, tokens * dim, dtype)
-        products = tokens * width * dtype.itemsize
+        gate_up = tokens * width * dtype.itemsize
         if len(layers) == 1 and layers[0].fuses_epilogue(tokens):
-            products //= 2  # the epilogue's result alone
-        first = products + max(layer.workspace_nbytes(tokens) for layer in layers)
+            gate_up //= 2  # the epilogue's result alone
+        first = gate_up + max(layer.workspace_nbytes(tokens) for layer in layers)
         gated = ops.result_nbytes(self.ffn_out.input_formats, tokens * width // 2, dtype, device)
         # torch's silu_multiply has as much again; the fused one writes its result alone.
-        between = products + (products if dtype == torch.float32 else gated)
+        between = gate_up + (gate_up if dtype == torch.float32 else gated)
         last = gated + self.ffn_out.workspace_nbytes(tokens) + tokens * dim * dtype.itemsize
         return given + max(first, between, last)
 

@@ -123,6 +123,8 @@ class ZImageTransformer(nn.Module):
         self.register_buffer("cap_embedder_norm", tensors["cap_embedder.0.weight"])
         self.register_buffer("x_pad_token", tensors["x_pad_token"])
         self.register_buffer("cap_pad_token", tensors["cap_pad_token"])
+        # Listed once, because that takes longer than to look for their adapters.
+        self._captured_linears = tuple(self._linears())
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -365,8 +367,7 @@ class ZImageTransformer(nn.Module):
         try:
             with torch.autocast(self.device.type, enabled=False):
                 if self.device.type == "cuda" and self._cuda_graphs:
-                    # Adapters are captured in a graph.
-                    adapters = tuple(layer.adapter for layer in self._linears())
+                    adapters = tuple(layer.adapter for layer in self._captured_linears)
                     with torch.cuda.device(self.device):
                         sample = self._graphs.run((inputs.shapes, adapters), self._compute, inputs)
                 else:

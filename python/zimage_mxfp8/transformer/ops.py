@@ -1,4 +1,4 @@
-"""The work between the products, on plain torch tensors of any device.
+"""The work between the GEMMs, on plain torch tensors of any device.
 
 On CUDA in BF16 the core's fused kernels do it (`zimage_mxfp8.ops.fused`) if this build has them;
 torch does elsewhere, on some rows at a time. Either way arithmetic is in float32 and results are
@@ -25,7 +25,7 @@ Activation = dict[ActivationFormat, Any]
 # The format that is not encoded; a model in float32 has float32 there.
 PLAIN: ActivationFormat = "bfloat16"
 
-_BLOCK = 32  # products take widths that are multiples of it
+_BLOCK = 32  # 8-bit GEMMs take widths that are multiples of it
 _TEMPORARIES = 3  # matrices of float32 that an operation by torch holds at the same time
 
 
