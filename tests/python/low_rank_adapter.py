@@ -40,8 +40,8 @@ class LowRankAdapter(Adapter):
     def forward(self, activation: Activation, result: torch.Tensor) -> torch.Tensor:
         x = activation[PLAIN]
         for i, (rows, scale) in enumerate(self._layout):
-            change = F.linear(F.linear(x, getattr(self, f"a{i}")), getattr(self, f"b{i}"))
-            result[..., rows].add_(change, alpha=scale)
+            narrow = F.linear(x, getattr(self, f"a{i}"))
+            result[..., rows].add_(F.linear(narrow, getattr(self, f"b{i}")), alpha=scale)
         return result
 
     def workspace_nbytes(self, tokens: int) -> int:
