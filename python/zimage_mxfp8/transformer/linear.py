@@ -30,7 +30,7 @@ class Linear(nn.Module):
     Attributes:
         out_features: N.
         dtype: of the result.
-        weight_format: a word for tables.
+        weight_format: how the weights are stored, for tables.
         adapter: a branch that is added to the result, or None.
     """
 
