@@ -26,7 +26,7 @@ from zimage_mxfp8.ops import fused
 
 ROWS, HIDDEN, FEED_FORWARD, HEADS = 4224, 3840, 10240, 30
 ROTATED_BYTES = 1 << 30
-FORMS: tuple[fused.Form, ...] = ("bfloat16", "row-scaled", "mxfp8")
+FORMATS: tuple[fused.ActivationFormat, ...] = ("bfloat16", "row-scaled", "mxfp8")
 BITS = {"bfloat16": 16.0, "row-scaled": 8.0, "mxfp8": 8.25}
 
 Tensors = Sequence[torch.Tensor]
@@ -54,14 +54,14 @@ def encode_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Kernel:
     name: str
     make: Callable[[], Tensors]  # what one call works on
-    kept: int  # bytes read and written, without a result in one of the forms
+    kept: int  # bytes read and written, without a result in one of the formats
     columns: int  # of that result; 0 if there is none
     ours: Callable[[Tensors, Any], object]
     torch: Callable[[Tensors], Any]  # the same, by torch's operations
-    forms: Sequence[fused.Form] = FORMS
+    formats: Sequence[fused.ActivationFormat] = FORMATS
 
-    def moved(self, form: fused.Form) -> float:
-        return self.kept + ROWS * self.columns * BITS[form] / 8
+    def moved(self, output_format: fused.ActivationFormat) -> float:
+        return self.kept + ROWS * self.columns * BITS[output_format] / 8
 
 
 def torch_add_norm(t: Tensors) -> torch.Tensor:
@@ -82,8 +82,8 @@ def torch_rotate(t: Tensors) -> None:
 
 
 def encode(t: Tensors, target: Any) -> None:
-    form, codes, scales, *_ = target
-    kernel = _core.quantize_rows if form == "row-scaled" else _core.quantize
+    output_format, codes, scales, *_ = target
+    kernel = _core.quantize_rows if output_format == "row-scaled" else _core.quantize
     kernel(t[0], "bfloat16", codes, scales, 0, stream())
 
 
@@ -126,7 +126,7 @@ KERNELS = (
             t[0], HEAD, HEAD, t[1].view(ROWS, 128), HEADS, EPS, stream()
         ),
         torch_rotate,
-        FORMS[:1],
+        FORMATS[:1],
     ),
     Kernel(
         "encode what attention gives",
@@ -135,19 +135,21 @@ KERNELS = (
         HIDDEN,
         encode,
         lambda t: t[0],
-        FORMS[1:],
+        FORMATS[1:],
     ),
 )
 
 
-def measure(kernel: Kernel, form: fused.Form, peers: Sequence[str]) -> dict[str, float]:
+def measure(
+    kernel: Kernel, output_format: fused.ActivationFormat, peers: Sequence[str]
+) -> dict[str, float]:
     """Microseconds of ours and of the peers."""
-    copies = max(int(ROTATED_BYTES // kernel.moved(form)), 2)
+    copies = max(int(ROTATED_BYTES // kernel.moved(output_format)), 2)
     inputs = [kernel.make() for _ in range(copies)]
     targets: list[Any] = [None] * copies
     if kernel.columns:
         like = torch.empty(ROWS, kernel.columns, dtype=torch.bfloat16, device="cuda")
-        targets = [fused._Activation(form, like).parts for _ in range(copies)]
+        targets = [fused._Activation(output_format, like).parts for _ in range(copies)]
     result = {
         "ours": microseconds(
             [lambda i=i: kernel.ours(inputs[i], targets[i]) for i in range(copies)]
@@ -156,10 +158,10 @@ def measure(kernel: Kernel, form: fused.Form, peers: Sequence[str]) -> dict[str,
 
     def composition(tensors: Tensors) -> Any:
         plain = kernel.torch(tensors)
-        return encode_rows(plain) if form == "row-scaled" else plain
+        return encode_rows(plain) if output_format == "row-scaled" else plain
 
     # The blocked scales of MXFP8 have no short composition in torch.
-    for peer in peers if form != "mxfp8" else ():
+    for peer in peers if output_format != "mxfp8" else ():
         function = torch.compile(composition, dynamic=False) if peer == "compile" else composition
         result[f"torch {peer}"] = microseconds(
             [lambda i=i, f=function: f(inputs[i]) for i in range(copies)]
@@ -179,19 +181,26 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, device copy {copy:.2f} TB/s, "
         f"{ROWS} rows\n"
     )
-    print("| operation | form | who | us | TB/s | of copy |")
+    print("| operation | format | who | us | TB/s | of copy |")
     print("| --- | --- | --- | ---: | ---: | ---: |")
     rows = []
     for kernel in KERNELS:
-        for form in kernel.forms:
-            for who, us in measure(kernel, form, arguments.peers).items():
-                bandwidth = kernel.moved(form) / us / 1e6
+        for output_format in kernel.formats:
+            for who, us in measure(kernel, output_format, arguments.peers).items():
+                bandwidth = kernel.moved(output_format) / us / 1e6
                 share = bandwidth / copy
                 rows.append(
-                    {"operation": kernel.name, "form": form, "who": who, "us": us, "share": share}
+                    {
+                        "operation": kernel.name,
+                        "format": output_format,
+                        "who": who,
+                        "us": us,
+                        "share": share,
+                    }
                 )
                 print(
-                    f"| {kernel.name} | {form} | {who} | {us:.1f} | {bandwidth:.2f} | {share:.0%} |"
+                    f"| {kernel.name} | {output_format} | {who} | {us:.1f} | {bandwidth:.2f} "
+                    f"| {share:.0%} |"
                 )
     if arguments.json:
         arguments.json.write_text(json.dumps({"copy": copy, "rows": rows}, indent=1))

@@ -76,15 +76,18 @@ def check_fused(rows: int, cols: int) -> None:
 
     added = x.float() + torch.tanh(scale.float()[items]) * norm(y) * weight.float()
     fused.add_norm_modulate(x.clone(), y, weight)
-    for form in ("bfloat16", "row-scaled", "mxfp8"):
-        result = fused.silu_multiply(x, y, form)
+    for output_format in ("bfloat16", "row-scaled", "mxfp8"):
+        result = fused.silu_multiply(x, y, output_format)
         check_close(result, torch.nn.functional.silu(x.float()) * y.float(), rows, cols)
         check_close(
-            fused.norm_modulate(x, weight, scale, items, form), norm(x) * factor, rows, cols
+            fused.norm_modulate(x, weight, scale, items, output_format),
+            norm(x) * factor,
+            rows,
+            cols,
         )
         in_place = x.clone()
         result = fused.add_norm_modulate(
-            in_place, y, weight, scale, weight, scale, items=items, form=form
+            in_place, y, weight, scale, weight, scale, items=items, output_format=output_format
         )
         check_close(in_place, added, rows, cols)
         check_close(result, norm(in_place) * factor, rows, cols)

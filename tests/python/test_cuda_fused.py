@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 COLUMNS = [3840, 10240, 128, 341, 682, 40, 16384]
 ROWS = [1, 77, 4224]
 ROUNDING = 2.0**-8  # half a unit in the last place of BF16, relative
-FORMS: tuple[fused.Form, ...] = ("bfloat16", "row-scaled", "mxfp8")
+FORMATS: tuple[fused.ActivationFormat, ...] = ("bfloat16", "row-scaled", "mxfp8")
 
 
 def random(rows: int, cols: int, seed: int, stride: int = 0) -> torch.Tensor:
@@ -59,12 +59,12 @@ def assert_same_bytes(result: Any, want: Any) -> None:
         assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
-def check_forms(call: Callable[[fused.Form], Any]) -> torch.Tensor:
-    """The BF16 result, after comparing what the other forms hold with what encoding it gives."""
+def check_formats(call: Callable[[fused.ActivationFormat], Any]) -> torch.Tensor:
+    """The BF16 result, after comparing what the other formats hold with what encoding it gives."""
     plain: torch.Tensor = call("bfloat16")
-    for form, encode in (("row-scaled", zm.quantize_rows), ("mxfp8", zm.quantize)):
+    for output_format, encode in (("row-scaled", zm.quantize_rows), ("mxfp8", zm.quantize)):
         torch.full((1 << 24,), 0xAA, dtype=torch.uint8, device="cuda")  # freed, and taken again
-        assert_same_bytes(call(form), encode(plain))  # type: ignore[arg-type,operator]
+        assert_same_bytes(call(output_format), encode(plain))  # type: ignore[arg-type,operator]
     return plain
 
 
@@ -76,7 +76,7 @@ def test_silu_multiply(rows: int, cols: int, halves: bool) -> None:
         gate, up = random(rows, 2 * cols, 1).chunk(2, dim=1)
     else:
         gate, up = random(rows, cols, 1), random(rows, cols, 2)
-    result = check_forms(lambda form: fused.silu_multiply(gate, up, form))
+    result = check_formats(lambda output_format: fused.silu_multiply(gate, up, output_format))
     assert_rounded_once(result, torch.nn.functional.silu(gate.double()) * up.double())
 
 
@@ -100,7 +100,9 @@ def test_norm_modulate(rows: int, cols: int, items: int | None) -> None:
     # One of several modulations that one product gave.
     scale = None if items is None else random(items, cols, 5, stride=4 * cols)
     item = random_items(rows, items) if items else None
-    result = check_forms(lambda form: fused.norm_modulate(x, weight, scale, item, form))
+    result = check_formats(
+        lambda output_format: fused.norm_modulate(x, weight, scale, item, output_format)
+    )
     exact = rms_norm(x) * weight.double()
     if scale is not None:
         exact = exact * (1 + scale.double()[item])
@@ -133,10 +135,10 @@ def test_add_norm_modulate(rows: int, cols: int, gated: bool, scaled: bool) -> N
         update = update * torch.tanh(gate.double())[items]
     assert_rounded_once(added, x.double() + update, x.double().abs() + update.abs())
 
-    def call(form: fused.Form) -> Any:
+    def call(output_format: fused.ActivationFormat) -> Any:
         copy = x.clone()
         result = fused.add_norm_modulate(
-            copy, y, norm_weight, gate, next_weight, scale, items, form
+            copy, y, norm_weight, gate, next_weight, scale, items, output_format
         )
         assert torch.equal(copy, added)
         return result
@@ -144,7 +146,7 @@ def test_add_norm_modulate(rows: int, cols: int, gated: bool, scaled: bool) -> N
     exact = rms_norm(added) * next_weight.double()
     if scale is not None:
         exact = exact * (1 + scale.double()[items])
-    result = check_forms(call)
+    result = check_formats(call)
     assert_rounded_once(result, exact)
     assert torch.equal(result, fused.norm_modulate(added, next_weight, scale, items))
 
@@ -188,15 +190,19 @@ def test_nonfinite_rows_stay_among_themselves(cols: int, value: float) -> None:
     x, y = random(9, cols, 16), random(9, cols, 17)
     x[2, cols // 2] = value
     y[5, cols - 1] = value
-    silu = check_forms(lambda form: fused.silu_multiply(x, y, form))
+    silu = check_formats(lambda output_format: fused.silu_multiply(x, y, output_format))
     assert (~silu.isfinite()).nonzero().tolist() == [[2, cols // 2], [5, cols - 1]]
-    normed = check_forms(lambda form: fused.norm_modulate(x, weight, form=form))
+    normed = check_formats(
+        lambda output_format: fused.norm_modulate(x, weight, output_format=output_format)
+    )
     assert normed.isnan().any(1).nonzero().flatten().tolist() == [2]
 
-    def add(form: fused.Form) -> Any:
-        return fused.add_norm_modulate(x.clone(), y, weight, None, weight, form=form)
+    def add(output_format: fused.ActivationFormat) -> Any:
+        return fused.add_norm_modulate(
+            x.clone(), y, weight, None, weight, output_format=output_format
+        )
 
-    assert check_forms(add).isnan().any(1).nonzero().flatten().tolist() == [2, 5]
+    assert check_formats(add).isnan().any(1).nonzero().flatten().tolist() == [2, 5]
 
 
 def test_zeros_and_small_rows() -> None:
@@ -207,11 +213,11 @@ def test_zeros_and_small_rows() -> None:
     x[4, 100:] = 0
     for eps in (1e-5, 0.0):
 
-        def norm(form: fused.Form, eps: float = eps) -> Any:
-            return fused.norm_modulate(x, weight, form=form, eps=eps)
+        def norm(output_format: fused.ActivationFormat, eps: float = eps) -> Any:
+            return fused.norm_modulate(x, weight, output_format=output_format, eps=eps)
 
-        check_forms(norm)
-    check_forms(lambda form: fused.silu_multiply(x, x, form))
+        check_formats(norm)
+    check_formats(lambda output_format: fused.silu_multiply(x, x, output_format))
 
 
 def test_items_out_of_range_are_nan() -> None:
@@ -229,20 +235,22 @@ def test_in_a_graph() -> None:
     scale = random(1, 3840, 29)
     rotations = torch.randn(300, 64, 2, device="cuda")
 
-    def work(form: fused.Form) -> list[Any]:
-        result = fused.add_norm_modulate(x, y, weight, scale, weight, scale, form=form)
+    def work(output_format: fused.ActivationFormat) -> list[Any]:
+        result = fused.add_norm_modulate(
+            x, y, weight, scale, weight, scale, output_format=output_format
+        )
         fused.rotate_heads(qkv, head, head, rotations, 3)
-        normed = fused.norm_modulate(x, weight, scale, form=form)
-        return [result, normed, fused.silu_multiply(*gate_up.chunk(2, dim=1), form)]
+        normed = fused.norm_modulate(x, weight, scale, output_format=output_format)
+        return [result, normed, fused.silu_multiply(*gate_up.chunk(2, dim=1), output_format)]
 
     inputs = [t.clone() for t in (x, qkv)]
-    for form in FORMS:
-        want = work(form)
+    for output_format in FORMATS:
+        want = work(output_format)
         written = [t.clone() for t in (x, qkv)]
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         with torch.cuda.graph(graph, stream=stream):
-            result = work(form)
+            result = work(output_format)
         for tensor, before in zip((x, qkv), inputs, strict=True):
             tensor.copy_(before)
         graph.replay()
@@ -250,7 +258,7 @@ def test_in_a_graph() -> None:
             assert torch.equal(tensor, after)
             tensor.copy_(inputs[0] if tensor is x else inputs[1])
         for got, expected in zip(result, want, strict=True):
-            if form == "bfloat16":
+            if output_format == "bfloat16":
                 assert torch.equal(got, expected)
             else:
                 assert_same_bytes(got, expected)

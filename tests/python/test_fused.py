@@ -28,7 +28,10 @@ ROTATIONS = torch.ones(4, 64, 2)
         (lambda: fused.silu_multiply(X, X[:2]), r"up is \[2, 64\] but gate is \[4, 64\]"),
         (lambda: fused.silu_multiply(X, X.float()), "up must be bfloat16, not float32"),
         (lambda: fused.silu_multiply(X.half(), X), "gate must be bfloat16, not float16"),
-        (lambda: fused.silu_multiply(X, X, "fp8"), "form must be bfloat16, row-scaled or mxfp8"),  # type: ignore[arg-type]
+        (
+            lambda: fused.silu_multiply(X, X, "fp8"),
+            "output_format must be bfloat16, row-scaled or mxfp8",
+        ),  # type: ignore[arg-type]
         (lambda: fused.silu_multiply(X[0], X[0]), "gate must have 2 dimensions"),
         (lambda: fused.silu_multiply(np.ones((4, 64)), X), "gate must be a torch tensor"),
         (lambda: fused.silu_multiply(X[:, :0], X[:, :0]), "rows must have 1 to 16384 columns"),
@@ -129,6 +132,6 @@ def test_gemm_epilogues_need_a_gpu() -> None:
 def test_nothing_to_do() -> None:
     empty = X[:0]
     assert fused.silu_multiply(empty, empty).shape == (0, 64)
-    assert fused.norm_modulate(empty, WEIGHT, form="mxfp8").shape == (0, 64)
+    assert fused.norm_modulate(empty, WEIGHT, output_format="mxfp8").shape == (0, 64)
     assert fused.add_norm_modulate(empty, empty, WEIGHT) is None
     fused.rotate_heads(QKV[:0], HEAD, HEAD, ROTATIONS[:0], 2)

@@ -15,6 +15,7 @@ from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer import arithmetic, block, ops
 from zimage_mxfp8.transformer.arithmetic import by_core, by_torch, scaled_mm, tiles
 from zimage_mxfp8.transformer.compute import modes_of, unsupported
+from zimage_mxfp8.transformer.linear import Linear
 from zimage_mxfp8.transformer.sequence import layout_of
 
 RAGGED = ([(16, 16), (4, 30), (2, 2)], [33, 1, 64])
@@ -74,8 +75,8 @@ def test_modes_agree_with_the_core(
 def test_what_it_is_made_of(quantized: Path) -> None:
     model = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", "fp8", torch.float32)
     assert 0 <= model.max_fold_error < 1e-6
-    kinds = {layer.kind for layer in model.modules() if hasattr(layer, "kind")}
-    assert kinds == {"fp8", "plain"}
+    formats = {layer.weight_format for layer in model.modules() if isinstance(layer, Linear)}
+    assert formats == {"fp8", "plain"}
 
 
 @pytest.mark.usefixtures("without_kernels")
@@ -100,10 +101,10 @@ def test_sensitivity_rounds_the_same(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 
 OPERATIONS = {
-    "silu_multiply": lambda x, w, f, i, forms: ops.silu_multiply(x, x.flip(0), forms),
-    "norm_modulate": lambda x, w, f, i, forms: ops.norm_modulate(x, w, f, i, forms),
-    "add_norm_modulate": lambda x, w, f, i, forms: ops.add_norm_modulate(
-        x.clone(), x.flip(0), w, f, w, f, i, forms
+    "silu_multiply": lambda x, w, f, i, formats: ops.silu_multiply(x, x.flip(0), formats),
+    "norm_modulate": lambda x, w, f, i, formats: ops.norm_modulate(x, w, f, i, formats),
+    "add_norm_modulate": lambda x, w, f, i, formats: ops.add_norm_modulate(
+        x.clone(), x.flip(0), w, f, w, f, i, formats
     ),
 }
 

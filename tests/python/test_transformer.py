@@ -27,6 +27,7 @@ from diffusers_reference import (
     relative_error,
 )
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
+from zimage_mxfp8.transformer.linear import Linear
 from zimage_mxfp8.transformer.sequence import layout_of
 from zimage_mxfp8.transformer.weights import open_model
 
@@ -234,9 +235,9 @@ def test_a_layer_that_cannot_be_folded_stays_exact(
 
     monkeypatch.setattr("zimage_mxfp8.transformer.arithmetic.by_core.fold", refuse_squares)
     model = float32(quantized, "fp8")
-    kinds = {name: layer.kind for name, layer in model.named_modules() if hasattr(layer, "kind")}
-    assert kinds["layers.0.qkv"] == "fp8"
-    assert kinds["layers.0.out"] == "weight-only"
+    formats = {n: m.weight_format for n, m in model.named_modules() if isinstance(m, Linear)}
+    assert formats["layers.0.qkv"] == "fp8"
+    assert formats["layers.0.out"] == "mxfp8 (weight-only)"
     inputs = random_inputs(*BATCHES["one image"])
     exact = float32(quantized, "weight-only")(*inputs).sample
     assert relative_error(model(*inputs).sample, exact) < 0.1

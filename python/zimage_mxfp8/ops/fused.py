@@ -2,7 +2,7 @@
 
 Arguments are torch tensors of bfloat16 on one CUDA device; the work goes to torch's current stream
 and can be captured in a CUDA graph. The arithmetic is float32, and every result is rounded to
-bfloat16 once. An activation comes back in the form that the next product takes:
+bfloat16 once. An activation comes back in the format that the next GEMM takes:
 
     bfloat16    a tensor [M, C]
     row-scaled  a RowScaledArray, with the bytes of quantize_rows() over the bfloat16 result
@@ -25,9 +25,15 @@ from .arrays import as_float8, call_core, empty, is_tensor, plain, require_2d, v
 from .codec import MXFP8Array
 from .gemm import RowScaledArray
 
-__all__ = ["Form", "add_norm_modulate", "norm_modulate", "rotate_heads", "silu_multiply"]
+__all__ = [
+    "ActivationFormat",
+    "add_norm_modulate",
+    "norm_modulate",
+    "rotate_heads",
+    "silu_multiply",
+]
 
-Form = Literal["bfloat16", "row-scaled", "mxfp8"]
+ActivationFormat = Literal["bfloat16", "row-scaled", "mxfp8"]
 
 HEAD_SIZE = 128
 
@@ -103,43 +109,43 @@ class ActivationMemory:
         parts: as the core takes it.
     """
 
-    def __init__(self, shape: tuple[int, int], form: Form, like: Any) -> None:
+    def __init__(self, shape: tuple[int, int], output_format: ActivationFormat, like: Any) -> None:
         rows, cols = shape
         self.shape = shape
-        self.form = str(form)
+        self._format = str(output_format)
         self.scales = None
-        if self.form == "bfloat16":
+        if self._format == "bfloat16":
             self.values = empty(shape, "bfloat16", like=like)
-        elif self.form == "row-scaled":
+        elif self._format == "row-scaled":
             self.values = empty(shape, "uint8", like=like)
             self.scales = empty((rows,), "float32", like=like)
-        elif self.form == "mxfp8":
+        elif self._format == "mxfp8":
             self.values = empty(padded_shape(shape), "uint8", like=like)
             self.scales = empty(scale_shape(shape), "uint8", like=like)
         else:
-            raise InvalidArgumentError("form must be bfloat16, row-scaled or mxfp8")
-        self.parts = (self.form, self.values, self.scales, rows, cols)
+            raise InvalidArgumentError("output_format must be bfloat16, row-scaled or mxfp8")
+        self.parts = (self._format, self.values, self.scales, rows, cols)
 
     def result(self) -> Any:
         """The activation, as users get it."""
-        if self.form == "bfloat16":
+        if self._format == "bfloat16":
             return self.values
         codes = as_float8(self.values)
-        if self.form == "row-scaled":
+        if self._format == "row-scaled":
             return RowScaledArray(codes, self.scales)
         return MXFP8Array(codes, self.scales, self.shape)
 
 
-def silu_multiply(gate: Any, up: Any, form: Form = "bfloat16") -> Any:
+def silu_multiply(gate: Any, up: Any, output_format: ActivationFormat = "bfloat16") -> Any:
     """Compute silu(gate) * up.
 
     Args:
         gate: [M, C]; `gate` and `up` may be the halves of one product [M, 2 C].
         up: [M, C].
-        form: of the result.
+        output_format: the format of the result.
     """
     gate, up = _matrix(gate, "gate"), _matrix(up, "up")
-    target = ActivationMemory(require_2d(gate, "the activation"), form, gate)
+    target = ActivationMemory(require_2d(gate, "the activation"), output_format, gate)
     call_core(_core.silu_multiply, gate, up, target.parts, like=gate)
     return target.result()
 
@@ -149,7 +155,7 @@ def norm_modulate(
     weight: Any,
     scale: Any = None,
     items: Any = None,
-    form: Form = "bfloat16",
+    output_format: ActivationFormat = "bfloat16",
     eps: float = 1e-5,
 ) -> Any:
     """Compute RMSNorm(x) * weight * (1 + scale[item]).
@@ -160,12 +166,12 @@ def norm_modulate(
         scale: [I, C], a row for each item (element of the batch), or None for no modulation.
         items: [M] of int32, the item of each row, or None if there is one. A row whose item is
             not in [0, I) becomes NaN.
-        form: of the result.
+        output_format: the format of the result.
         eps: added to the mean of the squares.
     """
     x = _matrix(x, "x")
     rows, cols = require_2d(x, "x")
-    target = ActivationMemory(require_2d(x, "the activation"), form, x)
+    target = ActivationMemory(require_2d(x, "the activation"), output_format, x)
     call_core(
         _core.norm_modulate,
         x,
@@ -187,7 +193,7 @@ def add_norm_modulate(
     next_weight: Any = None,
     next_scale: Any = None,
     items: Any = None,
-    form: Form = "bfloat16",
+    output_format: ActivationFormat = "bfloat16",
     eps: float = 1e-5,
 ) -> Any:
     """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm what results.
@@ -200,19 +206,21 @@ def add_norm_modulate(
         next_weight: [C] of bfloat16, the weight of the norm that follows; None for no norm.
         next_scale: [I, C], its modulation, or None.
         items: as in `norm_modulate`.
-        form: of the result.
+        output_format: the format of the result.
         eps: added to the mean of the squares, in both norms.
 
     Returns:
-        `norm_modulate(x, next_weight, next_scale, items, form, eps)` of the new x, or None without
-        a `next_weight`.
+        `norm_modulate(x, next_weight, next_scale, items, output_format, eps)` of the new x, or
+        None without a `next_weight`.
     """
     x, y = _written_matrix(x, "x"), _matrix(y, "y")
     rows, cols = require_2d(x, "x")
     if next_weight is None and next_scale is not None:
         raise InvalidArgumentError("next_scale needs a next_weight")
     target = (
-        None if next_weight is None else ActivationMemory(require_2d(x, "the activation"), form, x)
+        None
+        if next_weight is None
+        else ActivationMemory(require_2d(x, "the activation"), output_format, x)
     )
     call_core(
         _core.add_norm_modulate,

@@ -19,8 +19,8 @@ from ..errors import InvalidArgumentError
 from .arrays import aligned, call_core, empty, on_cuda, vector
 from .fused import (
     HEAD_SIZE,
+    ActivationFormat,
     ActivationMemory,
-    Form,
     as_eps,
     as_heads,
     as_rotations,
@@ -38,14 +38,16 @@ def _operands(a: Any, b: Any) -> tuple[Operand, Operand]:
     return (first[0], aligned(first[1]), *first[2:]), (second[0], aligned(second[1]), *second[2:])
 
 
-def _problem(a: Operand, b: Operand, epilogue: str, form: str = "bfloat16") -> _core.GemmProblem:
+def _problem(
+    a: Operand, b: Operand, epilogue: str, output_format: str = "bfloat16"
+) -> _core.GemmProblem:
     return _core.GemmProblem(
-        a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue=epilogue, d_format=form
+        a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue=epilogue, d_format=output_format
     )
 
 
 def workspace_nbytes(
-    epilogue: str, tokens: int, shape: tuple[int, int], form: Form, device: int
+    epilogue: str, tokens: int, shape: tuple[int, int], output_format: ActivationFormat, device: int
 ) -> int:
     """Return the bytes that a GEMM of row-scaled operands with an epilogue takes.
 
@@ -53,32 +55,34 @@ def workspace_nbytes(
         epilogue: "silu_multiply" or "rotate_heads".
         tokens: M.
         shape: (N, K) of the weights.
-        form: format of the result.
+        output_format: format of the result.
         device: index of a CUDA device that has a kernel for it.
     """
     problem = _core.GemmProblem(
-        tokens, *shape, "row-scaled", "row-scaled", "bfloat16", False, epilogue, form
+        tokens, *shape, "row-scaled", "row-scaled", "bfloat16", False, epilogue, output_format
     )
     return _core.gemm_workspace_size(_core.choose_gemm(problem, device), problem, device)
 
 
 def gemm_silu_multiply(
-    a: Any, b: Any, form: Form = "bfloat16", *, kernel: str | None = None
+    a: Any, b: Any, output_format: ActivationFormat = "bfloat16", *, kernel: str | None = None
 ) -> Any:
     """Compute silu(a G^T) * (a U^T), where G is the upper and U the lower half of `b`.
 
     Args:
         a: [M, K] on CUDA, an operand of `gemm`. K is a multiple of 32.
         b: [2 C, K], likewise. C is a multiple of 8.
-        form: format of the result.
+        output_format: format of the result.
         kernel: name of the kernel; by default the one of least cost.
 
     Returns:
         [M, C] in that format.
     """
     first, second = _operands(a, b)
-    target = ActivationMemory((first[3], second[3] // 2), form, like=first[1])
-    chosen, workspace = choose(_problem(first, second, "silu_multiply", form), first, kernel)
+    target = ActivationMemory((first[3], second[3] // 2), output_format, like=first[1])
+    chosen, workspace = choose(
+        _problem(first, second, "silu_multiply", output_format), first, kernel
+    )
     call_core(
         _core.gemm_silu_multiply, chosen, first, second, target.parts, workspace, like=first[1]
     )

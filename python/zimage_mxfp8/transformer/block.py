@@ -8,16 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.fused import Form
+from ..ops.fused import ActivationFormat
 from . import ops
 from .attention import attend
-from .linear import (
-    Linear,
-    multiply,
-    multiply_and_gate,
-    multiply_and_rotate,
-    workspace,
-)
+from .epilogue import RotateHeads, SiluMultiply
+from .linear import Linear
 from .ops import Activation
 from .sequence import Segment
 
@@ -30,6 +25,36 @@ class Modulation:
     gate_attention: torch.Tensor | None = None
     scale_ffn: torch.Tensor | None = None
     gate_ffn: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class InputNorm:
+    """The norm at a block's start, which is fused with the end of the block before it.
+
+    Attributes:
+        weight: [dim].
+        scale: [items, dim], the modulation before 1 + scale; None for none.
+        formats: the formats of the result.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    formats: frozenset[ActivationFormat]
+
+
+@dataclass(eq=False)
+class BlockState:
+    """Activations between two blocks.
+
+    Blocks write to it, so that nothing holds the memory of an activation that is used up.
+
+    Attributes:
+        x: the residual stream [tokens, dim], written in place.
+        normed: x after the input norm of the next block; empty after the last one.
+    """
+
+    x: torch.Tensor
+    normed: Activation
 
 
 class Block(nn.Module):
@@ -62,27 +87,87 @@ class Block(nn.Module):
             self.register_buffer(name, weight)
         self._heads = heads
 
+    def input_norm(self, modulation: Modulation) -> InputNorm:
+        """The norm of `BlockState.normed` as `forward` takes it."""
+        formats = self.qkv.input_formats
+        return InputNorm(self.attention_norm1, modulation.scale_attention, formats)
+
+    def forward(
+        self,
+        state: BlockState,
+        modulation: Modulation,
+        part: Segment,
+        following: InputNorm | None,
+    ) -> BlockState:
+        """Run the block, then the norm of the block that follows.
+
+        Args:
+            state: activations, replaced in place.
+            modulation: of this block.
+            part: the tokens.
+            following: the next block's `input_norm`; None after the last block.
+
+        Returns:
+            `state`.
+        """
+        x, items = state.x, part.items
+        state.normed = ops.add_norm_modulate(
+            x,
+            self.attention(state.normed, part),
+            self.attention_norm2,
+            modulation.gate_attention,
+            self.ffn_norm1,
+            modulation.scale_ffn,
+            items,
+            self.ffn_input_formats,
+        )
+        y, gate = self.feed_forward(state.normed), modulation.gate_ffn
+        if following is None:
+            ops.add_norm(x, y, self.ffn_norm2, gate, items)
+            state.normed = {}
+        else:
+            state.normed = ops.add_norm_modulate(
+                x,
+                y,
+                self.ffn_norm2,
+                gate,
+                following.weight,
+                following.scale,
+                items,
+                following.formats,
+            )
+        return state
+
     @property
-    def ffn_forms(self) -> set[Form]:
-        """The forms in which w1 and w3 take their input."""
-        return {layer.form for layer in self.ffn_in}  # type: ignore[misc]
+    def ffn_input_formats(self) -> frozenset[ActivationFormat]:
+        """The formats in which w1 and w3 take their input."""
+        return frozenset().union(*(layer.input_formats for layer in self._ffn_in))
+
+    @property
+    def _ffn_in(self) -> list[Linear]:
+        return list(self.ffn_in)  # type: ignore[arg-type]
 
     def attention(self, h: Activation, part: Segment) -> torch.Tensor:
         """Attention of normalised activations."""
-        qkv = multiply_and_rotate(
-            self.qkv, h, self.q_norm, self.k_norm, part.rotations, self._heads
-        )
+        rotation = RotateHeads(self.q_norm, self.k_norm, part.rotations, self._heads)
+        qkv = self.qkv(h, rotation)
         attended = attend(qkv, self._heads, part.lengths)
         del qkv  # the largest matrix here
-        return multiply(self.out, ops.encode(attended, {self.out.form}))
+        out: torch.Tensor = self.out(self.out.encode(attended))
+        return out
 
     def feed_forward(self, h: Activation) -> torch.Tensor:
         """w2(silu(w1 h) * w3 h)."""
-        layers: list[Linear] = list(self.ffn_in)  # type: ignore[arg-type]
-        return multiply(self.ffn_out, multiply_and_gate(layers, h, {self.ffn_out.form}))
+        layers, formats = self._ffn_in, self.ffn_out.input_formats
+        if len(layers) == 1:
+            gated = layers[0](h, SiluMultiply(formats))
+        else:
+            gated = ops.silu_multiply(layers[0](h), layers[1](h), formats)
+        out: torch.Tensor = self.ffn_out(gated)
+        return out
 
     def working_nbytes(self, tokens: int, ragged: bool) -> int:
-        """Bytes that are in use on a CUDA device at most, beside the weights and `x`.
+        """Bytes that are in use on a CUDA device at most, in addition to the weights and `x`.
 
         Args:
             tokens: of all items.
@@ -92,31 +177,31 @@ class Block(nn.Module):
 
     def _attention_nbytes(self, tokens: int, ragged: bool) -> int:
         dim, dtype = len(self.attention_norm1), self.attention_norm1.dtype
-        given = ops.form_nbytes(self.qkv.form, tokens * dim, dtype)
+        given = ops.activation_nbytes(self.qkv.input_formats, tokens * dim, dtype)
         qkv = tokens * self.qkv.out_features * dtype.itemsize
         result = tokens * dim * dtype.itemsize
-        first = qkv + workspace(self.qkv, tokens)
+        first = qkv + self.qkv.workspace_nbytes(tokens)
         # What items of different length give is joined in a matrix of its own.
         between = qkv + (2 * result if ragged else result)
-        last = (
-            result
-            + ops.form_nbytes(self.out.form, tokens * dim, dtype)
-            + workspace(self.out, tokens)
-            + result
-        )
+        encoded = ops.activation_nbytes(self.out.input_formats, tokens * dim, dtype)
+        last = result + encoded + self.out.workspace_nbytes(tokens) + result
         return given + max(first, between, last)
 
     def _feed_forward_nbytes(self, tokens: int) -> int:
         dim, dtype = len(self.attention_norm1), self.attention_norm1.dtype
-        device = self.attention_norm1.device
-        width = sum(layer.out_features for layer in self.ffn_in)  # type: ignore[misc]
-        given = sum(ops.form_nbytes(form, tokens * dim, dtype) for form in self.ffn_forms)
-        products = tokens * width * dtype.itemsize
-        first = products + max(workspace(layer, tokens) for layer in self.ffn_in)  # type: ignore[arg-type]
-        gated = ops.result_nbytes(self.ffn_out.form, tokens * width // 2, dtype, device)
-        # torch's silu_multiply has as much again; the fused one writes its result alone.
-        between = products + (products if dtype == torch.float32 else gated)
-        last = gated + workspace(self.ffn_out, tokens) + tokens * dim * dtype.itemsize
+        device, layers = self.attention_norm1.device, self._ffn_in
+        width = sum(layer.out_features for layer in layers)
+        given = ops.activation_nbytes(self.ffn_input_formats, tokens * dim, dtype)
+        gate_up = tokens * width * dtype.itemsize
+        gated = ops.result_nbytes(self.ffn_out.input_formats, tokens * width // 2, dtype, device)
+        silu_multiply = SiluMultiply(self.ffn_out.input_formats)
+        if len(layers) == 1 and layers[0].takes_epilogues:
+            first = between = gated + layers[0].workspace_nbytes(tokens, silu_multiply)
+        else:
+            first = gate_up + max(layer.workspace_nbytes(tokens) for layer in layers)
+            # torch's silu_multiply has as much again; the fused one writes its result alone.
+            between = gate_up + (gate_up if dtype == torch.float32 else gated)
+        last = gated + self.ffn_out.workspace_nbytes(tokens) + tokens * dim * dtype.itemsize
         return given + max(first, between, last)
 
 
@@ -125,44 +210,15 @@ def run_blocks(
     x: torch.Tensor,
     modulations: Sequence[Modulation],
     part: Segment,
-) -> None:
-    """Run blocks one after another, in place on x [tokens, dim].
-
-    The norm at a block's start is fused with the end of the block before it.
-    """
-    h: Activation = {}
-    for i, block in enumerate(blocks):
-        m = modulations[i]
-        if i == 0:
-            h = ops.norm_modulate(
-                x,
-                block.attention_norm1,
-                m.scale_attention,
-                part.items,
-                {block.qkv.form},
-            )
-        h = ops.add_norm_modulate(
-            x,
-            block.attention(h, part),
-            block.attention_norm2,
-            m.gate_attention,
-            block.ffn_norm1,
-            m.scale_ffn,
-            part.items,
-            block.ffn_forms,
-        )
-        y, gate = block.feed_forward(h), m.gate_ffn
-        if i + 1 == len(blocks):
-            ops.add_norm(x, y, block.ffn_norm2, gate, part.items)
-            return
-        following, after = blocks[i + 1], modulations[i + 1]
-        h = ops.add_norm_modulate(
-            x,
-            y,
-            block.ffn_norm2,
-            gate,
-            following.attention_norm1,
-            after.scale_attention,
-            part.items,
-            {following.qkv.form},
-        )
+) -> torch.Tensor:
+    """Run blocks one after another on x [tokens, dim], which they write to, and return it."""
+    norms = [block.input_norm(m) for block, m in zip(blocks, modulations, strict=True)]
+    if not norms:
+        return x
+    first, *following = norms
+    state = BlockState(
+        x, ops.norm_modulate(x, first.weight, first.scale, part.items, first.formats)
+    )
+    for block, modulation, norm in zip(blocks, modulations, [*following, None], strict=True):
+        state = block(state, modulation, part, norm)
+    return state.x

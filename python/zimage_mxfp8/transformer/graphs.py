@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-Function = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+from .inputs import ForwardInputs
+
+Function = Callable[[ForwardInputs], list[torch.Tensor]]
 
 _LIMIT = 4  # graphs: each keeps the memory of its activations
 
@@ -19,7 +21,7 @@ _LIMIT = 4  # graphs: each keeps the memory of its activations
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    inputs: list[torch.Tensor]
+    inputs: ForwardInputs
     outputs: list[torch.Tensor]
 
 
@@ -44,9 +46,7 @@ class GraphCache:
         self._lock = threading.Lock()
         self._pool: Any = None  # a handle
 
-    def run(
-        self, key: Hashable, function: Function, inputs: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def run(self, key: Hashable, function: Function, inputs: ForwardInputs) -> list[torch.Tensor]:
         """The function's outputs; `key` stands for everything but the inputs' values."""
         with self._lock:  # a graph's inputs and outputs are the same memory in every call
             if key not in self._seen:
@@ -57,8 +57,7 @@ class GraphCache:
             if captured is None:
                 captured = self._capture(function, inputs)
             self._remember(key, captured)
-            for static, value in zip(captured.inputs, inputs, strict=True):
-                static.copy_(value, non_blocking=True)
+            captured.inputs.copy_(inputs)
             captured.graph.replay()
             return [output.clone() for output in captured.outputs]
 
@@ -73,9 +72,9 @@ class GraphCache:
         while len(self._seen) > _LIMIT:
             self._seen.popitem(last=False)
 
-    def _capture(self, function: Function, inputs: list[torch.Tensor]) -> _Captured:
+    def _capture(self, function: Function, inputs: ForwardInputs) -> _Captured:
         with torch.inference_mode(False):  # tensors of that mode cannot be written to outside it
-            static = [tensor.clone() for tensor in inputs]
+            static = inputs.map(torch.clone)
         torch.cuda.empty_cache()  # the graph has a memory pool of its own
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

@@ -1,11 +1,8 @@
-"""Linear layers without bias, in the forms that the compute modes need.
-
-Each takes activations in one form (see `compute.Form`) and gives [M, N] in the model's dtype.
-"""
+"""Linear layers, one class for each way to multiply."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,55 +11,123 @@ from torch import nn
 from ..errors import PrecisionLossError
 from ..ops import gemm_epilogues
 from ..ops.codec import MXFP8Array
-from ..ops.fused import Form
+from ..ops.fused import ActivationFormat
 from ..ops.gemm import FoldStats, RowScaledArray
 from ..system import devices
 from . import arithmetic, ops
+from .adapter import Adapter
 from .compute import Compute
 from .config import NORM_EPS
-from .ops import Activation, pad_columns
+from .epilogue import Epilogue, RotateHeads
+from .ops import PLAIN, Activation, pad_columns
 
 
 class Linear(nn.Module):
-    """A linear layer.
+    """A linear layer: the base class.
+
+    Forward hooks see the result of `forward`, which is after the epilogue if there is one.
 
     Attributes:
-        form: the form of the activations that it takes.
         out_features: N.
-        kind: a word for it in tables.
+        dtype: of the result.
+        weight_format: how the weights are stored, for tables.
+        adapter: a branch that is added to the result, or None.
     """
 
-    form: Form = "bfloat16"
-    kind: str
+    weight_format: str
+    adapter: Adapter | None
+    _input_format: ActivationFormat = PLAIN
 
     def __init__(self, out_features: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features = out_features
         self.dtype = dtype
+        self.adapter = None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+    def input_formats(self) -> frozenset[ActivationFormat]:
+        """The formats in which `forward` takes its input, all of them."""
+        own = frozenset({self._input_format})
+        return own if self.adapter is None else own | self.adapter.input_formats
+
+    def encode(self, matrix: torch.Tensor) -> Activation:
+        """Encode a matrix [M, K] in the formats that `forward` takes."""
+        return ops.encode(matrix, self.input_formats)
+
+    def forward(self, activation: Activation, epilogue: Epilogue | None = None) -> Any:
+        """Multiply, and apply an epilogue.
+
+        Args:
+            activation: [M, K] in all `input_formats`.
+            epilogue: the operation that follows.
+
+        Returns:
+            [M, N] in `dtype`, or what the epilogue makes of it.
+        """
+        x = activation[self._input_format]
+        if epilogue is not None and self.takes_epilogues:
+            return self._gemm_with(epilogue, x)
+        result = self._gemm(x)
+        if self.adapter is not None:
+            result = self.adapter(activation, result)
+        return result if epilogue is None else epilogue.apply(result)
+
+    @property
+    def takes_epilogues(self) -> bool:
+        """Whether `forward` computes GEMM and epilogue in one call of the core."""
+        return self.adapter is None and self._core_takes_epilogues
+
+    def workspace_nbytes(self, tokens: int, epilogue: Epilogue | None = None) -> int:
+        """Bytes that `forward` takes on a CUDA device in addition to its input and result.
+
+        With an epilogue the result is the epilogue's if `takes_epilogues`, else the GEMM's.
+        """
+        if epilogue is not None and self.takes_epilogues:
+            return self._epilogue_workspace_nbytes(tokens, epilogue)
+        nbytes = self._gemm_workspace_nbytes(tokens)
+        return (
+            nbytes if self.adapter is None else max(nbytes, self.adapter.workspace_nbytes(tokens))
+        )
+
+    def _gemm(self, x: Any) -> torch.Tensor:
+        """Multiply [M, K] in the layer's own format: [M, N]."""
+        raise NotImplementedError
+
+    def _gemm_with(self, epilogue: Epilogue, x: Any) -> Any:
+        """Multiply and apply an epilogue, where `_core_takes_epilogues`."""
+        raise NotImplementedError
+
+    @property
+    def _core_takes_epilogues(self) -> bool:
+        return False
+
+    def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
+        raise NotImplementedError
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:  # noqa: ARG002 - for subclasses
+        return 0
 
 
 class PlainLinear(Linear):
-    """Weights as they were before quantisation, [N, K]."""
+    """A layer with weights as they were before quantisation."""
 
-    kind = "plain"
+    weight_format = "plain"
     weight: torch.Tensor
+    bias: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Take weights [N, K] and a bias [N]."""
         super().__init__(weight.shape[0], weight.dtype)
-        self.register_buffer("weight", weight)
+        # A parameter, because offloading looks for the device of the model's first one.
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("bias", bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[M, K] -> [M, N]."""
-        return F.linear(x, self.weight)
+    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class _MXFP8Linear(Linear):
-    """Weights in MXFP8. Their padding to multiples of 32 takes part, as zeros."""
+    """A layer with weights in MXFP8. Their padding to multiples of 32 takes part, as zeros."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -73,28 +138,37 @@ class _MXFP8Linear(Linear):
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
 
-    def _weights(self) -> MXFP8Array:
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Rows and columns of the weights, with padding."""
         rows, columns = self.codes.shape
-        return MXFP8Array(self.codes, self.scales, (rows, columns))
+        return rows, columns
+
+    @property
+    def _weights(self) -> MXFP8Array:
+        return MXFP8Array(self.codes, self.scales, self._shape)
 
 
 class WeightOnlyLinear(_MXFP8Linear):
-    """Decoded weights, which is exact; activations as they are."""
+    """A layer that decodes its weights, which is exact, and takes activations as they are."""
 
-    kind = "weight-only"
+    weight_format = "mxfp8 (weight-only)"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[M, K] -> [M, N]."""
-        x = pad_columns(x, self.codes.shape[1])
-        out = arithmetic.on(x.device).multiply_weight_only(x, self._weights())
+    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
+        x = pad_columns(x, self._shape[1])
+        out = arithmetic.on(x.device).multiply_weight_only(x, self._weights)
         return out[:, : self.out_features]
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:  # noqa: ARG002 - of the interface
+        of_device = arithmetic.on(self.codes.device)
+        return of_device.weight_only_workspace(self._shape, self.dtype)
 
 
 class BlockScaledLinear(_MXFP8Linear):
-    """MXFP8 weights times MXFP8 activations."""
+    """A layer that multiplies MXFP8 weights with MXFP8 activations."""
 
-    kind = "block-scaled"
-    form: Form = "mxfp8"
+    weight_format = "mxfp8"
+    _input_format: ActivationFormat = "mxfp8"
 
     def __init__(
         self,
@@ -105,22 +179,29 @@ class BlockScaledLinear(_MXFP8Linear):
         emulated: bool,
     ) -> None:
         super().__init__(codes, scales, n, dtype)
-        self.emulated = emulated
+        self._emulated = emulated
 
-    def forward(self, x: MXFP8Array) -> torch.Tensor:
-        """[M, K] -> [M, N]."""
-        rows, columns = x.shape[0], self.codes.shape[1]
-        a = MXFP8Array(x.codes, x.scales, (rows, columns))
+    def _gemm(self, x: MXFP8Array) -> torch.Tensor:
+        a = MXFP8Array(x.codes, x.scales, (x.shape[0], self._shape[1]))
         of_device = arithmetic.on(self.codes.device)
-        multiply = of_device.multiply_decoded if self.emulated else of_device.multiply_mxfp8
-        return multiply(a, self._weights(), self.dtype)[:, : self.out_features]
+        multiply = of_device.multiply_decoded if self._emulated else of_device.multiply_mxfp8
+        return multiply(a, self._weights, self.dtype)[:, : self.out_features]
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        if not self._emulated:
+            return 0
+        device = self.codes.device
+        return arithmetic.on(device).decoded_workspace(tokens, self._shape, self.dtype, device)
 
 
 class FP8Linear(Linear):
-    """Weights in E4M3 with one power of two a row; activations likewise, scaled per token."""
+    """A layer with weights in E4M3 and one power of two per row; activations are scaled per token.
 
-    kind = "fp8"
-    form: Form = "row-scaled"
+    On Hopper the core computes epilogues with the GEMM (see `gemm_epilogues`).
+    """
+
+    weight_format = "fp8"
+    _input_format: ActivationFormat = "row-scaled"
     codes: torch.Tensor
     scale_bits: torch.Tensor
 
@@ -135,9 +216,30 @@ class FP8Linear(Linear):
         """[N, K], with padding to multiples of 32 of both."""
         return RowScaledArray(self.codes, self.scale_bits.view(torch.float32))
 
+    def _gemm(self, x: RowScaledArray) -> torch.Tensor:
+        multiply = arithmetic.on(self.codes.device).multiply_row_scaled
+        return multiply(x, self.weights, self.dtype)[:, : self.out_features]
+
+    def _gemm_with(self, epilogue: Epilogue, x: RowScaledArray) -> Any:
+        if isinstance(epilogue, RotateHeads):
+            return gemm_epilogues.gemm_rotate_heads(
+                x,
+                self.weights,
+                epilogue.q_weight,
+                epilogue.k_weight,
+                epilogue.rotations,
+                epilogue.heads,
+                NORM_EPS,
+            )
+        if len(epilogue.output_formats) == 1:
+            (output_format,) = epilogue.output_formats
+            result = gemm_epilogues.gemm_silu_multiply(x, self.weights, output_format)
+            return {output_format: result}
+        result = gemm_epilogues.gemm_silu_multiply(x, self.weights)
+        return ops.encode(result, epilogue.output_formats)
+
     @property
-    def takes_epilogues(self) -> bool:
-        """Whether the core computes GEMM and epilogue in one call (see `gemm_epilogues`)."""
+    def _core_takes_epilogues(self) -> bool:
         device = self.codes.device
         return (
             self.dtype == torch.bfloat16
@@ -146,10 +248,23 @@ class FP8Linear(Linear):
             and not arithmetic.by_core.row_scaled_unsupported(device.index)
         )
 
-    def forward(self, x: RowScaledArray) -> torch.Tensor:
-        """[M, K] -> [M, N]."""
-        multiply = arithmetic.on(self.codes.device).multiply_row_scaled
-        return multiply(x, self.weights, self.dtype)[:, : self.out_features]
+    def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
+        rows, columns = self.codes.shape
+        if isinstance(epilogue, RotateHeads):
+            name, output_format = "rotate_heads", PLAIN
+        else:
+            formats = epilogue.output_formats
+            name, output_format = (
+                "silu_multiply",
+                next(iter(formats)) if len(formats) == 1 else PLAIN,
+            )
+        index = self.codes.device.index
+        return gemm_epilogues.workspace_nbytes(name, tokens, (rows, columns), output_format, index)
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        device, (rows, columns) = self.codes.device, self.codes.shape
+        of_device = arithmetic.on(device)
+        return of_device.row_scaled_workspace(tokens, (rows, columns), self.dtype, device)
 
 
 def quantized_linear(
@@ -176,66 +291,3 @@ def quantized_linear(
     except PrecisionLossError:
         return WeightOnlyLinear(codes, scales, n, dtype), None
     return FP8Linear(folded, n, dtype), stats
-
-
-def multiply(layer: Linear, activation: Activation) -> torch.Tensor:
-    """A layer's product with activations, of which it takes its own form."""
-    out: torch.Tensor = layer(activation[layer.form])
-    return out
-
-
-def multiply_and_rotate(
-    layer: Linear,
-    activation: Activation,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    rotations: torch.Tensor,
-    heads: int,
-) -> torch.Tensor:
-    """`multiply`, then `ops.rotate_heads`."""
-    if isinstance(layer, FP8Linear) and layer.takes_epilogues:
-        out: torch.Tensor = gemm_epilogues.gemm_rotate_heads(
-            activation[layer.form], layer.weights, q_weight, k_weight, rotations, heads, NORM_EPS
-        )
-        return out
-    qkv = multiply(layer, activation)
-    ops.rotate_heads(qkv, q_weight, k_weight, rotations, heads)
-    return qkv
-
-
-def fuses_gate(layers: Sequence[Linear]) -> bool:
-    """Whether `multiply_and_gate` keeps the products on the chip: half as much reaches memory."""
-    return len(layers) == 1 and isinstance(layers[0], FP8Linear) and layers[0].takes_epilogues
-
-
-def multiply_and_gate(
-    layers: Sequence[Linear], activation: Activation, forms: Collection[Form]
-) -> Activation:
-    """The products of w1 and w3, stacked in one layer or apart, then `ops.silu_multiply`."""
-    first = layers[0]
-    x = activation[first.form]
-    if isinstance(first, FP8Linear) and fuses_gate(layers):
-        if len(forms) == 1:
-            (form,) = forms
-            return {form: gemm_epilogues.gemm_silu_multiply(x, first.weights, form)}
-        return ops.encode(gemm_epilogues.gemm_silu_multiply(x, first.weights), forms)
-    products = [multiply(layer, activation) for layer in layers]
-    gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
-    return ops.silu_multiply(gate, up, forms)
-
-
-def workspace(layer: Linear, tokens: int) -> int:
-    """Bytes that a layer's product takes on a CUDA device beside its operands and its result."""
-    if isinstance(layer, PlainLinear):
-        return 0
-    codes, dtype = layer.codes, layer.dtype
-    assert isinstance(codes, torch.Tensor)
-    rows, columns = codes.shape
-    of_device = arithmetic.on(codes.device)
-    if isinstance(layer, WeightOnlyLinear):
-        return of_device.weight_only_workspace((rows, columns), dtype)
-    if isinstance(layer, FP8Linear):
-        return of_device.row_scaled_workspace(tokens, (rows, columns), dtype, codes.device)
-    if isinstance(layer, BlockScaledLinear) and layer.emulated:
-        return of_device.decoded_workspace(tokens, (rows, columns), dtype, codes.device)
-    return 0

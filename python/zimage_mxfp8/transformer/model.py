@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from ..checkpoint import hub
 from ..checks import file_or_folder, text
 from ..errors import (
     CudaError,
-    InvalidArgumentError,
     MissingAttributeError,
     UnsupportedError,
     UsageError,
@@ -28,7 +27,6 @@ from ..printing.progress import byte_bar, shown
 from ..streaming.jobs import ProgressCallback
 from ..system.device_notes import report_line
 from ..system.devices import core_index, is_out_of_host_memory, torch_device
-from ..text import plural
 from . import ops
 from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
@@ -36,25 +34,15 @@ from .compute import DESCRIPTIONS, Compute, choose
 from .config import (
     FINAL_NORM_EPS,
     HEAD_DIM,
-    PATCH_SIZE,
     TIME_FEATURES,
     TIME_SCALE,
     ZImageConfig,
 )
 from .graphs import GraphCache
-from .linear import Linear
+from .inputs import ForwardInputs, check_arguments
+from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
-from .sequence import (
-    MAX_LATENTS,
-    Shape,
-    fill_up,
-    image_tokens,
-    layout_of,
-    most_caption_tokens,
-    padded,
-    patchify,
-    unpatchify,
-)
+from .sequence import Shape, fill_up, image_tokens, layout_of, padded, patchify, unpatchify
 from .unsupported import alternative_to
 from .weights import open_model
 
@@ -95,22 +83,8 @@ class ZImageTransformer(nn.Module):
         max_fold_error: the largest relative error that folding added to a layer (mode "fp8").
     """
 
-    cap_embedder_0_weight: torch.Tensor
-    cap_embedder_1_bias: torch.Tensor
-    cap_embedder_1_weight: torch.Tensor
+    cap_embedder_norm: torch.Tensor
     cap_pad_token: torch.Tensor
-    final_layer_adaln_modulation_1_bias: torch.Tensor
-    final_layer_adaln_modulation_1_weight: torch.Tensor
-    final_layer_linear_bias: torch.Tensor
-    final_layer_linear_weight: torch.Tensor
-    modulation_bias: torch.Tensor
-    modulation_weight: torch.Tensor
-    t_embedder_mlp_0_bias: torch.Tensor
-    t_embedder_mlp_0_weight: torch.Tensor
-    t_embedder_mlp_2_bias: torch.Tensor
-    t_embedder_mlp_2_weight: torch.Tensor
-    x_embedder_bias: torch.Tensor
-    x_embedder_weight: torch.Tensor
     x_pad_token: torch.Tensor
     noise_refiner: nn.ModuleList
     context_refiner: nn.ModuleList
@@ -134,11 +108,23 @@ class ZImageTransformer(nn.Module):
         self.noise_refiner = nn.ModuleList(parts.blocks["noise_refiner"])
         self.context_refiner = nn.ModuleList(parts.blocks["context_refiner"])
         self.layers = nn.ModuleList(parts.blocks["layers"])
-        # A parameter, because offloading looks for the device of the first one.
-        self.modulation_weight = nn.Parameter(parts.modulation[0], requires_grad=False)
-        self.register_buffer("modulation_bias", parts.modulation[1])
-        for name, tensor in parts.others.items():
-            self.register_buffer(name.replace(".", "_").lower(), tensor)
+        tensors = parts.others
+
+        def linear(name: str) -> PlainLinear:
+            return PlainLinear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+        self.modulation = PlainLinear(*parts.modulation)
+        self.x_embedder = linear("x_embedder")
+        self.cap_embedder = linear("cap_embedder.1")
+        self.t_embedder_in = linear("t_embedder.mlp.0")
+        self.t_embedder_out = linear("t_embedder.mlp.2")
+        self.final_modulation = linear("final_layer.adaLN_modulation.1")
+        self.final_layer = linear("final_layer.linear")
+        self.register_buffer("cap_embedder_norm", tensors["cap_embedder.0.weight"])
+        self.register_buffer("x_pad_token", tensors["x_pad_token"])
+        self.register_buffer("cap_pad_token", tensors["cap_pad_token"])
+        # Listed once, because that takes longer than to look for their adapters.
+        self._captured_linears = tuple(self._linears())
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -185,7 +171,8 @@ class ZImageTransformer(nn.Module):
                 - "auto": the first of these that the device has fast; "weight-only" on the CPU.
             dtype: bfloat16 or float32, of everything that is not 8 bits wide.
             cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
-                Without, hooks on the model's modules run in every call.
+                Without, forward hooks on the model's modules, which include every linear layer
+                and every block, run in every call.
             progress: called with a `Progress` while weights are read; True draws a bar on a
                 terminal.
 
@@ -275,7 +262,7 @@ class ZImageTransformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.modulation_weight.device
+        return self.modulation.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -308,8 +295,8 @@ class ZImageTransformer(nn.Module):
             raise
 
     def __repr__(self) -> str:
-        kinds = Counter(layer.kind for layer in self.modules() if isinstance(layer, Linear))
-        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+        formats = Counter(layer.weight_format for layer in self._linears())
+        layers = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
         return (
             f"ZImageTransformer({self.config.n_layers} layers, dim {self.config.dim}, "
             f"{self.device}, {str(self._dtype).removeprefix('torch.')}, "
@@ -336,10 +323,12 @@ class ZImageTransformer(nn.Module):
         self._graphs.clear()
         super()._apply(fn, recurse)
         self._dtype = dtype
-        for layer in self.modules():
-            if isinstance(layer, Linear):
-                layer.dtype = self._dtype
+        for layer in self._linears():
+            layer.dtype = self._dtype
         return self
+
+    def _linears(self) -> Iterator[Linear]:
+        return (module for module in self.modules() if isinstance(module, Linear))
 
     @torch.no_grad()
     def forward(
@@ -369,83 +358,31 @@ class ZImageTransformer(nn.Module):
             InvalidArgumentError: an argument has another shape or device; the sentence names it.
             CudaError: the device ran out of memory.
         """
-        shapes = self._check_inputs(x, t, cap_feats, others)
-        inputs = [
-            *(image.to(self._dtype) for image in x),
+        check_arguments(x, t, cap_feats, others, self.config, self.device)
+        inputs = ForwardInputs(
+            tuple(image.to(self._dtype) for image in x),
             t.to(self.device, torch.float32),
-            *(caption.to(self._dtype) for caption in cap_feats),
-        ]
+            tuple(caption.to(self._dtype) for caption in cap_feats),
+        )
         try:
             with torch.autocast(self.device.type, enabled=False):
                 if self.device.type == "cuda" and self._cuda_graphs:
+                    adapters = tuple(layer.adapter for layer in self._captured_linears)
                     with torch.cuda.device(self.device):
-                        sample = self._graphs.run(
-                            shapes, lambda i: self._compute(i, shapes), inputs
-                        )
+                        sample = self._graphs.run((inputs.shapes, adapters), self._compute, inputs)
                 else:
-                    sample = self._compute(inputs, shapes)
+                    sample = self._compute(inputs)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what the forward had so far
-            raise CudaError(self._out_of_memory(shapes)) from None
+            raise CudaError(self._out_of_memory(inputs.shapes)) from None
         except RuntimeError as error:
             if not is_out_of_host_memory(error):
                 raise
             raise UnsupportedError(
-                f"not enough memory for a forward over {_tokens(shapes)} tokens; use a smaller "
-                "size or batch"
+                f"not enough memory for a forward over {_tokens(inputs.shapes)} tokens; use a "
+                "smaller size or batch"
             ) from None
         return TransformerOutput(sample) if return_dict else (sample,)
-
-    def _check_inputs(
-        self,
-        x: Sequence[torch.Tensor],
-        t: torch.Tensor,
-        cap_feats: Sequence[torch.Tensor],
-        others: dict[str, Any],
-    ) -> tuple[Shape, ...]:
-        for name, value in others.items():
-            expected = {"patch_size": PATCH_SIZE, "f_patch_size": 1}.get(name)
-            is_expected = value is None or (isinstance(value, int) and value == expected)
-            if name != "joint_attention_kwargs" and not is_expected:
-                raise InvalidArgumentError(f"{name} is not supported by this transformer")
-        if not isinstance(x, (list, tuple)) or not x:
-            raise InvalidArgumentError("x must be a list of latent images, [16, 1, H, W] each")
-        channels, features = self.config.in_channels, self.config.cap_feat_dim
-        if not isinstance(cap_feats, (list, tuple)) or len(cap_feats) != len(x):
-            raise InvalidArgumentError(
-                f"cap_feats must be a list of {len(x)} captions, as many as x has images"
-            )
-        if not isinstance(t, torch.Tensor) or tuple(t.shape) != (len(x),):
-            found = list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__
-            raise InvalidArgumentError(f"t must be a tensor [{len(x)}], a time each, not {found}")
-        if t.device.type not in ("cpu", self.device.type) or t.layout != torch.strided:
-            raise InvalidArgumentError(f"t must be a dense tensor on {self.device}")
-        shapes: list[Shape] = []
-        for i, (image, caption) in enumerate(zip(x, cap_feats, strict=True)):
-            _check_tensor(image, f"x[{i}]", self.device)
-            _check_tensor(caption, f"cap_feats[{i}]", self.device)
-            size = tuple(image.shape)
-            if len(size) != 4 or size[0] != channels or 0 in size or any(n % 2 for n in size[2:]):
-                raise InvalidArgumentError(
-                    f"x[{i}] must be [{channels}, 1, H, W] with H and W even, not {list(size)}"
-                )
-            if max(size[2:]) > MAX_LATENTS:
-                raise InvalidArgumentError(
-                    f"x[{i}] must have H and W of {MAX_LATENTS} at most, which is what the model "
-                    f"has positions for, not {list(size)}"
-                )
-            if caption.dim() != 2 or caption.shape[1] != features or not len(caption):
-                raise InvalidArgumentError(
-                    f"cap_feats[{i}] must be [tokens, {features}] with one token at least, not "
-                    f"{list(caption.shape)}"
-                )
-            if len(caption) > (most := most_caption_tokens(size[1])):
-                raise InvalidArgumentError(
-                    f"cap_feats[{i}] must have {most} tokens at most, which is what the model has "
-                    f"positions for beside {plural(size[1], 'frame')} of x[{i}], not {len(caption)}"
-                )
-            shapes.append(((size[1], size[2], size[3]), len(caption)))
-        return tuple(shapes)
 
     def _out_of_memory(self, shapes: Sequence[Shape]) -> str:
         torch.cuda.empty_cache()
@@ -460,12 +397,12 @@ class ZImageTransformer(nn.Module):
     def _working_nbytes(self, shapes: Sequence[Shape]) -> int:
         """Bytes that a forward takes on a CUDA device beside the weights, about.
 
-        They are most in a block. Beside that there are the tokens, apart and joined, what the block
-        before gave, and the rotations of both.
+        They are most in a block. In addition there are the tokens, apart and joined, and the
+        rotations of both.
         """
         lengths = [padded(image_tokens(size)) + padded(caption) for size, caption in shapes]
         tokens, ragged = sum(lengths), len(set(lengths)) > 1
-        kept = 3 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
+        kept = 2 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
         blocks = _blocks(self.layers) or _blocks(self.noise_refiner)
         block = max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
         widest = max(self.config.dim, self.config.hidden_dim)
@@ -474,26 +411,30 @@ class ZImageTransformer(nn.Module):
 
     # ---- The model itself, all of which a CUDA graph can hold
 
-    def _compute(self, inputs: list[torch.Tensor], shapes: tuple[Shape, ...]) -> list[torch.Tensor]:
-        batch = len(shapes)
-        images, t, captions = inputs[:batch], inputs[batch], inputs[batch + 1 :]
+    def _compute(self, inputs: ForwardInputs) -> list[torch.Tensor]:
+        shapes = inputs.shapes
         layout = layout_of(shapes, self.device)
-        time = self._embed_time(t)
+        time = self._embed_time(inputs.times)
         modulations = self._modulations(time)
         refiners = self.config.n_refiner_layers
 
-        patches = torch.cat([patchify(image) for image in images])
-        x = F.linear(patches, self.x_embedder_weight, self.x_embedder_bias)
+        patches = torch.cat([patchify(image) for image in inputs.images])
+        x = _run(self.x_embedder, patches)
         counts = [image_tokens(size) for size, _ in shapes]
         x = fill_up(x, counts, layout.images.lengths, self.x_pad_token)
-        run_blocks(_blocks(self.noise_refiner), x, modulations[:refiners], layout.images)
+        x = run_blocks(_blocks(self.noise_refiner), x, modulations[:refiners], layout.images)
 
         features = ops.norm_modulate(
-            torch.cat(captions), self.cap_embedder_0_weight, None, None, {"bfloat16"}
-        )["bfloat16"]
-        c = F.linear(features, self.cap_embedder_1_weight, self.cap_embedder_1_bias)
+            torch.cat(inputs.captions),
+            self.cap_embedder_norm,
+            None,
+            None,
+            self.cap_embedder.input_formats,
+        )
+        c = self.cap_embedder(features)
         c = fill_up(c, [n for _, n in shapes], layout.captions.lengths, self.cap_pad_token)
-        run_blocks(_blocks(self.context_refiner), c, [Modulation()] * refiners, layout.captions)
+        unmodulated = [Modulation()] * refiners
+        c = run_blocks(_blocks(self.context_refiner), c, unmodulated, layout.captions)
 
         parts = zip(
             x.split(list(layout.images.lengths)),
@@ -501,7 +442,7 @@ class ZImageTransformer(nn.Module):
             strict=True,
         )
         joint = torch.cat([tokens for pair in parts for tokens in pair])
-        run_blocks(_blocks(self.layers), joint, modulations[refiners:], layout.joint)
+        joint = run_blocks(_blocks(self.layers), joint, modulations[refiners:], layout.joint)
         items = joint.split(list(layout.joint.lengths))
         return [
             unpatchify(self._final(tokens[:count], time[i]), size)
@@ -516,27 +457,26 @@ class ZImageTransformer(nn.Module):
         )
         angles = (t * TIME_SCALE)[:, None] * frequencies
         features = torch.cat((angles.cos(), angles.sin()), dim=1).to(self._dtype)
-        hidden = F.linear(features, self.t_embedder_mlp_0_weight, self.t_embedder_mlp_0_bias)
-        return F.linear(F.silu(hidden), self.t_embedder_mlp_2_weight, self.t_embedder_mlp_2_bias)
+        hidden = _run(self.t_embedder_in, features)
+        return _run(self.t_embedder_out, F.silu(hidden))
 
     def _modulations(self, time: torch.Tensor) -> list[Modulation]:
-        """Of all modulated blocks, in one product: their input is the time alone."""
-        product = F.linear(time, self.modulation_weight, self.modulation_bias)
+        """Of all modulated blocks, in one GEMM: their input is the time alone."""
+        stacked = _run(self.modulation, time)
         blocks = self.config.n_refiner_layers + self.config.n_layers
-        parts = product.unflatten(1, (blocks, 4, self.config.dim))
+        parts = stacked.unflatten(1, (blocks, 4, self.config.dim))
         return [Modulation(*block.unbind(1)) for block in parts.unbind(1)]
 
     def _final(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """[n, dim] and the item's [modulation width] -> [n, 64]."""
-        scale = 1 + F.linear(
-            F.silu(time),
-            self.final_layer_adaln_modulation_1_weight,
-            self.final_layer_adaln_modulation_1_bias,
-        )
+        scale = 1 + _run(self.final_modulation, F.silu(time))
         normal = F.layer_norm(tokens, tokens.shape[-1:], eps=FINAL_NORM_EPS)
-        return F.linear(
-            normal * scale, self.final_layer_linear_weight, self.final_layer_linear_bias
-        )
+        return _run(self.final_layer, normal * scale)
+
+
+def _run(layer: Linear, matrix: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = layer(layer.encode(matrix))
+    return result
 
 
 def _tokens(shapes: Sequence[Shape]) -> int:
@@ -545,14 +485,3 @@ def _tokens(shapes: Sequence[Shape]) -> int:
 
 def _blocks(modules: nn.ModuleList) -> list[Block]:
     return list(modules)  # type: ignore[arg-type]
-
-
-def _check_tensor(tensor: Any, name: str, device: torch.device) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise InvalidArgumentError(f"{name} must be a torch tensor, not {type(tensor).__name__}")
-    if tensor.device != device:
-        raise InvalidArgumentError(f"{name} is on {tensor.device}, but the model is on {device}")
-    if tensor.layout != torch.strided:
-        raise InvalidArgumentError(f"{name} must be a dense tensor")
-    if not tensor.is_floating_point():
-        raise InvalidArgumentError(f"{name} must be floating-point, not {tensor.dtype}")

@@ -1,4 +1,4 @@
-"""The work between the products, on plain torch tensors of any device.
+"""The work between the GEMMs, on plain torch tensors of any device.
 
 On CUDA in BF16 the core's fused kernels do it (`zimage_mxfp8.ops.fused`) if this build has them;
 torch does elsewhere, on some rows at a time. Either way arithmetic is in float32 and results are
@@ -7,52 +7,58 @@ rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..ops import fused
-from ..ops.fused import Form
+from ..ops.fused import ActivationFormat
 from ..system import devices
 from . import arithmetic
 from .arithmetic import tiles
 from .config import HEAD_DIM, NORM_EPS
 
-# A matrix of activations in each of the forms that its consumers take.
-Activation = dict[Form, Any]
+# A matrix of activations in each of the formats that its consumers take.
+Activation = dict[ActivationFormat, Any]
+# The format that is not encoded; a model in float32 has float32 there.
+PLAIN: ActivationFormat = "bfloat16"
 
-_BLOCK = 32  # products take widths that are multiples of it
+_BLOCK = 32  # 8-bit GEMMs take widths that are multiples of it
 _TEMPORARIES = 3  # matrices of float32 that an operation by torch holds at the same time
 
 
-def encode(matrix: torch.Tensor, forms: Collection[Form]) -> Activation:
-    """A matrix [M, C] in other forms; 8-bit ones have their width rounded up to 32, with zeros."""
-    return {form: _encode(matrix, form) for form in forms}
+def encode(matrix: torch.Tensor, formats: Set[ActivationFormat]) -> Activation:
+    """Encode a matrix [M, C]; 8-bit formats have its width rounded up to 32, with zeros."""
+    return {each: _encode(matrix, each) for each in formats}
 
 
-def _encode(matrix: torch.Tensor, form: Form) -> Any:
-    if form == "bfloat16":
+def _encode(matrix: torch.Tensor, to: ActivationFormat) -> Any:
+    if to == PLAIN:
         return matrix
     matrix = pad_columns(matrix, -(-matrix.shape[1] // _BLOCK) * _BLOCK)
     of_device = arithmetic.on(matrix.device)
-    return of_device.quantize_rows(matrix) if form == "row-scaled" else of_device.quantize(matrix)
+    return of_device.quantize_rows(matrix) if to == "row-scaled" else of_device.quantize(matrix)
 
 
-def form_nbytes(form: Form, elements: int, dtype: torch.dtype) -> int:
-    """Bytes of a matrix of `dtype` in a form, without the scales of its rows and its padding."""
-    if form == "bfloat16":  # or what stands for it
-        return elements * dtype.itemsize
-    return elements if form == "row-scaled" else elements + elements // _BLOCK
+def activation_nbytes(formats: Set[ActivationFormat], elements: int, dtype: torch.dtype) -> int:
+    """Bytes of a matrix of `dtype` in some formats, without the scales of its rows and padding."""
+    nbytes = {
+        PLAIN: elements * dtype.itemsize,
+        "row-scaled": elements,
+        "mxfp8": elements + elements // _BLOCK,
+    }
+    return sum(nbytes[each] for each in formats)
 
 
-def result_nbytes(form: Form, elements: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of what an operation gives in a form, with the matrix that torch makes it of."""
-    nbytes = form_nbytes(form, elements, dtype)
-    if form == "bfloat16" or devices.has_fused_kernels(device):
-        return nbytes
-    return nbytes + elements * dtype.itemsize
+def result_nbytes(
+    formats: Set[ActivationFormat], elements: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes of an operation's result in some formats, with the matrix that torch encodes."""
+    if len(formats) > 1 or not devices.has_fused_kernels(device):
+        formats = formats | {PLAIN}
+    return activation_nbytes(formats, elements, dtype)
 
 
 def pad_columns(matrix: torch.Tensor, columns: int) -> torch.Tensor:
@@ -78,13 +84,13 @@ def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) 
     return _TEMPORARIES * min(elements, tiles.TILE) * torch.float32.itemsize
 
 
-def _fused_form(columns: int, forms: Collection[Form]) -> Form:
-    """The form for a fused kernel to write; others are made of BF16."""
-    return next(iter(forms)) if len(forms) == 1 and columns % _BLOCK == 0 else "bfloat16"
+def _fused_format(columns: int, formats: Set[ActivationFormat]) -> ActivationFormat:
+    """The format for a fused kernel to write; others are made of BF16."""
+    return next(iter(formats)) if len(formats) == 1 and columns % _BLOCK == 0 else PLAIN
 
 
-def _others(result: Any, form: Form, forms: Collection[Form]) -> Activation:
-    return {form: result} if set(forms) == {form} else encode(result, forms)
+def _others(result: Any, written: ActivationFormat, formats: Set[ActivationFormat]) -> Activation:
+    return {written: result} if formats == {written} else encode(result, formats)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -98,15 +104,17 @@ def _of_items(factors: torch.Tensor, items: torch.Tensor | None, rows: slice) ->
     return (factors if items is None else factors[items[rows].long()]).float()
 
 
-def silu_multiply(gate: torch.Tensor, up: torch.Tensor, forms: Collection[Form]) -> Activation:
+def silu_multiply(
+    gate: torch.Tensor, up: torch.Tensor, formats: Set[ActivationFormat]
+) -> Activation:
     """silu(gate) * up, both [M, C]."""
     if _fusable(gate):
-        form = _fused_form(gate.shape[1], forms)
-        return _others(fused.silu_multiply(gate, up, form), form, forms)
+        written = _fused_format(gate.shape[1], formats)
+        return _others(fused.silu_multiply(gate, up, written), written, formats)
     result = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     for rows in _tiles(gate):
         result[rows] = F.silu(gate[rows].float()).mul_(up[rows].float())
-    return encode(result, forms)
+    return encode(result, formats)
 
 
 def norm_modulate(
@@ -114,7 +122,7 @@ def norm_modulate(
     weight: torch.Tensor,
     scale: torch.Tensor | None,
     items: torch.Tensor | None,
-    forms: Collection[Form],
+    formats: Set[ActivationFormat],
 ) -> Activation:
     """RMSNorm(x) * weight * (1 + scale of the row's item).
 
@@ -123,18 +131,20 @@ def norm_modulate(
         weight: [C].
         scale: [I, C], or None for no modulation.
         items: int32 [M], the item of each row; None if I is 1.
-        forms: those to return.
+        formats: those to return.
     """
     if _fusable(x):
-        form = _fused_form(x.shape[1], forms)
-        return _others(fused.norm_modulate(x, weight, scale, items, form, NORM_EPS), form, forms)
+        written = _fused_format(x.shape[1], formats)
+        return _others(
+            fused.norm_modulate(x, weight, scale, items, written, NORM_EPS), written, formats
+        )
     result = torch.empty_like(x)
     for rows in _tiles(x):
         normal = _rms_norm(x[rows], weight)
         if scale is not None:
             normal.mul_(1 + _of_items(scale, items, rows))
         result[rows] = normal
-    return encode(result, forms)
+    return encode(result, formats)
 
 
 def add_norm(
@@ -146,7 +156,7 @@ def add_norm(
 ) -> None:
     """In place x += tanh(gate of the row's item) * RMSNorm(y) * weight; without gate, times 1."""
     if _fusable(x):
-        fused.add_norm_modulate(x, y, weight, gate, None, None, items, "bfloat16", NORM_EPS)
+        fused.add_norm_modulate(x, y, weight, gate, None, None, items, PLAIN, NORM_EPS)
         return
     for rows in _tiles(x):
         change = _rms_norm(y[rows], weight)
@@ -163,17 +173,17 @@ def add_norm_modulate(
     next_weight: torch.Tensor,
     next_scale: torch.Tensor | None,
     items: torch.Tensor | None,
-    forms: Collection[Form],
+    formats: Set[ActivationFormat],
 ) -> Activation:
     """`add_norm`, then `norm_modulate` of the new x with the `next_` arguments."""
     if _fusable(x):
-        form = _fused_form(x.shape[1], forms)
+        written = _fused_format(x.shape[1], formats)
         result = fused.add_norm_modulate(
-            x, y, weight, gate, next_weight, next_scale, items, form, NORM_EPS
+            x, y, weight, gate, next_weight, next_scale, items, written, NORM_EPS
         )
-        return _others(result, form, forms)
+        return _others(result, written, formats)
     add_norm(x, y, weight, gate, items)
-    return norm_modulate(x, next_weight, next_scale, items, forms)
+    return norm_modulate(x, next_weight, next_scale, items, formats)
 
 
 def rotate_heads(

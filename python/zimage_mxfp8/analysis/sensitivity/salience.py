@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ...transformer.model import ZImageTransformer
+from ...transformer.ops import PLAIN
 from .cases import Case
 from .targets import Target
 
@@ -87,7 +88,7 @@ def measure_salience(
 
 def _recorder(into: list[torch.Tensor]) -> Any:
     def hook(_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        into.append(inputs[0].abs().amax(0).float())
+        into.append(inputs[0][PLAIN].abs().amax(0).float())
 
     return hook
 

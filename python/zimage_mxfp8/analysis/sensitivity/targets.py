@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...layout import padded_shape, scale_shape
 from ...transformer import arithmetic
 from ...transformer.block import Block
+from ...transformer.linear import PlainLinear
 from ...transformer.model import ZImageTransformer
 
 # Layer name within a block -> the module that has it, and its place among stacked ones.
@@ -71,7 +70,7 @@ def find_targets(model: ZImageTransformer) -> list[Target]:
             ]
             if stack != "context_refiner":
                 rows = (4 * model.config.dim * modulated, 4 * model.config.dim * (modulated + 1))
-                shape = (rows[1] - rows[0], model.modulation_weight.shape[1])
+                shape = (rows[1] - rows[0], model.modulation.weight.shape[1])
                 name = f"{prefix}.{_MODULATION}"
                 targets.append(Target(name, stack, number, _MODULATION, shape, "", rows))
                 modulated += 1
@@ -113,24 +112,29 @@ def quantized(model: ZImageTransformer, targets: Iterable[Target]) -> Iterator[N
             if target.module:
                 rows.setdefault(target.module, []).append(target.rows)
             else:
-                weight = model.modulation_weight[slice(*target.rows)]
+                weight = model.modulation.weight[slice(*target.rows)]
                 before = weight.clone()
                 weight.copy_(round_to_mxfp8(weight))
                 restore.callback(weight.copy_, before)
         for name, places in rows.items():
-            handle = model.get_submodule(name).register_forward_hook(_rounding(places))
-            restore.callback(handle.remove)
+            parent, _, attribute = name.rpartition(".")
+            module, layer = model.get_submodule(parent), model.get_submodule(name)
+            assert isinstance(layer, PlainLinear)
+            setattr(module, attribute, _RoundingLinear(layer, places))
+            restore.callback(setattr, module, attribute, layer)
         yield
 
 
-def _rounding(
-    places: list[tuple[int, int]],
-) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
-    def hook(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        x = round_to_mxfp8(inputs[0])
-        assert isinstance(layer.weight, torch.Tensor)
-        for begin, end in places:
-            output[:, begin:end] = F.linear(x, round_to_mxfp8(layer.weight[begin:end]))
-        return output
+class _RoundingLinear(PlainLinear):
+    """A layer that rounds some of its rows, and its input for them, to MXFP8."""
 
-    return hook
+    def __init__(self, layer: PlainLinear, places: list[tuple[int, int]]) -> None:
+        super().__init__(layer.weight, layer.bias)
+        self._places = places
+
+    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
+        result = super()._gemm(x)
+        rounded = round_to_mxfp8(x)
+        for begin, end in self._places:
+            result[:, begin:end] = F.linear(rounded, round_to_mxfp8(self.weight[begin:end]))
+        return result

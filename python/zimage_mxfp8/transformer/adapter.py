@@ -1,0 +1,45 @@
+"""What can be attached to a linear layer and changes its result."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+from torch import nn
+
+from ..ops.fused import ActivationFormat
+from .ops import PLAIN, Activation
+
+
+class Adapter(nn.Module):
+    """A branch parallel to a linear layer, such as a low-rank one: the base class.
+
+    `linear.adapter = adapter` attaches it, and None detaches it. A layer with an adapter does not
+    fuse its epilogue, because the adapter changes the result before the epilogue. Tensors of an
+    adapter belong in parameters or buffers, so that they move with the model. Other numbers must
+    not change while it is attached: CUDA graphs keep the old ones.
+
+    Attributes:
+        input_formats: the formats of the layer's input that it reads. The layer asks for them in
+            addition to its own.
+    """
+
+    input_formats: Set[ActivationFormat] = frozenset({PLAIN})
+
+    def forward(self, activation: Activation, result: torch.Tensor) -> torch.Tensor:
+        """Add the branch to the layer's result.
+
+        Args:
+            activation: the layer's input [M, K] in `input_formats` and in the layer's own format;
+                [K] for the final layer's modulation.
+            result: [M, N] in the model's dtype, without the branch; may be written to. N counts the
+                rows of all matrices that the layer stacks: q, k and v, or w1 and w3.
+
+        Returns:
+            [M, N].
+        """
+        raise NotImplementedError
+
+    def workspace_nbytes(self, tokens: int) -> int:  # noqa: ARG002 - for subclasses
+        """Bytes that `forward` takes on a CUDA device in addition to its arguments."""
+        return 0
