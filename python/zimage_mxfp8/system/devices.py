@@ -34,7 +34,7 @@ def has_kernels(device: int) -> bool:
 
 
 def has_fused_kernels(device: torch.device) -> bool:
-    """Whether a torch device has the kernels of `fused` and `gemm_epilogues`, which are for CUDA."""
+    """Whether a torch device has the kernels of `fused` and `gemm_epilogues`: CUDA devices only."""
     return device.type == "cuda" and has_kernels(device.index)
 
 
