@@ -323,16 +323,16 @@ def test_cfg_1_is_no_guidance(tmp_path: Path) -> None:
                 f"the settings of i.png cannot be used: {sentence}",
             )
             for change, sentence in (
-                ({"prompt": 3}, "--prompt must be a text, not 3"),
-                ({"steps": "8"}, "--steps must be a whole number, not '8'"),
-                ({"steps": 0}, "--steps must be 1 to 1000, not 0; options replace them"),
-                ({"seed": 1.5}, "--seed must be a whole number, not 1.5"),
-                ({"seed": True}, "--seed must be a whole number, not True"),
-                ({"width": 40}, "--width must be a multiple of 16 up to 8192, not 40"),
-                ({"height": [64]}, "--height must be a whole number, not [64]"),
-                ({"guidance": float("nan")}, "--guidance must be a finite number, not nan"),
-                ({"guidance": {}}, "--guidance must be a finite number, not {}"),
-                ({"guidance": 1, "negative_prompt": 2}, "--negative-prompt must be a text, not 2"),
+                ({"prompt": 3}, "prompt must be a text, not 3"),
+                ({"steps": "8"}, "steps must be a whole number, not '8'"),
+                ({"steps": 0}, "steps must be 1 to 1000, not 0; replace it with --steps"),
+                ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+                ({"seed": True}, "seed must be a whole number, not True"),
+                ({"width": 40}, "width must be a multiple of 16 up to 8192, not 40"),
+                ({"height": [64]}, "height must be a whole number, not [64]"),
+                ({"guidance": float("nan")}, "guidance must be a finite number, not nan"),
+                ({"guidance": {}}, "guidance must be a finite number, not {}"),
+                ({"guidance": 1, "negative_prompt": 2}, "negative_prompt must be a text, not 2"),
                 ({"prompt": "\ud800"}, "--prompt is not UTF-8 text"),
             )
         ),
@@ -342,7 +342,7 @@ def test_cfg_1_is_no_guidance(tmp_path: Path) -> None:
         ({"parameters": "a\nSteps: 1, Seed: 1, CFG scale: x"}, "has a number that cannot be read"),
         ({"parameters": "a\nSteps: 1, Seed: 1, CFG scale: 0.5"}, "has a CFG scale below 1"),
         ({"parameters": "a\nSteps: 1, Seed: 1, CFG scale: NaN"}, "must be a finite number"),
-        ({"parameters": "a\nSteps: 1, Seed: 1, Size: 72x64"}, "--width must be a multiple of 16"),
+        ({"parameters": "a\nSteps: 1, Seed: 1, Size: 72x64"}, "width must be a multiple of 16"),
     ],
 )
 def test_bad_settings_are_sentences(

@@ -128,13 +128,16 @@ def test_compare_command(small_file: Path, tmp_path: Path) -> None:
     command = block[block.index("zimage-mxfp8 compare") :]
     run_in_shell(command, tmp_path)
     assert (tmp_path / "layers.csv").is_file()
-    zm.plan_conversion(tmp_path / "z_image_turbo_bf16.safetensors", recipe=tmp_path / "own.toml")
+    zm.plan_conversion(
+        tmp_path / "z_image_turbo_bf16.safetensors",
+        zm.ConversionOptions(recipe=tmp_path / "own.toml"),
+    )
 
 
 def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
     (recipe,) = blocks("toml")
     (tmp_path / "own.toml").write_text(recipe)
-    plan = zm.plan_conversion(small_file, recipe=tmp_path / "own.toml")
+    plan = zm.plan_conversion(small_file, zm.ConversionOptions(recipe=tmp_path / "own.toml"))
     assert len(plan.quantized) == 185 - 6
 
 

@@ -69,7 +69,8 @@ class StoredSettings:
         except UsageError as error:
             GenerationSettings(**{"prompt": "", **given})  # raises if it is not the file's fault
             raise CheckpointError(
-                f"the settings of {self.path} cannot be used: {error}", "options replace them"
+                f"the settings of {self.path} cannot be used: {error.argument} {error.problem}",
+                f"replace it with `{error.argument}`",
             ) from None
 
     def warnings(self, metadata: Mapping[str, Any]) -> Iterator[str]:
