@@ -15,8 +15,7 @@ class Error(Exception):
 
     `str` gives one sentence. A program with another surface (a command line, a server) words its
     own from the parts: a hint names arguments of this package's calls between backticks, alone
-    (`layers`) or with a value (`compute="weight-only"`). Only hints do, and they hold no text from
-    files or users.
+    (`layers`) or with a value (`compute="weight-only"`). Problems do not.
 
     Attributes:
         problem: what is wrong.

@@ -778,8 +778,12 @@ def test_bad_weights(cli: Run, tmp_path: Path) -> None:
         (["--csv", "old.csv"], 1, "old.csv exists; --overwrite"),
         (["--write-recipe", "folder/"], 2, "folder/ is a folder"),
         (["--csv", "in.safetensors", "--overwrite"], 2, "is the input"),
-        (["--html", "x", "--csv", "x"], 2, "two outputs are the same file, x; give each its own"),
-        (["--html", "./x", "--write-recipe", "x"], 2, "two outputs are the same file"),
+        (
+            ["--html", "x", "--csv", "x"],
+            2,
+            "and another output are the same file, x; give each its own",
+        ),
+        (["--html", "./x", "--write-recipe", "x"], 2, "and another output are the same file"),
         (["--html", ""], 2, "the name is empty"),
     ],
 )

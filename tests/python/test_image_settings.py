@@ -358,7 +358,7 @@ def test_bad_options_are_not_the_files_fault(generate: Generate, tmp_path: Path)
     result = generate("--settings-from", "i.png", "--width", 40)
     fails(result, 2, "error: --width must be a multiple of 16 up to 8192, not 40")
     result = generate("--settings-from", "i.png", "-o", "i.png", "--overwrite")
-    fails(result, 2, "the output i.png is the input")
+    fails(result, 2, "--output i.png is the input")
 
 
 @pytest.mark.parametrize(
