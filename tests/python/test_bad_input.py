@@ -400,7 +400,7 @@ def test_what_is_no_regular_file(cli: Run, small_file: Path, tmp_path: Path) -> 
     assert (tmp_path / pipe).is_fifo()
     result = cli("convert", "-i", small_file, "-o", "loop.safetensors")
     fails(result, 1, "loop.safetensors leads nowhere")
-    fails(cli("convert", "-i", "/"), 2, "give one with -o")
+    fails(cli("convert", "-i", "/"), 2, "--output must be given")
 
 
 def test_report_is_no_shard_of_the_input(cli: Run, tmp_path: Path) -> None:

@@ -260,7 +260,11 @@ def test_the_init_image_must_be_named(generate: Generate, tmp_path: Path) -> Non
     options = ("--init-image", "in.png", "--strength", 0.5, "--steps", 2)
     assert generate("--prompt", "a", "-o", "a.png", *options)[0] == 0
     again = ("--settings-from", "a.png", "-o", "b.png")
-    fails(generate(*again), 2, "a.png was made from the image 'in.png'; name it with --init-image")
+    fails(
+        generate(*again),
+        2,
+        "--init-image is missing: a.png was made from the image 'in.png'; name ",
+    )
     code, _, err = generate(*again, "--init-image", "in.png")
     assert code == 0, err
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -333,7 +337,7 @@ def test_cfg_1_is_no_guidance(tmp_path: Path) -> None:
                 ({"guidance": float("nan")}, "guidance must be a finite number, not nan"),
                 ({"guidance": {}}, "guidance must be a finite number, not {}"),
                 ({"guidance": 1, "negative_prompt": 2}, "negative_prompt must be a text, not 2"),
-                ({"prompt": "\ud800"}, "--prompt is not UTF-8 text"),
+                ({"prompt": "\ud800"}, "prompt is not UTF-8 text"),
             )
         ),
         ({"parameters": "just a prompt"}, 'text "parameters" of i.png does not end with a line of'),

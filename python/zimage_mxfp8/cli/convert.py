@@ -137,20 +137,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tensors and not arguments.dry_run:
         raise CommandLineError("--tensors belongs to --dry-run; add that")
     _resolve_input(arguments)
-    from ..conversion.convert import plan_conversion, run_conversion
+    from ..conversion.convert import default_output, plan_conversion, run_conversion
     from ..conversion.options import ConversionOptions
     from ..printing.conversion import print_conversion
     from . import display
 
     names = [field.name for field in fields(ConversionOptions) if field.init]
     options = ConversionOptions(**{name: getattr(arguments, name) for name in names})
-    cuda_index(arguments.device)  # told now, and not after weights were read
+    # Told now, and not after weights were read.
+    cuda_index(arguments.device)
+    output = arguments.output or default_output(arguments.input)
     plan = plan_conversion(arguments.input, options, threads=arguments.threads)
     if arguments.dry_run:
-        return dry_run.show(plan, arguments)
+        return dry_run.show(plan, output, arguments)
     report = run_conversion(
         plan,
-        arguments.output,
+        output,
         overwrite=arguments.overwrite,
         report=arguments.report,
         threads=arguments.threads,

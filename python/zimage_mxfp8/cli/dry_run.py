@@ -16,13 +16,11 @@ if TYPE_CHECKING:
 _MAX_REASONS = 15
 
 
-def show(plan: Plan, arguments: argparse.Namespace) -> int:
+def show(plan: Plan, output: Path, arguments: argparse.Namespace) -> int:
     """Show what a conversion would do."""
-    from ..conversion.convert import default_output
     from ..printing.screen import size_text
     from . import display
 
-    output = arguments.output or default_output(plan.checkpoint.path)
     display.warn(plan.warnings)
     if arguments.json:
         display.print_json(_plan_document(plan, output))

@@ -208,11 +208,14 @@ def convert(
     Raises:
         Error: what `ConversionOptions`, `plan_conversion` and `run_conversion` raise.
     """
-    cuda_index(device)  # a wrong name is told now, and not after weights were read
-    plan = plan_conversion(source, ConversionOptions(**options), threads=threads)
+    # What is wrong with these is told now, and not after weights were read.
+    cuda_index(device)
+    path = file_or_folder("source", source)
+    target = default_output(path) if output is None else path_argument("output", output)
+    plan = plan_conversion(path, ConversionOptions(**options), threads=threads)
     return run_conversion(
         plan,
-        output,
+        target,
         overwrite=overwrite,
         error_stats=error_stats,
         report=report,
