@@ -223,7 +223,7 @@ def test_large_values_in_the_embedder(small_model: Tensors, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("samples", "seed"), [(0, 1), (10**12, 1), (8, -1), (8, 10**20)])
 def test_random_inputs_within_reason(small_file: Path, samples: int, seed: int) -> None:
-    with pytest.raises(zm.UsageError, match="^(calibration_samples|seed) must be"):
+    with pytest.raises(zm.UsageError, match=r"^(calibration_samples|seed) must be"):
         zm.convert(small_file, bias_correction="synthetic", calibration_samples=samples, seed=seed)
 
 
