@@ -594,9 +594,12 @@ def test_no_output_replaces_the_weights(option: str, tmp_path: Path, cli: Run) -
         ({"seed": -1}, "seed must be 0 or more"),
         ({"captions": []}, f"captions must be a list of tensors [tokens, {CAPTION}]"),
         ({"captions": ["a fox"]}, "captions must be floating-point tensors"),
-        ({"captions": [torch.zeros(3, 4)]}, "not torch.float32 [3, 4]"),
+        ({"captions": [torch.zeros(3, 4)]}, "number 0 is torch.float32 [3, 4]"),
         ({"captions": [torch.zeros(0, CAPTION)]}, "with one token at least"),
-        ({"captions": [torch.full((3, CAPTION), math.nan)]}, "captions[0] has NaN or Inf"),
+        (
+            {"captions": [torch.full((3, CAPTION), math.nan)]},
+            "captions must be finite, but number 0 has NaN or Inf",
+        ),
     ],
 )
 def test_wrong_arguments_from_python(
