@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from .analysis.probe.scoring import ProbeRules
     from .analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
     from .checkpoint.inspection import Inspection, inspect
-    from .conversion.convert import convert, plan_conversion
+    from .conversion.convert import convert, plan_conversion, run_conversion
     from .conversion.dequantization import dequantize_checkpoint
+    from .conversion.options import ConversionOptions
     from .conversion.plan import Plan
     from .conversion.recipes import Recipe, load_recipe
     from .conversion.report import ConversionReport
@@ -80,6 +81,8 @@ _HOME = {
     "to_blocked": "ops.codec",
     "convert": "conversion.convert",
     "plan_conversion": "conversion.convert",
+    "run_conversion": "conversion.convert",
+    "ConversionOptions": "conversion.options",
     "Plan": "conversion.plan",
     "ConversionReport": "conversion.report",
     "dequantize_checkpoint": "conversion.dequantization",
@@ -129,6 +132,7 @@ __all__ = [
     "CheckpointError",
     "CompareProgress",
     "CompareReport",
+    "ConversionOptions",
     "ConversionReport",
     "CudaError",
     "DeviceWarning",
@@ -183,6 +187,7 @@ __all__ = [
     "probe",
     "quantize",
     "quantize_rows",
+    "run_conversion",
     "to_blocked",
     "validate",
 ]

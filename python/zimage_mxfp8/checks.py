@@ -22,7 +22,7 @@ def whole_number(name: str, value: Any) -> int:
     """A whole number of any type, NumPy's too.
 
     Raises:
-        UsageError: of another type; the sentence begins with `name`.
+        UsageError: of another type; `name` is its argument.
     """
 
     def convert(value: Any) -> int:
@@ -65,7 +65,7 @@ def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong_type(name, "a text", value)
     if any("\ud800" <= c <= "\udfff" for c in value):  # what Python makes of other bytes
-        raise UsageError(f"{name} is not UTF-8 text")
+        raise UsageError(name, "is not UTF-8 text")
     return value
 
 
@@ -76,7 +76,7 @@ def check_threads(threads: Any) -> None:
         UsageError: it is none.
     """
     if not isinstance(threads, int) or threads < 0:
-        raise UsageError("threads must be 0 (one a core) or more")
+        raise UsageError("threads", "must be 0 (one a core) or more")
 
 
 def _path(value: Any) -> Path:
@@ -100,4 +100,4 @@ def _converted(name: str, convert: Callable[[Any], _T], what: str, value: Any) -
 
 def _wrong_type(name: str, what: str, value: object) -> UsageError:
     # Only the beginning: it may be anything, a whole image too.
-    return UsageError(f"{name} must be {what}, not {repr(value)[:80]}")
+    return UsageError(name, f"must be {what}, not {repr(value)[:80]}")

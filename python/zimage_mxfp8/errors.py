@@ -13,12 +13,23 @@ if TYPE_CHECKING:
 class Error(Exception):
     """Base of everything that this package raises on purpose.
 
-    Sentences name options as the command line does: --any-model is the argument any_model.
+    `str` gives one sentence. A program with another surface (a command line, a server) words its
+    own from the parts: a hint names arguments of this package's calls between backticks, alone
+    (`layers`) or with a value (`compute="weight-only"`). Problems do not.
+
+    Attributes:
+        problem: what is wrong.
+        hint: what to do about it; "" where the problem says that.
     """
+
+    def __init__(self, problem: str = "", hint: str = "") -> None:
+        super().__init__(*([problem, hint] if hint else [problem]))
+        self.problem = problem
+        self.hint = hint
 
     def __str__(self) -> str:
         """The sentence on one line: names in files may hold line breaks."""
-        return printable(super().__str__())
+        return printable(f"{self.problem}; {self.hint}" if self.hint else self.problem)
 
 
 class InvalidArgumentError(Error, ValueError):
@@ -45,7 +56,14 @@ class MissingExtraError(MissingFeatureError, ImportError):
 
     An ImportError and no AttributeError: of the latter Python makes a sentence of its own in
     `from zimage_mxfp8 import ...`, and drops this one.
+
+    Attributes:
+        name: the module that cannot be imported, as in Python's own error.
     """
+
+    def __init__(self, problem: str, hint: str, name: str | None = None) -> None:
+        super().__init__(problem, hint)
+        self.name = name
 
 
 class CudaError(Error, RuntimeError):
@@ -60,8 +78,8 @@ class NonFiniteError(Error, ValueError):
         column: its column.
     """
 
-    def __init__(self, message: str, row: int, column: int) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, row: int, column: int, hint: str = "") -> None:
+        super().__init__(problem, hint)
         self.row = row
         self.column = column
 
@@ -73,8 +91,8 @@ class PrecisionLossError(Error, ValueError):
         relative_error: the error that it would add.
     """
 
-    def __init__(self, message: str, relative_error: float) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, relative_error: float) -> None:
+        super().__init__(problem)
         self.relative_error = relative_error
 
 
@@ -86,8 +104,8 @@ class GenerationError(Error, ArithmeticError):
             VAE was not, 0 if the caption was so before the first step.
     """
 
-    def __init__(self, message: str, step: int | None) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, step: int | None, hint: str = "") -> None:
+        super().__init__(problem, hint)
         self.step = step
 
 
@@ -102,8 +120,8 @@ class WrongKindError(CheckpointError):
         kind: what it is, a row of the table in `checkpoint/kinds.py`.
     """
 
-    def __init__(self, message: str, kind: Kind) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, kind: Kind, hint: str = "") -> None:
+        super().__init__(problem, hint)
         self.kind = kind
 
 
@@ -116,7 +134,21 @@ class OutputError(Error):
 
 
 class UsageError(Error):
-    """Options that do not go together."""
+    """An argument with a value that cannot be, or that does not go with the others.
+
+    Attributes:
+        argument: name of the argument in this package's calls.
+        problem: completes a sentence that begins with the argument's name.
+    """
+
+    def __init__(self, argument: str, problem: str, hint: str = "") -> None:
+        super().__init__(problem, hint)
+        self.args = (argument, problem, hint)
+        self.argument = argument
+
+    def __str__(self) -> str:
+        """The sentence, which begins with the argument's name."""
+        return printable(f"{self.argument} ") + super().__str__()
 
 
 class DeviceWarning(UserWarning):

@@ -131,7 +131,9 @@ def readers(folder: Path) -> dict[str, Callable[[Path], object]]:
     return {
         "inspect": zm.inspect,
         "plan": zm.plan_conversion,
-        "plan, any model": lambda path: zm.plan_conversion(path, any_model=True),
+        "plan, any model": lambda path: zm.plan_conversion(
+            path, zm.ConversionOptions(any_model=True)
+        ),
         "convert": lambda path: zm.convert(path, output, overwrite=True, threads=1),
         "validate": lambda path: zm.validate(path, threads=1),
         "dequantize": lambda path: zm.dequantize_checkpoint(

@@ -239,7 +239,7 @@ def test_invalid_regular_expression(cli: Run, small_file: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--recipe", "best"], 'there is no recipe "best"'),
+        (["--recipe", "best"], '--recipe "best" does not exist; name one of '),
         (["--timesteps", "0"], "--timesteps must be"),
         (["--timesteps", "soon"], "--timesteps must be"),
         (["--threads", "-1"], "--threads"),
@@ -256,16 +256,19 @@ def test_invalid_regular_expression(cli: Run, small_file: Path, tmp_path: Path) 
         (["--lr-gamma", "0.9"], "asks convert_to_quant for learned rounding"),
         (["--scaling_mode", "row"], "asks convert_to_quant for FP8 with other scales"),
         (["--layer-config", "a.json"], "asks convert_to_quant for mixed formats"),
-        (["--device", "tpu"], 'device must be "cpu", "cuda" or "cuda:N", not "tpu"'),
+        (["--device", "tpu"], '--device must be "cpu", "cuda" or "cuda:N", not "tpu"'),
         (["--device", "cuda:x", "--dry-run"], "device must be"),
         (["--no-such-option"], "--no-such-option"),
         (["--exclude-layers", "a{99999999999999}"], "is no regular expression"),
         (["--exclude-layers", "(" * 5000 + ")" * 5000], "is no regular expression"),
         (["--dry-run", "--report", "r.json"], "--report needs a conversion"),
-        (["--report", "../{folder}/o.safetensors"], "two outputs are the same file"),
-        (["--recipe", "none.toml"], "the recipe file none.toml does not exist"),
+        (
+            ["--report", "../{folder}/o.safetensors"],
+            "--report and another output are the same file",
+        ),
+        (["--recipe", "none.toml"], "--recipe none.toml does not exist"),
         (["--report", "folder/"], "folder/ is a folder; name a file"),
-        (["--report", "o.safetensors"], "two outputs are the same file"),
+        (["--report", "o.safetensors"], "--report and another output are the same file"),
     ],
 )
 def test_wrong_usage(
@@ -397,7 +400,7 @@ def test_what_is_no_regular_file(cli: Run, small_file: Path, tmp_path: Path) -> 
     assert (tmp_path / pipe).is_fifo()
     result = cli("convert", "-i", small_file, "-o", "loop.safetensors")
     fails(result, 1, "loop.safetensors leads nowhere")
-    fails(cli("convert", "-i", "/"), 2, "give one with -o")
+    fails(cli("convert", "-i", "/"), 2, "--output must be given")
 
 
 def test_report_is_no_shard_of_the_input(cli: Run, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_missing_embedder_is_named(small_model: Tensors, tmp_path: Path) -> None
     save_file(tensors, source)
     with pytest.raises(zm.CheckpointError, match=r"t_embedder\.mlp\.2\.bias\" is missing"):
         zm.convert(source, tmp_path / "out.safetensors")
-    with pytest.raises(zm.CheckpointError, match=r"t_embedder\.mlp\.2\.bias.*correction none"):
+    with pytest.raises(zm.CheckpointError, match=r"t_embedder\.mlp\.2\.bias.*correction=\"none\""):
         zm.convert(source, tmp_path / "out.safetensors", any_model=True)
     zm.convert(source, tmp_path / "out.safetensors", any_model=True, bias_correction="none")
 
@@ -223,7 +223,7 @@ def test_large_values_in_the_embedder(small_model: Tensors, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("samples", "seed"), [(0, 1), (10**12, 1), (8, -1), (8, 10**20)])
 def test_random_inputs_within_reason(small_file: Path, samples: int, seed: int) -> None:
-    with pytest.raises(zm.UsageError, match="samples must be"):
+    with pytest.raises(zm.UsageError, match=r"^(calibration_samples|seed) must be"):
         zm.convert(small_file, bias_correction="synthetic", calibration_samples=samples, seed=seed)
 
 

@@ -266,8 +266,8 @@ def test_sensitivity_of_this_folder(cli: Run, tmp_path: Path) -> None:
 
 
 def test_the_root_has_no_name(cli: Run) -> None:
-    fails(cli("convert", "/"), 2, "give one with -o")
-    fails(cli("convert", ".", cwd="/"), 2, "give one with -o")
+    fails(cli("convert", "/"), 2, "--output must be given")
+    fails(cli("convert", ".", cwd="/"), 2, "--output must be given")
 
 
 # ---- what was written

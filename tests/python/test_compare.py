@@ -594,7 +594,9 @@ def test_recipe_keeps_the_layers_above_the_bound(cli: Run, tmp_path: Path) -> No
         assert rule["reason"] == (
             "relative squared error 3.460e-03 in MXFP8 (SNR 24.6 dB), above 0.002"
         )
-    plan = zm.plan_conversion(tmp_path / "in.safetensors", recipe=tmp_path / "own.toml")
+    plan = zm.plan_conversion(
+        tmp_path / "in.safetensors", zm.ConversionOptions(recipe=tmp_path / "own.toml")
+    )
     matrices = [
         p for n, p in plan.tensors.items() if n.endswith(".weight") and len(p.source.shape) == 2
     ]
@@ -612,7 +614,7 @@ def test_recipe_treats_what_is_outside_the_blocks_as_the_default_does(
     small_file: Path, tmp_path: Path
 ) -> None:
     zm.compare(small_file, low_rank="none", write_recipe=tmp_path / "own.toml")
-    own = zm.plan_conversion(small_file, recipe=tmp_path / "own.toml").tensors
+    own = zm.plan_conversion(small_file, zm.ConversionOptions(recipe=tmp_path / "own.toml")).tensors
     default = zm.plan_conversion(small_file).tensors
     blocks = ("layers.", "noise_refiner.", "context_refiner.")
     outside = {name for name in own if not name.startswith(blocks)}
@@ -627,7 +629,7 @@ def test_recipe_for_another_model_has_no_idle_rules(tmp_path: Path) -> None:
     recipe = tmp_path / "own.toml"
     zm.compare(tmp_path / "in.safetensors", any_model=True, low_rank="none", write_recipe=recipe)
     assert not zm.plan_conversion(
-        tmp_path / "in.safetensors", recipe=recipe, any_model=True
+        tmp_path / "in.safetensors", zm.ConversionOptions(recipe=recipe, any_model=True)
     ).warnings
 
 
@@ -644,7 +646,8 @@ def test_recipe_with_names_that_need_escapes(tmp_path: Path) -> None:
         write_recipe=tmp_path / "own.toml",
     )
     plan = zm.plan_conversion(
-        tmp_path / "in.safetensors", recipe=tmp_path / "own.toml", any_model=True
+        tmp_path / "in.safetensors",
+        zm.ConversionOptions(recipe=tmp_path / "own.toml", any_model=True),
     )
     assert [planned.source.name for planned in plan.quantized] == ["b.weight"]
 
@@ -775,8 +778,12 @@ def test_bad_weights(cli: Run, tmp_path: Path) -> None:
         (["--csv", "old.csv"], 1, "old.csv exists; --overwrite"),
         (["--write-recipe", "folder/"], 2, "folder/ is a folder"),
         (["--csv", "in.safetensors", "--overwrite"], 2, "is the input"),
-        (["--html", "x", "--csv", "x"], 2, "two outputs are the same file, x; give each its own"),
-        (["--html", "./x", "--write-recipe", "x"], 2, "two outputs are the same file"),
+        (
+            ["--html", "x", "--csv", "x"],
+            2,
+            "and another output are the same file, x; give each its own",
+        ),
+        (["--html", "./x", "--write-recipe", "x"], 2, "and another output are the same file"),
         (["--html", ""], 2, "the name is empty"),
     ],
 )

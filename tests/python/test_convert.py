@@ -7,7 +7,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,8 +20,10 @@ from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
 from conftest import Run, Tensors, random_tensors, small_shapes, tensor_bytes
+from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.header import layout_header
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.conversion.options import ConversionKeywords
 
 # The model card's exclusions, as a regular expression for --exclude-layers.
 CARD_EXCLUSIONS = (
@@ -138,7 +143,9 @@ def test_full_model_counts(full_size_file: Path) -> None:
 
 
 def test_full_model_with_the_peers_filter(full_size_file: Path) -> None:
-    plan = zm.plan_conversion(full_size_file, recipe="zimage", exclude_layers=[CARD_EXCLUSIONS])
+    plan = zm.plan_conversion(
+        full_size_file, zm.ConversionOptions(recipe="zimage", exclude_layers=[CARD_EXCLUSIONS])
+    )
     assert len(plan.quantized) == 161
     assert round((plan.size - len(plan.header)) / 2**30, 3) == 6.298
     assert not plan.warnings
@@ -351,7 +358,7 @@ def test_other_models(tmp_path: Path) -> None:
     }
     source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, source)
-    with pytest.raises(zm.CheckpointError, match=r"is not a Z-Image checkpoint .*--any-model"):
+    with pytest.raises(zm.CheckpointError, match=r"is not a Z-Image checkpoint .*`any_model=True`"):
         zm.convert(source, output)
     report = zm.convert(source, output, any_model=True, exclude_layers=[r"^head\.", "nothing"])
     found = load_file(output)
@@ -502,3 +509,86 @@ def test_absurdly_wide_matrices_are_refused(tmp_path: Path) -> None:
     save_file({"x.weight": torch.zeros(1, (1 << 20) + 1).bfloat16()}, tmp_path / "in.safetensors")
     with pytest.raises(zm.CheckpointError, match=r'"x\.weight" has 1,048,577 columns'):
         zm.convert(tmp_path / "in.safetensors", any_model=True)
+
+
+# ---- plan, run, report
+
+
+def test_three_calls_are_what_convert_does(small_file: Path, tmp_path: Path) -> None:
+    options = zm.ConversionOptions(exclude_layers=[r"layers\.0\."], hash_source=True)
+    plan = zm.plan_conversion(small_file, options)
+    report = zm.run_conversion(plan, tmp_path / "a.safetensors", error_stats=True)
+    zm.convert(
+        small_file,
+        tmp_path / "b.safetensors",
+        exclude_layers=[r"layers\.0\."],
+        hash_source=True,
+    )
+    a, b = ((tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors"))
+    assert a == b and len(a) == plan.size == report.file_bytes
+    assert report.quantized == len(plan.quantized) and report.errors is not None
+    assert plan.options is options and plan.recipe is options.rules
+
+
+def test_one_plan_runs_twice(small_file: Path, tmp_path: Path) -> None:
+    plan = zm.plan_conversion(small_file, zm.ConversionOptions(bias_correction="none"))
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    zm.run_conversion(plan, first, threads=1)
+    zm.run_conversion(plan, second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_options_are_checked_when_they_are_made() -> None:
+    for argument, value in (
+        ("nonfinite", "drop"),
+        ("bias_correction", "exact"),
+        ("timesteps", 0),
+        ("calibration_samples", 1_000_001),
+        ("calibration_samples", 2.5),
+        ("seed", -1),
+        ("modulation_matmul", "half"),
+        ("recipe", "no-such-recipe"),
+        ("exclude_layers", "layers"),
+        ("exclude_layers", ["("]),
+    ):
+        with pytest.raises(zm.UsageError) as caught:
+            zm.ConversionOptions(**{argument: value})
+        assert caught.value.argument == argument
+    with pytest.raises(FrozenInstanceError):
+        zm.ConversionOptions().seed = 1  # type: ignore[misc]
+
+
+def test_keywords_of_convert_are_the_fields_of_the_options() -> None:
+    names = {field.name for field in fields(zm.ConversionOptions) if field.init}
+    assert ConversionKeywords.__annotations__.keys() == names
+
+
+def test_a_plan_needs_options_of_the_right_class(small_file: Path) -> None:
+    with pytest.raises(zm.UsageError, match="options must be ConversionOptions, not dict"):
+        zm.plan_conversion(small_file, {"recipe": "zimage"})  # type: ignore[arg-type]
+
+
+class _StagedOnCpu:
+    """Stands for the core's quantizer of a device: encodes on the CPU, counts its users."""
+
+    threads: ClassVar[set[int]] = set()
+
+    def __init__(self, device: int) -> None:
+        assert device == 3
+
+    def quantize(self, *arguments: Any) -> None:
+        self.threads.add(threading.get_ident())
+        _core.quantize(*arguments, 1)
+
+
+def test_a_device_encodes_with_an_object_for_each_thread(
+    small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "StagedQuantizer", _StagedOnCpu)
+    monkeypatch.setattr("zimage_mxfp8.conversion.convert.cuda_index", lambda device: 3)
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    zm.convert(small_file, a, device="cuda:3")
+    monkeypatch.undo()
+    zm.convert(small_file, b)
+    assert a.read_bytes() == b.read_bytes()
+    assert _StagedOnCpu.threads

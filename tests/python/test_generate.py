@@ -632,7 +632,9 @@ def without(library: str, *arguments: object) -> subprocess.CompletedProcess[str
 def test_demo_without_torch_says_how_to_get_it() -> None:
     result = without("torch", "demo")
     assert result.returncode == 0, result.stderr
-    sentence = 'denoising needs torch, which is not installed: pip install "zimage-mxfp8[torch]"'
+    sentence = (
+        'denoising needs torch, which is not installed; run pip install "zimage-mxfp8[torch]"'
+    )
     assert f"skipped: {sentence}\n" in result.stdout
 
 

@@ -65,13 +65,16 @@ def fails(result: tuple[int, str, str], code: int, *parts: str) -> None:
         (("--guidance", "1e38"), "--guidance must be 0 to 100, not 1e+38"),
         (("--guidance", "nan"), "--guidance must be a finite number, not nan"),
         (("--negative-prompt", "b"), "--negative-prompt has no effect without guidance"),
-        (("--strength", "0.5"), "--strength is for --init-image"),
+        (
+            ("--strength", "0.5"),
+            "--strength has no effect without an init image; add --init-image or drop it",
+        ),
         (("--init-image", "i.png", "--strength", "0"), "--strength must be 0.01 to 1"),
         (("--init-image", "i.png", "--strength", "1.5"), "--strength must be 0.01 to 1"),
         (("--prompt", "\udcff"), "--prompt is not UTF-8 text"),
         (("--guidance", "1", "--negative-prompt", "\udcff"), "--negative-prompt is not UTF-8"),
         (("-o", "o.jpg"), "o.jpg must end with .png"),
-        (("-o", "o/.png"), "the output o/.png has no name before .png"),
+        (("-o", "o/.png"), "--output o/.png has no name before .png"),
         (("-o", "folder/"), "folder/ is a folder"),
         (("--compute", "fast"), "--compute"),
         (("--dtype", "float16"), "--dtype"),
@@ -93,15 +96,20 @@ def test_needed_options(generate: Generate) -> None:
 
 def test_modes_that_are_not_to_be_had(generate: Generate) -> None:
     fails(generate(*USUAL, "--device", "cuda:99"), 1, "device cuda:99: ")
-    fails(generate(*USUAL, "--compute", "mxfp8"), 1, "--compute mxfp8: ", "the CPU has ")
-    fails(generate(*USUAL, "--compute", "fp8", transformer=None), 2, "is not quantised")
+    fails(generate(*USUAL, "--compute", "mxfp8"), 1, "compute mode mxfp8: ", "the CPU has ")
+    fails(
+        generate(*USUAL, "--compute", "fp8", transformer=None),
+        2,
+        "--compute fp8 is for MXFP8 checkpoints, and this one is not quantised",
+        "--compute weight-only",
+    )
 
 
 def test_settings_from_python() -> None:
     for changes in ({"steps": 0}, {"batch": 0}, {"seed": -1}, {"height": 0}, {"width": -16}):
-        with pytest.raises(zm.UsageError, match=f"--{next(iter(changes))} must be"):
+        with pytest.raises(zm.UsageError, match=f"^{next(iter(changes))} must be"):
             zm.GenerationSettings("a", **changes)
-    with pytest.raises(zm.UsageError, match=f"--batch must be 1 to {MAX_IMAGES}"):
+    with pytest.raises(zm.UsageError, match=f"^batch must be 1 to {MAX_IMAGES}"):
         zm.GenerationSettings("a", batch=MAX_IMAGES + 1)
     assert zm.GenerationSettings("a", batch=MAX_IMAGES).batch == MAX_IMAGES
     with pytest.raises(zm.UsageError, match="dtype must be bfloat16 or float32, not 'half'"):
@@ -128,16 +136,16 @@ def test_arguments_of_another_type(
 @pytest.mark.parametrize(
     ("name", "values", "sentence"),
     [
-        ("prompt", (None, ["a", "b"], 5, b"a"), "--prompt must be a text, not "),
-        ("negative_prompt", (5, ["a"]), "--negative-prompt must be a text, not "),
-        ("steps", (2.0, 2.5, "2", True, None), "--steps must be a whole number, not "),
-        ("height", (32.0, "32"), "--height must be a whole number, not "),
-        ("width", (32.0, "32"), "--width must be a whole number, not "),
-        ("seed", (1.5, "1", True), "--seed must be a whole number, not "),
-        ("batch", (2.0, "2", None), "--batch must be a whole number, not "),
-        ("guidance", ("1", None, True, 10**400), "--guidance must be a finite number, not "),
-        ("strength", ("x", float("nan")), "--strength must be a finite number, not "),
-        ("init_image", (3, b"a.png", ["a.png"]), "--init-image must be a path, not "),
+        ("prompt", (None, ["a", "b"], 5, b"a"), "prompt must be a text, not "),
+        ("negative_prompt", (5, ["a"]), "negative_prompt must be a text, not "),
+        ("steps", (2.0, 2.5, "2", True, None), "steps must be a whole number, not "),
+        ("height", (32.0, "32"), "height must be a whole number, not "),
+        ("width", (32.0, "32"), "width must be a whole number, not "),
+        ("seed", (1.5, "1", True), "seed must be a whole number, not "),
+        ("batch", (2.0, "2", None), "batch must be a whole number, not "),
+        ("guidance", ("1", None, True, 10**400), "guidance must be a finite number, not "),
+        ("strength", ("x", float("nan")), "strength must be a finite number, not "),
+        ("init_image", (3, b"a.png", ["a.png"]), "init_image must be a path, not "),
     ],
 )
 def test_wrong_types_from_python(name: str, values: tuple[Any, ...], sentence: str) -> None:
@@ -329,7 +337,7 @@ def test_folder_that_is_none(generate: Generate, tmp_path: Path) -> None:
         generate(*USUAL, model="nowhere/at/all"),
         1,
         "nowhere/at/all does not exist; name a model folder",
-        "--local-dir FOLDER",
+        "Tongyi-MAI/Z-Image-Turbo with --download",
     )
     (tmp_path / "file").touch()
     fails(generate(*USUAL, model="file"), 1, "file is a file")
@@ -646,7 +654,7 @@ def test_first_bad_step_and_picture_are_named(
     with pytest.raises(zm.GenerationError, match="seed 11 became NaN or Inf in step 3 of 5") as e:
         generator.generate(settings)
     assert e.value.step == 3
-    assert ("--compute weight-only" in str(e.value)) == (compute != "weight-only")
+    assert ('compute="weight-only"' in e.value.hint) == (compute != "weight-only")
     assert calls == [2] * 5  # nobody looked before the end
 
 
@@ -680,7 +688,7 @@ def test_nan_of_other_parts_is_theirs(
     with pytest.raises(zm.GenerationError, match=re.escape(sentence)) as e:
         generator.generate(zm.GenerationSettings("a", steps=1, height=32, width=32))
     assert e.value.step == step
-    assert ("or use --dtype float32" in str(e.value)) == (dtype == "bfloat16")
+    assert ('or use `dtype="float32"`' in e.value.hint) == (dtype == "bfloat16")
 
 
 # ---- on the way
@@ -691,7 +699,7 @@ def test_too_little_memory_is_a_sentence(
 ) -> None:
     monkeypatch.setattr(VAE, "decode", lambda self, latents: torch.empty(1 << 50))
     settings = zm.GenerationSettings("a", steps=1, height=32, width=32)
-    for offload, remedy in ((False, "; --offload"), (True, "size or batch")):
+    for offload, remedy in ((False, "; `offload=True`"), (True, "size or batch")):
         generator = zm.ZImageGenerator(
             zimage_folder, zimage_quantized, "cpu", dtype="float32", offload=offload
         )
@@ -716,8 +724,8 @@ def test_too_little_memory_of_a_device_is_a_sentence(
         generator.generate(zm.GenerationSettings("a", steps=1, height=32, width=32))
     assert str(e.value) == (
         "cpu ran out of memory for decoding an image: another 1.50 GiB were needed, and 0.5 of "
-        "10.0 GiB are free; close other programs, or use a smaller size or batch; --offload "
-        "needs less"
+        "10.0 GiB are free; close other programs, or use a smaller size or batch; "
+        "`offload=True` needs less"
     )
 
 

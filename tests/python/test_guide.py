@@ -127,7 +127,10 @@ def test_compare_command(small_file: Path, tmp_path: Path) -> None:
     block = block_with(GUIDE / "compare.md", "sh", "--bound")
     run_in_shell(block[block.index("zimage-mxfp8 compare") :], tmp_path)
     assert (tmp_path / "layers.csv").is_file()
-    zm.plan_conversion(tmp_path / "z_image_turbo_bf16.safetensors", recipe=tmp_path / "own.toml")
+    zm.plan_conversion(
+        tmp_path / "z_image_turbo_bf16.safetensors",
+        zm.ConversionOptions(recipe=tmp_path / "own.toml"),
+    )
 
 
 def test_probe_commands(small_file: Path, tmp_path: Path) -> None:
@@ -141,5 +144,5 @@ def test_probe_commands(small_file: Path, tmp_path: Path) -> None:
 def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
     (recipe,) = blocks(GUIDE / "recipes.md", "toml")
     (tmp_path / "own.toml").write_text(recipe)
-    plan = zm.plan_conversion(small_file, recipe=tmp_path / "own.toml")
+    plan = zm.plan_conversion(small_file, zm.ConversionOptions(recipe=tmp_path / "own.toml"))
     assert len(plan.quantized) == 185 - 6

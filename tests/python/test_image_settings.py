@@ -260,7 +260,11 @@ def test_the_init_image_must_be_named(generate: Generate, tmp_path: Path) -> Non
     options = ("--init-image", "in.png", "--strength", 0.5, "--steps", 2)
     assert generate("--prompt", "a", "-o", "a.png", *options)[0] == 0
     again = ("--settings-from", "a.png", "-o", "b.png")
-    fails(generate(*again), 2, "a.png was made from the image 'in.png'; name it with --init-image")
+    fails(
+        generate(*again),
+        2,
+        "--init-image is missing: a.png was made from the image 'in.png'; name ",
+    )
     code, _, err = generate(*again, "--init-image", "in.png")
     assert code == 0, err
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -323,17 +327,17 @@ def test_cfg_1_is_no_guidance(tmp_path: Path) -> None:
                 f"the settings of i.png cannot be used: {sentence}",
             )
             for change, sentence in (
-                ({"prompt": 3}, "--prompt must be a text, not 3"),
-                ({"steps": "8"}, "--steps must be a whole number, not '8'"),
-                ({"steps": 0}, "--steps must be 1 to 1000, not 0; options replace them"),
-                ({"seed": 1.5}, "--seed must be a whole number, not 1.5"),
-                ({"seed": True}, "--seed must be a whole number, not True"),
-                ({"width": 40}, "--width must be a multiple of 16 up to 8192, not 40"),
-                ({"height": [64]}, "--height must be a whole number, not [64]"),
-                ({"guidance": float("nan")}, "--guidance must be a finite number, not nan"),
-                ({"guidance": {}}, "--guidance must be a finite number, not {}"),
-                ({"guidance": 1, "negative_prompt": 2}, "--negative-prompt must be a text, not 2"),
-                ({"prompt": "\ud800"}, "--prompt is not UTF-8 text"),
+                ({"prompt": 3}, "prompt must be a text, not 3"),
+                ({"steps": "8"}, "steps must be a whole number, not '8'"),
+                ({"steps": 0}, "steps must be 1 to 1000, not 0; replace it with --steps"),
+                ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+                ({"seed": True}, "seed must be a whole number, not True"),
+                ({"width": 40}, "width must be a multiple of 16 up to 8192, not 40"),
+                ({"height": [64]}, "height must be a whole number, not [64]"),
+                ({"guidance": float("nan")}, "guidance must be a finite number, not nan"),
+                ({"guidance": {}}, "guidance must be a finite number, not {}"),
+                ({"guidance": 1, "negative_prompt": 2}, "negative_prompt must be a text, not 2"),
+                ({"prompt": "\ud800"}, "prompt is not UTF-8 text"),
             )
         ),
         ({"parameters": "just a prompt"}, 'text "parameters" of i.png does not end with a line of'),
@@ -342,7 +346,7 @@ def test_cfg_1_is_no_guidance(tmp_path: Path) -> None:
         ({"parameters": "a\nSteps: 1, Seed: 1, CFG scale: x"}, "has a number that cannot be read"),
         ({"parameters": "a\nSteps: 1, Seed: 1, CFG scale: 0.5"}, "has a CFG scale below 1"),
         ({"parameters": "a\nSteps: 1, Seed: 1, CFG scale: NaN"}, "must be a finite number"),
-        ({"parameters": "a\nSteps: 1, Seed: 1, Size: 72x64"}, "--width must be a multiple of 16"),
+        ({"parameters": "a\nSteps: 1, Seed: 1, Size: 72x64"}, "width must be a multiple of 16"),
     ],
 )
 def test_bad_settings_are_sentences(
@@ -358,7 +362,7 @@ def test_bad_options_are_not_the_files_fault(generate: Generate, tmp_path: Path)
     result = generate("--settings-from", "i.png", "--width", 40)
     fails(result, 2, "error: --width must be a multiple of 16 up to 8192, not 40")
     result = generate("--settings-from", "i.png", "-o", "i.png", "--overwrite")
-    fails(result, 2, "the output i.png is the input")
+    fails(result, 2, "--output i.png is the input")
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8.system import optional_packages
+from zimage_mxfp8.system import extras, optional_packages
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,8 +52,8 @@ for get in (lambda: getattr(zm, "{name}"), lambda: exec("from zimage_mxfp8 impor
     assert (
         result.stdout.splitlines()
         == [
-            f"MissingExtraError|{module}|{name} needs {package}, which is not installed: "
-            f'pip install "zimage-mxfp8[{extra}]"'
+            f"MissingExtraError|{module}|{name} needs {package}, which is not installed; "
+            f'run pip install "zimage-mxfp8[{extra}]"'
         ]
         * 2
     )
@@ -67,8 +68,8 @@ def test_compare_names_its_package(small_file: Path) -> None:
     code = f"import zimage_mxfp8 as zm; zm.compare({str(small_file)!r})"
     result = run_without("ml_dtypes", code)
     assert result.stderr.splitlines()[-1].endswith(
-        "MissingExtraError: comparing formats needs ml-dtypes, which is not installed: "
-        'pip install "zimage-mxfp8[analysis]"'
+        "MissingExtraError: comparing formats needs ml-dtypes, which is not installed; "
+        'run pip install "zimage-mxfp8[analysis]"'
     )
 
 
@@ -88,8 +89,8 @@ def test_a_package_that_is_there_and_broken(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.stderr.splitlines()[-1].endswith(
-        "ZImageTransformer needs torch, which cannot be imported (libcudart.so: cannot open): "
-        'pip install "zimage-mxfp8[torch]"'
+        "ZImageTransformer needs torch, which cannot be imported (libcudart.so: cannot open); "
+        'run pip install "zimage-mxfp8[torch]"'
     )
 
 
@@ -115,13 +116,13 @@ def test_commands_say_the_same(small_file: Path) -> None:
         (
             "torch",
             ["sensitivity", small_file],
-            "sensitivity needs torch, which is not installed: pip",
+            "sensitivity needs torch, which is not installed; run pip",
         ),
         ("plotly", ["probe", small_file, "--html", "x.html"], "--html needs plotly, which is not"),
         (
             "torch",
             ["convert", small_file, "x.safetensors", "--bias-correction", "synthetic"],
-            "--bias-correction synthetic needs torch, which is not installed: pip",
+            "the synthetic bias correction needs torch, which is not installed; run pip",
         ),
     ):
         code = f"from zimage_mxfp8.cli.main import main; sys.exit(main({list(map(str, words))}))"
@@ -130,13 +131,19 @@ def test_commands_say_the_same(small_file: Path) -> None:
         assert sentence in result.stderr
 
 
-def test_the_table_is_that_of_the_project() -> None:
+def test_extras_that_are_named_exist_with_their_modules() -> None:
+    """Those of `needed("torch", ...)` and the like, and what Python calls their packages."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    for extra, modules in optional_packages._MODULES.items():
-        packages = {optional_packages._package(module) for module in modules}
-        declared = {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}  # type: ignore[index]
-        assert packages == declared
+    declared = project["project"]["optional-dependencies"]
+    calls = re.compile(r"\b(?:needed|missing|check_installed)\(\s*\"(\w+)\"")
+    sources = Path(optional_packages.__file__).parents[1].rglob("*.py")
+    named = {extra for file in sources for extra in calls.findall(file.read_text("utf-8"))}
+    named |= set(optional_packages._NEEDED.values())
+    assert {"analysis", "generate", "hub", "plots", "torch"} <= named
+    assert named <= declared.keys() & extras.requirements().keys()
+    for each in extras.requirements().values():
+        for requirement in each:
+            assert find_spec(requirement.module) is not None, requirement.package
 
 
 def test_features_of_other_models_are_attribute_errors() -> None:

@@ -360,7 +360,10 @@ def test_provenance(model: Tensors, tmp_path: Path, capsys: pytest.CaptureFixtur
         "source_sha256": [hashlib.sha256(source.read_bytes()).hexdigest()],
     }
     plan = zm.plan_conversion(
-        source, exclude_layers=["w2"], timesteps=20, modulation_matmul="full", hash_source=True
+        source,
+        zm.ConversionOptions(
+            exclude_layers=["w2"], timesteps=20, modulation_matmul="full", hash_source=True
+        ),
     )
     assert plan.size == output.stat().st_size, "the dry run's size is exact"
     assert zm.validate(output, source).ok

@@ -42,7 +42,7 @@ def write_in_pieces(target: Path, content: bytes, cuts: list[int], seed: int) ->
         for i, (begin, end) in enumerate(pieces):
             worker = workers[i % 2]
             # Sometimes aligned for direct writing, sometimes not.
-            data = worker.scratch("piece", end - begin, begin if i % 3 else begin + 1)
+            data = worker.scratch.take("piece", end - begin, begin if i % 3 else begin + 1)
             data[:] = np.frombuffer(content[begin:end], np.uint8)
             worker.write(begin, data)
         for worker in workers:
@@ -130,7 +130,7 @@ def test_a_folder_that_went_away_is_a_sentence(tmp_path: Path) -> None:
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "file"
     with (
-        pytest.raises(OutputError, match="exists; --overwrite"),
+        pytest.raises(OutputError, match="exists; `overwrite=True` replaces"),
         AtomicFile(target, 3, overwrite=False),
     ):
         target.write_bytes(b"theirs")
@@ -148,7 +148,7 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     write_file(tmp_path / "file", b"content", overwrite=False)
     assert (tmp_path / "file").read_bytes() == b"content"
-    with pytest.raises(OutputError, match="exists; --overwrite"):
+    with pytest.raises(OutputError, match="exists; `overwrite=True` replaces"):
         write_file(tmp_path / "file", b"more", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -294,7 +294,7 @@ def test_sizes_by_score_are_those_that_convert_plans(
         """Of codes, scales and what is kept; not of the header and the markers in it."""
         names = "|".join(re.escape(name) for name in [*kept, "_embedder.", "final_layer."])
         recipe = zm.Recipe("r", "", "", (KeepRule("r", re.compile(names), "r"),))
-        places = zm.plan_conversion(probe_report.path, recipe=recipe).places
+        places = zm.plan_conversion(probe_report.path, zm.ConversionOptions(recipe=recipe)).places
         return sum(p.nbytes for name, p in places.items() if not name.endswith(".comfy_quant"))
 
     kept = [tensor for tensor in ordered if tensor.effective == "*KEEP*"]
@@ -368,7 +368,8 @@ def test_the_list_of_formats_finds_its_layers_only(tmp_path: Path) -> None:
     shown = re.search(r"<pre>(.*?)</pre>", compare_page(report, 1e-3), re.DOTALL)
     assert shown is not None
     plan = zm.plan_conversion(
-        tmp_path / "a.safetensors", exclude_layers=[unescape(shown[1])], any_model=True
+        tmp_path / "a.safetensors",
+        zm.ConversionOptions(exclude_layers=[unescape(shown[1])], any_model=True),
     )
     assert [p.source.name for p in plan.quantized] == ["a.weights.weight", "aa.weight"]
 

@@ -52,7 +52,7 @@ def test_toml_file_extends_a_recipe(small_file: Path, tmp_path: Path) -> None:
         'title = "Mine"\nextends = "uniform"\n[[keep]]\nname = "first"\n'
         "pattern = '^layers\\.0\\.'\nreason = \"because\"\n"
     )
-    plan = zm.plan_conversion(small_file, recipe=file)
+    plan = zm.plan_conversion(small_file, zm.ConversionOptions(recipe=file))
     assert len(plan.quantized) == 185 - 6
     assert plan.tensors["layers.0.attention.qkv.weight"].reason == "because"
     assert plan.recipe.title == "Mine"
@@ -61,7 +61,7 @@ def test_toml_file_extends_a_recipe(small_file: Path, tmp_path: Path) -> None:
 def test_toml_file_alone(small_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("")
-    plan = zm.plan_conversion(small_file, recipe=file)
+    plan = zm.plan_conversion(small_file, zm.ConversionOptions(recipe=file))
     assert len(plan.quantized) == 34 * 5 + 32 + 6, "every 2-D weight"
 
 
@@ -110,7 +110,10 @@ def test_patterns_that_match_nothing_are_reported(cli: Run, small_file: Path) ->
 def test_nothing_to_quantise_is_an_error(cli: Run, small_file: Path, tmp_path: Path) -> None:
     result = cli("convert", "-i", small_file, "-o", "o.safetensors", "--exclude-layers", ".")
     assert result.returncode == 1
-    assert "has nothing to quantise: the recipe and --exclude-layers keep every" in result.stderr
+    assert (
+        "has nothing to quantise: every 2-D weight is kept; choose another --recipe, or "
+        in result.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -201,7 +201,9 @@ def test_it_moves_to_the_cpu_and_back(quantized: Path) -> None:
 
 
 def test_the_mode_that_needs_kernels_is_refused(quantized: Path) -> None:
-    with pytest.raises(zm.UnsupportedError, match=r"--compute mxfp8: it needs CUDA kernels, and"):
+    with pytest.raises(
+        zm.UnsupportedError, match=r"compute mode mxfp8: it needs CUDA kernels, and"
+    ):
         zm.ZImageTransformer.from_checkpoint(quantized, "cuda", "mxfp8")
 
 

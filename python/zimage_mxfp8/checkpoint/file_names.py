@@ -27,7 +27,7 @@ def checkpoint_beside(source: Path, ending: str) -> Path:
     """
     place = _absolute(source) if source.name in ("", "..") else source
     if not place.name:
-        raise UsageError(f"there is no name to make the output's from in {place}; give one with -o")
+        raise UsageError("output", f"must be given: there is no name to make one from in {place}")
     stem = place.stem if place.suffix in _SUFFIXES and not place.is_dir() else place.name
     return place.with_name(f"{stem}{ending}.safetensors")
 

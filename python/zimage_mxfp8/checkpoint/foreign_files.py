@@ -19,7 +19,7 @@ _FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 def refuse(path: Path, kind: Kind, evidence: str = "") -> WrongKindError:
     """The error for a file that an operation does not take; one sentence with its remedy."""
     problem, remedy = (text.replace("{0}", evidence) for text in (kind.problem, kind.remedy))
-    return WrongKindError(f"{path} {problem}; {remedy}", kind)
+    return WrongKindError(f"{path} {problem}", kind, remedy)
 
 
 def check_file(path: Path) -> None:

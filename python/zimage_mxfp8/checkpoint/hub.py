@@ -161,7 +161,8 @@ def resolve(
         if not download:
             raise CheckpointError(
                 f"{reference} does not exist on this machine: it is no path, and the Hugging Face "
-                f"cache lacks {missing}; check the name, or fetch it from the hub with --download"
+                f"cache lacks {missing}",
+                "check the name, or fetch it from the hub with `download=True`",
             ) from None
     with _downloading(library, reference):
         return _download(library, reference, parts, report or (lambda _: None))

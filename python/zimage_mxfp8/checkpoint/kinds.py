@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-# What a file is opened for. "original" is the file that `validate --against` compares with.
+# What a file is opened for. "original" is the file that `validate` compares with.
 Use = Literal["convert", "original", "analyse", "measure", "validate", "dequantize", "run"]
 
 # The commands and calls behind each use, for people.
 USES: Final[dict[Use, str]] = {
     "convert": "convert",
-    "original": "validate --against",
+    "original": "validate (as the original)",
     "analyse": "probe, compare",
     "validate": "validate",
     "dequantize": "dequantize",
@@ -68,7 +68,7 @@ def _other_model(title: str, problem: str | None = None) -> Kind:
     return Kind(
         title,
         problem or f'is {title}, not Z-Image (see "{{0}}")',
-        "use a Z-Image checkpoint, or give --any-model to convert or compare this one",
+        "use a Z-Image checkpoint, or give `any_model=True` to convert or compare this one",
         uses_as_other_model=_OTHER_MODEL,
         holds_layers=True,
     )

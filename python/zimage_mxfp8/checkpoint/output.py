@@ -20,7 +20,7 @@ import shutil
 import signal
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
@@ -59,8 +59,16 @@ else:
         return True
 
 
-def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
+def check_target(
+    target: Path, sources: Iterable[Path], *, overwrite: bool, argument: str = "output"
+) -> None:
     """Check that `target` may be written.
+
+    Args:
+        target: a file to write.
+        sources: files that are read.
+        overwrite: whether it may be replaced.
+        argument: what names it, for the error.
 
     Raises:
         UsageError: it is one of the sources.
@@ -70,7 +78,7 @@ def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> N
     _resolved(target)
     for source in sources:
         if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
-            raise UsageError(f"the output {target} is the input; choose another name")
+            raise UsageError(argument, f"{target} is the input", "choose another name")
     folder = target.absolute().parent
     if not folder.is_dir():
         raise OutputError(f"the output folder {folder} does not exist; create it first")
@@ -84,18 +92,27 @@ def check_target(target: Path, sources: Iterable[Path], *, overwrite: bool) -> N
         raise _exists(target)
 
 
-def check_distinct(targets: Iterable[Path]) -> None:
+def check_distinct(targets: Mapping[str, Path | None]) -> None:
     """Check that no two outputs are the same file.
+
+    Args:
+        targets: argument -> the file that it names, if it is given.
 
     Raises:
         UsageError: two are.
         OutputError: one's links go round in circles.
     """
     seen: set[Path] = set()
-    for target in targets:
+    for argument, target in targets.items():
+        if target is None:
+            continue
         final = _resolved(target)
         if final in seen:
-            raise UsageError(f"two outputs are the same file, {target}; give each its own name")
+            raise UsageError(
+                argument,
+                f"and another output are the same file, {target}",
+                "give each its own name",
+            )
         seen.add(final)
 
 
@@ -112,7 +129,7 @@ def _resolved(target: Path) -> Path:
 
 
 def _exists(target: Path) -> OutputError:
-    return OutputError(f"the output {target} exists; --overwrite replaces it")
+    return OutputError(f"the output {target} exists", "`overwrite=True` replaces it")
 
 
 def remove_leftovers(folder: Path) -> None:

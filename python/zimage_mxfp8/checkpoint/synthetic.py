@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from .. import _core
 from ..printing.progress import byte_bar, shown
-from ..streaming.jobs import Job, ProgressCallback, Worker, header_job, run_jobs
+from ..streaming.jobs import Job, ProgressCallback, header_job, run_jobs
+from ..streaming.worker import Worker
 from .header import TensorInfo, file_size, layout_header
 from .output import AtomicFile, check_target
 from .zimage import zimage_shapes

@@ -31,6 +31,7 @@ from . import (
 )
 from .arguments import Parser
 from .interrupts import is_interrupt
+from .wording import CommandLineError, sentence
 
 _COMMANDS = (
     convert,
@@ -67,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
+    for own in commands.choices.values():  # errors are worded with the options of these
+        own.set_defaults(parsers=(own, *commands.choices.values()))
     return parser
 
 
@@ -109,12 +112,13 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         if isinstance(error, BrokenPipeError):  # the reader of our output went away
             return 1
-        return _fail(_sentence(error, arguments), 2 if isinstance(error, UsageError) else 1)
+        is_usage = isinstance(error, (UsageError, CommandLineError))
+        return _fail(_sentence(error, arguments), 2 if is_usage else 1)
 
 
 def _sentence(error: Error | MemoryError | OSError, arguments: argparse.Namespace) -> str:
     if isinstance(error, Error):
-        return str(error)
+        return sentence(error, getattr(arguments, "parsers", ()))
     if isinstance(error, MemoryError):
         return f"out of memory; {_remedy_for_memory(arguments)}"
     place, reason = error.filename, error.strerror or str(error)

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ..system.optional_packages import check_installed
 from ..text import plural
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
 
@@ -95,18 +96,16 @@ def run(arguments: argparse.Namespace) -> int:
     # Before NumPy is imported: its products then run on --threads cores, see `compare_low_rank`.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ..analysis.compare.run import compare
-    from ..analysis.pages.page import check_plots_available
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
     from ..printing.compare import print_compare
     from . import display
 
     if arguments.html is not None:
-        check_plots_available()
+        check_installed("plots", "--html")
         inputs = open_checkpoint(arguments.file).inputs
-        check_target(arguments.html, inputs, overwrite=arguments.overwrite)
-        outputs = (arguments.html, arguments.csv, arguments.write_recipe)
-        check_distinct(path for path in outputs if path is not None)
+        check_target(arguments.html, inputs, overwrite=arguments.overwrite, argument="html")
+        check_distinct({name: getattr(arguments, name) for name in ("html", "csv", "write_recipe")})
     report = compare(
         arguments.file,
         any_model=arguments.any_model,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from ..checkpoint import hub
-from ..errors import UsageError
 from ..system.devices import cuda_index
 from ..text import plural
 from . import convert_to_quant, download, dry_run
@@ -19,6 +19,7 @@ from .arguments import (
     file_path,
     spellings,
 )
+from .wording import CommandLineError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -130,33 +131,28 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     arguments.input, arguments.output = _files(arguments)
-    recipe = convert_to_quant.choose_recipe(arguments)
+    arguments.recipe = convert_to_quant.choose_recipe(arguments)
     if arguments.dry_run and arguments.report is not None:
-        raise UsageError("--report needs a conversion; drop it or --dry-run")
+        raise CommandLineError("--report needs a conversion; drop it or --dry-run")
+    if arguments.tensors and not arguments.dry_run:
+        raise CommandLineError("--tensors belongs to --dry-run; add that")
     _resolve_input(arguments)
-    if arguments.dry_run:
-        cuda_index(arguments.device)
-        return dry_run.run(arguments, recipe)
-    if arguments.tensors:
-        raise UsageError("--tensors belongs to --dry-run; add that")
-
-    from ..conversion.convert import convert
+    from ..conversion.convert import default_output, plan_conversion, run_conversion
+    from ..conversion.options import ConversionOptions
     from ..printing.conversion import print_conversion
     from . import display
 
-    report = convert(
-        arguments.input,
-        arguments.output,
-        recipe=recipe,
-        exclude_layers=arguments.exclude_layers,
-        any_model=arguments.any_model,
-        nonfinite=arguments.nonfinite,
-        bias_correction=arguments.bias_correction,
-        timesteps=arguments.timesteps,
-        calibration_samples=arguments.calib_samples,
-        seed=arguments.manual_seed,
-        modulation_matmul=arguments.modulation_matmul,
-        hash_source=arguments.hash_source,
+    names = [field.name for field in fields(ConversionOptions) if field.init]
+    options = ConversionOptions(**{name: getattr(arguments, name) for name in names})
+    # Told now, and not after weights were read.
+    cuda_index(arguments.device)
+    output = arguments.output or default_output(arguments.input)
+    plan = plan_conversion(arguments.input, options, threads=arguments.threads)
+    if arguments.dry_run:
+        return dry_run.show(plan, output, arguments)
+    report = run_conversion(
+        plan,
+        output,
         overwrite=arguments.overwrite,
         report=arguments.report,
         threads=arguments.threads,
@@ -200,14 +196,14 @@ def _resolve_input(arguments: argparse.Namespace) -> None:
 def _files(arguments: argparse.Namespace) -> tuple[str, Path | None]:
     """Input and output, each given by position or by option."""
     if arguments.file is None and arguments.input is None:
-        raise UsageError("name the checkpoint to convert: zimage-mxfp8 convert FILE [OUT]")
+        raise CommandLineError("name the checkpoint to convert: zimage-mxfp8 convert FILE [OUT]")
     if None not in (arguments.file, arguments.input):
-        raise UsageError(
+        raise CommandLineError(
             f"the input is given twice, as {arguments.file} and as -i {arguments.input}; give it "
             "once (-o names the output)"
         )
     if None not in (arguments.out, arguments.output):
-        raise UsageError(
+        raise CommandLineError(
             f"the output is given twice, as {arguments.out} and as -o {arguments.output}; give it "
             "once"
         )

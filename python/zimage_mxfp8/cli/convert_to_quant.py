@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
 from .arguments import count, spellings
+from .wording import CommandLineError
 
 if TYPE_CHECKING:
     from ..conversion.recipes import Recipe
@@ -74,6 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
     group.add_argument(
         *spellings("--calib-samples"),
+        dest="calibration_samples",
         type=count(1),
         default=3072,
         metavar="N",
@@ -81,6 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         *spellings("--manual-seed"),
+        dest="seed",
         type=count(0),
         default=42,
         metavar="N",
@@ -113,7 +115,7 @@ def choose_recipe(arguments: argparse.Namespace) -> Recipe:
 
     filters = [name for name in ("zimage", "zimage_refiner") if getattr(arguments, name)]
     if (filters or arguments.mxfp8) and not arguments.simple:
-        raise UsageError(
+        raise CommandLineError(
             "convert_to_quant learns its rounding unless --simple is given, and this program "
             "rounds to nearest: add --simple"
             + (", or choose the filter with --recipe zimage" if filters else ", or drop --mxfp8")
@@ -127,6 +129,8 @@ def choose_recipe(arguments: argparse.Namespace) -> Recipe:
             )
         return load_recipe(arguments.recipe or DEFAULT)
     if arguments.recipe is not None:
-        raise UsageError("--zimage and --zimage_refiner choose recipes; drop them or --recipe")
+        raise CommandLineError(
+            "--zimage and --zimage_refiner choose recipes; drop them or --recipe"
+        )
     recipes = [load_recipe(name.replace("_", "-")) for name in filters]
     return recipes[0] if len(recipes) == 1 else recipes[0].with_rules_of(recipes[1])

@@ -17,7 +17,7 @@ from .streams import report_line
 
 def screen() -> Screen:
     """Standard output."""
-    return Screen(console(), wraps=sys.stdout.isatty())
+    return Screen(console(), wraps=sys.stdout.isatty(), complete="--json")
 
 
 def print_json(document: Any) -> None:

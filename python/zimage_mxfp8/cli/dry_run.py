@@ -11,31 +11,16 @@ from ..text import plural
 
 if TYPE_CHECKING:
     from ..conversion.plan import Plan
-    from ..conversion.recipes import Recipe
     from ..printing.screen import Screen
 
 _MAX_REASONS = 15
 
 
-def run(arguments: argparse.Namespace, recipe: Recipe) -> int:
+def show(plan: Plan, output: Path, arguments: argparse.Namespace) -> int:
     """Show what a conversion would do."""
-    from ..conversion.convert import default_output, plan_conversion
     from ..printing.screen import size_text
     from . import display
 
-    plan = plan_conversion(
-        arguments.input,
-        recipe=recipe,
-        exclude_layers=arguments.exclude_layers,
-        any_model=arguments.any_model,
-        nonfinite=arguments.nonfinite,
-        bias_correction=arguments.bias_correction,
-        timesteps=arguments.timesteps,
-        modulation_matmul=arguments.modulation_matmul,
-        hash_source=arguments.hash_source,
-        threads=arguments.threads,
-    )
-    output = arguments.output or default_output(arguments.input)
     display.warn(plan.warnings)
     if arguments.json:
         display.print_json(_plan_document(plan, output))

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError, UsageError
+from ..errors import OutputError
 from ..generation.settings import (
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
@@ -25,6 +25,7 @@ from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, spellings
 from .download import add_download, resolve
 from .streams import report_line
+from .wording import CommandLineError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -241,7 +242,7 @@ def _settings(
     elif "prompt" in given:
         settings = GenerationSettings(**given)
     else:
-        raise UsageError(
+        raise CommandLineError(
             "the following arguments are required: --prompt, or --settings-from with an image"
         )
     # Drawn here already, because files may be named by it.

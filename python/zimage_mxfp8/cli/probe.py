@@ -6,11 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..system.optional_packages import check_installed
 from ..text import plural
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
+from .next_commands import convert_command, convert_with_recipe
 
 if TYPE_CHECKING:
+    from ..analysis.probe.run import ProbeReport
     from ..analysis.probe.scoring import ProbeRules
+    from ..printing.screen import Screen
 
 # Option, placeholder, help; the defaults are those of ProbeRules.
 _RULES = (
@@ -77,7 +81,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..analysis.pages.page import check_plots_available
     from ..analysis.probe.run import probe
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
@@ -86,13 +89,14 @@ def run(arguments: argparse.Namespace) -> int:
     from . import display
 
     rules = _rules(arguments)
-    outputs = [p for p in (arguments.csv, arguments.html, arguments.write_recipe) if p is not None]
+    outputs = {name: getattr(arguments, name) for name in ("csv", "html", "write_recipe")}
     check_distinct(outputs)
     inputs = open_checkpoint(arguments.file).inputs
-    for path in outputs:
-        check_target(path, inputs, overwrite=arguments.overwrite)
+    for name, path in outputs.items():
+        if path is not None:
+            check_target(path, inputs, overwrite=arguments.overwrite, argument=name)
     if arguments.html is not None:
-        check_plots_available()
+        check_installed("plots", "--html")
     report = probe(arguments.file, rules=rules, threads=arguments.threads, progress=True)
     weights = plural(len(report.tensors), "weight")
     contents: list[tuple[Path | None, str, str]] = [
@@ -113,10 +117,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         display.print_json(report.to_dict())
     else:
-        print_probe(report, display.screen(), arguments.write_recipe)
+        screen = display.screen()
+        print_probe(report, screen)
+        _print_commands(report, screen, arguments.write_recipe)
     for path, _, what in written:
         display.wrote(path, what, as_json=arguments.json)
     return 0
+
+
+def _print_commands(report: ProbeReport, screen: Screen, recipe: Path | None) -> None:
+    screen.line()
+    if report.exclude_layers is not None:
+        screen.line("To keep them besides what the default recipe keeps:")
+        options = f"--exclude-layers '{report.exclude_layers}'"
+        screen.line(convert_command(report.path, options, "excluded"))
+        screen.line()
+    note = "" if recipe else " (--write-recipe FILE.toml writes the recipe)"
+    screen.text(f"To keep only them, the embedders and the final layer{note}:")
+    screen.line(convert_with_recipe(report.path, recipe or Path("FILE.toml")))
 
 
 def _rules(arguments: argparse.Namespace) -> ProbeRules:

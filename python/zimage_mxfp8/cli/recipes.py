@@ -15,7 +15,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Show the built-in recipes, or those named (a TOML file too).",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("names", nargs="*", metavar="NAME|FILE")
+    parser.add_argument("recipe", nargs="*", metavar="NAME|FILE")
     add_json(parser)
 
 
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..conversion.recipes import DEFAULT, builtin_names, load_recipe
     from . import display
 
-    recipes = [load_recipe(name) for name in arguments.names or builtin_names()]
+    recipes = [load_recipe(name) for name in arguments.recipe or builtin_names()]
     if arguments.json:
         display.print_json(
             [

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import text
-from ..errors import UsageError
-from ..system.optional_packages import needed
+from ..system.optional_packages import check_installed, needed
 from ..text import plural
 from .arguments import add_json, add_overwrite, count, file_path, spellings
 from .generate import keep_libraries_quiet
 from .interrupts import Interrupted, is_interrupt
+from .next_commands import convert_with_recipe
 from .streams import report_line
+from .wording import CommandLineError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -82,7 +83,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..analysis.pages.page import check_plots_available
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
     from ..conversion.recipes import recipe_toml
@@ -90,14 +90,17 @@ def run(arguments: argparse.Namespace) -> int:
     from . import display
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
-        raise UsageError("--prompt and --model-dir go together: the folder has the text encoder")
-    outputs = [path for path in (arguments.write_recipe, arguments.html) if path is not None]
+        raise CommandLineError(
+            "--prompt and --model-dir go together: the folder has the text encoder"
+        )
     inputs = open_checkpoint(arguments.file).inputs
-    for output in outputs:
-        check_target(output, inputs, overwrite=arguments.overwrite)
-    check_distinct([*outputs, *([arguments.state] if arguments.state else [])])
+    outputs = {name: getattr(arguments, name) for name in ("write_recipe", "html")}
+    for name, output in outputs.items():
+        if output is not None:
+            check_target(output, inputs, overwrite=arguments.overwrite, argument=name)
+    check_distinct({**outputs, "state": arguments.state})
     if arguments.html:
-        check_plots_available()
+        check_installed("plots", "--html")
     with needed("torch", "sensitivity"):
         import torch
 
@@ -147,7 +150,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         display.print_json(report.to_dict())
     else:
-        print_sensitivity(report, display.screen(), arguments.write_recipe)
+        screen = display.screen()
+        print_sensitivity(report, screen)
+        if arguments.write_recipe:
+            screen.line()
+            screen.line(convert_with_recipe(report.path, arguments.write_recipe))
     kept = plural(len(report.smallest.kept), "layer")
     for path, what in (
         (arguments.write_recipe, f"the recipe that keeps {kept} of the blocks"),
@@ -177,7 +184,7 @@ def _captions(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
     from ..system.devices import memory_for, torch_device
     from ..transformer.weights import open_model
 
-    prompts = [text("--prompt", prompt) for prompt in arguments.prompt]
+    prompts = [text("prompt", prompt) for prompt in arguments.prompt]
     folder = open_model_folder(arguments.model_dir)
     folder.check_captions_fit(arguments.file, open_model(arguments.file).config.cap_feat_dim)
     keep_libraries_quiet()

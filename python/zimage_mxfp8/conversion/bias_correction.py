@@ -12,7 +12,7 @@ its mean is exact, and comes from the checkpoint itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,9 @@ from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..errors import CheckpointError, UnsupportedError, UsageError
 from ..system.optional_packages import needed
 from .nonfinite import KeptTensorCheck
-from .plan import Plan
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 Mode = Literal["timesteps", "synthetic", "none"]
 MODES: tuple[Mode, ...] = ("timesteps", "synthetic", "none")
@@ -52,7 +54,7 @@ def sampler_timesteps(sampler: str | int) -> Vector:
     except ValueError:
         steps = 0
     if not 1 <= steps <= 1000:
-        raise UsageError(f"--timesteps must be turbo, base or a number up to 1000, not {sampler}")
+        raise UsageError("timesteps", f"must be turbo, base or a number up to 1000, not {sampler}")
     sigma = np.linspace(1.0, 0.0, steps + 1)[:-1]
     sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
     return 1000.0 * (1.0 - sigma)
@@ -74,15 +76,16 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
         CheckpointError: the embedder's tensors are missing, do not fit together, or lead to NaN.
         NonFiniteError: one of them has NaN or Inf.
     """
-    remedy = "--bias-correction none does without"
+    remedy = '`bias_correction="none"` does without'
     tensors = []
     for part in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"):
         name = f"{prefix}t_embedder.{part}"
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.dtype not in FLOAT_NAMES:
             raise CheckpointError(
-                f'{checkpoint.path} has no BF16, F16 or F32 tensor "{name}", which '
-                f"--bias-correction timesteps needs; {remedy}"
+                f'{checkpoint.path} has no BF16, F16 or F32 tensor "{name}", which the '
+                "bias correction over timesteps needs",
+                remedy,
             )
         tensors.append(tensor)
     w0, b0, w2, b2 = (tensor.shape for tensor in tensors)
@@ -91,7 +94,8 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
     ):
         raise CheckpointError(
             f'{checkpoint.path} has "{prefix}t_embedder" tensors whose shapes do not fit together: '
-            f"{list(w0)}, {list(b0)}, {list(w2)}, {list(b2)}; {remedy}"
+            f"{list(w0)}, {list(b0)}, {list(w2)}, {list(b2)}",
+            remedy,
         )
     values = []
     with TensorReader() as reader:
@@ -106,40 +110,35 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
         outputs = np.asarray(activated @ weight2.T + bias2)
     if not np.isfinite(outputs).all():
         raise CheckpointError(
-            f'{checkpoint.path}: "{prefix}t_embedder" tensors give NaN or Inf; {remedy}'
+            f'{checkpoint.path}: "{prefix}t_embedder" tensors give NaN or Inf', remedy
         )
     return outputs
 
 
-def correction_inputs(
-    plan: Plan, mode: Mode, *, sampler: str | int, samples: int, seed: int
-) -> tuple[dict[str, Vector], list[str]]:
+def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
     """The vector that stands for E[x], for each quantised layer with a bias.
 
     Args:
-        plan: the conversion.
-        mode: "timesteps": the exact mean of `t_embedder`'s output. "synthetic": minus the mean of
-            random inputs, which is what convert_to_quant 1.3.4 uses. "none": no correction.
-        sampler: for "timesteps", see `sampler_timesteps`.
-        samples: for "synthetic", rows of random input.
-        seed: for "synthetic", seed of the random numbers.
+        plan: the conversion, with the mode. "timesteps": the exact mean of `t_embedder`'s output.
+            "synthetic": minus the mean of random inputs, which is what convert_to_quant 1.3.4
+            uses. "none": no correction.
 
     Returns:
         Layer name -> vector of K, and the names of the layers whose biases stay as they are
         although a correction was asked for (their inputs do not follow from the checkpoint).
     """
     layers = {planned.layer: planned.source for planned in plan.quantized if planned.bias}
-    if not layers or mode == "none":
+    options = plan.options
+    if not layers or options.bias_correction == "none":
         return {}, []
-    if mode == "synthetic":
-        means = _random_means(plan.checkpoint, samples, seed)
+    if options.bias_correction == "synthetic":
+        means = _random_means(plan.checkpoint, options.calibration_samples, options.seed)
         return {layer: -means[weight.shape[1]] for layer, weight in layers.items()}, []
     known = {n: t for n, t in layers.items() if is_modulation(plan.scope.inner(n))}
     if not known:
         return {}, sorted(layers)
-    mean = embedder_outputs(plan.checkpoint, plan.scope.prefix, sampler_timesteps(sampler)).mean(
-        axis=0
-    )
+    timesteps = sampler_timesteps(options.timesteps)
+    mean = embedder_outputs(plan.checkpoint, plan.scope.prefix, timesteps).mean(axis=0)
     for layer, weight in known.items():
         if weight.shape[1] != mean.size:
             raise CheckpointError(
@@ -155,10 +154,8 @@ def _random_means(checkpoint: Checkpoint, samples: int, seed: int) -> dict[int, 
     It draws one matrix for each new number of columns, over all 2-D weights in name order, from
     one generator; the mean of its products is the product with the mean.
     """
-    with needed("torch", "--bias-correction synthetic"):  # for convert_to_quant's random numbers
+    with needed("torch", "the synthetic bias correction"):  # for convert_to_quant's random numbers
         import torch
-    if not 1 <= samples <= 1_000_000 or not 0 <= seed < 2**63:
-        raise UsageError("samples must be 1 to 1,000,000 and the seed a 63-bit number")
     generator = torch.Generator(device="cpu").manual_seed(seed)
     means: dict[int, Vector] = {}
     for columns in _weight_columns(checkpoint.tensors.values()):

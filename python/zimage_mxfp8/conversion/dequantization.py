@@ -19,13 +19,13 @@ from ..printing.progress import byte_bar, shown
 from ..streaming.jobs import (
     Job,
     ProgressCallback,
-    Worker,
     copy_jobs,
     header_job,
     row_chunks,
     run_jobs,
 )
 from ..streaming.rows import read_encoded
+from ..streaming.worker import Worker
 from ..text import plural
 
 
@@ -107,7 +107,7 @@ def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:
                 )
             real = min(end, rows) - begin
             at = position + begin * cols * 2
-            plain = worker.scratch("plain", real * cols * 2, at)
+            plain = worker.scratch.take("plain", real * cols * 2, at)
             matrix = plain.view(np.uint16).reshape(real, cols)
             _core.dequantize(codes, scales, matrix, "bfloat16", 1)
             worker.write(at, plain)

@@ -21,6 +21,8 @@ _MASKS: Final[dict[str, int]] = {
     "F8_E4M3": 0x7F,
 }
 
+KEEP_HINT: Final = '`nonfinite="keep"` leaves such tensors as they are'
+
 
 def can_be_nonfinite(dtype: str) -> bool:
     """Whether `first_nonfinite` looks at a safetensors dtype."""
@@ -67,14 +69,15 @@ class KeptTensorCheck:
             return
         element = begin // (SAFETENSORS_BITS[tensor.dtype] // 8) + at
         row, column = divmod(element, max(tensor.shape[-1], 1)) if tensor.shape else (0, 0)
-        raise nonfinite_error(tensor, row, column)
+        raise nonfinite_error(tensor, row, column, KEEP_HINT)
 
 
-def nonfinite_error(tensor: SourceTensor, row: int, column: int) -> NonFiniteError:
+def nonfinite_error(tensor: SourceTensor, row: int, column: int, hint: str = "") -> NonFiniteError:
     """The error for NaN or Inf in a tensor; rows are those of a matrix of its last axis."""
     return NonFiniteError(
         f'{tensor.segments[0].path}: tensor "{tensor.name}" has NaN or Inf at row {row}, column '
-        f"{column}; --nonfinite keep leaves such tensors as they are",
+        f"{column}",
         row,
         column,
+        hint,
     )

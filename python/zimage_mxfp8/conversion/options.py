@@ -3,25 +3,70 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from .. import _core
+from ..checks import whole_number
 from ..errors import UsageError
 from .bias_correction import MODES, Mode, sampler_timesteps
 from .recipes import DEFAULT, Recipe, builtin_names, load_recipe
 
 NonFinite = Literal["error", "keep"]
 ModulationMatmul = Literal["quantised", "full"]
+MAX_SAMPLES = 1_000_000  # of random input, which is drawn at once
+
+
+class ConversionKeywords(TypedDict, total=False):
+    """The fields of `ConversionOptions` as keyword arguments."""
+
+    recipe: str | os.PathLike[str] | Recipe
+    exclude_layers: Iterable[str]
+    any_model: bool
+    nonfinite: NonFinite
+    bias_correction: Mode
+    timesteps: str | int
+    calibration_samples: int
+    seed: int
+    modulation_matmul: ModulationMatmul
+    hash_source: bool
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """The options of a conversion; `convert` describes them. They are checked when made."""
+    """What decides the bytes of a converted file, checked when it is made.
+
+        options = ConversionOptions(recipe="zimage", exclude_layers=[r"layers\\.29\\."])
+
+    Attributes:
+        recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`.
+        exclude_layers: regular expressions, searched in the tensors' full names; what they match
+            stays as it is, besides what the recipe keeps. A tuple, whatever was given.
+        any_model: accept a checkpoint that is not Z-Image, and quantise every 2-D weight that no
+            pattern excludes.
+        nonfinite: what to do with a tensor of the transformer that has NaN or Inf: "error", or
+            "keep" it as it is (the weights are then read twice).
+        bias_correction: "timesteps" adds what keeps a modulation's mean output over the sampler's
+            timesteps; "synthetic" reproduces convert_to_quant 1.3.4 (needs torch); "none" leaves
+            biases alone.
+        timesteps: for "timesteps": "turbo" (8 steps), "base" (50 steps) or a number of steps.
+        calibration_samples: for "synthetic": rows of random input, up to 1,000,000.
+        seed: for "synthetic": seed of the random numbers, below 2^63.
+        modulation_matmul: "full" asks ComfyUI not to quantise the input of quantised modulations
+            on GPUs that multiply MXFP8; it is one row per block.
+        hash_source: write the SHA-256 of the source's files into the header, which means to read
+            them once more. Version, recipe and correction are always written, unless the recipe
+            reproduces convert_to_quant's files.
+        rules: the recipe, loaded, with the patterns to exclude.
+
+    Raises:
+        UsageError: a value that cannot be, or that does not go with the recipe.
+        RecipeError: the file is not a valid recipe.
+    """
 
     recipe: str | os.PathLike[str] | Recipe = DEFAULT
-    exclude_layers: Sequence[str] = ()
+    exclude_layers: Iterable[str] = ()
     any_model: bool = False
     nonfinite: NonFinite = "error"
     bias_correction: Mode = "timesteps"
@@ -30,32 +75,43 @@ class ConversionOptions:
     seed: int = 42
     modulation_matmul: ModulationMatmul = "quantised"
     hash_source: bool = False
-    rules: Recipe = field(init=False, repr=False)  # the recipe with the patterns to exclude
+    rules: Recipe = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.nonfinite not in ("error", "keep"):
-            raise UsageError(f'nonfinite must be "error" or "keep", not "{self.nonfinite}"')
+            raise UsageError("nonfinite", f'must be "error" or "keep", not "{self.nonfinite}"')
         if self.bias_correction not in MODES:
-            raise UsageError(f"bias_correction must be one of {', '.join(MODES)}")
+            raise UsageError("bias_correction", f"must be one of {', '.join(MODES)}")
         if self.bias_correction == "timesteps":
             sampler_timesteps(self.timesteps)  # refuse nonsense even where no layer needs it
+        samples = whole_number("calibration_samples", self.calibration_samples)
+        if not 1 <= samples <= MAX_SAMPLES:
+            raise UsageError("calibration_samples", f"must be 1 to {MAX_SAMPLES:,}, not {samples}")
+        if not 0 <= whole_number("seed", self.seed) < 2**63:
+            raise UsageError("seed", "must be 0 or more, and below 2^63")
         if self.modulation_matmul not in ("quantised", "full"):
             raise UsageError(
-                f'modulation_matmul must be "quantised" or "full", not "{self.modulation_matmul}"'
+                "modulation_matmul",
+                f'must be "quantised" or "full", not "{self.modulation_matmul}"',
             )
         recipe = self.recipe
         rules = recipe if isinstance(recipe, Recipe) else load_recipe(os.fspath(recipe))
-        object.__setattr__(self, "exclude_layers", tuple(self.exclude_layers))
-        object.__setattr__(self, "rules", rules.excluding(self.exclude_layers))
+        if isinstance(self.exclude_layers, str):  # an iterable too, of letters
+            raise UsageError("exclude_layers", "must be a list of patterns, not a single text")
+        patterns = tuple(self.exclude_layers)
+        object.__setattr__(self, "exclude_layers", patterns)
+        object.__setattr__(self, "rules", rules.excluding(patterns))
         if self.rules.reproduces_convert_to_quant:
-            for option, given in (
-                ("--modulation-matmul full", self.modulation_matmul == "full"),
-                ("--hash-source", self.hash_source),
+            for argument, given in (
+                ("modulation_matmul", self.modulation_matmul == "full"),
+                ("hash_source", self.hash_source),
             ):
                 if given:
                     raise UsageError(
-                        f"{option} changes the file, and recipe {rules.name} reproduces "
-                        "convert_to_quant's byte for byte; choose another recipe, or drop it"
+                        argument,
+                        f"changes the file, and recipe {rules.name} reproduces convert_to_quant's "
+                        "byte for byte",
+                        "choose another `recipe`, or drop it",
                     )
 
     def provenance(self, source_hashes: Sequence[str]) -> dict[str, Any] | None:

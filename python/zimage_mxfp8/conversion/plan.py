@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..checkpoint import quantization as markers
@@ -31,6 +31,7 @@ from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
 from ..layout import padded_shape, scale_shape
 from ..text import plural
+from .options import ConversionOptions
 from .recipes import Recipe
 
 # A tile of 32 to 128 rows is encoded at once; this bounds its memory. Real layers have thousands.
@@ -71,26 +72,26 @@ class Plan:
     """A whole conversion, decided.
 
     Attributes:
-        checkpoint: the source, in the ComfyUI layout.
-        recipe: the rules that were applied.
-        scope: the tensors that may be quantised.
+        source: the checkpoint, and what was recognised in it.
+        options: what was asked for.
         tensors: every tensor of the source, by name.
         layers: the marker of each layer that is quantised, by layer name.
         header: first bytes of the output file.
         places: where each tensor of the output goes.
         size: bytes of the output file.
+        nonfinite: names of weights that are kept because they have NaN or Inf.
         warnings: sentences that the user should see.
         notes: what the file is made of, and what was recognised in it.
     """
 
-    checkpoint: Checkpoint
-    recipe: Recipe
-    scope: Scope
+    source: Identified
+    options: ConversionOptions
     tensors: dict[str, PlannedTensor]
     layers: dict[str, dict[str, Any]]
     header: bytes
     places: dict[str, TensorInfo]
     size: int
+    nonfinite: frozenset[str]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -100,6 +101,28 @@ class Plan:
             f"{plural(len(self.quantized), 'layer')} of {plural(len(self.tensors), 'tensor')} in "
             f"MXFP8, {self.size:,} bytes)"
         )
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source, in the ComfyUI layout."""
+        return self.source.checkpoint
+
+    @property
+    def recipe(self) -> Recipe:
+        """The rules that were applied."""
+        return self.options.rules
+
+    @property
+    def scope(self) -> Scope:
+        """The tensors that may be quantised."""
+        return self.source.scope
+
+    def with_source_hashes(self, hashes: Sequence[str]) -> Plan:
+        """The same plan with the SHA-256 of each file of the source in the header."""
+        planned = make_plan(
+            self.source, self.options, keep_names=self.nonfinite, source_hashes=hashes
+        )
+        return replace(planned, warnings=self.warnings)
 
     @property
     def quantized(self) -> list[PlannedTensor]:
@@ -117,31 +140,27 @@ class Plan:
 
 def make_plan(
     source: Identified,
-    recipe: Recipe,
+    options: ConversionOptions,
     *,
-    any_model: bool = False,
     keep_names: Collection[str] = (),
-    full_precision_modulations: bool = False,
-    provenance: Mapping[str, object] | None = None,
+    source_hashes: Sequence[str] | None = None,
 ) -> Plan:
     """Plan the conversion of a checkpoint.
 
     Args:
         source: a plain checkpoint, as `open_for(..., "convert")` gives it.
-        recipe: which layers stay as they are.
-        any_model: accept what is not a whole Z-Image; every tensor of another model may be
-            quantised.
+        options: what was asked for.
         keep_names: tensors to keep although the recipe would quantise them (NaN or Inf inside).
-        full_precision_modulations: mark quantised modulations so that ComfyUI does not quantise
-            their input.
-        provenance: what to write into the header about the conversion; None for nothing.
+        source_hashes: SHA-256 of each file of the source, for `hash_source`. By default text of
+            the same length stands for them, and the layout is the same.
 
     Raises:
         CheckpointError: not a whole Z-Image, nothing to quantise, or a weight of a type that
             cannot be quantised.
     """
-    checkpoint, scope = source.checkpoint, source.scope
-    if scope.zimage and not any_model:
+    checkpoint, scope, recipe = source.checkpoint, source.scope, options.rules
+    full_precision_modulations = options.modulation_matmul == "full"
+    if scope.zimage and not options.any_model:
         check_structure(source)
     tensors = {
         name: _plan_tensor(checkpoint, checkpoint.tensors[name], recipe, scope, keep_names)
@@ -149,8 +168,8 @@ def make_plan(
     }
     if not any(planned.action == "quantize" for planned in tensors.values()):
         raise CheckpointError(
-            f"{checkpoint.path} has nothing to quantise: the recipe and --exclude-layers keep "
-            "every 2-D weight"
+            f"{checkpoint.path} has nothing to quantise: every 2-D weight is kept",
+            "choose another `recipe`, or exclude less with `exclude_layers`",
         )
     layers = {
         planned.layer: markers.layer_marker(
@@ -170,18 +189,21 @@ def make_plan(
         described |= layers
     if described:
         metadata[markers.HEADER_KEY] = markers.header_value(described)
+    if source_hashes is None:
+        source_hashes = ["0" * 64 for _ in checkpoint.files]
+    provenance = options.provenance(source_hashes)
     if provenance is not None:
         metadata[PROVENANCE_KEY] = json.dumps(provenance)
     header, places = layout_header(outputs, metadata)
     return Plan(
-        checkpoint,
-        recipe,
-        scope,
+        source,
+        options,
         tensors,
         layers,
         header,
         places,
         file_size(header, places),
+        frozenset(keep_names),
         (*_warnings(tensors, recipe, scope), *_unknown(source)),
         _notes(source, tensors),
     )
@@ -220,7 +242,7 @@ def _plan_tensor(
             cast = recipe.source_rounding and tensor.dtype in ("F16", "F32")
             return kept(rule.reason, "cast" if cast else "keep")
     if tensor.name in keep_names:
-        return kept("has NaN or Inf (--nonfinite keep)")
+        return kept("has NaN or Inf")
     if tensor.nbytes == 0:
         return kept("is empty")
     if tensor.dtype not in FLOAT_NAMES:
@@ -228,12 +250,14 @@ def _plan_tensor(
             return kept(f"is {tensor.dtype}, no floating-point type")
         raise CheckpointError(
             f'{checkpoint.path}: tensor "{tensor.name}" is {tensor.dtype}; only BF16, F16 and F32 '
-            "weights can be quantised: convert it, or exclude it with --exclude-layers"
+            "weights can be quantised",
+            "convert it, or exclude it with `exclude_layers`",
         )
     if tensor.shape[1] > MAX_COLUMNS:
         raise CheckpointError(
             f'{checkpoint.path}: tensor "{tensor.name}" has {tensor.shape[1]:,} columns; more than '
-            f"{MAX_COLUMNS:,} cannot be quantised: exclude it with --exclude-layers"
+            f"{MAX_COLUMNS:,} cannot be quantised",
+            "exclude it with `exclude_layers`",
         )
     bias = checkpoint.tensors.get(tensor.name.removesuffix(markers.WEIGHT_SUFFIX) + ".bias")
     has_bias = bias is not None and bias.shape == tensor.shape[:1] and bias.dtype in FLOAT_NAMES

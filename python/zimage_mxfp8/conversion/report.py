@@ -24,7 +24,7 @@ class ConversionReport:
         input_bytes: bytes of all input tensors.
         output_bytes: bytes of all output tensors.
         file_bytes: bytes of the output file.
-        seconds: wall time.
+        seconds: wall time of `run_conversion`.
         warnings: sentences that the user should see.
         notes: what was recognised in the input, and what was copied unchanged.
         errors: per quantised weight, if error statistics were asked for.

@@ -24,8 +24,9 @@ from ..errors import NonFiniteError
 from ..layout import padded_shape, scale_shape
 from ..printing.progress import byte_bar, shown
 from ..streaming.error_stats import ErrorStats, merge_rows
-from ..streaming.jobs import Job, ProgressCallback, Worker, byte_chunks, row_chunks, run_jobs
+from ..streaming.jobs import Job, ProgressCallback, byte_chunks, row_chunks, run_jobs
 from ..streaming.rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
+from ..streaming.worker import Worker
 from ..text import plural
 from .bias_correction import to_float64
 from .nonfinite import can_be_nonfinite, first_nonfinite

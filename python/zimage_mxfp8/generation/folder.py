@@ -83,8 +83,9 @@ def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"{folder} {what}; name a model folder in the diffusers layout, for example from "
-            "hf download Tongyi-MAI/Z-Image-Turbo --local-dir FOLDER"
+            f"{folder} {what}",
+            "name a model folder in the diffusers layout, or fetch one from the Hugging Face hub: "
+            "Tongyi-MAI/Z-Image-Turbo with `download=True`",
         )
     index = _read(folder / "model_index.json", f"{folder} is no diffusers folder")
     pipeline = str(index.get("_class_name"))

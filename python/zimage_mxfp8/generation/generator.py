@@ -155,15 +155,15 @@ class ZImageGenerator:
         progress: GenerationCallback | bool | None = None,
     ) -> None:
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
+            raise UsageError("dtype", f"must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
         self._dtype = dtype
         file_or_folder("model_dir", model_dir)  # for its error
         parts = hub.COMPONENTS if transformer is not None else (*hub.COMPONENTS, hub.TRANSFORMER)
         self._folder = open_model_folder(hub.resolve(model_dir, parts, download=download))
         if transformer is None and not self._folder.transformer.is_dir():
             raise CheckpointError(
-                f"{model_dir} has no transformer/; name a file with --transformer, or download the "
-                "model again"
+                f"{model_dir} has no transformer/",
+                "name a file with `transformer`, or download the model again",
             )
         if transformer is None:
             self._file = self._folder.transformer
@@ -215,7 +215,7 @@ class ZImageGenerator:
             CudaError, UnsupportedError: too little memory.
         """
         if whole_number("preview_every", preview_every) < 1:
-            raise UsageError(f"preview_every must be 1 or more, not {preview_every}")
+            raise UsageError("preview_every", f"must be 1 or more, not {preview_every}")
         image = None if settings.init_image is None else open_init_image(settings.init_image)
         settings = settings.resolved(image.size if image else None)
         with self._turn, shown(progress, stage_bar) as callback:
@@ -287,12 +287,13 @@ class ZImageGenerator:
 
     @contextmanager
     def _memory_for(self, what: str) -> Iterator[None]:
-        more = "" if self._offload else "; --offload needs less"
-        with memory_for(what, self._device, f"use a smaller size or batch{more}"):
+        more = [] if self._offload else ["`offload=True` needs less"]
+        with memory_for(what, self._device, "; ".join(["use a smaller size or batch", *more])):
             try:
                 yield
             except CudaError as error:
-                raise CudaError(f"{error}{more}") from None
+                hints = filter(None, [error.hint, *more])
+                raise CudaError(error.problem, "; ".join(hints)) from None
 
     # ---- Stages. What each loads goes with its locals.
 
@@ -379,21 +380,23 @@ class ZImageGenerator:
         assert settings.seed is not None
         row, item = (~finite).nonzero()[0].tolist()
         last = len(finite) - 1
-        wider = [] if self._dtype == "float32" else ["--dtype float32"]
-        remedy = "".join(f", or use {option}" for option in wider)
+        wider = [] if self._dtype == "float32" else ['`dtype="float32"`']
+        remedy = "".join(f", or use {setting}" for setting in wider)
         if row == 0:
             where = "the text encoder gave NaN or Inf for the prompt"
-            raise GenerationError(f"{where}; check {self._folder.path / 'text_encoder'}{remedy}", 0)
+            place = self._folder.path / "text_encoder"
+            raise GenerationError(where, 0, f"check {place}{remedy}")
         if row == last:
             where = "the VAE turned sound latents into NaN or Inf"
-            raise GenerationError(f"{where}; check {self._folder.path / 'vae'}{remedy}", None)
-        sounder = ([] if self._compute == "weight-only" else ["--compute weight-only"]) + wider
+            raise GenerationError(where, None, f"check {self._folder.path / 'vae'}{remedy}")
+        exact = [] if self._compute == "weight-only" else ['`compute="weight-only"`']
+        sounder = exact + wider
         remedy = f", and {' or '.join(sounder)} may get around it" if sounder else ""
         raise GenerationError(
             f"the image of seed {settings.seed + item} became NaN or Inf in step {row} of "
-            f"{last - 1} (compute {self._compute}, {self._dtype}); zimage-mxfp8 validate "
-            f"{self._file} tells whether the file is sound{remedy}",
+            f"{last - 1} (compute {self._compute}, {self._dtype})",
             row,
+            f"zimage-mxfp8 validate {self._file} tells whether the file is sound{remedy}",
         )
 
 

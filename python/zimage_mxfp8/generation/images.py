@@ -34,9 +34,9 @@ def image_paths(output: Path, batch: int) -> list[Path]:
         UsageError: the name is not that of a PNG file.
     """
     if output.name.lower() == _SUFFIX:  # to the system a hidden file without a suffix
-        raise UsageError(f"the output {output} has no name before {_SUFFIX}; give it one")
+        raise UsageError("output", f"{output} has no name before {_SUFFIX}", "give it one")
     if output.suffix.lower() != _SUFFIX:
-        raise UsageError(f"the output {output} must end with {_SUFFIX}, which is what is written")
+        raise UsageError("output", f"{output} must end with {_SUFFIX}, which is what is written")
     if batch == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(batch)]

@@ -58,30 +58,33 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         self._check_types()
         if not 1 <= self.steps <= _MAX_STEPS:
-            raise UsageError(f"--steps must be 1 to {_MAX_STEPS}, not {self.steps}")
+            raise UsageError("steps", f"must be 1 to {_MAX_STEPS}, not {self.steps}")
         for name, size in (("height", self.height), ("width", self.width)):
             if size is not None and (size % PIXELS_PER_TOKEN or not 0 < size <= MAX_PIXELS):
                 raise UsageError(
-                    f"--{name} must be a multiple of {PIXELS_PER_TOKEN} up to {MAX_PIXELS}, not "
-                    f"{size}"
+                    name,
+                    f"must be a multiple of {PIXELS_PER_TOKEN} up to {MAX_PIXELS}, not {size}",
                 )
         if not 0 <= self.guidance <= MAX_GUIDANCE:
-            raise UsageError(f"--guidance must be 0 to {MAX_GUIDANCE}, not {self.guidance}")
+            raise UsageError("guidance", f"must be 0 to {MAX_GUIDANCE}, not {self.guidance}")
         if self.negative_prompt is not None and not self.guidance:
             raise UsageError(
-                "--negative-prompt has no effect without guidance; add --guidance or drop it"
+                "negative_prompt", "has no effect without guidance", "add `guidance` or drop it"
             )
         if not 1 <= self.batch <= MAX_IMAGES:
             raise UsageError(
-                f"--batch must be 1 to {MAX_IMAGES}, not {self.batch}; for more images, make "
-                "several batches"
+                "batch",
+                f"must be 1 to {MAX_IMAGES}, not {self.batch}",
+                "for more images, make several batches",
             )
         if self.seed is not None and not 0 <= self.seed <= SEEDS - self.batch:
-            raise UsageError("--seed must be 0 or more, and below 2^63 for every image")
+            raise UsageError("seed", "must be 0 or more, and below 2^63 for every image")
         if self.strength is not None and self.init_image is None:
-            raise UsageError("--strength is for --init-image; add it, or drop --strength")
+            raise UsageError(
+                "strength", "has no effect without an init image", "add `init_image` or drop it"
+            )
         if self.strength is not None and not 0.01 <= self.strength <= 1:
-            raise UsageError(f"--strength must be 0.01 to 1, not {self.strength}")
+            raise UsageError("strength", f"must be 0.01 to 1, not {self.strength}")
 
     def _check_types(self) -> None:
         """Numbers and paths of other types become Python's own, so that they go into JSON."""
@@ -95,7 +98,7 @@ class GenerationSettings:
                 value = getattr(self, name)
                 if value is None and name not in _NEVER_NONE:
                     continue
-                object.__setattr__(self, name, check(f"--{name.replace('_', '-')}", value))
+                object.__setattr__(self, name, check(name, value))
 
     def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:
         """The same with nothing left open.

@@ -55,12 +55,13 @@ class StoredSettings:
         """
         if self.init_image is not None and "init_image" not in given:
             raise UsageError(
-                f"{self.path} was made from the image {self.init_image[:80]!r}; name it with "
-                "--init-image"
+                "init_image",
+                f"is missing: {self.path} was made from the image {self.init_image[:80]!r}",
+                "name that image",
             )
         values = {**self.values, **given}
         if "prompt" not in values:
-            raise CheckpointError(f"the settings of {self.path} have no prompt; give --prompt")
+            raise CheckpointError(f"the settings of {self.path} have no prompt", "give `prompt`")
         if not values.get("guidance") and "negative_prompt" not in given:
             values.pop("negative_prompt", None)
         try:
@@ -68,7 +69,8 @@ class StoredSettings:
         except UsageError as error:
             GenerationSettings(**{"prompt": "", **given})  # raises if it is not the file's fault
             raise CheckpointError(
-                f"the settings of {self.path} cannot be used: {error}; options replace them"
+                f"the settings of {self.path} cannot be used: {error.argument} {error.problem}",
+                f"replace it with `{error.argument}`",
             ) from None
 
     def warnings(self, metadata: Mapping[str, Any]) -> Iterator[str]:
@@ -108,8 +110,8 @@ def read_settings(path: Path) -> StoredSettings:
         raise CheckpointError(f'the text "{infotext.KEY}" of {path} {error}') from None
     if values.get("guidance", 0) < 0:
         raise CheckpointError(
-            f"{path} has a CFG scale below 1, which has no counterpart here: --guidance is the CFG "
-            "scale minus 1, and at least 0"
+            f"{path} has a CFG scale below 1, which has no counterpart here",
+            "`guidance` is the CFG scale minus 1, and at least 0",
         )
     return StoredSettings(path, values, None, {})
 

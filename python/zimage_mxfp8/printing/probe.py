@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..text import plural
-from .commands import convert_command
 from .screen import Screen, size_text
 
 if TYPE_CHECKING:
@@ -15,14 +12,8 @@ if TYPE_CHECKING:
     from ..analysis.probe.run import ProbeReport
 
 
-def print_probe(report: ProbeReport, screen: Screen, recipe: Path | None = None) -> None:
-    """Print groups, counts and what to do with `convert`.
-
-    Args:
-        report: what was found.
-        screen: where to print it.
-        recipe: the file that the report's recipe was written to, if any.
-    """
+def print_probe(report: ProbeReport, screen: Screen) -> None:
+    """Print groups, counts and what a conversion that follows them would write."""
     screen.table(
         f"{report.path}: {plural(len(report.tensors), 'weight')} probed",
         [
@@ -47,8 +38,8 @@ def print_probe(report: ProbeReport, screen: Screen, recipe: Path | None = None)
     )
     if any(group.spread_filtered for group in report.groups):
         screen.text(
-            '"->" demotes, because the scores of the layer type differ too little by position '
-            "(--min-group-spread)."
+            '"->" demotes, because the scores of the layer type differ by less than '
+            f"{report.rules.min_group_spread:g} by position."
         )
     effective = [tensor.effective for tensor in report.tensors]
     counts = ", ".join(f"{effective.count(kind)} {kind}" for kind in ("*KEEP*", "FP8", "NVFP4"))
@@ -61,17 +52,15 @@ def print_probe(report: ProbeReport, screen: Screen, recipe: Path | None = None)
         screen.line("No weight is worth keeping by these rules: there is nothing to exclude.")
     else:
         screen.line()
-        screen.line("To keep them besides what the default recipe keeps:")
-        options = f"--exclude-layers '{report.exclude_layers}'"
-        screen.line(convert_command(report.path, options, "excluded"))
-        screen.line(_size(report.exclude_layers_bytes, report.input_bytes))
+        screen.text(
+            "A conversion that keeps them besides what the default recipe keeps "
+            + _size(report.exclude_layers_bytes, report.input_bytes)
+        )
     screen.line()
-    note = "" if recipe else " (--write-recipe FILE.toml writes the recipe)"
-    screen.text(f"To keep only them, the embedders and the final layer{note}:")
-    file = recipe or Path("FILE.toml")
-    options = f"--recipe {shlex.quote(str(file))}"
-    screen.line(convert_command(report.path, options, file.stem))
-    screen.line(_size(report.recipe_bytes, report.input_bytes))
+    screen.text(
+        "A conversion that keeps only them, the embedders and the final layer "
+        + _size(report.recipe_bytes, report.input_bytes)
+    )
 
 
 def _group_recommendation(group: ProbedGroup) -> str:
@@ -83,6 +72,6 @@ def _group_recommendation(group: ProbedGroup) -> str:
 
 def _size(nbytes: int | None, before: int) -> str:
     if nbytes is None:
-        return "convert would refuse that; with --dry-run it says why"
+        return "would be refused."
     share = nbytes / before - 1
-    return f"would write exactly {nbytes:,} bytes ({size_text(nbytes)}, {share:+.1%})"
+    return f"would write exactly {nbytes:,} bytes ({size_text(nbytes)}, {share:+.1%})."

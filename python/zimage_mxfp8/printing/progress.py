@@ -40,7 +40,7 @@ def shown(
     if not progress:
         return nullcontext()
     if not callable(progress):
-        raise UsageError(f"progress must be a function, True or None, not {repr(progress)[:80]}")
+        raise UsageError("progress", f"must be a function, True or None, not {repr(progress)[:80]}")
     return nullcontext(progress)
 
 

@@ -45,9 +45,11 @@ class Screen:
     Args:
         target: what prints; its width is that of tables.
         wraps: whether lines of text end between words at that width.
+        complete: what shows everything of a report, where the text leaves something out.
     """
 
-    def __init__(self, target: Console, *, wraps: bool) -> None:
+    def __init__(self, target: Console, *, wraps: bool, complete: str = "to_dict()") -> None:
+        self.complete = complete
         self._console = target
         self._wraps = wraps
 
@@ -82,7 +84,7 @@ class Screen:
             columns: their names.
             rows: their cells.
             spare: how many of the last columns may be left out, from the right, where there is too
-                little width for them; `--json` has to have them.
+                little width for them; `complete` has to have them.
         """
         if title:
             self.text(title, style="bold")  # by itself: the table would wrap it to its own width
@@ -102,7 +104,7 @@ class Screen:
             table.add_row(*row[:shown])
         self._console.print(table)
         if shown < len(columns):
-            self.text(f"--json and wider terminals also show: {', '.join(names[shown:])}.")
+            self.text(f"{self.complete} and wider terminals also show: {', '.join(names[shown:])}.")
 
 
 def _table_width(names: Sequence[str], cells: Sequence[Sequence[str]]) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import convert_command
 from .screen import Screen, size_text
 
 if TYPE_CHECKING:
@@ -15,16 +12,8 @@ if TYPE_CHECKING:
 _SHOWN = 15  # layers of the ranking
 
 
-def print_sensitivity(
-    report: SensitivityReport, screen: Screen, recipe: Path | None = None
-) -> None:
-    """Print what was measured, and the set to keep.
-
-    Args:
-        report: what was measured.
-        screen: where to print it.
-        recipe: the file that the set was written to as a recipe, if any.
-    """
+def print_sensitivity(report: SensitivityReport, screen: Screen) -> None:
+    """Print what was measured, and the set to keep."""
     columns = ["squared error>", "low>", "high>", "first step>", "last step>"]
 
     def row(measured: Measured) -> list[str]:
@@ -82,7 +71,3 @@ def print_sensitivity(
         screen.line("To hold the bound, keep")
         for name in report.smallest.kept:
             screen.line(name)
-    if recipe is not None:
-        options = f"--recipe {shlex.quote(str(recipe))}"
-        screen.line()
-        screen.line(convert_command(report.path, options, recipe.stem))

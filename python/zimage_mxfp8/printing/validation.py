@@ -15,7 +15,8 @@ def print_validation(report: ValidationReport, screen: Screen) -> None:
     for breach in report.breaches[:_MAX_SHOWN]:
         screen.text(f"breach: {breach}")
     if len(report.breaches) > _MAX_SHOWN:
-        screen.text(f"... and {len(report.breaches) - _MAX_SHOWN} more breaches (--json has all)")
+        more = len(report.breaches) - _MAX_SHOWN
+        screen.text(f"... and {more} more breaches ({screen.complete} has all)")
     for note in report.notes:
         screen.text(f"note: {note}")
     if report.errors:

@@ -12,17 +12,16 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..checkpoint.output import BLOCK, AtomicFile, Writer
-from ..checkpoint.source import SourceTensor, TensorReader
-from ..dtypes import DTypeName
+from ..checkpoint.output import AtomicFile
+from ..checkpoint.source import SourceTensor
 from ..errors import UnsupportedError
 from ..layout import padded_shape
+from .worker import Worker
 
 CHUNK_BYTES = 16 << 20
 _MAX_WORKERS = 16  # more would only queue for the memory bus
@@ -46,75 +45,6 @@ class Progress:
 ProgressCallback = Callable[[Progress], object]
 # Looks at a tensor's bytes from a position on, and raises if something is wrong with them.
 ByteCheck = Callable[[SourceTensor, int, npt.NDArray[np.uint8]], None]
-
-
-class Worker:
-    """What one worker owns: open files, scratch memory, and a place on the GPU if it uses one."""
-
-    def __init__(self, output: AtomicFile | None, cuda_device: int | None = None) -> None:
-        self._output = output
-        self._staged = None if cuda_device is None else _core.StagedQuantizer(cuda_device)
-        self._reader = TensorReader()
-        self._writer: Writer | None = None
-        self._scratch: dict[str, npt.NDArray[np.uint8]] = {}
-
-    def scratch(self, use: str, nbytes: int, position: int = 0) -> npt.NDArray[np.uint8]:
-        """Reusable memory; its content lasts until the next call for the same `use`.
-
-        Give the output position that it will be written to: the memory is then aligned so that
-        it can go to the disk directly.
-        """
-        if use not in self._scratch or self._scratch[use].size < nbytes + 2 * BLOCK:
-            self._scratch[use] = np.empty(nbytes + 2 * BLOCK, np.uint8)
-        memory = self._scratch[use]
-        begin = (position - memory.ctypes.data) % BLOCK
-        return memory[begin : begin + nbytes]
-
-    def read(
-        self, tensor: SourceTensor, begin: int, nbytes: int, use: str = "source", position: int = 0
-    ) -> npt.NDArray[np.uint8]:
-        """The bytes [begin, begin + nbytes) of a tensor, in scratch memory."""
-        data = self.scratch(use, nbytes, position)
-        self._reader.read_into(tensor, begin, data)
-        return data
-
-    def quantize(
-        self,
-        matrix: npt.NDArray[np.generic],
-        dtype: DTypeName,
-        codes: npt.NDArray[np.uint8],
-        scales: npt.NDArray[np.uint8],
-    ) -> None:
-        """Encode a matrix, on this thread or on the GPU."""
-        if self._staged is None:
-            _core.quantize(matrix, dtype, codes, scales, 1)
-        else:
-            self._staged.quantize(matrix, dtype, codes, scales)
-
-    def write(self, position: int, data: npt.NDArray[Any]) -> None:
-        """Write an array's bytes at a position of the output."""
-        assert self._output is not None
-        if self._writer is None:
-            self._writer = self._output.open()
-        try:
-            self._writer.write(position, data.reshape(-1).view(np.uint8))
-        except OSError as error:
-            raise self._output.failure(error) from None
-
-    def flush(self) -> None:
-        """Bring everything that was written into the output file."""
-        if self._writer is not None:
-            assert self._output is not None
-            try:
-                self._writer.flush()
-            except OSError as error:
-                raise self._output.failure(error) from None
-
-    def close(self) -> None:
-        """Close the files."""
-        self._reader.close()
-        if self._writer is not None:
-            self._writer.close()
 
 
 @dataclass(frozen=True)
@@ -189,12 +119,9 @@ def run_jobs(
     output: AtomicFile | None,
     *,
     threads: int = 0,
-    cuda_device: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Run jobs on `threads` cores (0: all) and report progress from the calling thread.
-
-    With `cuda_device` the workers encode on that device.
 
     Raises whatever a job raised; of several failures the one of the first job, so that the same
     input gives the same error. No job starts after a failure.
@@ -210,7 +137,7 @@ def run_jobs(
         worker: Worker | None = None
         number: int | None = None
         try:
-            worker = Worker(output, cuda_device)
+            worker = Worker(output)
             while not stop.is_set():
                 with lock:
                     number = next(numbers, None)

@@ -14,8 +14,9 @@ from ..conversion.nonfinite import nonfinite_error
 from ..dtypes import FLOAT_NAMES, DTypeName, as_integers
 from ..errors import NonFiniteError
 from ..layout import padded_shape, scale_shape
+from .encoder import CPU, Encoder
 from .error_stats import ErrorStats
-from .jobs import Worker
+from .worker import Worker
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -31,7 +32,7 @@ def round_to_bfloat16(
     """A matrix as BF16 bits, in the worker's scratch memory if it has another type."""
     if dtype == "bfloat16":
         return matrix, dtype
-    rounded = worker.scratch("rounded", matrix.size * 2).view(np.uint16).reshape(matrix.shape)
+    rounded = worker.scratch.take("rounded", matrix.size * 2).view(np.uint16).reshape(matrix.shape)
     _core.cast(matrix, dtype, rounded, "bfloat16", 1)
     return rounded, "bfloat16"
 
@@ -58,10 +59,21 @@ def encode_rows(
     end: int,
     source_rounding: bool,
     positions: tuple[int, int] = (0, 0),
+    *,
+    encoder: Encoder = CPU,
+    nonfinite_hint: str = "",
 ) -> tuple[Bytes, Bytes, Bytes]:
     """Read rows [begin, end) of a weight and encode them.
 
-    `begin` is a multiple of 128; `positions` are where codes and scales will be written.
+    Args:
+        worker: reads, and holds the results.
+        tensor: the weight.
+        begin: first row, a multiple of 128.
+        end: one past the last row.
+        source_rounding: whether the weight is rounded to BF16 first.
+        positions: where codes and scales will be written.
+        encoder: where they are encoded.
+        nonfinite_hint: hint of the error for NaN and Inf.
 
     Returns the source's bytes, the codes [padded rows, padded columns] and the blocked scales, all
     in the worker's scratch memory.
@@ -71,12 +83,12 @@ def encode_rows(
     """
     rows, cols = end - begin, tensor.shape[1]
     data, matrix, dtype = read_rows(worker, tensor, begin, end, source_rounding)
-    codes = worker.scratch("codes", math.prod(padded_shape((rows, cols))), positions[0])
-    scales = worker.scratch("scales", math.prod(scale_shape((rows, cols))), positions[1])
+    codes = worker.scratch.take("codes", math.prod(padded_shape((rows, cols))), positions[0])
+    scales = worker.scratch.take("scales", math.prod(scale_shape((rows, cols))), positions[1])
     try:
-        worker.quantize(matrix, dtype, codes, scales)
+        encoder.encode(matrix, dtype, codes, scales)
     except NonFiniteError as error:
-        raise nonfinite_error(tensor, begin + error.row, error.column) from None
+        raise nonfinite_error(tensor, begin + error.row, error.column, nonfinite_hint) from None
     return data, codes, scales
 
 

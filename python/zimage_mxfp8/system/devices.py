@@ -74,7 +74,7 @@ def _index(device: object) -> int | None:
         return None
     match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
     if match is None:
-        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", not "{name[:40]}"')
+        raise UsageError("device", f'must be "cpu", "cuda" or "cuda:N", not "{name[:40]}"')
     return -1 if match[1] is None else int(match[1])
 
 
@@ -125,12 +125,13 @@ def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
         free, total = torch.cuda.mem_get_info(device)
         raise CudaError(
             f"{device} ran out of memory for {what}: {_asked_for(error)}{free / 2**30:.1f} of "
-            f"{total / 2**30:.1f} GiB are free; close other programs, or {remedy}"
+            f"{total / 2**30:.1f} GiB are free",
+            f"close other programs, or {remedy}",
         ) from None
     except RuntimeError as error:
         if not is_out_of_host_memory(error):
             raise
-        raise UnsupportedError(f"not enough memory for {what}; {remedy}") from None
+        raise UnsupportedError(f"not enough memory for {what}", remedy) from None
 
 
 def _asked_for(error: torch.OutOfMemoryError) -> str:

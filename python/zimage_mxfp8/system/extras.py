@@ -1,4 +1,4 @@
-"""The extras of this package: what each needs, and what of that is missing."""
+"""The extras of this package and what each needs, from the metadata that pip installs by."""
 
 from __future__ import annotations
 
@@ -6,12 +6,44 @@ import re
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Final
 
 _PACKAGE = "zimage-mxfp8"
 _OF_CONTRIBUTORS = ("test", "dev")
 _REQUIREMENT = re.compile(
     r"""(?P<name>[\w.-]+)\s*(?P<bounds>[^;]*);.*\bextra\s*==\s*["'](?P<extra>[\w.-]+)["']"""
 )
+# The module of a package where its name does not follow from the package's.
+_MODULES: Final = {"pillow": "PIL"}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package that an extra needs.
+
+    Attributes:
+        package: what pip calls it.
+        bounds: the versions that do, such as ">=5".
+    """
+
+    package: str
+    bounds: str
+
+    @property
+    def module(self) -> str:
+        """What Python calls it."""
+        return _MODULES.get(self.package, self.package.replace("-", "_"))
+
+    def problem(self) -> str:
+        """Why what is installed does not do; "" if it does. Only lower bounds are looked at."""
+        try:
+            installed = version(self.package)
+        except PackageNotFoundError:
+            return self.package
+        lowest = re.search(r">=\s*([\d.]+)", self.bounds)
+        if lowest and _numbers(installed) < _numbers(lowest[1]):
+            return f"{self.package} {lowest[1]} or newer ({installed} is installed)"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -29,21 +61,29 @@ class Extra:
     command: str
 
 
-def find_extras() -> list[Extra]:
-    """All but those that only contributors need, from the package's own metadata."""
-    extras: dict[str, list[str]] = {}
+def requirements() -> dict[str, list[Requirement]]:
+    """Extra -> what it needs with this version of Python; without those of contributors."""
+    extras: dict[str, list[Requirement]] = {}
     for requirement in requires(_PACKAGE) or []:
         found = _REQUIREMENT.match(requirement)
         if found is None or found["extra"] in _OF_CONTRIBUTORS or found["name"] == _PACKAGE:
             continue  # the last is `all`, which consists of others
-        if not _is_for_this_python(requirement):
-            continue
-        missing = extras.setdefault(found["extra"], [])
-        if problem := _problem(found["name"], found["bounds"]):
-            missing.append(problem)
+        if _is_for_this_python(requirement):
+            needs = Requirement(found["name"], found["bounds"])
+            extras.setdefault(found["extra"], []).append(needs)
+    return extras
+
+
+def install_command(extra: str) -> str:
+    """What installs an extra."""
+    return f'pip install "{_PACKAGE}[{extra}]"'
+
+
+def find_extras() -> list[Extra]:
+    """Look at what is installed of each extra."""
     return [
-        Extra(name, missing, f'pip install "{_PACKAGE}[{name}]"')
-        for name, missing in extras.items()
+        Extra(name, list(filter(None, (each.problem() for each in needs))), install_command(name))
+        for name, needs in requirements().items()
     ]
 
 
@@ -54,18 +94,6 @@ def _is_for_this_python(requirement: str) -> bool:
         return True
     is_older = sys.version_info[:2] < _numbers(found[2])
     return is_older if found[1] == "<" else not is_older
-
-
-def _problem(name: str, bounds: str) -> str:
-    """Why a package does not do; "" if it does. Only lower bounds are looked at."""
-    try:
-        installed = version(name)
-    except PackageNotFoundError:
-        return name
-    lowest = re.search(r">=\s*([\d.]+)", bounds)
-    if lowest and _numbers(installed) < _numbers(lowest[1]):
-        return f"{name} {lowest[1]} or newer ({installed} is installed)"
-    return ""
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Packages that are optional: the extra that brings each, and the error where one is missing."""
+"""Imports of optional packages, and the error where one is missing; `extras.py` has the table."""
 
 from __future__ import annotations
 
@@ -7,27 +7,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Final, Literal
+from typing import Final
 
 from ..errors import MissingExtraError
+from .extras import install_command, requirements
 
-Extra = Literal["analysis", "generate", "hub", "plots", "torch"]
-
-# The modules of each extra in pyproject.toml, and what pip calls them where that differs.
-_MODULES: Final[dict[Extra, tuple[str, ...]]] = {
-    "analysis": ("ml_dtypes",),
-    "generate": ("torch", "diffusers", "transformers", "accelerate", "PIL"),
-    "hub": ("huggingface_hub",),
-    "plots": ("plotly",),
-    "torch": ("torch",),
-}
-_PACKAGES: Final = {
-    "huggingface_hub": "huggingface-hub",
-    "ml_dtypes": "ml-dtypes",
-    "PIL": "pillow",
-}
 # The modules of this package that cannot be imported without an extra.
-_NEEDED: Final[dict[str, Extra]] = {
+_NEEDED: Final[dict[str, str]] = {
     "analysis.sensitivity.run": "torch",
     "generation.generator": "generate",
     "transformer.model": "torch",
@@ -52,7 +38,7 @@ def import_part(module: str, what: str) -> ModuleType:
 
 
 @contextmanager
-def needed(extra: Extra, what: str) -> Iterator[None]:
+def needed(extra: str, what: str) -> Iterator[None]:
     """Make a sentence of what imports of optional packages in the block raise.
 
     Args:
@@ -71,7 +57,7 @@ def needed(extra: Extra, what: str) -> Iterator[None]:
         raise missing(extra, what, _problem(extra, module, error), module) from error
 
 
-def check_installed(extra: Extra, what: str) -> None:
+def check_installed(extra: str, what: str) -> None:
     """Check that the packages of an extra are there, without importing them.
 
     Args:
@@ -81,12 +67,12 @@ def check_installed(extra: Extra, what: str) -> None:
     Raises:
         MissingExtraError: one is missing.
     """
-    for module in _MODULES[extra]:
-        if find_spec(module) is None:
-            raise missing(extra, what, f"{_package(module)}, which is not installed", module)
+    for each in requirements()[extra]:
+        if find_spec(each.module) is None:
+            raise missing(extra, what, f"{each.package}, which is not installed", each.module)
 
 
-def missing(extra: Extra, what: str, needs: str, module: str = "") -> MissingExtraError:
+def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtraError:
     """The error for a package that is missing or does not do.
 
     Args:
@@ -96,7 +82,7 @@ def missing(extra: Extra, what: str, needs: str, module: str = "") -> MissingExt
         module: name of the module that cannot be imported.
     """
     return MissingExtraError(
-        f'{what} needs {needs}: pip install "zimage-mxfp8[{extra}]"', name=module or None
+        f"{what} needs {needs}", f"run {install_command(extra)}", module or None
     )
 
 
@@ -110,13 +96,9 @@ def _missing_module(error: BaseException | None) -> str:
     return found
 
 
-def _problem(extra: Extra, module: str, error: BaseException) -> str:
-    if module in _MODULES[extra] and find_spec(module) is None:
-        return f"{_package(module)}, which is not installed"
-    packages = " and ".join(map(_package, _MODULES[extra]))
+def _problem(extra: str, module: str, error: BaseException) -> str:
+    packages = {each.module: each.package for each in requirements()[extra]}
+    if module in packages and find_spec(module) is None:
+        return f"{packages[module]}, which is not installed"
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{packages}, which cannot be imported ({reason[0]})"
-
-
-def _package(module: str) -> str:
-    return _PACKAGES.get(module, module)
+    return f"{' and '.join(packages.values())}, which cannot be imported ({reason[0]})"

@@ -79,19 +79,20 @@ def choose(compute: str, device: int, quantized: bool) -> Compute:
     """
     modes = {str(mode): mode for mode in COMPUTE_MODES}
     if not isinstance(compute, str) or compute not in ("auto", *modes):
-        raise UsageError(f"compute must be auto, {', '.join(modes)}, not {repr(compute)[:80]}")
+        raise UsageError("compute", f"must be auto, {', '.join(modes)}, not {repr(compute)[:80]}")
     if compute == "auto":
         # On the CPU nothing is faster in 8 bits.
         return supported(device)[0] if quantized and device >= 0 else "weight-only"
     mode = modes[compute]
     if not quantized and mode != "weight-only":
         raise UsageError(
-            f"--compute {mode} is for MXFP8 checkpoints, and this one is not quantised; convert it "
-            "first (zimage-mxfp8 convert), or use --compute weight-only"
+            "compute",
+            f"{mode} is for MXFP8 checkpoints, and this one is not quantised",
+            'convert it first (zimage-mxfp8 convert), or use `compute="weight-only"`',
         )
     if why := unsupported(mode, device):
         place = f"cuda:{device}" if device >= 0 else "the CPU"
         raise UnsupportedError(
-            f"--compute {mode}: {why}; {place} has {', '.join(supported(device))}"
+            f"compute mode {mode}: {why}", f"{place} has {', '.join(supported(device))}"
         )
     return mode

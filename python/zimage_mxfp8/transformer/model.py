@@ -190,7 +190,7 @@ class ZImageTransformer(nn.Module):
         """
         if dtype is not torch.bfloat16 and dtype is not torch.float32:
             raise UsageError(
-                f"dtype must be torch.bfloat16 or torch.float32, not {repr(dtype)[:80]}"
+                "dtype", f"must be torch.bfloat16 or torch.float32, not {repr(dtype)[:80]}"
             )
         file = open_model(file_or_folder("path", path))
         place = torch_device(device)
@@ -246,11 +246,13 @@ class ZImageTransformer(nn.Module):
             accepted = (None, *_WITHOUT_EFFECT.get(name, ()))
             if not any(value is each for each in accepted):
                 raise UsageError(
-                    f"from_pretrained does not take {name}={repr(value)[:80]}; leave it out"
-                    + ("" if name != "revision" else " and write owner/name@revision")
+                    name,
+                    f"is not supported by from_pretrained (given: {repr(value)[:80]})",
+                    "leave it out"
+                    + ("" if name != "revision" else " and write owner/name@revision"),
                 )
         if None not in (dtype, torch_dtype) and dtype is not torch_dtype:
-            raise UsageError("dtype and torch_dtype are the same argument; give one of them")
+            raise UsageError("torch_dtype", "is the same argument as dtype", "give one of them")
         chosen = next((each for each in (dtype, torch_dtype) if each is not None), torch.bfloat16)
         file_or_folder("path_or_id", path_or_id)  # for its error
         folder = text("subfolder", subfolder) if subfolder else ""
@@ -317,9 +319,9 @@ class ZImageTransformer(nn.Module):
         # .to() and its kin: graphs hold the old addresses, and dtype may change.
         dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
         if dtype not in (torch.bfloat16, torch.float32):
-            raise UsageError(f"the transformer runs in bfloat16 or float32, not {dtype}")
+            raise UsageError("dtype", f"must be bfloat16 or float32, not {dtype}")
         if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).dtype != torch.uint8:
-            raise UsageError("the transformer has 8-bit weights that stay: use .to(dtype)")
+            raise UsageError("dtype", "cannot change for 8-bit weights", "use .to(dtype)")
         self._graphs.clear()
         super()._apply(fn, recurse)
         self._dtype = dtype

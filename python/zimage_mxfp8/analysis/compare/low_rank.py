@@ -24,8 +24,9 @@ import numpy as np
 
 from ... import _core
 from ...checkpoint.source import SourceTensor
-from ...streaming.jobs import Job, Worker, run_jobs
+from ...streaming.jobs import Job, run_jobs
 from ...streaming.rows import read_rows
+from ...streaming.worker import Worker
 from .formats import BASE_FORMATS, FORMATS, Doubles, Floats, measure_base, residual
 from .report import LowRankError
 

@@ -123,7 +123,7 @@ def _exclusions(report: CompareReport, bound: float) -> Block:
     if not above:
         return Paragraph(f"No layer has a relative squared error above {bound:g} in MXFP8 E4M3.")
     names = "|".join(re.escape(layer.tensor) for layer in above)
-    label = f"Layers above a relative squared error of {bound:g}, for convert --exclude-layers:"
+    label = f"Exclusion list for a conversion: layers above a relative squared error of {bound:g}:"
     return Copyable(label, f"^({names})$")
 
 

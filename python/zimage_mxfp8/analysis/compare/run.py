@@ -24,11 +24,12 @@ from ...checks import check_threads, number
 from ...conversion.plan import MAX_COLUMNS
 from ...conversion.recipes import compile_pattern, recipe_toml
 from ...dtypes import FLOAT_NAMES, SAFETENSORS_BITS
-from ...errors import CheckpointError, NonFiniteError, UsageError
+from ...errors import CheckpointError, UsageError
 from ...printing.progress import compare_bar, shown
 from ...streaming.error_stats import ErrorStats, merge_rows
-from ...streaming.jobs import Job, Progress, Worker, row_chunks, run_jobs
+from ...streaming.jobs import Job, Progress, row_chunks, run_jobs
 from ...streaming.rows import as_matrix, encode_rows, measure_rows, read_rows
+from ...streaming.worker import Worker
 from .formats import E4M3, FORMATS, element, measure
 from .low_rank import MAX_ELEMENTS, STEPS, measure_low_rank
 from .report import (
@@ -68,6 +69,9 @@ class CompareProgress(Progress):
 
 
 CompareCallback = Callable[[CompareProgress], object]
+
+
+_LEAVE_OUT = "leave it out with `layers`"
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,10 @@ def compare(
     element(E4M3)  # says what is missing before any work is done
     found = open_for(source, "analyse", any_model=any_model)
     checkpoint, scope = found.checkpoint, found.scope
-    outputs = [Path(path) for path in (csv, write_recipe) if path is not None]
-    for output in outputs:
-        check_target(output, checkpoint.inputs, overwrite=overwrite)
+    named = {"csv": csv, "write_recipe": write_recipe}
+    outputs = {name: Path(path) for name, path in named.items() if path is not None}
+    for name, output in outputs.items():
+        check_target(output, checkpoint.inputs, overwrite=overwrite, argument=name)
     check_distinct(outputs)
     linears = _find_linears(checkpoint, scope, layers)
 
@@ -185,14 +190,14 @@ def _check_options(
     sample: float, low_rank: str, bound: float, layers: object, write_recipe: object, threads: Any
 ) -> None:
     if not 0 < sample <= 1:
-        raise UsageError("sample must be above 0 and at most 1")
+        raise UsageError("sample", "must be above 0 and at most 1")
     if low_rank not in get_args(LowRank):
-        raise UsageError(f"low_rank must be one of {', '.join(get_args(LowRank))}")
+        raise UsageError("low_rank", f"must be one of {', '.join(get_args(LowRank))}")
     if not 0 <= bound < math.inf:
-        raise UsageError("bound must be a relative squared error, 0 or more")
+        raise UsageError("bound", "must be a relative squared error, 0 or more")
     check_threads(threads)
     if layers is not None and write_recipe is not None:
-        raise UsageError("a recipe needs the errors of all layers; drop --layers")
+        raise UsageError("write_recipe", "needs the errors of all layers", "drop `layers`")
 
 
 def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> list[_Linear]:
@@ -200,7 +205,7 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
     try:
         pattern = compile_pattern("" if layers is None else layers)
     except ValueError as error:
-        raise UsageError(f'--layers "{layers}" is no regular expression: {error}') from None
+        raise UsageError("layers", f'"{layers}" is no regular expression: {error}') from None
     linears = []
     for name in sorted(checkpoint.tensors, key=_natural_order):
         tensor = checkpoint.tensors[name]
@@ -212,17 +217,19 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
         if tensor.shape[1] > MAX_COLUMNS:
             raise CheckpointError(
                 f'{checkpoint.path}: tensor "{name}" has {tensor.shape[1]:,} columns; more than '
-                f"{MAX_COLUMNS:,} cannot be compared: leave it out with --layers"
+                f"{MAX_COLUMNS:,} cannot be compared",
+                _LEAVE_OUT,
             )
         if tensor.dtype in FLOAT_NAMES:
             linears.append(_Linear(tensor, scope.inner(name), group_of(name, scope)))
         elif tensor.dtype.startswith(("F", "C")):
             raise CheckpointError(
                 f'{checkpoint.path}: tensor "{name}" is {tensor.dtype}; only BF16, F16 and F32 '
-                "weights can be compared: leave it out with --layers"
+                "weights can be compared",
+                _LEAVE_OUT,
             )
     if not linears and layers is not None:
-        raise UsageError(f'--layers "{layers}" finds no weight matrix in {checkpoint.path}')
+        raise UsageError("layers", f'"{layers}" finds no weight matrix in {checkpoint.path}')
     if not linears:
         raise CheckpointError(f"{checkpoint.path} has no weight matrices")
     return linears
@@ -274,7 +281,8 @@ class _Measurement:
             if largest > _LARGEST:
                 raise CheckpointError(
                     f'{checkpoint.path}: tensor "{name}" has weights of up to {largest:.2g}; more '
-                    f"than {_LARGEST:.2g} cannot be compared: leave it out with --layers"
+                    f"than {_LARGEST:.2g} cannot be compared",
+                    _LEAVE_OUT,
                 )
         jobs = [
             self._sampling_job(linear.tensor, tile)
@@ -285,15 +293,9 @@ class _Measurement:
 
     def _reading_job(self, tensor: SourceTensor, begin: int, end: int) -> Job:
         def run(worker: Worker) -> None:
-            try:
-                data, codes, scales = encode_rows(worker, tensor, begin, end, False)
-            except NonFiniteError as error:
-                raise NonFiniteError(
-                    f'{self._checkpoint.path}: tensor "{tensor.name}" has NaN or Inf at row '
-                    f"{error.row}, column {error.column}; leave it out with --layers",
-                    error.row,
-                    error.column,
-                ) from None
+            data, codes, scales = encode_rows(
+                worker, tensor, begin, end, False, nonfinite_hint=_LEAVE_OUT
+            )
             self._stats[tensor.name, begin] = measure_rows(tensor, data, end - begin, codes, scales)
             self._largest[tensor.name, begin] = _largest_magnitude(tensor, data, end - begin)
 

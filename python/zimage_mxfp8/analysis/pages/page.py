@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent
 
 
-def check_plots_available() -> None:
-    """Check that the plotting library is there.
-
-    Raises:
-        MissingExtraError: it is not; the sentence says how to install it.
-    """
-    check_installed("plots", "--html")
-
-
 @dataclass(frozen=True)
 class Paragraph:
     """Running text."""
@@ -113,7 +104,7 @@ def render_page(title: str, sections: Sequence[Section]) -> str:
     Raises:
         MissingExtraError: plotly is not installed.
     """
-    check_plots_available()
+    check_installed("plots", "a page with plots")
     from plotly.offline import get_plotlyjs
 
     body = "\n".join(_section(section) for section in sections)

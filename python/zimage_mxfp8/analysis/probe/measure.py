@@ -12,8 +12,9 @@ from ... import _core
 from ...checkpoint.source import SourceTensor
 from ...dtypes import FLOAT_NAMES
 from ...errors import NonFiniteError
-from ...streaming.jobs import Job, Progress, ProgressCallback, Worker, row_chunks, run_jobs
+from ...streaming.jobs import Job, Progress, ProgressCallback, row_chunks, run_jobs
 from ...streaming.rows import read_rows
+from ...streaming.worker import Worker
 from .weight_metrics import (
     BIT_PATTERNS,
     Moments,
@@ -74,9 +75,10 @@ def _check_finite(tensor: SourceTensor, matrix: npt.NDArray[np.generic], first_r
         row = first_row + at[0]
         raise NonFiniteError(
             f'{tensor.segments[0].path}: tensor "{tensor.name}" has NaN or Inf at row {row}, '
-            f"column {at[1]}; such a weight has no statistics: download the checkpoint again",
+            f"column {at[1]}",
             row,
             at[1],
+            "such a weight has no statistics: download the checkpoint again",
         )
 
 
@@ -96,7 +98,7 @@ class _NarrowWeights:
 
     def _count(self, worker: Worker, tensor: SourceTensor, begin: int, end: int) -> None:
         _, matrix, dtype = read_rows(worker, tensor, begin, end, False)
-        counts = worker.scratch("counts", BIT_PATTERNS * 8).view(np.uint64)
+        counts = worker.scratch.take("counts", BIT_PATTERNS * 8).view(np.uint64)
         counts[:] = 0
         _core.count_bit_patterns(matrix, dtype, counts, 1)
         if counts[~np.isfinite(pattern_values(dtype))].any():

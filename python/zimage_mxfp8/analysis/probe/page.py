@@ -72,7 +72,7 @@ def _summary(report: ProbeReport) -> list[Block]:
         return [*blocks, Paragraph("No weight is worth keeping by these rules.")]
     size = report.exclude_layers_bytes
     result = "which convert refuses" if size is None else f"a file of {size:,} bytes"
-    label = f"Exclusion list, for zimage-mxfp8 convert --exclude-layers ({result}):"
+    label = f"Exclusion list for a conversion ({result}):"
     return [*blocks, Copyable(label, report.exclude_layers)]
 
 

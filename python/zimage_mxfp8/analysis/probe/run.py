@@ -140,7 +140,7 @@ def probe(
     check_threads(threads)
     rules = ProbeRules() if rules is None else rules
     if not isinstance(rules, ProbeRules):
-        raise UsageError(f"rules must be ProbeRules, not {type(rules).__name__}")
+        raise UsageError("rules", f"must be ProbeRules, not {type(rules).__name__}")
     found = open_for(path, "analyse")
     checkpoint = found.checkpoint
     targets = _targets(checkpoint, found.scope)
@@ -222,6 +222,6 @@ def _saved(tensor: SourceTensor) -> int:
 
 def _converted_size(source: Identified, options: ConversionOptions) -> int | None:
     try:
-        return make_plan(source, options.rules, provenance=options.provenance(())).size
+        return make_plan(source, options).size
     except CheckpointError:  # such as that the recipe keeps all: there would be no file
         return None

@@ -91,19 +91,21 @@ class ProbeRules:
         total = self.kurtosis_weight + self.range_weight + self.ar_weight
         if abs(total - 1) > 1e-6:
             raise UsageError(
-                "kurtosis_weight, range_weight and ar_weight must sum to 1, but they sum to "
-                f"{total:.6g}"
+                "kurtosis_weight",
+                f"and the two other weights must sum to 1, but they sum to {total:.6g}",
+                "change `range_weight` or `ar_weight` too",
             )
         if not isinstance(self.spread_filter_exempt, (list, tuple)):
             raise UsageError(
-                "spread_filter_exempt must be a list of layer types, not "
-                f"{type(self.spread_filter_exempt).__name__}"
+                "spread_filter_exempt",
+                f"must be a list of layer types, not {type(self.spread_filter_exempt).__name__}",
             )
         for kind in self.spread_filter_exempt:
             if kind not in LAYER_TYPES:
                 raise UsageError(
-                    f'spread_filter_exempt has the unknown layer type "{kind}": name some of '
-                    f"{', '.join(LAYER_TYPES)}"
+                    "spread_filter_exempt",
+                    f'has the unknown layer type "{kind}"',
+                    f"name some of {', '.join(LAYER_TYPES)}",
                 )
 
     def _check(self, name: str, least: float, most: float) -> None:
@@ -113,7 +115,7 @@ class ProbeRules:
             limit = f"from {least:g} to {most:g}" if math.isfinite(most) else f"{least:g} or more"
             if math.isinf(least):
                 limit = "a number"
-            raise UsageError(f"{name} must be {limit}, not {value:g}")
+            raise UsageError(name, f"must be {limit}, not {value:g}")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def chosen_steps(timesteps: int, steps: int = 8) -> list[int]:
         UsageError: more than there are, or none.
     """
     if not 1 <= timesteps <= steps:
-        raise UsageError(f"--timesteps must be 1 to {steps}, not {timesteps}")
+        raise UsageError("timesteps", f"must be 1 to {steps}, not {timesteps}")
     if timesteps == 1:
         return [steps // 2]
     return [round(i * (steps - 1) / (timesteps - 1)) for i in range(timesteps)]

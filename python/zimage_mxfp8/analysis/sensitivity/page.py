@@ -72,7 +72,7 @@ def _choices(report: SensitivityReport) -> list[Block]:
     ]
     if smallest.kept:
         pattern = "|".join(f"{name}." for name in smallest.kept).replace(".", r"\.")
-        blocks.append(Copyable("Exclusion list, for convert --exclude-layers:", pattern))
+        blocks.append(Copyable("Exclusion list for a conversion:", pattern))
     return blocks
 
 

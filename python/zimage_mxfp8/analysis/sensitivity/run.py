@@ -181,7 +181,7 @@ def analyse_sensitivity(
         "captions": [[*caption.shape, float(caption.double().sum())] for caption in captions],
     }
     if state is not None:
-        check_target(Path(state), file.checkpoint.inputs, overwrite=True)
+        check_target(Path(state), file.checkpoint.inputs, overwrite=True, argument="state")
     memory = State(None if state is None else Path(state), run)
     with shown(progress, sensitivity_bar) as callback:
         report = callback or (lambda _: None)
@@ -201,27 +201,27 @@ def check_settings(
     Raises:
         UsageError: one that cannot be.
     """
-    bound = number("the bound", bound)
+    bound = number("bound", bound)
     if not (bound > 0 and math.isfinite(bound)):
-        raise UsageError(f"the bound must be a number above 0, not {bound}")
+        raise UsageError("bound", f"must be a number above 0, not {bound}")
     if not isinstance(size, (list, tuple)) or len(size) != 2:
-        raise UsageError(f"size must be (height, width), not {repr(size)[:80]}")
-    height, width = whole_number("height", size[0]), whole_number("width", size[1])
+        raise UsageError("size", f"must be (height, width), not {repr(size)[:80]}")
+    height, width = (whole_number("size", side) for side in size)
     if any(n % PIXELS_PER_TOKEN or not 0 < n <= MAX_PIXELS for n in (height, width)):
         raise UsageError(
-            f"height and width must be multiples of {PIXELS_PER_TOKEN} up to {MAX_PIXELS}, not "
-            f"{height} and {width}"
+            "size",
+            f"must be multiples of {PIXELS_PER_TOKEN} up to {MAX_PIXELS}, not {height} and {width}",
         )
     timesteps, seed = whole_number("timesteps", timesteps), whole_number("seed", seed)
     chosen_steps(timesteps)  # for its check
     if not 0 <= seed < SEEDS:
-        raise UsageError("the seed must be 0 or more, and below 2^63")
+        raise UsageError("seed", "must be 0 or more, and below 2^63")
     return bound, (height, width), timesteps, seed
 
 
 def _check_captions(captions: Any, features: int) -> None:
     if not isinstance(captions, (list, tuple)) or not captions:
-        raise UsageError(f"captions must be a list of tensors [tokens, {features}]")
+        raise UsageError("captions", f"must be a list of tensors [tokens, {features}]")
     for i, caption in enumerate(captions):
         is_tensor = isinstance(caption, torch.Tensor) and caption.is_floating_point()
         if not is_tensor or caption.dim() != 2 or caption.shape[1] != features or not len(caption):
@@ -229,11 +229,12 @@ def _check_captions(captions: Any, features: int) -> None:
                 f"{caption.dtype} {list(caption.shape)}" if is_tensor else type(caption).__name__
             )
             raise UsageError(
-                f"captions[{i}] must be a floating-point tensor [tokens, {features}] with one "
-                f"token at least, not {found}"
+                "captions",
+                f"must be floating-point tensors [tokens, {features}] with one token at least, but "
+                f"number {i} is {found}",
             )
         if not caption.isfinite().all():
-            raise UsageError(f"captions[{i}] has NaN or Inf")
+            raise UsageError("captions", f"must be finite, but number {i} has NaN or Inf")
 
 
 def _check_outputs(path: str | os.PathLike[str], cases: Sequence[Case]) -> None:

@@ -44,7 +44,7 @@ class State:
         return self._errors[name]
 
     def _read(self, path: Path) -> None:
-        remedy = "name another --state, or delete it"
+        remedy = "name another file, or delete it"
         try:
             document = json.loads(path.read_text("utf-8"))
         except OSError as error:
@@ -52,13 +52,13 @@ class State:
         except (ValueError, RecursionError):
             document = None
         if not _is_state(document):
-            raise UsageError(f"{path} is no state of a sensitivity run; {remedy}")
+            raise UsageError("state", f"{path} is no state of a sensitivity run", remedy)
         for key, value in self._run.items():
             found = document["run"].get(key)
             if found != value:
                 both = f" ({found}, not {value})"
                 shown = both if len(both) < _MAX_SHOWN else ""
-                raise UsageError(f"{path} is of a run with another {key}{shown}; {remedy}")
+                raise UsageError("state", f"{path} is of a run with another {key}{shown}", remedy)
         errors = document["errors"]
         self._errors = {name: [OutputError(**e) for e in cases] for name, cases in errors.items()}
 

@@ -94,11 +94,9 @@ class Recipe:
                 compiled = compile_pattern(pattern)
             except ValueError as error:
                 raise UsageError(
-                    f'--exclude-layers "{pattern}" is no regular expression: {error}'
+                    "exclude_layers", f'"{pattern}" is no regular expression: {error}'
                 ) from None
-            rules.append(
-                KeepRule(f"--exclude-layers {pattern}", compiled, "--exclude-layers", True)
-            )
+            rules.append(KeepRule(f"excluded {pattern}", compiled, "excluded by a pattern", True))
         return Recipe(
             self.name, self.title, self.description, self.keep + tuple(rules), self.source_rounding
         )
@@ -140,10 +138,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = Path(name_or_path)
     if not path.is_file():
         if path.suffix == ".toml":
-            raise UsageError(f"the recipe file {path} does not exist")
+            raise UsageError("recipe", f"{path} does not exist")
         raise UsageError(
-            f'there is no recipe "{text}": name one of {", ".join(builtin_names())} or a TOML file'
-            f"{did_you_mean([text], builtin_names())}"
+            "recipe",
+            f'"{text}" does not exist',
+            f"name one of {', '.join(builtin_names())} or a TOML file"
+            f"{did_you_mean([text], builtin_names())}",
         )
     return _read(path, text)
 

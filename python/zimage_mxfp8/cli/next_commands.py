@@ -1,4 +1,4 @@
-"""Command lines to copy."""
+"""Command lines to copy, for what a report advises."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def convert_command(source: str, options: str, name: str) -> str:
     """
     output = shlex.quote(str(checkpoint_beside(Path(source), f"-{name}")))
     return f"zimage-mxfp8 convert {shlex.quote(source)} {options} -o {output}"
+
+
+def convert_with_recipe(source: str, recipe: Path) -> str:
+    """A conversion with a recipe file."""
+    return convert_command(source, f"--recipe {shlex.quote(str(recipe))}", recipe.stem)
