@@ -25,10 +25,9 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run, random_tensors, small_shapes
-from test_bad_input import fails, only
-from test_commands import first_column, run_in_terminal, tables_in_terminal
-from test_convert import PREFIX, to_diffusers, write_shards
+from helpers.checkpoints import PREFIX, random_tensors, small_shapes, to_diffusers, write_shards
+from helpers.commands import Run, fails, only
+from helpers.terminal import first_column, run_in_terminal, tables_in_terminal
 from zimage_mxfp8.analysis.compare import formats
 from zimage_mxfp8.analysis.compare import low_rank as compare_low_rank
 from zimage_mxfp8.analysis.compare.page import compare_page

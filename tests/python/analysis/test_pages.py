@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
-from browser import Seen, look_at
-from conftest import Run, random_tensors, small_shapes
-from diffusers_reference import make_reference
+from helpers.browser import Seen, look_at
+from helpers.checkpoints import random_tensors, small_shapes
+from helpers.commands import Run
+from helpers.diffusers_reference import make_reference
 from zimage_mxfp8.analysis.compare.page import compare_page
 from zimage_mxfp8.analysis.pages.page import (
     Column,

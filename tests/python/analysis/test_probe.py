@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run, Tensors, random_tensors, small_shapes
-from test_bad_input import fails, only
-from test_commands import first_column, tables_in_terminal
-from test_convert import PREFIX, to_diffusers
+from helpers.checkpoints import PREFIX, Tensors, random_tensors, small_shapes, to_diffusers
+from helpers.commands import Run, fails, only
+from helpers.terminal import first_column, tables_in_terminal
 from zimage_mxfp8 import _core
 from zimage_mxfp8.analysis.probe.weight_metrics import (
     Moments,

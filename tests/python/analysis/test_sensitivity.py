@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run, Tensors, random_tensors
-from diffusers_reference import CAPTION, make_reference, quantize_inputs
-from model_folder import make_pipeline
-from test_bad_input import drop_the_right_to_ignore_permissions, fails, only
-from test_commands import first_column, tables_in_terminal
+from helpers.checkpoints import Tensors, random_tensors
+from helpers.commands import Run, drop_the_right_to_ignore_permissions, fails, only
+from helpers.diffusers_reference import CAPTION, make_reference, quantize_inputs
+from helpers.model_folder import make_pipeline
+from helpers.terminal import first_column, tables_in_terminal
 from zimage_mxfp8.analysis.sensitivity import run as analysis
 from zimage_mxfp8.analysis.sensitivity.cases import chosen_steps, record_cases
 from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error

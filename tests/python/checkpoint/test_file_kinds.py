@@ -14,7 +14,8 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
-from conftest import Generate, Tensors, random_tensors, small_shapes
+from helpers.checkpoints import Tensors, random_tensors, small_shapes
+from helpers.images import Generate
 from zimage_mxfp8.cli.main import main
 
 Make = Callable[[Path], None]
@@ -529,7 +530,7 @@ def test_what_blocks_do_not_use_is_copied(tmp_path: Path) -> None:
 
 def test_mutated_headers() -> None:
     """A few; `fuzz_headers.py` by itself tries many."""
-    from fuzz_headers import fuzz
+    from programs.fuzz_headers import fuzz
 
     fuzz(60, None, seed=7)
     fuzz(10, None, seed=7, command_line=True)

@@ -18,8 +18,9 @@ import pytest
 from transformers import Qwen3Model
 
 import zimage_mxfp8 as zm
-from conftest import STAGES, Run
-from hub_server import Hub, serve_hub
+from helpers.commands import Run
+from helpers.hub_server import Hub, serve_hub
+from helpers.images import STAGES
 from zimage_mxfp8.checkpoint import hub as hub_module
 
 TURBO = "Tongyi-MAI/Z-Image-Turbo"

@@ -18,12 +18,18 @@ import torch
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run, random_tensors, small_shapes
-from test_bad_input import fails, only
-from test_commands import run_in_terminal, tables_in_terminal
-from test_convert import PREFIX, sha256, to_diffusers, write_shards
-from test_interrupts import interrupted
-from test_interrupts import run as run_program
+from helpers.checkpoints import (
+    PREFIX,
+    random_tensors,
+    sha256,
+    small_shapes,
+    to_diffusers,
+    write_shards,
+)
+from helpers.commands import Run, fails, only
+from helpers.interruption import interrupted
+from helpers.interruption import run as run_program
+from helpers.terminal import run_in_terminal, tables_in_terminal
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.cli.command_line import build_parser
 from zimage_mxfp8.cli.main import main

@@ -12,8 +12,8 @@ from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from conftest import Tensors, random_tensors, small_shapes
-from test_convert import PREFIX, card_command, run_convert_to_quant
+from helpers.checkpoints import PREFIX, Tensors, random_tensors, small_shapes
+from helpers.convert_to_quant import card_command, run_convert_to_quant
 from zimage_mxfp8.checkpoint.source import open_checkpoint
 from zimage_mxfp8.conversion.bias_correction import embedder_outputs, sampler_timesteps
 

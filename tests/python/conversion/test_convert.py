@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,48 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run, Tensors, random_tensors, small_shapes, tensor_bytes
+from helpers.checkpoints import (
+    PREFIX,
+    Tensors,
+    metadata_of,
+    random_tensors,
+    sha256,
+    small_shapes,
+    tensor_bytes,
+    to_diffusers,
+    write_shards,
+)
+from helpers.commands import Run
+from helpers.convert_to_quant import CARD_EXCLUSIONS, card_command, run_convert_to_quant
 from zimage_mxfp8.checkpoint.header import layout_header
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
-
-# The model card's exclusions, as a regular expression for --exclude-layers.
-CARD_EXCLUSIONS = (
-    r"layers\.29\.attention\.qkv|layers\.(22|23|24|25|26|27|28|29)\.adaLN_modulation\.0|"
-    r"context_refiner\.(0|1)\.attention\.out|context_refiner\.1\.feed_forward\.w2|"
-    r"noise_refiner\.1\.attention\.qkv|noise_refiner\.1\.attention\.out|"
-    r"noise_refiner\.1\.feed_forward\.w2|noise_refiner\.(0|1)\.feed_forward\.w3"
-)
-PREFIX = "model.diffusion_model."
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def card_command(source: Path, output: Path, *extra: str) -> list[str]:
-    """The model card's command line, without the program's name."""
-    return [
-        *("-i", str(source), "-o", str(output), "--mxfp8", "--zimage", "--comfy_quant"),
-        *("--save-quant-metadata", "--simple", "--low-memory", "--calib-samples", "64"),
-        *("--exclude-layers", CARD_EXCLUSIONS, *extra),
-    ]
-
-
-def run_convert_to_quant(arguments: list[str]) -> None:
-    code = "from convert_to_quant.convert_to_quant import main; main()"
-    subprocess.run(
-        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=300
-    )
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as opened:
-        return opened.metadata() or {}
-
 
 # ---- the peer
 
@@ -158,35 +132,6 @@ def test_dry_run_tells_the_exact_size(cli: Run, small_file: Path, tmp_path: Path
 
 
 # ---- inputs
-
-
-def to_diffusers(tensors: Tensors) -> Tensors:
-    """The diffusers layout of a ComfyUI-layout model, spelled out here independently."""
-    result = {}
-    for name, tensor in tensors.items():
-        if name.endswith("attention.qkv.weight"):
-            base = name.removesuffix("qkv.weight")
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                result[f"{base}to_{part}.weight"] = piece.contiguous()
-            continue
-        name = name.replace("attention.out.", "attention.to_out.0.")
-        name = re.sub(r"attention\.([qk])_norm", r"attention.norm_\1", name)
-        name = re.sub(r"^x_embedder\.", "all_x_embedder.2-1.", name)
-        name = re.sub(r"^final_layer\.", "all_final_layer.2-1.", name)
-        result[name] = tensor
-    return result
-
-
-def write_shards(folder: Path, tensors: Tensors, shards: int = 3) -> None:
-    folder.mkdir(parents=True)
-    weight_map = {}
-    for i in range(shards):
-        file = f"diffusion_pytorch_model-{i + 1:05}-of-{shards:05}.safetensors"
-        part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_diffusers_names_are_those_of_diffusers() -> None:

@@ -22,26 +22,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run, Tensors, random_tensors, small_shapes
-from test_convert import PREFIX, to_diffusers, write_shards
+from helpers.checkpoints import (
+    PREFIX,
+    Tensors,
+    random_tensors,
+    small_shapes,
+    to_diffusers,
+    write_shards,
+)
+from helpers.commands import Run, drop_the_right_to_ignore_permissions, fails, only
 from zimage_mxfp8.checkpoint.output import AtomicFile
 from zimage_mxfp8.errors import OutputError
 from zimage_mxfp8.transformer.weights import open_model
-
-
-def fails(result: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert lines and lines[-1].startswith("zimage-mxfp8"), result.stderr
-    for part in parts:
-        assert part in lines[-1], (part, result.stderr)
-    assert result.stdout == ""
-
-
-def only(folder: Path, *names: str) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
-
 
 # ---- what the input can be
 
@@ -412,14 +404,6 @@ def test_report_is_no_shard_of_the_input(cli: Run, tmp_path: Path) -> None:
 def test_something_else_under_the_hidden_name(cli: Run, small_file: Path, tmp_path: Path) -> None:
     (tmp_path / ".o.safetensors.zimage-mxfp8-partial").symlink_to("nowhere")
     fails(cli("convert", "-i", small_file, "-o", "o.safetensors"), 1, "could not be written")
-
-
-def drop_the_right_to_ignore_permissions() -> None:
-    """Lets root be refused like anyone else (Linux: PR_CAPBSET_DROP before exec)."""
-    import ctypes
-
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
 
 def test_permissions(cli: Run, small_file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import zimage_mxfp8 as zm
-from conftest import Run
+from helpers.commands import Run
 from zimage_mxfp8.conversion.recipes import builtin_names
 
 # The model card's table, layer by layer.

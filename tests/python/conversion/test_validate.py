@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from conftest import Run, Tensors, random_tensors, small_shapes
-from test_convert import PREFIX, card_command, to_diffusers
+from helpers.checkpoints import PREFIX, Tensors, random_tensors, small_shapes, to_diffusers
+from helpers.commands import Run
+from helpers.convert_to_quant import card_command
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.validation import ValidationReport, validate
 
@@ -78,7 +79,7 @@ def test_own_output_is_sound(tmp_path: Path, recipe: str, dtype: torch.dtype, pr
 
 @pytest.mark.peer
 def test_the_peers_output_is_sound(original: Path, tmp_path: Path) -> None:
-    from test_convert import run_convert_to_quant
+    from helpers.convert_to_quant import run_convert_to_quant
 
     output = tmp_path / "out.safetensors"
     run_convert_to_quant(card_command(original, output))

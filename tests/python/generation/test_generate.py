@@ -27,16 +27,15 @@ from PIL import Image
 from transformers import Qwen3ForCausalLM
 
 import zimage_mxfp8 as zm
-from conftest import STAGES, Generate, Run
-from diffusers_reference import load_reference, make_reference
-from model_folder import make_pipeline, make_tokenizer
-from test_commands import run_in_terminal
+from helpers.commands import Run
+from helpers.diffusers_reference import load_reference, make_reference
+from helpers.images import SIZE, STAGES, Generate, generator_of, init_image, levels, settings_of
+from helpers.model_folder import make_pipeline, make_tokenizer
+from helpers.terminal import run_in_terminal
 from zimage_mxfp8.generation import generator as generator_module
 from zimage_mxfp8.generation.images import METADATA_KEY
 from zimage_mxfp8.generation.sampler import denoise
 from zimage_mxfp8.transformer.model import ZImageTransformer
-
-SIZE = ("--height", "48", "--width", "64")
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +47,6 @@ def reference(zimage_quantized: Path) -> ZImagePipeline:
     load_reference(pipeline.transformer, plain)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def levels(image: Path | Image.Image) -> np.ndarray:
-    if isinstance(image, Path):
-        image = Image.open(image)
-    return np.asarray(image).astype(int)
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    with Image.open(path) as image:
-        return json.loads(image.text[METADATA_KEY])
-
-
-def generator_of(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def init_image(path: Path, size: tuple[int, int]) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
-    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-    image.save(path)
-    return image
 
 
 # ---- the same images as diffusers'

@@ -20,8 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from conftest import STAGES, Generate
-from test_generate import init_image
+from helpers.images import STAGES, Generate, fails, init_image
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.generation.components import VAE, TextEncoder
 from zimage_mxfp8.generation.images import image_paths, open_init_image
@@ -35,16 +34,6 @@ def usual_but(*options: object) -> list[object]:
     """`USUAL` with other options, some in place of its own: none may be given twice."""
     pairs = zip(USUAL[::2], USUAL[1::2], strict=True)
     return [word for pair in pairs if pair[0] not in options for word in pair] + [*options]
-
-
-def fails(result: tuple[int, str, str], code: int, *parts: str) -> None:
-    found, out, err = result
-    assert found == code, err
-    assert out == ""
-    (line,) = err.splitlines()
-    assert line.startswith("zimage-mxfp8: error: "), err
-    for part in parts:
-        assert part in line, (part, line)
 
 
 # ---- options

@@ -17,10 +17,9 @@ from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from PIL import Image
 
 import zimage_mxfp8 as zm
-from conftest import Generate, Run
-from model_folder import make_pipeline
-from test_generate import SIZE, generator_of, init_image, levels
-from test_generate_bad_input import fails
+from helpers.commands import Run
+from helpers.images import SIZE, Generate, fails, generator_of, init_image, levels
+from helpers.model_folder import make_pipeline
 from zimage_mxfp8.checkpoint import output as output_module
 from zimage_mxfp8.cli.generate import _peak_memory
 from zimage_mxfp8.generation import generator as generator_module

@@ -16,9 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import zimage_mxfp8 as zm
-from conftest import Generate
-from test_generate import SIZE, init_image, levels, settings_of
-from test_generate_bad_input import fails
+from helpers.images import SIZE, Generate, fails, init_image, levels, settings_of
 from zimage_mxfp8.generation import infotext
 from zimage_mxfp8.generation.images import METADATA_KEY
 from zimage_mxfp8.generation.png_text import MAX_TEXT, read_texts

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
-from conftest import Tensors
-from cuda_sync import no_waiting
+from helpers.checkpoints import Tensors
+from helpers.cuda_sync import no_waiting
 from zimage_mxfp8 import _core
 
 pytestmark = pytest.mark.gpu

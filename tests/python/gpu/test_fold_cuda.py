@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zimage_mxfp8 as zm
-from cuda_sync import no_waiting
+from helpers.cuda_sync import no_waiting
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops.gemm import fold_async, fold_stats
 

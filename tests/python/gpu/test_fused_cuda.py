@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from cuda_sync import no_waiting
+from helpers.cuda_sync import no_waiting
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops import fused
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from test_generate import levels
+from helpers.images import levels
 from zimage_mxfp8.cli.generate import _peak_memory
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from diffusers_reference import make_reference, random_inputs, relative_error
+from helpers.diffusers_reference import make_reference, random_inputs, relative_error
 from zimage_mxfp8.ops import fused_gemm
 from zimage_mxfp8.transformer import attention
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, supported, unsupported

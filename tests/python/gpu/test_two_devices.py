@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from diffusers_reference import make_reference, random_inputs
+from helpers.diffusers_reference import make_reference, random_inputs
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops import fused
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from conftest import Run
-from cuda_sync import no_waiting
-from diffusers_reference import make_reference, random_inputs, relative_error
-from test_generate import levels
-from test_torch_codec import encoded_of, equal_but_for_nan, matrix_of
+from helpers.commands import Run
+from helpers.cuda_sync import no_waiting
+from helpers.diffusers_reference import make_reference, random_inputs, relative_error
+from helpers.images import levels
+from helpers.matrices import encoded_of, equal_but_for_nan, matrix_of
 from zimage_mxfp8.ops import gemm as matmul
 from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer.arithmetic import scaled_mm, tiles, torch_codec

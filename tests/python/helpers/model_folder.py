@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3Model
 
-from diffusers_reference import CAPTION, make_reference
+from helpers.diffusers_reference import CAPTION, make_reference
 
 # What Qwen3's own template gives for one message of a user with thinking enabled.
 TEMPLATE = (

@@ -19,8 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import reference
 import zimage_mxfp8 as zm
+from helpers import reference
 from zimage_mxfp8 import _core
 
 DTYPES = {

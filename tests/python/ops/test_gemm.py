@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
 import zimage_mxfp8 as zm
+from helpers import reference
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops.gemm import fold_async, fold_stats
 

@@ -6,7 +6,7 @@ import re
 from importlib.metadata import metadata, requires
 from pathlib import Path
 
-CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 def requirements(extra: str) -> list[str]:

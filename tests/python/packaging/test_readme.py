@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import zimage_mxfp8 as zm
-from conftest import STAGES
+from helpers.images import STAGES
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+README = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Mutated headers through every function that reads a checkpoint: a result or an error of ours.
 
-    python tests/python/fuzz_headers.py --seconds 60              # as CI does
-    python tests/python/fuzz_headers.py --count 100000            # that many headers
-    python tests/python/fuzz_headers.py --command-line --count 200
+    python tests/python/programs/fuzz_headers.py --seconds 60              # as CI does
+    python tests/python/programs/fuzz_headers.py --count 100000            # that many headers
+    python tests/python/programs/fuzz_headers.py --command-line --count 200
 
 Anything else that is raised, a warning of a library too, ends the run with the mutation's seed,
 which `--seed` repeats. Seeds are consecutive, so that a run is repeatable.

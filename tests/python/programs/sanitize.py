@@ -1,10 +1,12 @@
 """Runs every CUDA kernel of the package once at small ragged shapes, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python tests/python/sanitize.py
-    compute-sanitizer --tool synccheck python tests/python/sanitize.py
-    compute-sanitizer --tool racecheck python tests/python/sanitize.py --skip decode row-scaled
-    compute-sanitizer --tool initcheck python tests/python/sanitize.py --skip decode row-scaled sm90
-    compute-sanitizer --tool initcheck python tests/python/sanitize.py --blind-spot
+    compute-sanitizer --tool memcheck python tests/python/programs/sanitize.py
+    compute-sanitizer --tool synccheck python tests/python/programs/sanitize.py
+    compute-sanitizer --tool racecheck python tests/python/programs/sanitize.py \
+        --skip decode row-scaled
+    compute-sanitizer --tool initcheck python tests/python/programs/sanitize.py \
+        --skip decode row-scaled sm90
+    compute-sanitizer --tool initcheck python tests/python/programs/sanitize.py --blind-spot
 
 racecheck (CUDA 13.0, on an H100) dies inside cuBLASLt's kernels with "failed to handle a hardware
 exception", even if `--kernel-name kns=zimage_mxfp8` keeps it to ours, hence the two paths that it

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from conftest import Run
-from diffusers_reference import make_reference
-from fake_driver import make_driver
+from helpers.commands import Run
+from helpers.diffusers_reference import make_reference
+from helpers.fake_driver import make_driver
 from zimage_mxfp8 import _core
 from zimage_mxfp8.cli import device_warnings
 from zimage_mxfp8.system import device_notes, devices, driver

@@ -17,12 +17,12 @@ import torch
 import transformers
 
 import zimage_mxfp8 as zm
-from conftest import Run
-from fake_driver import make_driver
+from helpers.commands import Run
+from helpers.fake_driver import make_driver
 from zimage_mxfp8 import _core
 from zimage_mxfp8.system.extras import find_extras
 
-CMAKE = Path(__file__).parents[2] / "CMakeLists.txt"
+CMAKE = Path(__file__).parents[3] / "CMakeLists.txt"
 LIBRARIES = (torch, np, safetensors, diffusers, transformers)
 MADE_FOR = {
     "decode": "BF16 x MXFP8",

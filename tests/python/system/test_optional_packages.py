@@ -131,7 +131,7 @@ def test_commands_say_the_same(small_file: Path) -> None:
 
 
 def test_the_table_is_that_of_the_project() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     for extra, modules in optional_packages._MODULES.items():
         packages = {optional_packages._package(module) for module in modules}

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import zimage_mxfp8 as zm
-from diffusers_reference import (
+from helpers.checkpoints import change
+from helpers.diffusers_reference import (
     CAPTION,
     load_reference,
     make_reference,
@@ -26,6 +25,7 @@ from diffusers_reference import (
     random_inputs,
     relative_error,
 )
+from helpers.live_bytes import LiveBytes
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
 from zimage_mxfp8.transformer.sequence import layout_of
 from zimage_mxfp8.transformer.weights import open_model
@@ -338,36 +338,6 @@ def test_too_little_memory_is_told(
         zm.ZImageTransformer.from_checkpoint(quantized, "cpu")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made under it, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_leaves(args) if torch.is_tensor(x)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known | given:
-                self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
-
-        def forget() -> None:
-            self._known.remove(key)
-            self.now -= nbytes
-
-        weakref.finalize(storage, forget)
-        self._known.add(key)
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-
-
 @pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
 def test_too_little_memory_of_a_device_is_told_with_what_is_needed(
     compute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -484,17 +454,6 @@ def test_the_cpu_may_have_a_number(device: str | torch.device, quantized: Path) 
 
 
 # ---- Checkpoints that cannot be run
-
-
-def change(source: Path, target: Path, edit) -> Path:
-    from safetensors import safe_open
-
-    with safe_open(source, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata() or {})
-    edit(tensors, metadata)
-    save_file(tensors, target, metadata)
-    return target
 
 
 def other_format(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from diffusers_reference import make_reference, random_inputs, relative_error
-from test_transformer import LiveBytes, change
+from helpers.checkpoints import change
+from helpers.diffusers_reference import make_reference, random_inputs, relative_error
+from helpers.live_bytes import LiveBytes
 from zimage_mxfp8.analysis.sensitivity.targets import round_to_mxfp8
 from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer import arithmetic, block, ops
