@@ -1,4 +1,4 @@
-"""Runs every CUDA kernel of the package once at small ragged shapes, for compute-sanitizer.
+r"""Runs every CUDA kernel of the package once at small ragged shapes, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python tests/python/programs/sanitize.py
     compute-sanitizer --tool synccheck python tests/python/programs/sanitize.py
