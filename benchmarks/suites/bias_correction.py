@@ -1,9 +1,7 @@
-"""What each bias correction does to the mean output of the modulation layers.
+"""Mean output error of the modulation layers under each bias correction.
 
-    python benchmarks/bias_correction.py            # full-width layers; needs torch
-
-Makes a synthetic checkpoint with full-width modulations, converts it with each mode and prints the
-mean output error over Turbo's timesteps, relative to the spread of the layers' outputs.
+Makes a synthetic checkpoint with full-width modulations, converts it with each mode (one of them
+needs torch) and measures the mean output error over Turbo's timesteps.
 """
 
 from __future__ import annotations
@@ -24,6 +22,14 @@ from zimage_mxfp8.conversion.bias_correction import (
     to_float64,
 )
 
+from ..report import Report
+
+COLUMNS = {
+    "correction": "",
+    "rms": "of the mean output error",
+    "relative": "to none",
+    "largest": "",
+}
 LAYERS = [f"layers.{i}.adaLN_modulation.0" for i in range(4)]
 
 
@@ -32,10 +38,12 @@ def matrix(tensor: SourceTensor) -> np.ndarray:
         return to_float64(tensor, reader.read(tensor)).reshape(tensor.shape)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=3840, help="width of the model")
-    dim = parser.parse_args().dim
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
+    dim = arguments.dim
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "in.safetensors"
         # Only the modulations need their full width: the other layers of a block stay small.
@@ -45,9 +53,7 @@ def main() -> None:
         write_synthetic_checkpoint(source, shapes | wide | embedder)
         original = open_checkpoint(source).tensors
         inputs = embedder_outputs(open_checkpoint(source), "", sampler_timesteps("turbo"))
-        print(f"{len(LAYERS)} layers {4 * dim}x{inputs.shape[1]}, 8 timesteps\n")
-        print("| correction | RMS of the mean output error | relative to none | largest |")
-        print("| --- | ---: | ---: | ---: |")
+        print(f"{len(LAYERS)} layers {4 * dim}x{inputs.shape[1]}, 8 timesteps")
         reference = None
         for mode in ("none", "synthetic", "timesteps"):
             output = Path(folder) / f"{mode}.safetensors"
@@ -63,11 +69,8 @@ def main() -> None:
             error = np.concatenate(errors)
             rms = float(np.sqrt((error**2).mean()))
             reference = reference or rms
-            print(f"| {mode} | {rms:.2e} | {rms / reference:.2f} | {np.abs(error).max():.2e} |")
+            largest = float(np.abs(error).max())
+            report.add(correction=mode, rms=rms, relative=rms / reference, largest=largest)
         biases = np.concatenate([matrix(original[f"{layer}.bias"]) for layer in LAYERS])
         half = np.exp2(np.floor(np.log2(np.abs(biases).max())) - 8)
         print(f"\nrounding a BF16 bias to nearest moves it by up to {half:.2e}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,52 +1,47 @@
-"""Speed of the codec on a CUDA device, beside device copies and comfy-kitchen, in one run.
+"""Speed of the codec on a CUDA device, next to device copies and comfy-kitchen, in one run.
 
-    python benchmarks/cuda_codec.py
-
-Bandwidth counts bytes read and written. Each shape is worked on in several copies in turn, so that
-they do not fit in the cache, and a CUDA graph holds the calls, so that launching costs nothing.
+Bandwidth counts bytes read and written. The calls of each shape rotate through several copies,
+more than the cache holds, and a CUDA graph holds them, so that launching costs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import copy_bandwidth, microseconds
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core
+
+from ..report import Report
+from ..timing import copy_bandwidth, microseconds
 
 SHAPES = ((11520, 3840), (10240, 3840), (4224, 10240), (4224, 3840))
 ROTATED_BYTES = 1 << 30
+COLUMNS = {
+    "operation": "",
+    "by": "",
+    "dtype": "",
+    "shape": "",
+    "us": "us",
+    "bandwidth": "TB/s",
+    "share": "of the best device copy",
+}
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """TB/s and microseconds of each operation at a shape."""
+def measure(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """TB/s and microseconds of each operation at a shape, by (operation, library)."""
     rows, cols = shape
     item = torch.finfo(dtype).bits // 8
     moved = rows * cols * (item + 1) + rows * cols // 32
     copies = max(ROTATED_BYTES // moved, 2)
-    name = str(dtype).removeprefix("torch.")
     inputs = [torch.randn(shape, device="cuda").to(dtype) for _ in range(copies)]
     encoded = [zm.quantize(x) for x in inputs]
-    codes = [e.codes.view(torch.uint8) for e in encoded]
-
-    def ours_quantize(i: int) -> Callable[[], object]:
-        return lambda: _core.quantize(
-            inputs[i], name, codes[i], encoded[i].scales, 0, torch.cuda.current_stream().cuda_stream
-        )
-
-    def ours_dequantize(i: int) -> Callable[[], object]:
-        return lambda: _core.dequantize(
-            codes[i], encoded[i].scales, inputs[i], name, 0, torch.cuda.current_stream().cuda_stream
-        )
-
-    calls: dict[str, list[Callable[[], object]]] = {
-        "quantize": [ours_quantize(i) for i in range(copies)],
-        "dequantize": [ours_dequantize(i) for i in range(copies)],
+    calls: dict[tuple[str, str], list[Callable[[], object]]] = {
+        ("quantize", "ours"): [lambda x=x: zm.quantize(x) for x in inputs],
+        ("dequantize", "ours"): [lambda e=e: zm.dequantize(e, dtype) for e in encoded],
     }
     try:
         import comfy_kitchen as ck
@@ -57,10 +52,10 @@ def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[float
             few = range(min(copies, 4))
             with ck.use_backend("cuda"):
                 scales = [ck.quantize_mxfp8(inputs[i])[1] for i in few]
-            calls["comfy-kitchen quantize"] = [
+            calls["quantize", "comfy-kitchen"] = [
                 lambda i=i: ck.quantize_mxfp8(inputs[i]) for i in few
             ]
-            calls["comfy-kitchen dequantize"] = [
+            calls["dequantize", "comfy-kitchen"] = [
                 lambda i=i: ck.dequantize_mxfp8(encoded[i].codes, scales[i], dtype) for i in few
             ]
     result = {}
@@ -70,32 +65,22 @@ def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[float
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures to a file too")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
     copy = copy_bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, device copy {copy:.2f} TB/s\n"
-    )
-    print("| operation | dtype | shape | us | TB/s | of copy |")
-    print("| --- | --- | --- | ---: | ---: | ---: |")
-    rows = []
+    report.add(operation="device copy", bandwidth=copy)
     for dtype in arguments.dtypes:
         for shape in SHAPES:
-            for what, (bandwidth, us) in measure(shape, getattr(torch, dtype)).items():
-                share = bandwidth / copy
-                rows.append(
-                    {"operation": what, "dtype": dtype, "shape": shape, "us": us, "share": share}
+            for (operation, by), (bandwidth, us) in measure(shape, getattr(torch, dtype)).items():
+                report.add(
+                    operation=operation,
+                    by=by,
+                    dtype=dtype,
+                    shape=f"{shape[0]}x{shape[1]}",
+                    us=us,
+                    bandwidth=bandwidth,
+                    share=bandwidth / copy,
                 )
-                text = f"{shape[0]}x{shape[1]}"
-                print(f"| {what} | {dtype} | {text} | {us:.1f} | {bandwidth:.2f} | {share:.0%} |")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"copy": copy, "rows": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

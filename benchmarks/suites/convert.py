@@ -1,14 +1,13 @@
-"""Conversion speed and memory, beside convert_to_quant and beside the floor, in one run.
+"""Conversion speed and memory, next to convert_to_quant and to the floor, in one run.
 
-    python benchmarks/convert.py            # full size: 12.3 GB, needs 30 GB of disk and the peer
-    python benchmarks/convert.py --dim 1024 # smaller, for a first look
+The full size is 12.3 GB, and needs 30 GB of disk and the peer; `--dim 1024` is for a first look.
 
 The checkpoint is synthetic, always the same, and in the page cache when the programs start. The
 floors read it once and write as many bytes as the conversion does, with fsync. Times are wall
 times of whole processes; memory is the peak resident size that the system accounts to them.
 The peer comes with `pip install ".[test]"`.
 
-This script imports nothing large: Linux counts a parent's memory into its children's peak.
+This module imports nothing large: Linux counts a parent's memory into its children's peak.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +24,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..report import Report
+
+COLUMNS = {
+    "program": "",
+    "wall": "s, median",
+    "fastest": "s",
+    "slowest": "s",
+    "cpu": "s, user and system, median",
+    "peak": "MiB, largest",
+    "runs": "",
+    "speedup": "times the peer's speed",
+}
 CARD_EXCLUSIONS = (
     r"layers\.29\.attention\.qkv|layers\.(22|23|24|25|26|27|28|29)\.adaLN_modulation\.0|"
     r"context_refiner\.(0|1)\.attention\.out|context_refiner\.1\.feed_forward\.w2|"
@@ -39,7 +49,7 @@ CARD_OPTIONS = (
 MAKE = """
 import sys
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
-from zimage_mxfp8.synthetic import write_synthetic_checkpoint
+from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 write_synthetic_checkpoint(sys.argv[1], zimage_shapes(int(sys.argv[2])))
 """
 FLOOR = """
@@ -57,15 +67,15 @@ os.fsync(fd)
 
 
 @dataclass
-class Run:
-    """One process: wall seconds, CPU seconds (user + system) and peak memory in MiB."""
+class Process:
+    """A process that ended: wall seconds, CPU seconds (user + system) and peak memory in MiB."""
 
     wall: float
     cpu: float
     peak: float
 
 
-def run(command: Sequence[object], log: Path) -> Run:
+def spawn(command: Sequence[object], log: Path) -> Process:
     arguments = [str(part) for part in command]
     began = time.perf_counter()
     child = os.posix_spawn(
@@ -81,7 +91,7 @@ def run(command: Sequence[object], log: Path) -> Run:
     wall = time.perf_counter() - began
     if status != 0:
         sys.exit(f"{' '.join(arguments[:4])} ... failed, see {log}")
-    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Process(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def warm(path: Path) -> None:
@@ -92,36 +102,22 @@ def warm(path: Path) -> None:
             pass
 
 
-def machine() -> str:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=3840, help="width of the model")
     parser.add_argument("--runs", type=int, default=3, help="runs of ours and of the floor")
     parser.add_argument("--no-peer", action="store_true", help="leave convert_to_quant out")
     parser.add_argument("--cuda", action="store_true", help="encode on a CUDA device too")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/data"))
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
 
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     source = arguments.folder / f"synthetic-{arguments.dim}.safetensors"
     output = arguments.folder / "output.safetensors"
     log = arguments.folder / "log.txt"
     if not source.exists():
         print(f"making {source}", flush=True)
-        run([sys.executable, "-c", MAKE, source, arguments.dim], log)
+        spawn([sys.executable, "-c", MAKE, source, arguments.dim], log)
     ours = Path(sys.executable).with_name("zimage-mxfp8")
     plan = subprocess.check_output([ours, "convert", "-i", source, "--dry-run", "--json"])
     size = json.loads(plan)["file_bytes"]
@@ -141,11 +137,11 @@ def main() -> None:
             *commands["zimage-mxfp8, the card's command"],
             *("--device", "cuda"),
         ]
-    results: dict[str, list[Run]] = {name: [] for name in commands}
+    results: dict[str, list[Process]] = {name: [] for name in commands}
     for _ in range(arguments.runs):
         for name, command in commands.items():
             warm(source)
-            results[name].append(run(command, log))
+            results[name].append(spawn(command, log))
             output.unlink()
             os.sync()
     if not arguments.no_peer:
@@ -153,29 +149,22 @@ def main() -> None:
             sys.exit('convert_to_quant is missing: pip install ".[test]", or --no-peer')
         warm(source)
         name = "convert_to_quant 1.3.4, the card's command"
-        results[name] = [run([peer, "-i", source, "-o", output, *CARD_OPTIONS], log)]
+        results[name] = [spawn([peer, "-i", source, "-o", output, *CARD_OPTIONS], log)]
         output.unlink()
 
-    reference = statistics.median(r.wall for r in list(results.values())[-1])
-    print(f"{source.stat().st_size / 1e9:.2f} GB checkpoint; {machine()}\n")
-    print("| program | wall, median (s) | min-max | CPU (s) | peak memory (MiB) | speed-up |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, runs in results.items():
-        walls = sorted(r.wall for r in runs)
-        median = statistics.median(walls)
-        cpu = statistics.median(r.cpu for r in runs)
-        factor = "" if arguments.no_peer else f"{reference / median:.1f}x"
-        print(
-            f"| {name} | {median:.1f} | {walls[0]:.1f}-{walls[-1]:.1f} | {cpu:.1f} "
-            f"| {max(r.peak for r in runs):.0f} | {factor} |"
-        )
-    starts = [run([ours, "--help"], log).wall for _ in range(9)]
-    print(f"\nstart-up, zimage-mxfp8 --help: {statistics.median(starts):.2f} s, median of 9")
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({n: [vars(r) for r in runs] for n, runs in results.items()}, indent=1)
-        )
-
-
-if __name__ == "__main__":
-    main()
+    peer_wall = None if arguments.no_peer else results[name][0].wall
+    for program, processes in results.items():
+        walls = sorted(process.wall for process in processes)
+        wall = statistics.median(walls)
+        row = {
+            "program": program,
+            "wall": wall,
+            "fastest": walls[0],
+            "slowest": walls[-1],
+            "cpu": statistics.median(process.cpu for process in processes),
+            "peak": max(process.peak for process in processes),
+            "runs": len(processes),
+        }
+        report.add(**row, **({"speedup": peer_wall / wall} if peer_wall else {}))
+    starts = [spawn([ours, "--help"], log).wall for _ in range(9)]
+    report.add(program="zimage-mxfp8 --help", wall=statistics.median(starts), runs=len(starts))

@@ -1,32 +1,38 @@
-"""Speed of the fused kernels on a CUDA device, beside torch eager, torch.compile and device copies.
+"""Speed of the fused kernels on a CUDA device, in one run.
 
-    python benchmarks/cuda_fused.py
-
-Shapes are Z-Image's. Bandwidth counts the bytes that must be read and written, of the activations
-alone, whoever computes. Each call works on the next of several copies, so that they do not fit in
-the cache, and a CUDA graph holds the calls, so that launching costs nothing. torch allocates the
-results of its own calls, and may so write to memory that the cache still holds.
+Next to them: torch eager, torch.compile and device copies. Shapes are Z-Image's. Bandwidth counts
+the bytes of activations that any implementation must read and write. Calls rotate through several
+copies, more than the cache holds, and a CUDA graph holds them, so that launching costs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import copy_bandwidth, microseconds
 from torch.nn.functional import rms_norm, silu
 
-from zimage_mxfp8 import _core
+import zimage_mxfp8 as zm
 from zimage_mxfp8.ops import fused
+
+from ..report import Report
+from ..timing import copy_bandwidth, microseconds
 
 ROWS, HIDDEN, FEED_FORWARD, HEADS = 4224, 3840, 10240, 30
 ROTATED_BYTES = 1 << 30
 FORMS: tuple[fused.Form, ...] = ("bfloat16", "row-scaled", "mxfp8")
+COLUMNS = {
+    "operation": "",
+    "form": "",
+    "by": "",
+    "rows": "",
+    "us": "us",
+    "bandwidth": "TB/s",
+    "share": "of the best device copy",
+}
 BITS = {"bfloat16": 16.0, "row-scaled": 8.0, "mxfp8": 8.25}
 
 Tensors = Sequence[torch.Tensor]
@@ -41,10 +47,6 @@ HEAD = bfloat16(128)
 EPS = 1e-5
 
 
-def stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
-
-
 def encode_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     amax = x.abs().amax(-1, keepdim=True).float()
     return (x.float() * (448 / amax)).to(torch.float8_e4m3fn), amax / 448
@@ -56,7 +58,7 @@ class Kernel:
     make: Callable[[], Tensors]  # what one call works on
     kept: int  # bytes read and written, without a result in one of the forms
     columns: int  # of that result; 0 if there is none
-    ours: Callable[[Tensors, Any], object]
+    ours: Callable[[Tensors, fused.Form], object]
     torch: Callable[[Tensors], Any]  # the same, by torch's operations
     forms: Sequence[fused.Form] = FORMS
 
@@ -81,10 +83,8 @@ def torch_rotate(t: Tensors) -> None:
         heads[:, i, ..., 1] = (real * sine + imag * cosine).bfloat16()
 
 
-def encode(t: Tensors, target: Any) -> None:
-    form, codes, scales, *_ = target
-    kernel = _core.quantize_rows if form == "row-scaled" else _core.quantize
-    kernel(t[0], "bfloat16", codes, scales, 0, stream())
+def encode(t: Tensors, form: fused.Form) -> object:
+    return zm.quantize_rows(t[0]) if form == "row-scaled" else zm.quantize(t[0])
 
 
 KERNELS = (
@@ -93,7 +93,7 @@ KERNELS = (
         lambda: bfloat16(ROWS, 2 * FEED_FORWARD).chunk(2, dim=1),
         ROWS * FEED_FORWARD * 4,
         FEED_FORWARD,
-        lambda t, target: _core.silu_multiply(*t, target, stream()),
+        lambda t, form: fused.silu_multiply(*t, form),
         lambda t: silu(t[0]) * t[1],
     ),
     Kernel(
@@ -101,7 +101,7 @@ KERNELS = (
         lambda: [bfloat16(ROWS, HIDDEN)],
         ROWS * HIDDEN * 2,
         HIDDEN,
-        lambda t, target: _core.norm_modulate(*t, WEIGHT, SCALE, None, EPS, target, stream()),
+        lambda t, form: fused.norm_modulate(*t, WEIGHT, SCALE, None, form, EPS),
         lambda t: rms_norm(t[0], (HIDDEN,), WEIGHT, EPS) * (1 + SCALE),
     ),
     Kernel(
@@ -109,9 +109,7 @@ KERNELS = (
         lambda: [bfloat16(ROWS, HIDDEN), bfloat16(ROWS, HIDDEN)],
         ROWS * HIDDEN * 6,
         HIDDEN,
-        lambda t, target: _core.add_norm_modulate(
-            *t, WEIGHT, GATE, WEIGHT, SCALE, None, EPS, target, stream()
-        ),
+        lambda t, form: fused.add_norm_modulate(*t, WEIGHT, GATE, WEIGHT, SCALE, None, form, EPS),
         torch_add_norm,
     ),
     Kernel(
@@ -122,9 +120,7 @@ KERNELS = (
         ],
         ROWS * (HIDDEN * 8 + 512),
         0,
-        lambda t, _: _core.rotate_heads(
-            t[0], HEAD, HEAD, t[1].view(ROWS, 128), HEADS, EPS, stream()
-        ),
+        lambda t, _: fused.rotate_heads(t[0], HEAD, HEAD, t[1], HEADS, EPS),
         torch_rotate,
         FORMS[:1],
     ),
@@ -144,15 +140,7 @@ def measure(kernel: Kernel, form: fused.Form, peers: Sequence[str]) -> dict[str,
     """Microseconds of ours and of the peers."""
     copies = max(int(ROTATED_BYTES // kernel.moved(form)), 2)
     inputs = [kernel.make() for _ in range(copies)]
-    targets: list[Any] = [None] * copies
-    if kernel.columns:
-        like = torch.empty(ROWS, kernel.columns, dtype=torch.bfloat16, device="cuda")
-        targets = [fused._Activation(form, like).parts for _ in range(copies)]
-    result = {
-        "ours": microseconds(
-            [lambda i=i: kernel.ours(inputs[i], targets[i]) for i in range(copies)]
-        )
-    }
+    result = {"ours": microseconds([lambda x=x: kernel.ours(x, form) for x in inputs])}
 
     def composition(tensors: Tensors) -> Any:
         plain = kernel.torch(tensors)
@@ -161,41 +149,27 @@ def measure(kernel: Kernel, form: fused.Form, peers: Sequence[str]) -> dict[str,
     # The blocked scales of MXFP8 have no short composition in torch.
     for peer in peers if form != "mxfp8" else ():
         function = torch.compile(composition, dynamic=False) if peer == "compile" else composition
-        result[f"torch {peer}"] = microseconds(
-            [lambda i=i, f=function: f(inputs[i]) for i in range(copies)]
-        )
+        result[f"torch {peer}"] = microseconds([lambda x=x, f=function: f(x) for x in inputs])
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures to a file too")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="*", default=["eager", "compile"], metavar="PEER")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
     copy = copy_bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, device copy {copy:.2f} TB/s, "
-        f"{ROWS} rows\n"
-    )
-    print("| operation | form | who | us | TB/s | of copy |")
-    print("| --- | --- | --- | ---: | ---: | ---: |")
-    rows = []
+    report.add(operation="device copy", bandwidth=copy)
     for kernel in KERNELS:
         for form in kernel.forms:
-            for who, us in measure(kernel, form, arguments.peers).items():
+            for by, us in measure(kernel, form, arguments.peers).items():
                 bandwidth = kernel.moved(form) / us / 1e6
-                share = bandwidth / copy
-                rows.append(
-                    {"operation": kernel.name, "form": form, "who": who, "us": us, "share": share}
+                report.add(
+                    operation=kernel.name,
+                    form=form,
+                    by=by,
+                    rows=ROWS,
+                    us=us,
+                    bandwidth=bandwidth,
+                    share=bandwidth / copy,
                 )
-                print(
-                    f"| {kernel.name} | {form} | {who} | {us:.1f} | {bandwidth:.2f} | {share:.0%} |"
-                )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"copy": copy, "rows": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,4 @@
-"""Speed of FP8 products with fused epilogues on Hopper, beside cuBLASLt's product and our kernels.
-
-    python benchmarks/cuda_fused_gemm.py
+"""Speed of FP8 products with fused epilogues on Hopper, next to cuBLASLt's and our kernels.
 
 Both ways begin with activations in row-scaled FP8 and end with what the transformer needs next: q,
 k and v with heads normed and rotated, or the input of w2 in row-scaled FP8. All ways take turns.
@@ -9,17 +7,19 @@ k and v with heads normed and rotated, or the input of w2 in row-scaled FP8. All
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import microseconds_in_turn
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8.ops import fused, fused_gemm
 
+from ..report import Report
+from ..timing import microseconds_in_turn
+
 HIDDEN, FEED_FORWARD, HEADS = 3840, 10240, 30
+
+COLUMNS = {"tokens": "", "rows": "of the weights", "way": "", "us": "us", "rate": "TFLOP/s"}
 
 Ways = dict[str, Callable[[], object]]
 
@@ -63,27 +63,14 @@ def feed_forward_ways(tokens: int) -> Ways:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1152, 4224, 16512])
-    parser.add_argument("--json", type=Path, help="write the figures to a file too")
-    arguments = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| tokens | way | us | TFLOP/s of the product |")
-    print("| ---: | --- | ---: | ---: |")
-    figures = []
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
     for tokens in arguments.tokens:
         for ways, rows in ((qkv_ways, 3 * HIDDEN), (feed_forward_ways, 2 * FEED_FORWARD)):
             calls = {way: [call] * 4 for way, call in ways(tokens).items()}
             for way, us in microseconds_in_turn(calls).items():
                 rate = 2 * tokens * rows * HIDDEN / us / 1e6
-                figures.append({"tokens": tokens, "rows": rows, "way": way, "us": us})
-                print(f"| {tokens} | {way} | {us:.1f} | {rate:.0f} |", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+                report.add(tokens=tokens, rows=rows, way=way, us=us, rate=rate)

@@ -1,6 +1,4 @@
-"""Speed of the matrix products on a CUDA device, beside cuBLAS and `torch._scaled_mm`, in one run.
-
-    python benchmarks/cuda_gemm.py
+"""Speed of matrix products on a CUDA device, next to cuBLAS and `torch._scaled_mm`, in one run.
 
 Shapes are Z-Image's linears; M is the number of tokens. A CUDA graph holds the calls of each way to
 multiply, and the ways take turns; with few tokens calls rotate through several weights, more than
@@ -10,16 +8,16 @@ the cache holds.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
+from typing import get_args
 
 import torch
-from timing import microseconds_in_turn
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core
-from zimage_mxfp8.ops import gemm as matmul
+from zimage_mxfp8.ops import gemm as ops
+
+from ..report import Report
+from ..timing import microseconds_in_turn
 
 LINEARS = {
     "qkv": (11520, 3840),
@@ -31,31 +29,16 @@ CACHE_BYTES = 300 << 20
 Call = Callable[[], object]
 
 
-def paths() -> list[str]:
-    return [p for p in _core.gemm_paths() if p != "emulated"]
+COLUMNS = {"m": "tokens", "linear": "", "product": "", "us": "us", "ratio": "times cuBLAS's speed"}
+PATHS = [path for path in get_args(ops.Path) if path != "emulated"]
 
 
-class Ours:
-    """Calls of one path, with preallocated memory."""
-
-    def __init__(self, path: str, a: object, b: object, m: int, n: int) -> None:
-        self.path = path
-        self.parts = [matmul._operand(x, "x") for x in (a, b)]
-        problem = _core.GemmProblem(
-            m, n, self.parts[0][4], self.parts[0][0], self.parts[1][0], "bfloat16", False
-        )
-        nbytes = _core.gemm_workspace_size(path, problem, torch.cuda.current_device())
-        self.workspace = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cuda")
-        self.out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
-
-    def __call__(self) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        _core.gemm(self.path, *self.parts, None, self.out, "bfloat16", self.workspace, 0, stream)
-
-
-def supported(path: str, a: str, b: str) -> bool:
-    problem = _core.GemmProblem(128, 128, 128, a, b, "bfloat16", False)
-    return not _core.gemm_unsupported(path, problem, torch.cuda.current_device())
+def supported(path: str, a: object, b: object) -> bool:
+    try:
+        zm.gemm(a, b, path=path)
+    except zm.UnsupportedError:
+        return False
+    return True
 
 
 def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
@@ -82,53 +65,30 @@ def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
     }
     if torch.cuda.get_device_capability() >= (8, 9):
         calls["torch._scaled_mm"] = [scaled_mm(b) for b in row_scaled]
-    for path in paths():
-        if supported(path, "row-scaled", "row-scaled"):
-            products = [Ours(path, x_rows, b, m, n) for b in row_scaled]
-            calls[f"{path}"] = list(products)
-            codes, scales = x_rows.codes.view(torch.uint8), x_rows.scales
-
-            def with_quantize(
-                product: Ours, codes: torch.Tensor = codes, scales: torch.Tensor = scales
-            ) -> None:
-                stream = torch.cuda.current_stream().cuda_stream
-                _core.quantize_rows(x, "bfloat16", codes, scales, 0, stream)
-                product()
-
-            calls[f"{path} + quantize_rows"] = [lambda p=p: with_quantize(p) for p in products]
-        if supported(path, "bfloat16", "mxfp8"):
-            calls[f"{path}, BF16 x MXFP8"] = [Ours(path, x, b, m, n) for b in encoded]
-        if supported(path, "mxfp8", "mxfp8"):
-            calls[f"{path}, MXFP8 x MXFP8"] = [Ours(path, x_mx, b, m, n) for b in encoded]
+    for path in PATHS:
+        if supported(path, x_rows, row_scaled[0]):
+            calls[path] = [lambda b=b, p=path: zm.gemm(x_rows, b, path=p) for b in row_scaled]
+            calls[f"{path} + quantize_rows"] = [
+                lambda b=b, p=path: zm.gemm(zm.quantize_rows(x), b, path=p) for b in row_scaled
+            ]
+        for name, a in (("BF16", x), ("MXFP8", x_mx)):
+            if supported(path, a, encoded[0]):
+                calls[f"{path}, {name} x MXFP8"] = [
+                    lambda a=a, b=b, p=path: zm.gemm(a, b, path=p) for b in encoded
+                ]
     peers = ("cuBLAS BF16", "torch._scaled_mm")
     return microseconds_in_turn({w: c for w, c in calls.items() if w in peers or only in w}, 40)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the figures to a file too")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4224, 128, 32])
     parser.add_argument("--only", default="", help="of our products, those with this in the name")
-    arguments = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| M | linear | product | us | TFLOP/s | of cuBLAS BF16 | of _scaled_mm |")
-    print("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
-    rows = []
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
     for m in arguments.tokens:
         for linear, (n, k) in LINEARS.items():
             times = measure(m, n, k, arguments.only)
-            bf16, fp8 = times["cuBLAS BF16"], times.get("torch._scaled_mm", float("nan"))
-            for what, us in times.items():
-                rows.append({"m": m, "linear": linear, "product": what, "us": us})
-                print(
-                    f"| {m} | {linear} | {what} | {us:.1f} | {2 * m * n * k / us / 1e6:.0f} "
-                    f"| {bf16 / us:.2f} | {fp8 / us:.2f} |"
-                )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+            for product, us in times.items():
+                ratio = times["cuBLAS BF16"] / us
+                report.add(m=m, linear=linear, product=product, us=us, ratio=ratio)

@@ -1,10 +1,8 @@
-"""The whole transformer on a CUDA device: speed, memory, loading, errors and where the time goes,
-beside diffusers' BF16 model under torch.compile, and an image with `generate`, in one run.
+"""The whole transformer on a CUDA device, next to diffusers' BF16 model under torch.compile.
 
-    python benchmarks/transformer.py                    # full size; needs 20 GB of disk
-    python benchmarks/transformer.py --only ours peer   # some parts; --help lists them
-
-In a build without CUDA kernels torch does the work, in the modes that it has.
+Speed, memory, loading, errors, where the time goes, and an image with `generate`, in one run. The
+full size needs 20 GB of disk. In a build without CUDA kernels torch does the work, in the modes
+that it has.
 
 The checkpoint is synthetic. Inputs are random latents and captions. Peer: diffusers'
 `ZImageTransformer2DModel` in BF16 with cuDNN's attention, its blocks compiled by torch.compile for
@@ -33,20 +31,39 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from safetensors import safe_open
 
 import zimage_mxfp8 as zm
-from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.bias_correction import sampler_timesteps
 from zimage_mxfp8.transformer.compute import Compute, supported
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "python"))
-from model_folder import make_parts
+from ..report import Report
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "python"))
+from helpers.model_folder import make_parts
 
 PARTS = ("load", "start", "generate", "ours", "profile", "errors", "peer")
 # Pixels of a side, images, caption tokens.
 SHAPES = [(1024, 1, 128), (512, 1, 128), (1536, 1, 128), (2048, 1, 128), (1024, 4, 128)]
 SHAPES.append((1024, 1, 512))
 MODES: tuple[Compute, ...] = ("fp8", "weight-only")
+COLUMNS = {
+    "part": "",
+    "mode": "",
+    "image": "pixels of a side",
+    "images": "",
+    "caption_tokens": "",
+    "ms": "ms, median",
+    "peak_gb": "GB of device memory",
+    "seconds": "s",
+    "host_mib": "MiB of host memory above the process's own",
+    "max_fold_error": "",
+    "stage": "",
+    "kernel": "",
+    "launches": "",
+    "output_error": "relative",
+    "latents_error": "relative, after 8 steps",
+    "deterministic": "",
+}
 Inputs = tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]
 
 START = """
@@ -145,7 +162,7 @@ def free() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def measure_load(file: Path) -> dict[str, float]:
+def measure_load(file: Path, report: Report) -> None:
     torch.zeros(1, device="cuda")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
@@ -153,17 +170,21 @@ def measure_load(file: Path) -> dict[str, float]:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{model!r}\nworst fold {model.max_fold_error:.2e}", flush=True)
-    return {"seconds": seconds, "host MiB above": (after - before) / 1024}
+    print(repr(model), flush=True)
+    report.add(
+        part="load",
+        seconds=seconds,
+        host_mib=(after - before) / 1024,
+        max_fold_error=model.max_fold_error,
+    )
 
 
-def measure_start(file: Path) -> dict[str, float]:
-    result = {}
+def measure_start(file: Path, report: Report) -> None:
+    """Seconds from the process's start to the end of 8 steps, the transformer alone."""
     for mode in modes(MODES):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", START, str(file), mode], check=True)
-        result[mode] = time.perf_counter() - began
-    return result
+        report.add(part="start", mode=mode, seconds=time.perf_counter() - began)
 
 
 def make_model_folder(path: Path) -> None:
@@ -171,12 +192,11 @@ def make_model_folder(path: Path) -> None:
     ZImagePipeline(**parts, transformer=None).to(torch.bfloat16).save_pretrained(path)
 
 
-def measure_generate(file: Path) -> dict[str, dict[str, float]]:
+def measure_generate(file: Path, report: Report) -> None:
     """Seconds from the process's start to each stage's first report and to the end of the PNG.
 
     The first report of "denoising" is that its first step is over; others come at the beginning.
     """
-    result = {}
     with tempfile.TemporaryDirectory() as folder:
         model, image = Path(folder) / "model", Path(folder) / "o.png"
         make_model_folder(model)
@@ -188,12 +208,27 @@ def measure_generate(file: Path) -> dict[str, dict[str, float]]:
             process = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE)
             times, peak = json.loads(process.stdout.splitlines()[-1])
             times["PNG"] = image.stat().st_mtime
-            result[name] = {stage: at - began for stage, at in times.items()} | {"peak GB": peak}
-    return result
+            for stage, at in times.items():
+                report.add(part="generate", mode=name, stage=stage, seconds=at - began)
+            report.add(part="generate", mode=name, peak_gb=peak)
 
 
-def measure_ours(file: Path, repeats: int) -> dict[str, dict[str, float]]:
-    result = {}
+def add_forward(
+    report: Report, mode: str, shape: tuple[int, int, int], ms: float, **row: float
+) -> None:
+    image, images, caption_tokens = shape
+    report.add(
+        part="forward",
+        mode=mode,
+        image=image,
+        images=images,
+        caption_tokens=caption_tokens,
+        ms=ms,
+        **row,
+    )
+
+
+def measure_ours(file: Path, repeats: int, report: Report) -> None:
     for mode in modes(MODES):
         free()
         model = zm.ZImageTransformer.from_checkpoint(file, "cuda", mode)
@@ -202,23 +237,21 @@ def measure_ours(file: Path, repeats: int) -> dict[str, dict[str, float]]:
             torch.cuda.reset_peak_memory_stats()
             ms = milliseconds(lambda m=model, i=inputs: m(*i, return_dict=False), repeats)
             peak = torch.cuda.max_memory_allocated() / 1e9
-            result[f"{mode} {shape}"] = {"ms": ms, "peak GB": peak}
+            add_forward(report, mode, shape, ms, peak_gb=peak)
             model.to("cuda")  # drops the graph, and its memory with it
         del model
-    return result
 
 
-def measure_peer(checkpoint: Path, repeats: int, whole: bool) -> dict[str, dict[str, float]]:
+def measure_peer(checkpoint: Path, repeats: int, whole: bool, report: Report) -> None:
     free()
     peer = load_peer(checkpoint, torch.bfloat16)
     peer.set_attention_backend("_native_cudnn")
-    result = {}
     if whole:
         inputs = random_inputs(*SHAPES[0])
         compiled = torch.compile(peer)
         with torch.no_grad():
             ms = milliseconds(lambda: compiled(*inputs, return_dict=False), repeats)
-        result[f"whole {SHAPES[0]}"] = {"ms": ms}
+        add_forward(report, "diffusers, compiled whole", SHAPES[0], ms)
         torch._dynamo.reset()
     for shape in SHAPES:
         torch._dynamo.reset()
@@ -228,12 +261,11 @@ def measure_peer(checkpoint: Path, repeats: int, whole: bool) -> dict[str, dict[
         with torch.no_grad():
             ms = milliseconds(lambda i=inputs: peer(*i, return_dict=False), repeats)
         peak = torch.cuda.max_memory_allocated() / 1e9
-        result[f"regional {shape}"] = {"ms": ms, "peak GB": peak}
-    return result
+        add_forward(report, "diffusers", shape, ms, peak_gb=peak)
 
 
-def profile(file: Path) -> list[tuple[str, float, int]]:
-    """(kernel, ms, launches) of one forward, by time."""
+def profile(file: Path, report: Report) -> None:
+    """Time and launches of each kernel in one forward, the longest first."""
     free()
     model = zm.ZImageTransformer.from_checkpoint(file, "cuda")
     inputs = random_inputs(*SHAPES[0])
@@ -243,12 +275,10 @@ def profile(file: Path) -> list[tuple[str, float, int]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         model(*inputs)
         torch.cuda.synchronize()
-    rows = [
-        (row.key, row.self_device_time_total / 1000, row.count)
-        for row in profiler.key_averages()
-        if row.self_device_time_total > 0
-    ]
-    return sorted(rows, key=lambda row: -row[1])
+    for row in sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total):
+        ms = row.self_device_time_total / 1000
+        if ms > 0:
+            report.add(part="profile", kernel=row.key, ms=ms, launches=row.count)
 
 
 def trajectory(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
@@ -263,7 +293,7 @@ def trajectory(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> to
     return latents
 
 
-def measure_errors(checkpoint: Path, file: Path) -> dict[str, dict[str, float]]:
+def measure_errors(checkpoint: Path, file: Path, report: Report) -> None:
     inputs = random_inputs(*SHAPES[0])
     wide = ([x.float() for x in inputs[0]], inputs[1], [c.float() for c in inputs[2]])
     free()
@@ -277,7 +307,6 @@ def measure_errors(checkpoint: Path, file: Path) -> dict[str, dict[str, float]]:
     def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
         return ((found.float() - wanted).norm() / wanted.norm()).item()
 
-    result = {}
     models: dict[str, Callable[[], torch.nn.Module]] = {
         "diffusers BF16": lambda: load_peer(checkpoint, torch.bfloat16),
         "ours BF16": lambda: zm.ZImageTransformer.from_checkpoint(checkpoint, "cuda"),
@@ -291,17 +320,15 @@ def measure_errors(checkpoint: Path, file: Path) -> dict[str, dict[str, float]]:
         with torch.no_grad():
             outputs = [model(*inputs, return_dict=False)[0][0].clone() for _ in range(3)]
         ends = [trajectory(model, inputs, torch.bfloat16) for _ in range(2)]
-        result[name] = {
-            "output": error(outputs[0], want),
-            "latents": error(ends[0], final),
-            "deterministic": float(
-                all(torch.equal(outputs[0], o) for o in outputs) and torch.equal(*ends)
-            ),
-        }
-        print(name, result[name], flush=True)
+        report.add(
+            part="errors",
+            mode=name,
+            output_error=error(outputs[0], want),
+            latents_error=error(ends[0], final),
+            deterministic=all(torch.equal(outputs[0], o) for o in outputs) and torch.equal(*ends),
+        )
         del model, outputs, ends
         free()
-    return result
 
 
 def main() -> None:
@@ -313,8 +340,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30, help="main blocks, for a first look")
     parser.add_argument("--repeats", type=int, default=8, help="timed forwards of a shape")
     parser.add_argument("--whole", action="store_true", help="compile the peer as a whole too")
-    parser.add_argument("--json", type=Path, help="write the figures to a file too")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     checkpoint = arguments.folder / f"bf16-{arguments.layers}.safetensors"
     file = arguments.folder / f"mxfp8-{arguments.layers}.safetensors"
@@ -326,32 +354,17 @@ def main() -> None:
     with file.open("rb", buffering=0) as content:  # into the page cache
         while content.read(1 << 24):
             pass
-    build = _core.build_info()
-    kernels = f"kernels of CUDA {build.cuda}" if build.cuda else f"no kernels ({build.no_cuda})"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {kernels}", flush=True)
-    figures: dict[str, object] = {}
-
-    def note(what: str, value: object) -> None:
-        figures[what] = value
-        print(f"{what}: {json.dumps(value, indent=1)}", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(figures, indent=1))
-
     if "load" in arguments.only:
-        note("load", measure_load(file))
+        measure_load(file, report)
     if "start" in arguments.only:
-        note("start to the end of 8 steps, seconds", measure_start(file))
+        measure_start(file, report)
     if "generate" in arguments.only:
-        note("start of generate to its stages and its image, seconds", measure_generate(file))
+        measure_generate(file, report)
     if "ours" in arguments.only:
-        note("ours", measure_ours(file, arguments.repeats))
+        measure_ours(file, arguments.repeats, report)
     if "profile" in arguments.only:
-        note("profile", profile(file))
+        profile(file, report)
     if "errors" in arguments.only:
-        note("errors", measure_errors(checkpoint, file))
+        measure_errors(checkpoint, file, report)
     if "peer" in arguments.only:
-        note("peer", measure_peer(checkpoint, arguments.repeats, arguments.whole))
-
-
-if __name__ == "__main__":
-    main()
+        measure_peer(checkpoint, arguments.repeats, arguments.whole, report)
