@@ -331,10 +331,7 @@ def measure_errors(checkpoint: Path, file: Path, report: Report) -> None:
         free()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "zimage-mxfp8")
     parser.add_argument("--layers", type=int, default=30, help="main blocks, for a first look")

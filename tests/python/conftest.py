@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, so one thread per process
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in what tests start
+
 import torch
 from safetensors.torch import save_file
 
