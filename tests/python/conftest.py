@@ -92,6 +92,22 @@ def cli(tmp_path: Path) -> Run:
     return run
 
 
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs `zimage-mxfp8` in this process and in `tmp_path`, without importing torch again."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        code = main(words)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, captured.out, captured.err)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def zimage_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small diffusers folder with all parts; tests must not change it."""

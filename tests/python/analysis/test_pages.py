@@ -405,14 +405,14 @@ def test_names_are_shown_as_they_are(page: Path, probe_report: zm.ProbeReport) -
     ("command", "options"), [("probe", []), ("compare", ["--low-rank", "none", "--sample", "0.01"])]
 )
 def test_html_from_the_command_line(
-    cli: Run, small_file: Path, tmp_path: Path, command: str, options: list[str]
+    in_process: Run, small_file: Path, tmp_path: Path, command: str, options: list[str]
 ) -> None:
     arguments = (command, small_file, "--html", "p.html", *options)
-    result = cli(*arguments, "--json")
+    result = in_process(*arguments, "--json")
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "p.html").read_text("utf-8")
     assert text.startswith("<!DOCTYPE html>") and "layers.29.attention.qkv.weight" in text
-    again = cli(*arguments)
+    again = in_process(*arguments)
     assert again.returncode == 1 and "p.html exists; --overwrite" in again.stderr
-    assert cli(*arguments, "--overwrite").returncode == 0
+    assert in_process(*arguments, "--overwrite").returncode == 0
     assert (tmp_path / "p.html").read_text("utf-8") == text, "the same input, the same page"

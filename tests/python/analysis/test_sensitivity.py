@@ -360,12 +360,14 @@ def test_layers_that_quantising_makes_larger(tensors: Tensors, tmp_path: Path) -
 W1, W2, W3 = (f"layers.0.feed_forward.w{i}.weight" for i in (1, 2, 3))
 
 
-def test_outputs_that_are_no_numbers(tensors: Tensors, tmp_path: Path, cli: Run) -> None:
+def test_outputs_that_are_no_numbers(tensors: Tensors, tmp_path: Path, in_process: Run) -> None:
     for value in (math.nan, math.inf):
         weight = tensors[W1].clone()
         weight[3, 5] = value
         save_file(tensors | {W1: weight}, tmp_path / "a.safetensors")
-        ran = cli("sensitivity", "a.safetensors", "--size", 32, "--device", "cpu", "--state", "s")
+        ran = in_process(
+            "sensitivity", "a.safetensors", "--size", 32, "--device", "cpu", "--state", "s"
+        )
         fails(ran, 1, "a.safetensors: the model's own output has NaN or Inf at step 0")
         only(tmp_path, "a.safetensors")
     final = {name: 0 * tensors[name] for name in tensors if name.startswith("final_layer.linear")}
@@ -398,7 +400,7 @@ def test_nothing_is_lost(tensors: Tensors, tmp_path: Path) -> None:
 # ---- real captions
 
 
-def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:
+def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run, in_process: Run) -> None:
     arguments = (
         "sensitivity",
         zimage_folder,
@@ -432,7 +434,7 @@ def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:
         ),
         (["--model-dir", zimage_folder, "--timesteps", 9], 2, "--timesteps must be 1 to 8"),
     ):
-        fails(cli(*arguments, "--prompt", "a", *options), code, sentence)
+        fails(in_process(*arguments, "--prompt", "a", *options), code, sentence)
 
 
 def test_too_little_memory_for_the_text_encoder(
@@ -449,8 +451,8 @@ def test_too_little_memory_for_the_text_encoder(
     assert sentence in capsys.readouterr().err
 
 
-def test_convert_takes_the_recipe(folder: Path, tmp_path: Path, cli: Run) -> None:
-    ran = cli(
+def test_convert_takes_the_recipe(folder: Path, tmp_path: Path, in_process: Run) -> None:
+    ran = in_process(
         *("sensitivity", folder, "--size", 64, "--timesteps", 2, "--bound", 0.03, "--device"),
         *("cpu", "--dtype", "float32", "--json", "--write-recipe", tmp_path / "found.toml"),
     )
@@ -476,8 +478,8 @@ def test_convert_takes_the_recipe(folder: Path, tmp_path: Path, cli: Run) -> Non
     assert error == pytest.approx(report["smallest"]["error"], rel=0.15)
 
 
-def test_the_tables(folder: Path, cli: Run) -> None:
-    ran = cli("sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu")
+def test_the_tables(folder: Path, in_process: Run) -> None:
+    ran = in_process("sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu")
     assert ran.returncode == 0, ran.stderr
     assert "the model card's exclusions" in ran.stdout
     assert "layers.0.feed_forward.w2" in ran.stdout
@@ -518,9 +520,9 @@ def test_tables_fit_80_columns(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "--json and wider terminals also show: first step, last step." in text
 
 
-def test_prompts_are_measured_with(zimage_folder: Path, tmp_path: Path, cli: Run) -> None:
+def test_prompts_are_measured_with(zimage_folder: Path, tmp_path: Path, in_process: Run) -> None:
     prompts = ["a red fox in snow", "two cats"]
-    ran = cli(
+    ran = in_process(
         *("sensitivity", zimage_folder, "--model-dir", zimage_folder, "--size", 32),
         *("--timesteps", 1, "--device", "cpu", "--dtype", "float32", "--json"),
         *("--html", "page.html", *(x for prompt in prompts for x in ("--prompt", prompt))),
@@ -558,26 +560,28 @@ def test_prompts_are_measured_with(zimage_folder: Path, tmp_path: Path, cli: Run
         (["--device", "tpu"], "device must be"),
     ],
 )
-def test_wrong_usage(options: list[str], sentence: str, folder: Path, cli: Run) -> None:
-    ran = cli("sensitivity", folder, *options)
+def test_wrong_usage(options: list[str], sentence: str, folder: Path, in_process: Run) -> None:
+    ran = in_process("sensitivity", folder, *options)
     assert ran.returncode == 2
     assert sentence in ran.stderr
     assert "Traceback" not in ran.stderr
 
 
-def test_a_quantised_checkpoint(folder: Path, tmp_path: Path, cli: Run) -> None:
+def test_a_quantised_checkpoint(folder: Path, tmp_path: Path, in_process: Run) -> None:
     zm.convert(folder, tmp_path / "q.safetensors")
-    ran = cli("sensitivity", tmp_path / "q.safetensors")
+    ran = in_process("sensitivity", tmp_path / "q.safetensors")
     assert ran.returncode == 1
     assert "q.safetensors is quantised already" in ran.stderr
 
 
 @pytest.mark.parametrize("option", ["--html", "--write-recipe"])
-def test_no_output_replaces_the_weights(option: str, tmp_path: Path, cli: Run) -> None:
+def test_no_output_replaces_the_weights(option: str, tmp_path: Path, in_process: Run) -> None:
     make_reference(dim=128, layers=1).save_pretrained(tmp_path / "m")
     weights = tmp_path / "m" / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
-    ran = cli("sensitivity", "m", option, weights, "--overwrite", "--device", "cpu", "--size", 32)
+    ran = in_process(
+        "sensitivity", "m", option, weights, "--overwrite", "--device", "cpu", "--size", 32
+    )
     fails(ran, 2, "is the input; choose another name")
     assert weights.read_bytes() == before
 
@@ -606,7 +610,7 @@ def test_wrong_arguments_from_python(
         analyse(folder, **options)
 
 
-def test_a_set_of_everything_is_announced(folder: Path, cli: Run) -> None:
+def test_a_set_of_everything_is_announced(folder: Path, in_process: Run) -> None:
     options = (
         "--size",
         32,
@@ -619,14 +623,14 @@ def test_a_set_of_everything_is_announced(folder: Path, cli: Run) -> None:
         "--dtype",
         "float32",
     )
-    ran = cli("sensitivity", folder, *options)
+    ran = in_process("sensitivity", folder, *options)
     assert ran.returncode == 0
     assert "convert refuses a recipe that keeps them all" in ran.stderr
 
 
-def test_an_output_that_exists(folder: Path, tmp_path: Path, cli: Run) -> None:
+def test_an_output_that_exists(folder: Path, tmp_path: Path, in_process: Run) -> None:
     (tmp_path / "r.toml").write_text("mine")
-    ran = cli("sensitivity", folder, "--write-recipe", tmp_path / "r.toml")
+    ran = in_process("sensitivity", folder, "--write-recipe", tmp_path / "r.toml")
     assert ran.returncode == 1
     assert "r.toml" in ran.stderr
     assert (tmp_path / "r.toml").read_text() == "mine"

@@ -156,7 +156,7 @@ CALLS = {
 }
 CODE = """
 import zimage_mxfp8 as zm
-from zimage_mxfp8.synthetic import write_synthetic_checkpoint
+from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 """
 
 

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_driver_tells_its_gpus(tmp_path: Path) -> None:
-    program = "from zimage_mxfp8 import driver; print(driver.look())"
+    program = "from zimage_mxfp8.system import driver; print(driver.look())"
     ran = subprocess.run(
         [sys.executable, "-c", program],
         env=make_driver(tmp_path),
@@ -68,7 +68,7 @@ def test_the_driver_tells_its_gpus(tmp_path: Path) -> None:
 )
 def test_a_driver_without_gpus(source: str | None, init: int, problem: str, tmp_path: Path) -> None:
     sources = {} if source is None else {"source": source}
-    program = "from zimage_mxfp8 import driver; print(driver.look().problem)"
+    program = "from zimage_mxfp8.system import driver; print(driver.look().problem)"
     ran = subprocess.run(
         [sys.executable, "-c", program],
         env=make_driver(tmp_path, init=init, **sources),
