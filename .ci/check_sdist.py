@@ -12,7 +12,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-LEFT_OUT = (".ci/", ".github/", "benchmarks/results/")
+LEFT_OUT = (".ci/", ".github/")
 ADDED = {"PKG-INFO"}
 
 

@@ -1,23 +1,29 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core, so one thread per process
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in what tests start
+
 import torch
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.cli.main import main
 
-Tensors = dict[str, torch.Tensor]
+pytest.register_assert_rewrite("helpers")  # before they are imported
+
+from helpers.checkpoints import Tensors, random_tensors, small_shapes  # noqa: E402
+from helpers.commands import Run  # noqa: E402
+from helpers.images import STAGES, Generate  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,21 +61,6 @@ def restored_target() -> Iterator[None]:
     _core.force_cpu_target(before)
 
 
-def random_tensors(
-    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.bfloat16, seed: int = 0
-) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (torch.randn(shape, generator=generator) * (0.05 if len(shape) > 1 else 1)).to(dtype)
-        for name, shape in shapes.items()
-    }
-
-
-def small_shapes(layers: int = 30) -> dict[str, tuple[int, ...]]:
-    """Z-Image with ragged sizes: neither the widths nor the hidden size are multiples of 32."""
-    return zimage_shapes(dim=40, layers=layers, caption_dim=50, hidden=75)
-
-
 @pytest.fixture(scope="session")
 def small_model() -> Tensors:
     return random_tensors(small_shapes())
@@ -81,9 +72,6 @@ def small_file(small_model: Tensors, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("small") / "model.safetensors"
     save_file(small_model, path)
     return path
-
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
@@ -105,10 +93,26 @@ def cli(tmp_path: Path) -> Run:
     return run
 
 
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs `zimage-mxfp8` in this process and in `tmp_path`, without importing torch again."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        code = main(words)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, captured.out, captured.err)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def zimage_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small diffusers folder with all parts; tests must not change it."""
-    from model_folder import make_folder
+    from helpers.model_folder import make_folder
 
     return make_folder(tmp_path_factory.mktemp("generate") / "Z-Image-tiny")
 
@@ -128,16 +132,6 @@ def turbo(zimage_folder: Path, zimage_quantized: Path, tmp_path: Path) -> Path:
     shutil.copytree(zimage_folder, tmp_path / "Z-Image-Turbo", ignore=ignored)
     shutil.copy(zimage_quantized, tmp_path / "Z-Image-Turbo-mxfp8.safetensors")
     return tmp_path
-
-
-Generate = Callable[..., "tuple[int, str, str]"]
-
-# What `generate` tells without a terminal while all goes well.
-STAGES = re.compile(
-    r"^zimage-mxfp8: (?:(?:checking|loading) [a-zA-Z ]+(?: \.\.\.)?|encoding|"
-    r"denoising: step \d+ of \d+, \S+ s a step|decoding(?:: image \d+ of \d+)?)\n",
-    re.MULTILINE,
-)
 
 
 @pytest.fixture
@@ -175,7 +169,3 @@ def generate(
         return code, captured.out, STAGES.sub("", captured.err)
 
     return run
-
-
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

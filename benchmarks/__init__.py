@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks SUITE`, run from the repository's root."""

@@ -1,0 +1,54 @@
+"""Run one suite of benchmarks, or bring the documentation's tables up to date.
+
+python -m benchmarks SUITE [--json FILE] ...   # SUITE --help lists the options of a suite
+python -m benchmarks tables [--check]          # results/*.json to docs/performance.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from . import tables
+from .report import Report
+
+SUITES = {
+    "codec": "quantize and dequantize on a CUDA device",
+    "gemm": "matrix products with 8-bit operands on a CUDA device",
+    "fused": "the fused kernels on a CUDA device",
+    "fused-gemm": "FP8 products with fused epilogues on Hopper",
+    "transformer": "the whole transformer and generate on a CUDA device",
+    "convert": "conversion of a checkpoint: time and memory of whole processes",
+    "bias-correction": "error of the modulation layers under each bias correction",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
+    chosen = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name, summary in SUITES.items():
+        suite = commands.add_parser(
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        suite.add_argument("--json", type=Path, help="write the rows here, with the machine")
+        if name == chosen:  # a suite imports what it measures
+            module = importlib.import_module(f".suites.{name.replace('-', '_')}", __package__)
+            suite.description = module.__doc__
+            module.add_arguments(suite)
+    generated = commands.add_parser("tables", help="write the tables of docs/performance.md")
+    generated.add_argument("--check", action="store_true", help="change nothing; fail if outdated")
+    arguments = parser.parse_args()
+    if arguments.suite == "tables":
+        sys.exit(tables.update(check=arguments.check))
+    module.run(arguments, Report(arguments.suite, module.COLUMNS, arguments.json))
+
+
+if __name__ == "__main__":
+    main()

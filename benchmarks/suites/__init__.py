@@ -1,0 +1,1 @@
+"""One module per suite, with `COLUMNS`, `add_arguments` and `run`."""

@@ -1,0 +1,394 @@
+"""Tables of docs/performance.md, from the committed results.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; a function here makes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .report import ROOT
+
+DOCUMENT = ROOT / "docs" / "performance.md"
+RESULTS = Path(__file__).with_name("results")
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PEAK_TFLOPS = {"FP8": 1979, "BF16": 989}  # of an H100 SXM
+LINEARS = {"qkv": (11520, 3840), "out": (3840, 3840), "w1": (10240, 3840), "w2": (3840, 10240)}
+
+Row = dict[str, Any]
+Rows = Sequence[Row]
+
+
+def rows_of(name: str, **where: Any) -> list[Row]:
+    """Rows of a result file that have these values."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
+    return [row for row in rows if where.items() <= row.items()]
+
+
+def one(rows: Rows, **where: Any) -> Row | None:
+    """The row that has these values; None if there is none. ValueError if there are more."""
+    found = [row for row in rows if where.items() <= row.items()]
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} rows have {where}")
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its title, and what it shows of the rows that share a line."""
+
+    title: str
+    cell: Callable[[Rows], str]
+    right: bool = True
+
+
+def cell(pattern: str, **where: Any) -> Callable[[Rows], str]:
+    """Show the row that has these values by a format such as "{us:.1f}", or "-" without one."""
+
+    def show(rows: Rows) -> str:
+        row = one(rows, **where)
+        return "-" if row is None else pattern.format_map(row)
+
+    return show
+
+
+def label(pattern: str) -> Callable[[Rows], str]:
+    """Show what the rows of a line have in common."""
+    return lambda rows: pattern.format_map(rows[0])
+
+
+def table(rows: Iterable[Row], by: Sequence[str], columns: Sequence[Column]) -> str:
+    """Build a table with one line for each combination of the columns `by`."""
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row.get(name) for name in by), []).append(row)
+    text = [
+        "| " + " | ".join(column.title for column in columns) + " |",
+        "| " + " | ".join("---:" if column.right else "---" for column in columns) + " |",
+    ]
+    text += [
+        "| " + " | ".join(column.cell(members) for column in columns) + " |"
+        for members in lines.values()
+    ]
+    return "\n".join(re.sub(" {2,}", " ", line) for line in text) + "\n"
+
+
+FORWARD = ("image", "images", "caption_tokens")
+
+
+def image_label(rows: Rows) -> str:
+    row = rows[0]
+    text = f"{row['image']}x{row['image']}"
+    if row["images"] > 1:
+        text += f", batch of {row['images']}"
+    return (
+        text if row["caption_tokens"] == 128 else f"{text}, {row['caption_tokens']} caption tokens"
+    )
+
+
+def transformer() -> str:
+    def speedup(mode: str) -> Callable[[Rows], str]:
+        def show(rows: Rows) -> str:
+            ours, peer = one(rows, mode=mode), one(rows, mode="diffusers")
+            assert ours is not None and peer is not None
+            return f"{ours.get('speedup', peer['ms'] / ours['ms']):.2f}"
+
+        return show
+
+    columns = [
+        Column("image", image_label, right=False),
+        Column("peer", cell("{ms:.1f}", mode="diffusers")),
+    ]
+    for mode in ("fp8", "weight-only"):
+        columns.append(Column(f"`{mode}`", cell("{ms:.1f}", mode=mode)))
+        columns.append(Column("", speedup(mode)))
+    columns.append(Column("peer GB", cell("{peak_gb:.1f}", mode="diffusers")))
+    columns += [
+        Column(f"`{mode}`", cell("{peak_gb:.1f}", mode=mode)) for mode in ("fp8", "weight-only")
+    ]
+    return table(rows_of("transformer", part="forward"), FORWARD, columns)
+
+
+def goals() -> str:
+    rows = rows_of("transformer")
+
+    def value(column: str, **where: Any) -> float:
+        (row,) = (row for row in rows if column in row and where.items() <= row.items())
+        return float(row[column])
+
+    def seconds(found: float, goal: float) -> str:
+        return f"{found:.1f} s" if found <= goal else f"**{found:.1f} s**"
+
+    load = value("seconds", part="load")
+    host = value("host_mib", part="load")
+    starts = [value("seconds", part="start", mode=mode) for mode in ("fp8", "weight-only")]
+    png = value("seconds", part="generate", mode="all parts kept", stage="PNG")
+    kept = value("peak_gb", part="generate", mode="all parts kept")
+    offload = value("peak_gb", part="generate", mode="--offload")
+    return f"""\
+| | goal | measured |
+| --- | ---: | ---: |
+| loading 6.2 GiB to the GPU, file in the page cache (1.6 s on another machine) | 4 s | {seconds(load, 4)} |
+| host memory above the process's own meanwhile | 1024 MiB | {host:.0f} MiB |
+| start of the process to the end of 8 steps at 1024x1024, transformer alone: `fp8`, `weight-only` | 10 s | {", ".join(seconds(s, 10) for s in starts)} |
+| the same by `generate`, to the PNG written | 10 s | {seconds(png, 10)} |
+| peak device memory of `generate`, all parts kept (text encoder of 2 layers) | | {kept:.1f} GB |
+| the same with `--offload` | 8 GB and the largest part | {offload:.1f} GB |
+"""  # noqa: E501
+
+
+def builds(part: str) -> list[Row]:
+    """The same measurement in a build without kernels and in one with them."""
+    return [
+        {**row, "build": build}
+        for build in ("torch", "kernels")
+        for row in rows_of(f"transformer-by-{build}", part=part)
+    ]
+
+
+def without_kernels() -> str:
+    def ratio(mode: str) -> Callable[[Rows], str]:
+        def show(rows: Rows) -> str:
+            slow, fast = (one(rows, build=build, mode=mode) for build in ("torch", "kernels"))
+            return f"{slow['ms'] / fast['ms']:.2f}" if slow and fast else "-"
+
+        return show
+
+    columns = [Column("image", image_label, right=False)]
+    for mode in ("fp8", "weight-only"):
+        columns.append(Column(f"`{mode}` by torch", cell("{ms:.1f}", mode=mode, build="torch")))
+        columns.append(Column("by the kernels", cell("{ms:.1f}", mode=mode, build="kernels")))
+        columns.append(Column("", ratio(mode)))
+    return table(builds("forward"), FORWARD, columns)
+
+
+def without_kernels_generate() -> str:
+    columns = [Column("`generate`", label("by {build}"), right=False)]
+    for mode, title in (("all parts kept", "all parts kept"), ("--offload", "`--offload`")):
+        columns.append(Column(f"{title}, s", cell("{seconds:.1f}", mode=mode)))
+        columns.append(Column("GB", cell("{peak_gb:.1f}", mode=mode)))
+    return table(builds("generate"), ["build"], columns)
+
+
+def profile() -> str:
+    def emphasised(pattern: str) -> Callable[[Rows], str]:
+        def show(rows: Rows) -> str:
+            text = pattern.format_map(rows[0])
+            return f"**{text}**" if rows[0]["kernel"] == "kernels" else text
+
+        return show
+
+    columns = [
+        Column("work", emphasised("{kernel}"), right=False),
+        Column("ms", emphasised("{ms:.2f}")),
+        Column("launches", emphasised("{launches}")),
+    ]
+    return table(rows_of("transformer", part="profile"), ["kernel"], columns)
+
+
+def fused_gemm() -> str:
+    names = {11520: "qkv, `rotate_heads`", 20480: "w1 and w3, `silu_multiply`"}
+
+    def way(*names: str) -> Callable[[Rows], str]:
+        return lambda rows: next(
+            f"{row['us']:.1f}" for name in names if (row := one(rows, way=name))
+        )
+
+    columns = [
+        Column("tokens", label("{tokens}")),
+        Column("", lambda rows: names[rows[0]["rows"]], right=False),
+        Column("cuBLASLt's product alone", way("cuBLASLt alone")),
+        Column("and the kernel after it", way("cuBLASLt, rotate_heads", "cuBLASLt, silu_multiply")),
+        Column("product with fused epilogue", way("gemm_rotate_heads", "gemm_silu_multiply alone")),
+        Column(
+            "and `quantize_rows`", way("gemm_rotate_heads", "gemm_silu_multiply, quantize_rows")
+        ),
+    ]
+    return table(rows_of("fused_gemm"), ["tokens", "rows"], columns)
+
+
+def errors() -> str:
+    columns = [
+        Column("", label("{mode}"), right=False),
+        Column("output", label("{output_error:.4f}")),
+        Column("final latents", label("{latents_error:.4f}")),
+    ]
+    return table(rows_of("transformer", part="errors"), ["mode"], columns)
+
+
+TIME_AND_SHARE = "{us:.1f} us, {percent} %"
+
+
+def with_percent(rows: Iterable[Row]) -> list[Row]:
+    return [{**row, "percent": round(100 * row["share"])} for row in rows if "share" in row]
+
+
+def fused() -> str:
+    def kernel(rows: Rows) -> str:
+        name = rows[0]["operation"]
+        return "encoding what attention gives" if " " in name else f"`{name}`"
+
+    columns = [
+        Column("kernel", kernel, right=False),
+        Column("result in", label("{form}"), right=False),
+        Column("ours", cell(TIME_AND_SHARE, by="ours")),
+        Column("torch.compile", cell(TIME_AND_SHARE, by="torch compile")),
+    ]
+    return table(with_percent(rows_of("fused")), ["operation", "form"], columns)
+
+
+def codec() -> str:
+    columns = [
+        Column("matrix of", label("{dtype}"), right=False),
+        Column("shape", label("{shape}"), right=False),
+    ]
+    for operation in ("quantize", "dequantize"):
+        for by, title in (("ours", operation), ("comfy-kitchen", "comfy-kitchen")):
+            columns.append(Column(title, cell(TIME_AND_SHARE, operation=operation, by=by)))
+    return table(with_percent(rows_of("codec")), ["dtype", "shape"], columns)
+
+
+def product(name: str, digits: int = 2) -> Callable[[Rows], str]:
+    return cell(f"{{us:.1f}} ({{ratio:.{digits}f}})", product=name)
+
+
+def of_peak(name: str, peak: str) -> Callable[[Rows], str]:
+    """Show the share of the chip's specified rate."""
+
+    def show(rows: Rows) -> str:
+        row = one(rows, product=name)
+        assert row is not None
+        n, k = LINEARS[row["linear"]]
+        return f"{2 * row['m'] * n * k / row['us'] / 1e6 / PEAK_TFLOPS[peak]:.0%}".replace(
+            "%", " %"
+        )
+
+    return show
+
+
+def of_copy(name: str) -> Callable[[Rows], str]:
+    """Show the share of a device copy's bandwidth: codes and scales of the weights, A and D."""
+    (copy,) = rows_of("gemm", product="device copy")
+
+    def show(rows: Rows) -> str:
+        row = one(rows, product=name)
+        assert row is not None
+        n, k = LINEARS[row["linear"]]
+        moved = n * k * 33 / 32 + 2 * row["m"] * (n + k)
+        return f"{moved / row['us'] / 1e6 / copy['bandwidth']:.0%}".replace("%", " %")
+
+    return show
+
+
+MIXED, DEQUANTIZE = "mixed_sm90, BF16 x MXFP8", "dequantize, BF16 x MXFP8"
+BF16 = Column("cuBLAS BF16", cell("{us:.1f}", product="cuBLAS BF16"))
+SCALED_MM = Column("`_scaled_mm` FP8", product("torch._scaled_mm"))
+FP8_ROWWISE = Column("`fp8_rowwise`", product("fp8_rowwise"))
+ENCODING = Column("`fp8_rowwise`, and encoding A", product("fp8_rowwise + quantize_rows"))
+LINEAR = Column("linear", label("{linear}"), right=False)
+TOKENS = Column("M", label("{m}"))
+
+
+def gemm_large() -> str:
+    columns = [
+        *(LINEAR, BF16, SCALED_MM, FP8_ROWWISE),
+        Column("of peak", of_peak("fp8_rowwise", "FP8")),
+        ENCODING,
+        Column("`mixed_sm90`, BF16 x MXFP8", product(MIXED, 3)),
+        Column("of peak", of_peak(MIXED, "BF16")),
+        Column("`dequantize`, BF16 x MXFP8", product(DEQUANTIZE, 3)),
+        Column("`dequantize`, MXFP8 x MXFP8", product("dequantize, MXFP8 x MXFP8")),
+    ]
+    return table(rows_of("gemm", m=4224), ["linear"], columns)
+
+
+def gemm_of(tokens: Sequence[int], columns: Sequence[Column]) -> str:
+    rows = [row for row in rows_of("gemm") if row.get("m") in tokens]
+    return table(rows, ["m", "linear"], [TOKENS, LINEAR, BF16, SCALED_MM, *columns])
+
+
+def gemm_few() -> str:
+    columns = [
+        *(FP8_ROWWISE, ENCODING, Column("`mixed_sm90`, BF16 x MXFP8", product(MIXED))),
+        Column("of copy", of_copy(MIXED)),
+        Column("`dequantize`, BF16 x MXFP8", product(DEQUANTIZE)),
+    ]
+    return gemm_of((128, 32), columns)
+
+
+def gemm_between() -> str:
+    columns = [
+        *(FP8_ROWWISE, Column("`mixed_sm90`, BF16 x MXFP8", product(MIXED))),
+        Column("`dequantize`, BF16 x MXFP8", product(DEQUANTIZE)),
+    ]
+    return gemm_of((2048, 1024), columns)
+
+
+def convert() -> str:
+    columns = [
+        Column("program", label("{program}"), right=False),
+        Column("wall, median (s)", label("{wall:.1f}")),
+        Column("CPU (s)", label("{cpu:.1f}")),
+        Column("peak memory (MiB)", label("{peak:.0f}")),
+        Column("speed-up", label("{speedup:.1f}x")),
+    ]
+    return table(rows_of("convert"), ["program"], columns)
+
+
+def analyses() -> str:
+    def span(name: str) -> Callable[[Rows], str]:
+        def show(rows: Rows) -> str:
+            low, high = rows[0][name], rows[0].get(f"{name}_highest")
+            return f"{low:g}" if high is None else f"{low:g} to {high:g}"
+
+        return show
+
+    columns = [
+        Column("program", label("{program}"), right=False),
+        Column("wall (s)", span("wall")),
+        Column("CPU, user (s)", span("cpu")),
+        Column("peak memory (MiB)", label("{peak}")),
+    ]
+    return table(rows_of("analyses"), ["program"], columns)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "transformer": transformer,
+    "goals": goals,
+    "without-kernels": without_kernels,
+    "without-kernels-generate": without_kernels_generate,
+    "profile": profile,
+    "fused-gemm": fused_gemm,
+    "errors": errors,
+    "fused": fused,
+    "codec": codec,
+    "gemm-large": gemm_large,
+    "gemm-few": gemm_few,
+    "gemm-between": gemm_between,
+    "convert": convert,
+    "analyses": analyses,
+}
+
+
+def with_tables(text: str) -> str:
+    """Return a document with its tables made anew; KeyError if one has an unknown name."""
+    return MARKED.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def update(*, check: bool) -> int:
+    """Write the document's tables, or only compare them; return 1 if that finds a difference."""
+    before = DOCUMENT.read_text("utf-8")
+    after = with_tables(before)
+    if not check:
+        DOCUMENT.write_text(after, "utf-8")
+        return 0
+    lines = (text.splitlines(keepends=True) for text in (before, after))
+    sys.stdout.writelines(difflib.unified_diff(*lines, "docs/performance.md", "the results"))
+    return int(before != after)

@@ -1,0 +1,148 @@
+"""The guides: their commands and examples as they stand there, and what they say of options."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import zimage_mxfp8 as zm
+from helpers.documents import (
+    GUIDE,
+    PAGES,
+    README,
+    ROOT,
+    block_with,
+    blocks,
+    command_lines,
+    run_in_python,
+    run_in_shell,
+    text_of,
+)
+from zimage_mxfp8.cli.command_line import build_parser
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PYTHON_BLOCKS = {"README.md": 1, "diffusers.md": 1, "python.md": 2}  # which the tests run
+
+
+def help_of(*command: str) -> str:
+    program = [sys.executable, "-m", "zimage_mxfp8.cli.main", *command, "--help"]
+    return subprocess.run(program, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_python_block_is_run_by_a_test() -> None:
+    counts = {page.name: len(blocks(page, "python")) for page in PAGES}
+    assert {name: count for name, count in counts.items() if count} == PYTHON_BLOCKS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_have_options_that_exist(page: Path) -> None:
+    for arguments in command_lines(page):
+        build_parser().parse_args(arguments)
+
+
+def test_commands_are_those_of_the_program() -> None:
+    commands = re.findall(r"^    (\w+)", help_of(), re.MULTILINE)
+    shown = {arguments[0] for page in PAGES for arguments in command_lines(page)}
+    assert {name for name in shown if not name.startswith("-")} == set(commands) - {"completion"}
+    named = {
+        name for page in PAGES for name in re.findall(r"zimage-mxfp8 ([a-z]+)\b", text_of(page))
+    }
+    assert named >= set(commands)
+
+
+def test_names_of_the_package_exist() -> None:
+    names = {name for page in PAGES for name in re.findall(r"\bzm\.(\w+)", text_of(page))}
+    assert len(names) >= 30 and [name for name in names if not hasattr(zm, name)] == []
+
+
+def test_extras_exist() -> None:
+    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    named = {
+        name
+        for page in PAGES
+        for names in re.findall(r'"(?:zimage-mxfp8|\.)\[([\w,]+)\]"', text_of(page))
+        for name in names.split(",")
+    }
+    assert len(named) >= 5 and named <= set(extras)
+
+
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [("convert.md", "convert"), ("generate.md", "generate"), ("compare.md", "compare")],
+)
+def test_options_of_the_tables_exist(page: str, command: str) -> None:
+    table = text_of(GUIDE / page).partition("| option | effect |")[2].partition("\n\n")[0]
+    options = set(re.findall(r"`(--?[a-z-]+)", table))
+    assert len(options) >= 10
+    help_text = help_of(command)
+    for option in options:
+        assert option in help_text, option
+
+
+def test_python_conversion(small_file: Path, tmp_path: Path) -> None:
+    shutil.copy(small_file, tmp_path / "in.safetensors")
+    result = run_in_python(block_with(GUIDE / "python.md", "python", "zm.convert"), tmp_path)
+    assert result.stdout.splitlines()[-1].startswith("185 layers quantised, ")
+    assert zm.validate(tmp_path / "out.safetensors", small_file).ok
+
+
+def test_python_matrices(tmp_path: Path) -> None:
+    run_in_python(block_with(GUIDE / "python.md", "python", "zm.gemm"), tmp_path)
+
+
+def test_diffusers_image_to_image(turbo: Path) -> None:
+    (example,) = blocks(GUIDE / "diffusers.md", "python")
+    assert example.count("1024") == 2
+    run_in_python(example.replace("1024", "64"), turbo)
+    with Image.open(turbo / "night.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_generate_has_the_commands_of_the_readme() -> None:
+    """Those that `test_readme.py` runs."""
+    block = block_with(GUIDE / "generate.md", "sh", "zimage-mxfp8 generate")
+    assert block == block_with(README, "sh", "zimage-mxfp8 generate")
+
+
+def test_drop_in_command(small_file: Path, tmp_path: Path) -> None:
+    shutil.copy(small_file, tmp_path / "in.safetensors")
+    command = block_with(GUIDE / "convert-to-quant.md", "sh", "--zimage")
+    result = run_in_shell(command, tmp_path)
+    assert result.stdout.startswith("wrote out.safetensors: 161 layers in MXFP8")
+    assert result.stderr == ""
+
+
+def test_compare_command(small_file: Path, tmp_path: Path) -> None:
+    shutil.copy(small_file, tmp_path / "z_image_turbo_bf16.safetensors")
+    block = block_with(GUIDE / "compare.md", "sh", "--bound")
+    run_in_shell(block[block.index("zimage-mxfp8 compare") :], tmp_path)
+    assert (tmp_path / "layers.csv").is_file()
+    zm.plan_conversion(
+        tmp_path / "z_image_turbo_bf16.safetensors",
+        zm.ConversionOptions(recipe=tmp_path / "own.toml"),
+    )
+
+
+def test_probe_commands(small_file: Path, tmp_path: Path) -> None:
+    shutil.copy(small_file, tmp_path / "z_image_turbo_bf16.safetensors")
+    block = block_with(GUIDE / "probe.md", "sh", "zimage-mxfp8 probe")
+    run_in_shell(block[block.index("zimage-mxfp8 probe") :], tmp_path)
+    assert (tmp_path / "p.csv").is_file() and (tmp_path / "p.html").is_file()
+    assert zm.validate(tmp_path / "z_image_turbo-probe.safetensors", small_file).ok
+
+
+def test_recipe_example(small_file: Path, tmp_path: Path) -> None:
+    (recipe,) = blocks(GUIDE / "recipes.md", "toml")
+    (tmp_path / "own.toml").write_text(recipe)
+    plan = zm.plan_conversion(small_file, zm.ConversionOptions(recipe=tmp_path / "own.toml"))
+    assert len(plan.quantized) == 185 - 6

@@ -1,0 +1,151 @@
+"""What is said where an optional package is missing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8.system import extras, optional_packages
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def run_without(module: str, code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Python where a module cannot be imported."""
+    program = f"import sys; sys.modules[{module!r}] = None\n{code}"
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [sys.executable, "-c", program], capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package", "extra"),
+    [
+        ("ZImageTransformer", "torch", "torch", "torch"),
+        ("analyse_sensitivity", "torch", "torch", "torch"),
+        ("ZImageGenerator", "torch", "torch", "generate"),
+        ("ZImageGenerator", "diffusers", "diffusers", "generate"),
+        ("ZImageGenerator", "transformers", "transformers", "generate"),
+    ],
+)
+def test_names_that_need_an_extra(name: str, module: str, package: str, extra: str) -> None:
+    code = f"""
+import zimage_mxfp8 as zm
+for get in (lambda: getattr(zm, "{name}"), lambda: exec("from zimage_mxfp8 import {name}")):
+    try:
+        get()
+    except ImportError as error:
+        assert isinstance(error, zm.MissingFeatureError) and isinstance(error, zm.Error)
+        print(type(error).__name__, error.name, error, sep="|")
+"""
+    result = run_without(module, code)
+    assert result.returncode == 0, result.stderr
+    assert (
+        result.stdout.splitlines()
+        == [
+            f"MissingExtraError|{module}|{name} needs {package}, which is not installed; "
+            f'run pip install "zimage-mxfp8[{extra}]"'
+        ]
+        * 2
+    )
+
+
+def test_names_that_need_nothing() -> None:
+    code = "import zimage_mxfp8 as zm; zm.convert, zm.compare, zm.ZImageConfig, zm.quantize"
+    assert run_without("torch", code).returncode == 0
+
+
+def test_compare_names_its_package(small_file: Path) -> None:
+    code = f"import zimage_mxfp8 as zm; zm.compare({str(small_file)!r})"
+    result = run_without("ml_dtypes", code)
+    assert result.stderr.splitlines()[-1].endswith(
+        "MissingExtraError: comparing formats needs ml-dtypes, which is not installed; "
+        'run pip install "zimage-mxfp8[analysis]"'
+    )
+
+
+def test_bfloat16_in_numpy_names_its_package() -> None:
+    code = """
+import numpy as np, zimage_mxfp8 as zm
+zm.dequantize(zm.quantize(np.ones((2, 2), np.float32)), "bfloat16")
+"""
+    (line,) = run_without("ml_dtypes", code).stderr.splitlines()[-1:]
+    assert "bfloat16 in NumPy needs ml-dtypes, which is not installed" in line
+
+
+def test_a_package_that_is_there_and_broken(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: cannot open\\nmore')")
+    code = "import zimage_mxfp8 as zm; zm.ZImageTransformer"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stderr.splitlines()[-1].endswith(
+        "ZImageTransformer needs torch, which cannot be imported (libcudart.so: cannot open); "
+        'run pip install "zimage-mxfp8[torch]"'
+    )
+
+
+def test_a_dependency_of_a_package_is_not_called_the_package() -> None:
+    result = run_without("regex", "import zimage_mxfp8 as zm; zm.ZImageGenerator")
+    if result.returncode == 0:
+        pytest.skip("the generator does not import it")
+    line = result.stderr.splitlines()[-1]
+    assert "which cannot be imported (" in line and 'zimage-mxfp8[generate]"' in line
+
+
+def test_our_own_mistakes_are_no_missing_packages() -> None:
+    with (
+        pytest.raises(ImportError, match="no_such_module") as caught,
+        optional_packages.needed("torch", "a test"),
+    ):
+        import zimage_mxfp8.no_such_module  # noqa: F401
+    assert not isinstance(caught.value, zm.Error)
+
+
+def test_commands_say_the_same(small_file: Path) -> None:
+    for module, words, sentence in (
+        (
+            "torch",
+            ["sensitivity", small_file],
+            "sensitivity needs torch, which is not installed; run pip",
+        ),
+        ("plotly", ["probe", small_file, "--html", "x.html"], "--html needs plotly, which is not"),
+        (
+            "torch",
+            ["convert", small_file, "x.safetensors", "--bias-correction", "synthetic"],
+            "the synthetic bias correction needs torch, which is not installed; run pip",
+        ),
+    ):
+        code = f"from zimage_mxfp8.cli.main import main; sys.exit(main({list(map(str, words))}))"
+        result = run_without(module, code)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1
+        assert sentence in result.stderr
+
+
+def test_extras_that_are_named_exist_with_their_modules() -> None:
+    """Those of `needed("torch", ...)` and the like, and what Python calls their packages."""
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    declared = project["project"]["optional-dependencies"]
+    calls = re.compile(r"\b(?:needed|missing|check_installed)\(\s*\"(\w+)\"")
+    sources = Path(optional_packages.__file__).parents[1].rglob("*.py")
+    named = {extra for file in sources for extra in calls.findall(file.read_text("utf-8"))}
+    named |= set(optional_packages._NEEDED.values())
+    assert {"analysis", "generate", "hub", "plots", "torch"} <= named
+    assert named <= declared.keys() & extras.requirements().keys()
+    for each in extras.requirements().values():
+        for requirement in each:
+            assert find_spec(requirement.module) is not None, requirement.package
+
+
+def test_features_of_other_models_are_attribute_errors() -> None:
+    assert issubclass(zm.MissingAttributeError, (AttributeError, zm.MissingFeatureError))
+    assert not issubclass(zm.MissingExtraError, AttributeError)
