@@ -17,7 +17,7 @@ from ..ops.codec import MXFP8Array
 from ..ops.fused import Form
 from ..ops.gemm import FoldStats, RowScaledArray
 from ..system import devices
-from . import arithmetic, ops
+from . import arithmetic, fused_kernels, ops
 from .compute import Compute
 from .config import NORM_EPS
 from .ops import Activation, pad_columns
@@ -193,7 +193,7 @@ def multiply_and_rotate(
 ) -> torch.Tensor:
     """`multiply`, then `ops.rotate_heads`."""
     if isinstance(layer, FP8Linear) and layer.fuses_epilogue(len(rotations)):
-        out: torch.Tensor = fused_gemm.gemm_rotate_heads(
+        out: torch.Tensor = fused_kernels.gemm_rotate_heads(
             activation[layer.form], layer.weights, q_weight, k_weight, rotations, heads, NORM_EPS
         )
         return out
@@ -216,7 +216,7 @@ def multiply_and_gate(
     first = layers[0]
     x = activation[first.form]
     if isinstance(first, FP8Linear) and fuses_gate(layers, x.shape[0]):
-        return ops.encode(fused_gemm.gemm_silu_multiply(x, first.weights), forms)
+        return ops.encode(fused_kernels.gemm_silu_multiply(x, first.weights), forms)
     products = [multiply(layer, activation) for layer in layers]
     gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
     return ops.silu_multiply(gate, up, forms)
