@@ -1,4 +1,4 @@
-"""Types of the compiled module. Arrays are anything with the buffer protocol or DLPack."""
+"""Types of the compiled module, written by .ci/core_stub.py from its docstrings."""
 
 from typing import Any
 
@@ -6,74 +6,118 @@ from .dtypes import DTypeName
 
 __version__: str
 
-def available_cpu_targets() -> list[str]: ...
-def active_cpu_target() -> str: ...
-def force_cpu_target(name: str) -> None: ...
-def default_threads() -> int: ...
 def quantize(
     source: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0, stream: int = 0
-) -> None: ...
+) -> None:
+    """Encode [N, K] in MXFP8: codes [roundup(N, 32), roundup(K, 32)], blocked scales."""
+
 def dequantize(
     codes: Any, scales: Any, target: Any, dtype: DTypeName, threads: int = 0, stream: int = 0
-) -> None: ...
+) -> None:
+    """Decode MXFP8 codes and blocked scales to [N, K], the shape of the target."""
 
 class StagedQuantizer:
-    def __init__(self, device: int) -> None: ...
-    def quantize(self, source: Any, dtype: DTypeName, codes: Any, scales: Any) -> None: ...
+    """An encoder on a CUDA device of matrices in host memory."""
 
-def find_nonfinite(source: Any, dtype: DTypeName, threads: int = 0) -> tuple[int, int] | None: ...
+    def __init__(self, device: int) -> None:
+        """Take memory on a CUDA device, given by its index."""
+    def quantize(self, source: Any, dtype: DTypeName, codes: Any, scales: Any) -> None:
+        """Encode [N, K] as the function `quantize` does; waits for the device."""
+
+def find_nonfinite(source: Any, dtype: DTypeName, threads: int = 0) -> tuple[int, int] | None:
+    """Find the first NaN or infinity of [N, K]: its row and column, or None."""
+
 def cast(
     source: Any, source_dtype: DTypeName, target: Any, target_dtype: DTypeName, threads: int = 0
-) -> None: ...
+) -> None:
+    """Convert [N, K] to another dtype, to nearest even."""
+
 def measure_residual(
     original: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0
-) -> tuple[float, float, float]: ...
+) -> tuple[float, float, float]:
+    """Compare [N, K] with its encoding: sum of squared errors, of squares, largest error."""
+
 def residual_times_vector(
     original: Any, dtype: DTypeName, codes: Any, scales: Any, x: Any, out: Any, threads: int = 0
-) -> None: ...
-def count_bit_patterns(matrix: Any, dtype: DTypeName, counts: Any, threads: int = 0) -> None: ...
-def to_blocked(row_major: Any, blocked: Any) -> None: ...
-def from_blocked(blocked: Any, row_major: Any) -> None: ...
+) -> None:
+    """Multiply what encoding changed, [N, K], with x, float64 [K]: out, float64 [N]."""
+
+def count_bit_patterns(matrix: Any, dtype: DTypeName, counts: Any, threads: int = 0) -> None:
+    """Add to counts, uint64 [65536], how often [N, K] has each 16-bit pattern."""
+
+def to_blocked(row_major: Any, blocked: Any) -> None:
+    """Reorder scales [N, C] to the 128x4 blocked layout [roundup(N, 128), roundup(C, 4)]."""
+
+def from_blocked(blocked: Any, row_major: Any) -> None:
+    """Reorder scales [roundup(N, 128), roundup(C, 4)] from the 128x4 blocked layout to [N, C]."""
+
+def available_cpu_targets() -> list[str]:
+    """Return the names of the instruction sets that this processor can run."""
+
+def active_cpu_target() -> str:
+    """Return the name of the instruction set that the kernels use."""
+
+def force_cpu_target(name: str) -> None:
+    """Use the kernels of one instruction set, given by its name."""
+
+def default_threads() -> int:
+    """Return the number of threads that 0 means: the processors of this process."""
 
 class CudaDevice:
-    @property
-    def index(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def major(self) -> int: ...
-    @property
-    def minor(self) -> int: ...
-    @property
-    def multiprocessors(self) -> int: ...
-    @property
-    def memory(self) -> int: ...
+    """A CUDA device."""
 
-def cuda_devices() -> list[CudaDevice]: ...
+    @property
+    def index(self) -> int:
+        """Its index."""
+    @property
+    def name(self) -> str:
+        """Its name."""
+    @property
+    def major(self) -> int:
+        """First number of its compute capability."""
+    @property
+    def minor(self) -> int:
+        """Second number of its compute capability."""
+    @property
+    def multiprocessors(self) -> int:
+        """Number of its multiprocessors."""
+    @property
+    def memory(self) -> int:
+        """Bytes of its memory."""
+
+def cuda_devices() -> list[CudaDevice]:
+    """Return the devices that the CUDA runtime sees; none without a driver."""
 
 class BuildInfo:
-    @property
-    def version(self) -> str: ...
-    @property
-    def cuda(self) -> str: ...
-    @property
-    def no_cuda(self) -> str: ...
-    @property
-    def cutlass(self) -> str: ...
-    @property
-    def architectures(self) -> list[str]: ...
+    """What this build holds."""
 
-def build_info() -> BuildInfo: ...
-def silu_multiply(
-    gate: Any, up: Any, target: tuple[str, Any, Any, int, int], stream: int = 0
-) -> None: ...
+    @property
+    def version(self) -> str:
+        """Version of this library."""
+    @property
+    def cuda(self) -> str:
+        """Version of the CUDA compiler; empty without CUDA."""
+    @property
+    def no_cuda(self) -> str:
+        """Why it is without CUDA; empty with CUDA."""
+    @property
+    def cutlass(self) -> str:
+        """Version of CUTLASS; empty where it was not used."""
+    @property
+    def architectures(self) -> list[str]:
+        """CUDA targets that are compiled in."""
+
+def build_info() -> BuildInfo:
+    """Describe this build."""
+
+def silu_multiply(gate: Any, up: Any, target: tuple[Any, ...], stream: int = 0) -> None: ...
 def norm_modulate(
     x: Any,
     weight: Any,
     scale: Any,
     items: Any,
     eps: float,
-    target: tuple[str, Any, Any, int, int],
+    target: tuple[Any, ...],
     stream: int = 0,
 ) -> None: ...
 def add_norm_modulate(
@@ -85,26 +129,20 @@ def add_norm_modulate(
     next_scale: Any,
     items: Any,
     eps: float,
-    target: tuple[str, Any, Any, int, int] | None,
+    target: tuple[Any, ...] | None,
     stream: int = 0,
 ) -> None: ...
 def rotate_heads(
-    qkv: Any,
-    q_weight: Any,
-    k_weight: Any,
-    rotations: Any,
-    heads: int,
-    eps: float,
-    stream: int = 0,
+    qkv: Any, q_weight: Any, k_weight: Any, rotations: Any, heads: int, eps: float, stream: int = 0
 ) -> None: ...
 def fused_gemm_unsupported(device: int) -> str: ...
 def prefers_fused_gemm(m: int, n: int, device: int) -> bool: ...
 def gemm_silu_multiply(
-    a: tuple[Any, Any], b: tuple[Any, Any], target: Any, stream: int = 0
+    a: tuple[Any, ...], b: tuple[Any, ...], target: Any, stream: int = 0
 ) -> None: ...
 def gemm_rotate_heads(
-    a: tuple[Any, Any],
-    b: tuple[Any, Any],
+    a: tuple[Any, ...],
+    b: tuple[Any, ...],
     q_weight: Any,
     k_weight: Any,
     rotations: Any,
@@ -122,12 +160,12 @@ class GemmProblem:
     ) -> None: ...
 
 def gemm_unsupported(path: str, problem: GemmProblem, device: int) -> str: ...
-def gemm_preferred_path(problem: GemmProblem, device: int) -> Any: ...
+def gemm_preferred_path(problem: GemmProblem, device: int) -> str: ...
 def gemm_workspace_size(path: str, problem: GemmProblem, device: int) -> int: ...
 def gemm(
     path: str,
-    a: tuple[str, Any, Any, int, int],
-    b: tuple[str, Any, Any, int, int],
+    a: tuple[Any, ...],
+    b: tuple[Any, ...],
     bias: Any,
     d: Any,
     dtype: DTypeName,
@@ -147,7 +185,7 @@ def fold(
     out_scales: Any,
     bound: float,
     threads: int = 0,
-) -> tuple[int, float]: ...
+) -> tuple[Any, ...]: ...
 def fold_async(
     codes: Any,
     scales: Any,
@@ -158,4 +196,4 @@ def fold_async(
     stats: Any,
     stream: int = 0,
 ) -> None: ...
-def fold_stats(stats: Any, bound: float) -> tuple[int, float]: ...
+def fold_stats(stats: Any, bound: float) -> tuple[Any, ...]: ...

@@ -251,7 +251,7 @@ def gemm_path(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") -> P
     """
     first, second = _operands(a, b)
     problem = _problem(first, second, dtype_name(dtype, "dtype"), bias is not None)
-    path: Path = _core.gemm_preferred_path(problem, _device(first))
+    path: Path = _core.gemm_preferred_path(problem, _device(first))  # type: ignore[assignment]  # a name to the core
     return path
 
 
