@@ -16,10 +16,11 @@ from .report import Report
 
 SUITES = {
     "codec": "quantize and dequantize on a CUDA device",
-    "gemm": "matrix products with 8-bit operands on a CUDA device",
+    "gemm": "GEMMs with 8-bit operands on a CUDA device",
     "fused": "the fused kernels on a CUDA device",
-    "fused-gemm": "FP8 products with fused epilogues on Hopper",
+    "fused-gemm": "FP8 GEMMs with fused epilogues on Hopper",
     "transformer": "the whole transformer and generate on a CUDA device",
+    "eager-dispatch": "cost of a call in eager code, and of a registered operation",
     "convert": "conversion of a checkpoint: time and memory of whole processes",
     "bias-correction": "error of the modulation layers under each bias correction",
 }

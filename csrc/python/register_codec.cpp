@@ -1,7 +1,10 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "cuda/runtime.h"
 #include "python/array.h"
@@ -60,16 +63,15 @@ void py_staged_quantize(StagedQuantizer& quantizer, const py::object& source,
   quantizer.quantize(view, target);
 }
 
-py::object py_find_nonfinite(const py::object& source, const std::string& dtype, int threads) {
+std::optional<std::pair<std::int64_t, std::int64_t>> py_find_nonfinite(const py::object& source,
+                                                                       const std::string& dtype,
+                                                                       int threads) {
   const Array in(source, "source", kRead);
   const auto view = matrix<ConstMatrixView>(in, dtype);
-  std::optional<Position> at;
-  {
-    const py::gil_scoped_release release;
-    at = find_nonfinite(view, threads);
-  }
-  if (!at) return py::none();
-  return py::make_tuple(at->row, at->column);
+  const py::gil_scoped_release release;
+  const std::optional<Position> at = find_nonfinite(view, threads);
+  if (!at) return std::nullopt;
+  return std::make_pair(at->row, at->column);
 }
 
 void py_cast(const py::object& source, const std::string& source_dtype, const py::object& target,
@@ -82,19 +84,18 @@ void py_cast(const py::object& source, const std::string& source_dtype, const py
   cast(from, to, threads);
 }
 
-py::tuple py_measure_residual(const py::object& original, const std::string& dtype,
-                              const py::object& codes, const py::object& scales, int threads) {
+std::tuple<double, double, double> py_measure_residual(const py::object& original,
+                                                       const std::string& dtype,
+                                                       const py::object& codes,
+                                                       const py::object& scales, int threads) {
   const Array in(original, "original", kRead);
   const Array in_codes(codes, "codes", kRead);
   const Array in_scales(scales, "scales", kRead);
   const auto view = matrix<ConstMatrixView>(in, dtype);
   const auto quantized = mxfp8<ConstMXFP8View>(in_codes, in_scales, view.rows, view.cols);
-  ResidualStats stats;
-  {
-    const py::gil_scoped_release release;
-    stats = measure_residual(view, quantized, threads);
-  }
-  return py::make_tuple(stats.squared_error, stats.squared_signal, stats.max_error);
+  const py::gil_scoped_release release;
+  const ResidualStats stats = measure_residual(view, quantized, threads);
+  return std::make_tuple(stats.squared_error, stats.squared_signal, stats.max_error);
 }
 
 void py_residual_times_vector(const py::object& original, const std::string& dtype,
@@ -153,24 +154,36 @@ void py_from_blocked(const py::object& blocked, const py::object& row_major) {
 void register_codec(py::module_& module) {
   using py::arg;
   module.def("quantize", &py_quantize, arg("source"), arg("dtype"), arg("codes"), arg("scales"),
-             arg("threads") = 0, arg("stream") = 0);
+             arg("threads") = 0, arg("stream") = 0,
+             "Encode [N, K] in MXFP8: codes [roundup(N, 32), roundup(K, 32)], blocked scales.");
   module.def("dequantize", &py_dequantize, arg("codes"), arg("scales"), arg("target"), arg("dtype"),
-             arg("threads") = 0, arg("stream") = 0);
-  py::class_<StagedQuantizer>(module, "StagedQuantizer")
-      .def(py::init<int>(), arg("device"), py::call_guard<py::gil_scoped_release>())
+             arg("threads") = 0, arg("stream") = 0,
+             "Decode MXFP8 codes and blocked scales to [N, K], the shape of the target.");
+  py::class_<StagedQuantizer>(module, "StagedQuantizer",
+                              "An encoder on a CUDA device of matrices in host memory.")
+      .def(py::init<int>(), arg("device"), py::call_guard<py::gil_scoped_release>(),
+           "Take memory on a CUDA device, given by its index.")
       .def("quantize", &py_staged_quantize, arg("source"), arg("dtype"), arg("codes"),
-           arg("scales"));
-  module.def("find_nonfinite", &py_find_nonfinite, arg("source"), arg("dtype"), arg("threads") = 0);
+           arg("scales"), "Encode [N, K] as the function `quantize` does; waits for the device.");
+  module.def("find_nonfinite", &py_find_nonfinite, arg("source"), arg("dtype"), arg("threads") = 0,
+             "Find the first NaN or infinity of [N, K]: its row and column, or None.");
   module.def("cast", &py_cast, arg("source"), arg("source_dtype"), arg("target"),
-             arg("target_dtype"), arg("threads") = 0);
+             arg("target_dtype"), arg("threads") = 0,
+             "Convert [N, K] to another dtype, to nearest even.");
   module.def("measure_residual", &py_measure_residual, arg("original"), arg("dtype"), arg("codes"),
-             arg("scales"), arg("threads") = 0);
+             arg("scales"), arg("threads") = 0,
+             "Compare [N, K] with its encoding: sum of squared errors, of squares, largest error.");
   module.def("residual_times_vector", &py_residual_times_vector, arg("original"), arg("dtype"),
-             arg("codes"), arg("scales"), arg("x"), arg("out"), arg("threads") = 0);
+             arg("codes"), arg("scales"), arg("x"), arg("out"), arg("threads") = 0,
+             "Multiply what encoding changed, [N, K], with x, float64 [K]: out, float64 [N].");
   module.def("count_bit_patterns", &py_count_bit_patterns, arg("matrix"), arg("dtype"),
-             arg("counts"), arg("threads") = 0);
-  module.def("to_blocked", &py_to_blocked, arg("row_major"), arg("blocked"));
-  module.def("from_blocked", &py_from_blocked, arg("blocked"), arg("row_major"));
+             arg("counts"), arg("threads") = 0,
+             "Add to counts, uint64 [65536], how often [N, K] has each 16-bit pattern.");
+  module.def("to_blocked", &py_to_blocked, arg("row_major"), arg("blocked"),
+             "Reorder scales [N, C] to the 128x4 blocked layout [roundup(N, 128), roundup(C, 4)].");
+  module.def(
+      "from_blocked", &py_from_blocked, arg("blocked"), arg("row_major"),
+      "Reorder scales [roundup(N, 128), roundup(C, 4)] from the 128x4 blocked layout to [N, C].");
 }
 
 }  // namespace zimage_mxfp8::python

@@ -275,7 +275,8 @@ void register_gemm(py::module_& module) {
       arg("kernel"), arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>(),
       "Return the bytes of workspace that a kernel needs.");
   module.def("gemm", &py_gemm, arg("kernel"), arg("a"), arg("b"), arg("bias"), arg("d"),
-             arg("dtype"), arg("workspace"), arg("threads") = 0, arg("stream") = 0);
+             arg("dtype"), arg("workspace"), arg("threads") = 0, arg("stream") = 0,
+             "Compute D [M, N] = A [M, K] B [N, K]^T + bias [N] with a kernel of the table.");
   module.def("gemm_silu_multiply", &py_gemm_silu_multiply, arg("kernel"), arg("a"), arg("b"),
              arg("d"), arg("workspace"), arg("stream") = 0);
   module.def("gemm_rotate_heads", &py_gemm_rotate_heads, arg("kernel"), arg("a"), arg("b"),

@@ -1,4 +1,4 @@
-"""Types of the compiled module. Arrays are anything with the buffer protocol or DLPack."""
+"""Types of the compiled module, written by .ci/core_stub.py from its docstrings."""
 
 from typing import Any
 
@@ -6,74 +6,118 @@ from .dtypes import DTypeName
 
 __version__: str
 
-def available_cpu_targets() -> list[str]: ...
-def active_cpu_target() -> str: ...
-def force_cpu_target(name: str) -> None: ...
-def default_threads() -> int: ...
 def quantize(
     source: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0, stream: int = 0
-) -> None: ...
+) -> None:
+    """Encode [N, K] in MXFP8: codes [roundup(N, 32), roundup(K, 32)], blocked scales."""
+
 def dequantize(
     codes: Any, scales: Any, target: Any, dtype: DTypeName, threads: int = 0, stream: int = 0
-) -> None: ...
+) -> None:
+    """Decode MXFP8 codes and blocked scales to [N, K], the shape of the target."""
 
 class StagedQuantizer:
-    def __init__(self, device: int) -> None: ...
-    def quantize(self, source: Any, dtype: DTypeName, codes: Any, scales: Any) -> None: ...
+    """An encoder on a CUDA device of matrices in host memory."""
 
-def find_nonfinite(source: Any, dtype: DTypeName, threads: int = 0) -> tuple[int, int] | None: ...
+    def __init__(self, device: int) -> None:
+        """Take memory on a CUDA device, given by its index."""
+    def quantize(self, source: Any, dtype: DTypeName, codes: Any, scales: Any) -> None:
+        """Encode [N, K] as the function `quantize` does; waits for the device."""
+
+def find_nonfinite(source: Any, dtype: DTypeName, threads: int = 0) -> tuple[int, int] | None:
+    """Find the first NaN or infinity of [N, K]: its row and column, or None."""
+
 def cast(
     source: Any, source_dtype: DTypeName, target: Any, target_dtype: DTypeName, threads: int = 0
-) -> None: ...
+) -> None:
+    """Convert [N, K] to another dtype, to nearest even."""
+
 def measure_residual(
     original: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0
-) -> tuple[float, float, float]: ...
+) -> tuple[float, float, float]:
+    """Compare [N, K] with its encoding: sum of squared errors, of squares, largest error."""
+
 def residual_times_vector(
     original: Any, dtype: DTypeName, codes: Any, scales: Any, x: Any, out: Any, threads: int = 0
-) -> None: ...
-def count_bit_patterns(matrix: Any, dtype: DTypeName, counts: Any, threads: int = 0) -> None: ...
-def to_blocked(row_major: Any, blocked: Any) -> None: ...
-def from_blocked(blocked: Any, row_major: Any) -> None: ...
+) -> None:
+    """Multiply what encoding changed, [N, K], with x, float64 [K]: out, float64 [N]."""
+
+def count_bit_patterns(matrix: Any, dtype: DTypeName, counts: Any, threads: int = 0) -> None:
+    """Add to counts, uint64 [65536], how often [N, K] has each 16-bit pattern."""
+
+def to_blocked(row_major: Any, blocked: Any) -> None:
+    """Reorder scales [N, C] to the 128x4 blocked layout [roundup(N, 128), roundup(C, 4)]."""
+
+def from_blocked(blocked: Any, row_major: Any) -> None:
+    """Reorder scales [roundup(N, 128), roundup(C, 4)] from the 128x4 blocked layout to [N, C]."""
+
+def available_cpu_targets() -> list[str]:
+    """Return the names of the instruction sets that this processor can run."""
+
+def active_cpu_target() -> str:
+    """Return the name of the instruction set that the kernels use."""
+
+def force_cpu_target(name: str) -> None:
+    """Use the kernels of one instruction set, given by its name."""
+
+def default_threads() -> int:
+    """Return the number of threads that 0 means: the processors of this process."""
 
 class CudaDevice:
-    @property
-    def index(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def major(self) -> int: ...
-    @property
-    def minor(self) -> int: ...
-    @property
-    def multiprocessors(self) -> int: ...
-    @property
-    def memory(self) -> int: ...
+    """A CUDA device."""
 
-def cuda_devices() -> list[CudaDevice]: ...
+    @property
+    def index(self) -> int:
+        """Its index."""
+    @property
+    def name(self) -> str:
+        """Its name."""
+    @property
+    def major(self) -> int:
+        """First number of its compute capability."""
+    @property
+    def minor(self) -> int:
+        """Second number of its compute capability."""
+    @property
+    def multiprocessors(self) -> int:
+        """Number of its multiprocessors."""
+    @property
+    def memory(self) -> int:
+        """Bytes of its memory."""
+
+def cuda_devices() -> list[CudaDevice]:
+    """Return the devices that the CUDA runtime sees; none without a driver."""
 
 class BuildInfo:
-    @property
-    def version(self) -> str: ...
-    @property
-    def cuda(self) -> str: ...
-    @property
-    def no_cuda(self) -> str: ...
-    @property
-    def cutlass(self) -> str: ...
-    @property
-    def architectures(self) -> list[str]: ...
+    """What this build holds."""
 
-def build_info() -> BuildInfo: ...
-def silu_multiply(
-    gate: Any, up: Any, target: tuple[str, Any, Any, int, int], stream: int = 0
-) -> None: ...
+    @property
+    def version(self) -> str:
+        """Version of this library."""
+    @property
+    def cuda(self) -> str:
+        """Version of the CUDA compiler; empty without CUDA."""
+    @property
+    def no_cuda(self) -> str:
+        """Why it is without CUDA; empty with CUDA."""
+    @property
+    def cutlass(self) -> str:
+        """Version of CUTLASS; empty where it was not used."""
+    @property
+    def architectures(self) -> list[str]:
+        """CUDA targets that are compiled in."""
+
+def build_info() -> BuildInfo:
+    """Describe this build."""
+
+def silu_multiply(gate: Any, up: Any, target: tuple[Any, ...], stream: int = 0) -> None: ...
 def norm_modulate(
     x: Any,
     weight: Any,
     scale: Any,
     items: Any,
     eps: float,
-    target: tuple[str, Any, Any, int, int],
+    target: tuple[Any, ...],
     stream: int = 0,
 ) -> None: ...
 def add_norm_modulate(
@@ -85,21 +129,18 @@ def add_norm_modulate(
     next_scale: Any,
     items: Any,
     eps: float,
-    target: tuple[str, Any, Any, int, int] | None,
+    target: tuple[Any, ...] | None,
     stream: int = 0,
 ) -> None: ...
 def rotate_heads(
-    qkv: Any,
-    q_weight: Any,
-    k_weight: Any,
-    rotations: Any,
-    heads: int,
-    eps: float,
-    stream: int = 0,
+    qkv: Any, q_weight: Any, k_weight: Any, rotations: Any, heads: int, eps: float, stream: int = 0
 ) -> None: ...
-def cublaslt_version() -> str: ...
+def cublaslt_version() -> str:
+    """Return the version of the cuBLASLt that is used, such as 13.1.0; empty without one."""
 
 class GemmProblem:
+    """What a GEMM computes, apart from its numbers."""
+
     def __init__(
         self,
         m: int,
@@ -114,6 +155,8 @@ class GemmProblem:
     ) -> None: ...
 
 class GemmKernel:
+    """A kernel of the table."""
+
     @property
     def name(self) -> str: ...
     @property
@@ -121,34 +164,46 @@ class GemmKernel:
     @property
     def epilogues(self) -> list[str]: ...
 
-def gemm_kernels() -> list[GemmKernel]: ...
-def gemm_unsupported(kernel: str, problem: GemmProblem, device: int) -> str: ...
-def choose_gemm(problem: GemmProblem, device: int) -> str: ...
-def explain_gemm(problem: GemmProblem, device: int) -> list[tuple[str, bool, float, str]]: ...
-def gemm_workspace_size(kernel: str, problem: GemmProblem, device: int) -> int: ...
+def gemm_kernels() -> list[GemmKernel]:
+    """Return the table of kernels, which all builds have."""
+
+def gemm_unsupported(kernel: str, problem: GemmProblem, device: int) -> str:
+    """Return why a kernel does not compute a problem on a device (-1: CPU); empty if it does."""
+
+def choose_gemm(problem: GemmProblem, device: int) -> str:
+    """Return the name of the kernel of least cost."""
+
+def explain_gemm(problem: GemmProblem, device: int) -> list[tuple[str, bool, float, str]]:
+    """Return name, whether it fuses the epilogue, cost, and why it is not chosen, per kernel."""
+
+def gemm_workspace_size(kernel: str, problem: GemmProblem, device: int) -> int:
+    """Return the bytes of workspace that a kernel needs."""
+
 def gemm(
     kernel: str,
-    a: tuple[str, Any, Any, int, int],
-    b: tuple[str, Any, Any, int, int],
+    a: tuple[Any, ...],
+    b: tuple[Any, ...],
     bias: Any,
     d: Any,
     dtype: DTypeName,
     workspace: Any,
     threads: int = 0,
     stream: int = 0,
-) -> None: ...
+) -> None:
+    """Compute D [M, N] = A [M, K] B [N, K]^T + bias [N] with a kernel of the table."""
+
 def gemm_silu_multiply(
     kernel: str,
-    a: tuple[str, Any, Any, int, int],
-    b: tuple[str, Any, Any, int, int],
-    d: tuple[str, Any, Any, int, int],
+    a: tuple[Any, ...],
+    b: tuple[Any, ...],
+    d: tuple[Any, ...],
     workspace: Any,
     stream: int = 0,
 ) -> None: ...
 def gemm_rotate_heads(
     kernel: str,
-    a: tuple[str, Any, Any, int, int],
-    b: tuple[str, Any, Any, int, int],
+    a: tuple[Any, ...],
+    b: tuple[Any, ...],
     q_weight: Any,
     k_weight: Any,
     rotations: Any,
@@ -170,7 +225,7 @@ def fold(
     out_scales: Any,
     bound: float,
     threads: int = 0,
-) -> tuple[int, float]: ...
+) -> tuple[Any, ...]: ...
 def fold_async(
     codes: Any,
     scales: Any,
@@ -181,4 +236,4 @@ def fold_async(
     stats: Any,
     stream: int = 0,
 ) -> None: ...
-def fold_stats(stats: Any, bound: float) -> tuple[int, float]: ...
+def fold_stats(stats: Any, bound: float) -> tuple[Any, ...]: ...

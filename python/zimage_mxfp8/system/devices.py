@@ -20,17 +20,24 @@ HOW_TO_GET_KERNELS = (
 )
 
 
-@cache
 def has_kernels(device: int) -> bool:
     """Whether this build has kernels for a device. Where it has none, torch does the work.
 
     Args:
         device: index of a CUDA device, or -1 for the CPU, which always has them.
     """
-    if device < 0:
-        return True
+    return device < 0 or _has_cuda_kernels(device)
+
+
+@cache
+def _has_cuda_kernels(device: int) -> bool:
     found = _core.cuda_devices()
     return device < len(found) and found[device].major >= _FIRST_MAJOR
+
+
+# To torch.compile the result is a constant. What torch.compiler.assume_constant_result does, which
+# imports the compiler, and that takes longer than importing torch.
+has_kernels.__dict__["_dynamo_marked_constant"] = True
 
 
 def has_fused_kernels(device: torch.device) -> bool:

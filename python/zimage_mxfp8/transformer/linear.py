@@ -14,7 +14,7 @@ from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
 from ..ops.gemm import FoldStats, RowScaledArray
 from ..system import devices
-from . import arithmetic, ops
+from . import arithmetic, fused_kernels, ops
 from .adapter import Adapter
 from .compute import Compute
 from .config import NORM_EPS
@@ -222,7 +222,7 @@ class FP8Linear(Linear):
 
     def _gemm_with(self, epilogue: Epilogue, x: RowScaledArray) -> Any:
         if isinstance(epilogue, RotateHeads):
-            return gemm_epilogues.gemm_rotate_heads(
+            return fused_kernels.gemm_rotate_heads(
                 x,
                 self.weights,
                 epilogue.q_weight,
@@ -233,9 +233,9 @@ class FP8Linear(Linear):
             )
         if len(epilogue.output_formats) == 1:
             (output_format,) = epilogue.output_formats
-            result = gemm_epilogues.gemm_silu_multiply(x, self.weights, output_format)
+            result = fused_kernels.gemm_silu_multiply(x, self.weights, output_format)
             return {output_format: result}
-        result = gemm_epilogues.gemm_silu_multiply(x, self.weights)
+        result = fused_kernels.gemm_silu_multiply(x, self.weights, PLAIN)
         return ops.encode(result, epilogue.output_formats)
 
     @property

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..ops import fused
 from ..ops.fused import ActivationFormat
 from ..system import devices
 from . import arithmetic
+from . import fused_kernels as fused
 from .arithmetic import tiles
 from .config import HEAD_DIM, NORM_EPS
 

@@ -14,7 +14,7 @@ import torch
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import FoldStats, RowScaledArray
 from ...system import devices
-from . import by_core, by_torch
+from . import by_core, by_operations, by_torch
 
 __all__ = ["Arithmetic", "on"]
 
@@ -67,6 +67,7 @@ class Arithmetic(Protocol):
 
 
 def on(device: torch.device) -> Arithmetic:
-    """The implementation for a device."""
-    has_kernels = devices.has_kernels(devices.core_index(device))
-    return by_core if has_kernels else by_torch
+    """The implementation for a device, in eager code or in code that torch traces."""
+    if not devices.has_kernels(devices.core_index(device)):
+        return by_torch
+    return by_operations if torch.compiler.is_compiling() else by_core

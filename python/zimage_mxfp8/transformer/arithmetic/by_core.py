@@ -69,15 +69,21 @@ def row_scaled_workspace(
     return 0
 
 
-@cache
 def row_scaled_unsupported(device: int) -> str:
     """Why the core does not multiply row-scaled FP8 fast on a CUDA device; "" if it does.
 
     Args:
         device: its index, or -1 for the CPU, where nothing is fast and the core does it.
     """
-    if device < 0:
-        return ""
+    return "" if device < 0 else _cuda_row_scaled_unsupported(device)
+
+
+# A constant to torch.compile, see `devices.has_kernels`.
+row_scaled_unsupported.__dict__["_dynamo_marked_constant"] = True
+
+
+@cache
+def _cuda_row_scaled_unsupported(device: int) -> str:
     problem = _core.GemmProblem(128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False)
     return _core.gemm_unsupported("fp8_rowwise", problem, device)
 

@@ -1,0 +1,281 @@
+"""Operations of the core registered with torch.library, in the namespace `zimage_mxfp8`.
+
+torch.compile and torch.export put them in their graphs as they are. Eager code calls the core
+itself, which costs less than a registered operation. Each has a schema of plain tensors, which says
+what it writes, and a fake version, which gives shapes and dtypes. There are no derivatives.
+
+An MXFP8 matrix is codes, scales, rows and columns, a row-scaled one codes and scales. A result in
+one of the formats of `ops.fused` is two tensors: codes and scales, or the values in bfloat16 and an
+empty tensor. Shapes, dtypes and errors are those of the functions of `ops` with the same names.
+"""
+
+# ruff: noqa: ARG005 - a fake version has the arguments of its operation
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...layout import padded_shape, scale_shape
+from ...ops import fused, gemm_epilogues
+from ...ops.codec import MXFP8Array
+from ...ops.gemm import RowScaledArray
+from . import by_core
+
+NAMESPACE = "zimage_mxfp8"
+Pair = tuple[torch.Tensor, torch.Tensor]
+_Function = Callable[..., Any]
+
+
+def _register(schema: str, fake: _Function, writes: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Register the decorated function as an operation of its name, with a fake version."""
+
+    def register(function: _Function) -> _Function:
+        operation = torch.library.custom_op(
+            f"{NAMESPACE}::{function.__name__}", function, mutates_args=writes, schema=schema
+        )
+        operation.register_fake(fake)
+        return operation
+
+    return register
+
+
+def _parts(result: Any) -> Pair:
+    if isinstance(result, (MXFP8Array, RowScaledArray)):
+        return result.codes, result.scales
+    return result, result.new_empty(0)
+
+
+def _fake_parts(like: torch.Tensor, columns: Any, output_format: str) -> Pair:
+    """What `_parts` gives of [M, columns] in a format, with the rows and the device of `like`."""
+    shape = (like.shape[0], columns)
+    if output_format == "bfloat16":
+        return like.new_empty(shape, dtype=torch.bfloat16), like.new_empty(0, dtype=torch.bfloat16)
+    if output_format == "row-scaled":
+        codes = like.new_empty(shape, dtype=torch.float8_e4m3fn)
+        return codes, like.new_empty(shape[:1], dtype=torch.float32)
+    codes = like.new_empty(padded_shape(shape), dtype=torch.float8_e4m3fn)
+    return codes, like.new_empty(scale_shape(shape), dtype=torch.uint8)
+
+
+@_register(
+    "(Tensor matrix) -> (Tensor, Tensor)",
+    lambda matrix: _fake_parts(matrix, matrix.shape[1], "mxfp8"),
+)
+def quantize(matrix: torch.Tensor) -> Pair:
+    """Encode [M, K] in MXFP8; blocks with NaN or infinity become NaN."""
+    return _parts(by_core.quantize(matrix))
+
+
+@_register(
+    "(Tensor matrix) -> (Tensor, Tensor)",
+    lambda matrix: _fake_parts(matrix, matrix.shape[1], "row-scaled"),
+)
+def quantize_rows(matrix: torch.Tensor) -> Pair:
+    """Encode [M, K] in E4M3 with a scale per row."""
+    return _parts(by_core.quantize_rows(matrix))
+
+
+@_register(
+    "(Tensor codes, Tensor scales, SymInt rows, SymInt columns, ScalarType dtype) -> Tensor",
+    lambda codes, scales, rows, columns, dtype: codes.new_empty((rows, columns), dtype=dtype),
+)
+def dequantize(
+    codes: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Decode MXFP8: [rows, columns] of `dtype`."""
+    return by_core.dequantize(MXFP8Array(codes, scales, (rows, columns)), dtype)
+
+
+@_register(
+    "(Tensor x, Tensor codes, Tensor scales, SymInt rows, SymInt columns) -> Tensor",
+    lambda x, codes, scales, rows, columns: x.new_empty((x.shape[0], rows)),
+)
+def gemm_weight_only(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rows: int, columns: int
+) -> torch.Tensor:
+    """Multiply [M, K] with decoded MXFP8 weights [N, K]: [M, N] in the dtype of x."""
+    return by_core.multiply_weight_only(x, MXFP8Array(codes, scales, (rows, columns)))
+
+
+@_register(
+    "(Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales, ScalarType dtype)"
+    " -> Tensor",
+    lambda codes, scales, weight_codes, weight_scales, dtype: codes.new_empty(
+        (codes.shape[0], weight_codes.shape[0]), dtype=dtype
+    ),
+)
+def gemm_row_scaled(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight_codes: torch.Tensor,
+    weight_scales: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply row-scaled [M, K] with row-scaled weights [N, K]: [M, N] of `dtype`."""
+    x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+    return by_core.multiply_row_scaled(x, weights, dtype)
+
+
+@_register(
+    "(Tensor codes, Tensor scales, SymInt tokens, Tensor weight_codes, Tensor weight_scales,"
+    " SymInt rows, SymInt columns, bool decoded, ScalarType dtype) -> Tensor",
+    lambda codes, scales, tokens, weight_codes, weight_scales, rows, columns, decoded, dtype: (
+        codes.new_empty((tokens, rows), dtype=dtype)
+    ),
+)
+def gemm_mxfp8(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    tokens: int,
+    weight_codes: torch.Tensor,
+    weight_scales: torch.Tensor,
+    rows: int,
+    columns: int,
+    decoded: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply MXFP8 [tokens, columns] with MXFP8 weights [rows, columns]: [tokens, rows].
+
+    `decoded` takes the kernels that decode both operands first, else the device's fastest.
+    """
+    multiply = by_core.multiply_decoded if decoded else by_core.multiply_mxfp8
+    x = MXFP8Array(codes, scales, (tokens, columns))
+    return multiply(x, MXFP8Array(weight_codes, weight_scales, (rows, columns)), dtype)
+
+
+@_register(
+    "(Tensor gate, Tensor up, str output_format) -> (Tensor, Tensor)",
+    lambda gate, up, output_format: _fake_parts(gate, gate.shape[1], output_format),
+)
+def silu_multiply(
+    gate: torch.Tensor, up: torch.Tensor, output_format: fused.ActivationFormat
+) -> Pair:
+    """Compute `ops.fused.silu_multiply`."""
+    return _parts(fused.silu_multiply(gate, up, output_format))
+
+
+@_register(
+    "(Tensor x, Tensor weight, Tensor? scale, Tensor? items, str output_format, float eps)"
+    " -> (Tensor, Tensor)",
+    lambda x, weight, scale, items, output_format, eps: _fake_parts(x, x.shape[1], output_format),
+)
+def norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    items: torch.Tensor | None,
+    output_format: fused.ActivationFormat,
+    eps: float,
+) -> Pair:
+    """Compute `ops.fused.norm_modulate`."""
+    return _parts(fused.norm_modulate(x, weight, scale, items, output_format, eps))
+
+
+@_register(
+    "(Tensor(a!) x, Tensor y, Tensor norm_weight, Tensor? gate, Tensor? items, float eps) -> ()",
+    lambda x, y, norm_weight, gate, items, eps: None,
+    ("x",),
+)
+def add_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    norm_weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    items: torch.Tensor | None,
+    eps: float,
+) -> None:
+    """Compute `ops.fused.add_norm_modulate` without the norm that follows; writes x."""
+    fused.add_norm_modulate(x, y, norm_weight, gate, items=items, eps=eps)
+
+
+@_register(
+    "(Tensor(a!) x, Tensor y, Tensor norm_weight, Tensor? gate, Tensor next_weight,"
+    " Tensor? next_scale, Tensor? items, str output_format, float eps) -> (Tensor, Tensor)",
+    lambda x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps: _fake_parts(
+        x, x.shape[1], output_format
+    ),
+    ("x",),
+)
+def add_norm_modulate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    norm_weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    next_weight: torch.Tensor,
+    next_scale: torch.Tensor | None,
+    items: torch.Tensor | None,
+    output_format: fused.ActivationFormat,
+    eps: float,
+) -> Pair:
+    """Compute `ops.fused.add_norm_modulate`; writes x."""
+    return _parts(
+        fused.add_norm_modulate(
+            x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps
+        )
+    )
+
+
+@_register(
+    "(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor rotations, SymInt heads, float eps)"
+    " -> ()",
+    lambda qkv, q_weight, k_weight, rotations, heads, eps: None,
+    ("qkv",),
+)
+def rotate_heads(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotations: torch.Tensor,
+    heads: int,
+    eps: float,
+) -> None:
+    """Compute `ops.fused.rotate_heads`; writes qkv."""
+    fused.rotate_heads(qkv, q_weight, k_weight, rotations, heads, eps)
+
+
+@_register(
+    "(Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales, str output_format)"
+    " -> (Tensor, Tensor)",
+    lambda codes, scales, weight_codes, weight_scales, output_format: _fake_parts(
+        codes, weight_codes.shape[0] // 2, output_format
+    ),
+)
+def gemm_silu_multiply(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight_codes: torch.Tensor,
+    weight_scales: torch.Tensor,
+    output_format: fused.ActivationFormat,
+) -> Pair:
+    """Compute `ops.gemm_epilogues.gemm_silu_multiply`: [M, K] and [2 C, K] to [M, C]."""
+    x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+    return _parts(gemm_epilogues.gemm_silu_multiply(x, weights, output_format))
+
+
+@_register(
+    "(Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales, Tensor q_weight,"
+    " Tensor k_weight, Tensor rotations, SymInt heads, float eps) -> Tensor",
+    lambda codes, scales, weight_codes, *_: codes.new_empty(
+        (codes.shape[0], weight_codes.shape[0]), dtype=torch.bfloat16
+    ),
+)
+def gemm_rotate_heads(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight_codes: torch.Tensor,
+    weight_scales: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotations: torch.Tensor,
+    heads: int,
+    eps: float,
+) -> torch.Tensor:
+    """Compute `ops.gemm_epilogues.gemm_rotate_heads`: [M, K] and [3 * heads * 128, K] to [M, N]."""
+    x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+    result: torch.Tensor = gemm_epilogues.gemm_rotate_heads(
+        x, weights, q_weight, k_weight, rotations, heads, eps
+    )
+    return result

@@ -1,0 +1,113 @@
+"""The fused kernels of the core: called directly, or as registered operations while traced.
+
+The functions are those of `ops.fused` and `ops.gemm_epilogues`, which describe them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ops import fused, gemm_epilogues
+from ..ops.codec import MXFP8Array
+from ..ops.fused import ActivationFormat
+from ..ops.gemm import RowScaledArray
+from .arithmetic import torch_library
+
+
+def _result(parts: torch_library.Pair, output_format: ActivationFormat, shape: torch.Size) -> Any:
+    """What a fused kernel returns, from the two tensors of a registered operation."""
+    values, scales = parts
+    if output_format == "bfloat16":
+        return values
+    if output_format == "row-scaled":
+        return RowScaledArray(values, scales)
+    return MXFP8Array(values, scales, (shape[0], shape[1]))
+
+
+def silu_multiply(gate: torch.Tensor, up: torch.Tensor, output_format: ActivationFormat) -> Any:
+    """Compute silu(gate) * up."""
+    if not torch.compiler.is_compiling():
+        return fused.silu_multiply(gate, up, output_format)
+    return _result(torch_library.silu_multiply(gate, up, output_format), output_format, gate.shape)
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    items: torch.Tensor | None,
+    output_format: ActivationFormat,
+    eps: float,
+) -> Any:
+    """Compute RMSNorm(x) * weight * (1 + scale[item])."""
+    if not torch.compiler.is_compiling():
+        return fused.norm_modulate(x, weight, scale, items, output_format, eps)
+    parts = torch_library.norm_modulate(x, weight, scale, items, output_format, eps)
+    return _result(parts, output_format, x.shape)
+
+
+def add_norm_modulate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    norm_weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    next_weight: torch.Tensor | None,
+    next_scale: torch.Tensor | None,
+    items: torch.Tensor | None,
+    output_format: ActivationFormat,
+    eps: float,
+) -> Any:
+    """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm what results."""
+    if not torch.compiler.is_compiling():
+        return fused.add_norm_modulate(
+            x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps
+        )
+    if next_weight is None:
+        return torch_library.add_norm(x, y, norm_weight, gate, items, eps)
+    parts = torch_library.add_norm_modulate(
+        x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps
+    )
+    return _result(parts, output_format, x.shape)
+
+
+def rotate_heads(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotations: torch.Tensor,
+    heads: int,
+    eps: float,
+) -> None:
+    """Norm and rotate the heads of q and k in place."""
+    tracing = torch.compiler.is_compiling()
+    call = torch_library.rotate_heads if tracing else fused.rotate_heads
+    call(qkv, q_weight, k_weight, rotations, heads, eps)
+
+
+def gemm_silu_multiply(
+    a: RowScaledArray, b: RowScaledArray, output_format: ActivationFormat
+) -> Any:
+    """Compute silu(a G^T) * (a U^T), where G is the upper and U the lower half of `b`."""
+    if not torch.compiler.is_compiling():
+        return gemm_epilogues.gemm_silu_multiply(a, b, output_format)
+    parts = torch_library.gemm_silu_multiply(a.codes, a.scales, b.codes, b.scales, output_format)
+    return _result(parts, output_format, torch.Size((a.codes.shape[0], b.codes.shape[0] // 2)))
+
+
+def gemm_rotate_heads(
+    a: RowScaledArray,
+    b: RowScaledArray,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    rotations: torch.Tensor,
+    heads: int,
+    eps: float,
+) -> Any:
+    """Compute a B^T, and norm and rotate its heads of q and k."""
+    if not torch.compiler.is_compiling():
+        return gemm_epilogues.gemm_rotate_heads(a, b, q_weight, k_weight, rotations, heads, eps)
+    return torch_library.gemm_rotate_heads(
+        a.codes, a.scales, b.codes, b.scales, q_weight, k_weight, rotations, heads, eps
+    )

@@ -1,0 +1,231 @@
+"""Operations registered with torch.library, and layers that torch.compile and torch.export trace.
+
+The CUDA operations are marked gpu; their shapes and dtypes are checked without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8.transformer import linear, ops
+from zimage_mxfp8.transformer.arithmetic import torch_library
+from zimage_mxfp8.transformer.compute import Compute
+from zimage_mxfp8.transformer.epilogue import SiluMultiply
+
+OPS = torch.ops.zimage_mxfp8
+ROWS, WIDTH, HEADS = 5, 96, 2
+SHAPES = {
+    "bfloat16": [((ROWS, WIDTH), torch.bfloat16), ((0,), torch.bfloat16)],
+    "row-scaled": [((ROWS, WIDTH), torch.float8_e4m3fn), ((ROWS,), torch.float32)],
+    "mxfp8": [((32, WIDTH), torch.float8_e4m3fn), ((128, 4), torch.uint8)],
+}
+
+
+def random(*shape: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).bfloat16().to(device)
+
+
+def parts(array: zm.MXFP8Array | zm.RowScaledArray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes as bytes, because opcheck compares its arguments, and scales."""
+    return array.codes.view(torch.uint8), array.scales
+
+
+def codec_calls(device: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the operations that every device has."""
+    x, weights = random(ROWS, WIDTH, device=device), random(64, WIDTH, seed=1, device=device)
+    mxfp8, mxfp8_weights = zm.quantize(x), zm.quantize(weights)
+    rows, row_weights = zm.quantize_rows(x), zm.quantize_rows(weights)
+    stored = parts(mxfp8_weights)
+    gemm = (*parts(mxfp8), ROWS, *stored, 64, WIDTH)
+    fp8 = (*parts(rows), *parts(row_weights))
+    return {
+        "quantize": (x,),
+        "quantize_rows": (x,),
+        "dequantize": (*stored, 64, WIDTH, torch.float32),
+        "gemm_weight_only": (x, *stored, 64, WIDTH),
+        "gemm_row_scaled": (*fp8, torch.bfloat16),
+        "gemm_mxfp8": (*gemm, True, torch.bfloat16),
+    }
+
+
+def fused_calls(device: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the operations that only CUDA devices have."""
+    x, y = random(ROWS, WIDTH, device=device), random(ROWS, WIDTH, seed=1, device=device)
+    weight, scale = random(WIDTH, seed=2, device=device), random(2, WIDTH, seed=3, device=device)
+    items = torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32, device=device)
+    head = random(128, seed=4, device=device)
+    qkv = random(ROWS, 3 * HEADS * 128, seed=5, device=device)
+    rotations = torch.ones(ROWS, 64, 2, device=device)
+    calls: dict[str, tuple[Any, ...]] = {
+        "add_norm": (x, y, weight, scale, items, 1e-5),
+        "rotate_heads": (qkv, head, head, rotations, HEADS, 1e-5),
+    }
+    for form in ("bfloat16", "row-scaled", "mxfp8"):
+        calls[f"silu_multiply {form}"] = (x, y, form)
+        calls[f"norm_modulate {form}"] = (x, weight, scale, items, form, 1e-5)
+        calls[f"add_norm_modulate {form}"] = (
+            *(x, y, weight, scale, weight, None, items, form, 1e-5),
+        )
+    return calls
+
+
+def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of the GEMM with an epilogue."""
+    x = zm.quantize_rows(random(ROWS, WIDTH, device=device))
+    weights = zm.quantize_rows(random(3 * HEADS * 128, WIDTH, seed=1, device=device))
+    operands = (*parts(x), *parts(weights))
+    head, rotations = random(128, seed=4, device=device), torch.ones(ROWS, 64, 2, device=device)
+    return {
+        **{f"gemm_silu_multiply {form}": (*operands, form) for form in SHAPES},
+        "gemm_rotate_heads": (*operands, head, head, rotations, HEADS, 1e-5),
+    }
+
+
+def operation(call: str) -> Any:
+    return getattr(OPS, call.split()[0]).default
+
+
+@pytest.mark.parametrize("call", codec_calls("cpu"))
+def test_opcheck(call: str) -> None:
+    torch.library.opcheck(operation(call), codec_calls("cpu")[call])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", [*codec_calls("cpu"), *fused_calls("cpu")])
+def test_opcheck_on_cuda(call: str) -> None:
+    torch.library.opcheck(operation(call), (codec_calls("cuda") | fused_calls("cuda"))[call])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="not Hopper",
+)
+@pytest.mark.parametrize("call", gemm_epilogue_calls("cpu"))
+def test_opcheck_on_hopper(call: str) -> None:
+    torch.library.opcheck(operation(call), gemm_epilogue_calls("cuda")[call])
+
+
+def test_every_operation_is_checked() -> None:
+    registered = {
+        name for name, value in vars(torch_library).items() if hasattr(value, "register_fake")
+    }
+    calls = codec_calls("cpu") | fused_calls("cpu") | gemm_epilogue_calls("cpu")
+    assert registered == {call.split()[0] for call in calls}
+
+
+def test_schemas_name_what_is_written() -> None:
+    written = {}
+    for call in codec_calls("cpu") | fused_calls("cpu") | gemm_epilogue_calls("cpu"):
+        schema = operation(call)._schema
+        written[schema.name] = [
+            argument.name
+            for argument in schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+    assert {name: names for name, names in written.items() if names} == {
+        "zimage_mxfp8::add_norm": ["x"],
+        "zimage_mxfp8::add_norm_modulate": ["x"],
+        "zimage_mxfp8::rotate_heads": ["qkv"],
+    }
+
+
+@pytest.mark.parametrize("call", [call for call in fused_calls("cpu") if " " in call])
+def test_fake_results_of_fused_operations(call: str) -> None:
+    arguments = fused_calls("cpu")[call]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        results = operation(call)(*arguments)
+    assert [(tuple(result.shape), result.dtype) for result in results] == SHAPES[call.split()[1]]
+
+
+@pytest.mark.parametrize("form", SHAPES)
+def test_fake_results_of_silu_multiply_as_an_epilogue(form: str) -> None:
+    """As those of silu_multiply of half as many columns."""
+    half = random(ROWS, 3 * HEADS * 128 // 2)
+    arguments = gemm_epilogue_calls("cpu")[f"gemm_silu_multiply {form}"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = operation("gemm_silu_multiply")(*arguments)
+        want = operation("silu_multiply")(half, half, form)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in want]
+
+
+def test_fake_result_of_rotate_heads_as_an_epilogue() -> None:
+    arguments = gemm_epilogue_calls("cpu")["gemm_rotate_heads"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        result = operation("gemm_rotate_heads")(*arguments)
+    assert (tuple(result.shape), result.dtype) == ((ROWS, 3 * HEADS * 128), torch.bfloat16)
+
+
+class TwoLayers(torch.nn.Module):
+    """A linear layer, silu(gate) * up, and another layer, with a norm in front."""
+
+    def __init__(self, compute: Compute, device: str) -> None:
+        super().__init__()
+        layers = []
+        for shape in ((128, WIDTH), (80, 64)):
+            encoded = zm.quantize(random(*shape, seed=shape[0], device=device))
+            layer, _ = linear.quantized_linear(
+                encoded.codes.view(torch.uint8), encoded.scales, shape[0], compute, torch.bfloat16
+            )
+            layers.append(layer)
+        self.first, self.last = layers
+        self.register_buffer("weight", random(WIDTH, seed=7, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = ops.norm_modulate(x, self.weight, None, None, self.first.input_formats)
+        gated = self.first(normed, SiluMultiply(self.last.input_formats))
+        return self.last(gated)
+
+
+def assert_traced_equals_eager(compute: Compute, device: str) -> None:
+    layers, x = TwoLayers(compute, device), random(ROWS, WIDTH, device=device)
+    eager = layers(x)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    for each in (backend, "eager", "aot_eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(layers, backend=each, fullgraph=True)
+        assert torch.equal(compiled(x), eager)
+    exported = torch.export.export(layers, (x,))
+    assert torch.equal(exported.module()(x), eager)
+    names = {"weight-only": "gemm_weight_only", "fp8": "gemm_"}
+    for graph in (graphs[0], exported.graph_module):
+        calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        assert sum(names.get(compute, "gemm_mxfp8") in call for call in calls) == 2
+
+
+@pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
+def test_layers_compile_and_export(compute: Compute) -> None:
+    assert_traced_equals_eager(compute, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
+def test_layers_compile_and_export_on_cuda(compute: Compute) -> None:
+    assert_traced_equals_eager(compute, "cuda")
+
+
+def test_an_exported_operation_takes_any_number_of_rows() -> None:
+    class Encode(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            codes, scales = OPS.quantize(x)
+            return codes, scales
+
+    dynamic = {"x": {0: torch.export.Dim("rows", min=2, max=1000)}}
+    exported = torch.export.export(Encode(), (random(ROWS, WIDTH),), dynamic_shapes=dynamic)
+    x = random(321, WIDTH)
+    codes, scales = exported.module()(x)
+    want = zm.quantize(x)
+    assert torch.equal(codes.view(torch.uint8), want.codes.view(torch.uint8))
+    assert torch.equal(scales, want.scales)
