@@ -38,7 +38,7 @@ CARD_OPTIONS = (
 )
 MAKE = """
 import sys
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.zimage.layers import zimage_shapes
 from zimage_mxfp8.synthetic import write_synthetic_checkpoint
 write_synthetic_checkpoint(sys.argv[1], zimage_shapes(int(sys.argv[2])))
 """

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 Tensors = dict[str, torch.Tensor]
 

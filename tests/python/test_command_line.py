@@ -24,9 +24,9 @@ from test_commands import run_in_terminal, tables_in_terminal
 from test_convert import PREFIX, sha256, to_diffusers, write_shards
 from test_interrupts import interrupted
 from test_interrupts import run as run_program
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.cli.command_line import build_parser
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import zimage_mxfp8 as zm
 from conftest import Run, Tensors, random_tensors, tensor_bytes
 from test_convert import metadata_of, sha256
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import zimage_mxfp8 as zm
 from conftest import Run, Tensors, random_tensors, small_shapes, tensor_bytes
 from zimage_mxfp8.checkpoint.header import layout_header
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 # The model card's exclusions, as a regular expression for --exclude-layers.
 CARD_EXCLUSIONS = (

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import zimage_mxfp8 as zm
 from conftest import Run, random_tensors, small_shapes
 from test_commands import python_in_terminal, run_in_terminal
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 TINY = zimage_shapes(dim=128, layers=1, refiner_layers=1, caption_dim=64, hidden=18)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import zimage_mxfp8 as zm
 from conftest import Run, Tensors, random_tensors, small_shapes
 from test_convert import PREFIX, card_command, to_diffusers
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.validation import ValidationReport, validate
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 LAYER = "layers.1.feed_forward.w2"
 HEADER = "_quantization_metadata"

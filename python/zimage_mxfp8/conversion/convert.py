@@ -42,7 +42,8 @@ from ..streaming.jobs import (
 from ..streaming.rows import as_matrix, encode_rows, measure_rows, read_rows, round_to_bfloat16
 from ..system.devices import cuda_index
 from ..text import plural
-from .bias_correction import Mode, Vector, add_to_bias, correction_inputs
+from ..zimage.sampling import Vector
+from .bias_correction import Mode, add_to_bias, correction_inputs
 from .nonfinite import KeptTensorCheck
 from .options import ConversionOptions, ModulationMatmul, NonFinite
 from .plan import Plan, PlannedTensor, make_plan

@@ -17,9 +17,9 @@ from ..ops.codec import MXFP8Array
 from ..ops.fused import Form
 from ..ops.gemm import FoldStats, RowScaledArray
 from ..system import devices
+from ..zimage.constants import NORM_EPS
 from . import arithmetic, ops
 from .compute import Compute
-from .config import NORM_EPS
 from .ops import Activation, pad_columns
 
 

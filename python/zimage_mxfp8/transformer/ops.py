@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from ..ops import fused
 from ..ops.fused import Form
 from ..system import devices
+from ..zimage.constants import HEAD_DIM, NORM_EPS
 from . import arithmetic
 from .arithmetic import tiles
-from .config import HEAD_DIM, NORM_EPS
 
 # A matrix of activations in each of the forms that its consumers take.
 Activation = dict[Form, Any]
