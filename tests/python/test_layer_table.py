@@ -171,6 +171,12 @@ def test_groups_of_tables(file: Path) -> None:
     assert group_of("style_embedder.weight", scope) == "embedders"
 
 
+def test_bias_correction_knows_the_new_modulations() -> None:
+    assert FAMILY.is_modulation("extra_refiner.2.adaLN_modulation.0")
+    assert not FAMILY.is_modulation("context_refiner.0.adaLN_modulation.0")
+    assert not ZIMAGE.is_modulation("extra_refiner.2.adaLN_modulation.0")
+
+
 def test_probe_looks_at_the_new_stack(file: Path) -> None:
     checkpoint = open_checkpoint(file)
     (scope,) = find_scopes(checkpoint.tensors, FAMILY)

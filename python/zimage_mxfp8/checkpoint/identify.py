@@ -225,7 +225,8 @@ def _kind_without_zimage(checkpoint: Checkpoint) -> tuple[Kind, str]:
         found = next((name for name in names if name.endswith(ZIMAGE.anchor)), None)
         if found is None:
             return kinds.INCOMPLETE, ZIMAGE.anchor
-        return kinds.INCOMPLETE, found.removesuffix(ZIMAGE.anchor) + ZIMAGE.signature[1]
+        token = next(name for name in ZIMAGE.signature if name in ZIMAGE.tokens)
+        return kinds.INCOMPLETE, found.removesuffix(ZIMAGE.anchor) + token
     for kind, pattern in _FAMILIES:
         if found := _first(names, pattern):
             return kind, found

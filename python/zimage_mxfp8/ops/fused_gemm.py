@@ -15,8 +15,9 @@ from typing import Any
 
 from .. import _core
 from ..errors import InvalidArgumentError
+from ..zimage.constants import HEAD_DIM
 from .arrays import aligned, call_core, empty, on_cuda, vector
-from .fused import HEAD_SIZE, as_eps, as_heads, as_rotations, as_whole
+from .fused import as_eps, as_heads, as_rotations, as_whole
 from .gemm import RowScaledArray, row_scaled_parts
 
 __all__ = ["gemm_rotate_heads", "gemm_silu_multiply", "is_faster", "unsupported"]
@@ -116,8 +117,8 @@ def gemm_rotate_heads(
         _core.gemm_rotate_heads,
         first[:2],
         second[:2],
-        vector(q_weight, "bfloat16", HEAD_SIZE, "q_weight"),
-        vector(k_weight, "bfloat16", HEAD_SIZE, "k_weight"),
+        vector(q_weight, "bfloat16", HEAD_DIM, "q_weight"),
+        vector(k_weight, "bfloat16", HEAD_DIM, "k_weight"),
         aligned(as_rotations(rotations, first[2])),
         as_heads(heads),
         as_eps(eps),

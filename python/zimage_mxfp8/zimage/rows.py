@@ -33,7 +33,8 @@ class Stack:
 
     Attributes:
         name: what its tensors' names begin with.
-        count: name of the number of its blocks. Stacks with the same name have the same number.
+        count: field of `ZImageConfig` with the number of its blocks. Stacks with the same field
+            have the same number; a new field is to be added there.
         modulated: whether the timestep modulates its blocks.
         main: whether it holds the main blocks. One stack of a table does.
         title: what stands before a block's number in figures.

@@ -115,7 +115,7 @@ class LayerTable:
         # Numbers as the model writes them: 07 or digits of other scripts would be taken for another
         # block.
         stacks = "|".join(re.escape(stack.name) for stack in self.stacks)
-        return re.compile(rf"({stacks})\.(0|[1-9][0-9]{{0,8}})\.(.+)", re.DOTALL)
+        return re.compile(rf"({stacks})\.(0|[1-9][0-9]{{0,8}})\.(.+)")
 
     def split(self, name: str) -> BlockTensor | None:
         """The parts of a name; None if it is not one of a block."""
