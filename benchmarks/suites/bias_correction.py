@@ -15,12 +15,12 @@ import numpy as np
 import zimage_mxfp8 as zm
 from zimage_mxfp8.checkpoint.source import SourceTensor, TensorReader, open_checkpoint
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.bias_correction import (
     embedder_outputs,
-    sampler_timesteps,
     to_float64,
 )
+from zimage_mxfp8.zimage.layers import zimage_shapes
+from zimage_mxfp8.zimage.sampling import sampler_timesteps
 
 from ..report import Report
 

@@ -48,8 +48,8 @@ CARD_OPTIONS = (
 )
 MAKE = """
 import sys
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
+from zimage_mxfp8.zimage.layers import zimage_shapes
 write_synthetic_checkpoint(sys.argv[1], zimage_shapes(int(sys.argv[2])))
 """
 FLOOR = """

@@ -32,9 +32,9 @@ from safetensors import safe_open
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
-from zimage_mxfp8.conversion.bias_correction import sampler_timesteps
 from zimage_mxfp8.transformer.compute import Compute, supported
+from zimage_mxfp8.zimage.layers import zimage_shapes
+from zimage_mxfp8.zimage.sampling import sampler_timesteps
 
 from ..report import Report
 

@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from .streaming.error_stats import ErrorStats
     from .streaming.jobs import Progress
     from .system.diagnosis import Diagnosis, diagnose
-    from .transformer.config import ZImageConfig
     from .transformer.model import ZImageTransformer
+    from .zimage.config import ZImageConfig
 
 _HOME = {
     "__version__": "_core",
@@ -122,7 +122,7 @@ _HOME = {
     "Progress": "streaming.jobs",
     "Recipe": "conversion.recipes",
     "load_recipe": "conversion.recipes",
-    "ZImageConfig": "transformer.config",
+    "ZImageConfig": "zimage.config",
     "ZImageTransformer": "transformer.model",
     "ValidationReport": "conversion.validation",
     "validate": "conversion.validation",

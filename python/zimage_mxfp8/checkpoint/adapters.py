@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
+from ..zimage.layers import ZIMAGE
 from .source import SourceTensor
 
 # Matrices of low-rank and Kronecker adapters, of orthogonal ones, and their side tensors.
@@ -28,12 +29,19 @@ _PREFIXES = (
     *("transformer.", "diffusion_model.", "lora_unet__", "lora_unet_", "lora_transformer_"),
     *("lycoris_", "lora_te"),
 )
+# Without the number of a layer that is the first of a sequence: some trainers drop it.
+_ZIMAGE_LAYERS = [
+    name.removesuffix(".0")
+    for layer in ZIMAGE.block
+    if layer.is_matrix
+    for name in (layer.name, *layer.diffusers)
+]
 _MODELS = (
     ("Flux", re.compile(r"double_blocks|single_blocks|single_transformer_blocks")),
     ("Qwen-Image", re.compile(r"transformer_blocks[._]\d+[._](?:img_m|txt_m)")),
     ("Stable Diffusion", re.compile(r"(?:down|up|input|output|middle|mid)_blocks?[._]")),
     ("Wan", re.compile(r"blocks[._]\d+[._](?:self_attn|cross_attn)[._]")),
-    ("Z-Image", re.compile(r"attention[._](?:to_|qkv|out)|feed_forward[._]w[123]|adaLN_modul")),
+    ("Z-Image", re.compile("|".join(name.replace(".", "[._]") for name in _ZIMAGE_LAYERS))),
 )
 _RANK_SUFFIXES = ("lora_A", "lora_down", "lora.down", "hada_w1_b", "lokr_w2_b")
 

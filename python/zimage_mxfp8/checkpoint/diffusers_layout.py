@@ -1,79 +1,68 @@
-"""Diffusers' names for Z-Image's tensors, and the way to ComfyUI's.
+"""Checkpoints with diffusers' names, and the way to ComfyUI's.
 
-Diffusers' `ZImageTransformer2DModel` splits `attention.qkv`, renames a few layers, and numbers the
-embedders by patch size.
+Diffusers' `ZImageTransformer2DModel` splits some layers, renames others, and numbers the embedders
+by patch size. The names are in `zimage/layers.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 
 from ..errors import CheckpointError
+from .scopes import Scope
 from .source import Checkpoint, SourceTensor
-from .zimage import PAD_TOKENS, Scope
-
-_NAMES = (
-    (re.compile(r"\.attention\.to_out\.0\."), ".attention.out."),
-    (re.compile(r"\.attention\.norm_([qk])\."), r".attention.\1_norm."),
-    (re.compile(r"^all_x_embedder\.2-1\."), "x_embedder."),
-    (re.compile(r"^all_final_layer\.2-1\."), "final_layer."),
-)
-_QKV = re.compile(r"^(?P<block>.+)\.attention\.to_(?P<part>[qkv])\.(?P<kind>.+)$")
-_PATCH_SIZE = re.compile(r"^all_(?:x_embedder|final_layer)\.(?P<size>[^.]+)\.")
 
 
-def is_diffusers_layout(names: Collection[str], prefix: str = "") -> bool:
-    """Whether the names under a prefix are those of a diffusers `ZImageTransformer2DModel`."""
-    return any(name.startswith(prefix + "all_x_embedder.") for name in names)
+def is_diffusers_layout(names: Collection[str], scope: Scope) -> bool:
+    """Whether the names of a scope are those of a diffusers `ZImageTransformer2DModel`."""
+    return scope.table.is_diffusers_layout(_inner(names, scope))
 
 
-def other_patch_size(names: Collection[str], prefix: str) -> str | None:
+def other_patch_size(names: Collection[str], scope: Scope) -> str | None:
     """A tensor for another patch size than 2, which has no place in ComfyUI's layout."""
-    for name in sorted(names):
-        if name.startswith(prefix):
-            match = _PATCH_SIZE.match(name[len(prefix) :])
-            if match and match["size"] != "2-1":
-                return name
-    return None
+    found = scope.table.other_patch_size(sorted(_inner(names, scope)))
+    return None if found is None else scope.prefix + found
+
+
+def _inner(names: Collection[str], scope: Scope) -> list[str]:
+    return [scope.inner(name) for name in names if name.startswith(scope.prefix)]
 
 
 def to_comfyui_layout(checkpoint: Checkpoint, scope: Scope) -> Checkpoint:
     """Give the model's tensors ComfyUI's names and shapes; other tensors pass unchanged.
 
-    Renames, stacks q, k and v, and turns pad tokens [D], as stable-diffusion.cpp stores them, into
-    [1, D]. Nothing is read: the stacked tensor is the three tensors' bytes one after another.
+    Renames, stacks what diffusers splits (q, k and v), and turns pad tokens [D], as
+    stable-diffusion.cpp stores them, into [1, D]. Nothing is read: a stacked tensor is its parts'
+    bytes one after another.
 
     Raises:
-        CheckpointError: q, k and v are incomplete or do not fit together, or two tensors get the
+        CheckpointError: parts of a layer are missing or do not fit together, or two tensors get the
             same name.
     """
+    table = scope.table
     pads = {
         scope.prefix + pad: replace(tensor, shape=(1, *tensor.shape))
-        for pad in PAD_TOKENS
+        for pad in table.tokens
         if (tensor := checkpoint.tensors.get(scope.prefix + pad)) and len(tensor.shape) == 1
     }
     if pads:
         checkpoint = replace(checkpoint, tensors=checkpoint.tensors | pads)
-    if not is_diffusers_layout(checkpoint.tensors, scope.prefix):
+    if not is_diffusers_layout(checkpoint.tensors, scope):
         return checkpoint
     renamed: list[SourceTensor] = []
-    parts: dict[tuple[str, str], dict[str, SourceTensor]] = {}
+    stacked: dict[str, tuple[str, ...]] = {}
     for name, tensor in checkpoint.tensors.items():
         if not name.startswith(scope.prefix):
             renamed.append(tensor)
             continue
-        if name in scope and (match := _QKV.match(name)):
-            parts.setdefault((match["block"], match["kind"]), {})[match["part"]] = tensor
-            continue
-        inner = scope.inner(name)
-        for pattern, replacement in _NAMES:
-            inner = pattern.sub(replacement, inner)
-        renamed.append(replace(tensor, name=scope.prefix + inner))
-    for (block, kind), found in parts.items():
-        renamed.append(_stack_qkv(checkpoint, f"{block}.attention", kind, found))
+        comfyui_name, parts = table.from_diffusers(scope.inner(name))
+        if len(parts) > 1:
+            stacked[scope.prefix + comfyui_name] = tuple(scope.prefix + part for part in parts)
+        else:
+            renamed.append(replace(tensor, name=scope.prefix + comfyui_name))
+    renamed += [_stack(checkpoint, name, parts) for name, parts in stacked.items()]
     tensors = {tensor.name: tensor for tensor in renamed}
     if len(tensors) < len(renamed):
         seen = Counter(tensor.name for tensor in renamed)
@@ -85,31 +74,31 @@ def to_comfyui_layout(checkpoint: Checkpoint, scope: Scope) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-def _stack_qkv(
-    checkpoint: Checkpoint, attention: str, kind: str, found: dict[str, SourceTensor]
-) -> SourceTensor:
-    names = {part: f"{attention}.to_{part}.{kind}" for part in "qkv"}
-    for part in "qkv":
-        if part not in found:
+def _stack(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> SourceTensor:
+    found = [checkpoint.tensors[part] for part in parts if part in checkpoint.tensors]
+    for part in parts:
+        if part not in checkpoint.tensors:
             raise CheckpointError(
-                f'{checkpoint.path} lacks tensor "{names[part]}", which belongs to '
-                f'"{next(iter(found.values())).name}"; download it again'
+                f'{checkpoint.path} lacks tensor "{part}", which belongs to "{found[0].name}"; '
+                "download it again"
             )
-    q, k, v = (found[part] for part in "qkv")
-    for other in (k, v):
-        if (other.dtype, len(other.shape), other.shape[1:]) != (q.dtype, len(q.shape), q.shape[1:]):
+    first, *others = found
+    for other in others:
+        fits = (first.dtype, len(first.shape), first.shape[1:])
+        if (other.dtype, len(other.shape), other.shape[1:]) != fits:
             raise CheckpointError(
                 f"{checkpoint.path} has tensors that cannot be stacked: "
-                f'"{q.name}" is {q.dtype} {list(q.shape)}, '
+                f'"{first.name}" is {first.dtype} {list(first.shape)}, '
                 f'"{other.name}" is {other.dtype} {list(other.shape)}'
             )
-    if not q.shape:
+    if not first.shape:
         raise CheckpointError(
-            f'{checkpoint.path} has the scalar "{q.name}", which is not a weight; download it again'
+            f'{checkpoint.path} has the scalar "{first.name}", which is not a weight; '
+            "download it again"
         )
     return SourceTensor(
-        f"{attention}.qkv.{kind}",
-        q.dtype,
-        (q.shape[0] + k.shape[0] + v.shape[0], *q.shape[1:]),
-        q.segments + k.segments + v.segments,
+        name,
+        first.dtype,
+        (sum(tensor.shape[0] for tensor in found), *first.shape[1:]),
+        tuple(segment for tensor in found for segment in tensor.segments),
     )

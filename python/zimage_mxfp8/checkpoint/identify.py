@@ -8,20 +8,36 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..checks import file_or_folder
+from ..zimage.layers import ZIMAGE
+from ..zimage.table import LayerTable
 from . import kinds
 from .adapters import describe_adapter, find_adapter_tensor, is_adapter
 from .diffusers_layout import is_diffusers_layout, other_patch_size, to_comfyui_layout
 from .foreign_files import refuse
 from .kinds import Kind, Use
 from .quantization import find_format
+from .scopes import WHOLE_FILE, Scope, find_scopes
 from .source import Checkpoint, open_checkpoint
-from .zimage import ANCHOR, PAD_TOKENS, WHOLE_FILE, Scope, find_scopes
 
 _SHARD_NAME = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
-_ZIMAGE_PART = re.compile(
-    r"(?:^|\.)(?:(?:noise|context)_refiner\.\d+\.|layers\.\d+\.(?:adaLN_modulation\.|feed_forward\.w[123]\.)"
-    r"|cap_embedder\.[01]\.|all_(?:x_embedder|final_layer)\.)"
-)
+
+
+def _part_pattern(table: LayerTable) -> re.Pattern[str]:
+    """A pattern that finds the names of a part of a model that other models do not have."""
+    layers = [layer.name for layer in table.block if layer.is_matrix]
+    anchor = table.anchor.partition(".")[0]
+    parts = [re.escape(stack.name) + r"\.\d+" for stack in table.stacks if not stack.main]
+    parts += [
+        rf"{re.escape(table.main.name)}\.\d+\.{re.escape(name.removesuffix('.0'))}"
+        for name in layers
+        if not name.startswith("attention.")  # which many models have
+    ]
+    parts += [re.escape(x.name) for x in table.outside if x.name.startswith(f"{anchor}.")]
+    parts += [re.escape(theirs.partition(".")[0]) for theirs, _ in table.diffusers_modules]
+    return re.compile(rf"(?:^|\.)(?:{'|'.join(parts)})\.")
+
+
+_ZIMAGE_PART = _part_pattern(ZIMAGE)
 _TEXT_EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|tok_embeddings|word_embeddings|shared|wte)\.weight$"
 )
@@ -140,9 +156,9 @@ def identify(path: str | os.PathLike[str]) -> Identified:
         form, shown_by = find_format(checkpoint, WHOLE_FILE) or (None, "")
         return Identified(checkpoint, kind, evidence, form, shown_by, WHOLE_FILE)
     scope, *others = scopes
-    diffusers = is_diffusers_layout(names, scope.prefix)
+    diffusers = is_diffusers_layout(names, scope)
     form, shown_by = find_format(checkpoint, scope) or (None, "")
-    kind, evidence = kinds.ZIMAGE, scope.prefix + ANCHOR
+    kind, evidence = kinds.ZIMAGE, scope.prefix + ZIMAGE.anchor
     if obstacle := _obstacle(checkpoint, scope):
         kind, evidence = obstacle
     elif diffusers and form:
@@ -177,7 +193,7 @@ def _obstacle(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:
         return kinds.PEFT_WRAPPED, wrapped
     if adapter := find_adapter_tensor(inside):
         return kinds.ADAPTED, adapter
-    if other := other_patch_size(names, scope.prefix):
+    if other := other_patch_size(names, scope):
         return kinds.TWO_PATCH_SIZES, other
     if _is_shard(checkpoint):  # even if its blocks are whole: others are in other shards
         return kinds.SHARD, str(checkpoint.path.parent)
@@ -206,8 +222,11 @@ def _kind_without_zimage(checkpoint: Checkpoint) -> tuple[Kind, str]:
             return kinds.SHARD, str(checkpoint.path.parent)
         if lumina := _first(names, _LUMINA2_ONLY):
             return kinds.LUMINA2, lumina
-        anchor = next((name for name in names if name.endswith(ANCHOR)), None)
-        return kinds.INCOMPLETE, anchor.removesuffix(ANCHOR) + PAD_TOKENS[0] if anchor else ANCHOR
+        found = next((name for name in names if name.endswith(ZIMAGE.anchor)), None)
+        if found is None:
+            return kinds.INCOMPLETE, ZIMAGE.anchor
+        token = next(name for name in ZIMAGE.signature if name in ZIMAGE.tokens)
+        return kinds.INCOMPLETE, found.removesuffix(ZIMAGE.anchor) + token
     for kind, pattern in _FAMILIES:
         if found := _first(names, pattern):
             return kind, found

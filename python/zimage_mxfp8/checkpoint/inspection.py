@@ -14,7 +14,7 @@ from . import quantization as markers
 from .identify import Identified, identify
 from .mxfp8_layers import find_layers
 from .provenance import PROVENANCE_KEY, read_provenance
-from .zimage import group_of
+from .scopes import group_of
 
 
 @dataclass

@@ -14,8 +14,8 @@ from ..layout import padded_shape, scale_shape
 from ..text import plural
 from . import quantization as markers
 from .quantization import Description
+from .scopes import Scope
 from .source import Checkpoint, SourceTensor
-from .zimage import ANCHOR, Scope, expected_shapes
 
 SCALE_DTYPES = ("U8", "F8_E8M0")
 AGAIN = "convert the original again"
@@ -118,6 +118,7 @@ class _Finder:
 
     def _expected_shapes(self, described: dict[str, Description]) -> dict[str, tuple[int, ...]]:
         """Shapes before padding of a Z-Image's tensors, by name with prefix."""
+        table = self._scope.table
         if not self._scope.zimage:
             return {}
         shapes, padded = {}, set()
@@ -129,9 +130,9 @@ class _Finder:
                     shapes[inner] = stated
                 else:
                     padded.add(inner)
-        if len(shapes.get(ANCHOR, ())) != 2:
+        if len(shapes.get(table.anchor, ())) != 2:
             return {}
-        expected = expected_shapes(shapes, padded)
+        expected = table.expected_shapes(shapes, padded)
         return {self._scope.prefix + inner: shape for inner, shape in expected.items()}
 
     def _layer(

@@ -13,8 +13,8 @@ from typing import Any
 
 from . import kinds
 from .kinds import Kind
+from .scopes import Scope
 from .source import Checkpoint, SourceTensor, TensorReader
-from .zimage import Scope
 
 HEADER_KEY = "_quantization_metadata"
 MARKER_SUFFIX = ".comfy_quant"

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
+from .scopes import Scope
 from .source import Checkpoint
-from .zimage import ANCHOR, BLOCK_TENSOR, SIGNATURE, Scope, expected_shapes
 
 MAX_NAMED = 5
 _INTEGERS = ("U64", "I64", "U32", "I32", "U16", "I16", "I8", "U8", "BOOL", "C64")
@@ -36,20 +36,22 @@ def missing_or_misshapen(
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     shapes.update(logical_shapes or {})
     inner = {i: shapes[name] for i, name in scope.inner_names(shapes).items()}
-    anchor = inner.get(ANCHOR)
+    anchor = inner.get(scope.table.anchor)
     if anchor is None:
-        return [(scope.prefix + ANCHOR, "is missing")]
+        return [(scope.prefix + scope.table.anchor, "is missing")]
     if len(anchor) != 2 or 0 in anchor:
-        return [(scope.prefix + ANCHOR, f"is {list(anchor)}, not [dim, caption features]")]
-    expected = expected_shapes(inner)
+        return [
+            (scope.prefix + scope.table.anchor, f"is {list(anchor)}, not [dim, caption features]")
+        ]
+    expected = scope.table.expected_shapes(inner)
     problems = [
         (scope.prefix + name, _UNRECOGNISED)
-        for name in SIGNATURE
+        for name in scope.table.signature
         if for_comfyui and name not in inner
     ]
     for name, shape in expected.items():
         if name not in inner:
-            if not (for_comfyui and name in SIGNATURE):
+            if not (for_comfyui and name in scope.table.signature):
                 problems.append((scope.prefix + name, "is missing"))
         elif inner[name] != shape:
             problems.append((scope.prefix + name, f"is {list(inner[name])}, not {list(shape)}"))
@@ -67,7 +69,7 @@ def unknown_weights(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
         if name in scope
         and len(tensor.shape) == 2
         and (tensor.dtype in FLOAT_NAMES or name.endswith(".weight"))
-        and BLOCK_TENSOR.match(scope.inner(name))
+        and scope.table.split(scope.inner(name))
         and scope.inner(name) not in known
     )
 
@@ -89,7 +91,7 @@ def _known(checkpoint: Checkpoint, scope: Scope) -> Collection[str]:
     inner = {
         i: checkpoint.tensors[n].shape for i, n in scope.inner_names(checkpoint.tensors).items()
     }
-    return expected_shapes(inner) if len(inner.get(ANCHOR, ())) == 2 else ()
+    return scope.table.expected_shapes(inner) if len(inner.get(scope.table.anchor, ())) == 2 else ()
 
 
 def structure_error(checkpoint: Checkpoint, problems: Sequence[Problem]) -> CheckpointError:

@@ -17,11 +17,12 @@ from .. import _core
 from ..printing.progress import byte_bar, shown
 from ..streaming.jobs import Job, ProgressCallback, header_job, run_jobs
 from ..streaming.worker import Worker
+from ..zimage.layers import ZIMAGE, zimage_shapes
 from .header import TensorInfo, file_size, layout_header
 from .output import AtomicFile, check_target
-from .zimage import zimage_shapes
 
 _CHUNK = 1 << 20  # elements that one job draws
+_NORMS = ("norm", *(layer.name for layer in ZIMAGE.outside if layer.kind == "norm"))
 
 
 def write_synthetic_checkpoint(
@@ -84,7 +85,7 @@ def _draw(
 ) -> npt.NDArray[np.float32]:
     values = random.standard_normal(count, dtype=np.float32)
     if len(shape) < 2:
-        return values * np.float32(0.1) + np.float32("norm" in name or "cap_embedder.0" in name)
+        return values * np.float32(0.1) + np.float32(any(n in name for n in _NORMS))
     columns = shape[1]
     rows = (begin + np.arange(count)) // columns
     # A spread per row without drawing one: a smooth function of the row's number.

@@ -74,11 +74,11 @@ def _print_next(original: str, converted: str) -> None:
 def _demo(folder: Path, overwrite: bool) -> int:
     from ..checkpoint.output import check_target
     from ..checkpoint.synthetic import write_synthetic_checkpoint
-    from ..checkpoint.zimage import zimage_shapes
     from ..conversion.convert import convert
     from ..conversion.validation import validate
     from ..printing.conversion import print_conversion
     from ..printing.validation import print_validation
+    from ..zimage.layers import zimage_shapes
     from . import display
 
     original, converted = folder / _ORIGINAL, folder / _CONVERTED
@@ -108,8 +108,8 @@ def _run_both(original: Path, converted: Path) -> None:
         print(f"skipped: {problem}")
         return
     from ..generation.sampler import denoise
-    from ..transformer.config import LATENT_CHANNELS
     from ..transformer.model import ZImageTransformer
+    from ..zimage.constants import LATENT_CHANNELS
     from . import display
 
     random = torch.Generator().manual_seed(0)

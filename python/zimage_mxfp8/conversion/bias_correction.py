@@ -20,10 +20,11 @@ import numpy.typing as npt
 from .. import _core
 from ..checkpoint.quantization import WEIGHT_SUFFIX
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
-from ..checkpoint.zimage import is_modulation
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
-from ..errors import CheckpointError, UnsupportedError, UsageError
+from ..errors import CheckpointError, UnsupportedError
 from ..system.optional_packages import needed
+from ..zimage.layers import ZIMAGE
+from ..zimage.sampling import Vector, sampler_timesteps, timestep_features
 from .nonfinite import KeptTensorCheck
 
 if TYPE_CHECKING:
@@ -31,42 +32,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["timesteps", "synthetic", "none"]
 MODES: tuple[Mode, ...] = ("timesteps", "synthetic", "none")
-Vector = npt.NDArray[np.float64]
-
-# (forward passes, shift) of the flow-match Euler sampler: Z-Image Turbo and the base model.
-_SAMPLERS = {"turbo": (8, 3.0), "base": (50, 6.0)}
-
-
-def sampler_timesteps(sampler: str | int) -> Vector:
-    """The model's timesteps, 0 (noise) to 1000 (image), of a whole sampling run.
-
-    Args:
-        sampler: "turbo" (8 steps, shift 3), "base" (50 steps, shift 6), or a number of steps with
-            Turbo's shift.
-
-    Raises:
-        UsageError: anything else.
-    """
-    try:
-        steps, shift = (
-            _SAMPLERS[sampler] if sampler in _SAMPLERS else (int(sampler), _SAMPLERS["turbo"][1])
-        )
-    except ValueError:
-        steps = 0
-    if not 1 <= steps <= 1000:
-        raise UsageError("timesteps", f"must be turbo, base or a number up to 1000, not {sampler}")
-    sigma = np.linspace(1.0, 0.0, steps + 1)[:-1]
-    sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
-    return 1000.0 * (1.0 - sigma)
-
-
-def timestep_features(timesteps: Vector, dim: int, max_period: float = 10000.0) -> Vector:
-    """Sinusoidal features [steps, dim]: cosines, then sines."""
-    half = dim // 2
-    frequencies = np.exp(-np.log(max_period) * np.arange(half) / half)
-    angles = timesteps[:, None] * frequencies
-    features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-    return np.pad(features, ((0, 0), (0, dim % 2)))
 
 
 def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> Vector:
@@ -78,8 +43,8 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
     """
     remedy = '`bias_correction="none"` does without'
     tensors = []
-    for part in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"):
-        name = f"{prefix}t_embedder.{part}"
+    for part in (name for layer in ZIMAGE.time_embedding() for name in layer.tensors):
+        name = f"{prefix}{part}"
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.dtype not in FLOAT_NAMES:
             raise CheckpointError(
@@ -93,8 +58,8 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
         len(w0) == len(w2) == 2 and b0 == w0[:1] and w2[1:] == b0 and b2 == w2[:1] and 0 not in w0
     ):
         raise CheckpointError(
-            f'{checkpoint.path} has "{prefix}t_embedder" tensors whose shapes do not fit together: '
-            f"{list(w0)}, {list(b0)}, {list(w2)}, {list(b2)}",
+            f'{checkpoint.path} has "{prefix}{ZIMAGE.time_embedder}" tensors whose shapes do not '
+            f"fit together: {list(w0)}, {list(b0)}, {list(w2)}, {list(b2)}",
             remedy,
         )
     values = []
@@ -110,7 +75,7 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
         outputs = np.asarray(activated @ weight2.T + bias2)
     if not np.isfinite(outputs).all():
         raise CheckpointError(
-            f'{checkpoint.path}: "{prefix}t_embedder" tensors give NaN or Inf', remedy
+            f'{checkpoint.path}: "{prefix}{ZIMAGE.time_embedder}" tensors give NaN or Inf', remedy
         )
     return outputs
 
@@ -134,7 +99,7 @@ def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
     if options.bias_correction == "synthetic":
         means = _random_means(plan.checkpoint, options.calibration_samples, options.seed)
         return {layer: -means[weight.shape[1]] for layer, weight in layers.items()}, []
-    known = {n: t for n, t in layers.items() if is_modulation(plan.scope.inner(n))}
+    known = {n: t for n, t in layers.items() if plan.scope.table.is_modulation(plan.scope.inner(n))}
     if not known:
         return {}, sorted(layers)
     timesteps = sampler_timesteps(options.timesteps)
@@ -143,7 +108,7 @@ def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
         if weight.shape[1] != mean.size:
             raise CheckpointError(
                 f'{plan.checkpoint.path}: tensor "{layer}.weight" has {weight.shape[1]} columns, '
-                f"but t_embedder gives {mean.size} values"
+                f"but {ZIMAGE.time_embedder} gives {mean.size} values"
             )
     return dict.fromkeys(known, mean), sorted(layers.keys() - known.keys())
 

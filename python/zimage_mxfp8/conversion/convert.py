@@ -34,7 +34,8 @@ from ..streaming.rows import read_rows
 from ..streaming.worker import Worker
 from ..system.devices import cuda_index
 from ..text import plural
-from .bias_correction import Vector, correction_inputs
+from ..zimage.sampling import Vector
+from .bias_correction import correction_inputs
 from .options import ConversionKeywords, ConversionOptions
 from .plan import Plan, make_plan
 from .report import ConversionReport

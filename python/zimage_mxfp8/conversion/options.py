@@ -10,7 +10,8 @@ from typing import Any, Literal, TypedDict
 from .. import _core
 from ..checks import whole_number
 from ..errors import UsageError
-from .bias_correction import MODES, Mode, sampler_timesteps
+from ..zimage.sampling import sampler_timesteps
+from .bias_correction import MODES, Mode
 from .recipes import DEFAULT, Recipe, builtin_names, load_recipe
 
 NonFinite = Literal["error", "keep"]

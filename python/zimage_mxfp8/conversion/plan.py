@@ -12,6 +12,7 @@ from ..checkpoint import quantization as markers
 from ..checkpoint.header import TensorInfo, file_size, layout_header
 from ..checkpoint.identify import Identified
 from ..checkpoint.provenance import PROVENANCE_KEY
+from ..checkpoint.scopes import COMFYUI_PREFIXES, NOT_TRANSFORMER, Scope, group_of
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.structure import (
     MAX_NAMED,
@@ -19,13 +20,6 @@ from ..checkpoint.structure import (
     structure_error,
     unknown_parameters,
     unknown_weights,
-)
-from ..checkpoint.zimage import (
-    COMFYUI_PREFIXES,
-    NOT_TRANSFORMER,
-    Scope,
-    group_of,
-    is_modulation,
 )
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
@@ -174,7 +168,8 @@ def make_plan(
     layers = {
         planned.layer: markers.layer_marker(
             _matrix_shape(planned.source),
-            full_precision=full_precision_modulations and is_modulation(scope.inner(planned.layer)),
+            full_precision=full_precision_modulations
+            and scope.table.is_modulation(scope.inner(planned.layer)),
         )
         for planned in tensors.values()
         if planned.action == "quantize"

@@ -17,7 +17,8 @@ from ..streaming.error_stats import ErrorStats
 from ..streaming.jobs import Job, byte_chunks, copy_jobs, header_job, row_chunks
 from ..streaming.rows import as_matrix, encode_rows, measure_rows, round_to_bfloat16
 from ..streaming.worker import Worker
-from .bias_correction import Vector, add_to_bias
+from ..zimage.sampling import Vector
+from .bias_correction import add_to_bias
 from .nonfinite import KEEP_HINT, KeptTensorCheck
 from .plan import Plan, PlannedTensor
 

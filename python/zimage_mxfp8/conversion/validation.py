@@ -16,9 +16,9 @@ from ..checkpoint import quantization as markers
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.mxfp8_layers import AGAIN, Breach, MXFP8Layer, find_layers
 from ..checkpoint.provenance import PROVENANCE_KEY
+from ..checkpoint.scopes import COMFYUI_PREFIXES
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.structure import missing_or_misshapen, unknown_weights
-from ..checkpoint.zimage import COMFYUI_PREFIXES
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..errors import NonFiniteError
 from ..layout import padded_shape, scale_shape

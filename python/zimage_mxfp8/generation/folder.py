@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.header import unreadable
 from ..errors import CheckpointError
-from ..transformer.config import LATENT_CHANNELS
+from ..zimage.constants import LATENT_CHANNELS
 
 # What each part must have; of several names, one, and of names joined by + all.
 _FILES: dict[str, tuple[tuple[str, ...], ...]] = {

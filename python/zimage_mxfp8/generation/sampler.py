@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..conversion.bias_correction import sampler_timesteps
+from ..zimage.sampling import sampler_timesteps
 
 # Latent images, times and captions -> velocities, as `ZImageTransformer.forward` has them.
 Transformer = Callable[..., tuple[list[torch.Tensor]]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checks import finite_number, path, text, whole_number
 from ..errors import UsageError
-from ..transformer.config import ROPE_LENGTHS
+from ..zimage.constants import ROPE_LENGTHS
 
 PIXELS_PER_TOKEN = 16  # a side: 8 pixels to a latent, 2 latents to a patch
 DEFAULT_SIZE = 1024

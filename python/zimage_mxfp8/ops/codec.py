@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import _core
 from ..errors import InvalidArgumentError, NonFiniteError
-from ..layout import padded_shape, round_up, scale_shape
+from ..layout import SCALE_TILE_ROWS, padded_shape, round_up, scale_shape
 from .arrays import (
     CODES,
     SCALES,
@@ -167,7 +167,7 @@ def to_blocked(scales: Any) -> Any:
     row_major = as_bytes(scales, SCALES, "scales")
     require_cpu(row_major, "scales")
     rows, cols = require_2d(row_major, "scales")
-    blocked = empty((round_up(rows, 128), round_up(cols, 4)), "uint8", like=row_major)
+    blocked = empty((round_up(rows, SCALE_TILE_ROWS), round_up(cols, 4)), "uint8", like=row_major)
     _core.to_blocked(row_major, blocked)
     return blocked
 
@@ -183,7 +183,7 @@ def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
     rows, cols = dimensions((rows, cols), "rows and cols")
     tiles = as_bytes(blocked, SCALES, "blocked")
     require_cpu(tiles, "blocked")
-    wanted, found = round_up(rows, 128) * round_up(cols, 4), math.prod(tiles.shape)
+    wanted, found = round_up(rows, SCALE_TILE_ROWS) * round_up(cols, 4), math.prod(tiles.shape)
     if found != wanted:
         raise InvalidArgumentError(f"blocked must have {wanted} bytes, not {found}")
     row_major = empty((rows, cols), "uint8", like=tiles)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from .. import _core
 from ..errors import InvalidArgumentError
 from ..layout import padded_shape, scale_shape
+from ..zimage.constants import HEAD_DIM
 from .arrays import as_float8, call_core, empty, is_tensor, plain, require_2d, vector
 from .codec import MXFP8Array
 from .gemm import RowScaledArray
@@ -34,8 +35,6 @@ __all__ = [
 ]
 
 ActivationFormat = Literal["bfloat16", "row-scaled", "mxfp8"]
-
-HEAD_SIZE = 128
 
 
 def _matrix(array: Any, name: str) -> Any:
@@ -94,12 +93,12 @@ def as_heads(heads: Any) -> int:
 def as_rotations(rotations: Any, rows: int) -> Any:
     """The pairs of cosine and sine of so many rows, [rows, 64, 2], as the core takes them."""
     pairs, dtype = plain(rotations, "rotations")
-    wanted = (rows, HEAD_SIZE // 2, 2)
+    wanted = (rows, HEAD_DIM // 2, 2)
     if dtype != "float32" or tuple(pairs.shape) != wanted:
         raise InvalidArgumentError(
             f"rotations must be float32 {list(wanted)}, not {dtype} {list(pairs.shape)}"
         )
-    return pairs.reshape(rows, HEAD_SIZE)
+    return pairs.reshape(rows, HEAD_DIM)
 
 
 class ActivationMemory:
@@ -259,8 +258,8 @@ def rotate_heads(
     call_core(
         _core.rotate_heads,
         qkv,
-        vector(q_weight, "bfloat16", HEAD_SIZE, "q_weight"),
-        vector(k_weight, "bfloat16", HEAD_SIZE, "k_weight"),
+        vector(q_weight, "bfloat16", HEAD_DIM, "q_weight"),
+        vector(k_weight, "bfloat16", HEAD_DIM, "k_weight"),
         as_rotations(rotations, rows),
         as_heads(heads),
         as_eps(eps),

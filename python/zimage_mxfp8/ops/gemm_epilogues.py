@@ -16,9 +16,9 @@ from typing import Any
 
 from .. import _core
 from ..errors import InvalidArgumentError
+from ..zimage.constants import HEAD_DIM
 from .arrays import aligned, call_core, empty, on_cuda, vector
 from .fused import (
-    HEAD_SIZE,
     ActivationFormat,
     ActivationMemory,
     as_eps,
@@ -116,8 +116,8 @@ def gemm_rotate_heads(
         [M, 3 * heads * 128] of bfloat16: the heads of q, of k and of v.
     """
     first, second = _operands(a, b)
-    q = vector(q_weight, "bfloat16", HEAD_SIZE, "q_weight")
-    k = vector(k_weight, "bfloat16", HEAD_SIZE, "k_weight")
+    q = vector(q_weight, "bfloat16", HEAD_DIM, "q_weight")
+    k = vector(k_weight, "bfloat16", HEAD_DIM, "k_weight")
     pairs = aligned(as_rotations(rotations, first[3]))
     chosen, workspace = choose(_problem(first, second, "rotate_heads"), first, kernel)
     target = empty((first[3], second[3]), "bfloat16", like=first[1])

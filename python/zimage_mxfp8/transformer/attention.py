@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .config import HEAD_DIM
+from ..zimage.constants import HEAD_DIM
 
 # In order of speed on Hopper.
 _BACKENDS = [

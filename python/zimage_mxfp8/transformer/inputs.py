@@ -10,7 +10,8 @@ import torch
 
 from ..errors import InvalidArgumentError
 from ..text import plural
-from .config import PATCH_SIZE, ZImageConfig
+from ..zimage.config import ZImageConfig
+from ..zimage.constants import PATCH_SIZE
 from .sequence import MAX_LATENTS, Shape, most_caption_tokens
 
 

@@ -14,10 +14,10 @@ from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
 from ..ops.gemm import FoldStats, RowScaledArray
 from ..system import devices
+from ..zimage.constants import NORM_EPS
 from . import arithmetic, fused_kernels, ops
 from .adapter import Adapter
 from .compute import Compute
-from .config import NORM_EPS
 from .epilogue import Epilogue, RotateHeads
 from .ops import PLAIN, Activation, pad_columns
 

@@ -9,42 +9,19 @@ import torch
 
 from ..checkpoint.source import SourceTensor
 from ..errors import CheckpointError, CudaError, InvalidArgumentError, UnsupportedError
+from ..layout import SCALE_TILE_ROWS
 from ..ops.codec import MXFP8Array
 from ..streaming.jobs import ProgressCallback
 from ..system.devices import is_out_of_host_memory
+from ..zimage.layers import ZIMAGE
+from ..zimage.rows import Stack
+from ..zimage.table import LayerTable
 from . import arithmetic
 from .block import Block
 from .compute import Compute
 from .linear import Linear, PlainLinear, quantized_linear
 from .weights import ModelFile, TensorStream
 
-_SCALE_ROWS = 128  # rows of a tile of scales: stacked matrices have a multiple of it
-_NORMS = {
-    "q_norm": "attention.q_norm.weight",
-    "k_norm": "attention.k_norm.weight",
-    "attention_norm1": "attention_norm1.weight",
-    "attention_norm2": "attention_norm2.weight",
-    "ffn_norm1": "ffn_norm1.weight",
-    "ffn_norm2": "ffn_norm2.weight",
-}
-_MODULATION = "adaLN_modulation.0"
-_OTHERS = (
-    "x_embedder.weight",
-    "x_embedder.bias",
-    "cap_embedder.0.weight",
-    "cap_embedder.1.weight",
-    "cap_embedder.1.bias",
-    "t_embedder.mlp.0.weight",
-    "t_embedder.mlp.0.bias",
-    "t_embedder.mlp.2.weight",
-    "t_embedder.mlp.2.bias",
-    "x_pad_token",
-    "cap_pad_token",
-    "final_layer.linear.weight",
-    "final_layer.linear.bias",
-    "final_layer.adaLN_modulation.1.weight",
-    "final_layer.adaLN_modulation.1.bias",
-)
 _SCALES = " scales"  # behind the key of the codes that they belong to
 _HEADROOM = 1 << 30  # bytes for a forward and for what a block needs while it is made
 
@@ -58,9 +35,9 @@ class LoadedWeights:
     """What a transformer consists of.
 
     Attributes:
-        blocks: by stack ("noise_refiner", "context_refiner", "layers").
+        blocks: by the name of the stack.
         modulation: weight and bias of all modulated blocks' modulations, stacked in the order of
-            "noise_refiner", then "layers".
+            the table's stacks.
         others: embedders, pad tokens and the final layer, by tensor name.
         max_fold_error: the largest relative error that folding added to a layer.
     """
@@ -77,8 +54,17 @@ def load_parts(
     compute: Compute,
     dtype: torch.dtype,
     progress: ProgressCallback | None,
+    table: LayerTable = ZIMAGE,
 ) -> LoadedWeights:
     """Read all weights to a device.
+
+    Args:
+        file: what was opened.
+        device: where the weights go.
+        compute: how quantised layers are to compute.
+        dtype: of the tensors that are not quantised.
+        progress: called with a `Progress` when a part has been read.
+        table: the model's layers.
 
     Raises:
         CheckpointError: a file cannot be read, or a layer that is to be folded has NaN.
@@ -90,7 +76,7 @@ def load_parts(
     total += sum(layer.scale.nbytes for layer in file.layers.values())
     try:
         with TensorStream(device, total, progress) as stream:
-            return _Loader(file, stream, compute, dtype).load()
+            return _Loader(file, stream, compute, dtype, table).load()
     except RuntimeError as error:
         if not is_out_of_host_memory(error):
             raise
@@ -116,54 +102,52 @@ class _Loader:
     """Makes blocks of what a stream brings, while it brings the next ones."""
 
     def __init__(
-        self, file: ModelFile, stream: TensorStream, compute: Compute, dtype: torch.dtype
+        self,
+        file: ModelFile,
+        stream: TensorStream,
+        compute: Compute,
+        dtype: torch.dtype,
+        table: LayerTable,
     ) -> None:
         self._file = file
         self._stream = stream
         self._compute = compute
         self._dtype = dtype
+        self._table = table
         self._worst = 0.0
 
     def load(self) -> LoadedWeights:
-        config = self._file.config
-        counts = {
-            "noise_refiner": config.n_refiner_layers,
-            "context_refiner": config.n_refiner_layers,
-            "layers": config.n_layers,
-        }
-        names = [(stack, f"{stack}.{i}.") for stack, count in counts.items() for i in range(count)]
-        groups = [self._plain_sources(_OTHERS), *(self._block_sources(*name) for name in names)]
-        blocks: dict[str, list[Block]] = {stack: [] for stack in counts}
-        weights, biases = [], []
+        counts = self._table.count_blocks(self._file.tensors)
+        stacks = self._table.stacks
+        names = [(s, f"{s.name}.{i}.") for s in stacks for i in range(counts[s.count])]
+        outside = [tensor for layer in self._table.outside for tensor in layer.tensors]
+        groups = [self._plain_sources(outside), *(self._block_sources(*name) for name in names)]
+        blocks: dict[str, list[Block]] = {stack.name: [] for stack in stacks}
+        modulations: list[tuple[torch.Tensor, torch.Tensor]] = []
         loading = self._stream.start(groups[0])
-        for i, group in enumerate(groups):
+        for i in range(len(groups)):
             following = self._stream.start(groups[i + 1]) if i + 1 < len(groups) else loading
             raw, loading = self._stream.finish(loading), following
             if i == 0:
-                others = self._plain(raw, _OTHERS)
-                # No rows, for a model without blocks.
-                weights.append(others["final_layer.adaLN_modulation.1.weight"][:0])
-                biases.append(others["final_layer.adaLN_modulation.1.bias"][:0])
+                others = self._plain(raw, outside)
                 continue
             stack, name = names[i - 1]
-            blocks[stack].append(self._block(raw, name))
-            if name + _MODULATION + ".weight" in group:
-                modulation = self._plain(raw, _modulation_names(name))
-                weights.append(modulation[name + _MODULATION + ".weight"])
-                biases.append(modulation[name + _MODULATION + ".bias"])
-        return LoadedWeights(blocks, (torch.cat(weights), torch.cat(biases)), others, self._worst)
+            blocks[stack.name].append(self._block(raw, name))
+            if stack.modulated:
+                modulations.append(self._modulation(raw, name))
+        return LoadedWeights(blocks, self._stacked(modulations, others), others, self._worst)
 
     # ---- What to read
 
-    def _block_sources(self, stack: str, name: str) -> Sources:
-        plain = [name + tensor for tensor in _NORMS.values()]
-        if stack != "context_refiner":
-            plain += _modulation_names(name)
-        sources = self._plain_sources(plain)
-        for key, layers in self._stacks(name).items():
-            sources[key] = [self._file.tensors[layer + ".weight"] for layer in layers]
-            if layers[0] in self._file.layers:
-                sources[key + _SCALES] = [self._file.layers[layer].scale for layer in layers]
+    def _block_sources(self, stack: Stack, name: str) -> Sources:
+        layers = self._table.layers_of(stack)
+        sources = self._plain_sources(
+            [name + tensor for x in layers if x.kind != "linear" for tensor in x.tensors]
+        )
+        for key, names in self._linears(name).items():
+            sources[key] = [self._file.tensors[layer + ".weight"] for layer in names]
+            if names[0] in self._file.layers:
+                sources[key + _SCALES] = [self._file.layers[layer].scale for layer in names]
         return sources
 
     def _plain_sources(self, names: Sequence[str]) -> Sources:
@@ -174,16 +158,17 @@ class _Loader:
                 sources[name + _SCALES] = [layer.scale]
         return sources
 
-    def _stacks(self, name: str) -> dict[str, list[str]]:
-        """A block's linear layers, some of which are several of the file side by side."""
-        ffn = name + "feed_forward."
-        pair = [ffn + "w1", ffn + "w3"]
-        return {
-            "qkv": [name + "attention.qkv"],
-            "out": [name + "attention.out"],
-            **({"w13": pair} if self._can_stack(pair) else {"w1": pair[:1], "w3": pair[1:]}),
-            "w2": [ffn + "w2"],
-        }
+    def _linears(self, name: str) -> dict[str, list[str]]:
+        """Key -> names of the layers of one `Linear` of a block, which is several where they stack.
+
+        The key is the slot and the number of the `Linear` there.
+        """
+        linears: dict[str, list[str]] = {}
+        for slot, layers in self._table.linears().items():
+            names = [name + layer.name for layer in layers]
+            groups = [names] if self._can_stack(names) else [[layer] for layer in names]
+            linears |= {f"{slot}.{i}": group for i, group in enumerate(groups)}
+        return linears
 
     def _can_stack(self, names: Sequence[str]) -> bool:
         """Whether layers of the same shape can be one."""
@@ -195,27 +180,46 @@ class _Loader:
             return False
         first, *others = (self._file.layers[name] for name in names)
         same = all(layer.full_precision == first.full_precision for layer in others)
-        return same and first.shape[0] % _SCALE_ROWS == 0
+        return same and first.shape[0] % SCALE_TILE_ROWS == 0
 
     # ---- What becomes of it
 
     def _block(self, raw: Raw, name: str) -> Block:
-        norms = self._plain(raw, [name + tensor for tensor in _NORMS.values()])
-        linears: dict[str, Linear] = {}
-        for key, layers in self._stacks(name).items():
+        norms = self._table.norms()
+        plain = self._plain(raw, [name + layer.weight for layer in norms])
+        linears: dict[str, list[Linear]] = {slot: [] for slot in self._table.linears()}
+        for key, layers in self._linears(name).items():
+            of_slot = linears[key.rpartition(".")[0]]
             if key + _SCALES in raw:
                 codes, scales = raw.pop(key), raw.pop(key + _SCALES)
-                linears[key] = self._quantized(codes, scales, layers)
+                of_slot.append(self._quantized(codes, scales, layers))
             else:
-                linears[key] = PlainLinear(raw.pop(key).to(self._dtype))
+                of_slot.append(PlainLinear(raw.pop(key).to(self._dtype)))
+        (qkv,), (out,), (ffn_out,) = (linears[slot] for slot in ("qkv", "out", "ffn_out"))
         return Block(
-            linears["qkv"],
-            linears["out"],
-            [linears[key] for key in ("w13", "w1", "w3") if key in linears],
-            linears["w2"],
-            {key: norms[name + tensor] for key, tensor in _NORMS.items()},
+            qkv,
+            out,
+            linears["ffn_in"],
+            ffn_out,
+            {layer.slot: plain[name + layer.weight] for layer in norms},
             self._file.config.n_heads,
         )
+
+    def _modulation(self, raw: Raw, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        (layer,) = self._table.modulations()
+        names = [name + tensor for tensor in layer.tensors]
+        plain = self._plain(raw, names)
+        weight, bias = (plain[tensor] for tensor in names)
+        return weight, bias
+
+    def _stacked(
+        self, modulations: Sequence[tuple[torch.Tensor, torch.Tensor]], others: Raw
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All modulations one below the other; no rows, for a model without blocks."""
+        weight = others[self._table.time_embedding()[-1].weight]
+        none = weight.new_empty(0, weight.shape[0]), weight.new_empty(0)
+        weights, biases = zip(none, *modulations, strict=True)
+        return torch.cat(weights), torch.cat(biases)
 
     def _quantized(
         self, codes: torch.Tensor, scales: torch.Tensor, layers: Sequence[str]
@@ -245,7 +249,3 @@ class _Loader:
                 tensor = arithmetic.on(tensor.device).dequantize(encoded, torch.float32)
             plain[name] = tensor.to(self._dtype)
         return plain
-
-
-def _modulation_names(block: str) -> list[str]:
-    return [f"{block}{_MODULATION}.weight", f"{block}{_MODULATION}.bias"]

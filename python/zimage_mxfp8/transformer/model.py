@@ -27,17 +27,12 @@ from ..printing.progress import byte_bar, shown
 from ..streaming.jobs import ProgressCallback
 from ..system.device_notes import report_line
 from ..system.devices import core_index, is_out_of_host_memory, torch_device
+from ..zimage.config import ZImageConfig
+from ..zimage.constants import FINAL_NORM_EPS, HEAD_DIM, TIME_FEATURES, TIME_SCALE
 from . import ops
 from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
 from .compute import DESCRIPTIONS, Compute, choose
-from .config import (
-    FINAL_NORM_EPS,
-    HEAD_DIM,
-    TIME_FEATURES,
-    TIME_SCALE,
-    ZImageConfig,
-)
 from .graphs import GraphCache
 from .inputs import ForwardInputs, check_arguments
 from .linear import Linear, PlainLinear

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from ..ops.fused import ActivationFormat
 from ..system import devices
+from ..zimage.constants import HEAD_DIM, NORM_EPS
 from . import arithmetic
 from . import fused_kernels as fused
 from .arithmetic import tiles
-from .config import HEAD_DIM, NORM_EPS
 
 # A matrix of activations in each of the formats that its consumers take.
 Activation = dict[ActivationFormat, Any]

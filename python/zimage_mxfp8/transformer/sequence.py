@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from .config import (
+from ..zimage.constants import (
     LATENT_CHANNELS,
     PATCH_FEATURES,
     PATCH_SIZE,

@@ -18,12 +18,13 @@ from ..checkpoint.kinds import Use
 from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
 from ..checkpoint.structure import missing_or_misshapen, structure_error, unknown_parameters
-from ..checkpoint.zimage import ANCHOR, expected_shapes
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
 from ..streaming.jobs import Progress, ProgressCallback
 from ..text import plural
-from .config import HEAD_DIM, ZImageConfig
+from ..zimage.config import ZImageConfig
+from ..zimage.constants import HEAD_DIM
+from ..zimage.layers import ZIMAGE
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -94,13 +95,13 @@ def open_model(path: str | os.PathLike[str], use: Use = "run") -> ModelFile:
     }
     inner_shapes = {name: tensor.shape for name, tensor in inner.items()}
     inner_shapes |= {scope.inner(name): shape for name, shape in shapes.items()}
-    dim = inner_shapes[ANCHOR][0]
-    if dim % HEAD_DIM:
+    anchor = inner_shapes[ZIMAGE.anchor]
+    if anchor[0] % HEAD_DIM:
         raise CheckpointError(
-            f'{path}: "{scope.prefix}{ANCHOR}" is {list(inner_shapes[ANCHOR])}, not [dim, caption '
+            f'{path}: "{scope.prefix}{ZIMAGE.anchor}" is {list(anchor)}, not [dim, caption '
             f"features] with dim a multiple of {HEAD_DIM}"
         )
-    tensors = {name: inner[name] for name in expected_shapes(inner_shapes)}
+    tensors = {name: inner[name] for name in ZIMAGE.expected_shapes(inner_shapes)}
     for source in tensors.values():
         if source.dtype not in FLOAT_NAMES and source.name not in shapes:
             raise CheckpointError(

@@ -27,8 +27,8 @@ from zimage_mxfp8.analysis.sensitivity.cases import chosen_steps, record_cases
 from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error
 from zimage_mxfp8.analysis.sensitivity.search import smallest_prefix
 from zimage_mxfp8.analysis.sensitivity.targets import find_targets, quantized, round_to_mxfp8
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 SIZE = (64, 64)
 

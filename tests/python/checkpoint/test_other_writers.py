@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
 from helpers.checkpoints import Tensors, random_tensors, small_shapes, to_diffusers
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 HEADER = "_quantization_metadata"
 PREFIXES = (

@@ -30,9 +30,9 @@ from helpers.commands import Run, fails, only
 from helpers.interruption import interrupted
 from helpers.interruption import run as run_program
 from helpers.terminal import run_in_terminal, tables_in_terminal
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.cli.command_line import build_parser
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 
 @pytest.fixture

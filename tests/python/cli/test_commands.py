@@ -20,7 +20,7 @@ from helpers.checkpoints import Tensors, metadata_of, random_tensors, sha256, te
 from helpers.commands import Run
 from helpers.terminal import run_in_terminal
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 
 @pytest.fixture(scope="module")

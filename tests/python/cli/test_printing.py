@@ -18,7 +18,7 @@ import zimage_mxfp8 as zm
 from helpers.checkpoints import random_tensors, small_shapes
 from helpers.commands import Run
 from helpers.terminal import python_in_terminal, run_in_terminal
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 TINY = zimage_shapes(dim=128, layers=1, refiner_layers=1, caption_dim=64, hidden=18)
 

@@ -15,7 +15,8 @@ import zimage_mxfp8 as zm
 from helpers.checkpoints import PREFIX, Tensors, random_tensors, small_shapes
 from helpers.convert_to_quant import card_command, run_convert_to_quant
 from zimage_mxfp8.checkpoint.source import open_checkpoint
-from zimage_mxfp8.conversion.bias_correction import embedder_outputs, sampler_timesteps
+from zimage_mxfp8.conversion.bias_correction import embedder_outputs
+from zimage_mxfp8.zimage.sampling import sampler_timesteps
 
 LAYER = "layers.3.adaLN_modulation.0"
 

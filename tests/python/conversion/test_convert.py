@@ -31,8 +31,8 @@ from helpers.commands import Run
 from helpers.convert_to_quant import CARD_EXCLUSIONS, card_command, run_convert_to_quant
 from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.header import layout_header
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.options import ConversionKeywords
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 # ---- the peer
 

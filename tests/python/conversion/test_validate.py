@@ -15,8 +15,8 @@ import zimage_mxfp8 as zm
 from helpers.checkpoints import PREFIX, Tensors, random_tensors, small_shapes, to_diffusers
 from helpers.commands import Run
 from helpers.convert_to_quant import card_command
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.conversion.validation import ValidationReport, validate
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 LAYER = "layers.1.feed_forward.w2"
 HEADER = "_quantization_metadata"

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 Tensors = dict[str, torch.Tensor]
 

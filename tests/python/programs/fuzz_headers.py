@@ -27,9 +27,9 @@ from typing import Any
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
-from zimage_mxfp8.checkpoint.zimage import zimage_shapes
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.transformer.weights import open_model
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 Entries = dict[str, Any]
 

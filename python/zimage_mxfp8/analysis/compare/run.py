@@ -18,8 +18,8 @@ from ... import _core
 from ...checkpoint import quantization as markers
 from ...checkpoint.identify import open_for
 from ...checkpoint.output import check_distinct, check_target, write_file
+from ...checkpoint.scopes import Scope, group_of
 from ...checkpoint.source import Checkpoint, SourceTensor
-from ...checkpoint.zimage import Scope, group_of
 from ...checks import check_threads, number
 from ...conversion.plan import MAX_COLUMNS
 from ...conversion.recipes import compile_pattern, recipe_toml

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ...checkpoint.quantization import WEIGHT_SUFFIX
-from ...checkpoint.zimage import BLOCK_TENSOR
-from ..probe.scoring import MAIN_TYPES
+from ...zimage.layers import ZIMAGE
 from .figures import Cells, Grid, heat_map
 from .page import Figure
 
-# In the order of their computation, and what stands before a block's number.
-_STACKS = {"noise_refiner": "noise ", "context_refiner": "context ", "layers": ""}
+_TITLES = {stack.name: stack.title for stack in ZIMAGE.stacks}
 
 Layer = TypeVar("Layer")
 
@@ -23,7 +21,7 @@ class RowRange:
     """Where a layer is.
 
     Attributes:
-        stack: "layers", "context_refiner" or "noise_refiner".
+        stack: name of its stack of blocks.
         block: number of the block there.
         kind: the layer's name in the block, such as "attention.qkv".
     """
@@ -36,12 +34,9 @@ class RowRange:
 def by_place(layers: Mapping[str, Layer]) -> dict[RowRange, Layer]:
     """Layers by their place instead of their name, or their weight's; without those in no block."""
     places = (
-        (BLOCK_TENSOR.match(name.removesuffix(WEIGHT_SUFFIX)), layer)
-        for name, layer in layers.items()
+        (ZIMAGE.split(name.removesuffix(WEIGHT_SUFFIX)), layer) for name, layer in layers.items()
     )
-    return {
-        RowRange(at["stack"], int(at["block"]), at["part"]): layer for at, layer in places if at
-    }
+    return {RowRange(*at): layer for at, layer in places if at}
 
 
 @dataclass(frozen=True)
@@ -73,15 +68,15 @@ class BlockMap(Generic[Layer]):
 
     def __init__(self, layers: Mapping[RowRange, Layer]) -> None:
         kinds = {place.kind for place in layers}
-        known = [kind for kind in MAIN_TYPES if kind in kinds]
+        known = [kind for kind in ZIMAGE.main_types() if kind in kinds]
         self._layers = layers
         self._kinds = [*known, *sorted(kinds.difference(known))]
         self._blocks = [
             (stack, block)
-            for stack in _STACKS
+            for stack in _TITLES
             for block in sorted({place.block for place in layers if place.stack == stack})
         ]
-        names = [f"{_STACKS[stack]}{block}" for stack, block in self._blocks]
+        names = [f"{_TITLES[stack]}{block}" for stack, block in self._blocks]
         self.grid = Grid(names, self._kinds)
 
     def cells(self, value: Callable[[Layer], float | None]) -> Cells:

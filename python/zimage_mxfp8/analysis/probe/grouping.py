@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ...zimage.layers import ZIMAGE
+from ...zimage.table import LayerTable
 from .scoring import (
-    LAYER_TYPES,
-    REFINER_TYPES,
     ProbeRules,
     Reason,
     Recommendation,
@@ -20,7 +20,6 @@ from .scoring import (
 )
 from .weight_metrics import WeightMetrics
 
-Stack = Literal["layers", "context_refiner", "noise_refiner"]
 Position = Literal["extreme low", "middle", "extreme high", "all"]
 
 
@@ -32,7 +31,7 @@ class ProbedTensor:
         name: the tensor's name in the ComfyUI layout, with its prefix.
         layer_type: "attention.qkv", ...; with the stack before it for refiners.
         block: number of the block in its stack.
-        stack: "layers", "context_refiner" or "noise_refiner".
+        stack: name of its stack of blocks.
         shape: [rows, columns].
         saved: bytes that MXFP8 saves, against the checkpoint's type.
         metrics: its statistics.
@@ -45,7 +44,7 @@ class ProbedTensor:
     name: str
     layer_type: str
     block: int
-    stack: Stack
+    stack: str
     shape: tuple[int, int]
     saved: int
     metrics: WeightMetrics
@@ -94,7 +93,7 @@ class Weight:
     name: str
     layer_type: str
     block: int
-    stack: Stack
+    stack: str
     shape: tuple[int, int]
     saved: int
     metrics: WeightMetrics
@@ -102,14 +101,17 @@ class Weight:
 
 
 def decide(
-    weights: Sequence[Weight], limits: Thresholds, rules: ProbeRules
+    weights: Sequence[Weight],
+    limits: Thresholds,
+    rules: ProbeRules,
+    table: LayerTable = ZIMAGE,
 ) -> tuple[list[ProbedTensor], list[ProbedGroup]]:
     """Recommendations for weights and groups, in the order of `weights` and of the layer types."""
-    blocks = max((w.block + 1 for w in weights if w.stack == "layers"), default=0)
+    blocks = max((w.block + 1 for w in weights if w.stack == table.main.name), default=0)
     extreme = max(1, round(blocks * rules.extreme_pct / 100))
 
     def position(weight: Weight) -> Position:
-        if weight.stack != "layers":
+        if weight.stack != table.main.name:
             return "all"
         if weight.block < extreme:
             return "extreme low"
@@ -121,7 +123,7 @@ def decide(
     group_scores: dict[str, list[float]] = {}
     for (kind, _), found in members.items():
         group_scores.setdefault(kind, []).append(_mean([w.score for w in found]))
-    by_weight = {*REFINER_TYPES, *rules.spread_filter_exempt}
+    by_weight = {*table.refiner_types(), *rules.spread_filter_exempt}
     low_spread = {
         kind
         for kind, found in group_scores.items()
@@ -141,8 +143,9 @@ def decide(
         tensors.append(
             ProbedTensor(**vars(weight), recommendation=own, effective=effective, reason=reason)
         )
+    types = table.layer_types()
     order = ("extreme low", "middle", "extreme high", "all")
-    in_order = sorted(groups, key=lambda key: (LAYER_TYPES.index(key[0]), order.index(key[1])))
+    in_order = sorted(groups, key=lambda key: (types.index(key[0]), order.index(key[1])))
     return tensors, [groups[key] for key in in_order]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from ...checkpoint import quantization as markers
 from ...checkpoint.file_names import base_name
 from ...checkpoint.identify import Identified, open_for
+from ...checkpoint.scopes import Scope
 from ...checkpoint.source import Checkpoint, SourceTensor
-from ...checkpoint.zimage import BLOCK_TENSOR, Scope
 from ...checks import check_threads
 from ...conversion.options import ConversionOptions
 from ...conversion.plan import make_plan
@@ -24,10 +24,10 @@ from ...layout import padded_shape, scale_shape
 from ...printing.progress import byte_bar, shown
 from ...streaming.jobs import ProgressCallback
 from ...text import plural
-from .grouping import ProbedGroup, ProbedTensor, Stack, Weight, decide
+from .grouping import ProbedGroup, ProbedTensor, Weight, decide
 from .measure import measure
 from .recipe import exclusion_regex, probe_recipe
-from .scoring import MAIN_TYPES, REFINER_TYPES, ProbeRules, Thresholds, scores, thresholds
+from .scoring import ProbeRules, Thresholds, scores, thresholds
 
 _INFINITE = (math.inf, -math.inf)
 CSV_COLUMNS = (
@@ -177,20 +177,19 @@ def probe(
     )
 
 
-Target = tuple[SourceTensor, str, int, Stack]  # with its layer type, block and stack
+Target = tuple[SourceTensor, str, int, str]  # with its layer type, block and stack
 
 
 def _targets(checkpoint: Checkpoint, scope: Scope) -> list[Target]:
     """The weights to look at, by name."""
+    table = scope.table
+    types = table.layer_types()
     targets: list[Target] = []
     for name, tensor in sorted(checkpoint.tensors.items()):
-        match = BLOCK_TENSOR.match(scope.inner(name)) if name in scope else None
-        if match is None or not name.endswith(markers.WEIGHT_SUFFIX) or len(tensor.shape) != 2:
+        if name not in scope or not name.endswith(markers.WEIGHT_SUFFIX) or len(tensor.shape) != 2:
             continue
-        stack: Stack = match["stack"]  # type: ignore[assignment]
-        part = match["part"].removesuffix(markers.WEIGHT_SUFFIX)
-        kind = part if stack == "layers" else f"{stack}.{part}"
-        if kind not in (MAIN_TYPES if stack == "layers" else REFINER_TYPES):
+        at = table.split(scope.inner(name).removesuffix(markers.WEIGHT_SUFFIX))
+        if at is None or (kind := table.layer_type(at)) not in types:
             continue
         if tensor.dtype not in FLOAT_NAMES:
             raise CheckpointError(
@@ -201,11 +200,11 @@ def _targets(checkpoint: Checkpoint, scope: Scope) -> list[Target]:
             raise CheckpointError(
                 f'{checkpoint.path}: tensor "{name}" is empty; download the checkpoint again'
             )
-        targets.append((tensor, kind, int(match["block"]), stack))
+        targets.append((tensor, kind, at.block, at.stack))
     if not targets:
         raise CheckpointError(
             f"{checkpoint.path} has no weight to probe: none is named like those of Z-Image's "
-            f'blocks, such as "{scope.prefix}layers.0.attention.qkv.weight"'
+            f'blocks, such as "{scope.prefix}{table.main.name}.0.{table.block[0].weight}"'
         )
     return targets
 

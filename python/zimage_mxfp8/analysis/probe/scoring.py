@@ -15,6 +15,7 @@ import numpy as np
 
 from ...checks import number
 from ...errors import UsageError
+from ...zimage.layers import ZIMAGE
 from .weight_metrics import WeightMetrics
 
 Recommendation = Literal["*KEEP*", "FP8", "NVFP4"]
@@ -28,20 +29,6 @@ Reason = Literal[
     "group_spread_demotion",
     "spread_demotion",
 ]
-
-_BLOCK_TYPES = (
-    "attention.qkv",
-    "attention.out",
-    "feed_forward.w1",
-    "feed_forward.w2",
-    "feed_forward.w3",
-)
-MAIN_TYPES = (*_BLOCK_TYPES, "adaLN_modulation.0")
-# A refiner's types are types of their own: ranges are compared within a type.
-REFINER_TYPES = tuple(
-    f"{stack}.{kind}" for stack in ("context_refiner", "noise_refiner") for kind in _BLOCK_TYPES
-)
-LAYER_TYPES = MAIN_TYPES + REFINER_TYPES
 
 
 @dataclass(frozen=True)
@@ -101,11 +88,11 @@ class ProbeRules:
                 f"must be a list of layer types, not {type(self.spread_filter_exempt).__name__}",
             )
         for kind in self.spread_filter_exempt:
-            if kind not in LAYER_TYPES:
+            if kind not in ZIMAGE.layer_types():
                 raise UsageError(
                     "spread_filter_exempt",
                     f'has the unknown layer type "{kind}"',
-                    f"name some of {', '.join(LAYER_TYPES)}",
+                    f"name some of {', '.join(ZIMAGE.layer_types())}",
                 )
 
     def _check(self, name: str, least: float, most: float) -> None:

@@ -20,6 +20,8 @@ from ...printing.progress import sensitivity_bar, shown
 from ...text import plural
 from ...transformer.model import ZImageTransformer
 from ...transformer.weights import ModelFile, open_model
+from ...zimage.layers import ZIMAGE
+from ...zimage.table import LayerTable
 from .cases import Case, chosen_steps, record_cases
 from .measure import OutputError, mean_error, measure
 from .salience import Salience, measure_salience
@@ -342,14 +344,14 @@ class _Analysis:
         return Choice(name, tuple(sorted(names)), nbytes, error)
 
 
-def groups_of(targets: Sequence[Target]) -> dict[str, list[Target]]:
+def groups_of(targets: Sequence[Target], table: LayerTable = ZIMAGE) -> dict[str, list[Target]]:
     """Kinds of layers, and the main blocks by depth: the first and last tenth, and the middle."""
     groups: dict[str, list[Target]] = {}
-    blocks = 1 + max((t.block for t in targets if t.stack == "layers"), default=-1)
+    blocks = 1 + max((t.block for t in targets if t.stack == table.main.name), default=-1)
     edge = max(round(blocks / 10), 1)
     for target in targets:
         names = [target.kind.split(".")[0]]
-        if target.stack != "layers":
+        if target.stack != table.main.name:
             names = [target.stack]
         elif target.block < edge:
             names.append("first blocks")

@@ -8,23 +8,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ...layout import padded_shape, scale_shape
 from ...transformer import arithmetic
 from ...transformer.block import Block
 from ...transformer.linear import PlainLinear
 from ...transformer.model import ZImageTransformer
-
-# Layer name within a block -> the module that has it, and its place among stacked ones.
-_STACKED = {"w13": ("feed_forward.w1", "feed_forward.w3")}
-_PLAIN = {
-    "qkv": "attention.qkv",
-    "out": "attention.out",
-    "w1": "feed_forward.w1",
-    "w3": "feed_forward.w3",
-    "w2": "feed_forward.w2",
-}
-_MODULATION = "adaLN_modulation.0"
+from ...zimage.layers import ZIMAGE
+from ...zimage.table import LayerTable
 
 
 @dataclass(frozen=True)
@@ -33,9 +25,9 @@ class Target:
 
     Attributes:
         name: of the layer in the ComfyUI layout, such as "layers.0.attention.qkv".
-        stack: "layers", "noise_refiner" or "context_refiner".
+        stack: name of its stack of blocks.
         block: its number there.
-        kind: "attention.qkv", "feed_forward.w1", ... or "adaLN_modulation.0".
+        kind: its name in the block, such as "attention.qkv".
         shape: (N, K).
         module: name of the module of the model that computes it; "" for modulations.
         rows: its rows in that module's weight, or in the stacked modulations'.
@@ -57,40 +49,44 @@ class Target:
         return 2 * rows * columns - codes[0] * codes[1] - scales[0] * scales[1]
 
 
-def find_targets(model: ZImageTransformer) -> list[Target]:
+def find_targets(model: ZImageTransformer, table: LayerTable = ZIMAGE) -> list[Target]:
     """All linear layers of the blocks, in the order of the forward pass within each stack."""
     targets = []
-    modulated = 0
-    for stack in ("noise_refiner", "context_refiner", "layers"):
-        for number, block in enumerate(getattr(model, stack)):
-            prefix = f"{stack}.{number}"
+    modulated = [stack for stack in table.stacks if stack.modulated]
+    blocks = sum(len(getattr(model, stack.name)) for stack in modulated)
+    each = model.modulation.weight.shape[0] // max(blocks, 1)  # rows of a block's modulation
+    begin = 0
+    for stack in table.stacks:
+        for number, block in enumerate(getattr(model, stack.name)):
+            prefix = f"{stack.name}.{number}"
             targets += [
-                Target(f"{prefix}.{kind}", stack, number, kind, shape, module, rows)
-                for kind, shape, module, rows in _layers_of(block, prefix)
+                Target(f"{prefix}.{kind}", stack.name, number, kind, shape, module, rows)
+                for kind, shape, module, rows in _layers_of(block, prefix, table)
             ]
-            if stack != "context_refiner":
-                rows = (4 * model.config.dim * modulated, 4 * model.config.dim * (modulated + 1))
-                shape = (rows[1] - rows[0], model.modulation.weight.shape[1])
-                name = f"{prefix}.{_MODULATION}"
-                targets.append(Target(name, stack, number, _MODULATION, shape, "", rows))
-                modulated += 1
+            for layer in table.modulations() if stack.modulated else ():
+                rows = (begin, begin + each)
+                shape = (each, model.modulation.weight.shape[1])
+                name = f"{prefix}.{layer.name}"
+                targets.append(Target(name, stack.name, number, layer.name, shape, "", rows))
+                begin += each
     return targets
 
 
 def _layers_of(
-    block: Block, prefix: str
+    block: Block, prefix: str, table: LayerTable
 ) -> Iterator[tuple[str, tuple[int, int], str, tuple[int, int]]]:
-    ffn = [f"ffn_in.{i}" for i in range(len(block.ffn_in))]
-    keys = ["w13"] if len(ffn) == 1 else ["w1", "w3"]
-    modules = {"qkv": "qkv", "out": "out", **dict(zip(keys, ffn, strict=True)), "w2": "ffn_out"}
-    for key, module in modules.items():
-        weight = block.get_submodule(module).weight
-        assert isinstance(weight, torch.Tensor)
-        kinds = _STACKED.get(key) or (_PLAIN[key],)
-        rows = weight.shape[0] // len(kinds)
-        for i, kind in enumerate(kinds):
-            place = (i * rows, (i + 1) * rows)
-            yield kind, (rows, weight.shape[1]), f"{prefix}.{module}", place
+    for slot, layers in table.linears().items():
+        module = block.get_submodule(slot)
+        modules = {slot: module}
+        if isinstance(module, nn.ModuleList):
+            modules = {f"{slot}.{i}": linear for i, linear in enumerate(module)}
+        each = len(layers) // len(modules)  # layers that are stacked in a module
+        for i, (name, linear) in enumerate(modules.items()):
+            assert isinstance(linear.weight, torch.Tensor)
+            rows, columns = linear.weight.shape[0] // each, linear.weight.shape[1]
+            for at, layer in enumerate(layers[i * each : (i + 1) * each]):
+                place = (at * rows, (at + 1) * rows)
+                yield layer.name, (rows, columns), f"{prefix}.{name}", place
 
 
 def round_to_mxfp8(matrix: torch.Tensor) -> torch.Tensor:

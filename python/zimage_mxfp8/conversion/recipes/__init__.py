@@ -26,6 +26,8 @@ from typing import Any
 
 from ...errors import RecipeError, UsageError
 from ...text import did_you_mean
+from ...zimage.layers import ZIMAGE
+from ...zimage.table import LayerTable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -148,9 +150,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return _read(path, text)
 
 
-def rules_outside_blocks() -> tuple[KeepRule, ...]:
+def rules_outside_blocks(table: LayerTable = ZIMAGE) -> tuple[KeepRule, ...]:
     """The default recipe's rules for what is no layer of a block: embedders, the final layer."""
-    names = ("x_embedder.weight", "final_layer.linear.weight")
+    names = [layer.weight for layer in table.outside if layer.is_matrix]
     return tuple(
         rule for rule in load_recipe(DEFAULT).keep if any(rule.matches(name, "") for name in names)
     )

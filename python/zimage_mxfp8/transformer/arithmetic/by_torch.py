@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...layout import SCALE_TILE_ROWS
 from ...ops import gemm as matmul
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import FoldStats, RowScaledArray
@@ -24,8 +25,6 @@ __all__ = [
     "weight_only_workspace",
 ]
 
-_SCALE_ROWS = 128  # of a tile of blocked scales
-
 
 def fold(array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
     """Fold the block scales into one per row."""
@@ -37,7 +36,7 @@ def multiply_weight_only(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
     """Multiply with the weights, decoding some rows at a time."""
     rows, columns = weights.shape
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    for tile in tiles.row_tiles(rows, columns, tiles.WEIGHT_TILE, _SCALE_ROWS):
+    for tile in tiles.row_tiles(rows, columns, tiles.WEIGHT_TILE, SCALE_TILE_ROWS):
         decoded = dequantize(torch_codec.rows_of(weights, tile), x.dtype)
         torch.mm(x, decoded.t(), out=out[:, tile])
     return out

@@ -10,13 +10,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...layout import padded_shape, scale_shape
+from ...layout import MXFP8_BLOCK, SCALE_TILE_ROWS, padded_shape, scale_shape
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import RowScaledArray
 from . import tiles
 
-_BLOCK = 32
-_SCALE_ROWS = 128  # of a tile of blocked scales
 _MAXIMUM = 448.0  # of E4M3
 _NAN_CODE, _NAN_BYTE = 0x7F, 255
 _SMALLEST_ROW_MAXIMUM = 2.0**-100  # a row with a smaller one becomes zeros
@@ -32,14 +30,14 @@ _MAX_UP, _MAX_DOWN = 17, 19  # binary places between the smallest code and the l
 def to_blocked(scales: torch.Tensor) -> torch.Tensor:
     """Row-major scales [rows, blocks] in the 128x4 blocked layout, padded with 0."""
     rows, blocks = scales.shape
-    padded = F.pad(scales, (0, -blocks % 4, 0, -rows % _SCALE_ROWS))
-    tiles = padded.reshape(padded.shape[0] // _SCALE_ROWS, 4, 32, padded.shape[1] // 4, 4)
+    padded = F.pad(scales, (0, -blocks % 4, 0, -rows % SCALE_TILE_ROWS))
+    tiles = padded.reshape(padded.shape[0] // SCALE_TILE_ROWS, 4, 32, padded.shape[1] // 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).reshape(padded.shape)
 
 
 def from_blocked(scales: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
     """Row-major scales [rows, blocks] of the blocked layout [roundup(rows), roundup(blocks)]."""
-    tiles = scales.reshape(scales.shape[0] // _SCALE_ROWS, scales.shape[1] // 4, 32, 4, 4)
+    tiles = scales.reshape(scales.shape[0] // SCALE_TILE_ROWS, scales.shape[1] // 4, 32, 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).reshape(scales.shape)[:rows, :blocks]
 
 
@@ -57,7 +55,7 @@ def _scale_values(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def rows_of(array: MXFP8Array, rows: slice) -> MXFP8Array:
     """Some rows of a matrix, from a multiple of 128 on, as a view."""
-    end = -(-rows.stop // _SCALE_ROWS) * _SCALE_ROWS
+    end = -(-rows.stop // SCALE_TILE_ROWS) * SCALE_TILE_ROWS
     codes, scales = array.codes[rows], array.scales[rows.start : end]
     return MXFP8Array(codes, scales, (rows.stop - rows.start, array.shape[1]))
 
@@ -67,7 +65,7 @@ def dequantize(array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
     rows, columns = array.shape
     codes = array.codes.view(torch.float8_e4m3fn)
     values = codes.to(dtype)
-    blocks = values.unflatten(1, (-1, _BLOCK))
+    blocks = values.unflatten(1, (-1, MXFP8_BLOCK))
     scales = from_blocked(array.scales.view(torch.uint8), *blocks.shape[:2])
     blocks.mul_(_scale_values(scales, dtype)[..., None])
     result: torch.Tensor = values[:rows, :columns].contiguous()
@@ -80,10 +78,10 @@ def quantize(matrix: torch.Tensor) -> MXFP8Array:
     code_rows, code_columns = padded_shape(shape)
     device = matrix.device
     codes = torch.zeros((code_rows, code_columns), dtype=torch.uint8, device=device)
-    scales = torch.zeros((code_rows, code_columns // _BLOCK), dtype=torch.uint8, device=device)
+    scales = torch.zeros((code_rows, code_columns // MXFP8_BLOCK), dtype=torch.uint8, device=device)
     for tile in tiles.row_tiles(rows, code_columns, tiles.TILE):
         part = F.pad(matrix[tile], (0, code_columns - columns))
-        codes[tile], scales[tile] = _encode_blocks(part.unflatten(1, (-1, _BLOCK)))
+        codes[tile], scales[tile] = _encode_blocks(part.unflatten(1, (-1, MXFP8_BLOCK)))
     blocked = to_blocked(scales)
     assert blocked.shape == scale_shape(shape)
     return MXFP8Array(codes.view(torch.float8_e4m3fn), blocked, shape)
@@ -148,7 +146,7 @@ def fold(array: MXFP8Array) -> tuple[RowScaledArray, torch.Tensor]:
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=device)
     scales = torch.empty(rows, dtype=torch.float32, device=device)
     statistics = torch.empty((rows, 3), dtype=torch.float64, device=device)
-    for tile in tiles.row_tiles(rows, columns, tiles.TILE, _SCALE_ROWS):
+    for tile in tiles.row_tiles(rows, columns, tiles.TILE, SCALE_TILE_ROWS):
         _fold_rows(rows_of(array, tile), codes[tile], scales[tile], statistics[tile])
     return RowScaledArray(codes.view(torch.float8_e4m3fn), scales), statistics
 
@@ -157,7 +155,7 @@ def _fold_rows(
     array: MXFP8Array, codes: torch.Tensor, scales: torch.Tensor, statistics: torch.Tensor
 ) -> None:
     rows, columns = array.shape
-    blocks = array.codes[:rows].view(torch.uint8).unflatten(1, (-1, _BLOCK))
+    blocks = array.codes[:rows].view(torch.uint8).unflatten(1, (-1, MXFP8_BLOCK))
     bytes_ = from_blocked(array.scales.view(torch.uint8), *blocks.shape[:2]).int()
     largest = (blocks & 0x7F).amax(2).int()
     is_nan = (largest == _NAN_CODE) | (bytes_ == _NAN_BYTE)
@@ -176,15 +174,15 @@ def _fold_rows(
     statistics[:, 0] = (errors != 0).sum(1)
     weights = _power((bytes_ - 127).clamp(max=127)).double().square()
     for column, matrix in ((1, errors), (2, values)):
-        squares = F.pad(matrix, (0, -columns % _BLOCK)).double().square_()
-        statistics[:, column] = (squares.unflatten(1, (-1, _BLOCK)).sum(2) * weights).sum(1)
+        squares = F.pad(matrix, (0, -columns % MXFP8_BLOCK)).double().square_()
+        statistics[:, column] = (squares.unflatten(1, (-1, MXFP8_BLOCK)).sum(2) * weights).sum(1)
     _mark_nan(statistics, is_nan, columns)
 
 
 def _mark_nan(statistics: torch.Tensor, is_nan: torch.Tensor, columns: int) -> None:
     """Say of rows with NaN where their first block with one is: its first and last column."""
-    begin = is_nan.int().argmax(1) * _BLOCK
-    where = (begin, (begin + _BLOCK - 1).clamp(max=columns - 1), begin.double() * torch.nan)
+    begin = is_nan.int().argmax(1) * MXFP8_BLOCK
+    where = (begin, (begin + MXFP8_BLOCK - 1).clamp(max=columns - 1), begin.double() * torch.nan)
     marks = torch.stack([mark.double() for mark in where], dim=1)
     statistics.copy_(torch.where(is_nan.any(1)[:, None], marks, statistics))
 

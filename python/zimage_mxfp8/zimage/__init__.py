@@ -1,0 +1,1 @@
+"""Facts about the Z-Image model: its layers, sizes, constants and timesteps."""

@@ -1,0 +1,93 @@
+"""The kinds of rows in a table of layers: sizes, stacks of blocks, layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Sizes = Mapping[str, int]  # by name, such as "dim"
+Shape = tuple[int, ...]
+LayerKind = Literal["linear", "modulation", "norm", "token"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A width of the model.
+
+    Attributes:
+        name: what shapes call it.
+        usual: its value where no tensor shows it, from the sizes in the rows above.
+        shown_by: tensors that show it, the first of which decides, each with the axis. A tensor of
+            a block is named without stack and number.
+    """
+
+    name: str
+    usual: Callable[[Sizes], int]
+    shown_by: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after another.
+
+    Attributes:
+        name: what its tensors' names begin with.
+        count: field of `ZImageConfig` with the number of its blocks. Stacks with the same field
+            have the same number; a new field is to be added there.
+        modulated: whether the timestep modulates its blocks.
+        main: whether it holds the main blocks. One stack of a table does.
+        title: what stands before a block's number in figures.
+    """
+
+    name: str
+    count: str
+    modulated: bool
+    main: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a block, or one outside the stacks.
+
+    Attributes:
+        name: in ComfyUI's layout; within the block, for a layer of one.
+        kind: "linear": a matrix; "modulation": one that only modulated blocks have; "norm": a
+            vector; "token": a tensor named like the layer, which has no bias.
+        shape: of the weight, from the sizes.
+        bias: whether it has a bias, of as many elements as the weight has rows.
+        diffusers: diffusers' names in a block, if they are others; several are stacked along the
+            rows.
+        slot: attribute of the transformer's `Block` that it is loaded into. Linear layers with the
+            same slot are stacked along the rows where their formats allow it.
+        group: what tables show it under, outside the stacks; by default the name's first part.
+    """
+
+    name: str
+    kind: LayerKind
+    shape: Callable[[Sizes], Shape]
+    bias: bool = False
+    diffusers: tuple[str, ...] = ()
+    slot: str = ""
+    group: str = ""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the weight is a matrix that a recipe can quantise."""
+        return self.kind in ("linear", "modulation")
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight."""
+        return self.name if self.kind == "token" else f"{self.name}.weight"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the weight and of the bias, if there is one."""
+        return (self.weight, f"{self.name}.bias") if self.bias else (self.weight,)
+
+    def shapes(self, sizes: Sizes) -> dict[str, Shape]:
+        """Name -> shape of the weight and the bias."""
+        shape = self.shape(sizes)
+        return dict(zip(self.tensors, (shape, shape[:1]), strict=False))
