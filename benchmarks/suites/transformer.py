@@ -100,15 +100,15 @@ sys.exit(code)
 """
 
 
-def random_inputs(side: int, images: int, tokens: int, seed: int = 0) -> Inputs:
+def random_inputs(side: int, batch: int, tokens: int, seed: int = 0) -> Inputs:
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
-    images = [randn(16, 1, side // 8, side // 8) for _ in range(images)]
-    times = torch.rand(images, generator=generator, device="cuda")
-    return images, times, [randn(tokens, 2560) for _ in range(images)]
+    images = [randn(16, 1, side // 8, side // 8) for _ in range(batch)]
+    times = torch.rand(batch, generator=generator, device="cuda")
+    return images, times, [randn(tokens, 2560) for _ in range(batch)]
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Final
 
 _PACKAGE = "zimage-mxfp8"
-_OF_CONTRIBUTORS = ("test", "dev")
+_OF_CONTRIBUTORS = ("dev", "docs", "test")
 _REQUIREMENT = re.compile(
     r"""(?P<name>[\w.-]+)\s*(?P<bounds>[^;]*);.*\bextra\s*==\s*["'](?P<extra>[\w.-]+)["']"""
 )

@@ -23,7 +23,7 @@ from zimage_mxfp8.checkpoint.scopes import find_scopes, group_of
 from zimage_mxfp8.checkpoint.source import SourceTensor, TensorReader, open_checkpoint
 from zimage_mxfp8.checkpoint.structure import missing_or_misshapen
 from zimage_mxfp8.conversion.recipes import rules_outside_blocks
-from zimage_mxfp8.transformer.loading import load_parts
+from zimage_mxfp8.transformer.loading import LoadedWeights, load_parts
 from zimage_mxfp8.transformer.model import ZImageTransformer
 from zimage_mxfp8.transformer.weights import ModelFile
 from zimage_mxfp8.zimage.config import ZImageConfig
@@ -201,33 +201,41 @@ def test_recipes_keep_what_is_outside_the_stacks() -> None:
     assert rules_outside_blocks(style_only) == ()  # the built-in recipe does not know it
 
 
+CONFIG = ZImageConfig(DIM, 2, 1, DIM // 128, CAPTION, HIDDEN)
+
+
 @pytest.fixture(scope="module")
-def model(file: Path) -> ZImageTransformer:
-    """The relative's layers in a Z-Image, whose forward pass does not run the new ones."""
-    config = ZImageConfig(DIM, 2, 1, DIM // 128, CAPTION, HIDDEN)
+def weights(file: Path) -> LoadedWeights:
     checkpoint = open_checkpoint(file)
-    parts = load_parts(
-        ModelFile(checkpoint, config, checkpoint.tensors, {}),
+    return load_parts(
+        ModelFile(checkpoint, CONFIG, checkpoint.tensors, {}),
         torch.device("cpu"),
         "weight-only",
         torch.float32,
         None,
         FAMILY,
     )
-    model = ZImageTransformer(config, parts, "weight-only", torch.float32, False)
-    model.extra_refiner = nn.ModuleList(parts.blocks["extra_refiner"])
+
+
+@pytest.fixture(scope="module")
+def model(weights: LoadedWeights) -> ZImageTransformer:
+    """The relative's layers in a Z-Image, whose forward pass does not run the new ones."""
+    model = ZImageTransformer(CONFIG, weights, "weight-only", torch.float32, False)
+    model.extra_refiner = nn.ModuleList(weights.blocks["extra_refiner"])
     return model
 
 
-def test_the_new_rows_are_loaded(model: ZImageTransformer, tensors: Tensors) -> None:
-    block = model.extra_refiner[2]
+def test_the_new_rows_are_loaded(weights: LoadedWeights, tensors: Tensors) -> None:
+    block = weights.blocks["extra_refiner"][2]
     gate_and_up = [tensors[f"extra_refiner.2.feed_forward.w{i}.weight"] for i in (1, 3)]
     assert torch.equal(block.ffn_in[0].weight, torch.cat(gate_and_up).float())
     qkv = tensors["extra_refiner.2.attention.qkv.weight"]
     assert torch.equal(block.qkv.weight, qkv.float())
     norm = tensors["extra_refiner.2.ffn_norm2.weight"]
     assert torch.equal(block.ffn_norm2, norm.float())
-    assert torch.equal(model.style_embedder_weight, tensors["style_embedder.weight"].float())
+    assert torch.equal(
+        weights.others["style_embedder.weight"], tensors["style_embedder.weight"].float()
+    )
 
 
 def test_sensitivity_finds_the_new_targets(model: ZImageTransformer, tensors: Tensors) -> None:

@@ -409,11 +409,14 @@ def test_from_pretrained_is_from_checkpoint(zimage_folder: Path, zimage_quantize
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"variant": "fp16"}, "from_pretrained does not take variant='fp16'; leave it out"),
-        ({"device_map": "auto"}, "from_pretrained does not take device_map='auto'"),
-        ({"use_safetensors": False}, "from_pretrained does not take use_safetensors=False"),
+        (
+            {"variant": "fp16"},
+            r"variant is not supported by from_pretrained \(given: 'fp16'\); leave it out",
+        ),
+        ({"device_map": "auto"}, "device_map is not supported by from_pretrained"),
+        ({"use_safetensors": False}, r"not supported by from_pretrained \(given: False\)"),
         ({"revision": "v1"}, "leave it out and write owner/name@revision"),
-        ({"colour": np.zeros(3)}, r"does not take colour=array\("),
+        ({"colour": np.zeros(3)}, r"colour is not supported by from_pretrained \(given: array"),
         (
             {"torch_dtype": torch.float16},
             "dtype must be torch.bfloat16 or torch.float32, not torch",
@@ -421,7 +424,7 @@ def test_from_pretrained_is_from_checkpoint(zimage_folder: Path, zimage_quantize
         ({"torch_dtype": "auto"}, "dtype must be torch.bfloat16 or torch.float32, not 'auto'"),
         (
             {"dtype": torch.float32, "torch_dtype": torch.bfloat16},
-            "dtype and torch_dtype are the same argument",
+            "torch_dtype is the same argument as dtype; give one of them",
         ),
         ({"subfolder": 3}, "subfolder must be a text, not 3"),
     ],

@@ -348,5 +348,5 @@ def test_misuse_is_a_typed_error() -> None:
         with pytest.raises(zm.UnsupportedError, match=f"{kernel} needs|no kernels for sm") as e:
             check(kernel, OPERANDS[kernel][0], 8, 8, 32, False, torch.bfloat16)
         there = {"reference"} | {p for p in kernels() if OPERANDS[kernel][0] in OPERANDS[p]}
-        assert set(re.findall('"(.+?)"', str(e.value).split(" takes ")[1])) == there
+        assert set(re.findall('"(.+?)"', str(e.value).split(" is computed by ")[1])) == there
         assert str(e.value).endswith(f" on {torch.cuda.get_device_name()}")

@@ -211,6 +211,8 @@ def test_layers_compile_and_export(compute: Compute) -> None:
 
 
 @pytest.mark.gpu
+# A library of torch 2.11's compiler for CUDA warns of itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
 def test_layers_compile_and_export_on_cuda(compute: Compute) -> None:
     assert_traced_equals_eager(compute, "cuda")
