@@ -52,7 +52,7 @@ def main(folder: Path, expected: int) -> int:
     if failed:
         print(f"{folder} has {len(objects)} objects of block_scaled.cu, not {expected}")
     for path in objects:
-        target = path.parents[1].name.removesuffix(".dir")
+        target = next(p.stem for p in path.parents if p.suffix == ".dir")
         instruction = next(wanted for name, wanted in WANTED.items() if name in target)
         found = count(instruction, path)
         print(f"{target}: {found} x {instruction}")
