@@ -249,7 +249,7 @@ void register_gemm(py::module_& module) {
         return supports(find_gemm_kernel(kernel), problem, device).reason;
       },
       arg("kernel"), arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>(),
-      "Return why a kernel does not compute a problem on a device (-1: the CPU); empty if it "
+      "Return why a kernel does not compute a problem on a device (-1: CPU); empty if it "
       "does.");
   module.def(
       "choose_gemm",

@@ -16,7 +16,7 @@
 namespace zimage_mxfp8 {
 namespace {
 
-constexpr int kCodes = 0x7F;   // magnitudes of E4M3 that are numbers
+constexpr int kCodes = 0x7F;  // magnitudes of E4M3 that are numbers
 constexpr int kMaxUp = 17;    // 2^-9, the smallest code, can move up so far: 2^8 <= 448
 constexpr int kMaxDown = 19;  // from here on every code becomes zero: 448 * 2^-19 < 2^-10
 constexpr int kShifts = kMaxUp + kMaxDown + 1;

@@ -168,7 +168,7 @@ def gemm_kernels() -> list[GemmKernel]:
     """Return the table of kernels, which all builds have."""
 
 def gemm_unsupported(kernel: str, problem: GemmProblem, device: int) -> str:
-    """Return why a kernel does not compute a problem on a device (-1: the CPU); empty if it does."""
+    """Return why a kernel does not compute a problem on a device (-1: CPU); empty if it does."""
 
 def choose_gemm(problem: GemmProblem, device: int) -> str:
     """Return the name of the kernel of least cost."""

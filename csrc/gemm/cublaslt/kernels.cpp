@@ -3,8 +3,8 @@
 
 #include "dequantize/dequantize_cuda.h"
 #include "gemm/cublaslt/cublaslt.h"
-#include "gemm/finish.h"
 #include "gemm/dispatch/table.h"
+#include "gemm/finish.h"
 #include "zimage_mxfp8/error.h"
 #include "zimage_mxfp8/matrix.h"
 

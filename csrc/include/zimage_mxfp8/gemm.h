@@ -91,8 +91,8 @@ Support supports(const GemmKernel& kernel, const GemmProblem& problem, int devic
 struct GemmCandidate {
   const GemmKernel* kernel;
   bool fuses_epilogue;  // or the problem has none
-  double cost;          // relative, see csrc/gemm/dispatch/heuristics.h; infinite if it is not supported
-  std::string reason;   // why it was not chosen; empty for the one that was
+  double cost;  // relative, see csrc/gemm/dispatch/heuristics.h; infinite if it is not supported
+  std::string reason;  // why it was not chosen; empty for the one that was
 };
 
 // All kernels, the chosen one first, then in order of cost; no kernel is chosen if every one has a
