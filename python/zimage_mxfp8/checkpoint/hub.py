@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -302,6 +301,8 @@ def _download(
 def _check_space(library: Any, reference: Reference, needed: int) -> None:
     cache = Path(library.constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+    import shutil
+
     free = shutil.disk_usage(there).free
     if needed > free:
         raise CheckpointError(

@@ -10,8 +10,8 @@ import argparse
 import errno
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 
+from .._core import __version__
 from ..errors import Error, UsageError
 from . import (
     compare,
@@ -56,9 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="zimage-mxfp8",
         description="Convert Z-Image checkpoints to MXFP8, check them, look inside and run them.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"zimage-mxfp8 {version('zimage-mxfp8')}"
-    )
+    parser.add_argument("--version", action="version", version=f"zimage-mxfp8 {__version__}")
     parser.add_argument(
         "--cmake-dir",
         action=_PrintCMakeDir,

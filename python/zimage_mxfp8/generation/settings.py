@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -120,6 +119,8 @@ class GenerationSettings:
 
 def draw_seed() -> int:
     """A random seed, short enough to be typed again."""
+    import secrets  # it imports hashlib, which takes a while
+
     return secrets.randbelow(1 << 32)
 
 

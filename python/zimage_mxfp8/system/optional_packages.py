@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Final
 
 from ..errors import MissingExtraError
-from .extras import install_command, requirements
 
 # The modules of this package that cannot be imported without an extra.
 _NEEDED: Final[dict[str, str]] = {
@@ -67,6 +66,8 @@ def check_installed(extra: str, what: str) -> None:
     Raises:
         MissingExtraError: one is missing.
     """
+    from .extras import requirements  # importlib.metadata takes a while
+
     for each in requirements()[extra]:
         if find_spec(each.module) is None:
             raise missing(extra, what, f"{each.package}, which is not installed", each.module)
@@ -81,6 +82,8 @@ def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtra
         needs: the package, and what is wrong with it.
         module: name of the module that cannot be imported.
     """
+    from .extras import install_command
+
     return MissingExtraError(
         f"{what} needs {needs}", f"run {install_command(extra)}", module or None
     )
@@ -97,6 +100,8 @@ def _missing_module(error: BaseException | None) -> str:
 
 
 def _problem(extra: str, module: str, error: BaseException) -> str:
+    from .extras import requirements
+
     packages = {each.module: each.package for each in requirements()[extra]}
     if module in packages and find_spec(module) is None:
         return f"{packages[module]}, which is not installed"
