@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 def whole_number(name: str, value: Any) -> int:
-    """A whole number of any type, NumPy's too.
+    """Return a whole number of any type, NumPy's too.
 
     Raises:
         UsageError: of another type; `name` is its argument.
@@ -34,12 +34,12 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """A real number of any type; infinities and NaN are numbers too. Errors as above."""
+    """Return a real number of any type; infinities and NaN are numbers too. Errors as above."""
     return _converted(name, _real, "a number", value)
 
 
 def finite_number(name: str, value: Any) -> float:
-    """A real number that is finite. Errors as above."""
+    """Return a real number that is finite. Errors as above."""
 
     def convert(value: Any) -> float:
         converted = _real(value)
@@ -51,12 +51,12 @@ def finite_number(name: str, value: Any) -> float:
 
 
 def path(name: str, value: Any) -> Path:
-    """A path. Errors as above."""
+    """Return a path. Errors as above."""
     return _converted(name, _path, "a path", value)
 
 
 def file_or_folder(name: str, value: Any) -> Path:
-    """A path of what may be either. Errors as above."""
+    """Return a path of what may be either. Errors as above."""
     return _converted(name, _path, "the path of a file or folder", value)
 
 

@@ -28,7 +28,7 @@ class Error(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """The sentence on one line: names in files may hold line breaks."""
+        """Return the sentence on one line: names in files may hold line breaks."""
         return printable(f"{self.problem}; {self.hint}" if self.hint else self.problem)
 
 
@@ -147,7 +147,7 @@ class UsageError(Error):
         self.argument = argument
 
     def __str__(self) -> str:
-        """The sentence, which begins with the argument's name."""
+        """Return the sentence, which begins with the argument's name."""
         return printable(f"{self.argument} ") + super().__str__()
 
 

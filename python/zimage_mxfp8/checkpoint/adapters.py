@@ -47,7 +47,7 @@ _RANK_SUFFIXES = ("lora_A", "lora_down", "lora.down", "hada_w1_b", "lokr_w2_b")
 
 
 def find_adapter_tensor(names: Iterable[str]) -> str | None:
-    """The first name, in order, that only an adapter has."""
+    """Return the first name, in order, that only an adapter has."""
     return min((name for name in names if _MATRIX.search(name)), default=None)
 
 

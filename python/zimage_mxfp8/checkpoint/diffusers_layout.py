@@ -21,7 +21,7 @@ def is_diffusers_layout(names: Collection[str], scope: Scope) -> bool:
 
 
 def other_patch_size(names: Collection[str], scope: Scope) -> str | None:
-    """A tensor for another patch size than 2, which has no place in ComfyUI's layout."""
+    """Return a tensor for another patch size than 2, which has no place in ComfyUI's layout."""
     found = scope.table.other_patch_size(sorted(_inner(names, scope)))
     return None if found is None else scope.prefix + found
 

@@ -11,12 +11,12 @@ _SUFFIXES = (".safetensors", ".sft")
 
 
 def base_name(path: str | os.PathLike[str]) -> str:
-    """The name of a file or folder; of "." that of the folder itself, and "" of the root."""
+    """Return the name of a file or folder; of "." that of the folder itself, and "" of the root."""
     return _absolute(Path(path)).name
 
 
 def checkpoint_beside(source: Path, ending: str) -> Path:
-    """A safetensors file beside a checkpoint, for what is made of it.
+    """Return a safetensors file beside a checkpoint, for what is made of it.
 
     Args:
         source: a file or a folder; the result is relative if it is.

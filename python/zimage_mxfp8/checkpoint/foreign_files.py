@@ -17,7 +17,7 @@ _FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 
 
 def refuse(path: Path, kind: Kind, evidence: str = "") -> WrongKindError:
-    """The error for a file that an operation does not take; one sentence with its remedy."""
+    """Return the error for a file that an operation does not take; one sentence with its remedy."""
     problem, remedy = (text.replace("{0}", evidence) for text in (kind.problem, kind.remedy))
     return WrongKindError(f"{path} {problem}", kind, remedy)
 
@@ -43,7 +43,7 @@ def check_file(path: Path) -> None:
 
 
 def no_weights(folder: Path) -> WrongKindError:
-    """The error for a folder without a diffusers checkpoint, with what there is instead."""
+    """Return the error for a folder without a diffusers checkpoint, with what there is instead."""
     singles = sorted(path.name for path in folder.glob("*.safetensors"))
     if singles:
         remedy = f"name one of its files, such as {singles[0]}"

@@ -135,7 +135,7 @@ def file_size(header: bytes, places: Mapping[str, TensorInfo]) -> int:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that the operating system does not let us read."""
+    """Return the error for a file that the operating system does not let us read."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path} does not exist; check the path")
     if isinstance(error, PermissionError):

@@ -193,7 +193,7 @@ def _cached(library: Any, reference: Reference, parts: Sequence[str]) -> Path:
 
 
 def _snapshot(library: Any, repo: str, revision: str | None) -> Path | None:
-    """The folder of a revision in the cache, which may be incomplete."""
+    """Return the folder of a revision in the cache, which may be incomplete."""
     try:
         return Path(
             library.snapshot_download(
@@ -218,7 +218,7 @@ def _files_in(folder: Path) -> set[str]:
 
 
 def _select(names: Collection[str], reference: Reference, parts: Sequence[str]) -> list[str]:
-    """What is needed of the files of a repository.
+    """Return what is needed of the files of a repository.
 
     Raises:
         _MissingFileError: a file that is needed is not among them.
@@ -312,7 +312,7 @@ def _check_space(library: Any, reference: Reference, needed: int) -> None:
 
 
 def _files_to_name(repo: str, names: Collection[str]) -> str:
-    """The end of a sentence: which files of a repository could be named instead."""
+    """Return the end of a sentence: which files of a repository could be named instead."""
     files = sorted(name for name in names if name.endswith(".safetensors"))
     if not files:
         return "it has no safetensors file at all"

@@ -23,7 +23,7 @@ _SHARD_NAME = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$"
 
 
 def _part_pattern(table: LayerTable) -> re.Pattern[str]:
-    """A pattern that finds the names of a part of a model that other models do not have."""
+    """Return a pattern that finds the names of a part of a model that other models do not have."""
     layers = [layer.name for layer in table.block if layer.is_matrix]
     anchor = table.anchor.partition(".")[0]
     parts = [re.escape(stack.name) + r"\.\d+" for stack in table.stacks if not stack.main]
@@ -186,7 +186,7 @@ def open_for(path: str | os.PathLike[str], use: Use, *, any_model: bool = False)
 
 
 def _obstacle(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:
-    """What keeps a file with a set of Z-Image names from being used, and what shows it."""
+    """Return what keeps a file with a set of Z-Image names from being used, and what shows it."""
     names = [name for name in checkpoint.tensors if name.startswith(scope.prefix)]
     inside = [name for name in names if name in scope]
     if wrapped := min((name for name in inside if ".base_layer." in name), default=None):
@@ -206,7 +206,7 @@ def _is_shard(checkpoint: Checkpoint) -> bool:
 
 
 def _kind_without_zimage(checkpoint: Checkpoint) -> tuple[Kind, str]:
-    """What a file without a whole set of Z-Image names is, and what shows it."""
+    """Return what a file without a whole set of Z-Image names is, and what shows it."""
     names = sorted(checkpoint.tensors)
     if is_adapter(names):
         return kinds.ADAPTER, describe_adapter(checkpoint.tensors)

@@ -147,7 +147,7 @@ def _unusable(path: str | os.PathLike[str], kind: str, error: CheckpointError) -
 
 
 def _clause(path: str | os.PathLike[str], error: CheckpointError) -> str:
-    """An error's sentence without the file at its beginning."""
+    """Return an error's sentence without the file at its beginning."""
     return str(error).removeprefix(f"{path}").lstrip(": ")
 
 

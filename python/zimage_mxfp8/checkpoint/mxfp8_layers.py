@@ -74,7 +74,7 @@ class MXFP8Layers:
 
 
 def find_layers(checkpoint: Checkpoint, scope: Scope) -> MXFP8Layers:
-    """The MXFP8 layers of a model; reads the markers, not the weights.
+    """Return the MXFP8 layers of a model; reads the markers, not the weights.
 
     Raises:
         CheckpointError: a file cannot be read.

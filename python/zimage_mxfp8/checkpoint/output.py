@@ -117,7 +117,7 @@ def check_distinct(targets: Mapping[str, Path | None]) -> None:
 
 
 def _resolved(target: Path) -> Path:
-    """The file that `target` names, links followed.
+    """Return the file that `target` names, links followed.
 
     Raises:
         OutputError: the links go round in circles.
@@ -328,14 +328,14 @@ class AtomicFile:
                 time.sleep(_PATIENCE / 25)
 
     def open(self) -> Writer:
-        """A handle for writing, for one thread."""
+        """Return a handle for writing, for one thread."""
         try:
             return Writer(self._partial)
         except OSError as error:
             raise self.failure(error) from None
 
     def failure(self, error: OSError) -> OutputError:
-        """What to raise for a failed write."""
+        """Return what to raise for a failed write."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return OutputError(
                 f"{self.target} could not be written: {error.strerror}; "

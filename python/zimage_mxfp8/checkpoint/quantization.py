@@ -35,7 +35,7 @@ _KINDS = {
 
 
 def layer_marker(shape: tuple[int, int], *, full_precision: bool = False) -> dict[str, Any]:
-    """The object that describes an MXFP8 layer, for its `comfy_quant` tensor and the header.
+    """Return the object that describes an MXFP8 layer, for its `comfy_quant` tensor and the header.
 
     The dtype in it is the one to compute in; it is bfloat16 whatever the source's type, as
     convert_to_quant writes it.
@@ -65,7 +65,7 @@ def header_value(markers: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def header_layers(value: str) -> dict[str, Any] | None:
-    """The layers in a header's `_quantization_metadata`, or None if it has another form."""
+    """Return the layers in a header's `_quantization_metadata`, or None if it has another form."""
     try:
         document = json.loads(value)
     except (ValueError, RecursionError):
@@ -144,7 +144,7 @@ def read_descriptions(checkpoint: Checkpoint, scope: Scope) -> Descriptions:
 
 
 def _layer_in_scope(checkpoint: Checkpoint, scope: Scope, name: str) -> str | None:
-    """The layer of the model that a name in the header means, with the prefix."""
+    """Return the layer of the model that a name in the header means, with the prefix."""
     candidates = [layer for layer in (name, scope.prefix + name) if layer in scope]
     for layer in candidates:
         if layer + WEIGHT_SUFFIX in checkpoint.tensors:
@@ -165,7 +165,7 @@ def _read_marker(tensor: SourceTensor, reader: TensorReader) -> tuple[dict[str, 
 
 
 def find_format(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:
-    """The format that a model is quantised with, and the tensor or header key that shows it.
+    """Return the format that a model is quantised with, and the tensor or header key that shows it.
 
     None if it is not quantised. Tensors outside the scope (a text encoder in the same file) do not
     count.

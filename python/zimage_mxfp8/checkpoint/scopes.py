@@ -36,7 +36,7 @@ class Scope:
         return not self.zimage or self.inner(name).partition(".")[0] in self.table.modules
 
     def inner(self, name: str) -> str:
-        """A tensor's name without the prefix."""
+        """Return a tensor's name without the prefix."""
         return name[len(self.prefix) :]
 
     def inner_names(self, names: Iterable[str]) -> dict[str, str]:
@@ -68,7 +68,7 @@ def find_scopes(names: Collection[str], table: LayerTable = ZIMAGE) -> list[Scop
 
 
 def group_of(name: str, scope: Scope) -> str:
-    """The group that a tensor is shown under in tables."""
+    """Return the group that a tensor is shown under in tables."""
     if name not in scope:
         return name.split(".", 1)[0] + NOT_TRANSFORMER
     return scope.table.group_of(scope.inner(name))

@@ -157,7 +157,7 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
+    """Return the SHA-256 of a file, in hexadecimal.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -23,7 +23,7 @@ def missing_or_misshapen(
     *,
     for_comfyui: bool = True,
 ) -> list[Problem]:
-    """What keeps a model's tensors from being a whole Z-Image, in name order.
+    """Return what keeps a model's tensors from being a whole Z-Image, in name order.
 
     The number of blocks and the widths are taken from the tensors themselves.
 

@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def file_path(text: str) -> Path:
-    """A file to write, for `type=`."""
+    """Return a file to write, for `type=`."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; name a file")
     path = Path(text)
@@ -116,7 +116,7 @@ def file_path(text: str) -> Path:
 
 
 def checkpoint_path(text: str) -> Path:
-    """A safetensors file to write, for `type=`."""
+    """Return a safetensors file to write, for `type=`."""
     path = file_path(text)
     if path.suffix.lower() != ".safetensors":
         raise argparse.ArgumentTypeError(
@@ -126,7 +126,7 @@ def checkpoint_path(text: str) -> Path:
 
 
 def count(minimum: int) -> type[int]:
-    """A whole number of at least `minimum`, for `type=`."""
+    """Return a whole number of at least `minimum`, for `type=`."""
 
     def parse(text: str) -> int:
         number = int(text)

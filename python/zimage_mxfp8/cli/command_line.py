@@ -51,7 +51,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Return the parser of all commands."""
     parser = Parser(
         prog="zimage-mxfp8",
         description="Convert Z-Image checkpoints to MXFP8, check them, look inside and run them.",
@@ -128,7 +128,7 @@ def _sentence(error: Error | MemoryError | OSError, arguments: argparse.Namespac
 
 
 def _remedy_for_memory(arguments: argparse.Namespace) -> str:
-    """An option that the command has and that is not in use already, if there is one."""
+    """Return an option that the command has and that is not in use already, if there is one."""
     if getattr(arguments, "threads", 1) != 1:
         return "--threads 1 needs less"
     if not getattr(arguments, "offload", True):

@@ -110,7 +110,7 @@ class _Refuse(argparse.Action):
 
 
 def choose_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that `--recipe` or the filters ask for."""
+    """Return the recipe that `--recipe` or the filters ask for."""
     from ..conversion.recipes import DEFAULT, load_recipe
 
     filters = [name for name in ("zimage", "zimage_refiner") if getattr(arguments, name)]

@@ -16,7 +16,7 @@ from .streams import report_line
 
 
 def screen() -> Screen:
-    """Standard output."""
+    """Return standard output."""
     return Screen(console(), wraps=sys.stdout.isatty(), complete="--json")
 
 

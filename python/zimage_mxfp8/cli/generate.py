@@ -227,7 +227,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _settings(
     arguments: argparse.Namespace,
 ) -> tuple[StoredSettings | None, GenerationSettings]:
-    """What `--settings-from` names, and the settings that follow from it and the options."""
+    """Return what `--settings-from` names, and the settings that follow from it and the options."""
     given = {
         field.name: getattr(arguments, field.name)
         for field in fields(GenerationSettings)
@@ -261,7 +261,7 @@ def _outputs(given: Path | None, settings: GenerationSettings) -> list[Path]:
 
 
 def _peak_memory(device: str) -> str:
-    """The end of the summary; empty where the system does not tell it."""
+    """Return the end of the summary; empty where the system does not tell it."""
     from .display import size_text
 
     if device.startswith("cuda"):

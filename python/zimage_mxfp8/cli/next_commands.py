@@ -9,7 +9,7 @@ from ..checkpoint.file_names import checkpoint_beside
 
 
 def convert_command(source: str, options: str, name: str) -> str:
-    """A conversion with other options than the defaults.
+    """Return a conversion with other options than the defaults.
 
     It names an output, with `name` in it: the default one may be there already.
     """
@@ -18,5 +18,5 @@ def convert_command(source: str, options: str, name: str) -> str:
 
 
 def convert_with_recipe(source: str, recipe: Path) -> str:
-    """A conversion with a recipe file."""
+    """Return a conversion with a recipe file."""
     return convert_command(source, f"--recipe {shlex.quote(str(recipe))}", recipe.stem)

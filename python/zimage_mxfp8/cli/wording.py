@@ -40,7 +40,7 @@ def sentence(error: Error, parsers: Sequence[argparse.ArgumentParser]) -> str:
 
 
 def _option(argument: str, parsers: Sequence[argparse.ArgumentParser]) -> str:
-    """The option for an argument, or the argument itself where no command has one."""
+    """Return the option for an argument, or the argument itself where no command has one."""
     for parser in parsers:
         for action in parser._actions:
             if action.dest == argument:

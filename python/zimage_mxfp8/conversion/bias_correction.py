@@ -81,7 +81,7 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
 
 
 def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
-    """The vector that stands for E[x], for each quantised layer with a bias.
+    """Return the vector that stands for E[x], for each quantised layer with a bias.
 
     Args:
         plan: the conversion, with the mode. "timesteps": the exact mean of `t_embedder`'s output.
@@ -142,7 +142,7 @@ def _weight_columns(tensors: Iterable[SourceTensor]) -> list[int]:
 
 
 def to_float64(tensor: SourceTensor, data: npt.NDArray[np.uint8]) -> Vector:
-    """The numbers of BF16, F16 or F32 bytes."""
+    """Return the numbers of BF16, F16 or F32 bytes."""
     source = as_integers(tensor.dtype, data).reshape(1, -1)
     target = np.empty(source.shape, np.float32)
     _core.cast(source, FLOAT_NAMES[tensor.dtype], target, "float32", 1)
@@ -153,7 +153,7 @@ def to_float64(tensor: SourceTensor, data: npt.NDArray[np.uint8]) -> Vector:
 def add_to_bias(
     bias: SourceTensor, data: npt.NDArray[np.uint8], change: Vector
 ) -> npt.NDArray[np.uint8]:
-    """A bias's bytes plus a vector, rounded to the bias's type.
+    """Return a bias's bytes plus a vector, rounded to the bias's type.
 
     Elements that would leave the type's range keep their value.
     """

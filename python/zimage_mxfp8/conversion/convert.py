@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def default_output(source: Path) -> Path:
-    """The input's name with `-mxfp8` before `.safetensors`."""
+    """Return the input's name with `-mxfp8` before `.safetensors`."""
     return checkpoint_beside(source, "-mxfp8")
 
 

@@ -30,7 +30,7 @@ def can_be_nonfinite(dtype: str) -> bool:
 
 
 def first_nonfinite(dtype: str, data: npt.NDArray[np.uint8]) -> int | None:
-    """The number of the first element that is NaN or infinite.
+    """Return the number of the first element that is NaN or infinite.
 
     Args:
         dtype: a safetensors dtype for which `can_be_nonfinite`.
@@ -73,7 +73,7 @@ class KeptTensorCheck:
 
 
 def nonfinite_error(tensor: SourceTensor, row: int, column: int, hint: str = "") -> NonFiniteError:
-    """The error for NaN or Inf in a tensor; rows are those of a matrix of its last axis."""
+    """Return the error for NaN or Inf in a tensor; rows are those of a matrix of its last axis."""
     return NonFiniteError(
         f'{tensor.segments[0].path}: tensor "{tensor.name}" has NaN or Inf at row {row}, column '
         f"{column}",

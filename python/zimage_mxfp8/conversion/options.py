@@ -36,9 +36,9 @@ class ConversionKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What decides the bytes of a converted file, checked when it is made.
+    r"""What decides the bytes of a converted file, checked when it is made.
 
-        options = ConversionOptions(recipe="zimage", exclude_layers=[r"layers\\.29\\."])
+        options = ConversionOptions(recipe="zimage", exclude_layers=[r"layers\.29\."])
 
     Attributes:
         recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`.
@@ -116,7 +116,7 @@ class ConversionOptions:
                     )
 
     def provenance(self, source_hashes: Sequence[str]) -> dict[str, Any] | None:
-        """What the file says of its origin; None if it is to equal another program's.
+        """Return what the file says of its origin; None if it is to equal another program's.
 
         Neither names nor times: the same input and options give the same bytes.
 

@@ -112,7 +112,7 @@ class Plan:
         return self.source.scope
 
     def with_source_hashes(self, hashes: Sequence[str]) -> Plan:
-        """The same plan with the SHA-256 of each file of the source in the header."""
+        """Return the same plan with the SHA-256 of each file of the source in the header."""
         planned = make_plan(
             self.source, self.options, keep_names=self.nonfinite, source_hashes=hashes
         )

@@ -55,7 +55,7 @@ class TensorJobs:
         self._measure_errors = measure_errors
 
     def all(self) -> list[Job]:
-        """The jobs, in the order of the output file."""
+        """Return the jobs, in the order of the output file."""
         plan, jobs = self._plan, [header_job(self._plan.header)]
         corrected = {f"{layer}.bias" for layer in self._corrections}
         for name in sorted(plan.tensors, key=self._position):

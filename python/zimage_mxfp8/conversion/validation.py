@@ -362,7 +362,7 @@ class _Comparison:
         return [job(begin, end) for begin, end in row_chunks(original)]
 
     def _bias_job(self, found: SourceTensor, original: SourceTensor) -> Job:
-        """A job that compares a bias, which the correction may have moved."""
+        """Return a job that compares a bias, which the correction may have moved."""
 
         def run(worker: Worker) -> None:
             old = to_float64(original, worker.read(original, 0, original.nbytes))
@@ -432,7 +432,7 @@ class _Comparison:
         self._report.errors = merge_rows(self._stats)
 
     def _diagnose_scales(self, layer: MXFP8Layer, source_rounding: bool) -> str | None:
-        """What order a layer's scales are in, if it is a known wrong one."""
+        """Return what order a layer's scales are in, if it is a known wrong one."""
         worker = Worker(None)
         try:
             expected = np.empty(scale_shape(layer.shape), np.uint8)

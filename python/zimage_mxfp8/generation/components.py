@@ -102,14 +102,14 @@ class VAE:
 
 
 def load_scheduler(folder: ModelFolder) -> FlowMatchEulerDiscreteScheduler:
-    """The sampler, with the shift that the folder gives it."""
+    """Return the sampler, with the shift that the folder gives it."""
     with _loading(folder, "scheduler") as path:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(path, local_files_only=True)
 
 
 @contextmanager
 def _loading(folder: ModelFolder, part: str) -> Iterator[str]:
-    """Turns whatever the libraries raise into a sentence that names the part."""
+    """Turn whatever the libraries raise into a sentence that names the part."""
     path = folder.path / part
     try:
         yield str(path)
@@ -128,7 +128,7 @@ def _loading(folder: ModelFolder, part: str) -> Iterator[str]:
 
 
 def _check_tokenizer(path: str, tokenizer: Any) -> int:
-    """The largest token number, of a tokenizer that lets a prompt through."""
+    """Return the largest token number, of a tokenizer that lets a prompt through."""
     if not tokenizer(_PROBE, add_special_tokens=False).input_ids:
         raise CheckpointError(f"{path} has no tokens for letters; download the model again")
     text = tokenizer.apply_chat_template(

@@ -167,7 +167,7 @@ def _wrong_setting(file: Path, settings: dict[str, Any], name: str) -> Checkpoin
 
 
 def _read(file: Path, problem: str = "") -> dict[str, Any]:
-    """A JSON object; `problem` is what a missing file means."""
+    """Return a JSON object; `problem` is what a missing file means."""
     if problem and not file.is_file():
         raise CheckpointError(f"{problem}: it has no {file.name}")
     try:

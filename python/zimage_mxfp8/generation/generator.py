@@ -90,12 +90,12 @@ class Generation:
     warnings: tuple[str, ...]
 
     def seed(self, i: int) -> int:
-        """The seed that makes image i alone."""
+        """Return the seed that makes image i alone."""
         assert self.settings.seed is not None  # resolved
         return self.settings.seed + i
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """What makes image i again, as JSON-compatible values; names of files only."""
+        """Return what makes image i again, as JSON-compatible values; names of files only."""
         settings = self.settings
         return {
             "prompt": settings.prompt,

@@ -48,7 +48,7 @@ def preview_path(output: Path) -> Path:
 
 
 def name_from_prompt(prompt: str) -> str:
-    """The first words of a prompt as a file name without a suffix: letters and digits only.
+    """Return the first words of a prompt as a file name without a suffix: letters and digits only.
 
     Words are shortened to 40 characters in all; "image" if the prompt has no letters.
     """
@@ -68,7 +68,7 @@ def name_from_prompt(prompt: str) -> str:
 
 
 def free_path(path: Path) -> Path:
-    """The path itself if it is free, else the first free one of name-2, name-3, ..."""
+    """Return the path itself if it is free, else the first free one of name-2, name-3, ..."""
     names = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
     return next(each for each in itertools.chain([path], names) if not os.path.lexists(each))
 
@@ -91,7 +91,7 @@ def write_new(path: Path, content: bytes) -> Path:
 
 
 def png_bytes(image: Image, metadata: Mapping[str, Any]) -> bytes:
-    """A PNG file, with its settings as JSON under `METADATA_KEY` and as an infotext.
+    """Return a PNG file, with its settings as JSON under `METADATA_KEY` and as an infotext.
 
     Args:
         image: the image.
@@ -108,7 +108,7 @@ def png_bytes(image: Image, metadata: Mapping[str, Any]) -> bytes:
 
 
 def plain_png_bytes(image: Image) -> bytes:
-    """A PNG file without metadata."""
+    """Return a PNG file without metadata."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

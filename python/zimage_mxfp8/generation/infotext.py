@@ -20,7 +20,7 @@ _MIN_PAIRS = 3  # of a last line that is not a part of the prompt
 
 
 def write_infotext(metadata: Mapping[str, Any]) -> str:
-    """The settings of an image, see `Generation.metadata`.
+    """Return the settings of an image, see `Generation.metadata`.
 
     The CFG scale is `guidance` + 1: the text's readers compute negative + scale * (positive -
     negative), and diffusers' Z-Image pipelines positive + guidance * (positive - negative).
@@ -77,7 +77,7 @@ def read_infotext(text: str) -> dict[str, Any]:
 
 
 def _model_name(metadata: Mapping[str, Any]) -> str:
-    """The transformer's file; the model's folder if it has no file of its own."""
+    """Return the transformer's file; the model's folder if it has no file of its own."""
     file = Path(metadata["transformer"])
     return file.stem if file.suffix == ".safetensors" else str(metadata["model"])
 

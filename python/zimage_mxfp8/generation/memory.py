@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def peak_resident_bytes() -> int | None:
-    """The process's largest resident size; None where the system does not tell it."""
+    """Return the process's largest resident size; None where the system does not tell it."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux, where getrusage may give what the parent process used
         found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)

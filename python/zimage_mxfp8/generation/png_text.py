@@ -73,7 +73,7 @@ def _read_text(path: Path, file: BinaryIO, key: str, kind: bytes, size: int) -> 
 
 
 def _decode(kind: bytes, data: bytes) -> str:
-    """The text of a chunk, without its key.
+    """Return the text of a chunk, without its key.
 
     Raises:
         zlib.error, ValueError, IndexError: it is damaged or too long.

@@ -100,7 +100,7 @@ class GenerationSettings:
                 object.__setattr__(self, name, check(name, value))
 
     def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:
-        """The same with nothing left open.
+        """Return these settings with every open value filled in.
 
         Args:
             image_size: width and height of the init image.
@@ -118,7 +118,7 @@ class GenerationSettings:
 
 
 def draw_seed() -> int:
-    """A random seed, short enough to be typed again."""
+    """Return a random seed, short enough to be typed again."""
     import secrets  # it imports hashlib, which takes a while
 
     return secrets.randbelow(1 << 32)

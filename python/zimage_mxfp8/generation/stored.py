@@ -45,7 +45,7 @@ class StoredSettings:
     circumstances: Mapping[str, Any]
 
     def with_options(self, given: Mapping[str, Any]) -> GenerationSettings:
-        """These settings, but for those that are given as arguments of `GenerationSettings`.
+        """Return these settings, but for those that are given as arguments of `GenerationSettings`.
 
         A negative prompt of the file is left out where there is no guidance.
 
@@ -74,7 +74,7 @@ class StoredSettings:
             ) from None
 
     def warnings(self, metadata: Mapping[str, Any]) -> Iterator[str]:
-        """What differs from the file although the settings are the same.
+        """Yield what differs from the file although the settings are the same.
 
         Args:
             metadata: of the new image, see `Generation.metadata`.

@@ -21,7 +21,7 @@ CODES, SCALES = "float8_e4m3fn", "float8_e8m0fnu"  # dtypes of codes and scales,
 
 
 def _torch_of(array: object) -> Any:
-    """The torch module if `array` is a torch tensor, else None."""
+    """Return the torch module if `array` is a torch tensor, else None."""
     torch = sys.modules.get("torch")
     return torch if torch is not None and isinstance(array, torch.Tensor) else None
 
@@ -84,7 +84,7 @@ def call_core(function: Callable[..., None], *arguments: Any, like: Any) -> None
 
 
 def _tensor(array: Any, torch: Any, name: str) -> Any:
-    """A tensor whose memory holds its values: dense, on the CPU or CUDA, nothing lazy."""
+    """Return a tensor whose memory holds its values: dense, on the CPU or CUDA, nothing lazy."""
     if array.layout != torch.strided or array.is_nested:
         raise InvalidArgumentError(f"{name} must be a dense tensor")
     if not on_cuda(array):
@@ -93,7 +93,7 @@ def _tensor(array: Any, torch: Any, name: str) -> Any:
 
 
 def _array(array: Any, name: str, kinds: str) -> Any:
-    """A plain NumPy array in native byte order."""
+    """Return a plain NumPy array in native byte order."""
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise InvalidArgumentError(f"{name} must be {kinds}, not {type(array).__name__}")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
@@ -103,7 +103,7 @@ _KINDS = "a NumPy array or a torch tensor"
 
 
 def plain(array: Any, name: str, kinds: str = _KINDS) -> tuple[Any, str]:
-    """An array as something that the core accepts, and the name of its dtype."""
+    """Return an array as something that the core accepts, and the name of its dtype."""
     torch = _torch_of(array)
     if torch is not None:
         tensor = _tensor(array, torch, name)
@@ -121,7 +121,7 @@ def plain(array: Any, name: str, kinds: str = _KINDS) -> tuple[Any, str]:
 
 
 def vector(array: Any, dtype: str, size: int, name: str) -> Any:
-    """A vector of that dtype and size as something that the core accepts."""
+    """Return a vector of that dtype and size as something that the core accepts."""
     values, found = plain(array, name)
     if found != dtype:
         raise InvalidArgumentError(f"{name} must be {dtype}, not {found}")
@@ -167,7 +167,7 @@ def dimensions(shape: Any, what: str) -> tuple[int, int]:
 
 
 def thread_count(threads: Any) -> int:
-    """A number of threads."""
+    """Return a number of threads."""
     try:
         number = operator.index(threads)
     except TypeError:
@@ -178,7 +178,7 @@ def thread_count(threads: Any) -> int:
 
 
 def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-    """A new array of the kind (NumPy or torch) and on the device of `like`.
+    """Return a new array of the kind (NumPy or torch) and on the device of `like`.
 
     bfloat16 in NumPy is uint16: its bits.
     """
@@ -201,7 +201,7 @@ def as_result(array: Any, dtype: DTypeName) -> Any:
 
 
 def require_2d(array: Any, name: str) -> tuple[int, int]:
-    """The shape of an array, which must be a matrix."""
+    """Return the shape of an array, which must be a matrix."""
     if len(array.shape) != 2:
         raise InvalidArgumentError(f"{name} must have 2 dimensions, not {len(array.shape)}")
     rows, cols = array.shape
@@ -209,7 +209,7 @@ def require_2d(array: Any, name: str) -> tuple[int, int]:
 
 
 def dtype_name(dtype: Any, what: str) -> DTypeName:
-    """The name of a NumPy or torch dtype, which must be bfloat16, float16 or float32."""
+    """Return the name of a NumPy or torch dtype, which must be bfloat16, float16 or float32."""
     text = np.dtype(dtype).name if isinstance(dtype, (type, np.dtype)) else str(dtype)
     text = text.removeprefix("torch.")
     for name in FLOAT_NAMES.values():

@@ -173,7 +173,7 @@ def to_blocked(scales: Any) -> Any:
 
 
 def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
-    """The 128x4 blocked layout -> row-major block scales [rows, cols], without the padding.
+    """Return block scales in the 128x4 blocked layout as row-major [rows, cols], without padding.
 
     `blocked` has roundup(rows, 128) * roundup(cols, 4) bytes in any shape.
 

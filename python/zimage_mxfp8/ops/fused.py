@@ -38,7 +38,7 @@ ActivationFormat = Literal["bfloat16", "row-scaled", "mxfp8"]
 
 
 def _matrix(array: Any, name: str) -> Any:
-    """A matrix of bfloat16 as the core reads it."""
+    """Return a matrix of bfloat16 as the core reads it."""
     if not is_tensor(array):
         raise InvalidArgumentError(f"{name} must be a torch tensor, not {type(array).__name__}")
     values, dtype = plain(array, name)
@@ -49,7 +49,7 @@ def _matrix(array: Any, name: str) -> Any:
 
 
 def _written_matrix(array: Any, name: str) -> Any:
-    """The same of a matrix that is written in place, so that a copy will not do."""
+    """Return a matrix of bfloat16 that the core can write in place, without a copy."""
     values = _matrix(array, name)
     if values.data_ptr() != array.data_ptr():
         raise InvalidArgumentError(
@@ -67,7 +67,7 @@ def _items(items: Any, rows: int) -> Any:
 
 
 def as_eps(eps: Any) -> float:
-    """What is added to a mean of squares, checked."""
+    """Return what is added to a mean of squares, checked."""
     try:
         return float(eps)
     except (TypeError, ValueError, OverflowError):
@@ -75,7 +75,7 @@ def as_eps(eps: Any) -> float:
 
 
 def as_whole(number: Any, name: str) -> int:
-    """A whole number, checked."""
+    """Return a whole number, checked."""
     try:
         return operator.index(number)
     except TypeError:
@@ -83,7 +83,7 @@ def as_whole(number: Any, name: str) -> int:
 
 
 def as_heads(heads: Any) -> int:
-    """A number of heads, checked."""
+    """Return a number of heads, checked."""
     count = as_whole(heads, "heads")
     if not 0 < count < 2**20:
         raise InvalidArgumentError("heads must be 1 or more")
@@ -126,7 +126,7 @@ class ActivationMemory:
         self.parts = (self._format, self.values, self.scales, rows, cols)
 
     def result(self) -> Any:
-        """The activation, as users get it."""
+        """Return the activation, as users get it."""
         if self._format == "bfloat16":
             return self.values
         codes = as_float8(self.values)

@@ -175,7 +175,7 @@ def fold_async(array: MXFP8Array) -> tuple[RowScaledArray, Any]:
 
 
 def fold_stats(statistics: Any, *, bound: float = 1e-3) -> FoldStats:
-    """What folding changed, from what `fold_async` gave; waits for the device.
+    """Return what folding changed, from what `fold_async` gave; waits for the device.
 
     Args:
         statistics: of one matrix, [N, 3] of float64.
@@ -234,7 +234,7 @@ Operand = tuple[str, Any, Any, int, int]
 
 
 def operand(array: Any, name: str) -> Operand:
-    """An operand as the core takes it: format, elements or codes, scales, rows, columns.
+    """Return an operand as the core takes it: format, elements or codes, scales, rows, columns.
 
     Raises:
         InvalidArgumentError: not an operand.
@@ -265,7 +265,7 @@ def operands(a: Any, b: Any) -> tuple[Operand, Operand]:
 
 
 def device_of(operand: Operand) -> int:
-    """The index of the CUDA device that holds an operand; -1 for the CPU."""
+    """Return the index of the CUDA device that holds an operand; -1 for the CPU."""
     return int(operand[1].device.index) if on_cuda(operand[1]) else -1
 
 

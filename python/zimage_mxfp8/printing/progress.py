@@ -30,7 +30,7 @@ def shown(
     progress: _Callback | bool | None,
     bar: Callable[[], AbstractContextManager[_Callback | None]],
 ) -> AbstractContextManager[_Callback | None]:
-    """The callback that an argument `progress` means: the caller's own, or for True a bar's.
+    """Return the callback that an argument `progress` means: the caller's own, or for True a bar's.
 
     Raises:
         UsageError: neither a function nor True, False or None.
@@ -83,7 +83,7 @@ def byte_bar(title: str) -> Callable[[], AbstractContextManager[ProgressCallback
 
 @contextmanager
 def compare_bar() -> Iterator[CompareCallback]:
-    """A bar for each stage of a comparison, one after another."""
+    """Yield a bar for each stage of a comparison, one after another."""
     with ExitStack() as drawn:
         stage: str | None = None
         update: ProgressCallback | None = None
@@ -102,7 +102,7 @@ def compare_bar() -> Iterator[CompareCallback]:
 
 @contextmanager
 def stage_bar() -> Iterator[GenerationCallback | None]:
-    """A bar for each stage of a generation; None if stderr is no terminal."""
+    """Yield a bar for each stage of a generation; None if stderr is no terminal."""
     if not _is_terminal():
         yield None
         return
@@ -131,7 +131,7 @@ def stage_bar() -> Iterator[GenerationCallback | None]:
 
 @contextmanager
 def stage_bar_or_lines(print_line: Callable[[str], None]) -> Iterator[GenerationCallback]:
-    """A bar for each stage of a generation; if stderr is no terminal, some lines.
+    """Yield a bar for each stage of a generation; if stderr is no terminal, some lines.
 
     Lines come when a stage begins, and for every tenth of the steps and images.
     """
@@ -174,7 +174,7 @@ def _print_line(line: str) -> None:
 def sensitivity_bar(
     print_line: Callable[[str], None] = _print_line,
 ) -> Iterator[SensitivityCallback]:
-    """A bar for the stages of a sensitivity analysis; if stderr is no terminal, some lines.
+    """Yield a bar for the stages of a sensitivity analysis; if stderr is no terminal, some lines.
 
     It may take hours: a log has to tell that it lives.
     """

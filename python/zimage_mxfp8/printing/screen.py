@@ -18,7 +18,7 @@ _UNKNOWN_WIDTH = 80  # of a terminal
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that prints text as it is (names may hold brackets)."""
+    """Return a console that prints text as it is (names may hold brackets)."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PLAIN_WIDTH
     made = Console(
@@ -30,7 +30,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def size_text(nbytes: int) -> str:
-    """A size in binary units, as people read it."""
+    """Return a size in binary units, as people read it."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
@@ -122,7 +122,7 @@ class _Text(io.StringIO):
 
 
 def as_text(show: Callable[[Screen], None]) -> str:
-    """What `show` prints, as plain text that fits standard output."""
+    """Return what `show` prints, as plain text that fits standard output."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     text = _Text()
     target = Console(

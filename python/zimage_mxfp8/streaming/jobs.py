@@ -84,7 +84,7 @@ def byte_chunks(tensor: SourceTensor) -> list[tuple[int, int]]:
 
 
 def header_job(header: bytes) -> Job:
-    """The job that writes the first bytes of a file."""
+    """Return the job that writes the first bytes of a file."""
     data = np.frombuffer(header, np.uint8)
     return Job("", 0, lambda worker: worker.write(0, data))
 

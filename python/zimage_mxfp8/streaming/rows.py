@@ -29,7 +29,7 @@ def as_matrix(tensor: SourceTensor, data: Bytes, rows: int) -> npt.NDArray[np.ge
 def round_to_bfloat16(
     worker: Worker, matrix: npt.NDArray[np.generic], dtype: DTypeName
 ) -> tuple[npt.NDArray[np.generic], DTypeName]:
-    """A matrix as BF16 bits, in the worker's scratch memory if it has another type."""
+    """Return a matrix as BF16 bits, in the worker's scratch memory if it has another type."""
     if dtype == "bfloat16":
         return matrix, dtype
     rounded = worker.scratch.take("rounded", matrix.size * 2).view(np.uint16).reshape(matrix.shape)

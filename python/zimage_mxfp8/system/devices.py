@@ -86,7 +86,7 @@ def _index(device: object) -> int | None:
 
 
 def torch_device(device: str | torch.device | None) -> torch.device:
-    """The device that a name means, with an index if it is a CUDA device.
+    """Return the device that a name means, with an index if it is a CUDA device.
 
     Args:
         device: None stands for the current CUDA device where torch has one, else for the CPU.
@@ -119,7 +119,7 @@ def core_index(device: torch.device) -> int:
 
 @contextmanager
 def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
-    """Turns what torch raises when memory runs out into a sentence.
+    """Turn what torch raises when memory runs out into a sentence.
 
     Raises:
         CudaError, UnsupportedError: the device's memory ran out, or the CPU's.
@@ -142,7 +142,7 @@ def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
 
 
 def _asked_for(error: torch.OutOfMemoryError) -> str:
-    """The beginning of a sentence: what torch could not get, which only its message says."""
+    """Return the beginning of a sentence: what torch could not get, which only its message says."""
     found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
     return f"another {found[1]} were needed, and " if found else ""
 

@@ -123,7 +123,7 @@ class Diagnosis:
 
 
 def cmake_dir() -> Path:
-    """The folder of the CMake package, for `find_package(zimage_mxfp8 CONFIG)`."""
+    """Return the folder of the CMake package, for `find_package(zimage_mxfp8 CONFIG)`."""
     return Path(os.path.abspath(_core.__file__)).parent / "lib" / "cmake" / "zimage_mxfp8"  # noqa: PTH100
 
 

@@ -75,7 +75,7 @@ def requirements() -> dict[str, list[Requirement]]:
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra."""
+    """Return what installs an extra."""
     return f'pip install "{_PACKAGE}[{extra}]"'
 
 

@@ -74,7 +74,7 @@ def check_installed(extra: str, what: str) -> None:
 
 
 def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtraError:
-    """The error for a package that is missing or does not do.
+    """Return the error for a package that is missing or does not do.
 
     Args:
         extra: the extra that brings it.
@@ -90,7 +90,7 @@ def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtra
 
 
 def _missing_module(error: BaseException | None) -> str:
-    """The module whose import failed first; diffusers' lazy modules wrap that error."""
+    """Return the module whose import failed first; diffusers' lazy modules wrap that error."""
     found = ""
     while error is not None:
         if isinstance(error, ImportError) and error.name:

@@ -88,7 +88,7 @@ class Block(nn.Module):
         self._heads = heads
 
     def input_norm(self, modulation: Modulation) -> InputNorm:
-        """The norm of `BlockState.normed` as `forward` takes it."""
+        """Return the norm of `BlockState.normed` as `forward` takes it."""
         formats = self.qkv.input_formats
         return InputNorm(self.attention_norm1, modulation.scale_attention, formats)
 

@@ -61,12 +61,12 @@ def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
 
 
 def supported(device: int) -> list[Compute]:
-    """The modes that a device has; on the GPU in order of speed."""
+    """Return the modes that a device has; on the GPU in order of speed."""
     return [mode for mode in COMPUTE_MODES if not unsupported(mode, device)]
 
 
 def choose(compute: str, device: int, quantized: bool) -> Compute:
-    """The mode to run in.
+    """Return the mode to run in.
 
     Args:
         compute: "auto" (the fastest that the device has) or a mode.

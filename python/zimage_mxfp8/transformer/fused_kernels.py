@@ -17,7 +17,7 @@ from .arithmetic import torch_library
 
 
 def _result(parts: torch_library.Pair, output_format: ActivationFormat, shape: torch.Size) -> Any:
-    """What a fused kernel returns, from the two tensors of a registered operation."""
+    """Return what a fused kernel returns, from the two tensors of a registered operation."""
     values, scales = parts
     if output_format == "bfloat16":
         return values

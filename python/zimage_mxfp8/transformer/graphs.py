@@ -27,7 +27,7 @@ class _Captured:
 
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """A stream of the device: torch's own is of the device that captured first.
+    """Return a stream of the device: torch's own is of the device that captured first.
 
     It is one for all models, for torch keeps cuBLAS's workspace of every stream that was ever used.
     """
@@ -47,7 +47,7 @@ class GraphCache:
         self._pool: Any = None  # a handle
 
     def run(self, key: Hashable, function: Function, inputs: ForwardInputs) -> list[torch.Tensor]:
-        """The function's outputs; `key` stands for everything but the inputs' values."""
+        """Return the function's outputs; `key` stands for everything but the inputs' values."""
         with self._lock:  # a graph's inputs and outputs are the same memory in every call
             if key not in self._seen:
                 outputs = function(inputs)

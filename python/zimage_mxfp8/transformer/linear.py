@@ -270,7 +270,7 @@ class FP8Linear(Linear):
 def quantized_linear(
     codes: torch.Tensor, scales: torch.Tensor, n: int, compute: Compute, dtype: torch.dtype
 ) -> tuple[Linear, FoldStats | None]:
-    """The layer for a compute mode, and what folding changed in it.
+    """Return the layer for a compute mode, and what folding changed in it.
 
     A layer whose scales cannot be folded within the bound of `fold` stays exact.
 

@@ -277,7 +277,7 @@ class ZImageTransformer(nn.Module):
         return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     def __getattr__(self, name: str) -> Any:
-        """A parameter, buffer or module.
+        """Return a parameter, buffer or module.
 
         Raises:
             AttributeError: none of that name. `MissingAttributeError`, which is one, where

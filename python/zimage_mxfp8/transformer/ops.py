@@ -85,7 +85,7 @@ def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) 
 
 
 def _fused_format(columns: int, formats: Set[ActivationFormat]) -> ActivationFormat:
-    """The format for a fused kernel to write; others are made of BF16."""
+    """Return the format for a fused kernel to write; others are made of BF16."""
     return next(iter(formats)) if len(formats) == 1 and columns % _BLOCK == 0 else PLAIN
 
 
@@ -193,13 +193,14 @@ def rotate_heads(
     rotations: torch.Tensor,
     heads: int,
 ) -> None:
-    """In place, for each head of q and k: RMSNorm, times weight, then rotary embedding.
+    """Norm each head of q and k, multiply it by a weight and rotate it, in place.
 
     Args:
         qkv: [M, 3 * heads * 128]: q, k and v side by side.
-        q_weight: [128]; so is `k_weight`.
+        q_weight: [128].
+        k_weight: [128].
         rotations: float32 [M, 64, 2]: cosine and sine for each pair of adjacent elements.
-        heads: their number.
+        heads: number of heads of each of q, k and v.
     """
     if _fusable(qkv):
         fused.rotate_heads(qkv, q_weight, k_weight, rotations, heads, NORM_EPS)

@@ -79,7 +79,7 @@ class Layout:
 
 @lru_cache(maxsize=16)
 def layout_of(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
-    """The layout of a batch; that of the last few is remembered."""
+    """Return the layout of a batch; that of the last few is remembered."""
     images, captions = [], []
     for (frames, height, width), caption in shapes:
         length = padded(caption)

@@ -33,7 +33,7 @@ class ZImageConfig:
 
     @classmethod
     def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> ZImageConfig:
-        """The sizes of a whole transformer; `shapes` by name, in ComfyUI's layout."""
+        """Return the sizes of a whole transformer; `shapes` by name, in ComfyUI's layout."""
         sizes, counts = ZIMAGE.read_sizes(shapes), ZIMAGE.count_blocks(shapes)
         return cls(
             dim=sizes["dim"],

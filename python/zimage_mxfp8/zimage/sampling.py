@@ -15,7 +15,7 @@ _SAMPLERS = {"turbo": (8, 3.0), "base": (50, 6.0)}
 
 
 def sampler_timesteps(sampler: str | int) -> Vector:
-    """The model's timesteps, 0 (noise) to 1000 (image), of a whole sampling run.
+    """Return the model's timesteps, 0 (noise) to 1000 (image), of a whole sampling run.
 
     Args:
         sampler: "turbo" (8 steps, shift 3), "base" (50 steps, shift 6), or a number of steps with

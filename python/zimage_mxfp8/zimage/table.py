@@ -66,11 +66,11 @@ class LayerTable:
         return frozenset((*outside, *(stack.name for stack in self.stacks)))
 
     def layers_of(self, stack: Stack) -> list[Layer]:
-        """The layers of a stack's blocks."""
+        """Return the layers of a stack's blocks."""
         return [layer for layer in self.block if stack.modulated or layer.kind != "modulation"]
 
     def linears(self) -> dict[str, list[Layer]]:
-        """The linear layers of all blocks by slot, in the order of the forward pass."""
+        """Return the linear layers of all blocks by slot, in the order of the forward pass."""
         slots: dict[str, list[Layer]] = {}
         for layer in self.block:
             if layer.kind == "linear":
@@ -78,15 +78,15 @@ class LayerTable:
         return slots
 
     def norms(self) -> list[Layer]:
-        """The norms of a block."""
+        """Return the norms of a block."""
         return [layer for layer in self.block if layer.kind == "norm"]
 
     def modulations(self) -> list[Layer]:
-        """The layers of a modulated block that compute its modulation."""
+        """Return the layers of a modulated block that compute its modulation."""
         return [layer for layer in self.block if layer.kind == "modulation"]
 
     def time_embedding(self) -> list[Layer]:
-        """The layers that embed the timestep, in their order."""
+        """Return the layers that embed the timestep, in their order."""
         return [x for x in self.outside if x.name.startswith(f"{self.time_embedder}.")]
 
     def main_types(self) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ class LayerTable:
         return re.compile(rf"({stacks})\.(0|[1-9][0-9]{{0,8}})\.(.+)")
 
     def split(self, name: str) -> BlockTensor | None:
-        """The parts of a name; None if it is not one of a block."""
+        """Return the parts of a name; None if it is not one of a block."""
         match = self._block_name.fullmatch(name)
         return BlockTensor(match[1], int(match[2]), match[3]) if match else None
 
@@ -133,7 +133,7 @@ class LayerTable:
         )
 
     def group_of(self, name: str) -> str:
-        """The group that a tensor is shown under in tables."""
+        """Return the group that a tensor is shown under in tables."""
         if at := self.split(name):
             norms = {layer.weight for layer in self.norms()}
             if at.part in norms or "norm" in at.part:  # the latter in other models' blocks
@@ -186,7 +186,7 @@ class LayerTable:
         return self.shapes(self.read_sizes(found, padded), self.count_blocks(found))
 
     def count_blocks(self, names: Iterable[str]) -> dict[str, int]:
-        """The number of blocks by the stacks' `count`.
+        """Return the number of blocks by the stacks' `count`.
 
         It is the number of different block numbers: a stray "layers.999999." is one, not a million.
         """
@@ -204,7 +204,7 @@ class LayerTable:
     def read_sizes(
         self, found: Mapping[str, Shape], padded: Collection[str] = ()
     ) -> dict[str, int]:
-        """The model's sizes by name, taken from its tensors (see `expected_shapes`).
+        """Return the model's sizes by name, taken from its tensors (see `expected_shapes`).
 
         Of the layers of blocks, most decide: a single wrong one is then named as such.
         """

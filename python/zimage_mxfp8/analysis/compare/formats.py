@@ -66,8 +66,9 @@ class Element:
         """Write to `out` the nearest values of this type, ties to even, saturating.
 
         Args:
-            values: contiguous, as the other two.
-            out: of the same shape, and so is `scratch`, whose content is lost.
+            values: contiguous, any shape.
+            out: contiguous, of the same shape.
+            scratch: contiguous, of the same shape; its content is lost.
         """
         np.clip(values, np.float32(-self.maximum), np.float32(self.maximum), out=out)
         # The power of two at or below each value; adding it 1.5 * 2^(23 - m) times and taking it
@@ -81,7 +82,7 @@ class Element:
 
 @functools.cache
 def element(name: str) -> Element:
-    """An element type of ml_dtypes by its name there.
+    """Return an element type of ml_dtypes by its name there.
 
     Raises:
         MissingExtraError: ml_dtypes is not installed, or too old.
@@ -165,7 +166,7 @@ _MX_ELEMENTS: Final = {"mxfp8-e4m3": E4M3, "mxfp8-e5m2": E5M2, "mxfp4": E2M1}
 
 
 def measure(matrix: Floats, largest: float) -> dict[str, float]:
-    """What each format loses on some rows of a matrix.
+    """Return what each format loses on some rows of a matrix.
 
     Args:
         matrix: [rows, K], finite.
@@ -209,7 +210,7 @@ def residual(matrix: Floats, name: str, largest: float, out: Floats) -> float:
 
 
 def _cached(matrix: Floats, largest: float) -> Iterator[tuple[slice, _Blocks]]:
-    """A matrix in groups of rows, each as blocks that last until the next group's."""
+    """Yield a matrix in groups of rows, each as blocks that last until the next group's."""
     rows, cols = matrix.shape
     step = min(max(_CACHED_ELEMENTS // max(cols, 1), 1), rows)
     blocks = _Blocks(step, cols, largest)
@@ -298,7 +299,7 @@ class _Blocks:
         return error
 
     def squares(self, scales: Floats, error: Floats) -> Doubles:
-        """The sum of (w - wq)^2 of each column, [columns] or [2, columns] (NVFP4).
+        """Return the sum of (w - wq)^2 of each column, [columns] or [2, columns] (NVFP4).
 
         In float32 within a block, which takes a third of the time and errs by some 1e-7 of it.
         """

@@ -44,7 +44,7 @@ _T = TypeVar("_T")
 def leading_triplets(
     matrix: Floats, rank: int, *, threads: int = 0, seed: int = 0
 ) -> tuple[Floats, Doubles, Floats]:
-    """The largest singular values of a matrix and their vectors, nearly.
+    """Return the largest singular values of a matrix and their vectors, nearly.
 
     Args:
         matrix: [N, K].

@@ -27,7 +27,7 @@ _SNR_COLUMNS = [Column(f"{name} (dB)", 2) for name in BASE_FORMATS]
 
 
 def compare_page(report: CompareReport, bound: float) -> str:
-    """A page with what every format costs, as HTML.
+    """Return a page with what every format costs, as HTML.
 
     Args:
         report: what was measured.

@@ -279,7 +279,7 @@ class CompareReport:
         }
 
     def to_csv(self) -> str:
-        """A line for every layer and format, and for every low-rank branch."""
+        """Return a line for every layer and format, and for every low-rank branch."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_CSV_COLUMNS)
@@ -325,14 +325,14 @@ class CompareReport:
         return Recipe(title, title, description, (*rules, *outside))
 
     def kept(self, bound: float) -> list[LayerComparison]:
-        """The layers that `recipe` keeps."""
+        """Return the layers that `recipe` keeps."""
         rules = self.recipe(bound).keep
         return [
             layer for layer in self.layers if any(rule.matches(layer.name, "") for rule in rules)
         ]
 
     def keeping(self, kept: Collection[str]) -> Mix:
-        """What comes of keeping some layers, by `LayerComparison.name`."""
+        """Return what comes of keeping some layers, by `LayerComparison.name`."""
         size = self.sizes[MXFP8]
         bits, nbytes = size.bits_per_weight * self.total.parameters, size.model_bytes
         squared_error = 0.0
@@ -351,7 +351,7 @@ class CompareReport:
         )
 
     def above(self, bound: float) -> list[LayerComparison]:
-        """The layers with a relative squared error in MXFP8 above a bound."""
+        """Return the layers with a relative squared error in MXFP8 above a bound."""
         return [
             layer for layer in self.layers if layer.formats[MXFP8].relative_squared_error > bound
         ]

@@ -236,7 +236,7 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
 
 
 def _natural_order(name: str) -> str:
-    """A sort key with layers.2 before layers.10."""
+    """Return a sort key with layers.2 before layers.10."""
     return re.sub(r"\d+", lambda digits: digits[0].zfill(_MAX_DIGITS), name)
 
 
@@ -323,7 +323,7 @@ class _Measurement:
         return Job(tensor.name, (end - begin) * (tensor.nbytes // tensor.shape[0]), run)
 
     def layer(self, linear: _Linear) -> LayerComparison:
-        """What was measured of one layer."""
+        """Return what was measured of one layer."""
         tensor = linear.tensor
         exact = self._exact[tensor.name]
         tiles = self._sampled_tiles(tensor)
@@ -355,7 +355,7 @@ class _Measurement:
 def _ratio(
     values: npt.NDArray[np.float64], base: npt.NDArray[np.float64], population: int
 ) -> tuple[float, float]:
-    """The ratio of two sums, estimated from a sample, and its standard error.
+    """Return the ratio of two sums, estimated from a sample, and its standard error.
 
     The textbook's ratio estimator with its linearised variance and the correction for a finite
     population (Cochran, Sampling Techniques, chapter 6).
@@ -405,7 +405,7 @@ def _low_rank_errors(
     progress: CompareCallback | None,
     warnings: list[str],
 ) -> list[LowRankError]:
-    """The third stage."""
+    """Measure low-rank branches, the third stage."""
     wanted = _low_rank_layers(linears, which)
     chosen = [linear for linear in wanted if math.prod(linear.shape) <= MAX_ELEMENTS]
     warnings += [

@@ -80,14 +80,14 @@ class BlockMap(Generic[Layer]):
         self.grid = Grid(names, self._kinds)
 
     def cells(self, value: Callable[[Layer], float | None]) -> Cells:
-        """A number for every layer type and block; None where there is no such layer."""
+        """Return a number for every layer type and block; None where there is no such layer."""
         found = [
             [self._layers.get(RowRange(*at, kind)) for at in self._blocks] for kind in self._kinds
         ]
         return [[None if layer is None else value(layer) for layer in row] for row in found]
 
     def heat_maps(self, metrics: Sequence[Metric[Layer]]) -> list[Figure]:
-        """A heat map of each figure that any layer has."""
+        """Return a heat map of each figure that any layer has."""
         cells = [(metric, self.cells(metric.value)) for metric in metrics]
         return [
             Figure(metric.title, heat_map(self.grid, values, metric.unit, metric.digits))

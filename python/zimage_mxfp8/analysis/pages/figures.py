@@ -43,7 +43,7 @@ class Grid:
 
 
 def heat_map(grid: Grid, values: Cells, title: str, digits: int) -> go.Figure:
-    """A heat map of numbers.
+    """Return a heat map of numbers.
 
     Args:
         grid: names of columns and rows.
@@ -73,7 +73,7 @@ def heat_map(grid: Grid, values: Cells, title: str, digits: int) -> go.Figure:
 def category_map(
     grid: Grid, values: Cells, names: Sequence[str], marks: Sequence[str]
 ) -> go.Figure:
-    """A heat map of categories, each with a mark in its cells so that colour is not all.
+    """Return a heat map of categories, each with a mark in its cells so that colour is not all.
 
     Args:
         grid: names of columns and rows.

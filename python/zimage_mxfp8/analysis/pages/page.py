@@ -99,7 +99,7 @@ class Section:
 
 
 def render_page(title: str, sections: Sequence[Section]) -> str:
-    """The page as HTML, with scripts and styles inside.
+    """Return the page as HTML, with scripts and styles inside.
 
     Raises:
         MissingExtraError: plotly is not installed.

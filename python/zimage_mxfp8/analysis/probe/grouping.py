@@ -152,7 +152,7 @@ def decide(
 def _overruled(
     group: ProbedGroup, own: Recommendation, reason: Reason
 ) -> tuple[Recommendation, Reason]:
-    """What a group makes of the recommendation of one of its weights."""
+    """Return what a group makes of the recommendation of one of its weights."""
     if group.spread_filtered:
         return ("NVFP4" if group.recommendation == "FP8" else "FP8"), "spread_demotion"
     if group.recommendation == "*KEEP*":

@@ -33,7 +33,7 @@ def measure(
     threads: int = 0,
     progress: ProgressCallback | None = None,
 ) -> dict[str, WeightMetrics]:
-    """The metrics of matrices in BF16, F16 or F32, none of them empty, by name.
+    """Return the metrics of matrices in BF16, F16 or F32, none of them empty, by name.
 
     Raises:
         NonFiniteError: NaN or Inf; the sentence names tensor, row and column.
@@ -60,7 +60,7 @@ def _shifted(progress: ProgressCallback | None, done: int, total: int) -> Progre
 def _jobs(
     tensors: Iterable[SourceTensor], work: Callable[[Worker, SourceTensor, int, int], None]
 ) -> list[Job]:
-    """A job for each range of rows: `work(worker, tensor, first row, end)`."""
+    """Return a job for each range of rows: `work(worker, tensor, first row, end)`."""
 
     def job(tensor: SourceTensor, begin: int, end: int) -> Job:
         nbytes = (end - begin) * (tensor.nbytes // tensor.shape[0])

@@ -42,7 +42,7 @@ _METRICS: tuple[Metric[ProbedTensor], ...] = (
 
 
 def probe_page(report: ProbeReport) -> str:
-    """A page with the figures of every weight, in heat maps and in a table, as HTML.
+    """Return a page with the figures of every weight, in heat maps and in a table, as HTML.
 
     Raises:
         MissingExtraError: plotly is not installed.

@@ -20,7 +20,7 @@ def _short_type(tensor: ProbedTensor) -> str:
 
 
 def exclusion_regex(tensors: Sequence[ProbedTensor]) -> str | None:
-    """A pattern that finds the names of the weights to keep; None if there are none."""
+    """Return a pattern that finds the names of the weights to keep; None if there are none."""
     blocks: dict[tuple[str, str], list[int]] = {}
     for tensor in _kept(tensors):
         blocks.setdefault((tensor.stack, _short_type(tensor)), []).append(tensor.block)

@@ -181,7 +181,7 @@ Target = tuple[SourceTensor, str, int, str]  # with its layer type, block and st
 
 
 def _targets(checkpoint: Checkpoint, scope: Scope) -> list[Target]:
-    """The weights to look at, by name."""
+    """Return the weights to look at, by name."""
     table = scope.table
     types = table.layer_types()
     targets: list[Target] = []

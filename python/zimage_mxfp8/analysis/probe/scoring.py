@@ -136,7 +136,7 @@ def _scaled(value: float, low: float, high: float) -> float:
 def scores(
     metrics: Sequence[WeightMetrics], layer_types: Sequence[str], rules: ProbeRules
 ) -> list[float]:
-    """The score of each weight among all of them, 0 to 1.
+    """Return the score of each weight among all of them, 0 to 1.
 
     Kurtosis is clipped to the quartiles plus 1.5 interquartile ranges over all weights and scaled;
     dynamic range and aspect ratio are scaled between the least and the most of their layer type.
@@ -162,7 +162,7 @@ def _limits(values: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, flo
 
 
 def thresholds(all_scores: Sequence[float], rules: ProbeRules) -> Thresholds:
-    """The scores at the two percentiles."""
+    """Return the scores at the two percentiles."""
     return Thresholds(
         _quantile(all_scores, rules.fp8_percentile / 100),
         _quantile(all_scores, rules.keep_percentile / 100),
@@ -172,7 +172,7 @@ def thresholds(all_scores: Sequence[float], rules: ProbeRules) -> Thresholds:
 def recommend(
     score: float, kurtosis: float, limits: Thresholds, rules: ProbeRules
 ) -> tuple[Recommendation, Reason]:
-    """What a weight, or a group of them, is best stored as, and why."""
+    """Return what a weight, or a group of them, is best stored as, and why."""
     if kurtosis >= rules.kurtosis_keep:
         return "*KEEP*", "kurtosis_floor"
     if score >= limits.keep:

@@ -40,7 +40,7 @@ class WeightMetrics:
 
 
 def aspect_ratio(shape: tuple[int, ...]) -> float:
-    """The longer side of a matrix over the shorter."""
+    """Return the longer side of a matrix over the shorter."""
     return max(shape) / min(shape)
 
 
@@ -108,7 +108,7 @@ class Moments:
     largest: float
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both parts together.
+        """Return the moments of both parts together.
 
         The formulas are those of Pébay, "Formulas for Robust, One-Pass Parallel Computation of
         Covariances and Arbitrary-Order Statistical Moments" (SAND2008-6212): nothing large
@@ -138,7 +138,7 @@ class Moments:
         return math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 0.0
 
     def metrics(self, shape: tuple[int, ...], outliers: float) -> WeightMetrics:
-        """The metrics of a matrix with this many outliers, once all of it is merged."""
+        """Return the metrics of a matrix with this many outliers, once all of it is merged."""
         std = self.std
         return WeightMetrics(
             self.m4 / self.count / std**4 - 3.0 if std else 0.0,

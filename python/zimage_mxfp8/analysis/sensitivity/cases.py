@@ -31,7 +31,7 @@ class Case:
     velocities: list[torch.Tensor]
 
     def run(self, model: ZImageTransformer) -> list[torch.Tensor]:
-        """The output of a model that may have been changed, float32."""
+        """Return the output of a model that may have been changed, float32."""
         t = torch.full((len(self.latents),), self.time, device=model.device)
         (velocities,) = model(self.latents, t, self.captions, return_dict=False)
         return [velocity.float() for velocity in velocities]

@@ -67,13 +67,13 @@ def _low_frequencies(image: torch.Tensor) -> torch.Tensor:
 def measure(
     model: ZImageTransformer, targets: Iterable[Target], cases: Sequence[Case]
 ) -> list[OutputError]:
-    """The error in each case with these layers quantised, and no others."""
+    """Return the error in each case with these layers quantised, and no others."""
     with torch.no_grad(), quantized(model, targets):
         return [output_error(case.run(model), case.velocities) for case in cases]
 
 
 def mean_error(errors: Sequence[OutputError]) -> OutputError:
-    """The mean over cases."""
+    """Return the mean over cases."""
 
     def mean(values: Iterable[float]) -> float:
         return sum(values) / len(errors)

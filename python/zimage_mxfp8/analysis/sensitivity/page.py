@@ -35,7 +35,7 @@ _DEPTH_DRIFT = Metric[Salience]("Drift in depth", "drift (%)", 0, lambda s: 100 
 
 
 def sensitivity_page(report: SensitivityReport) -> str:
-    """A page with what was measured, as HTML.
+    """Return a page with what was measured, as HTML.
 
     Raises:
         MissingExtraError: plotly is not installed.

@@ -10,7 +10,7 @@ from .run import SensitivityReport
 
 
 def sensitivity_recipe(report: SensitivityReport) -> Recipe:
-    """The smallest set of exclusions, each with the figure behind it.
+    """Return the smallest set of exclusions, each with the figure behind it.
 
     What is no layer of a block was not measured, and stays as in every other recipe.
     """

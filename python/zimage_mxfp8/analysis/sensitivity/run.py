@@ -198,7 +198,7 @@ def analyse_sensitivity(
 def check_settings(
     bound: float, size: tuple[int, int], timesteps: int, seed: int
 ) -> tuple[float, tuple[int, int], int, int]:
-    """The arguments of `analyse_sensitivity` as Python's own numbers.
+    """Return the arguments of `analyse_sensitivity` as Python's own numbers.
 
     Raises:
         UsageError: one that cannot be.
@@ -374,6 +374,6 @@ def _synthetic_captions(features: int, seed: int) -> list[torch.Tensor]:
 
 
 def _fingerprint(file: ModelFile) -> list[Any]:
-    """What tells checkpoints apart: names, sizes and times of the files."""
+    """Return what tells checkpoints apart: names, sizes and times of the files."""
     stats = [(path.name, path.stat()) for path in file.checkpoint.files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

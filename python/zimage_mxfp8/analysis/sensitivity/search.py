@@ -23,7 +23,7 @@ def by_worth(targets: Sequence[Target], error: Callable[[Target], float]) -> lis
 def smallest_prefix(
     count: int, error_without: Callable[[int], float], bound: float
 ) -> tuple[int, float]:
-    """The least k for which `error_without(k)` is within a bound, by bisection.
+    """Return the least k for which `error_without(k)` is within a bound, by bisection.
 
     `error_without` is measured, so it need not fall with every step; what is returned holds the
     bound, and the next smaller one that was tried does not.

@@ -37,7 +37,7 @@ class State:
             self._read(path)
 
     def errors(self, name: str, measure: Callable[[], list[OutputError]]) -> list[OutputError]:
-        """What was measured under a name, measured now if it was not yet."""
+        """Return what was measured under a name, measured now if it was not yet."""
         if name not in self._errors:
             self._errors[name] = measure()
             self._write()

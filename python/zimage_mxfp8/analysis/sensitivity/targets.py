@@ -90,7 +90,7 @@ def _layers_of(
 
 
 def round_to_mxfp8(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix as MXFP8 holds it, in its own dtype."""
+    """Return a matrix as MXFP8 holds it, in its own dtype."""
     of_device = arithmetic.on(matrix.device)
     return of_device.dequantize(of_device.quantize(matrix), matrix.dtype)
 

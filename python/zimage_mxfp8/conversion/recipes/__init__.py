@@ -1,4 +1,4 @@
-"""Recipes: which layers stay in the source's precision, and why.
+r"""Recipes: which layers stay in the source's precision, and why.
 
 A recipe is data. The built-in ones are the TOML files beside this module; users write their own:
 
@@ -7,7 +7,7 @@ A recipe is data. The built-in ones are the TOML files beside this module; users
 
     [[keep]]
     name = "first blocks"
-    pattern = '^layers\\.[01]\\.'      # Python regular expression, searched in the tensor's name
+    pattern = '^layers\.[01]\.'      # Python regular expression, searched in the tensor's name
     reason = "why they stay"
 
 Names are matched without the transformer's prefix, such as `model.diffusion_model.`.
@@ -85,7 +85,7 @@ class Recipe:
         return self.source_rounding
 
     def excluding(self, patterns: Iterable[str]) -> Recipe:
-        """This recipe with more patterns, searched in the tensors' full names.
+        """Return this recipe with more patterns, searched in the tensors' full names.
 
         Raises:
             UsageError: a pattern is no regular expression.
@@ -111,7 +111,7 @@ class Recipe:
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A regular expression as recipes and options have them; ValueError if it is none."""
+    """Return a regular expression as recipes and options have them; ValueError if it is none."""
     if not isinstance(pattern, str):
         raise ValueError("it is no text")
     with warnings.catch_warnings():
@@ -128,7 +128,7 @@ def builtin_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A built-in recipe by name, or a recipe from a TOML file by path.
+    """Return a built-in recipe by name, or a recipe from a TOML file by path.
 
     Raises:
         UsageError: no built-in recipe or file of that name.
@@ -159,7 +159,7 @@ def rules_outside_blocks(table: LayerTable = ZIMAGE) -> tuple[KeepRule, ...]:
 
 
 def recipe_toml(recipe: Recipe) -> str:
-    """A recipe's title, description and rules as `load_recipe` reads them."""
+    """Return a recipe's title, description and rules as `load_recipe` reads them."""
     lines = [f"title = {_toml_text(recipe.title)}"]
     lines += [f"description = {_toml_text(recipe.description)}"]
     for rule in recipe.keep:
@@ -171,7 +171,7 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def _toml_text(text: str) -> str:
-    """A TOML basic string. Its escapes are JSON's, but for the character DEL."""
+    """Return a TOML basic string. Its escapes are JSON's, but for the character DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

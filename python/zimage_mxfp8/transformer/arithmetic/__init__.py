@@ -67,7 +67,7 @@ class Arithmetic(Protocol):
 
 
 def on(device: torch.device) -> Arithmetic:
-    """The implementation for a device, in eager code or in code that torch traces."""
+    """Return the implementation for a device, in eager code or in code that torch traces."""
     if not devices.has_kernels(devices.core_index(device)):
         return by_torch
     return by_operations if torch.compiler.is_compiling() else by_core

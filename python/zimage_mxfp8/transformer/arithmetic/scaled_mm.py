@@ -33,7 +33,7 @@ def unsupported(device: int) -> str:
 
 
 def _try(place: torch.device) -> str:
-    """What goes wrong with a product; "" if nothing does."""
+    """Return what goes wrong with a product; "" if nothing does."""
     size = 128
     codes = torch.ones((size, size), device=place).to(torch.float8_e4m3fn)
     operand = RowScaledArray(codes, torch.full((size,), 0.5, device=place))

@@ -54,7 +54,7 @@ def _scale_values(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rows_of(array: MXFP8Array, rows: slice) -> MXFP8Array:
-    """Some rows of a matrix, from a multiple of 128 on, as a view."""
+    """Return some rows of a matrix, from a multiple of 128 on, as a view."""
     end = -(-rows.stop // SCALE_TILE_ROWS) * SCALE_TILE_ROWS
     codes, scales = array.codes[rows], array.scales[rows.start : end]
     return MXFP8Array(codes, scales, (rows.stop - rows.start, array.shape[1]))
@@ -188,7 +188,7 @@ def _mark_nan(statistics: torch.Tensor, is_nan: torch.Tensor, columns: int) -> N
 
 
 def _headroom(magnitude: torch.Tensor) -> torch.Tensor:
-    """The largest h for which a code's value times 2^h is 448 at most; codes from 1 on."""
+    """Return the largest h for which a code's value times 2^h is 448 at most; codes from 1 on."""
     # value = m * 2^e with m in [1, 2): h is 8 - e, less 1 if m is above 1.75.
     bits = magnitude.to(torch.uint8).view(torch.float8_e4m3fn).float().view(torch.int32)
     return 8 - ((bits >> 23) - 127) - ((bits & 0x7FFFFF) > _MANTISSA_OF_MAXIMUM).int()
