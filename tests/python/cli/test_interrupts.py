@@ -101,7 +101,7 @@ def test_a_function_leaves_the_handler_alone(capsys: pytest.CaptureFixture[str])
     "module",
     [
         "zimage_mxfp8.cli.command_line",
-        "importlib.metadata",
+        "zimage_mxfp8.generation.settings",
         "zimage_mxfp8.cli.streams",
         "zimage_mxfp8.cli.validate",
         "zimage_mxfp8.cli.display",
