@@ -37,21 +37,16 @@ void check_sizes(const GemmProblem& problem) {
 
 void check_problem(const GemmProblem& problem) {
   check_sizes(problem);
-  if (problem.epilogue == GemmEpilogue::kNone) {
-    if (problem.d_format != OperandFormat::kBFloat16) {
-      throw InvalidArgument("D is only encoded after silu_multiply");
-    }
-    return;
+  const bool is_silu_multiply = problem.epilogue == GemmEpilogue::kSiluMultiply;
+  if (problem.d_format != OperandFormat::kBFloat16 && !is_silu_multiply) {
+    throw InvalidArgument("D is only encoded after silu_multiply");
   }
+  if (problem.epilogue == GemmEpilogue::kNone) return;
   if (problem.bias) throw InvalidArgument("a GEMM with an epilogue has no bias");
   if (problem.d != DType::kBFloat16) throw InvalidArgument("D of an epilogue must be BF16");
-  if (problem.epilogue == GemmEpilogue::kSiluMultiply) {
-    if (problem.n % 16 != 0) {
-      throw InvalidArgument("N must be a multiple of 16 with silu_multiply, not " +
-                            std::to_string(problem.n));
-    }
-  } else if (problem.d_format != OperandFormat::kBFloat16) {
-    throw InvalidArgument("D is only encoded after silu_multiply");
+  if (is_silu_multiply && problem.n % 16 != 0) {
+    throw InvalidArgument("N must be a multiple of 16 with silu_multiply, not " +
+                          std::to_string(problem.n));
   }
 }
 
@@ -282,7 +277,7 @@ Steps steps_of(const GemmKernel& kernel, const GemmProblem& problem, detail::Whe
 }
 
 // What a kernel is to compute itself.
-const GemmProblem part_of_kernel(const GemmProblem& problem, const Steps& steps) {
+GemmProblem part_of_kernel(const GemmProblem& problem, const Steps& steps) {
   return steps.fused ? problem : detail::without_epilogue(problem);
 }
 
@@ -320,10 +315,10 @@ const GemmKernel& find_gemm_kernel(const std::string& kernel_name) {
 
 std::vector<std::pair<OperandFormat, OperandFormat>> operand_formats(const GemmKernel& kernel) {
   std::vector<std::pair<OperandFormat, OperandFormat>> pairs;
-  for (const auto a :
-       {OperandFormat::kBFloat16, OperandFormat::kMXFP8, OperandFormat::kRowScaled}) {
-    for (const auto b :
-         {OperandFormat::kBFloat16, OperandFormat::kMXFP8, OperandFormat::kRowScaled}) {
+  constexpr OperandFormat formats[] = {OperandFormat::kBFloat16, OperandFormat::kMXFP8,
+                                       OperandFormat::kRowScaled};
+  for (const OperandFormat a : formats) {
+    for (const OperandFormat b : formats) {
       if (kernel.operands & detail::operands(a, b)) pairs.emplace_back(a, b);
     }
   }

@@ -41,7 +41,11 @@ class Built {
                      const std::string& forced = "") const {
     const auto candidates = detail::explain(table(), problem, &device, forced);
     const GemmCandidate& first = candidates.front();
-    if (!first.reason.empty()) return "none";
+    if (!first.reason.empty()) {
+      CHECK_THROWS_AS(detail::choose(table(), problem, &device, forced), Unsupported);
+      return "none";
+    }
+    CHECK(&detail::choose(table(), problem, &device, forced) == first.kernel);
     return std::string(first.kernel->name) + (first.fuses_epilogue ? "" : " + launch");
   }
 

@@ -10,8 +10,6 @@
 namespace zimage_mxfp8::detail {
 namespace {
 
-constexpr OperandFormat kFormats[] = {OperandFormat::kBFloat16, OperandFormat::kMXFP8,
-                                      OperandFormat::kRowScaled};
 constexpr double kNever = std::numeric_limits<double>::infinity();
 
 const char* text(OperandFormat format) {
@@ -68,15 +66,10 @@ std::string operands_text(const GemmProblem& problem) {
   return std::string(text(problem.a)) + " x " + text(problem.b);
 }
 
-// The pairs that a kernel multiplies, one format of A after another.
 std::string operands_text(const GemmKernel& kernel) {
   std::vector<std::string> pairs;
-  for (const OperandFormat a : kFormats) {
-    for (const OperandFormat b : kFormats) {
-      if (kernel.operands & operands(a, b)) {
-        pairs.push_back(std::string(text(a)) + " x " + text(b));
-      }
-    }
+  for (const auto& [a, b] : operand_formats(kernel)) {
+    pairs.push_back(std::string(text(a)) + " x " + text(b));
   }
   return joined(pairs);
 }
@@ -107,10 +100,35 @@ std::string cost_text(double cost) {
   return digits;
 }
 
-// Kernels that support a problem, for a sentence on one that does not.
-bool is_separate(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
+// Why a kernel does not compute a problem. A sentence is made of it only for errors and lists,
+// because a kernel is chosen for each call.
+enum class Refusal { kNo, kCpu, kOperands, kEpilogue, kOutput, kCapability, kUnavailable };
+
+Refusal refusal(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
+  if (!where && !kernel.on_cpu) return Refusal::kCpu;
+  if (!(kernel.operands & operands(problem.a, problem.b))) return Refusal::kOperands;
+  if (!(kernel.epilogues & epilogue(problem.epilogue))) return Refusal::kEpilogue;
+  if (!(kernel.outputs & output(problem.d))) return Refusal::kOutput;
+  if (!where) return Refusal::kNo;
+  if (!has_capability(kernel, *where)) return Refusal::kCapability;
+  const auto available = kernel.implementation->available;
+  return available && !available() ? Refusal::kUnavailable : Refusal::kNo;
+}
+
+bool computes(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
+  return refusal(kernel, problem, where) == Refusal::kNo;
+}
+
+// Whether a kernel computes a problem if the epilogue is a launch of its own.
+bool computes_apart(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
   return problem.epilogue != GemmEpilogue::kNone && where &&
-         supports_exactly(kernel, without_epilogue(problem), where);
+         computes(kernel, without_epilogue(problem), where);
+}
+
+// The cost of a kernel that computes a problem, fused or apart.
+double cost(const GemmKernel& kernel, const GemmProblem& problem, Where where, bool fuses) {
+  // On the CPU there is one kernel, and nothing to compare.
+  return where ? kernel.cost(fuses ? problem : without_epilogue(problem), *where) : 1;
 }
 
 }  // namespace
@@ -126,8 +144,7 @@ std::string problem_text(const GemmProblem& problem) {
 
 std::string where_text(Where where) {
   if (!where) return "the CPU";
-  return where->name + " (compute capability " + std::to_string(where->major) + "." +
-         std::to_string(where->minor) + ")";
+  return where->name + " (compute capability " + version(where->major * 10 + where->minor) + ")";
 }
 
 GemmProblem without_epilogue(const GemmProblem& problem) {
@@ -138,39 +155,37 @@ GemmProblem without_epilogue(const GemmProblem& problem) {
   return plain;
 }
 
-Support supports_exactly(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
-  const std::string name = kernel.name;
-  if (!where && !kernel.on_cpu) return no(name + " needs a CUDA device");
-  if (!(kernel.operands & operands(problem.a, problem.b))) {
-    return no(name + " multiplies " + operands_text(kernel) + ", not " + operands_text(problem));
-  }
-  if (!(kernel.epilogues & epilogue(problem.epilogue))) {
-    return no(problem.epilogue == GemmEpilogue::kNone
-                  ? name + " computes GEMMs with an epilogue only"
-                  : name + " does not fuse " + text(problem.epilogue));
-  }
-  if (!(kernel.outputs & output(problem.d))) {
-    return no(name + " does not write " + text(problem.d));
-  }
-  if (where && !has_capability(kernel, *where)) {
-    return no(name + " needs compute capability " + capabilities_text(kernel) + ", and this is " +
-              where_text(where));
-  }
-  if (where && kernel.implementation->available) return kernel.implementation->available();
-  return {true, ""};
-}
-
 bool fuses_epilogue(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
-  return problem.epilogue == GemmEpilogue::kNone || supports_exactly(kernel, problem, where).ok;
+  return problem.epilogue == GemmEpilogue::kNone || computes(kernel, problem, where);
 }
 
 Support supports_on(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
-  Support support = supports_exactly(kernel, problem, where);
-  if (!support && is_separate(kernel, problem, where)) return {true, ""};
-  if (!support && !where && problem.epilogue != GemmEpilogue::kNone) {
+  const Refusal why = refusal(kernel, problem, where);
+  if (why == Refusal::kNo || computes_apart(kernel, problem, where)) return {true, ""};
+  if (!where && problem.epilogue != GemmEpilogue::kNone) {
     return no("GEMMs with an epilogue need a CUDA device");
   }
-  return support;
+  const std::string name = kernel.name;
+  switch (why) {
+    case Refusal::kNo:
+      break;
+    case Refusal::kCpu:
+      return no(name + " needs a CUDA device");
+    case Refusal::kOperands:
+      return no(name + " multiplies " + operands_text(kernel) + ", not " + operands_text(problem));
+    case Refusal::kEpilogue:
+      return no(problem.epilogue == GemmEpilogue::kNone
+                    ? name + " computes GEMMs with an epilogue only"
+                    : name + " does not fuse " + text(problem.epilogue));
+    case Refusal::kOutput:
+      return no(name + " does not write " + text(problem.d));
+    case Refusal::kCapability:
+      return no(name + " needs compute capability " + capabilities_text(kernel) + ", and this is " +
+                where_text(where));
+    case Refusal::kUnavailable:
+      return kernel.implementation->available();
+  }
+  return {true, ""};
 }
 
 std::vector<GemmCandidate> explain(GemmTable table, const GemmProblem& problem, Where where,
@@ -179,10 +194,8 @@ std::vector<GemmCandidate> explain(GemmTable table, const GemmProblem& problem, 
   for (const GemmKernel& kernel : table) {
     const Support support = supports_on(kernel, problem, where);
     const bool fuses = support.ok && fuses_epilogue(kernel, problem, where);
-    const GemmProblem& computed = fuses ? problem : without_epilogue(problem);
-    // On the CPU there is one kernel, and nothing to compare.
-    const double cost = !support ? kNever : where ? kernel.cost(computed, *where) : 1;
-    candidates.push_back({&kernel, fuses, cost, support.reason});
+    const double estimate = support ? cost(kernel, problem, where, fuses) : kNever;
+    candidates.push_back({&kernel, fuses, estimate, support.reason});
   }
   const bool is_forced = std::any_of(candidates.begin(), candidates.end(), [&](const auto& one) {
     return one.kernel->name == forced && one.reason.empty();
@@ -211,10 +224,23 @@ std::vector<GemmCandidate> explain(GemmTable table, const GemmProblem& problem, 
 
 const GemmKernel& choose(GemmTable table, const GemmProblem& problem, Where where,
                          const std::string& forced) {
-  const std::vector<GemmCandidate> candidates = explain(table, problem, where, forced);
-  if (candidates.front().reason.empty()) return *candidates.front().kernel;
+  const GemmKernel* chosen = nullptr;
+  double least = kNever;
+  for (const GemmKernel& kernel : table) {
+    const bool fuses = computes(kernel, problem, where);
+    if (!fuses && !computes_apart(kernel, problem, where)) continue;
+    if (forced == kernel.name) return kernel;
+    const double estimate = cost(kernel, problem, where, fuses);
+    if (estimate < least) {
+      chosen = &kernel;
+      least = estimate;
+    }
+  }
+  if (chosen) return *chosen;
   std::string reasons;
-  for (const GemmCandidate& one : candidates) reasons += "; " + one.reason;
+  for (const GemmCandidate& one : explain(table, problem, where, forced)) {
+    reasons += "; " + one.reason;
+  }
   throw Unsupported("no fast kernel for " + operands_text(problem) + " on " + where_text(where) +
                     reasons);
 }

@@ -17,9 +17,6 @@ std::string where_text(Where where);
 // The plain GEMM of a problem: without its epilogue, D in BF16.
 GemmProblem without_epilogue(const GemmProblem& problem);
 
-// Whether a kernel computes exactly this problem.
-Support supports_exactly(const GemmKernel& kernel, const GemmProblem& problem, Where where);
-
 // Whether a kernel fuses the epilogue of a problem that it supports.
 bool fuses_epilogue(const GemmKernel& kernel, const GemmProblem& problem, Where where);
 
