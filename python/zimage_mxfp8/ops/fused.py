@@ -170,7 +170,7 @@ def norm_modulate(
     """
     x = _matrix(x, "x")
     rows, cols = require_2d(x, "x")
-    target = ActivationMemory(require_2d(x, "the activation"), output_format, x)
+    target = ActivationMemory((rows, cols), output_format, x)
     call_core(
         _core.norm_modulate,
         x,
@@ -216,11 +216,8 @@ def add_norm_modulate(
     rows, cols = require_2d(x, "x")
     if next_weight is None and next_scale is not None:
         raise InvalidArgumentError("next_scale needs a next_weight")
-    target = (
-        None
-        if next_weight is None
-        else ActivationMemory(require_2d(x, "the activation"), output_format, x)
-    )
+    shape = (rows, cols)
+    target = None if next_weight is None else ActivationMemory(shape, output_format, x)
     call_core(
         _core.add_norm_modulate,
         x,
