@@ -16,45 +16,21 @@ import torch
 
 import zimage_mxfp8 as zm
 from helpers.commands import Run
+from helpers.cuda_model import EQUAL, RAGGED, load, on_device
 from helpers.cuda_sync import no_waiting
-from helpers.diffusers_reference import make_reference, random_inputs, relative_error
+from helpers.diffusers_reference import random_inputs, relative_error
 from helpers.images import levels
 from helpers.matrices import encoded_of, equal_but_for_nan, matrix_of
 from zimage_mxfp8.ops import gemm as matmul
 from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer.arithmetic import scaled_mm, tiles, torch_codec
-from zimage_mxfp8.transformer.compute import COMPUTE_MODES, modes_of, supported, unsupported
+from zimage_mxfp8.transformer.compute import modes_of, supported, unsupported
 
 pytestmark = pytest.mark.gpu(kernels=False)
 
-RAGGED = ([(16, 16), (4, 30), (2, 2)], [33, 1, 64])
-EQUAL = ([(8, 12), (8, 12)], [32, 32])
 # Against the same numbers in float32: what rounding to BF16 and quantising activations costs.
 TOLERANCE = {"weight-only": 0.02, "fp8": 0.15, "mxfp8-emulated": 0.15}
 DTYPES = [torch.bfloat16, torch.float32]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "transformer"
-    make_reference(dim=384).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def quantized(folder: Path) -> Path:
-    zm.convert(folder, folder.parent / "quantized.safetensors")
-    return folder.parent / "quantized.safetensors"
-
-
-def on_device(inputs):
-    return [[x.cuda() for x in inputs[0]], inputs[1].cuda(), [c.cuda() for c in inputs[2]]]
-
-
-def load(path: Path, compute: str = "auto", dtype=torch.bfloat16) -> zm.ZImageTransformer:
-    if compute in COMPUTE_MODES and (why := unsupported(compute, torch.cuda.current_device())):
-        pytest.skip(why)
-    return zm.ZImageTransformer.from_checkpoint(path, "cuda", compute, dtype)
 
 
 # ---- The codec, with the bytes of the core on the CPU
