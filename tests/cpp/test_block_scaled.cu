@@ -186,7 +186,12 @@ TEST_CASE_TEMPLATE("operands mean the emulated product", T, ZM_CASES) {
                        MatrixView{want.data(), DType::kFloat32, m, n, stride}});
     for (float& value : want) value = static_cast<float>(Output(value));
 
-    GemmTask task{m, n, k, a.task(), b.task(), bias.data(), nullptr, DType::kFloat32, stride};
+    GemmTask task = task_of({m, n, k});
+    task.a = a.task();
+    task.b = b.task();
+    task.bias = bias.data();
+    task.d_dtype = DType::kFloat32;
+    task.d_row_stride = stride;
     evaluate<typename T::Kernel, Output>(T::Kernel::arguments(task), result);
     CHECK(result == want);
     task.bias = nullptr;  // able to fail
