@@ -12,7 +12,7 @@ import torch
 
 import zimage_mxfp8 as zm
 from helpers.cuda_model import EQUAL, RAGGED, load, on_device
-from helpers.diffusers_reference import random_inputs, relative_error
+from helpers.diffusers_reference import make_reference, random_inputs, relative_error
 from zimage_mxfp8.ops import gemm_epilogues
 from zimage_mxfp8.transformer import attention
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, supported
@@ -35,6 +35,20 @@ def test_modes_agree_with_the_cpu(compute: str, batch, quantized: Path) -> None:
     if compute in ("fp8", "mxfp8-emulated"):
         same = zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute)(*inputs).sample
         assert relative_error(model(*on_device(inputs)).sample, same) < 0.1
+
+
+@pytest.mark.parametrize("compute", COMPUTE_MODES)
+def test_an_inner_width_that_is_no_multiple_of_8(compute: str, tmp_path: Path) -> None:
+    """341 for 128 channels: GEMMs run on 352 columns, the last of which are zeros."""
+    make_reference(dim=128).save_pretrained(tmp_path / "transformer")
+    zm.convert(tmp_path / "transformer", tmp_path / "quantized.safetensors")
+    model = load(tmp_path / "quantized.safetensors", compute)
+    inputs = random_inputs(*RAGGED)
+    exact = zm.ZImageTransformer.from_checkpoint(
+        tmp_path / "quantized.safetensors", "cpu", "weight-only", torch.float32
+    )
+    want = exact(*inputs).sample
+    assert relative_error(model(*on_device(inputs)).sample, want) < TOLERANCE[compute]
 
 
 @pytest.mark.parametrize("batch", [RAGGED, EQUAL], ids=["ragged", "equal"])
