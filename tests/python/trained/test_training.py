@@ -1,0 +1,100 @@
+"""The parts of `python -m benchmarks.trained`, without the training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+
+from benchmarks.trained import scenes, text, transformer, vae
+
+SCENES = [scenes.random_scene(np.random.default_rng(seed)) for seed in range(200)]
+
+
+def nearest_colour(pixel: np.ndarray) -> str:
+    distances = {
+        name: float(np.abs((pixel + 1) / 2 - colour).sum())
+        for name, colour in scenes.COLOURS.items()
+    }
+    return min(distances, key=distances.__getitem__)
+
+
+@pytest.mark.parametrize("pattern", scenes.PATTERNS)
+def test_a_scene_shows_what_its_caption_says(pattern: str) -> None:
+    shown = [scene for scene in SCENES if scene.pattern == pattern][:20]
+    for scene in shown:
+        image = scenes.draw(scene)
+        assert image.shape == (128, 128, 3)
+        assert nearest_colour(image[2, 2]) == scene.colour
+        tones = np.unique(image[[2, 2, 18, 18], [2, 125, 2, 20]], axis=0)
+        assert len(tones) == (1 if pattern == "plain" else 2)
+        for thing in scene.things:
+            if thing.shape != "ring" and thing is scene.things[-1]:  # nothing lies above it
+                assert nearest_colour(image[round(thing.y), round(thing.x)]) == thing.colour
+            assert f"{thing.size} {thing.colour} {thing.shape}" in scene.caption
+        if scene.relation in ("left of", "right of"):
+            first, second = (thing.x for thing in scene.things)
+            assert (first < second) == (scene.relation == "left of")
+        if scene.relation in ("above", "below"):
+            first, second = (thing.y for thing in scene.things)
+            assert (first < second) == (scene.relation == "above")
+
+
+def test_a_large_object_covers_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "_SHADOW_STRENGTH", 0.0)
+    for shape in scenes.SHAPES:
+        areas = []
+        for size, radius in scenes.SIZES.items():
+            thing = scenes.Thing(size, "red", shape, 64.0, 64.0)
+            image = scenes.draw(scenes.Scene("black", "plain", (thing,), None))
+            areas.append((image[..., 0] > 0).sum() / radius**2)
+        assert areas[0] == pytest.approx(areas[1], rel=0.1), shape
+        assert 0.8 < areas[0] < 3.2, shape
+
+
+def test_captions_are_encoded_as_the_pipeline_encodes_them() -> None:
+    tokenizer = text.make_tokenizer()
+    encoder = text.make_text_encoder(tokenizer)
+    captions = [scene.caption for scene in SCENES[:4]]
+    unknown = tokenizer.unk_token_id
+    assert all(unknown not in tokenizer(caption)["input_ids"] for caption in captions)
+    pipeline = ZImagePipeline(None, None, encoder, tokenizer, None)
+    want, _ = pipeline.encode_prompt(captions, "cpu", do_classifier_free_guidance=False)
+    found = text.CaptionEncoder(tokenizer, encoder)(captions)
+    for ours, theirs in zip(found, want, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs.float()).abs().max() < 0.05  # of BF16: batches are padded differently
+
+
+def test_the_batched_forward_is_the_models_own() -> None:
+    model = transformer.make_transformer(128)
+    del model.layers[2:]
+    random = torch.Generator().manual_seed(0)
+    features = [torch.randn(n, text.FEATURES, generator=random) for n in (20, 14, 32, 1)]
+    captions = transformer.pad_captions(features, "cpu")
+    assert transformer.check_batched(model, captions, "cpu") < 1e-5
+
+
+def test_patches_are_of_the_latents() -> None:
+    latents = torch.arange(2 * 16 * 16 * 16.0).view(2, 16, 16, 16)
+    patches = transformer.to_patches(latents)
+    for row, column in ((0, 0), (3, 5), (7, 7)):
+        patch = patches[1, row * 8 + column].view(2, 2, 16)
+        for dy in range(2):
+            for dx in range(2):
+                want = latents[1, :, 2 * row + dy, 2 * column + dx]
+                assert torch.equal(patch[dy, dx], want)
+
+
+def test_the_vae_has_eight_pixels_per_latent() -> None:
+    images = torch.zeros(2, 3, 128, 128, dtype=torch.uint8)
+    assert vae.encode(vae.make_vae(), images, "cpu").shape == (2, 16, 16, 16)
+
+
+def test_steps_end_at_the_image() -> None:
+    times = transformer.steps_of(8)
+    assert times[0] == 0.0
+    assert times[-1] == 1.0
+    assert len(times) == 9
+    assert times == sorted(times)
