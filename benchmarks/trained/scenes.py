@@ -182,6 +182,6 @@ def _draw_seeds(seeds: range) -> list[tuple[Scene, NDArray[np.uint8]]]:
 
 def words() -> list[str]:
     """All words of all captions, sorted."""
-    fixed = "a on background".split()
+    fixed = ["a", "on", "background"]
     relations = [word for relation in RELATIONS for word in relation.split()]
     return sorted({*fixed, *relations, *COLOURS, *PATTERNS, *SHAPES, *SIZES})

@@ -1,12 +1,13 @@
 """The transformer: diffusers' ZImageTransformer2DModel, trained by flow matching on latents.
 
 First on pairs of noise and scene (Lipman et al., 2023, arXiv:2210.02747), then on pairs of noise
-and the scene that the model itself draws from it (reflow; Liu et al., 2022, arXiv:2209.03003), which
-straightens the paths so that eight steps suffice.
+and the scene that the model itself draws from it (reflow; Liu et al., 2022, arXiv:2209.03003).
+That straightens the paths so that eight steps suffice.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def sample(
 ) -> torch.Tensor:
     """Euler steps from noise [N, 64, 64] to patches of latents."""
     times = steps_of(steps)
-    for begin, end in zip(times, times[1:], strict=False):
+    for begin, end in itertools.pairwise(times):
         t = torch.full((len(noise),), begin, device=device)
         with torch.autocast(device, torch.bfloat16):
             velocity = model(noise, t, captions)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from benchmarks import tables
 from benchmarks.report import Report
 
