@@ -96,6 +96,11 @@ std::string kernels_text(const GemmProblem& problem, detail::Where where) {
          (names.empty() ? "no kernel" : names) + " on " + (where ? where->name : "the CPU");
 }
 
+void check_support(const GemmKernel& kernel, const GemmProblem& problem, detail::Where where) {
+  const Support support = detail::supports_on(kernel, problem, where);
+  if (!support) throw Unsupported(support.reason + "; " + kernels_text(problem, where));
+}
+
 struct OperandParts {
   detail::GemmOperandTask task;
   std::int64_t rows, cols;
@@ -262,28 +267,35 @@ RotationMemory check_rotation(const RotateHeads& epilogue, const GemmProblem& pr
 struct Steps {
   bool fused;            // the kernel applies the epilogue
   std::int64_t between;  // columns of BF16 [M, between] that are kept in the workspace; 0: none
-  std::size_t between_bytes(const GemmProblem& problem) const {
-    return static_cast<std::size_t>(round_up(problem.m * between * 2, 256));
-  }
+  std::size_t between_bytes;    // of these columns
+  std::size_t workspace_bytes;  // of all launches
 };
-
-Steps steps_of(const GemmKernel& kernel, const GemmProblem& problem, detail::Where where) {
-  // Without depth there is nothing to multiply, and no fused kernel needs to know that.
-  const bool fused = problem.epilogue == GemmEpilogue::kNone ||
-                     (problem.k > 0 && detail::fuses_epilogue(kernel, problem, where));
-  if (problem.epilogue != GemmEpilogue::kSiluMultiply) return {fused, 0};
-  if (!fused) return {fused, problem.n};
-  return {fused, problem.d_format == OperandFormat::kBFloat16 ? 0 : problem.n / 2};
-}
-
-// What a kernel is to compute itself.
-GemmProblem part_of_kernel(const GemmProblem& problem, const Steps& steps) {
-  return steps.fused ? problem : detail::without_epilogue(problem);
-}
 
 std::size_t kernel_workspace(const GemmKernel& kernel, const GemmProblem& problem) {
   if (problem.k == 0 || !kernel.implementation->workspace) return 0;
   return kernel.implementation->workspace(problem);
+}
+
+// Columns of BF16 between the launches of a problem.
+std::int64_t columns_between(const GemmProblem& problem, bool fused) {
+  if (problem.epilogue != GemmEpilogue::kSiluMultiply) return 0;
+  if (!fused) return problem.n;
+  return problem.d_format == OperandFormat::kBFloat16 ? 0 : problem.n / 2;
+}
+
+// The steps of a problem of positive M and N. Throws Unsupported if the kernel does not support it.
+Steps steps_of(const GemmKernel& kernel, const GemmProblem& problem, int device) {
+  const detail::Where where = &detail::find_device(device);
+  check_support(kernel, problem, where);
+  // Without depth there is nothing to multiply, and no fused kernel needs to know that.
+  const bool fused = problem.epilogue == GemmEpilogue::kNone ||
+                     (problem.k > 0 && detail::fuses_epilogue(kernel, problem, where));
+  const std::int64_t between = columns_between(problem, fused);
+  const auto between_bytes = static_cast<std::size_t>(round_up(problem.m * between * 2, 256));
+  const detail::DeviceGuard guard(device);
+  const std::size_t of_kernel =
+      kernel_workspace(kernel, fused ? problem : detail::without_epilogue(problem));
+  return {fused, between, between_bytes, between_bytes + of_kernel};
 }
 
 bool is_empty(const GemmProblem& problem) { return problem.m == 0 || problem.n == 0; }
@@ -353,13 +365,11 @@ const GemmKernel& choose_gemm(const GemmProblem& problem, int device) {
 
 std::size_t workspace_size(const GemmKernel& kernel, const GemmProblem& problem, int device) {
   check_problem(problem);
-  const detail::Where where = where_of(device);
-  const Support support = detail::supports_on(kernel, problem, where);
-  if (!support) throw Unsupported(support.reason + "; " + kernels_text(problem, where));
-  if (is_empty(problem) || !where) return 0;
-  const detail::DeviceGuard guard(device);
-  const Steps steps = steps_of(kernel, problem, where);
-  return steps.between_bytes(problem) + kernel_workspace(kernel, part_of_kernel(problem, steps));
+  if (!is_empty(problem) && device != kHost) {
+    return steps_of(kernel, problem, device).workspace_bytes;
+  }
+  check_support(kernel, problem, where_of(device));
+  return 0;
 }
 
 GemmProblem problem_of(const GemmArguments& arguments) { return check(arguments).problem; }
@@ -391,16 +401,14 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
                                checked.bias, checked.d.data, checked.d.scales, rotation.q,
                                rotation.k, rotation.rotations, memory});
   if (is_empty(problem)) return;
-  const int device = detail::current_device();
-  const std::size_t needed = workspace_size(kernel, problem, device);
-  if (workspace.bytes < needed) {
+  const Steps steps = steps_of(kernel, problem, detail::current_device());
+  if (workspace.bytes < steps.workspace_bytes) {
     throw InvalidArgument("the workspace has " + std::to_string(workspace.bytes) +
                           " bytes, and the kernel \"" + kernel.name + "\" needs " +
-                          std::to_string(needed));
+                          std::to_string(steps.workspace_bytes));
   }
-  const Steps steps = steps_of(kernel, problem, where_of(device));
   detail::GemmTask task = checked.task;
-  auto* const rest = static_cast<char*>(workspace.data) + steps.between_bytes(problem);
+  auto* const rest = static_cast<char*>(workspace.data) + steps.between_bytes;
   if (steps.between > 0) {
     task.d = workspace.data;
     task.d_dtype = DType::kBFloat16;
@@ -410,7 +418,7 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
   // Without depth only the bias is left, which the reference knows of.
   const detail::GemmImplementation& run =
       problem.k == 0 ? detail::kReference : *kernel.implementation;
-  run.run(task, {rest, workspace.bytes - steps.between_bytes(problem)}, stream);
+  run.run(task, {rest, workspace.bytes - steps.between_bytes}, stream);
 
   const ConstMatrixView between{task.d, DType::kBFloat16, problem.m, steps.between, steps.between};
   if (steps.fused) {

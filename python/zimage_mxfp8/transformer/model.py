@@ -29,6 +29,9 @@ from ..system.device_notes import report_line
 from ..system.devices import core_index, is_out_of_host_memory, torch_device
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import FINAL_NORM_EPS, HEAD_DIM, TIME_FEATURES, TIME_SCALE
+from ..zimage.layers import ZIMAGE
+from ..zimage.rows import Stack, TokenKind
+from ..zimage.table import LayerTable
 from . import ops
 from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
@@ -37,7 +40,7 @@ from .graphs import GraphCache
 from .inputs import ForwardInputs, check_arguments
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
-from .sequence import Shape, fill_up, image_tokens, layout_of, padded, patchify, unpatchify
+from .sequence import Segment, Shape, fill_up, image_tokens, layout_of, padded, patchify, unpatchify
 from .unsupported import alternative_to
 from .weights import open_model
 
@@ -70,7 +73,8 @@ def _new_object(cls: Any) -> Any:
 class ZImageTransformer(nn.Module):
     """Z-Image's transformer, made with `from_checkpoint`.
 
-    It takes the place of diffusers' `ZImageTransformer2DModel` in its pipelines.
+    It takes the place of diffusers' `ZImageTransformer2DModel` in its pipelines. Each stack of the
+    table of layers is a `ModuleList` with the stack's name.
 
     Attributes:
         config: the model's sizes.
@@ -81,9 +85,6 @@ class ZImageTransformer(nn.Module):
     cap_embedder_norm: torch.Tensor
     cap_pad_token: torch.Tensor
     x_pad_token: torch.Tensor
-    noise_refiner: nn.ModuleList
-    context_refiner: nn.ModuleList
-    layers: nn.ModuleList
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class ZImageTransformer(nn.Module):
         compute: Compute,
         dtype: torch.dtype,
         cuda_graphs: bool,
+        table: LayerTable = ZIMAGE,
     ) -> None:
         super().__init__()
         self.config = config
@@ -100,9 +102,9 @@ class ZImageTransformer(nn.Module):
         self._dtype = dtype
         self._cuda_graphs = cuda_graphs
         self._graphs = GraphCache()
-        self.noise_refiner = nn.ModuleList(parts.blocks["noise_refiner"])
-        self.context_refiner = nn.ModuleList(parts.blocks["context_refiner"])
-        self.layers = nn.ModuleList(parts.blocks["layers"])
+        self._stacks = table.stacks
+        for stack in table.stacks:
+            self.add_module(stack.name, nn.ModuleList(parts.blocks[stack.name]))
         tensors = parts.others
 
         def linear(name: str) -> PlainLinear:
@@ -324,6 +326,13 @@ class ZImageTransformer(nn.Module):
             layer.dtype = self._dtype
         return self
 
+    def _blocks(self, stack: Stack) -> list[Block]:
+        return list(getattr(self, stack.name))
+
+    def _blocks_on(self, tokens: TokenKind) -> list[Block]:
+        stacks = (stack for stack in self._stacks if stack.tokens == tokens)
+        return [block for stack in stacks for block in self._blocks(stack)]
+
     def _linears(self) -> Iterator[Linear]:
         return (module for module in self.modules() if isinstance(module, Linear))
 
@@ -400,7 +409,7 @@ class ZImageTransformer(nn.Module):
         lengths = [padded(image_tokens(size)) + padded(caption) for size, caption in shapes]
         tokens, ragged = sum(lengths), len(set(lengths)) > 1
         kept = 2 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
-        blocks = _blocks(self.layers) or _blocks(self.noise_refiner)
+        blocks = self._blocks_on("joint") or self._blocks_on("image")
         block = max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
         widest = max(self.config.dim, self.config.hidden_dim)
         temporaries = ops.temporaries_nbytes(tokens * widest, self._dtype, self.device)
@@ -413,13 +422,12 @@ class ZImageTransformer(nn.Module):
         layout = layout_of(shapes, self.device)
         time = self._embed_time(inputs.times)
         modulations = self._modulations(time)
-        refiners = self.config.n_refiner_layers
 
         patches = torch.cat([patchify(image) for image in inputs.images])
         x = _run(self.x_embedder, patches)
         counts = [image_tokens(size) for size, _ in shapes]
         x = fill_up(x, counts, layout.images.lengths, self.x_pad_token)
-        x = run_blocks(_blocks(self.noise_refiner), x, modulations[:refiners], layout.images)
+        x = self._run_stacks("image", x, modulations, layout.images)
 
         features = ops.norm_modulate(
             torch.cat(inputs.captions),
@@ -430,8 +438,7 @@ class ZImageTransformer(nn.Module):
         )
         c = self.cap_embedder(features)
         c = fill_up(c, [n for _, n in shapes], layout.captions.lengths, self.cap_pad_token)
-        unmodulated = [Modulation()] * refiners
-        c = run_blocks(_blocks(self.context_refiner), c, unmodulated, layout.captions)
+        c = self._run_stacks("caption", c, modulations, layout.captions)
 
         parts = zip(
             x.split(list(layout.images.lengths)),
@@ -439,12 +446,25 @@ class ZImageTransformer(nn.Module):
             strict=True,
         )
         joint = torch.cat([tokens for pair in parts for tokens in pair])
-        joint = run_blocks(_blocks(self.layers), joint, modulations[refiners:], layout.joint)
+        joint = self._run_stacks("joint", joint, modulations, layout.joint)
         items = joint.split(list(layout.joint.lengths))
         return [
             unpatchify(self._final(tokens[:count], time[i]), size)
             for i, (tokens, count, (size, _)) in enumerate(zip(items, counts, shapes, strict=True))
         ]
+
+    def _run_stacks(
+        self,
+        tokens: TokenKind,
+        x: torch.Tensor,
+        modulations: dict[str, list[Modulation]],
+        part: Segment,
+    ) -> torch.Tensor:
+        """Run the stacks of some tokens on x [tokens, dim], which they write to, and return it."""
+        for stack in self._stacks:
+            if stack.tokens == tokens:
+                x = run_blocks(self._blocks(stack), x, modulations[stack.name], part)
+        return x
 
     def _embed_time(self, t: torch.Tensor) -> torch.Tensor:
         """[batch] -> [batch, modulation width]."""
@@ -457,12 +477,21 @@ class ZImageTransformer(nn.Module):
         hidden = _run(self.t_embedder_in, features)
         return _run(self.t_embedder_out, F.silu(hidden))
 
-    def _modulations(self, time: torch.Tensor) -> list[Modulation]:
-        """Of all modulated blocks, in one GEMM: their input is the time alone."""
+    def _modulations(self, time: torch.Tensor) -> dict[str, list[Modulation]]:
+        """Of all blocks by stack, in one GEMM: their input is the time alone."""
         stacked = _run(self.modulation, time)
-        blocks = self.config.n_refiner_layers + self.config.n_layers
-        parts = stacked.unflatten(1, (blocks, 4, self.config.dim))
-        return [Modulation(*block.unbind(1)) for block in parts.unbind(1)]
+        blocks = sum(len(self._blocks(stack)) for stack in self._stacks if stack.modulated)
+        parts = stacked.unflatten(1, (blocks, 4, self.config.dim)).unbind(1)
+        modulations, begin = {}, 0
+        for stack in self._stacks:
+            count = len(self._blocks(stack))
+            if stack.modulated:
+                of_stack = parts[begin : begin + count]
+                modulations[stack.name] = [Modulation(*block.unbind(1)) for block in of_stack]
+                begin += count
+            else:
+                modulations[stack.name] = [Modulation()] * count
+        return modulations
 
     def _final(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """[n, dim] and the item's [modulation width] -> [n, 64]."""
@@ -478,7 +507,3 @@ def _run(layer: Linear, matrix: torch.Tensor) -> torch.Tensor:
 
 def _tokens(shapes: Sequence[Shape]) -> int:
     return sum(image_tokens(size) + caption for size, caption in shapes)
-
-
-def _blocks(modules: nn.ModuleList) -> list[Block]:
-    return list(modules)  # type: ignore[arg-type]

@@ -25,9 +25,9 @@ ZIMAGE = LayerTable(
         Size("modulation", lambda s: min(s["dim"], MAX_MODULATION_DIM)),
     ),
     stacks=(
-        Stack("noise_refiner", "n_refiner_layers", modulated=True, title="noise "),
-        Stack("context_refiner", "n_refiner_layers", modulated=False, title="context "),
-        Stack("layers", "n_layers", modulated=True, main=True),
+        Stack("noise_refiner", "n_refiner_layers", "image", modulated=True, title="noise "),
+        Stack("context_refiner", "n_refiner_layers", "caption", modulated=False, title="context "),
+        Stack("layers", "n_layers", "joint", modulated=True, main=True),
     ),
     block=(
         Layer(

@@ -9,6 +9,7 @@ from typing import Literal
 Sizes = Mapping[str, int]  # by name, such as "dim"
 Shape = tuple[int, ...]
 LayerKind = Literal["linear", "modulation", "norm", "token"]
+TokenKind = Literal["image", "caption", "joint"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Stack:
         name: what its tensors' names begin with.
         count: field of `ZImageConfig` with the number of its blocks. Stacks with the same field
             have the same number; a new field is to be added there.
+        tokens: what its blocks run on: the "image" or the "caption" tokens, each after its
+            embedder, or "joint" ones, each item's image before its caption.
         modulated: whether the timestep modulates its blocks.
         main: whether it holds the main blocks. One stack of a table does.
         title: what stands before a block's number in figures.
@@ -42,6 +45,7 @@ class Stack:
 
     name: str
     count: str
+    tokens: TokenKind
     modulated: bool
     main: bool = False
     title: str = ""

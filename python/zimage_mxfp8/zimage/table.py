@@ -27,7 +27,8 @@ class LayerTable:
 
     Attributes:
         sizes: the model's widths.
-        stacks: the stacks of blocks, in the order of the forward pass.
+        stacks: the stacks of blocks, in the order of the forward pass for those that run on the
+            same tokens; joint tokens come last.
         block: the layers of a block; those of kind "modulation" are in modulated stacks only.
         outside: the layers outside the stacks.
         diffusers_modules: what names outside the stacks begin with in diffusers' layout, with the

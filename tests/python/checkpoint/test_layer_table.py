@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from helpers.checkpoints import Tensors, random_tensors
+from helpers.diffusers_reference import (
+    make_reference,
+    random_inputs,
+    relative_error,
+    to_diffusers_names,
+)
 from zimage_mxfp8.analysis.probe.grouping import Weight, decide
 from zimage_mxfp8.analysis.probe.run import _targets
 from zimage_mxfp8.analysis.probe.scoring import ProbeRules, Thresholds
@@ -28,14 +33,14 @@ from zimage_mxfp8.transformer.model import ZImageTransformer
 from zimage_mxfp8.transformer.weights import ModelFile
 from zimage_mxfp8.zimage.config import ZImageConfig
 from zimage_mxfp8.zimage.layers import ZIMAGE
-from zimage_mxfp8.zimage.rows import Layer, Size, Stack
+from zimage_mxfp8.zimage.rows import Layer, Size, Stack, TokenKind
 
 FAMILY = replace(
     ZIMAGE,
     sizes=(*ZIMAGE.sizes, Size("style_dim", lambda _: 512, (("style_embedder.weight", 1),))),
     stacks=(
         *ZIMAGE.stacks[:2],
-        Stack("extra_refiner", "n_extra_layers", modulated=True, title="extra "),
+        Stack("extra_refiner", "n_extra_layers", "image", modulated=True, title="extra "),
         *ZIMAGE.stacks[2:],
     ),
     outside=(
@@ -219,10 +224,7 @@ def weights(file: Path) -> LoadedWeights:
 
 @pytest.fixture(scope="module")
 def model(weights: LoadedWeights) -> ZImageTransformer:
-    """The relative's layers in a Z-Image, whose forward pass does not run the new ones."""
-    model = ZImageTransformer(CONFIG, weights, "weight-only", torch.float32, False)
-    model.extra_refiner = nn.ModuleList(weights.blocks["extra_refiner"])
-    return model
+    return ZImageTransformer(CONFIG, weights, "weight-only", torch.float32, False, FAMILY)
 
 
 def test_the_new_rows_are_loaded(weights: LoadedWeights, tensors: Tensors) -> None:
@@ -259,3 +261,55 @@ def test_sensitivity_finds_the_new_targets(model: ZImageTransformer, tensors: Te
     assert [target.rows[0] for target in modulations] == [4 * DIM * i for i in range(6)]
     groups = groups_of(targets, FAMILY)
     assert len(groups["extra_refiner"]) == 3 * 6
+
+
+@pytest.mark.parametrize(
+    ("tokens", "modulated", "neighbour", "before"),
+    [
+        ("image", True, "noise_refiner", False),
+        ("caption", False, "context_refiner", True),
+        ("joint", True, "layers", True),
+    ],
+)
+def test_a_new_stack_is_run(
+    tokens: TokenKind, modulated: bool, neighbour: str, before: bool, tmp_path: Path
+) -> None:
+    """Its blocks are to compute what they do at the start or end of a stack of diffusers' model."""
+    extra = Stack("extra", "n_extra_layers", tokens, modulated)
+    stacks = (extra, *ZIMAGE.stacks) if before else (*ZIMAGE.stacks, extra)
+    table = replace(ZIMAGE, stacks=stacks)
+    counts = {"n_layers": 2, "n_refiner_layers": 1, "n_extra_layers": 3}
+    shapes = table.shapes({"dim": DIM, "caption_dim": CAPTION}, counts)
+    tensors = random_tensors(shapes, torch.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    config = ZImageConfig(
+        DIM, 2, 1, DIM // 128, CAPTION, shapes["layers.0.feed_forward.w1.weight"][0]
+    )
+    weights = load_parts(
+        ModelFile(checkpoint, config, checkpoint.tensors, {}),
+        torch.device("cpu"),
+        "weight-only",
+        torch.float32,
+        None,
+        table,
+    )
+    model = ZImageTransformer(config, weights, "weight-only", torch.float32, False, table)
+
+    stack = {"noise_refiner": 1, "context_refiner": 1, "layers": 2}[neighbour]
+    begin = {"extra": 0 if before else stack, neighbour: 3 if before else 0}
+    joined = {}
+    for name, tensor in tensors.items():
+        first, _, rest = name.partition(".")
+        if first in begin:
+            number, _, rest = rest.partition(".")
+            name = f"{neighbour}.{int(number) + begin[first]}.{rest}"
+        joined[name] = tensor
+    longest = make_reference(DIM, layers=5, refiners=4)
+    for name, blocks in {"noise_refiner": 1, "context_refiner": 1, "layers": 2}.items():
+        length = blocks + 3 if name == neighbour else blocks
+        setattr(longest, name, getattr(longest, name)[:length])
+    longest.load_state_dict(to_diffusers_names(joined), strict=True)
+    inputs = random_inputs([(8, 12), (4, 4)], [5, 33])
+    want = longest(*inputs, return_dict=False)[0]
+    assert relative_error(model(*inputs).sample, want) < 1e-5  # the order of float32 sums
