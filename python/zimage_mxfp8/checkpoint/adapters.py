@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from ..zimage.layers import ZIMAGE
-from .source import SourceTensor
 
 # Matrices of low-rank and Kronecker adapters, of orthogonal ones, and their side tensors.
 _MATRIX = re.compile(
@@ -58,17 +57,17 @@ def is_adapter(names: Collection[str]) -> bool:
     )
 
 
-def describe_adapter(tensors: Mapping[str, SourceTensor]) -> str:
+def describe_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Describe an adapter file: type, rank, model, spelling of the names.
 
     For example: LoRA of rank 8 for Z-Image, names begin with "transformer.".
     """
-    names = sorted(tensors)
+    names = sorted(shapes)
     kind = next((title for title, p in _TYPES if any(p.search(n) for n in names)), "adapter")
     ranks = {
-        min(tensor.shape)
-        for name, tensor in tensors.items()
-        if len(tensor.shape) == 2 and any(suffix in name for suffix in _RANK_SUFFIXES)
+        min(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and any(suffix in name for suffix in _RANK_SUFFIXES)
     }
     rank = f" of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}" if ranks else ""
     model = next((title for title, p in _MODELS if any(p.search(n) for n in names)), None)

@@ -209,7 +209,8 @@ def _kind_without_zimage(checkpoint: Checkpoint) -> tuple[Kind, str]:
     """Return what a file without a whole set of Z-Image names is, and what shows it."""
     names = sorted(checkpoint.tensors)
     if is_adapter(names):
-        return kinds.ADAPTER, describe_adapter(checkpoint.tensors)
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        return kinds.ADAPTER, describe_adapter(shapes)
     for kind, pattern in _FAMILIES:
         if kind in (kinds.ZIMAGE_CONTROLNET, kinds.CONTROLNET) and (
             found := _first(names, pattern)

@@ -89,6 +89,10 @@ class Linear(nn.Module):
             nbytes if self.adapter is None else max(nbytes, self.adapter.workspace_nbytes(tokens))
         )
 
+    def decode(self) -> torch.Tensor:
+        """Return the weights as float32 [N, K], where K may be padded with zeros."""
+        raise NotImplementedError
+
     def _gemm(self, x: Any) -> torch.Tensor:
         """Multiply [M, K] in the layer's own format: [M, N]."""
         raise NotImplementedError
@@ -122,6 +126,10 @@ class PlainLinear(Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("bias", bias)
 
+    def decode(self) -> torch.Tensor:
+        """Return the weights as float32 [N, K]."""
+        return self.weight.detach().float()
+
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
@@ -137,6 +145,11 @@ class _MXFP8Linear(Linear):
         # As bytes, which nn.Module.to(dtype) leaves alone.
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
+
+    def decode(self) -> torch.Tensor:
+        """Return the weights as float32 [N, K], with K padded to a multiple of 32."""
+        decoded = arithmetic.on(self.codes.device).dequantize(self._weights, torch.float32)
+        return decoded[: self.out_features]
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -215,6 +228,13 @@ class FP8Linear(Linear):
     def weights(self) -> RowScaledArray:
         """[N, K], with padding to multiples of 32 of both."""
         return RowScaledArray(self.codes, self.scale_bits.view(torch.float32))
+
+    def decode(self) -> torch.Tensor:
+        """Return the folded weights as float32 [N, K], with K padded to a multiple of 32."""
+        weights = self.weights
+        codes: torch.Tensor = weights.codes.view(torch.float8_e4m3fn).float()
+        decoded: torch.Tensor = codes * weights.scales[:, None]
+        return decoded[: self.out_features]
 
     def _gemm(self, x: RowScaledArray) -> torch.Tensor:
         multiply = arithmetic.on(self.codes.device).multiply_row_scaled

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -40,6 +40,8 @@ from .graphs import GraphCache
 from .inputs import ForwardInputs, check_arguments
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
+from .lora import Lora, LoraSet, Weight
+from .places import LinearPlace, linear_places, norm_places
 from .sequence import Segment, Shape, fill_up, image_tokens, layout_of, padded, patchify, unpatchify
 from .unsupported import alternative_to
 from .weights import open_model
@@ -122,6 +124,7 @@ class ZImageTransformer(nn.Module):
         self.register_buffer("cap_pad_token", tensors["cap_pad_token"])
         # Listed once, because that takes longer than to look for their adapters.
         self._captured_linears = tuple(self._linears())
+        self._loras = LoraSet(config.shapes(), self._linear_places, self._norm_places)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -324,7 +327,77 @@ class ZImageTransformer(nn.Module):
         self._dtype = dtype
         for layer in self._linears():
             layer.dtype = self._dtype
+        self._loras.rebuild()
         return self
+
+    def load_lora(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        name: str | None = None,
+        weight: Weight = 1.0,
+    ) -> Lora:
+        """Load an adapter: its layers compute W x + weight * dW x from now on.
+
+        The weights of the model stay as they are. LoRA, LoHa, LoKr, DoRA with a magnitude per row,
+        and whole differences (`.diff`) are taken, in the names of every known trainer.
+
+        Args:
+            source: a safetensors file, or tensors by name.
+            name: for `set_lora` and `unload_lora`; by default "lora0" and so on.
+            weight: how much of it counts, also negative; or weights by part of the blocks' names,
+                such as `{"layers.0.": 0.5}`.
+
+        Returns:
+            What was loaded, and which tensors were not.
+
+        Raises:
+            CheckpointError: unreadable, for another model, of a type that is not supported, or
+                damaged; the sentence names the file and the tensor, and the model is unchanged.
+            UsageError: a name that is taken, or a weight that is not a finite number.
+            CudaError: the device has too little memory.
+        """
+        self._graphs.clear()  # they hold the layers without it
+        return self._loras.load(source, name, weight)
+
+    def set_lora(self, weights: Mapping[str, Weight]) -> None:
+        """Set the weights of adapters by name. Those that are not named are switched off.
+
+        CUDA graphs stay valid, so this may be called between any two steps.
+
+        Raises:
+            UsageError: no adapter of that name, or a weight that is not a finite number.
+        """
+        self._loras.set(weights)
+
+    def unload_lora(self, name: str) -> None:
+        """Take an adapter off.
+
+        Raises:
+            UsageError: no adapter of that name.
+        """
+        self._graphs.clear()
+        self._loras.unload(name)
+
+    @property
+    def loras(self) -> dict[str, Lora]:
+        """The adapters that are loaded, by name."""
+        return {lora.name: lora for lora in self._loras}
+
+    def _linear_places(self) -> dict[str, LinearPlace]:
+        outside = {
+            "x_embedder": self.x_embedder,
+            "cap_embedder.1": self.cap_embedder,
+            "t_embedder.mlp.0": self.t_embedder_in,
+            "t_embedder.mlp.2": self.t_embedder_out,
+            "final_layer.linear": self.final_layer,
+            "final_layer.adaLN_modulation.1": self.final_modulation,
+        }
+        stacks = {stack.name: self._blocks(stack) for stack in self._stacks}
+        return linear_places(stacks, self.modulation, outside)
+
+    def _norm_places(self) -> dict[str, torch.Tensor]:
+        stacks = {stack.name: self._blocks(stack) for stack in self._stacks}
+        return norm_places(stacks, {"cap_embedder.0": self.cap_embedder_norm})
 
     def _blocks(self, stack: Stack) -> list[Block]:
         return list(getattr(self, stack.name))

@@ -42,3 +42,9 @@ class ZImageConfig:
             cap_feat_dim=sizes["caption_dim"],
             hidden_dim=sizes["hidden"] if any(counts.values()) else 0,
         )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors by name, in ComfyUI's layout."""
+        sizes = {"dim": self.dim, "caption_dim": self.cap_feat_dim, "hidden": self.hidden_dim}
+        counts = {stack.count: getattr(self, stack.count) for stack in ZIMAGE.stacks}
+        return ZIMAGE.shapes(sizes, counts)

@@ -1,0 +1,282 @@
+"""Adapter files: which tensors belong to which layer, read one layer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import checks
+from ..checkpoint.adapters import describe_adapter, is_adapter
+from ..checkpoint.source import SourceTensor, TensorReader, open_checkpoint
+from ..errors import CheckpointError
+from ..zimage.layers import ZIMAGE
+from ..zimage.rows import Shape
+from .branches import Branch, BranchError, Matrix, make_branch
+from .keys import Key, Role, is_text_encoder_key, split_key, unsupported_type
+from .targets import Target, Targets
+
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+# VideoX-Fun's trainer writes alpha 0 for "the rank".
+_ZERO_ALPHA_IS_RANK = "lora_unet__"
+
+Load = Callable[[], Matrix]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One layer's adapter in a file.
+
+    Attributes:
+        target: what it changes.
+        name: prefix and module, as the file spells them.
+        roles: how to read each tensor.
+        rank_scaled: see `make_branch`.
+        alpha: of the header, if there is no tensor of it.
+    """
+
+    target: Target
+    name: str
+    roles: Mapping[Role, Load]
+    rank_scaled: bool = False
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter whose modules are known, and whose tensors are not yet read.
+
+    Attributes:
+        label: the file, for sentences.
+        modules: those that the model has.
+        unmatched: names of tensors that belong to nothing in the model.
+        text_encoder: names of tensors for the text encoder.
+        redundant: modules that are in the file once more under another name.
+    """
+
+    label: str
+    modules: tuple[Module, ...]
+    unmatched: tuple[str, ...]
+    text_encoder: tuple[str, ...]
+    redundant: tuple[str, ...]
+    _shapes: Mapping[str, Shape]
+
+    def branch(self, module: Module) -> Branch:
+        """Read one module.
+
+        Raises:
+            CheckpointError: it cannot be read, or its tensors do not make an adapter of the layer;
+                the sentence names file and module.
+        """
+        try:
+            tensors = {role: load() for role, load in module.roles.items()}
+            if module.alpha is not None:
+                tensors.setdefault("alpha", np.float32(module.alpha).reshape(1))
+            branch = make_branch(tensors, rank_scaled=module.rank_scaled)
+            self._check_shape(module.target, branch)
+        except BranchError as error:
+            raise CheckpointError(
+                f'{self.label}: the adapter of "{module.name}" {error}; '
+                "it was not loaded; export it again"
+            ) from None
+        return branch
+
+    def branches(self) -> Iterator[tuple[Module, Branch]]:
+        """Read all modules, one after another (see `branch`)."""
+        return ((module, self.branch(module)) for module in self.modules)
+
+    def _check_shape(self, target: Target, branch: Branch) -> None:
+        shape = self._shapes[f"{target.layer}.weight"]
+        want = (shape[0] // target.parts, *shape[1:])
+        if branch.matrix is not None and branch.matrix.shape != want:
+            found = " x ".join(map(str, branch.matrix.shape))
+            raise BranchError(f"is for a layer of {found}, not {' x '.join(map(str, want))}")
+        if branch.bias is not None and len(branch.bias) != want[0]:
+            raise BranchError(f"has a bias of {len(branch.bias)} elements, not {want[0]}")
+
+
+def open_adapter(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, Any] | None = None,
+) -> AdapterFile:
+    """Find out what an adapter changes.
+
+    Args:
+        source: a safetensors file, or arrays by name (NumPy's or torch's).
+        shapes: of the model's tensors by name in ComfyUI's layout, without prefix.
+        metadata: PEFT's settings, as diffusers passes them; by default those of the file.
+
+    Raises:
+        CheckpointError: unreadable, for another model, of a type that is not supported, or with
+            two tensors for one place; the sentence names the file and the tensor.
+    """
+    if isinstance(source, Mapping):
+        label = "the adapter"
+        loads = {str(name): _of_array(label, str(name), x) for name, x in source.items()}
+        found = {str(name): tuple(x.shape) for name, x in source.items()}
+    else:
+        checkpoint = open_checkpoint(checks.path("path", source))
+        label = str(checkpoint.path)
+        metadata = metadata or _peft_settings(label, checkpoint.metadata)
+        loads = {name: _of_file(label, tensor) for name, tensor in checkpoint.tensors.items()}
+        found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    targets = Targets(ZIMAGE.count_blocks(shapes))
+    settings = _Settings(metadata or {})
+    names: dict[tuple[str, str], dict[Role, str]] = {}
+    unmatched, text_encoder = [], []
+    for name in loads:
+        key = split_key(name)
+        if is_text_encoder_key(name):
+            text_encoder.append(name)
+        elif key is None or targets.find(key.module) is None:
+            unmatched.append(name)
+        else:
+            _add(names.setdefault((key.prefix, key.module), {}), key, label)
+    if not names:
+        raise _nothing_fits(label, found, text_encoder)
+    modules = [
+        Module(
+            target,
+            prefix + name,
+            {
+                role: loads[tensor]
+                for role, tensor in roles.items()
+                if not (role == "alpha" and prefix == _ZERO_ALPHA_IS_RANK and not loads[tensor]())
+            },
+            settings.rank_scaled,
+            settings.alpha(name),
+        )
+        for (prefix, name), roles in names.items()
+        if (target := targets.find(name)) is not None
+    ]
+    kept, redundant = _once(modules)
+    return AdapterFile(label, kept, tuple(unmatched), tuple(text_encoder), redundant, dict(shapes))
+
+
+def _add(roles: dict[Role, str], key: Key, label: str) -> None:
+    if key.role in ("unsupported", "mid"):
+        title = unsupported_type(key.name) or "of an unknown type"
+        raise CheckpointError(
+            f'{label} is {title} (tensor "{key.name}"), which is not supported; '
+            "merge it into the original weights with the program that trained it"
+        )
+    if key.role in roles:
+        raise CheckpointError(
+            f'{label} has two tensors for one place, "{roles[key.role]}" and "{key.name}"; '
+            "export the adapter again"
+        )
+    roles[key.role] = key.name
+
+
+def _once(modules: Sequence[Module]) -> tuple[tuple[Module, ...], tuple[str, ...]]:
+    """Leave out modules that are in the file under another name too, whole or in parts."""
+    by_target: dict[Target, Module] = {}
+    redundant = [
+        module.name
+        for module in modules
+        if by_target.setdefault(module.target, module) is not module
+    ]
+    parts = Counter(target.layer for target in by_target if target.parts > 1)
+    for target in [target for target in by_target if target.parts > 1]:
+        whole = by_target.get(Target(target.layer))
+        if whole is not None:
+            drop = Target(target.layer) if parts[target.layer] == target.parts else target
+            redundant.append(by_target.pop(drop).name)
+    return tuple(by_target.values()), tuple(redundant)
+
+
+class _Settings:
+    """PEFT's settings in a header: alpha and how it scales."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self._values = {
+            str(key).removeprefix("transformer."): value for key, value in metadata.items()
+        }
+        self.rank_scaled = self._values.get("use_rslora") is True
+
+    def alpha(self, module: str) -> float | None:
+        """Return the alpha of a module that has no tensor of that name."""
+        patterns = self._values.get("alpha_pattern")
+        for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+            if module == pattern or module.endswith(f".{pattern}"):
+                return _number(value)
+        return _number(self._values.get("lora_alpha"))
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _peft_settings(label: str, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    text = metadata.get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{label} has lora_adapter_metadata in its header that is not a JSON object; "
+            "export the adapter again"
+        )
+    return settings
+
+
+def _nothing_fits(
+    label: str, shapes: Mapping[str, Shape], text_encoder: Sequence[str]
+) -> CheckpointError:
+    if not is_adapter(shapes):
+        return CheckpointError(
+            f'{label} is not an adapter: it has no LoRA tensors (its first is "{min(shapes)}")'
+            if shapes
+            else f"{label} has no tensors"
+        )
+    if len(text_encoder) == len(shapes):
+        return CheckpointError(
+            f"{label} changes the text encoder alone, and adapters are applied to the transformer"
+        )
+    return CheckpointError(
+        f"{label} does not fit this model: it is {describe_adapter(shapes)}; "
+        "use it with the model that it was trained for"
+    )
+
+
+def _of_array(label: str, name: str, array: Any) -> Load:
+    def load() -> Matrix:
+        plain = array.detach().cpu().float().numpy() if hasattr(array, "detach") else array
+        result: Matrix = np.ascontiguousarray(plain, np.float32)
+        return result
+
+    if not hasattr(array, "shape"):
+        raise CheckpointError(f'{label} has "{name}", which is no tensor')
+    return load
+
+
+def _of_file(label: str, tensor: SourceTensor) -> Load:
+    if tensor.dtype != "BF16" and tensor.dtype not in _FLOATS:
+
+        def refuse() -> Matrix:
+            raise CheckpointError(
+                f'{label}: tensor "{tensor.name}" has dtype {tensor.dtype}, and adapters are read '
+                "in F64, F32, BF16 and F16"
+            )
+
+        return refuse
+
+    def load() -> Matrix:
+        with TensorReader() as reader:
+            data = reader.read(tensor)
+        if tensor.dtype == "BF16":
+            wide = data.view(np.uint16).astype(np.uint32) << 16
+            return wide.view(np.float32).reshape(tensor.shape)
+        result: Matrix = data.view(_FLOATS[tensor.dtype]).astype(np.float32).reshape(tensor.shape)
+        return result
+
+    return load

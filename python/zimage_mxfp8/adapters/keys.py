@@ -1,0 +1,119 @@
+"""The names of tensors in adapter files: what trainers put before and after a module's name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal[
+    # LoRA
+    "down",
+    "up",
+    "up_bias",
+    "mid",
+    "alpha",
+    "magnitude",
+    # LoHa
+    "hada_w1_a",
+    "hada_w1_b",
+    "hada_w2_a",
+    "hada_w2_b",
+    # LoKr
+    "lokr_w1",
+    "lokr_w1_a",
+    "lokr_w1_b",
+    "lokr_w2",
+    "lokr_w2_a",
+    "lokr_w2_b",
+    # Whole differences
+    "diff",
+    "diff_bias",
+    # Known, and refused by name
+    "unsupported",
+]
+
+# Dotted ones before names of modules, and those where every dot is an underscore.
+_PREFIXES = (
+    "base_model.model.transformer.",
+    "base_model.model.",
+    "transformer.diffusion_model.",
+    "transformer.",
+    "diffusion_model.",
+    "lora_unet__",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+)
+_TEXT_ENCODER = re.compile(r"^(?:base_model\.model\.)?(?:lora_te\d?_|text_encoders?[._])")
+
+_NAME = r"(?:\.[A-Za-z0-9_-]+)?"  # of PEFT's adapter
+_PATTERNS: dict[Role, str] = {
+    "up_bias": rf"\.lora_B{_NAME}\.bias",
+    "down": rf"[._]lora(?:_A{_NAME}|_down|\.down|_linear_layer\.down)(?:\.weight)?",
+    "up": rf"[._]lora(?:_B{_NAME}|_up|\.up|_linear_layer\.up)(?:\.weight)?",
+    "mid": r"\.lora_mid\.weight",
+    "alpha": r"\.alpha",
+    "magnitude": rf"\.(?:dora_scale|lora_magnitude_vector{_NAME}(?:\.weight)?|magnitude)",
+    "hada_w1_a": r"\.hada_w1_a",
+    "hada_w1_b": r"\.hada_w1_b",
+    "hada_w2_a": r"\.hada_w2_a",
+    "hada_w2_b": r"\.hada_w2_b",
+    "lokr_w1_a": r"\.lokr_w1_a",
+    "lokr_w1_b": r"\.lokr_w1_b",
+    "lokr_w2_a": r"\.lokr_w2_a",
+    "lokr_w2_b": r"\.lokr_w2_b",
+    "lokr_w1": r"\.lokr_w1",
+    "lokr_w2": r"\.lokr_w2",
+    "diff_bias": r"\.(?:diff_b|b_norm)",
+    "diff": r"\.(?:diff|w_norm)",
+    "unsupported": (
+        r"\.(?:oft_\w+(?:\.\w+)?|rescale|[ab][12](?:\.weight)?|hada_t[12]|lokr_t2|set_weight"
+        r"|reshape_weight|use_\w+_flag|dora_layer\.weight)"
+    ),
+}
+_SUFFIXES = {role: re.compile(f"(?:{pattern})$") for role, pattern in _PATTERNS.items()}
+_UNSUPPORTED_TYPES = (
+    ("OFT", re.compile(r"oft_|\.rescale$")),
+    ("GLoRA", re.compile(r"\.[ab][12](?:\.weight)?$")),
+    ("a Tucker decomposition", re.compile(r"lora_mid|hada_t|lokr_t2")),
+    ("a replacement of the weight", re.compile(r"set_weight|reshape_weight")),
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One tensor's name, taken apart.
+
+    Attributes:
+        name: as the file has it.
+        prefix: what stands before the module.
+        module: the module's name as the file spells it.
+        role: what the tensor is of the module's adapter.
+    """
+
+    name: str
+    prefix: str
+    module: str
+    role: Role
+
+
+def split_key(name: str) -> Key | None:
+    """Take a name apart; None for one that no adapter has."""
+    for role, pattern in _SUFFIXES.items():
+        match = pattern.search(name)
+        if match and match.start() > 0:
+            module = name[: match.start()]
+            prefix = next((x for x in _PREFIXES if module.startswith(x)), "")
+            return Key(name, prefix, module[len(prefix) :], role)
+    return None
+
+
+def is_text_encoder_key(name: str) -> bool:
+    """Whether a name belongs to an adapter of the text encoder."""
+    return _TEXT_ENCODER.search(name) is not None
+
+
+def unsupported_type(name: str) -> str | None:
+    """Return what kind of adapter a tensor is of that is recognised and not supported."""
+    return next((title for title, p in _UNSUPPORTED_TYPES if p.search(name)), None)

@@ -1,0 +1,68 @@
+"""The modules that an adapter can name, in every spelling, from the table of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..zimage.layers import ZIMAGE
+from ..zimage.table import LayerTable
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an adapter changes.
+
+    Attributes:
+        layer: the layer's name in ComfyUI's layout, without ".weight".
+        part: for a layer that diffusers splits along the rows, such as "qkv": which part.
+        parts: into how many it splits.
+    """
+
+    layer: str
+    part: int = 0
+    parts: int = 1
+
+    def rows(self, total: int) -> slice:
+        """Return the rows of a layer of `total` rows that this is."""
+        size = total // self.parts
+        return slice(self.part * size, (self.part + 1) * size)
+
+
+class Targets:
+    """Modules by their names: dotted or with underscores, in both layouts.
+
+    A name without the ".0" of a layer that is the first of a sequence is taken too, as trainers
+    write it.
+    """
+
+    def __init__(self, counts: Mapping[str, int], table: LayerTable = ZIMAGE) -> None:
+        """Take the number of blocks by the stacks' `count` (see `LayerTable.count_blocks`)."""
+        self._dotted: dict[str, Target] = {}
+        for name, target in _modules(counts, table):
+            self._dotted.setdefault(name, target)
+            if name.endswith(".0"):
+                self._dotted.setdefault(name.removesuffix(".0"), target)
+        self._underscored = {name.replace(".", "_"): x for name, x in self._dotted.items()}
+
+    def find(self, module: str) -> Target | None:
+        """Return what a module's name means; None for one that the model does not have."""
+        return self._dotted.get(module) or self._underscored.get(module)
+
+
+def _modules(counts: Mapping[str, int], table: LayerTable) -> Iterator[tuple[str, Target]]:
+    for stack in table.stacks:
+        for i in range(counts[stack.count]):
+            for layer in table.layers_of(stack):
+                name = f"{stack.name}.{i}.{layer.name}"
+                yield name, Target(name)
+                for part, theirs in enumerate(layer.diffusers):
+                    target = Target(name, part, len(layer.diffusers))
+                    yield f"{stack.name}.{i}.{theirs}", target
+    for layer in table.outside:
+        if layer.kind == "token":
+            continue
+        yield layer.name, Target(layer.name)
+        for theirs, ours in table.diffusers_modules:
+            if layer.name == ours or layer.name.startswith(f"{ours}."):
+                yield theirs + layer.name[len(ours) :], Target(layer.name)

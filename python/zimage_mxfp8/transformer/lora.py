@@ -1,0 +1,296 @@
+"""Adapters of a transformer: loading them onto its layers, setting their weights, taking them off.
+
+The quantised weights stay as they are. Each layer computes the adapters' narrow GEMMs in addition
+to its own, so nothing is quantised twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checks
+from ..adapters.branches import Branch, Dense, Matrix
+from ..adapters.files import AdapterFile, Module, open_adapter
+from ..errors import CheckpointError, CudaError, UsageError
+from ..zimage.rows import Shape
+from .linear import Linear
+from .low_rank import Addend, LowRankAdapter, dora_norms
+from .places import LinearPlace
+
+Weight = float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter that is loaded.
+
+    Attributes:
+        name: what `set_lora` and `unload_lora` call it.
+        label: the file that it came from.
+        weight: how much of it counts; by part of the blocks' names if it is a mapping, and 1 for
+            layers that no part fits, as in diffusers.
+        layers: the number of layers that it changes.
+        kinds: how many of each kind: "LoRA", "LoHa", "LoKr", "DoRA", "difference".
+        dense: names of modules that are added as whole matrices, because their rank is high.
+        unmatched: names of tensors that belong to nothing in this model.
+        text_encoder: names of tensors for the text encoder, which are not applied.
+        redundant: modules that the file has under another name too, which count once.
+        nbytes: bytes of its tensors on the device.
+    """
+
+    name: str
+    label: str
+    weight: Weight
+    layers: int
+    kinds: Mapping[str, int]
+    dense: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    text_encoder: tuple[str, ...] = ()
+    redundant: tuple[str, ...] = ()
+    nbytes: int = 0
+    _addends: tuple[tuple[Linear, Addend], ...] = field(default=(), repr=False)
+    _norms: tuple[tuple[str, torch.Tensor], ...] = field(default=(), repr=False)
+
+    def weight_of(self, layer: str) -> float:
+        """Return the weight for a layer."""
+        if not isinstance(self.weight, Mapping):
+            return self.weight
+        return next((value for part, value in self.weight.items() if part in layer), 1.0)
+
+
+class LoraSet:
+    """The adapters of one transformer."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        linears: Callable[[], Mapping[str, LinearPlace]],
+        norms: Callable[[], Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Take what adapters can change.
+
+        Args:
+            shapes: of the model's tensors by name in ComfyUI's layout.
+            linears: returns the places of layers with a matrix, by name.
+            norms: returns the vectors of norms, by the layer's name.
+        """
+        self._shapes, self._linears, self._norms = shapes, linears, norms
+        self._loaded: dict[str, Lora] = {}
+        self._off: set[str] = set()
+        self._originals: dict[str, torch.Tensor] = {}  # norms that adapters change
+        self._scale = 1.0
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def __iter__(self) -> Iterator[Lora]:
+        return iter(self._loaded.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaded
+
+    def load(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        name: str | None,
+        weight: Weight,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Lora:
+        """Load an adapter; nothing changes if it fails (see `ZImageTransformer.load_lora`)."""
+        name = self._new_name(name)
+        weight = check_weight("weight", weight)
+        file = open_adapter(source, self._shapes, metadata)
+        lora = self._read(file, name, weight)
+        self._loaded[name] = lora
+        try:
+            self._attach(lora)
+        except BaseException:
+            self.unload(name)
+            raise
+        return lora
+
+    def set(self, weights: Mapping[str, Weight]) -> None:
+        """Set weights; adapters that are not named are switched off."""
+        for name, weight in weights.items():
+            self._known(name)
+            check_weight(f'weights["{name}"]', weight)
+        self._off = set(self._loaded) - set(weights)
+        for name, weight in weights.items():
+            self._loaded[name] = replace(self._loaded[name], weight=weight)
+        self._write_weights()
+
+    def unload(self, name: str) -> None:
+        """Take an adapter off."""
+        lora = self._loaded.pop(self._known(name))
+        self._off.discard(name)
+        self._attach(lora)
+
+    @contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """Multiply all weights by a number for a while."""
+        if scale == 1.0 or not self._loaded:
+            yield
+            return
+        self._scale = scale
+        self._write_weights()
+        try:
+            yield
+        finally:
+            self._scale = 1.0
+            self._write_weights()
+
+    def rebuild(self) -> None:
+        """Make the branches anew, after the model changed its device or dtype."""
+        for lora in self:
+            self._attach(lora)
+
+    def _new_name(self, name: str | None) -> str:
+        if name is None:
+            return next(x for i in itertools.count() if (x := f"lora{i}") not in self._loaded)
+        checks.text("name", name)
+        if name in self._loaded:
+            raise UsageError("name", f'"{name}" is taken by another adapter', "choose another")
+        return name
+
+    def _known(self, name: str) -> str:
+        if name not in self._loaded:
+            there = ", ".join(f'"{x}"' for x in self._loaded) or "none"
+            raise UsageError("name", f'"{name}" is no adapter that is loaded ({there})')
+        return name
+
+    def _read(self, file: AdapterFile, name: str, weight: Weight) -> Lora:
+        places = self._linears()
+        norms = self._norms()
+        addends: list[tuple[Linear, Addend]] = []
+        vectors: list[tuple[str, torch.Tensor]] = []
+        kinds: Counter[str] = Counter()
+        dense = []
+        try:
+            for module, branch in file.branches():
+                kinds[branch.kind] += 1
+                layer = module.target.layer
+                if layer in norms:
+                    assert isinstance(branch.matrix, Dense)
+                    vectors.append((layer, torch.from_numpy(branch.matrix.delta)))
+                    continue
+                place = places[layer]
+                addend = _addend(name, module, branch, place)
+                addends.append((place.linear, addend))
+                if addend.down is None and addend.up is not None:
+                    dense.append(module.name)
+        except torch.OutOfMemoryError:
+            raise CudaError(
+                f"{file.label} does not fit into the device's memory; it was not loaded"
+            ) from None
+        nbytes = sum(x.nbytes for _, a in addends for x in (a.down, a.up, a.bias) if x is not None)
+        return Lora(
+            name=name,
+            label=file.label,
+            weight=weight,
+            layers=len(file.modules),
+            kinds=dict(kinds),
+            dense=tuple(dense),
+            unmatched=file.unmatched,
+            text_encoder=file.text_encoder,
+            redundant=file.redundant,
+            nbytes=nbytes,
+            _addends=tuple(addends),
+            _norms=tuple(vectors),
+        )
+
+    def _attach(self, changed: Lora) -> None:
+        """Give the layers of an adapter their branch anew, from the adapters that are loaded."""
+        of_linear: dict[int, list[Addend]] = defaultdict(list)
+        for lora in self:
+            for linear, addend in lora._addends:
+                of_linear[id(linear)].append(addend)
+        for linear in {id(linear): linear for linear, _ in changed._addends}.values():
+            addends = of_linear[id(linear)]
+            linear.adapter = _branch(linear, addends) if addends else None
+        self._write_weights()
+
+    def _write_weights(self) -> None:
+        seen: dict[int, Linear] = {}
+        for lora in self:
+            seen |= {id(linear): linear for linear, _ in lora._addends}
+        for linear in seen.values():
+            assert isinstance(linear.adapter, LowRankAdapter)
+            linear.adapter.set_weights(self._weight)
+        self._write_norms()
+
+    def _weight(self, name: str, layer: str) -> float | None:
+        if name in self._off:
+            return None
+        return self._scale * self._loaded[name].weight_of(layer)
+
+    def _write_norms(self) -> None:
+        changes: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+        for lora in self:
+            for layer, delta in lora._norms:
+                changes[layer].append((lora.name, delta))
+        norms = self._norms()
+        for layer in {*changes, *self._originals}:
+            original = self._originals.setdefault(layer, norms[layer].clone().cpu())
+            total = original.float()
+            for name, delta in changes[layer]:
+                total = total + (self._weight(name, layer) or 0.0) * delta
+            norms[layer].copy_(total)
+            if not changes[layer]:
+                del self._originals[layer]
+
+
+def check_weight(argument: str, weight: Any) -> Weight:
+    """Return a weight, or weights by part of a block's name.
+
+    Raises:
+        UsageError: not a finite number, or a mapping of other things.
+    """
+    if isinstance(weight, Mapping):
+        for part, value in weight.items():
+            checks.text(argument, part)
+            checks.finite_number(f'{argument}["{part}"]', value)
+        return dict(weight)
+    return checks.finite_number(argument, weight)
+
+
+def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Addend:
+    """Return a module's branch as tensors in host memory, in the layer's dtype."""
+    layer, matrix, dtype = module.target.layer, branch.matrix, place.linear.dtype
+    rows = place.slice(module.target.rows(place.rows))
+
+    def tensor(array: Matrix) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+
+    bias = None if branch.bias is None else tensor(branch.bias)
+    if matrix is None:
+        return Addend(name, layer, rows, None, None, bias)
+    low = matrix.low_rank()
+    if low is None:
+        return Addend(name, layer, rows, None, tensor(matrix.dense()), bias)
+    down, up = tensor(low.down), tensor(low.up)
+    if branch.magnitude is None:
+        return Addend(name, layer, rows, down, up, bias)
+    if branch.magnitude.shape[1] != 1:
+        raise CheckpointError(
+            f'the adapter of "{module.name}" is DoRA with a magnitude per column, which works '
+            "merged into the weights alone; merge it into the checkpoint"
+        )
+    weight = place.linear.decode()[rows, : low.shape[1]]
+    magnitude = torch.from_numpy(branch.magnitude[:, 0].copy())
+    norms = dora_norms(weight, down.to(weight), up.to(weight), magnitude).cpu()
+    return Addend(name, layer, rows, down, up, bias, norms)
+
+
+def _branch(linear: Linear, addends: list[Addend]) -> LowRankAdapter:
+    own = next(itertools.chain(linear.parameters(False), linear.buffers(False)))
+    like = torch.empty(0, dtype=linear.dtype, device=own.device)
+    return LowRankAdapter(addends, getattr(linear, "bias", None), like)

@@ -1,0 +1,210 @@
+"""The branch of a linear layer that all adapters share: narrow GEMMs, dense ones, row factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .adapter import Adapter
+from .ops import PLAIN, Activation
+
+
+@dataclass(frozen=True, eq=False)
+class Addend:
+    """What one adapter adds to some rows of a layer at weight 1.
+
+    Attributes:
+        adapter: its name.
+        layer: the layer in ComfyUI's layout, for weights by block.
+        rows: of the layer as it is loaded, which may stack several.
+        down: [rank, K], or None if `up` is dense.
+        up: [rows, rank], or a dense [rows, K]; None for a change of the bias alone.
+        bias: [rows], or None.
+        norms: of DoRA, float32 [4, rows] from `dora_norms`; None otherwise.
+    """
+
+    adapter: str
+    layer: str
+    rows: slice
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    norms: torch.Tensor | None = None
+
+
+class LowRankAdapter(Adapter):
+    """Adds the addends of all loaded adapters to a linear layer's result.
+
+    An addend with weight w adds w (x down^T) up^T. The `down` of all addends are stacked into one
+    GEMM, and the `up` of the same rows into another. With a magnitude m per row, W x becomes
+    f (W + w dW) x where f = m / |W + w dW|, as PEFT computes DoRA; several such changes of the same
+    rows add up. Weights are in buffers, so CUDA graphs see new ones.
+    """
+
+    down: torch.Tensor
+    weights: torch.Tensor
+    active: torch.Tensor
+    scales: torch.Tensor
+    base_bias: torch.Tensor | None
+    _members: torch.Tensor
+
+    def __init__(
+        self, addends: Sequence[Addend], base_bias: torch.Tensor | None, like: torch.Tensor
+    ) -> None:
+        """Take the addends of a layer.
+
+        Args:
+            addends: of all adapters.
+            base_bias: the layer's bias [N], if it has one.
+            like: has the model's device and dtype.
+        """
+        super().__init__()
+        self.addends = tuple((x.adapter, x.layer) for x in addends)
+        self._groups: list[_Group] = []
+        self._dense: list[tuple[str, slice, int]] = []
+        self._biases: list[tuple[str, slice, int]] = []
+        downs: list[torch.Tensor] = []
+        members: list[int] = []
+        for group in _same_rows(addends):
+            begin = len(members)
+            for i in group:
+                down = addends[i].down
+                assert down is not None
+                downs.append(down.to(like))
+                members += [i] * len(down)
+            columns, first = slice(begin, len(members)), addends[group[0]]
+            number = len(self._groups)
+            self._groups.append(
+                _Group(number, first.rows, columns, group[0], first.norms is not None)
+            )
+            ups = [up for i in group if (up := addends[i].up) is not None]
+            self.register_buffer(f"up{number}", torch.cat(ups, 1).to(like))
+            if first.norms is not None:
+                self.register_buffer(f"norms{number}", first.norms.to(like.device))
+        if downs:
+            self.register_buffer("down", torch.cat(downs))
+        for i, x in enumerate(addends):
+            if x.down is None and x.up is not None:
+                self.register_buffer(f"dense{i}", x.up.to(like))
+                self._dense.append((f"dense{i}", x.rows, i))
+            if x.bias is not None:
+                self.register_buffer(f"bias{i}", x.bias.to(like))
+                self._biases.append((f"bias{i}", x.rows, i))
+        dora = any(group.is_dora for group in self._groups)
+        self.register_buffer("base_bias", base_bias if dora else None)
+        device = like.device
+        # Per addend, and per column of the stack. In float32: 0.7 is not a bfloat16.
+        self.register_buffer("weights", torch.zeros(len(addends), device=device))
+        self.register_buffer("active", torch.zeros(len(addends), device=device))
+        self.register_buffer("scales", torch.zeros(len(members), device=device))
+        self.register_buffer("_members", torch.tensor(members, dtype=torch.int64, device=device))
+
+    def set_weights(self, weight_of: Callable[[str, str], float | None]) -> None:
+        """Set the weight of each addend from the names of its adapter and layer; None for off.
+
+        A magnitude with weight 0 still rescales rows, and one that is off does not.
+        """
+        given = [weight_of(*each) for each in self.addends]
+        values = torch.tensor([[w or 0.0 for w in given], [w is not None for w in given]])
+        weights, active = values.to(self.weights.device, non_blocking=True)
+        self.weights.copy_(weights)
+        self.active.copy_(active)
+        self.scales.copy_(self.weights[self._members])
+
+    def forward(self, activation: Activation, result: torch.Tensor) -> torch.Tensor:
+        """Add the addends (see the class)."""
+        x = activation[PLAIN]
+        factors = {group.number: self._factor(group) for group in self._groups if group.is_dora}
+        if factors:
+            self._rescale(result, factors)
+        if self._groups:
+            narrow = F.linear(x, self.down).mul_(self.scales)
+        for group in self._groups:
+            up = getattr(self, f"up{group.number}")
+            part, target = narrow[..., group.columns], result[..., group.rows]
+            if group.is_dora:
+                target += F.linear(part, up) * factors[group.number].to(x.dtype)
+            else:
+                _add_gemm(target, part, up)
+        for name, rows, i in self._dense:
+            _add_gemm(result[..., rows], x * self.weights[i].to(x.dtype), getattr(self, name))
+        for name, rows, i in self._biases:
+            result[..., rows] += self.weights[i].to(x.dtype) * getattr(self, name)
+        return result
+
+    def _factor(self, group: _Group) -> torch.Tensor:
+        """Return m / |W + w dW| per row; 1 if the addend is off."""
+        square, cross, change, magnitude = getattr(self, f"norms{group.number}")
+        w, active = self.weights[group.addend], self.active[group.addend]
+        factor = magnitude * torch.rsqrt(square + w * (cross + w * change))
+        result: torch.Tensor = 1 + active * (factor - 1)
+        return result
+
+    def _rescale(self, result: torch.Tensor, factors: Mapping[int, torch.Tensor]) -> None:
+        gain = torch.ones(result.shape[-1], device=result.device)
+        for group in self._groups:
+            if group.is_dora:
+                gain[group.rows] += factors[group.number] - 1
+        if self.base_bias is not None:
+            result -= self.base_bias
+        result *= gain
+        if self.base_bias is not None:
+            result += self.base_bias
+
+    def workspace_nbytes(self, tokens: int) -> int:
+        """Bytes that `forward` takes on a CUDA device in addition to its arguments."""
+        item = self.down.itemsize if self._groups else 2
+        nbytes = tokens * len(self.scales) * item
+        widths = [0, *(len(getattr(self, f"up{x.number}")) for x in self._groups if x.is_dora)]
+        widths += [getattr(self, name).shape[1] for name, _, _ in self._dense]
+        return nbytes + 2 * tokens * max(widths) * item
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Addends of the same rows, of which `addend` is the first; alone if with a magnitude."""
+
+    number: int
+    rows: slice
+    columns: slice
+    addend: int
+    is_dora: bool
+
+
+def _same_rows(addends: Sequence[Addend]) -> list[list[int]]:
+    groups: dict[Hashable, list[int]] = {}
+    for i, x in enumerate(addends):
+        if x.down is not None:
+            key = x.rows.start, x.rows.stop, None if x.norms is None else i
+            groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def dora_norms(
+    weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, magnitude: torch.Tensor
+) -> torch.Tensor:
+    """Return what gives m / |W + w dW| for any w.
+
+    Args:
+        weight: W, float32 [rows, K].
+        down: [rank, K].
+        up: [rows, rank]; dW is up @ down.
+        magnitude: m, [rows].
+
+    Returns:
+        Per row |W|^2, 2 W.dW, |dW|^2 and m, float32 [4, rows].
+    """
+    delta = up.float() @ down.float()
+    sums = [weight.square().sum(1), 2 * (weight * delta).sum(1), delta.square().sum(1)]
+    return torch.stack([*sums, magnitude.to(weight)])
+
+
+def _add_gemm(target: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add x weight^T to `target`, in one rounding if there are rows."""
+    if target.dim() == 2:
+        target.addmm_(x, weight.T)
+    else:
+        target += F.linear(x, weight)

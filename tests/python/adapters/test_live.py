@@ -1,0 +1,344 @@
+"""Adapters on a transformer: its output against diffusers' with the dense change, in float32."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import zimage_mxfp8 as zm
+from helpers import adapter_files as af
+from helpers.diffusers_reference import (
+    load_reference,
+    make_reference,
+    random_inputs,
+    relative_error,
+)
+
+FLOAT32 = 1e-5
+INPUTS = random_inputs([(8, 12), (4, 4)], [20, 3])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "transformer"
+    make_reference(dim=256).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(folder: Path) -> Path:
+    zm.convert(folder, folder.parent / "quantized.safetensors")
+    return folder.parent / "quantized.safetensors"
+
+
+@pytest.fixture(scope="module")
+def reference(quantized: Path):
+    """Diffusers' model with the weights that the MXFP8 file stands for."""
+    zm.dequantize_checkpoint(quantized, quantized.parent / "plain.safetensors")
+    model = make_reference(dim=256)
+    load_reference(model, quantized.parent / "plain.safetensors")
+    return model
+
+
+def load(path: Path, compute: str = "weight-only") -> zm.ZImageTransformer:
+    return zm.ZImageTransformer.from_checkpoint(path, "cpu", compute, torch.float32)
+
+
+def changed(reference, *changes: tuple[float, af.Deltas]):
+    """Diffusers' model with dense changes, each at a weight."""
+    model = copy.deepcopy(reference)
+    modules = dict(model.named_modules())
+    for weight, deltas in changes:
+        for name, delta in deltas.items():
+            parameter = modules[name].weight
+            parameter.data = (parameter.double() + weight * delta).float()
+    return model(*INPUTS, return_dict=False)[0]
+
+
+def dialects(model) -> dict[str, af.Written]:
+    every = af.modules_of(model)
+    blocks = {name: layer for name, layer in every.items() if "adaLN" not in name}
+    blocks = {name: layer for name, layer in blocks.items() if "layers" in name or "ref" in name}
+    attention = {name: layer for name, layer in blocks.items() if "attention" in name}
+    half = lambda stem: stem  # noqa: E731
+    a, down = ".lora_A.weight", ".lora_down.weight"
+    b, up = ".lora_B.weight", ".lora_up.weight"
+    return {
+        "diffusers": af.write_pairs(every, af.dotted("transformer."), a, b),
+        "diffusers, header": af.write_peft(model, 6.0, False),
+        "diffusers, rsLoRA": af.write_peft(model, 6.0, True),
+        "ai-toolkit": af.write_pairs(every, af.dotted("diffusion_model."), a, b),
+        "musubi": af.write_pairs(blocks, af.underscored("lora_unet_"), down, up, 1.0),
+        "musubi, every layer": af.write_pairs(every, af.underscored("lora_unet_"), down, up, 3.0),
+        "VideoX-Fun": af.write_pairs(blocks, af.underscored("lora_unet__"), down, up, 4.0),
+        "DiffSynth": af.write_pairs(
+            blocks, half, ".lora_A.default.weight", ".lora_B.default.weight"
+        ),
+        "OneTrainer, legacy": af.write_pairs(blocks, af.dotted("transformer."), down, up, 2.0),
+        "OneTrainer, original": af.write_pairs(blocks, half, a, b, 2.0),
+        "PEFT": af.write_pairs(blocks, af.dotted("base_model.model."), a, b),
+        "PEFT of a pipeline": af.write_pairs(
+            blocks, af.dotted("base_model.model.transformer."), a, b
+        ),
+        "old diffusers": af.write_pairs(
+            attention, af.dotted("transformer."), ".lora.down.weight", ".lora.up.weight"
+        ),
+        "old diffusers, linear layer": af.write_pairs(
+            attention,
+            af.dotted("transformer."),
+            ".lora_linear_layer.down.weight",
+            ".lora_linear_layer.up.weight",
+        ),
+        "underscore before lora": af.write_pairs(
+            attention, half, "_lora.down.weight", "_lora.up.weight"
+        ),
+        "no .weight": af.write_pairs(attention, half, ".lora_A", ".lora_B"),
+        "lora_transformer": af.write_pairs(
+            blocks, af.underscored("lora_transformer_"), down, up, 4.0
+        ),
+        "lycoris": af.write_pairs(blocks, af.underscored("lycoris_"), down, up, 4.0),
+        "two prefixes": af.write_pairs(blocks, af.dotted("transformer.diffusion_model."), a, b),
+        "ComfyUI, fused": af.write_fused_qkv(model, af.dotted("diffusion_model."), a, b),
+        "kohya, fused": af.write_fused_qkv(model, af.underscored("lora_unet_"), down, up),
+        "native names": af.write_pairs(
+            {
+                n: x
+                for n, x in every.items()
+                if ".to_q" not in n and ".to_k" not in n and ".to_v" not in n
+            },
+            lambda module: f"diffusion_model.{af.native(module)}",
+            a,
+            b,
+        ),
+        "LoHa": af.write_loha(attention, "lora_unet_", 2, 1.0),
+        "LoHa of high rank": af.write_loha(attention, "lora_unet_", 12, 6.0),
+        "LoKr, whole": af.write_lokr(
+            attention, af.dotted("diffusion_model."), "none", float("inf")
+        ),
+        "LoKr, split": af.write_lokr(attention, af.underscored("lycoris_"), "second", 1.0),
+        "LoKr, both split": af.write_lokr(attention, af.dotted("transformer."), "both", 1.0),
+        "DoRA, PEFT": af.write_dora(model, af.dotted("transformer."), ".lora_magnitude_vector"),
+        "DoRA, PEFT's weight": af.write_dora(
+            model, af.dotted("transformer."), ".lora_magnitude_vector.weight"
+        ),
+        "DoRA, OneTrainer": af.write_dora(model, af.dotted("transformer."), ".dora_scale"),
+        "DoRA, ai-toolkit": af.write_dora(model, af.dotted("diffusion_model."), ".magnitude"),
+    }
+
+
+NAMES = list(dialects(make_reference(dim=256)))
+
+
+@pytest.mark.parametrize("dialect", NAMES)
+def test_a_dialect_is_its_dense_change(
+    dialect: str, quantized: Path, reference, tmp_path: Path
+) -> None:
+    written = dialects(reference)[dialect]
+    file = tmp_path / "adapter.safetensors"
+    save_file(written.tensors, file, written.metadata)
+    model = load(quantized)
+    before = model(*INPUTS).sample
+    lora = model.load_lora(file)
+    assert lora.unmatched == ()
+    assert lora.layers > 0
+    after = model(*INPUTS).sample
+    want = changed(reference, (1.0, written.deltas))
+    assert relative_error(before, want) > 20 * FLOAT32  # the change is seen
+    assert relative_error(after, want) < FLOAT32
+    model.unload_lora(lora.name)
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+MODES = ["weight-only", "fp8", "mxfp8-emulated"]
+
+
+def some_adapters(reference) -> list[af.Written]:
+    """Three that share layers: split and fused qkv, and DoRA."""
+    every = af.modules_of(reference)
+    return [
+        af.write_pairs(every, af.dotted("transformer."), ".lora_A.weight", ".lora_B.weight"),
+        af.write_fused_qkv(
+            reference, af.underscored("lora_unet_"), ".lora_down.weight", ".lora_up.weight"
+        ),
+        af.write_lokr(
+            {n: x for n, x in every.items() if "attention" in n}, af.dotted(""), "none", 1.0
+        ),
+    ]
+
+
+def test_adapters_stack_and_weights_change_at_any_time(quantized: Path, reference) -> None:
+    written = some_adapters(reference)
+    model = load(quantized)
+    before = model(*INPUTS).sample
+    for i, each in enumerate(written):
+        model.load_lora(each.tensors, f"number {i}", 0.5)
+    weights = {"number 0": 0.5, "number 1": 0.5, "number 2": 0.5}
+    for change in ({}, {"number 0": -0.7}, {"number 1": 2.0}, {"number 2": 0.0}):
+        weights |= change
+        model.set_lora(weights)
+        want = changed(
+            reference, *((weights[f"number {i}"], x.deltas) for i, x in enumerate(written))
+        )
+        assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+    model.set_lora({"number 1": 1.0})
+    want = changed(reference, (1.0, written[1].deltas))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+    model.unload_lora("number 1")
+    model.set_lora({"number 0": 1.0})
+    want = changed(reference, (1.0, written[0].deltas))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+    model.set_lora({})
+    assert relative_error(model(*INPUTS).sample, before) < 1e-6
+    for name in list(model.loras):
+        model.unload_lora(name)
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+@pytest.mark.parametrize("compute", MODES)
+def test_every_mode_takes_adapters(compute: str, quantized: Path, reference) -> None:
+    """Encoded activations are those without the adapter, so ties of E4M3 can differ."""
+    written = some_adapters(reference)[0]
+    model = load(quantized, compute)
+    before = model(*INPUTS).sample
+    model.load_lora(written.tensors)
+    plain = load(quantized)
+    exact_before = plain(*INPUTS).sample
+    plain.load_lora(written.tensors)
+    error = relative_error(before, exact_before)
+    effect = relative_error(exact_before, plain(*INPUTS).sample)
+    assert relative_error(model(*INPUTS).sample, plain(*INPUTS).sample) < 1.3 * error + 1e-6
+    assert effect > 0.05
+
+
+def test_plain_checkpoints_take_adapters(folder: Path) -> None:
+    reference = make_reference(dim=256)
+    written = some_adapters(reference)[0]
+    model = load(folder)
+    model.load_lora(written.tensors, weight=0.25)
+    want = changed(reference, (0.25, written.deltas))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+
+
+def test_weights_by_block(quantized: Path, reference) -> None:
+    written = some_adapters(reference)[0]
+    model = load(quantized)
+    model.load_lora(written.tensors, weight={"layers.0.": 0.25, "refiner": 0.0})
+    scaled = {
+        name: delta * (0.25 if "layers.0." in name else 0.0 if "refiner" in name else 1.0)
+        for name, delta in written.deltas.items()
+    }
+    want = changed(reference, (1.0, scaled))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+
+
+@pytest.mark.parametrize("weight", [0.5, -1.0, 0.0])
+def test_dora_at_a_weight(weight: float, quantized: Path, reference) -> None:
+    """m (W + w dW) / |W + w dW|, as PEFT."""
+    written = af.write_dora(reference, af.dotted("transformer."), ".dora_scale")
+    model = load(quantized)
+    model.load_lora(written.tensors, "dora", weight)
+    deltas, modules = {}, dict(reference.named_modules())
+    for name in written.deltas:
+        stem = f"transformer.{name}"
+        a, b = (written.tensors[f"{stem}.lora_{x}.weight"].double() for x in "AB")
+        before = modules[name].weight.double()
+        after = before + weight * (b @ a)
+        magnitude = written.tensors[f"{stem}.dora_scale"].double()
+        deltas[name] = after * magnitude / after.norm(dim=1, keepdim=True) - before
+    want = changed(reference, (1.0, deltas))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+    model.set_lora({})
+    assert relative_error(model(*INPUTS).sample, reference(*INPUTS, return_dict=False)[0]) < FLOAT32
+
+
+def test_differences_of_weights_biases_and_norms(quantized: Path, reference) -> None:
+    names = {
+        "layers.0.feed_forward.w1": ".diff",
+        "noise_refiner.0.adaLN_modulation.0": ".diff",
+        "layers.1.attention.norm_q": ".diff",
+        "context_refiner.0.ffn_norm2": ".w_norm",
+        "cap_embedder.0": ".diff",
+    }
+    model, target = load(quantized), copy.deepcopy(reference)
+    modules, tensors = dict(target.named_modules()), {}
+    for i, (name, ending) in enumerate(names.items()):
+        weight = modules[name].weight
+        delta = af.random(*weight.shape, seed=i)
+        tensors[f"diffusion_model.{name}{ending}"] = delta
+        weight.data = weight + 0.5 * delta
+    for i, name in enumerate(("all_x_embedder.2-1", "layers.1.adaLN_modulation.0")):
+        delta = af.random(*modules[name].bias.shape, seed=i)
+        tensors[f"diffusion_model.{name}.diff_b"] = delta
+        modules[name].bias.data = modules[name].bias + 0.5 * delta
+    before = model(*INPUTS).sample
+    lora = model.load_lora(tensors, weight=0.5)
+    assert len(lora.dense) == 2
+    want = target(*INPUTS, return_dict=False)[0]
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+    model.unload_lora(lora.name)
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+def test_a_layer_in_two_spellings_counts_once(quantized: Path, reference) -> None:
+    modules = af.modules_of(reference, "to_out.0")
+    written = af.write_pairs(modules, af.dotted(""), ".lora_A.weight", ".lora_B.weight")
+    twice = written.tensors | {
+        name.replace("to_out.0", "out"): tensor for name, tensor in written.tensors.items()
+    }
+    fused = af.write_fused_qkv(reference, af.dotted(""), ".lora_A.weight", ".lora_B.weight")
+    split = af.write_pairs(
+        {n: x for k in "qkv" for n, x in af.modules_of(reference, f"to_{k}").items()},
+        af.dotted("transformer."),
+        ".lora_A.weight",
+        ".lora_B.weight",
+    )
+    twice |= {name: x for name, x in fused.tensors.items() if "qkv" in name} | split.tensors
+    model = load(quantized)
+    lora = model.load_lora(twice)
+    assert len(lora.redundant) == 2 * len(modules)
+    want = changed(reference, (1.0, written.deltas), (1.0, split.deltas))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+
+
+def test_one_file_may_mix_dialects(quantized: Path, reference) -> None:
+    modules = af.modules_of(reference, "feed_forward.w2")
+    first = af.write_pairs(modules, af.dotted("transformer."), ".lora_A.weight", ".lora_B.weight")
+    second = af.write_loha(af.modules_of(reference, "to_q"), "lora_unet_", 2, 1.0)
+    third = af.write_lokr(af.modules_of(reference, "to_v"), af.dotted(""), "second", 1.0)
+    model = load(quantized)
+    lora = model.load_lora(first.tensors | second.tensors | third.tensors)
+    assert lora.kinds == {"LoRA": len(modules), "LoHa": len(modules), "LoKr": len(modules)}
+    changes = ((1.0, each.deltas) for each in (first, second, third))
+    assert relative_error(model(*INPUTS).sample, changed(reference, *changes)) < FLOAT32
+
+
+def test_unknown_and_text_encoder_tensors_are_listed(quantized: Path, reference) -> None:
+    modules = af.modules_of(reference, "to_q")
+    written = af.write_pairs(modules, af.dotted("transformer."), ".lora_A.weight", ".lora_B.weight")
+    others = {
+        "transformer.layers.77.attention.to_q.lora_A.weight": torch.ones(4, 256),
+        "something.else": torch.ones(1),
+        "lora_te_layers_0_self_attn_q_proj.lora_down.weight": torch.ones(4, 96),
+    }
+    lora = load(quantized).load_lora(written.tensors | others)
+    assert set(lora.unmatched) == set(list(others)[:2])
+    assert lora.text_encoder == tuple(list(others)[2:])
+
+
+def test_an_adapter_survives_copies_and_other_dtypes(quantized: Path, reference) -> None:
+    written = some_adapters(reference)[0]
+    model = load(quantized)
+    model.load_lora(written.tensors, "a", 0.7)
+    want = model(*INPUTS).sample
+    twin = copy.deepcopy(model)
+    twin.set_lora({"a": 0.0})
+    assert relative_error(model(*INPUTS).sample, want) == 0
+    twin.set_lora({"a": 0.7})
+    assert relative_error(twin(*INPUTS).sample, want) == 0
+    there_and_back = model.to(torch.bfloat16)
+    assert relative_error(there_and_back(*INPUTS).sample, want) < 0.03
+    assert relative_error(model.to(torch.float32)(*INPUTS).sample, want) < 0.03
