@@ -56,6 +56,14 @@ class ForwardInputs:
             target.copy_(source, non_blocking=True)
 
 
+def lora_scale(others: dict[str, Any]) -> Any:
+    """Return the factor of adapters' weights among the arguments of diffusers' model."""
+    settings = others.get("joint_attention_kwargs") or {}
+    if not isinstance(settings, dict):
+        raise InvalidArgumentError("joint_attention_kwargs must be a dict or None")
+    return settings.get("scale", 1.0)
+
+
 def check_arguments(
     x: Sequence[torch.Tensor],
     t: torch.Tensor,

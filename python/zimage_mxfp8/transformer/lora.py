@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -68,13 +68,14 @@ class Lora:
 
 
 class LoraSet:
-    """The adapters of one transformer."""
+    """The adapters of one transformer, and which of them count."""
 
     def __init__(
         self,
         shapes: Mapping[str, Shape],
         linears: Callable[[], Mapping[str, LinearPlace]],
         norms: Callable[[], Mapping[str, torch.Tensor]],
+        changed: Callable[[], None],
     ) -> None:
         """Take what adapters can change.
 
@@ -82,11 +83,16 @@ class LoraSet:
             shapes: of the model's tensors by name in ComfyUI's layout.
             linears: returns the places of layers with a matrix, by name.
             norms: returns the vectors of norms, by the layer's name.
+            changed: called before layers get or lose a branch.
         """
         self._shapes, self._linears, self._norms = shapes, linears, norms
+        self._changed = changed
         self._loaded: dict[str, Lora] = {}
         self._off: set[str] = set()
+        self._fused: dict[str, float] = {}  # with the scale
+        self._parked: set[str] = set()  # on another device than the model
         self._originals: dict[str, torch.Tensor] = {}  # norms that adapters change
+        self._enabled = True
         self._scale = 1.0
 
     def __len__(self) -> int:
@@ -98,18 +104,27 @@ class LoraSet:
     def __contains__(self, name: object) -> bool:
         return name in self._loaded
 
+    @property
+    def active(self) -> list[str]:
+        """Names of the adapters that count."""
+        return [name for name in self._loaded if name not in self._off]
+
+    @property
+    def fused(self) -> list[str]:
+        """Names of the adapters that `fuse` fixed."""
+        return list(self._fused)
+
     def load(
         self,
         source: str | os.PathLike[str] | Mapping[str, Any],
-        name: str | None,
-        weight: Weight,
+        name: str | None = None,
+        weight: Weight = 1.0,
         metadata: Mapping[str, Any] | None = None,
     ) -> Lora:
         """Load an adapter; nothing changes if it fails (see `ZImageTransformer.load_lora`)."""
         name = self._new_name(name)
         weight = check_weight("weight", weight)
-        file = open_adapter(source, self._shapes, metadata)
-        lora = self._read(file, name, weight)
+        lora = self._read(open_adapter(source, self._shapes, metadata), name, weight)
         self._loaded[name] = lora
         try:
             self._attach(lora)
@@ -118,13 +133,29 @@ class LoraSet:
             raise
         return lora
 
+    def replace(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        name: str | None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Lora:
+        """Load an adapter in place of one, whose weight it takes over."""
+        if name is None:
+            raise UsageError("adapter_name", "is missing", "name the adapter to replace")
+        old = self._loaded[self._known(name)]
+        new = self._read(open_adapter(source, self._shapes, metadata), name, old.weight)
+        self._loaded[name] = new
+        self._attach(old, new)
+        return new
+
     def set(self, weights: Mapping[str, Weight]) -> None:
-        """Set weights; adapters that are not named are switched off."""
-        for name, weight in weights.items():
-            self._known(name)
-            check_weight(f'weights["{name}"]', weight)
-        self._off = set(self._loaded) - set(weights)
-        for name, weight in weights.items():
+        """Set weights; adapters that are not named are switched off, but for fused ones."""
+        checked = {
+            self._known(name): check_weight(f'weights["{name}"]', weight)
+            for name, weight in weights.items()
+        }
+        self._off = set(self._loaded) - set(checked) - set(self._fused)
+        for name, weight in checked.items():
             self._loaded[name] = replace(self._loaded[name], weight=weight)
         self._write_weights()
 
@@ -132,6 +163,34 @@ class LoraSet:
         """Take an adapter off."""
         lora = self._loaded.pop(self._known(name))
         self._off.discard(name)
+        self._parked.discard(name)
+        self._fused.pop(name, None)
+        self._attach(lora)
+
+    def enable(self, enabled: bool) -> None:
+        """Let adapters count, or none of them."""
+        self._enabled = enabled
+        self._write_weights()
+
+    def fuse(self, scale: float, names: Sequence[str] | None = None) -> None:
+        """Fix adapters, by default the active ones, at their weights times `scale`."""
+        scale = checks.finite_number("lora_scale", scale)
+        for name in self.active if names is None else names:
+            self._fused[self._known(name)] = scale
+        self._write_weights()
+
+    def unfuse(self) -> None:
+        """End what `fuse` did."""
+        self._fused.clear()
+        self._write_weights()
+
+    def place(self, name: str, device: torch.device) -> None:
+        """Keep an adapter with the model, or in host memory alone, where it does not count."""
+        lora = self._loaded[self._known(name)]
+        if all(_device(linear).type == device.type for linear, _ in lora._addends):
+            self._parked.discard(name)
+        else:
+            self._parked.add(name)
         self._attach(lora)
 
     @contextmanager
@@ -140,7 +199,7 @@ class LoraSet:
         if scale == 1.0 or not self._loaded:
             yield
             return
-        self._scale = scale
+        self._scale = checks.finite_number("scale", scale)
         self._write_weights()
         try:
             yield
@@ -150,8 +209,8 @@ class LoraSet:
 
     def rebuild(self) -> None:
         """Make the branches anew, after the model changed its device or dtype."""
-        for lora in self:
-            self._attach(lora)
+        if self._loaded:
+            self._attach(*self)
 
     def _new_name(self, name: str | None) -> str:
         if name is None:
@@ -207,30 +266,31 @@ class LoraSet:
             _norms=tuple(vectors),
         )
 
-    def _attach(self, changed: Lora) -> None:
-        """Give the layers of an adapter their branch anew, from the adapters that are loaded."""
+    def _attach(self, *changed: Lora) -> None:
+        """Give the layers of adapters their branch anew, from the adapters that are loaded."""
+        self._changed()
         of_linear: dict[int, list[Addend]] = defaultdict(list)
         for lora in self:
-            for linear, addend in lora._addends:
-                of_linear[id(linear)].append(addend)
-        for linear in {id(linear): linear for linear, _ in changed._addends}.values():
+            if lora.name not in self._parked:
+                for linear, addend in lora._addends:
+                    of_linear[id(linear)].append(addend)
+        for linear in _linears_of(changed):
             addends = of_linear[id(linear)]
             linear.adapter = _branch(linear, addends) if addends else None
         self._write_weights()
 
     def _write_weights(self) -> None:
-        seen: dict[int, Linear] = {}
-        for lora in self:
-            seen |= {id(linear): linear for linear, _ in lora._addends}
-        for linear in seen.values():
-            assert isinstance(linear.adapter, LowRankAdapter)
-            linear.adapter.set_weights(self._weight)
+        for linear in _linears_of(self):
+            if linear.adapter is not None:
+                assert isinstance(linear.adapter, LowRankAdapter)
+                linear.adapter.set_weights(self._weight)
         self._write_norms()
 
     def _weight(self, name: str, layer: str) -> float | None:
-        if name in self._off:
+        if not self._enabled or name in self._off or name in self._parked:
             return None
-        return self._scale * self._loaded[name].weight_of(layer)
+        scale = self._fused.get(name, self._scale)
+        return scale * self._loaded[name].weight_of(layer)
 
     def _write_norms(self) -> None:
         changes: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
@@ -246,6 +306,14 @@ class LoraSet:
             norms[layer].copy_(total)
             if not changes[layer]:
                 del self._originals[layer]
+
+
+def _linears_of(loras: Iterable[Lora]) -> Iterable[Linear]:
+    return {id(linear): linear for lora in loras for linear, _ in lora._addends}.values()
+
+
+def _device(linear: Linear) -> torch.device:
+    return next(itertools.chain(linear.parameters(False), linear.buffers(False))).device
 
 
 def check_weight(argument: str, weight: Any) -> Weight:
@@ -291,6 +359,5 @@ def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Ad
 
 
 def _branch(linear: Linear, addends: list[Addend]) -> LowRankAdapter:
-    own = next(itertools.chain(linear.parameters(False), linear.buffers(False)))
-    like = torch.empty(0, dtype=linear.dtype, device=own.device)
+    like = torch.empty(0, dtype=linear.dtype, device=_device(linear))
     return LowRankAdapter(addends, getattr(linear, "bias", None), like)

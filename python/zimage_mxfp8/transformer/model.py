@@ -37,10 +37,11 @@ from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
 from .compute import DESCRIPTIONS, Compute, choose
 from .graphs import GraphCache
-from .inputs import ForwardInputs, check_arguments
+from .inputs import ForwardInputs, check_arguments, lora_scale
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
 from .lora import Lora, LoraSet, Weight
+from .peft_methods import PeftMethods
 from .places import LinearPlace, linear_places, norm_places
 from .sequence import Segment, Shape, fill_up, image_tokens, layout_of, padded, patchify, unpatchify
 from .unsupported import alternative_to
@@ -72,7 +73,7 @@ def _new_object(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
-class ZImageTransformer(nn.Module):
+class ZImageTransformer(PeftMethods, nn.Module):
     """Z-Image's transformer, made with `from_checkpoint`.
 
     It takes the place of diffusers' `ZImageTransformer2DModel` in its pipelines. Each stack of the
@@ -124,7 +125,9 @@ class ZImageTransformer(nn.Module):
         self.register_buffer("cap_pad_token", tensors["cap_pad_token"])
         # Listed once, because that takes longer than to look for their adapters.
         self._captured_linears = tuple(self._linears())
-        self._loras = LoraSet(config.shapes(), self._linear_places, self._norm_places)
+        self._loras = LoraSet(
+            config.shapes(), self._linear_places, self._norm_places, self._adapters_change
+        )
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -356,7 +359,6 @@ class ZImageTransformer(nn.Module):
             UsageError: a name that is taken, or a weight that is not a finite number.
             CudaError: the device has too little memory.
         """
-        self._graphs.clear()  # they hold the layers without it
         return self._loras.load(source, name, weight)
 
     def set_lora(self, weights: Mapping[str, Weight]) -> None:
@@ -369,19 +371,17 @@ class ZImageTransformer(nn.Module):
         """
         self._loras.set(weights)
 
-    def unload_lora(self, name: str) -> None:
-        """Take an adapter off.
-
-        Raises:
-            UsageError: no adapter of that name.
-        """
-        self._graphs.clear()
-        self._loras.unload(name)
-
     @property
     def loras(self) -> dict[str, Lora]:
         """The adapters that are loaded, by name."""
         return {lora.name: lora for lora in self._loras}
+
+    def _adapters_change(self) -> None:
+        self._graphs.clear()  # they hold layers without the branch
+        if "peft" in sys.modules and "_adapter_marker" not in self._modules:
+            from .peft_marker import AdapterMarker
+
+            self._adapter_marker = AdapterMarker(self._loras)
 
     def _linear_places(self) -> dict[str, LinearPlace]:
         outside = {
@@ -428,7 +428,8 @@ class ZImageTransformer(nn.Module):
             cap_feats: caption features, [tokens, cap_feat_dim] each, 1504 tokens at most.
             return_dict: name the result's only element `sample`.
             others: arguments of diffusers' model for what this one does not have (several images
-                an item, ControlNet), which must be None; `joint_attention_kwargs` has no effect.
+                an item, ControlNet), which must be None. `joint_attention_kwargs={"scale": s}`
+                multiplies the weights of adapters.
 
         Returns:
             `(sample,)`: a list of [16, 1, H, W] in `dtype`.
@@ -444,7 +445,10 @@ class ZImageTransformer(nn.Module):
             tuple(caption.to(self._dtype) for caption in cap_feats),
         )
         try:
-            with torch.autocast(self.device.type, enabled=False):
+            with (
+                torch.autocast(self.device.type, enabled=False),
+                self._loras.scaled(lora_scale(others)),
+            ):
                 if self.device.type == "cuda" and self._cuda_graphs:
                     adapters = tuple(layer.adapter for layer in self._captured_linears)
                     with torch.cuda.device(self.device):

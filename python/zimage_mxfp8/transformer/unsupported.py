@@ -6,7 +6,10 @@ import re
 
 # By what the names of attributes have in common.
 _INSTEAD = {
-    "lora|adapter|peft": "merge adapters into the original weights, and load or convert those",
+    "peft|add_adapter|save_lora": (
+        "adapters are loaded with load_lora or a pipeline's load_lora_weights; to train or save "
+        "one, use diffusers' model"
+    ),
     "save_|push_to_hub": (
         "its weights stay in the file that they came from; to save a pipeline, set its transformer "
         "to None, save it again, and pass the transformer to from_pretrained"

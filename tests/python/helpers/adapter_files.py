@@ -110,6 +110,7 @@ def write_peft(model: torch.nn.Module, alpha: float, rslora: bool) -> Written:
     settings = {
         "transformer.r": 4,
         "transformer.lora_alpha": alpha,
+        "transformer.target_modules": ["to_q", "to_out.0"],
         "transformer.use_rslora": rslora,
         "transformer.alpha_pattern": {"layers.0.attention.to_q": 2 * alpha},
     }

@@ -642,11 +642,10 @@ def test_what_diffusers_has_and_this_has_not(model: zm.ZImageTransformer) -> Non
 
 
 def test_features_of_diffusers_say_what_to_do_instead(model: zm.ZImageTransformer) -> None:
-    from diffusers.loaders.peft import PeftAdapterMixin
     from diffusers.models.attention import AttentionMixin
     from diffusers.models.cache_utils import CacheMixin
 
-    mixins = {PeftAdapterMixin: "merge adapters", AttentionMixin: "leave", CacheMixin: "leave"}
+    mixins = {AttentionMixin: "leave", CacheMixin: "leave"}
     features = {
         name: advice
         for mixin, advice in mixins.items()
@@ -654,6 +653,8 @@ def test_features_of_diffusers_say_what_to_do_instead(model: zm.ZImageTransforme
         if not name.startswith("_")
     }
     features |= {
+        "add_adapter": "loaded with load_lora",
+        "save_lora_adapter": "loaded with load_lora",
         "save_pretrained": "set its transformer to None",
         "push_to_hub": "set its transformer to None",
         "enable_gradient_checkpointing": "train diffusers' model",
@@ -663,9 +664,7 @@ def test_features_of_diffusers_say_what_to_do_instead(model: zm.ZImageTransforme
         "enable_group_offload": "enable_model_cpu_offload",
         "compile_repeated_blocks": "leave the call out",
     }
-    assert {"load_lora_adapter", "set_adapters", "enable_cache", "set_attn_processor"} <= set(
-        features
-    )
+    assert {"enable_cache", "set_attn_processor"} <= set(features)
     for name, advice in features.items():
         assert not hasattr(model, name)  # how diffusers asks
         with pytest.raises(zm.MissingFeatureError, match=f"^the transformer has no {name}: ") as e:

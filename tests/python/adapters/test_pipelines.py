@@ -1,0 +1,211 @@
+"""The adapter calls of diffusers' pipelines, on ours and on its own transformer with PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from diffusers.loaders.peft import PeftAdapterMixin
+from safetensors.torch import save_file
+
+import zimage_mxfp8 as zm
+from helpers import adapter_files as af
+from helpers.diffusers_reference import load_reference, make_reference, relative_error
+from helpers.model_folder import TEXT_ENCODER, VAE, make_parts
+
+# PEFT's remark when a second adapter is loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+
+SAME = 2e-5  # of float32 over two steps
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint in MXFP8, the same decoded, and three adapters in dialects diffusers takes."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    model = make_reference(dim=256)
+    model.save_pretrained(folder / "transformer")
+    zm.convert(folder / "transformer", folder / "mxfp8.safetensors")
+    zm.dequantize_checkpoint(folder / "mxfp8.safetensors", folder / "plain.safetensors")
+    attention = af.modules_of(model, "to_q") | af.modules_of(model, "to_out.0")
+    every = {n: x for n, x in af.modules_of(model).items() if "layers" in n and "adaLN" not in n}
+    dialect = af.dotted("transformer."), ".lora_A.weight", ".lora_B.weight"
+    adapters = {
+        "a": af.write_pairs(attention, *dialect),
+        "b": af.write_pairs(
+            every, af.underscored("lora_unet_"), ".lora_down.weight", ".lora_up.weight", 2.0
+        ),
+        "c": af.write_peft(model, 6.0, False),
+        "wide": af.write_pairs(attention, *dialect, rank=9),
+    }
+    for name, written in adapters.items():
+        save_file(written.tensors, folder / f"{name}.safetensors", written.metadata)
+    return {path.stem: path for path in folder.glob("*.safetensors")}
+
+
+class Pair:
+    """The same pipeline twice: with our transformer and with diffusers'."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self.files = files
+        reference = make_reference(dim=256)
+        load_reference(reference, files["plain"])
+        ours = zm.ZImageTransformer.from_checkpoint(
+            files["mxfp8"], "cpu", "weight-only", torch.float32
+        )
+        torch.manual_seed(0)
+        parts = make_parts(TEXT_ENCODER, VAE)
+        self.ours = ZImagePipeline(**parts, transformer=ours)
+        self.theirs = ZImagePipeline(**parts, transformer=reference)
+        for pipeline in self.both:
+            pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def both(self) -> tuple[ZImagePipeline, ZImagePipeline]:
+        return self.ours, self.theirs
+
+    def do(self, call: Callable[[ZImagePipeline], object]) -> object:
+        """Call both; they return the same."""
+        mine, reference = (call(pipeline) for pipeline in self.both)
+        assert mine == reference
+        return mine
+
+    def load(self, name: str, adapter: str | None = None, **options: object) -> None:
+        self.do(
+            lambda pipeline: pipeline.load_lora_weights(
+                str(self.files[name]), adapter_name=adapter, **options
+            )
+        )
+
+    def draw(self, **options: object) -> torch.Tensor:
+        """Draw with both; return ours."""
+        images = [
+            pipeline(
+                "a photo",
+                height=64,
+                width=64,
+                num_inference_steps=2,
+                guidance_scale=0.0,
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+                **options,
+            ).images
+            for pipeline in self.both
+        ]
+        assert relative_error(images[0], images[1]) < SAME
+        return images[0]
+
+
+@pytest.fixture
+def pair(files: dict[str, Path]) -> Pair:
+    return Pair(files)
+
+
+def test_the_calls_of_a_user(pair: Pair) -> None:
+    plain = pair.draw()
+    pair.load("a", "a")
+    with_a = pair.draw()
+    assert relative_error(with_a, plain) > 0.01
+    pair.load("b", "b")
+    assert pair.do(lambda p: p.get_list_adapters()) == {"transformer": ["a", "b"]}
+    assert pair.do(lambda p: p.get_active_adapters()) == ["b"]
+    with_b = pair.draw()
+    pair.do(lambda p: p.set_adapters(["a", "b"], [0.5, -0.3]))
+    assert pair.do(lambda p: sorted(p.get_active_adapters())) == ["a", "b"]
+    both = pair.draw()
+    assert relative_error(both, with_b) > 0.01
+    pair.draw(joint_attention_kwargs={"scale": 0.4})
+    assert relative_error(pair.draw(), both) == 0
+    pair.do(lambda p: p.disable_lora())
+    assert relative_error(pair.draw(), plain) < 1e-6
+    pair.do(lambda p: p.enable_lora())
+    assert relative_error(pair.draw(), both) == 0
+    pair.do(lambda p: p.set_adapters("a", {"transformer": 0.25}))
+    pair.draw()
+    pair.do(lambda p: p.delete_adapters("b"))
+    assert pair.do(lambda p: p.get_list_adapters()) == {"transformer": ["a"]}
+    pair.draw()
+    pair.do(lambda p: p.unload_lora_weights())
+    assert pair.do(lambda p: p.get_list_adapters()) == {}
+    assert pair.do(lambda p: p.get_active_adapters()) == []
+    assert torch.equal(pair.draw(), plain)
+
+
+def test_weights_by_block(pair: Pair) -> None:
+    pair.load("b", "b")
+    weights = {"layers.0": 0.3, "layers.1": -0.5}
+    for pipeline in pair.both:
+        pipeline.transformer.set_adapters("b", weights)
+    pair.draw()
+
+
+def test_settings_of_the_header(pair: Pair) -> None:
+    pair.load("c")
+    assert pair.do(lambda p: p.get_list_adapters()) == {"transformer": ["default_0"]}
+    pair.draw()
+
+
+def test_hotswap(pair: Pair) -> None:
+    pair.load("a", "a")
+    before = pair.draw()
+    pair.load("wide", "a", hotswap=True)
+    assert pair.do(lambda p: p.get_list_adapters()) == {"transformer": ["a"]}
+    assert relative_error(pair.draw(), before) > 0.01
+    with pytest.raises(zm.UsageError, match=r'"b" is no adapter that is loaded \("a"\)'):
+        pair.ours.load_lora_weights(str(pair.files["b"]), adapter_name="b", hotswap=True)
+
+
+def test_fused_adapters_stay_branches(pair: Pair) -> None:
+    plain = pair.draw()
+    pair.load("a", "a")
+    pair.theirs.fuse_lora(lora_scale=0.5)
+    with pytest.warns(UserWarning, match="keeps adapters as branches"):
+        pair.ours.fuse_lora(lora_scale=0.5)
+    assert pair.do(lambda p: p.num_fused_loras) == 1
+    fused = pair.draw()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pair.do(lambda p: p.unload_lora_weights())
+    assert relative_error(pair.draw(), fused) < 1e-6
+    assert pair.do(lambda p: p.get_list_adapters()) == {}
+    pair.ours.unfuse_lora()
+    pair.ours.transformer.unload_lora("a")
+    assert relative_error(pair.ours.transformer.loras or plain, plain) == 0
+
+
+def test_unfused_adapters_count_as_before(pair: Pair) -> None:
+    """Not so with PEFT's, which keep the scale of `fuse_lora`."""
+    pair.load("a", "a")
+    before = pair.draw()
+    with pytest.warns(UserWarning, match="keeps adapters as branches"):
+        pair.ours.fuse_lora(lora_scale=0.5)
+    pair.ours.unfuse_lora()
+    assert pair.ours.num_fused_loras == 0
+    assert torch.equal(pair.draw(), before)
+
+
+def test_an_adapter_can_be_moved_away(pair: Pair) -> None:
+    pair.load("a", "a")
+    pair.do(lambda p: p.set_lora_device(["a"], "cpu"))
+    pair.draw()
+
+
+def test_names_that_are_taken_or_unknown(pair: Pair) -> None:
+    pair.load("a", "a")
+    with pytest.raises(zm.UsageError, match='"a" is taken by another adapter'):
+        pair.ours.load_lora_weights(str(pair.files["b"]), adapter_name="a")
+    for pipeline in pair.both:
+        with pytest.raises(ValueError, match="not in the list of present adapters"):
+            pipeline.set_adapters("x")
+    pair.draw()
+
+
+def test_every_adapter_method_of_diffusers_is_there_or_refused() -> None:
+    refused = {"add_adapter", "save_lora_adapter"}
+    methods = {name for name in vars(PeftAdapterMixin) if not name.startswith("_")}
+    there = {name for name in methods if hasattr(zm.ZImageTransformer, name)}
+    assert methods - there == refused
