@@ -22,7 +22,7 @@ from ..generation.settings import (
     draw_seed,
 )
 from ..transformer.compute import COMPUTE_MODES
-from .arguments import add_overwrite, count, file_path, spellings
+from .arguments import add_overwrite, count, file_path, lora, spellings
 from .download import add_download, resolve
 from .streams import report_line
 from .wording import CommandLineError
@@ -120,6 +120,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"(default: {DEFAULT_STRENGTH})",
     )
     parser.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=lora,
+        metavar="FILE[:WEIGHT]",
+        help="adapter to add to the transformer's layers, which stay as they are; repeatable",
+    )
+    parser.add_argument(
         "--compute",
         choices=("auto", *COMPUTE_MODES),
         default="auto",
@@ -168,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     outputs = _outputs(arguments.output, settings)
     previews = [preview_path(output) for output in outputs] if arguments.preview else []
-    inputs = [settings.init_image, arguments.settings_from]
+    inputs = [settings.init_image, arguments.settings_from, *(x for x, _ in settings.loras)]
     inputs += [Path(arguments.transformer)] if arguments.transformer else []
     for target in (*outputs, *previews):
         check_target(target, filter(None, inputs), overwrite=arguments.overwrite)

@@ -30,6 +30,7 @@ from ..transformer.weights import open_model
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
 from .folder import open_model_folder
 from .images import open_init_image
+from .loras import use_loras
 from .preview import PreviewCallback, Previews
 from .settings import PIXELS_PER_TOKEN, GenerationSettings
 
@@ -107,6 +108,7 @@ class Generation:
             "guidance": settings.guidance,
             "init_image": settings.init_image.name if settings.init_image else None,
             "strength": settings.strength,
+            "loras": [{"name": file.name, "weight": weight} for file, weight in settings.loras],
             "model": self.model,
             "transformer": self.transformer,
             "compute": self.compute,
@@ -210,7 +212,8 @@ class ZImageGenerator:
 
         Raises:
             UsageError: `preview_every` is no whole number from 1 on.
-            CheckpointError: the init image cannot be read, or, with offloading, a part.
+            CheckpointError: the init image or an adapter cannot be read, an adapter does not fit,
+                or, with offloading, a part cannot be read.
             GenerationError: an image became NaN or infinite; the sentence says at which step.
             CudaError, UnsupportedError: too little memory.
         """
@@ -322,8 +325,11 @@ class ZImageGenerator:
         """Latents [batch, 16, height / 8, width / 8]."""
         assert settings.seed is not None and settings.height and settings.width  # resolved
         batch = settings.batch
+        transformer: ZImageTransformer = self._part("transformer", report)
+        with self._memory_for("the adapters"):
+            use_loras(transformer, settings.loras)
         parts = {
-            "transformer": self._part("transformer", report),
+            "transformer": transformer,
             # It counts the steps: a new one, so that threads may use one generator.
             "scheduler": type(self._scheduler).from_config(self._scheduler.config),
             "text_encoder": None,

@@ -35,6 +35,9 @@ def write_infotext(metadata: Mapping[str, Any]) -> str:
     }
     if metadata["strength"] is not None:
         pairs["Denoising strength"] = metadata["strength"]
+    if metadata["loras"]:
+        loras = (f"{Path(x['name']).stem}:{x['weight']}" for x in metadata["loras"])
+        pairs["Loras"] = ", ".join(loras)
     pairs["Version"] = f"zimage-mxfp8 {metadata['version']}"
     lines = [metadata["prompt"]]
     if metadata["negative_prompt"]:

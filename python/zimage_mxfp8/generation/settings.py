@@ -38,6 +38,7 @@ class GenerationSettings:
         batch: number of images, which are made together; 1 to 64.
         init_image: file of an image to start from; a str becomes a Path.
         strength: how much of the init image is replaced by noise, 0.01 to 1; None: 0.6.
+        loras: adapter files, each with its weight (see `ZImageTransformer.load_lora`).
 
     Raises:
         UsageError: a value of the wrong type, one that cannot be, or two that do not go together.
@@ -53,6 +54,7 @@ class GenerationSettings:
     batch: int = 1
     init_image: Path | None = None
     strength: float | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -98,6 +100,7 @@ class GenerationSettings:
                 if value is None and name not in _NEVER_NONE:
                     continue
                 object.__setattr__(self, name, check(name, value))
+        object.__setattr__(self, "loras", tuple(_check_lora(each) for each in self.loras))
 
     def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:
         """Return these settings with every open value filled in.
@@ -115,6 +118,13 @@ class GenerationSettings:
             if self.init_image and self.strength is None
             else self.strength,
         )
+
+
+def _check_lora(pair: object) -> tuple[Path, float]:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise UsageError("loras", "must be pairs of a file and a weight")
+    file, weight = pair
+    return path("loras", file), finite_number("loras", weight)
 
 
 def draw_seed() -> int:

@@ -35,6 +35,7 @@ class StoredSettings:
         path: the file.
         values: arguments of `GenerationSettings`; those that were left out or None are missing.
         init_image: name of the image that it was made from, if it was.
+        loras: the adapters that it was made with, each with its weight, as text.
         circumstances: what else the image depends on, by its name in `Generation.metadata`; empty
             for an image of another program.
     """
@@ -42,6 +43,7 @@ class StoredSettings:
     path: Path
     values: Mapping[str, Any]
     init_image: str | None
+    loras: tuple[str, ...]
     circumstances: Mapping[str, Any]
 
     def with_options(self, given: Mapping[str, Any]) -> GenerationSettings:
@@ -58,6 +60,12 @@ class StoredSettings:
                 "init_image",
                 f"is missing: {self.path} was made from the image {self.init_image[:80]!r}",
                 "name that image",
+            )
+        if self.loras and "loras" not in given:
+            raise UsageError(
+                "loras",
+                f"are missing: {self.path} was made with {', '.join(self.loras)[:200]}",
+                "name those files, or give none by an empty list",
             )
         values = {**self.values, **given}
         if "prompt" not in values:
@@ -113,7 +121,7 @@ def read_settings(path: Path) -> StoredSettings:
             f"{path} has a CFG scale below 1, which has no counterpart here",
             "`guidance` is the CFG scale minus 1, and at least 0",
         )
-    return StoredSettings(path, values, None, {})
+    return StoredSettings(path, values, None, (), {})
 
 
 def _of_generate(path: Path, text: str) -> StoredSettings:
@@ -131,5 +139,12 @@ def _of_generate(path: Path, text: str) -> StoredSettings:
         path,
         values,
         None if image is None else str(image),
+        tuple(_lora_texts(document.get("loras"))),
         {name: document[name] for name in _CIRCUMSTANCES if name in document},
     )
+
+
+def _lora_texts(loras: Any) -> Iterator[str]:
+    for each in loras if isinstance(loras, list) else ():
+        if isinstance(each, dict):
+            yield f"{str(each.get('name'))[:80]}:{each.get('weight')}"

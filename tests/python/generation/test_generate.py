@@ -308,6 +308,7 @@ def test_metadata_makes_the_picture_again(generate: Generate, tmp_path: Path) ->
         "guidance": 0.0,
         "init_image": None,
         "strength": None,
+        "loras": [],
         "model": "Z-Image-tiny",
         "transformer": "quantized.safetensors",
         "compute": "weight-only",
@@ -700,17 +701,6 @@ def test_a_pipeline_is_saved_as_the_error_says(
         options = {"height": 48, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0}
         images.append(levels(each("a cat", generator=generator_of(1), **options).images[0]))
     assert abs(images[0] - images[1]).max() <= 1
-
-
-def test_adapters_of_a_pipeline_are_refused(
-    zimage_quantized: Path, reference: ZImagePipeline
-) -> None:
-    transformer = ZImageTransformer.from_checkpoint(zimage_quantized, "cpu")
-    pipe = ZImagePipeline(**(reference.components | {"transformer": transformer}))
-    with pytest.raises(zm.MissingFeatureError, match="has no load_lora_adapter: merge adapters"):
-        pipe.load_lora_into_transformer({}, pipe.transformer)
-    with pytest.raises(zm.MissingFeatureError, match="has no fuse_lora: merge adapters"):
-        pipe.fuse_lora()
 
 
 def test_folder_of_the_tests_is_as_the_real_one(zimage_folder: Path) -> None:

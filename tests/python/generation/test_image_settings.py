@@ -32,6 +32,7 @@ METADATA: dict[str, Any] = {
     "guidance": 0.0,
     "init_image": None,
     "strength": None,
+    "loras": [],
     "model": "Z-Image-Turbo",
     "transformer": "z_image_turbo-mxfp8.safetensors",
     "compute": "weight-only",

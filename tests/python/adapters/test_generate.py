@@ -1,0 +1,117 @@
+"""`generate --lora`, against diffusers' own pipeline with PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+from safetensors.torch import save_file
+
+import zimage_mxfp8 as zm
+from helpers import adapter_files as af
+from helpers.diffusers_reference import load_reference, make_reference
+from helpers.images import SIZE, Generate, fails, generator_of, levels, settings_of
+from helpers.model_folder import make_pipeline
+from zimage_mxfp8.generation.generator import ZImageGenerator
+from zimage_mxfp8.generation.settings import GenerationSettings
+
+# PEFT's remark when a second adapter is loaded.
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+OPTIONS = ("--prompt", "a cat", "--seed", "7", "--steps", "2", "--dtype", "float32", *SIZE)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    layers = af.modules_of(make_reference())
+    attention = {name: layer for name, layer in layers.items() if "attention" in name}
+    dialect = af.dotted("transformer."), ".lora_A.weight", ".lora_B.weight"
+    for name, rank in (("first", 4), ("second", 3)):
+        written = af.write_pairs(attention, *dialect, rank=rank)
+        save_file(written.tensors, folder / f"{name}.safetensors")
+    return [folder / "first.safetensors", folder / "second.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def reference(zimage_quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> ZImagePipeline:
+    plain = tmp_path_factory.mktemp("plain") / "plain.safetensors"
+    zm.dequantize_checkpoint(zimage_quantized, plain)
+    pipeline = make_pipeline()
+    load_reference(pipeline.transformer, plain)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: ZImagePipeline) -> Image.Image:
+    return pipeline(
+        "a cat",
+        height=48,
+        width=64,
+        num_inference_steps=2,
+        guidance_scale=0.0,
+        generator=generator_of(7),
+    ).images[0]
+
+
+def test_images_are_those_of_diffusers(
+    generate: Generate, reference: ZImagePipeline, adapters: list[Path], tmp_path: Path
+) -> None:
+    first, second = adapters
+    loras = ("--lora", f"{first}:0.5", "--lora", f"{second}:-1.5")
+    code, _, err = generate(*OPTIONS, "-o", "o.png", *loras)
+    assert (code, err) == (0, "")
+    without = draw(reference)
+    reference.load_lora_weights(str(first), adapter_name="first")
+    reference.load_lora_weights(str(second), adapter_name="second")
+    reference.set_adapters(["first", "second"], [0.5, -1.5])
+    want = draw(reference)
+    reference.unload_lora_weights()
+    assert abs(levels(want) - levels(without)).max() > 5
+    assert abs(levels(tmp_path / "o.png") - levels(want)).max() <= 1
+    stored = settings_of(tmp_path / "o.png")
+    assert stored["loras"] == [
+        {"name": "first.safetensors", "weight": 0.5},
+        {"name": "second.safetensors", "weight": -1.5},
+    ]
+    with Image.open(tmp_path / "o.png") as image:
+        assert 'Loras: "first:0.5, second:-1.5"' in image.text["parameters"]
+
+    # The file knows names of adapters, not where they are.
+    again = ("--settings-from", "o.png", "--dtype", "float32", "-o", "p.png")
+    fails(generate(*again), 2, "--lora", "first.safetensors:0.5, second.safetensors:-1.5")
+    assert generate(*again, *loras)[0] == 0
+    assert torch.equal(
+        torch.tensor(levels(tmp_path / "o.png")), torch.tensor(levels(tmp_path / "p.png"))
+    )
+
+
+def test_a_generator_switches_adapters(
+    zimage_folder: Path, zimage_quantized: Path, adapters: list[Path]
+) -> None:
+    generator = ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+
+    def make(*loras: tuple[Path, float]) -> torch.Tensor:
+        settings = GenerationSettings("a cat", steps=1, height=48, width=64, seed=7, loras=loras)
+        return torch.tensor(levels(generator.generate(settings).images[0]))
+
+    first, second = adapters
+    plain, with_first = make(), make((first, 1.0))
+    assert not torch.equal(plain, with_first)
+    assert not torch.equal(make((second, 1.0)), with_first)
+    assert torch.equal(make(), plain)
+    assert torch.equal(make((first, 0.25), (first, 0.75)), with_first)
+
+
+@pytest.mark.parametrize(
+    ("lora", "code", "part"),
+    [
+        ("missing.safetensors", 1, "missing.safetensors"),
+        ("missing.safetensors:inf", 2, "the weight inf is not a finite number"),
+        (":0.5", 2, "the name is empty"),
+    ],
+)
+def test_wrong_adapters_are_named(lora: str, code: int, part: str, generate: Generate) -> None:
+    fails(generate(*OPTIONS, "-o", "o.png", "--lora", lora), code, part)
