@@ -136,7 +136,7 @@ def goals() -> str:
 | | goal | measured |
 | --- | ---: | ---: |
 | loading 6.2 GiB to the GPU, file in the page cache (1.6 s on another machine) | 4 s | {seconds(load, 4)} |
-| host memory above the process's own meanwhile | 1024 MiB | {host:.0f} MiB |
+| host memory above the process's own while loading | 1024 MiB | {host:.0f} MiB |
 | start of the process to the end of 8 steps at 1024x1024, transformer alone: `fp8`, `weight-only` | 10 s | {", ".join(seconds(s, 10) for s in starts)} |
 | the same by `generate`, to the PNG written | 10 s | {seconds(png, 10)} |
 | peak device memory of `generate`, all parts kept (text encoder of 2 layers) | | {kept:.1f} GB |

@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(V::threads, 1)
       load_fragments(to, w_tiles + stage * V::w_bytes + row_group * kGroupWeights * kDepth, row,
                      scale_tiles + stage * kScaleTile, weight % 128 + row);
     };
-    // Multiplies a step, and meanwhile decodes the next one that there is.
+    // Multiplies a step while it decodes the next one, if there is one.
     const auto multiply = [&](Fragments& current, Fragments& next, int step, int weight) {
       const uint32_t stage = pipeline.stage_at(done + step);
       const uint64_t x = wgmma_descriptor(x_tiles + stage * V::x_bytes);

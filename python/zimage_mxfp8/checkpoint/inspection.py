@@ -44,7 +44,7 @@ class Inspection:
         kind: its kind.
         quantization: format that the model is quantised with, or None.
         files: number of safetensors files.
-        metadata: of the header, without the description of quantised layers.
+        metadata: metadata of the header, without the description of quantised layers.
         groups: sums by group, the largest first.
         breaches: broken rules of its MXFP8 layers.
         accepted_by: the commands that take it.

@@ -72,7 +72,7 @@ class Generation:
         step_seconds: median time of a step.
         compute: compute mode of the transformer.
         device: the device that it ran on.
-        dtype: of everything that is not 8 bits wide.
+        dtype: dtype of everything that is not 8 bits wide.
         model: name of the model's folder or, from the Hugging Face cache, of its repository.
         transformer: name of the transformer's file or folder.
         warnings: sentences for the user.

@@ -247,7 +247,7 @@ def rotate_heads(
         q_weight: [128] of bfloat16.
         k_weight: [128] of bfloat16.
         rotations: [M, 64, 2] of float32: cosine and sine for each pair.
-        heads: of each of q, k and v.
+        heads: number of heads of each of q, k and v.
         eps: added to the mean of the squares.
     """
     qkv = _written_matrix(qkv, "qkv")

@@ -26,7 +26,7 @@ class Encoder(Protocol):
 
         Args:
             matrix: [rows, columns], as integers of the element's width.
-            dtype: of the elements.
+            dtype: dtype of the elements.
             codes: takes the E4M3 codes, padded rows times padded columns.
             scales: takes the blocked scales.
 

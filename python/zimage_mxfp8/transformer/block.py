@@ -103,7 +103,7 @@ class Block(nn.Module):
 
         Args:
             state: activations, replaced in place.
-            modulation: of this block.
+            modulation: modulation of this block.
             part: the tokens.
             following: the next block's `input_norm`; None after the last block.
 
@@ -170,7 +170,7 @@ class Block(nn.Module):
         """Return the peak bytes on a CUDA device in addition to the weights and `x`.
 
         Args:
-            tokens: of all items.
+            tokens: tokens of all items.
             ragged: whether items differ in length.
         """
         return max(self._attention_nbytes(tokens, ragged), self._feed_forward_nbytes(tokens))

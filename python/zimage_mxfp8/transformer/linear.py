@@ -279,7 +279,7 @@ def quantized_linear(
         scales: E8M0 bytes in the blocked layout.
         n: N.
         compute: the mode.
-        dtype: of the activations and results that are not encoded.
+        dtype: dtype of the activations and results that are not encoded.
     """
     if compute == "weight-only":
         return WeightOnlyLinear(codes, scales, n, dtype), None

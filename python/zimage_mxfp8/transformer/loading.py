@@ -62,7 +62,7 @@ def load_parts(
         file: the opened checkpoint.
         device: where the weights go.
         compute: the compute mode of quantised layers.
-        dtype: of the tensors that are not quantised.
+        dtype: dtype of the tensors that are not quantised.
         progress: called with a `Progress` when a part has been read.
         table: the model's layers.
 

@@ -386,7 +386,7 @@ class ZImageTransformer(nn.Module):
         return (
             f"{self.device} ran out of memory in a forward over {_tokens(shapes)} tokens, which "
             f"needs about {self._working_nbytes(shapes) / 2**30:.1f} GiB: {free / 2**30:.1f} of "
-            f"{total / 2**30:.1f} GiB are free in addition to the transformer's weights of "
+            f"{total / 2**30:.1f} GiB are free, and the transformer's weights take "
             f"{self.nbytes / 2**30:.1f}; use a smaller size or batch"
         )
 

@@ -67,9 +67,9 @@ class Layout:
     """Layout of the tokens of a batch.
 
     Attributes:
-        images: of the noise refiner.
-        captions: of the context refiner.
-        joint: of the main blocks; an item's image comes before its caption.
+        images: sequences of the noise refiner.
+        captions: sequences of the context refiner.
+        joint: sequences of the main blocks; an item's image comes before its caption.
     """
 
     images: Segment

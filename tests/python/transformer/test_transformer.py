@@ -374,8 +374,8 @@ def test_too_little_memory_of_a_device_is_told_with_what_is_needed(
         model(*random_inputs([(1024, 1024)], [20]))
     found = re.fullmatch(
         r"cpu ran out of memory in a forward over 262164 tokens, which needs about (\d\.\d) GiB: "
-        r"1\.0 of 80\.0 GiB are free in addition to the transformer's weights of 0\.0; use a "
-        "smaller size or batch",
+        r"1\.0 of 80\.0 GiB are free, and the transformer's weights take 0\.0; use a smaller "
+        "size or batch",
         str(e.value),
     )
     assert found, e.value

@@ -226,7 +226,7 @@ class _Blocks:
 
     Args:
         rows: number of rows that it has memory for.
-        cols: of a row.
+        cols: number of columns.
         largest: largest magnitude of the whole matrix that the rows are from.
     """
 

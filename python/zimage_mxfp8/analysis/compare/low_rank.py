@@ -50,7 +50,7 @@ def leading_triplets(
         matrix: [N, K].
         rank: number of singular values, at most min(N, K).
         threads: cores to use; 0 means all.
-        seed: of the random start.
+        seed: seed of the random start.
 
     Returns:
         U times the singular values [N, rank], these values [rank], V^T [rank, K].

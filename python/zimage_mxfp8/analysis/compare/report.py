@@ -33,7 +33,8 @@ class FormatError:
 
     Attributes:
         relative_squared_error: sum of (w - wq)^2 over sum of w^2.
-        standard_error: of that figure, from the sampling of rows; 0 if nothing was left out.
+        standard_error: standard error of that figure, from the sampling of rows; 0 if all were
+            measured.
     """
 
     relative_squared_error: float
@@ -116,7 +117,7 @@ class LowRankError:
         group: its group.
         format: name of the format Q.
         rank: rank of the branch; its two factors count 16 bits per number and are not rounded.
-        bits_per_weight: of the format and the branch together.
+        bits_per_weight: bits per weight of the format and the branch together.
         plain: relative squared error without a branch.
         residual: the same with the best branch for the residual W - Q(W).
         svdquant: the same if the branch L is the best of that rank for W, and W - L is quantised,

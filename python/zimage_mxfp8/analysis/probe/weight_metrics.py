@@ -64,7 +64,7 @@ def metrics_of_counts(
     Args:
         counts: number of elements with each bit pattern, [65536].
         dtype: type of the elements.
-        shape: of the matrix; not empty.
+        shape: shape of the matrix, which must not be empty.
         outlier_sigma: standard deviations from the mean beyond which an element is an outlier.
     """
     present = np.flatnonzero(counts)

@@ -64,7 +64,7 @@ def record_cases(
         captions: [tokens, features] each.
         size: height and width of the images in pixels, multiples of 16.
         timesteps: number of the 8 steps of Turbo's sampler to keep.
-        seed: of the noise.
+        seed: seed of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (16, 1, size[0] // 8, size[1] // 8)

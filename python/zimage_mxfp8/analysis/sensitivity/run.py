@@ -37,7 +37,7 @@ class Measured:
     """Effect of quantising one layer or group on the output.
 
     Attributes:
-        name: of the layer or group.
+        name: name of the layer or group.
         layers: number of layers.
         saved: bytes that quantising it saves, against BF16.
         error: squared error of the output relative to its energy, mean over timesteps.
@@ -78,7 +78,7 @@ class SensitivityReport:
         bound: the requested relative error of the output.
         layers: each quantised alone, the most harmful for its size first.
         groups: each quantised alone.
-        salience: of each layer but modulations, by name.
+        salience: salience of each layer except modulations, by name.
         smallest: the smallest choice within the bound.
         everything: all layers quantised.
         card: the model card's exclusions.
@@ -155,9 +155,9 @@ def analyse_sensitivity(
         bound: relative error of the output that the smallest set of exclusions has to hold.
         size: height and width of the images, multiples of 16 up to 8192.
         timesteps: number of the 8 steps of Turbo's sampler to measure at.
-        seed: of the noise and of synthetic captions.
+        seed: seed of the noise and of synthetic captions.
         device: as for `ZImageTransformer.from_checkpoint`.
-        dtype: of the model: bfloat16, or float32 to keep its own rounding out of the image.
+        dtype: dtype of the model: bfloat16, or float32 to exclude its own rounding from the errors.
         state: a JSON file to keep measurements in, so that an interrupted run can go on.
         progress: called when a stage begins, and after each measurement; True draws a bar on a
             terminal, and prints lines to stderr elsewhere.

@@ -15,8 +15,8 @@ def row_tiles(rows: int, columns: int, elements: int, multiple: int = 1) -> Iter
     """Return slices of a matrix's rows of about equal size.
 
     Args:
-        rows: of the matrix.
-        columns: of the matrix.
+        rows: rows of the matrix.
+        columns: columns of the matrix.
         elements: approximate number of elements of a tile.
         multiple: each tile except the last has a multiple of this number of rows.
     """
