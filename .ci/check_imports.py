@@ -1,4 +1,4 @@
-"""Check that the modules of the package import only what is below them.
+"""Check that the modules of the package import only from their own and lower layers.
 
     python .ci/check_imports.py [PACKAGE] [PAGE]
 
@@ -21,7 +21,7 @@ MAX_UPWARDS = 10
 
 
 def read_tables(page: str) -> tuple[list[list[str]], set[tuple[str, str]], list[str]]:
-    """Read the layers, the allowed upward imports, and what is wrong with the tables."""
+    """Return the layers, the allowed upward imports, and the tables' errors."""
     section = page.partition("\n## Order of layers\n")[2].partition("\n## ")[0]
     tables = re.findall(r"\|[ :|-]+\|\n((?:\|.*\n?)*)", section)
     if len(tables) != 2:
@@ -39,12 +39,12 @@ def read_tables(page: str) -> tuple[list[list[str]], set[tuple[str, str]], list[
 
 
 def imports(package: Path) -> Iterator[tuple[str, str]]:
-    """Pairs of a module and what it imports from the package, as dotted names without its own."""
+    """Yield pairs of a module and its imports from the package, as dotted names in the package."""
     known = {path.relative_to(package).with_suffix("").parts for path in package.rglob("*.py*")}
     known |= {parts[:-1] for parts in known if parts[-1] == "__init__"}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
-        if parts in (("__init__",), ("__main__",)):  # they stand above all layers
+        if parts in (("__init__",), ("__main__",)):  # they are above all layers
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.ImportFrom) or node.level == 0:
@@ -57,7 +57,7 @@ def imports(package: Path) -> Iterator[tuple[str, str]]:
 
 
 def rank(module: str, layers: list[list[str]]) -> int:
-    """The number of the layer with the longest name that fits; -1 if there is no such layer."""
+    """Return the number of the layer with the longest name that fits, or -1."""
     fits = [
         (len(name), number)
         for number, names in enumerate(layers)
@@ -68,14 +68,14 @@ def rank(module: str, layers: list[list[str]]) -> int:
 
 
 def check(package: Path, page: str) -> list[str]:
-    """What breaks the order, one sentence each."""
+    """Return breaches of the order, one sentence each."""
     layers, allowed, problems = read_tables(page)
     pairs = set(imports(package))
     unplaced = {name for pair in pairs for name in pair if rank(name, layers) < 0}
     upwards = {(a, b) for a, b in pairs if rank(a, layers) < rank(b, layers)}
     problems += [f"{name} is in no layer" for name in sorted(unplaced)]
     problems += [f"{a} imports {b} of a higher layer" for a, b in sorted(upwards - allowed)]
-    problems += [f"{a} -> {b} is listed but not there" for a, b in sorted(allowed - upwards)]
+    problems += [f"{a} -> {b} is listed but does not exist" for a, b in sorted(allowed - upwards)]
     return problems
 
 

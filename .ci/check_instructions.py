@@ -2,9 +2,9 @@
 
     python .ci/check_instructions.py BUILD_FOLDER NUMBER_OF_OBJECTS
 
-Reads the machine code (SASS) with cuobjdump and nvdisasm, which `pip install
-nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm` brings. A target that CUTLASS does not know as Blackwell
-compiles without an error into a stub that multiplies nothing; this is what tells.
+Reads the machine code (SASS) with cuobjdump and nvdisasm, which `pip install nvidia-cuda-cuobjdump
+nvidia-cuda-nvdisasm` brings. A target that CUTLASS does not recognise as Blackwell compiles without
+an error into a stub that multiplies nothing; this check finds it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from importlib.metadata import files
 from pathlib import Path
 
-# Object files whose path has the name, and what they must hold.
+# Object files with the name in their path, and their required instructions.
 WANTED = {
     "sm100large": r"UTCQMMA\.2CTA\b",
     "sm100medium": r"UTCQMMA\.2CTA\b",

@@ -2,7 +2,7 @@
 
     python .ci/check_sdist.py SDIST
 
-For a clean clone. What only serves the repository itself is left out.
+Run it in a clean clone. Files that only serve the repository itself are left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Check which CUDA targets configuring takes, what it says of others, and which CUTLASS it finds.
+"""Check which CUDA targets CMake accepts, its messages about others, and which CUTLASS it finds.
 
     python .ci/check_targets.py
 
-For machines with cmake, ninja and nvcc 12.9 or newer, without a GPU and without CUTLASS. What is
-found of CUTLASS is a header with a version; nothing is compiled but CMake's tests of the compilers.
+For machines with cmake, ninja and nvcc 12.9 or newer, without a GPU and without CUTLASS. CUTLASS is
+replaced by a header with a version; nothing is compiled except CMake's tests of the compilers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Checks:
     def configure(
         self, arguments: str, *wanted: str, packages: Path | None = None, fails: bool = False
     ) -> None:
-        """Configure with these values, and look for sentences in what is said."""
+        """Configure with these values, and check that the output has some sentences."""
         options = {"ZM_BUILD_PYTHON": "OFF", "ZM_CUDA": "AUTO"}
         options |= dict.fromkeys(("ZM_CUDA_ARCHS", "ZM_CUTLASS_DIR", "CMAKE_PREFIX_PATH"), "")
         options |= dict(argument.split("=", 1) for argument in arguments.split())
@@ -53,7 +53,7 @@ class Checks:
             print(f"{arguments}: {wanted[0]}")
 
     def pretend_version(self, version: str) -> None:
-        """Let CMake take nvcc for another version from now on, in what it remembers of it."""
+        """Change the nvcc version that CMake has stored."""
         (found,) = self.build.glob("CMakeFiles/*/CMakeCUDACompiler.cmake")
         name = "set(CMAKE_CUDA_COMPILER_VERSION "
         lines = found.read_text().splitlines()
@@ -93,7 +93,7 @@ def main(folder: Path) -> int:
     checks.configure("ZM_CUDA=ON", why, "for 80, 86, 89, 90a")
     checks.pretend_version("12.6.20")
     why = "the CUDA compiler is 12.6.20, and 12.8 is needed"
-    checks.configure("ZM_CUDA_ARCHS=90a", f"CUDA kernels are asked for, but {why}", fails=True)
+    checks.configure("ZM_CUDA_ARCHS=90a", f"CUDA kernels were requested, but {why}", fails=True)
     return int(checks.failed)
 
 

@@ -1,9 +1,9 @@
-"""Check what a wheel holds: everything it needs and nothing else.
+"""Check that a wheel holds everything it needs and nothing else.
 
     python .ci/check_wheel.py [--cuda] [--manylinux VERSION] WHEEL
 
-For machines with binutils. --cuda asks for CUDA kernels; without it there must be none. --manylinux
-asks for a wheel that runs on every Linux with this glibc (2.34, say) or a newer one.
+For machines with binutils. With --cuda it must have CUDA kernels, without it none. With --manylinux
+it must run on every Linux with this glibc (such as 2.34) or a newer one.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ ALLOWED = (
     rf"{MODULE}|zimage_mxfp8/([a-z_]+/)*[^/]*\.(py|pyi|typed|toml|css|js)|"
     r"zimage_mxfp8/(include|lib)/.*\.(h|a|lib|cmake)|[^/]*\.dist-info/.*"
 )
-# CUDA's runtime is inside the module, the rest of CUDA is looked for when it is used.
+# CUDA's runtime is inside the module; the rest of CUDA is loaded on first use.
 SYSTEM = r"lib(stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so\.\d+|ld-linux-.*"
-LARGEST = 100e6  # bytes that PyPI takes
+LARGEST = 100e6  # PyPI's limit in bytes
 
 
 def output(*command: str) -> str:
@@ -56,7 +56,7 @@ def check_names(names: list[str]) -> None:
 
 
 def check_metadata(text: str) -> None:
-    """Links lead somewhere from a package page too, which has no files beside it."""
+    """Check that links are absolute: a package page has no files of the repository."""
     links = re.findall(r"\]\(([^)]*)\)", HeaderParser().parsestr(text).get_payload())
     relative = [link for link in links if not re.match(r"https://|#", link)]
     if len(links) < 20 or relative:
@@ -80,12 +80,12 @@ def check_module(path: Path, fat: bool) -> list[str]:
 
 
 def check_manylinux(wheel: Path, tags: str, path: Path, version: str) -> None:
-    """The tag says this version or an older one, and the module asks for no newer glibc."""
+    """Check that neither the tag nor the module needs a newer glibc than this version."""
     most = [int(number) for number in version.split(".")]
     asked = re.findall(r"Name: GLIBC_([0-9.]+)", output("readelf", "-V", str(path)))
     newer = [one for one in asked if [int(number) for number in one.split(".")] > most]
     if not asked or newer:
-        sys.exit(f"{path.name} asks for glibc {newer or asked}, newer than {version}")
+        sys.exit(f"{path.name} needs glibc {newer or asked}, newer than {version}")
     found = re.findall(r"^Tag: .*-manylinux_(\d+)_(\d+)_\w+$", tags, re.MULTILINE)
     named = re.findall(r"manylinux_(\d+)_(\d+)_", wheel.name)
     if not found or sorted(found) != sorted(named) or max([*map(int, x)] for x in found) > most:
@@ -93,9 +93,9 @@ def check_manylinux(wheel: Path, tags: str, path: Path, version: str) -> None:
 
 
 def check_library(path: Path) -> None:
-    """A shared library that links ours does not export it: our namespace's symbols are hidden.
+    """Check that a shared library that links ours does not export our namespace's symbols.
 
-    Templates of the standard library over our types are visible anyway.
+    Templates of the standard library over our types are visible in any case.
     """
     table = output("readelf", "-sW", str(path))
     defined = r" (?:GLOBAL|WEAK|UNIQUE) +(\w+) +\d+ (_Z[A-Z]*?N[KVRO]*12zimage_mxfp8\w+)$"

@@ -1,10 +1,10 @@
 """Write or check `python/zimage_mxfp8/_core.pyi`, the types of the compiled module.
 
     python .ci/core_stub.py           # write it; needs ruff
-    python .ci/core_stub.py --check   # fail if it is not what this would write
+    python .ci/core_stub.py --check   # fail if it is outdated
 
-Signatures are those that pybind11 puts at the head of docstrings. What it cannot know is added
-here: arrays are anything with the buffer protocol or DLPack, and dtypes are names.
+pybind11 writes the signatures at the head of docstrings. Types that it cannot know are
+added here: arrays are anything with the buffer protocol or DLPack, and dtypes are names.
 """
 
 from __future__ import annotations

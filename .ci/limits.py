@@ -1,9 +1,9 @@
-"""Run a command that may take so long and so much memory, and say what it took.
+"""Run a command with limits on time and memory, and report what it used.
 
     python .ci/limits.py MINUTES GIGABYTES COMMAND...
 
-Memory is that of all of its processes at the same time, looked at five times a second, or that of
-the largest, which the system knows exactly. What takes too long is killed.
+Memory is that of all of its processes at the same time, sampled five times per second, or that of
+the largest process, which the system knows exactly. A command that takes too long is killed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ PERIOD = 0.2  # seconds
 
 
 def processes(session: int) -> Iterator[Path]:
-    """Folders in /proc of the processes of a session: pip, ninja and compilers stay in theirs."""
+    """Yield the folders in /proc of a session's processes: pip, ninja and compilers stay in it."""
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ends as we look
+        with suppress(OSError):  # it has just ended
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
                 yield folder
 
 
 def memory(session: int) -> int:
-    """Bytes in memory; pages that processes share count for each."""
+    """Return bytes in memory; pages that processes share count for each."""
     pages = 0
     for folder in processes(session):
         with suppress(OSError):

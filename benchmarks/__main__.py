@@ -39,7 +39,7 @@ def main() -> None:
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         suite.add_argument("--json", type=Path, help="write the rows here, with the machine")
-        if name == chosen:  # a suite imports what it measures
+        if name == chosen:  # a suite imports the measured libraries
             module = importlib.import_module(f".suites.{name.replace('-', '_')}", __package__)
             suite.description = module.__doc__
             module.add_arguments(suite)

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: printed as they come, and written as JSON with the machine."""
+"""Rows of a benchmark: printed at once, and written as JSON with the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def _output_of(*command: str) -> str | None:
-    """First line that a program prints; None if it fails or is missing."""
+    """Return the first line that a program prints; None if it fails or is missing."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except OSError:
@@ -36,7 +36,7 @@ def _cpu() -> str:
 def machine() -> dict[str, Any]:
     """Describe hardware and versions; None where something is missing.
 
-    Without importing torch: Linux counts a parent's memory into its children's peak.
+    torch is not imported, because Linux counts a parent's memory into its children's peak.
     """
     from zimage_mxfp8 import _core
 
@@ -66,8 +66,8 @@ def _text(value: Any) -> str:
 class Report:
     """The rows of one run.
 
-    `columns` has the name of each column and its unit, "" for none. A row may lack columns. The
-    file is written after each row, so that an interrupted run keeps what it measured.
+    `columns` has the name of each column and its unit, or "". A row may lack columns. The
+    file is written after each row, so that an interrupted run keeps its measurements.
     """
 
     def __init__(self, suite: str, columns: Mapping[str, str], path: Path | None = None) -> None:

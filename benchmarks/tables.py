@@ -27,13 +27,13 @@ Rows = Sequence[Row]
 
 
 def rows_of(name: str, **where: Any) -> list[Row]:
-    """Rows of a result file that have these values."""
+    """Return the rows of a result file that have these values."""
     rows = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
     return [row for row in rows if where.items() <= row.items()]
 
 
 def one(rows: Rows, **where: Any) -> Row | None:
-    """The row that has these values; None if there is none. ValueError if there are more."""
+    """Return the row that has these values, or None. ValueError if there are more."""
     found = [row for row in rows if where.items() <= row.items()]
     if len(found) > 1:
         raise ValueError(f"{len(found)} rows have {where}")
@@ -42,7 +42,7 @@ def one(rows: Rows, **where: Any) -> Row | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, and what it shows of the rows that share a line."""
+    """A column: its title, and its text for the rows that share a line."""
 
     title: str
     cell: Callable[[Rows], str]
@@ -60,7 +60,7 @@ def cell(pattern: str, **where: Any) -> Callable[[Rows], str]:
 
 
 def label(pattern: str) -> Callable[[Rows], str]:
-    """Show what the rows of a line have in common."""
+    """Show a value that the rows of a line share."""
     return lambda rows: pattern.format_map(rows[0])
 
 
@@ -136,7 +136,7 @@ def goals() -> str:
 | | goal | measured |
 | --- | ---: | ---: |
 | loading 6.2 GiB to the GPU, file in the page cache (1.6 s on another machine) | 4 s | {seconds(load, 4)} |
-| host memory above the process's own meanwhile | 1024 MiB | {host:.0f} MiB |
+| host memory above the process's own while loading | 1024 MiB | {host:.0f} MiB |
 | start of the process to the end of 8 steps at 1024x1024, transformer alone: `fp8`, `weight-only` | 10 s | {", ".join(seconds(s, 10) for s in starts)} |
 | the same by `generate`, to the PNG written | 10 s | {seconds(png, 10)} |
 | peak device memory of `generate`, all parts kept (text encoder of 2 layers) | | {kept:.1f} GB |
@@ -145,7 +145,7 @@ def goals() -> str:
 
 
 def builds(part: str) -> list[Row]:
-    """The same measurement in a build without kernels and in one with them."""
+    """Compare a build without kernels and one with them."""
     return [
         {**row, "build": build}
         for build in ("torch", "kernels")
@@ -204,9 +204,9 @@ def fused_gemm() -> str:
     columns = [
         Column("tokens", label("{tokens}")),
         Column("", lambda rows: names[rows[0]["rows"]], right=False),
-        Column("cuBLASLt's product alone", way("cuBLASLt alone")),
+        Column("cuBLASLt's GEMM alone", way("cuBLASLt alone")),
         Column("and the kernel after it", way("cuBLASLt, rotate_heads", "cuBLASLt, silu_multiply")),
-        Column("product with fused epilogue", way("gemm_rotate_heads", "gemm_silu_multiply alone")),
+        Column("GEMM with fused epilogue", way("gemm_rotate_heads", "gemm_silu_multiply alone")),
         Column(
             "and `quantize_rows`", way("gemm_rotate_heads", "gemm_silu_multiply, quantize_rows")
         ),
@@ -233,15 +233,15 @@ def with_percent(rows: Iterable[Row]) -> list[Row]:
 def fused() -> str:
     def kernel(rows: Rows) -> str:
         name = rows[0]["operation"]
-        return "encoding what attention gives" if " " in name else f"`{name}`"
+        return "encoding the result of attention" if " " in name else f"`{name}`"
 
     columns = [
         Column("kernel", kernel, right=False),
-        Column("result in", label("{form}"), right=False),
+        Column("result in", label("{format}"), right=False),
         Column("ours", cell(TIME_AND_SHARE, by="ours")),
         Column("torch.compile", cell(TIME_AND_SHARE, by="torch compile")),
     ]
-    return table(with_percent(rows_of("fused")), ["operation", "form"], columns)
+    return table(with_percent(rows_of("fused")), ["operation", "format"], columns)
 
 
 def codec() -> str:
@@ -255,15 +255,15 @@ def codec() -> str:
     return table(with_percent(rows_of("codec")), ["dtype", "shape"], columns)
 
 
-def product(name: str, digits: int = 2) -> Callable[[Rows], str]:
-    return cell(f"{{us:.1f}} ({{ratio:.{digits}f}})", product=name)
+def microseconds(name: str, digits: int = 2) -> Callable[[Rows], str]:
+    return cell(f"{{us:.1f}} ({{ratio:.{digits}f}})", way=name)
 
 
 def of_peak(name: str, peak: str) -> Callable[[Rows], str]:
     """Show the share of the chip's specified rate."""
 
     def show(rows: Rows) -> str:
-        row = one(rows, product=name)
+        row = one(rows, way=name)
         assert row is not None
         n, k = LINEARS[row["linear"]]
         return f"{2 * row['m'] * n * k / row['us'] / 1e6 / PEAK_TFLOPS[peak]:.0%}".replace(
@@ -275,10 +275,10 @@ def of_peak(name: str, peak: str) -> Callable[[Rows], str]:
 
 def of_copy(name: str) -> Callable[[Rows], str]:
     """Show the share of a device copy's bandwidth: codes and scales of the weights, A and D."""
-    (copy,) = rows_of("gemm", product="device copy")
+    (copy,) = rows_of("gemm", way="device copy")
 
     def show(rows: Rows) -> str:
-        row = one(rows, product=name)
+        row = one(rows, way=name)
         assert row is not None
         n, k = LINEARS[row["linear"]]
         moved = n * k * 33 / 32 + 2 * row["m"] * (n + k)
@@ -288,10 +288,10 @@ def of_copy(name: str) -> Callable[[Rows], str]:
 
 
 MIXED, DEQUANTIZE = "mixed_sm90, BF16 x MXFP8", "dequantize, BF16 x MXFP8"
-BF16 = Column("cuBLAS BF16", cell("{us:.1f}", product="cuBLAS BF16"))
-SCALED_MM = Column("`_scaled_mm` FP8", product("torch._scaled_mm"))
-FP8_ROWWISE = Column("`fp8_rowwise`", product("fp8_rowwise"))
-ENCODING = Column("`fp8_rowwise`, and encoding A", product("fp8_rowwise + quantize_rows"))
+BF16 = Column("cuBLAS BF16", cell("{us:.1f}", way="cuBLAS BF16"))
+SCALED_MM = Column("`_scaled_mm` FP8", microseconds("torch._scaled_mm"))
+FP8_ROWWISE = Column("`fp8_rowwise`", microseconds("fp8_rowwise"))
+ENCODING = Column("`fp8_rowwise`, and encoding A", microseconds("fp8_rowwise + quantize_rows"))
 LINEAR = Column("linear", label("{linear}"), right=False)
 TOKENS = Column("M", label("{m}"))
 
@@ -301,10 +301,10 @@ def gemm_large() -> str:
         *(LINEAR, BF16, SCALED_MM, FP8_ROWWISE),
         Column("of peak", of_peak("fp8_rowwise", "FP8")),
         ENCODING,
-        Column("`mixed_sm90`, BF16 x MXFP8", product(MIXED, 3)),
+        Column("`mixed_sm90`, BF16 x MXFP8", microseconds(MIXED, 3)),
         Column("of peak", of_peak(MIXED, "BF16")),
-        Column("`dequantize`, BF16 x MXFP8", product(DEQUANTIZE, 3)),
-        Column("`dequantize`, MXFP8 x MXFP8", product("dequantize, MXFP8 x MXFP8")),
+        Column("`dequantize`, BF16 x MXFP8", microseconds(DEQUANTIZE, 3)),
+        Column("`dequantize`, MXFP8 x MXFP8", microseconds("dequantize, MXFP8 x MXFP8")),
     ]
     return table(rows_of("gemm", m=4224), ["linear"], columns)
 
@@ -316,17 +316,17 @@ def gemm_of(tokens: Sequence[int], columns: Sequence[Column]) -> str:
 
 def gemm_few() -> str:
     columns = [
-        *(FP8_ROWWISE, ENCODING, Column("`mixed_sm90`, BF16 x MXFP8", product(MIXED))),
+        *(FP8_ROWWISE, ENCODING, Column("`mixed_sm90`, BF16 x MXFP8", microseconds(MIXED))),
         Column("of copy", of_copy(MIXED)),
-        Column("`dequantize`, BF16 x MXFP8", product(DEQUANTIZE)),
+        Column("`dequantize`, BF16 x MXFP8", microseconds(DEQUANTIZE)),
     ]
     return gemm_of((128, 32), columns)
 
 
 def gemm_between() -> str:
     columns = [
-        *(FP8_ROWWISE, Column("`mixed_sm90`, BF16 x MXFP8", product(MIXED))),
-        Column("`dequantize`, BF16 x MXFP8", product(DEQUANTIZE)),
+        *(FP8_ROWWISE, Column("`mixed_sm90`, BF16 x MXFP8", microseconds(MIXED))),
+        Column("`dequantize`, BF16 x MXFP8", microseconds(DEQUANTIZE)),
     ]
     return gemm_of((2048, 1024), columns)
 
@@ -378,7 +378,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(text: str) -> str:
-    """Return a document with its tables made anew; KeyError if one has an unknown name."""
+    """Return a document with its tables rebuilt; KeyError if one has an unknown name."""
     return MARKED.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 

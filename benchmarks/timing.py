@@ -22,11 +22,11 @@ def _graph(calls: Calls) -> torch.cuda.CUDAGraph:
 
 
 def microseconds_in_turn(ways: Mapping[str, Calls], repeats: int = 20) -> dict[str, float]:
-    """Median time of one call of each way to do the same, all calls of a way in one CUDA graph.
+    """Return the median time of one call of each way to do the same, in CUDA graphs.
 
-    Launching costs nothing then. Calls that work on different memory, more than the cache holds,
-    keep the cache from helping. The ways take turns, so that clocks, which fall under load, are the
-    same for all.
+    All calls of a way are in one graph, so that launching costs nothing. Calls that work on
+    different memory, more than the cache holds, keep the cache from helping. The ways take turns,
+    so that clocks, which fall under load, are the same for all.
     """
     graphs = {way: _graph(calls) for way, calls in ways.items()}
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -42,12 +42,12 @@ def microseconds_in_turn(ways: Mapping[str, Calls], repeats: int = 20) -> dict[s
 
 
 def microseconds(calls: Calls, repeats: int = 20) -> float:
-    """Median time of one call of a single way; see `microseconds_in_turn`."""
+    """Return the median time of one call of a single way; see `microseconds_in_turn`."""
     return microseconds_in_turn({"": calls}, repeats)[""]
 
 
 def copy_bandwidth() -> float:
-    """Device copy in TB/s, bytes read and written: the best of sizes and ways."""
+    """Return the speed of a device copy in TB/s, read and written: the best of sizes and ways."""
 
     def bandwidth(elements: int) -> float:
         source = torch.randn(elements, device="cuda")

@@ -35,9 +35,9 @@ void check_matrix(const View& matrix, const char* what) {
   if (!matrix.data && matrix.rows > 0 && matrix.cols > 0) {
     throw InvalidArgument(std::string(what) + " is a null pointer");
   }
-  constexpr std::int64_t most_elements = std::int64_t{1} << 60;  // whose bytes can be counted
-  if (matrix.cols > most_elements ||
-      (matrix.rows > 1 && matrix.row_stride > most_elements / matrix.rows)) {
+  constexpr std::int64_t max_elements = std::int64_t{1} << 60;  // their bytes fit 64 bits
+  if (matrix.cols > max_elements ||
+      (matrix.rows > 1 && matrix.row_stride > max_elements / matrix.rows)) {
     throw InvalidArgument(std::string(what) +
                           " is too large: " + shape_text(matrix.rows, matrix.cols) +
                           " with row stride " + std::to_string(matrix.row_stride));
@@ -64,8 +64,8 @@ inline void check_disjoint(const MemoryRange& written, std::initializer_list<Mem
   }
 }
 
-// Throws InvalidArgument unless memory begins at a multiple of `alignment` bytes. Where there is
-// none, any pointer will do.
+// Throws InvalidArgument unless memory begins at a multiple of `alignment` bytes. Empty memory may
+// have any pointer.
 inline void check_alignment(const MemoryRange& memory, std::size_t alignment) {
   if (memory.bytes > 0 && reinterpret_cast<std::uintptr_t>(memory.begin) % alignment != 0) {
     throw InvalidArgument(std::string(memory.what) + " must be aligned to " +
@@ -73,7 +73,7 @@ inline void check_alignment(const MemoryRange& memory, std::size_t alignment) {
   }
 }
 
-// Memory that must be there, and aligned.
+// Memory that must exist and be aligned.
 inline MemoryRange required_range(const void* data, std::int64_t bytes, std::size_t alignment,
                                   const char* what) {
   if (!data) throw InvalidArgument(std::string(what) + " is a null pointer");
@@ -94,7 +94,7 @@ void check_pair(const Plain& plain, const MXFP8& mxfp8, const char* what) {
   }
 }
 
-// The memory of a matrix and of its MXFP8 form, after check_pair().
+// The memory of a matrix and of its MXFP8 encoding, after check_pair().
 struct PairRanges {
   MemoryRange plain, codes, scales;
 
@@ -105,7 +105,7 @@ struct PairRanges {
         scales{mxfp8.scales, MXFP8Shape{mxfp8.rows, mxfp8.cols}.scale_bytes(), "scales"} {}
 };
 
-// The checks of encoding a matrix, wherever that happens.
+// The checks before a matrix is encoded, on the CPU or a device.
 inline PairRanges check_encoding(const ConstMatrixView& source, const MXFP8View& target) {
   check_pair(source, target, "the source");
   const PairRanges memory(source, target, "the source");

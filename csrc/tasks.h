@@ -1,4 +1,4 @@
-// What the dispatchers hand to kernels: checked pointers and sizes of the whole matrices. Plain C
+// Arguments of kernels: checked pointers and sizes of the whole matrices. Plain C
 // types only, for all compilers and all instruction sets (see cpu/kernels.h).
 #pragma once
 

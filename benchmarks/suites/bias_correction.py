@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     dim = arguments.dim
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "in.safetensors"
-        # The modulations need their full width; what can be small without it is.
+        # The modulations need their full width; everything else is small.
         shapes = zimage_shapes(dim, len(LAYERS), refiner_layers=1, caption_dim=64, hidden=64)
         write_synthetic_checkpoint(source, shapes)
         original = open_checkpoint(source).tensors

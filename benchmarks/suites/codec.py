@@ -32,7 +32,7 @@ COLUMNS = {
 def measure(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """TB/s and microseconds of each operation at a shape, by (operation, library)."""
+    """Return TB/s and microseconds of each operation at a shape, by (operation, library)."""
     rows, cols = shape
     item = torch.finfo(dtype).bits // 8
     moved = rows * cols * (item + 1) + rows * cols // 32

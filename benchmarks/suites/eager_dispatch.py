@@ -1,8 +1,8 @@
-"""What a call of the transformer's arithmetic costs in eager code, on the CPU or a CUDA device.
+"""Time of a call of the transformer's arithmetic in eager code, on the CPU or a CUDA device.
 
 Three ways to encode and to multiply a small matrix, which take turns: the choice by device alone,
 `arithmetic.on`, which also asks whether torch traces and is what layers call, and the registered
-operation. The work is small, so that the calls are what is measured. The figures are the least of
+operation. The work is small, so that the time of the calls dominates. The figures are the least of
 many repeats; ratios are to the choice by device alone.
 """
 
@@ -32,7 +32,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 def by_device(device: torch.device) -> Arithmetic:
-    """What `arithmetic.on` is without registered operations."""
+    """Choose like `arithmetic.on` without registered operations."""
     return by_core if devices.has_kernels(devices.core_index(device)) else by_torch
 
 

@@ -23,10 +23,10 @@ from ..timing import copy_bandwidth, microseconds
 
 ROWS, HIDDEN, FEED_FORWARD, HEADS = 4224, 3840, 10240, 30
 ROTATED_BYTES = 1 << 30
-FORMS: tuple[fused.ActivationFormat, ...] = ("bfloat16", "row-scaled", "mxfp8")
+FORMATS: tuple[fused.ActivationFormat, ...] = ("bfloat16", "row-scaled", "mxfp8")
 COLUMNS = {
     "operation": "",
-    "form": "",
+    "format": "",
     "by": "",
     "rows": "",
     "us": "us",
@@ -55,15 +55,15 @@ def encode_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @dataclass
 class Kernel:
     name: str
-    make: Callable[[], Tensors]  # what one call works on
-    kept: int  # bytes read and written, without a result in one of the forms
-    columns: int  # of that result; 0 if there is none
+    make: Callable[[], Tensors]  # operands of one call
+    kept: int  # bytes read and written, without a result in one of the formats
+    columns: int  # of that result; 0 without one
     ours: Callable[[Tensors, fused.ActivationFormat], object]
     torch: Callable[[Tensors], Any]  # the same, by torch's operations
-    forms: Sequence[fused.ActivationFormat] = FORMS
+    formats: Sequence[fused.ActivationFormat] = FORMATS
 
-    def moved(self, form: fused.ActivationFormat) -> float:
-        return self.kept + ROWS * self.columns * BITS[form] / 8
+    def moved(self, output_format: fused.ActivationFormat) -> float:
+        return self.kept + ROWS * self.columns * BITS[output_format] / 8
 
 
 def torch_add_norm(t: Tensors) -> torch.Tensor:
@@ -83,8 +83,8 @@ def torch_rotate(t: Tensors) -> None:
         heads[:, i, ..., 1] = (real * sine + imag * cosine).bfloat16()
 
 
-def encode(t: Tensors, form: fused.ActivationFormat) -> object:
-    return zm.quantize_rows(t[0]) if form == "row-scaled" else zm.quantize(t[0])
+def encode(t: Tensors, output_format: fused.ActivationFormat) -> object:
+    return zm.quantize_rows(t[0]) if output_format == "row-scaled" else zm.quantize(t[0])
 
 
 KERNELS = (
@@ -93,7 +93,7 @@ KERNELS = (
         lambda: bfloat16(ROWS, 2 * FEED_FORWARD).chunk(2, dim=1),
         ROWS * FEED_FORWARD * 4,
         FEED_FORWARD,
-        lambda t, form: fused.silu_multiply(*t, form),
+        lambda t, output_format: fused.silu_multiply(*t, output_format),
         lambda t: silu(t[0]) * t[1],
     ),
     Kernel(
@@ -101,7 +101,7 @@ KERNELS = (
         lambda: [bfloat16(ROWS, HIDDEN)],
         ROWS * HIDDEN * 2,
         HIDDEN,
-        lambda t, form: fused.norm_modulate(*t, WEIGHT, SCALE, None, form, EPS),
+        lambda t, output_format: fused.norm_modulate(*t, WEIGHT, SCALE, None, output_format, EPS),
         lambda t: rms_norm(t[0], (HIDDEN,), WEIGHT, EPS) * (1 + SCALE),
     ),
     Kernel(
@@ -109,7 +109,9 @@ KERNELS = (
         lambda: [bfloat16(ROWS, HIDDEN), bfloat16(ROWS, HIDDEN)],
         ROWS * HIDDEN * 6,
         HIDDEN,
-        lambda t, form: fused.add_norm_modulate(*t, WEIGHT, GATE, WEIGHT, SCALE, None, form, EPS),
+        lambda t, output_format: fused.add_norm_modulate(
+            *t, WEIGHT, GATE, WEIGHT, SCALE, None, output_format, EPS
+        ),
         torch_add_norm,
     ),
     Kernel(
@@ -122,32 +124,34 @@ KERNELS = (
         0,
         lambda t, _: fused.rotate_heads(t[0], HEAD, HEAD, t[1], HEADS, EPS),
         torch_rotate,
-        FORMS[:1],
+        FORMATS[:1],
     ),
     Kernel(
-        "encode what attention gives",
+        "encode the result of attention",
         lambda: [bfloat16(ROWS, HIDDEN)],
         ROWS * HIDDEN * 2,
         HIDDEN,
         encode,
         lambda t: t[0],
-        FORMS[1:],
+        FORMATS[1:],
     ),
 )
 
 
-def measure(kernel: Kernel, form: fused.ActivationFormat, peers: Sequence[str]) -> dict[str, float]:
-    """Microseconds of ours and of the peers."""
-    copies = max(int(ROTATED_BYTES // kernel.moved(form)), 2)
+def measure(
+    kernel: Kernel, output_format: fused.ActivationFormat, peers: Sequence[str]
+) -> dict[str, float]:
+    """Return microseconds of ours and of the peers."""
+    copies = max(int(ROTATED_BYTES // kernel.moved(output_format)), 2)
     inputs = [kernel.make() for _ in range(copies)]
-    result = {"ours": microseconds([lambda x=x: kernel.ours(x, form) for x in inputs])}
+    result = {"ours": microseconds([lambda x=x: kernel.ours(x, output_format) for x in inputs])}
 
     def composition(tensors: Tensors) -> Any:
         plain = kernel.torch(tensors)
-        return encode_rows(plain) if form == "row-scaled" else plain
+        return encode_rows(plain) if output_format == "row-scaled" else plain
 
     # The blocked scales of MXFP8 have no short composition in torch.
-    for peer in peers if form != "mxfp8" else ():
+    for peer in peers if output_format != "mxfp8" else ():
         function = torch.compile(composition, dynamic=False) if peer == "compile" else composition
         result[f"torch {peer}"] = microseconds([lambda x=x, f=function: f(x) for x in inputs])
     return result
@@ -161,12 +165,12 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     copy = copy_bandwidth()
     report.add(operation="device copy", bandwidth=copy)
     for kernel in KERNELS:
-        for form in kernel.forms:
-            for by, us in measure(kernel, form, arguments.peers).items():
-                bandwidth = kernel.moved(form) / us / 1e6
+        for output_format in kernel.formats:
+            for by, us in measure(kernel, output_format, arguments.peers).items():
+                bandwidth = kernel.moved(output_format) / us / 1e6
                 report.add(
                     operation=kernel.name,
-                    form=form,
+                    format=output_format,
                     by=by,
                     rows=ROWS,
                     us=us,

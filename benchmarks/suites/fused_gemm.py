@@ -1,7 +1,7 @@
-"""Speed of FP8 products with fused epilogues on Hopper, next to cuBLASLt's and our kernels.
+"""Speed of FP8 GEMMs with fused epilogues on Hopper, next to cuBLASLt's and our kernels.
 
-Both ways begin with activations in row-scaled FP8 and end with what the transformer needs next: q,
-k and v with heads normed and rotated, or the input of w2 in row-scaled FP8. All ways take turns.
+All ways begin with activations in row-scaled FP8 and end with the transformer's next input: q, k
+and v with heads normed and rotated, or the input of w2 in row-scaled FP8. All ways take turns.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ CACHE_BYTES = 300 << 20
 Call = Callable[[], object]
 
 
-COLUMNS = {"m": "tokens", "linear": "", "product": "", "us": "us", "ratio": "times cuBLAS's speed"}
+COLUMNS = {"m": "tokens", "linear": "", "way": "", "us": "us", "ratio": "times cuBLAS's speed"}
 KERNELS = [
     kernel.name
     for kernel in _core.gemm_kernels()
@@ -45,7 +45,7 @@ def supported(kernel: str, a: object, b: object) -> bool:
 
 
 def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
-    """Microseconds of each way to multiply."""
+    """Return microseconds of each way to multiply."""
     copies = 1 if m > 1024 else max(CACHE_BYTES // (n * k), 1)
     x = torch.randn(m, k, device="cuda").bfloat16()
     weights = [torch.randn(n, k, device="cuda").bfloat16() * 0.02 for _ in range(copies)]
@@ -95,6 +95,6 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     for m in arguments.tokens:
         for linear, (n, k) in LINEARS.items():
             times = measure(m, n, k, arguments.only)
-            for product, us in times.items():
+            for way, us in times.items():
                 ratio = times["cuBLAS BF16"] / us
-                report.add(m=m, linear=linear, product=product, us=us, ratio=ratio)
+                report.add(m=m, linear=linear, way=way, us=us, ratio=ratio)

@@ -1,14 +1,13 @@
 """The whole transformer on a CUDA device, next to diffusers' BF16 model under torch.compile.
 
 Speed, memory, loading, errors, where the time goes, and an image with `generate`, in one run. The
-full size needs 20 GB of disk. In a build without CUDA kernels torch does the work, in the modes
-that it has.
+full size needs 20 GB of disk. In a build without CUDA kernels torch does the work, in its modes.
 
 The checkpoint is synthetic. Inputs are random latents and captions. Peer: diffusers'
 `ZImageTransformer2DModel` in BF16 with cuDNN's attention, its blocks compiled by torch.compile for
 the shape that is timed ("regional" compilation, which diffusers recommends); with --whole also
 compiled as a whole for the first shape. `generate` takes a folder with random parts of the real
-sizes, but for the text encoder, which has 2 of 36 layers and a token for every byte.
+sizes, except for the text encoder, which has 2 of 36 layers and a token for every byte.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def random_inputs(side: int, batch: int, tokens: int, seed: int = 0) -> Inputs:
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Median time of a call, after warm-up."""
+    """Return the median time of a call, after warm-up."""
     for _ in range(3):
         call()
     times = []
@@ -127,7 +126,7 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def to_diffusers(name: str) -> list[str]:
-    """Diffusers' names of a ComfyUI-layout tensor, in the order in which it is stacked."""
+    """Return diffusers' names of a ComfyUI-layout tensor, in stacking order."""
     if ".attention.qkv." in name:
         return [name.replace("qkv", f"to_{part}") for part in "qkv"]
     for old, new in (("out", "to_out.0"), ("q_norm", "norm_q"), ("k_norm", "norm_k")):
@@ -152,7 +151,7 @@ def load_peer(checkpoint: Path, dtype: torch.dtype) -> ZImageTransformer2DModel:
 
 
 def modes(wanted: Sequence[Compute]) -> list[Compute]:
-    """Those that the device has."""
+    """Return the modes that the device has."""
     return [mode for mode in wanted if mode in supported(torch.cuda.current_device())]
 
 
@@ -180,7 +179,7 @@ def measure_load(file: Path, report: Report) -> None:
 
 
 def measure_start(file: Path, report: Report) -> None:
-    """Seconds from the process's start to the end of 8 steps, the transformer alone."""
+    """Return seconds from the process's start to the end of 8 steps, transformer alone."""
     for mode in modes(MODES):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", START, str(file), mode], check=True)
@@ -193,9 +192,9 @@ def make_model_folder(path: Path) -> None:
 
 
 def measure_generate(file: Path, report: Report) -> None:
-    """Seconds from the process's start to each stage's first report and to the end of the PNG.
+    """Return seconds from the process's start to each stage's first report and to the PNG.
 
-    The first report of "denoising" is that its first step is over; others come at the beginning.
+    The first report of "denoising" comes after its first step; those of others at the beginning.
     """
     with tempfile.TemporaryDirectory() as folder:
         model, image = Path(folder) / "model", Path(folder) / "o.png"
@@ -265,7 +264,7 @@ def measure_peer(checkpoint: Path, repeats: int, whole: bool, report: Report) ->
 
 
 def profile(file: Path, report: Report) -> None:
-    """Time and launches of each kernel in one forward, the longest first."""
+    """Report time and launches of each kernel in one forward, the longest first."""
     free()
     model = zm.ZImageTransformer.from_checkpoint(file, "cuda")
     inputs = random_inputs(*SHAPES[0])
@@ -282,7 +281,7 @@ def profile(file: Path, report: Report) -> None:
 
 
 def trajectory(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
-    """Final latents of 8 Euler steps from the same noise."""
+    """Return the final latents of 8 Euler steps from the same noise."""
     times = [*(sampler_timesteps("turbo") / 1000).tolist(), 1.0]
     latents, captions = inputs[0][0].float(), [inputs[2][0].to(dtype)]
     for now, after in itertools.pairwise(times):

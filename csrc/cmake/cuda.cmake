@@ -42,7 +42,7 @@ function(zm_arch_of capability out)
   set(${out} ${arch} PARENT_SCOPE)
 endfunction()
 
-# Who names targets gets them or an error; "all" and "native" may leave out what cannot be built.
+# A named target that cannot be built is an error; "all" and "native" leave such targets out.
 set(zm_named ${ZM_CUDA_ARCHS})
 list(FILTER zm_named EXCLUDE REGEX "^(all|native)$")
 
@@ -74,7 +74,7 @@ else()
   endif()
   if(NOT ZM_WITH_CUDA)
     if(ZM_CUDA STREQUAL "ON" OR zm_named)
-      message(FATAL_ERROR "CUDA kernels are asked for, but ${zm_why}")
+      message(FATAL_ERROR "CUDA kernels were requested, but ${zm_why}")
     endif()
     message(STATUS "CUDA: off, because ${zm_why}")
     set(ZM_NO_CUDA "when it was built, ${zm_why}")
@@ -122,8 +122,8 @@ if(ZM_WITH_CUDA)
 endif()
 
 # An object library of CUDA sources, compiled for the given architectures and linked into the core.
-# GENERIC is for kernels that run everywhere: every target of the build, without its letter, and
-# PTX of the oldest for what is not in the list.
+# GENERIC is for kernels that run everywhere: every target of the build, without its letter, and PTX
+# of the oldest for other GPUs.
 function(zm_cuda_library target)
   cmake_parse_arguments(PARSE_ARGV 1 arg "GENERIC" "ARCH" "SOURCES")
   add_library(${target} OBJECT ${arg_SOURCES})

@@ -183,7 +183,7 @@ inline int32_t block_maximum(const typename Type::Storage* raw) {
   return static_cast<int32_t>(Type::widen(static_cast<typename Type::Storage>(maximum)));
 }
 
-// Scale byte of a block whose largest magnitude is a finite `amax` of at least 448 * 2^-127:
+// Scale byte of a block with a finite largest magnitude `amax` of at least 448 * 2^-127:
 // amax = m * 2^e needs 2^(e - 8) if m <= 1.75 (448 = 1.75 * 2^8), else 2^(e - 7).
 inline int scale_byte(int32_t amax) {
   return (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x600000 ? 1 : 0);

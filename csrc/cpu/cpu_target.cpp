@@ -6,8 +6,8 @@
 #include "cpu/kernels.h"
 #include "zimage_mxfp8/error.h"
 
-// ZM_X86_TARGETS is set by the build where the AVX2 and AVX-512 kernels are compiled in. This file
-// is the one place that asks the processor what it has.
+// ZM_X86_TARGETS is set by the build where the AVX2 and AVX-512 kernels are compiled in. Only this
+// file queries the processor's features.
 #if defined(ZM_X86_TARGETS) && defined(_MSC_VER) && !defined(__clang__)
 #include <immintrin.h>
 #include <intrin.h>

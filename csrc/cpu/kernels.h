@@ -20,7 +20,7 @@ struct ResidualSums {
 // A kernel handles rows [row_begin, row_end); for quantize_tile these are padded rows of one
 // 128-row tile.
 struct Kernels {
-  // Returns whether a NaN or an infinity was met.
+  // Returns whether a NaN or an infinity was found.
   bool (*quantize_tile)(const QuantizeTask&, int64_t row_begin, int64_t row_end);
   void (*dequantize_rows)(const DequantizeTask&, int64_t row_begin, int64_t row_end);
   ResidualSums (*residual_sums)(const ResidualTask&, int64_t row_begin, int64_t row_end);
@@ -33,7 +33,7 @@ struct Kernels {
   // Columns [panel * kGemmPanel, ...) of D, all rows. `scratch` has gemm_scratch(k) floats.
   void (*gemm_panel)(const GemmTask&, int64_t panel, float* scratch);
   // Adds `count` 16-bit elements to kSubHistograms tables of 65536 counters, which the caller adds
-  // up. No counter may overflow: fewer than 2^32 elements a table.
+  // up. No counter may overflow: fewer than 2^32 elements per table.
   void (*count_bit_patterns)(const void* elements, int64_t count, uint32_t* counts);
 };
 

@@ -27,7 +27,7 @@ int default_threads() {
 
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   const std::function<void(std::int64_t, std::int64_t)>& body) {
-  if (threads < 0) throw InvalidArgument("threads must be 0 (one a core) or more");
+  if (threads < 0) throw InvalidArgument("threads must be 0 (one per core) or more");
   if (count <= 0) return;
   const std::int64_t wanted = threads == 0 ? default_threads() : threads;
   const std::int64_t workers = std::clamp<std::int64_t>(count / std::max<std::int64_t>(grain, 1), 1,
@@ -57,7 +57,7 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads,
   try {
     for (std::int64_t i = 1; i < workers; ++i) pool.emplace_back(work);
   } catch (...) {
-    // No more threads or memory to be had: those that started, and this one, do the work.
+    // The system has no more threads or memory: those that started, and this one, do the work.
   }
   work();
   for (std::thread& thread : pool) thread.join();

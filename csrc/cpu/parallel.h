@@ -6,7 +6,7 @@
 
 namespace zimage_mxfp8::detail {
 
-// Threads that "0" stands for: the processors that this process may use, at least 1.
+// Number of threads that 0 means: the processors that this process may use, at least 1.
 int default_threads();
 
 // Calls body(begin, end) for ranges that cover [0, count), on up to `threads` threads (0:

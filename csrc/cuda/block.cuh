@@ -83,8 +83,8 @@ void with_layout(DType dtype, const void* data, int64_t row_stride, Function fun
   });
 }
 
-// Elements that a thread handles at a time: 16 bytes, so that what the lanes of a warp load or
-// store is contiguous, however wide the type.
+// Elements that a thread handles at a time: 16 bytes, so that a warp loads and stores contiguous
+// memory for every type.
 template <typename Type>
 constexpr int kWidth = 16 / sizeof(typename Type::Storage);
 
@@ -147,7 +147,7 @@ __device__ uint32_t magnitude(const Elements<Type>& values) {
   return largest;
 }
 
-// Scale byte of a block whose largest magnitude is `amax`: ceil(log2(amax / 448)) + 127; 0 below
+// Scale byte of a block with the largest magnitude `amax`: ceil(log2(amax / 448)) + 127; 0 below
 // 448 * 2^-127, 255 for infinity and NaN. amax = m * 2^e needs 2^(e - 8) if m <= 1.75
 // (448 = 1.75 * 2^8), else 2^(e - 7).
 __device__ inline uint32_t scale_byte(uint32_t amax) {
@@ -161,7 +161,7 @@ __device__ inline float power_of_two(int exponent) {
   return __uint_as_float(exponent == -127 ? 0x400000u : uint32_t(exponent + 127) << 23);
 }
 
-// Codes of elements times `factor`; of zeros if `zero`, of NaN if `nan`, whatever the elements are.
+// Codes of elements times `factor`; codes of zeros if `zero`, of NaN if `nan`, for any elements.
 template <typename Type>
 __device__ Codes<Type> encode(const Elements<Type>& values, float factor, bool zero, bool nan) {
   Codes<Type> codes;

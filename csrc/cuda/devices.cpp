@@ -1,4 +1,4 @@
-// What holds with and without CUDA.
+// Functions for builds with and without CUDA.
 #include <string>
 
 #include "cuda/runtime.h"

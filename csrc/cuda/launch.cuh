@@ -16,12 +16,12 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads, CudaSt
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  // Unlike <<<>>> this tells of this launch alone, not of an error that was there before.
+  // Unlike <<<>>>, this reports errors of this launch only, not earlier ones.
   ZM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
 }
 
-// The same in clusters of blocks with dynamic shared memory. The kernel may begin before those
-// ahead of it in the stream have completed: it must await_predecessors() (cuda/sm90/cluster.cuh).
+// Launches clusters of blocks with dynamic shared memory. The kernel may begin before those ahead
+// of it in the stream have completed: it must await_predecessors() (cuda/sm90/cluster.cuh).
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), uint32_t clusters, uint32_t cluster_blocks,
                      uint32_t threads, int shared_bytes, CudaStream stream,

@@ -1,4 +1,4 @@
-// What a build without CUDA has in place of cuda/runtime.cpp and of the kernels.
+// Replaces cuda/runtime.cpp and the kernels in a build without CUDA.
 #include "cuda/runtime.h"
 #include "dequantize/dequantize_cuda.h"
 #include "fused/fused_cuda.h"

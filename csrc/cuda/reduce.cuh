@@ -30,7 +30,8 @@ struct SumMax {
   uint32_t max;
 };
 
-// Both at once, in each thread. The order of the sum is always the same.
+// The sum and the largest value of a block in one reduction, in each thread. The order of the sum
+// is always the same.
 template <int warps>
 __device__ SumMax block_sum_max(SumMax value, SumMax (&of_warp)[warps]) {
   value = {lane_sum<32>(value.sum), __reduce_max_sync(~0u, value.max)};

@@ -36,7 +36,7 @@ int multiprocessors(int device) { return find_device(device).multiprocessors; }
 
 void throw_cuda_error(int code, const char* expression, const char* file, int line) {
   const auto status = static_cast<cudaError_t>(code);
-  cudaGetLastError();  // told here; a later call shall not find it
+  cudaGetLastError();  // reported here, so that a later call does not find it
   throw CudaError(std::string("CUDA: ") + cudaGetErrorString(status) + " (" +
                   cudaGetErrorName(status) + " from " + expression + ", " + file + ":" +
                   std::to_string(line) + ")");

@@ -1,4 +1,4 @@
-// What the operations need of the CUDA runtime, without its headers.
+// The part of the CUDA runtime that the operations need, without its headers.
 #pragma once
 
 #include <initializer_list>
@@ -17,7 +17,7 @@ inline constexpr const char* kNoCuda =
 // The devices, looked up once.
 const std::vector<CudaDevice>& known_devices();
 
-// The device of that index. Throws Unsupported if there is none.
+// The device with that index. Throws Unsupported if it does not exist.
 const CudaDevice& find_device(int index);
 
 int current_device();
@@ -27,7 +27,7 @@ int multiprocessors(int device);
 // Throws InvalidArgument unless all (non-empty) ranges are memory of the current device.
 void check_device_memory(std::initializer_list<MemoryRange> ranges);
 
-// Throws InvalidArgument unless a matrix and its MXFP8 form are memory of the current device,
+// Throws InvalidArgument unless a matrix and its MXFP8 encoding are memory of the current device,
 // aligned as the kernels need it.
 void check_device_pair(const PairRanges& memory, DType dtype);
 

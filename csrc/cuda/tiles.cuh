@@ -1,4 +1,4 @@
-// How a matrix and its MXFP8 form are divided among warps, and the launch of kernels that are.
+// How a matrix and its MXFP8 encoding are divided among warps, and the launch of such kernels.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,7 @@ namespace zimage_mxfp8::detail {
 constexpr int kTileThreads = 256;
 
 // A tile of 128 rows and 128 columns has 128x4 scales. A warp takes a step of it: one row or two,
-// and those 32, 64 and 96 below, whose scales are adjacent in the blocked layout. A lane holds
+// and those 32, 64 and 96 below; their scales are adjacent in the blocked layout. A lane holds
 // kWidth elements of 4 rows.
 template <typename Type>
 constexpr int kBlockLanes = int(kBlockSize) / kWidth<Type>;  // that share a block
@@ -38,7 +38,7 @@ struct TileStep {
   int64_t scale_offset;  // of the 16 scales of its rows
 };
 
-// The step that this warp is to take, if there is one: if it is less than TileSteps::count.
+// The step of this warp; there is one if it is less than TileSteps::count.
 __device__ inline uint32_t step_of_warp() {
   return blockIdx.x * (kTileThreads / 32) + threadIdx.x / 32;
 }
@@ -54,7 +54,7 @@ __device__ TileStep tile_step(const TileSteps& steps, uint32_t step, int lane) {
           (tile_row * steps.tiles_per_row + tile) * 512 + row * 16};
 }
 
-// Launches kernel(task, steps) with a warp for every step; `Type` is that of the plain matrix.
+// Launches kernel(task, steps) with one warp per step; `Type` is that of the plain matrix.
 template <typename Type, typename Task>
 void launch_over_tiles(void (*kernel)(Task, TileSteps), const Task& task, CudaStream stream) {
   const MXFP8Shape shape{task.rows, task.cols};

@@ -1,4 +1,4 @@
-// What the fused kernels compute of each element. Arithmetic names its roundings, so that every
+// Arithmetic of the fused kernels on single elements. It names its roundings, so that every
 // instantiation of a kernel has the same bits.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace zimage_mxfp8::detail {
 
 __device__ inline float silu(float x) { return __fdividef(x, __fadd_rn(1.0f, __expf(-x))); }
 
-// The product of two complex numbers, of which the second is (cosine, sine).
+// The product of two complex numbers; the second is (cosine, sine).
 __device__ inline float2 rotate(float2 pair, float2 rotation) {
   return {__fmaf_rn(pair.x, rotation.x, -__fmul_rn(pair.y, rotation.y)),
           __fmaf_rn(pair.x, rotation.y, __fmul_rn(pair.y, rotation.x))};

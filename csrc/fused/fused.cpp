@@ -91,7 +91,7 @@ ActivationMemory check_activation(const ActivationView& target, const ConstMatri
                     target);
 }
 
-// Memory of a norm's weight and modulation; the latter is empty if there is none.
+// Memory of a norm's weight and modulation; the latter is empty without a modulation.
 struct NormMemory {
   MemoryRange weight, modulation;
 };
@@ -192,7 +192,7 @@ void rotate_heads(const MatrixView& qkv, const void* q_weight, const void* k_wei
   detail::check_matrix(rotations, "rotations");
   if (rotations.dtype != DType::kFloat32) throw InvalidArgument("rotations must be float32");
   check_eps(eps);
-  // More heads than these have no row that memory could hold.
+  // A row with more heads would not fit in memory.
   if (heads < 1 || heads > (std::int64_t{1} << 20) || qkv.cols != 3 * heads * kHeadSize) {
     throw InvalidArgument("qkv has " + std::to_string(qkv.cols) + " columns, which is not 3 * " +
                           std::to_string(heads) + " heads of " + std::to_string(kHeadSize));

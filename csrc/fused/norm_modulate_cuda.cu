@@ -27,8 +27,8 @@ struct NormTask {
 
   __device__ bool has(uint32_t item) const { return !modulation || item < items; }
 
-  // Eight elements of an item's modulation, zeros if there is none. An item that is not there reads
-  // the first one's.
+  // Eight elements of an item's modulation, zeros without one. An item out of range reads the first
+  // item's.
   template <bool whole>
   __device__ Chunk modulation8(uint32_t item, int column, int cols) const {
     const int64_t offset = item < items ? item * row_stride : 0;
@@ -36,7 +36,7 @@ struct NormTask {
   }
 };
 
-// 1 / the root mean square of a row; NaN in place of an item that is not there.
+// 1 / the root mean square of a row; NaN for an item out of range.
 __device__ float inverse_root_mean(float sum_of_squares, int cols, float eps, bool has_item) {
   const float mean = __fdividef(sum_of_squares, static_cast<float>(cols));
   return has_item ? rsqrtf(__fadd_rn(mean, eps)) : __uint_as_float(kNaNBits);
@@ -56,7 +56,7 @@ __device__ void norm_row(const Chunk (&x)[Layout::kChunks], const NormTask& norm
                          float eps, const Target& target, int64_t row) {
   const int cols = static_cast<int>(target.cols);
   // The row's factor comes last and is not negative, so the largest result is the factor times the
-  // largest product, whatever is rounded on the way: one reduction is enough.
+  // largest product, whatever the rounding in between: one reduction is enough.
   float product[Layout::kChunks][8];
   SumMax local{0.0f, 0};
 #pragma unroll
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Layout::kThreads)
   norm_row<Layout, whole>(values, norm, item_of(items, row), eps, target, row);
 }
 
-// In place of a target, where no norm follows.
+// Replaces the target if no norm follows.
 struct NoTarget {
   int64_t rows;
 };
@@ -163,7 +163,7 @@ bool has_whole_chunks(const NormWeights& norm) {
          (!norm.modulation || detail::has_whole_chunks(*norm.modulation));
 }
 
-// Calls `function` with the layout that suits and whether its chunks are whole.
+// Calls `function` with the layout for the row and whether its chunks are whole.
 template <typename Function>
 void with_row_layout(int64_t cols, bool whole, Function function) {
   if (!whole) return function(WidestRow{}, std::false_type{});

@@ -8,12 +8,11 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLanes = 16;  // of one head, 8 elements each
 constexpr int kGroups = kThreads / kLanes;
-constexpr int kInFlight =
-    4;  // heads whose loads a group issues together: Z-Image's 60 in one round
+constexpr int kInFlight = 4;  // heads that a group loads together: Z-Image's 60 in one round
 
 static_assert(kHeadSize == 8 * kLanes);
 
-// One block a row, whose rotations it keeps for all heads.
+// One block per row; it keeps the row's rotations for all heads.
 template <bool whole>
 __global__ void __launch_bounds__(kThreads, whole ? 4 : 2)
     rotate_heads_kernel(const MatrixView qkv, const uint16_t* q_weight, const uint16_t* k_weight,

@@ -50,7 +50,7 @@ __device__ Chunk load_chunk(const uint16_t* row, int column, int cols) {
 template <bool whole>
 __device__ void store_chunk(const Chunk& chunk, uint16_t* row, int column, int cols) {
   if constexpr (whole) {
-    // The compiler takes some assignments of 16 bytes apart.
+    // The compiler splits some assignments of 16 bytes.
     const uint4 value = chunk.vector;
     if (column < cols) {
       asm volatile(
@@ -166,7 +166,7 @@ bool has_whole_chunks(const View& matrix) {
   return matrix.cols % 8 == 0 &&
          rows_are_aligned(matrix.data, matrix.row_stride, element_size(matrix.dtype));
 }
-// store_row does not ask it of codes.
+// store_row() needs no whole chunks for codes.
 inline bool has_whole_chunks(const MXFP8View&) { return true; }
 inline bool has_whole_chunks(const RowScaledView&) { return true; }
 

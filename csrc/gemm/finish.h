@@ -1,4 +1,4 @@
-// What a library's GEMM does not do at its end.
+// The last step of a GEMM, for outputs that the library's GEMM does not write.
 #pragma once
 
 #include "gemm/task.h"

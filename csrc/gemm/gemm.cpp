@@ -59,7 +59,7 @@ std::string environment(const char* variable) {
   return value ? value : "";
 }
 
-// The kernel that the environment asks for; "" for none.
+// The kernel that the environment names, or "".
 const std::string& forced_kernel() {
   static const std::string forced = [] {
     std::string asked = environment("ZIMAGE_MXFP8_GEMM_KERNEL");
@@ -84,7 +84,7 @@ void log(const GemmProblem& problem, detail::Where where) {
   if (printed.insert(line).second) std::fprintf(stderr, "zimage-mxfp8 gemm: %s\n", line.c_str());
 }
 
-// Kernels that compute a problem on a device, for a sentence on one that does not.
+// Kernels that compute a problem on a device, for the error about one that does not.
 std::string kernels_text(const GemmProblem& problem, detail::Where where) {
   std::string names;
   for (const GemmKernel& kernel : detail::gemm_table()) {
@@ -263,7 +263,7 @@ RotationMemory check_rotation(const RotateHeads& epilogue, const GemmProblem& pr
   return memory;
 }
 
-// How a kernel computes a problem: the workspace begins with what lies between its launches.
+// How a kernel computes a problem: the workspace begins with the data between its launches.
 struct Steps {
   bool fused;            // the kernel applies the epilogue
   std::int64_t between;  // columns of BF16 [M, between] that are kept in the workspace; 0: none
@@ -415,7 +415,7 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
     task.d_row_stride = steps.between;
   }
   if (!steps.fused) task.epilogue = GemmEpilogue::kNone;
-  // Without depth only the bias is left, which the reference knows of.
+  // With K = 0 only the bias is left, which the reference handles.
   const detail::GemmImplementation& run =
       problem.k == 0 ? detail::kReference : *kernel.implementation;
   run.run(task, {rest, workspace.bytes - steps.between_bytes}, stream);

@@ -1,4 +1,4 @@
-// What the GEMM dispatcher hands to kernels.
+// Arguments of GEMM kernels.
 #pragma once
 
 #include <stdint.h>

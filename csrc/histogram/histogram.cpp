@@ -11,7 +11,7 @@
 namespace zimage_mxfp8 {
 namespace {
 
-// Elements that are worth clearing and adding up a table of a thread's own.
+// Number of elements from which a table per thread is worth clearing and adding up.
 constexpr std::int64_t kGrain = std::int64_t{1} << 20;
 // Elements after which a 32-bit counter could be full.
 constexpr std::int64_t kMaxCounted = std::int64_t{1} << 31;
@@ -47,7 +47,7 @@ class Tables {
 void count_bit_patterns(const ConstMatrixView& matrix, std::uint64_t* counts, int threads) {
   detail::check_matrix(matrix, "the matrix");
   if (element_size(matrix.dtype) != 2) {
-    throw InvalidArgument("bit patterns are counted of 16-bit elements only, not of float32");
+    throw InvalidArgument("bit patterns can be counted for 16-bit elements only, not for float32");
   }
   if (!counts) throw InvalidArgument("counts is a null pointer");
   if (matrix.cols == 0) return;

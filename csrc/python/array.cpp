@@ -42,7 +42,7 @@ void Array::import_buffer(const py::object& object, Access access) {
   shape_.assign(view->shape, view->shape + view->ndim);
   for (int i = 0; i < view->ndim; ++i) {
     if (view->strides[i] % view->itemsize != 0) {
-      throw InvalidArgument(std::string(name_) + " has strides that are no whole elements");
+      throw InvalidArgument(std::string(name_) + " has strides that are not whole elements");
     }
     strides_.push_back(view->strides[i] / view->itemsize);
   }
@@ -73,7 +73,7 @@ void Array::import_dlpack(const py::object& object, Memory memory) {
 
   const dlpack::Tensor& tensor = managed->tensor;
   if (tensor.dtype.bits % 8 != 0 || tensor.dtype.lanes != 1) {
-    throw InvalidArgument(std::string(name_) + " has elements that are no whole bytes");
+    throw InvalidArgument(std::string(name_) + " has elements that are not whole bytes");
   }
   data_ = static_cast<std::uint8_t*>(tensor.data) + tensor.byte_offset;
   item_size_ = tensor.dtype.bits / 8;

@@ -18,8 +18,8 @@ class Array {
 
   // `name` appears in error messages. Objects with __dlpack__ that do not export a buffer go
   // through DLPack, everything else through the buffer protocol. Throws InvalidArgument for memory
-  // of a device that `memory` does not admit, a read-only array that is to be written, or an
-  // object that is no array.
+  // of a device that `memory` does not allow, a read-only array that would be written, or an object
+  // that is not an array.
   Array(const pybind11::object& object, const char* name, Access access,
         Memory memory = Memory::kHost);
 

@@ -160,11 +160,11 @@ void register_codec(py::module_& module) {
              arg("threads") = 0, arg("stream") = 0,
              "Decode MXFP8 codes and blocked scales to [N, K], the shape of the target.");
   py::class_<StagedQuantizer>(module, "StagedQuantizer",
-                              "An encoder on a CUDA device of matrices in host memory.")
+                              "An encoder on a CUDA device for matrices in host memory.")
       .def(py::init<int>(), arg("device"), py::call_guard<py::gil_scoped_release>(),
-           "Take memory on a CUDA device, given by its index.")
+           "Allocate memory on a CUDA device, given by its index.")
       .def("quantize", &py_staged_quantize, arg("source"), arg("dtype"), arg("codes"),
-           arg("scales"), "Encode [N, K] as the function `quantize` does; waits for the device.");
+           arg("scales"), "Encode [N, K] as the function `quantize` does; wait for the device.");
   module.def("find_nonfinite", &py_find_nonfinite, arg("source"), arg("dtype"), arg("threads") = 0,
              "Find the first NaN or infinity of [N, K]: its row and column, or None.");
   module.def("cast", &py_cast, arg("source"), arg("source_dtype"), arg("target"),
@@ -175,7 +175,7 @@ void register_codec(py::module_& module) {
              "Compare [N, K] with its encoding: sum of squared errors, of squares, largest error.");
   module.def("residual_times_vector", &py_residual_times_vector, arg("original"), arg("dtype"),
              arg("codes"), arg("scales"), arg("x"), arg("out"), arg("threads") = 0,
-             "Multiply what encoding changed, [N, K], with x, float64 [K]: out, float64 [N].");
+             "Multiply the change by encoding, [N, K], with x, float64 [K]: out, float64 [N].");
   module.def("count_bit_patterns", &py_count_bit_patterns, arg("matrix"), arg("dtype"),
              arg("counts"), arg("threads") = 0,
              "Add to counts, uint64 [65536], how often [N, K] has each 16-bit pattern.");

@@ -27,7 +27,7 @@ struct OptionalArray {
   }
 };
 
-// Arrays of a call, whose device is looked up once all are there.
+// Arrays of a call; their device is looked up once all are known.
 class Arrays {
  public:
   void add(const Array& array) { arrays_.push_back(&array); }

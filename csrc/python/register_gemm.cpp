@@ -222,7 +222,7 @@ void register_gemm(py::module_& module) {
   using py::arg;
   module.def("cublaslt_version", &cublaslt_version, py::call_guard<py::gil_scoped_release>(),
              "Return the version of the cuBLASLt that is used, such as 13.1.0; empty without one.");
-  py::class_<GemmProblem>(module, "GemmProblem", "What a GEMM computes, apart from its numbers.")
+  py::class_<GemmProblem>(module, "GemmProblem", "A GEMM to compute, without its data.")
       .def(py::init([](std::int64_t m, std::int64_t n, std::int64_t k, const std::string& a,
                        const std::string& b, const std::string& dtype, bool bias,
                        const std::string& epilogue, const std::string& d_format) {
@@ -266,7 +266,7 @@ void register_gemm(py::module_& module) {
         return result;
       },
       arg("problem"), arg("device"), py::call_guard<py::gil_scoped_release>(),
-      "Return name, whether it fuses the epilogue, cost, and why it is not chosen, per kernel.");
+      "Return per kernel: name, whether it fuses the epilogue, cost, why it is not chosen.");
   module.def(
       "gemm_workspace_size",
       [](const std::string& kernel, const GemmProblem& problem, int device) {

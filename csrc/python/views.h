@@ -24,7 +24,7 @@ inline DType parse_dtype(const std::string& name) {
   throw InvalidArgument("unsupported dtype \"" + name + "\": use bfloat16, float16 or float32");
 }
 
-// A ConstMatrixView or MatrixView of an array. Throws InvalidArgument if it is no matrix of that
+// A ConstMatrixView or MatrixView of an array. Throws InvalidArgument if it is not a matrix of that
 // dtype with adjacent elements in each row.
 template <typename View>
 View matrix(const Array& array, const std::string& dtype_name) {

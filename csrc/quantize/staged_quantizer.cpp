@@ -20,7 +20,7 @@ struct StagedQuantizer::Resources {
   std::size_t bytes = 0;
 
   ~Resources() {
-    // Failures here have been reported by the call that they broke.
+    // The call that failed has reported these errors.
     int previous = 0;
     cudaGetDevice(&previous);
     cudaSetDevice(device);
@@ -69,7 +69,7 @@ void StagedQuantizer::quantize(const ConstMatrixView& source, const MXFP8View& t
       source.rows > 1 ? static_cast<std::size_t>(source.row_stride) * item : row_bytes;
 
   const cudaStream_t stream = resources_->stream;
-  // Whatever fails: nothing touches the caller's memory after the call.
+  // Even on failure, nothing may touch the caller's memory after the call.
   const std::unique_ptr<CUstream_st, cudaError_t (*)(cudaStream_t)> wait(stream,
                                                                          cudaStreamSynchronize);
   ZM_CUDA_CHECK(cudaMemcpy2DAsync(matrix, pitch, source.data, source_pitch, row_bytes,

@@ -18,10 +18,10 @@ namespace {
 
 constexpr int kCodes = 0x7F;  // magnitudes of E4M3 that are numbers
 constexpr int kMaxUp = 17;    // 2^-9, the smallest code, can move up so far: 2^8 <= 448
-constexpr int kMaxDown = 19;  // from here on every code becomes zero: 448 * 2^-19 < 2^-10
+constexpr int kMaxDown = 19;  // from this on every code becomes zero: 448 * 2^-19 < 2^-10
 constexpr int kShifts = kMaxUp + kMaxDown + 1;
 
-// What becomes of every magnitude of a code whose block's scale is 2^shift times too small.
+// The result for each magnitude of a code, in a block with a scale 2^shift times too small.
 struct Shifted {
   std::array<std::uint8_t, kCodes> code;
   std::array<double, kCodes> squared_error;  // (value - new value * 2^shift)^2

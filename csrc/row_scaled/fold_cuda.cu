@@ -32,8 +32,8 @@ __device__ uint32_t largest8(uint2 codes) {
   return __vmaxu4(largest, largest >> 8) & 0x7F;
 }
 
-// One warp a row. What is computed in float32 is exact: values have four bits, and what moves
-// them are powers of two.
+// One warp per row. Float32 arithmetic is exact here: values have four bits, and all factors are
+// powers of two.
 __global__ void __launch_bounds__(kThreads)
     fold_kernel(const ConstMXFP8View source, const RowScaledView target, FoldRowStats* stats) {
   const int64_t row = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;

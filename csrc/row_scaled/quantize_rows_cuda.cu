@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How a row is divided: among so many threads, each of which keeps so many chunks of 16 bytes in
-// registers between the two passes over the row; what is left of a longer row is read again.
+// How a row is divided: among `threads` threads, each of which keeps `kept` chunks of 16 bytes in
+// registers between the two passes over the row; the rest of a longer row is read again.
 template <int threads_, int kept_>
 struct Division {
   static constexpr int threads = threads_;
@@ -22,7 +22,7 @@ using ShortRow = Division<32, 16>;
 using LongRow = Division<kThreads, 6>;
 
 // Loads elements of a row, zeros from `cols` on. A `whole` row consists of chunks of 16 bytes; that
-// leaves one predicate, so that the loads of all chunks are under way together.
+// leaves one predicate, so that the loads of all chunks overlap.
 template <typename Type, bool whole>
 __device__ Elements<Type> load_chunk(const typename Type::Storage* row, int64_t column,
                                      int64_t cols) {

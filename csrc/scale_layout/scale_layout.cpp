@@ -10,7 +10,8 @@ namespace {
 
 void check(const std::uint8_t* a, const std::uint8_t* b, std::int64_t rows, std::int64_t cols) {
   if (rows < 0 || cols < 0) throw InvalidArgument("rows and cols must not be negative");
-  if ((!a || !b) && rows > 0 && cols > 0) throw InvalidArgument("a null pointer");
+  if ((!a || !b) && rows > 0 && cols > 0)
+    throw InvalidArgument("row_major or blocked is a null pointer");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Z-Image in MXFP8: conversion of checkpoints, the model that runs them, and what both stand on.
+"""Z-Image in MXFP8: conversion of checkpoints, the model that runs them, and MXFP8 matrices.
 
     import zimage_mxfp8 as zm
 
@@ -6,8 +6,8 @@
     transformer = zm.ZImageTransformer.from_checkpoint("z_image_turbo-mxfp8.safetensors")
     encoded = zm.quantize(matrix)  # NumPy or torch
 
-Names are imported when they are first used, so that the command line starts quickly. Where that
-needs a package which is not installed, `MissingExtraError` says what to install.
+Names are imported when they are first used, so that the command line starts quickly. If that needs
+a package that is not installed, `MissingExtraError` says what to install.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -17,12 +17,12 @@ def dequantize(
     """Decode MXFP8 codes and blocked scales to [N, K], the shape of the target."""
 
 class StagedQuantizer:
-    """An encoder on a CUDA device of matrices in host memory."""
+    """An encoder on a CUDA device for matrices in host memory."""
 
     def __init__(self, device: int) -> None:
-        """Take memory on a CUDA device, given by its index."""
+        """Allocate memory on a CUDA device, given by its index."""
     def quantize(self, source: Any, dtype: DTypeName, codes: Any, scales: Any) -> None:
-        """Encode [N, K] as the function `quantize` does; waits for the device."""
+        """Encode [N, K] as the function `quantize` does; wait for the device."""
 
 def find_nonfinite(source: Any, dtype: DTypeName, threads: int = 0) -> tuple[int, int] | None:
     """Find the first NaN or infinity of [N, K]: its row and column, or None."""
@@ -40,7 +40,7 @@ def measure_residual(
 def residual_times_vector(
     original: Any, dtype: DTypeName, codes: Any, scales: Any, x: Any, out: Any, threads: int = 0
 ) -> None:
-    """Multiply what encoding changed, [N, K], with x, float64 [K]: out, float64 [N]."""
+    """Multiply the change by encoding, [N, K], with x, float64 [K]: out, float64 [N]."""
 
 def count_bit_patterns(matrix: Any, dtype: DTypeName, counts: Any, threads: int = 0) -> None:
     """Add to counts, uint64 [65536], how often [N, K] has each 16-bit pattern."""
@@ -68,28 +68,28 @@ class CudaDevice:
 
     @property
     def index(self) -> int:
-        """Its index."""
+        """Index of the device."""
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the device."""
     @property
     def major(self) -> int:
-        """First number of its compute capability."""
+        """First number of the compute capability."""
     @property
     def minor(self) -> int:
-        """Second number of its compute capability."""
+        """Second number of the compute capability."""
     @property
     def multiprocessors(self) -> int:
-        """Number of its multiprocessors."""
+        """Number of multiprocessors."""
     @property
     def memory(self) -> int:
-        """Bytes of its memory."""
+        """Bytes of device memory."""
 
 def cuda_devices() -> list[CudaDevice]:
     """Return the devices that the CUDA runtime sees; none without a driver."""
 
 class BuildInfo:
-    """What this build holds."""
+    """Versions and CUDA targets of this build."""
 
     @property
     def version(self) -> str:
@@ -99,13 +99,13 @@ class BuildInfo:
         """Version of the CUDA compiler; empty without CUDA."""
     @property
     def no_cuda(self) -> str:
-        """Why it is without CUDA; empty with CUDA."""
+        """Why the build is without CUDA; empty with CUDA."""
     @property
     def cutlass(self) -> str:
-        """Version of CUTLASS; empty where it was not used."""
+        """Version of CUTLASS; empty if it was not used."""
     @property
     def architectures(self) -> list[str]:
-        """CUDA targets that are compiled in."""
+        """CUDA targets that were compiled in."""
 
 def build_info() -> BuildInfo:
     """Describe this build."""
@@ -139,7 +139,7 @@ def cublaslt_version() -> str:
     """Return the version of the cuBLASLt that is used, such as 13.1.0; empty without one."""
 
 class GemmProblem:
-    """What a GEMM computes, apart from its numbers."""
+    """A GEMM to compute, without its data."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ def choose_gemm(problem: GemmProblem, device: int) -> str:
     """Return the name of the kernel of least cost."""
 
 def explain_gemm(problem: GemmProblem, device: int) -> list[tuple[str, bool, float, str]]:
-    """Return name, whether it fuses the epilogue, cost, and why it is not chosen, per kernel."""
+    """Return per kernel: name, whether it fuses the epilogue, cost, why it is not chosen."""
 
 def gemm_workspace_size(kernel: str, problem: GemmProblem, device: int) -> int:
     """Return the bytes of workspace that a kernel needs."""

@@ -1,6 +1,6 @@
-"""Checks of arguments: a value of a fitting type becomes Python's own, others are refused by name.
+"""Checks of arguments: suitable values become Python's own types, others raise an error.
 
-Python's own operators would say what they cannot compare, and not which argument it was.
+Python's own operators would name the types that they cannot compare, but not the argument.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _T = TypeVar("_T")
 
 
 def whole_number(name: str, value: Any) -> int:
-    """Return a whole number of any type, NumPy's too.
+    """Return a whole number of any type, NumPy's included.
 
     Raises:
-        UsageError: of another type; `name` is its argument.
+        UsageError: if the argument `name` has another type.
     """
 
     def convert(value: Any) -> int:
-        if isinstance(value, bool):  # an int to Python, and a slip of its writer
+        if isinstance(value, bool):  # an int to Python, but a mistake here
             raise TypeError
         return operator.index(value)
 
@@ -34,12 +34,12 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """Return a real number of any type; infinities and NaN are numbers too. Errors as above."""
+    """Return a real number, also infinity or NaN; errors as in `whole_number`."""
     return _converted(name, _real, "a number", value)
 
 
 def finite_number(name: str, value: Any) -> float:
-    """Return a real number that is finite. Errors as above."""
+    """Return a finite real number; errors as in `whole_number`."""
 
     def convert(value: Any) -> float:
         converted = _real(value)
@@ -51,20 +51,20 @@ def finite_number(name: str, value: Any) -> float:
 
 
 def path(name: str, value: Any) -> Path:
-    """Return a path. Errors as above."""
+    """Return a path; errors as in `whole_number`."""
     return _converted(name, _path, "a path", value)
 
 
 def file_or_folder(name: str, value: Any) -> Path:
-    """Return a path of what may be either. Errors as above."""
+    """Return the path of a file or folder; errors as in `whole_number`."""
     return _converted(name, _path, "the path of a file or folder", value)
 
 
 def text(name: str, value: Any) -> str:
-    """Text that UTF-8 has. Errors as above."""
+    """Return text that UTF-8 can encode; errors as in `whole_number`."""
     if not isinstance(value, str):
         raise _wrong_type(name, "a text", value)
-    if any("\ud800" <= c <= "\udfff" for c in value):  # what Python makes of other bytes
+    if any("\ud800" <= c <= "\udfff" for c in value):  # Python's stand-ins for other bytes
         raise UsageError(name, "is not UTF-8 text")
     return value
 
@@ -73,10 +73,10 @@ def check_threads(threads: Any) -> None:
     """Check a number of threads.
 
     Raises:
-        UsageError: it is none.
+        UsageError: if it is not a number of threads.
     """
     if not isinstance(threads, int) or threads < 0:
-        raise UsageError("threads", "must be 0 (one a core) or more")
+        raise UsageError("threads", "must be 0 (one per core) or more")
 
 
 def _path(value: Any) -> Path:
@@ -99,5 +99,5 @@ def _converted(name: str, convert: Callable[[Any], _T], what: str, value: Any) -
 
 
 def _wrong_type(name: str, what: str, value: object) -> UsageError:
-    # Only the beginning: it may be anything, a whole image too.
+    # Only the beginning: the value may be anything, even a whole image.
     return UsageError(name, f"must be {what}, not {repr(value)[:80]}")

@@ -45,5 +45,5 @@ FLOAT_NAMES: Final[dict[str, DTypeName]] = {
 
 
 def as_integers(dtype: str, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.generic]:
-    """Bytes of BF16, F16 or F32 as integers of that width, which is how the core takes them."""
+    """View bytes of BF16, F16 or F32 as integers of that width, as the core takes them."""
     return data.view(f"u{SAFETENSORS_BITS[dtype] // 8}")

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class Error(Exception):
-    """Base of everything that this package raises on purpose.
+    """Base class of this package's exceptions.
 
-    `str` gives one sentence. A program with another surface (a command line, a server) words its
+    `str` gives one sentence. A program with another interface (a command line, a server) words its
     own from the parts: a hint names arguments of this package's calls between backticks, alone
     (`layers`) or with a value (`compute="weight-only"`). Problems do not.
 
     Attributes:
-        problem: what is wrong.
-        hint: what to do about it; "" where the problem says that.
+        problem: the problem, as a sentence.
+        hint: the remedy, in the imperative; "" if the problem includes it.
     """
 
     def __init__(self, problem: str = "", hint: str = "") -> None:
@@ -37,25 +37,25 @@ class InvalidArgumentError(Error, ValueError):
 
 
 class UnsupportedError(Error, RuntimeError):
-    """Something that this build or this machine cannot do."""
+    """An operation that this build or this machine cannot do."""
 
 
 class MissingFeatureError(Error):
-    """Something that is not there: one of the two classes below."""
+    """A missing attribute or a missing package: one of the two classes below."""
 
 
 class MissingAttributeError(MissingFeatureError, AttributeError):
-    """Something of diffusers' models that the transformer does not have.
+    """An attribute of diffusers' models that the transformer does not have.
 
-    An AttributeError, because diffusers and its like ask with `hasattr`.
+    An AttributeError, because diffusers and similar libraries ask with `hasattr`.
     """
 
 
 class MissingExtraError(MissingFeatureError, ImportError):
     """An optional package that is missing, with the extra that brings it.
 
-    An ImportError and no AttributeError: of the latter Python makes a sentence of its own in
-    `from zimage_mxfp8 import ...`, and drops this one.
+    An ImportError and not an AttributeError: Python replaces the latter's sentence in `from
+    zimage_mxfp8 import ...`.
 
     Attributes:
         name: the module that cannot be imported, as in Python's own error.
@@ -100,8 +100,8 @@ class GenerationError(Error, ArithmeticError):
     """An image that became NaN or infinite.
 
     Attributes:
-        step: the first step after which it was so, from 1; None if the steps were sound and the
-            VAE was not, 0 if the caption was so before the first step.
+        step: the first step after which it was not finite, from 1; 0 if the caption was not finite
+            before the first step, None if only the VAE's result was not.
     """
 
     def __init__(self, problem: str, step: int | None, hint: str = "") -> None:
@@ -110,14 +110,14 @@ class GenerationError(Error, ArithmeticError):
 
 
 class CheckpointError(Error):
-    """A checkpoint that cannot be read, or is not what the operation needs."""
+    """A checkpoint that cannot be read, or does not suit the operation."""
 
 
 class WrongKindError(CheckpointError):
     """A file of a kind that the operation does not take, such as an adapter or a GGUF file.
 
     Attributes:
-        kind: what it is, a row of the table in `checkpoint/kinds.py`.
+        kind: its kind, a row of the table in `checkpoint/kinds.py`.
     """
 
     def __init__(self, problem: str, kind: Kind, hint: str = "") -> None:
@@ -130,11 +130,11 @@ class RecipeError(Error):
 
 
 class OutputError(Error):
-    """An output that cannot be written, or must not be."""
+    """An output that cannot or must not be written."""
 
 
 class UsageError(Error):
-    """An argument with a value that cannot be, or that does not go with the others.
+    """An argument with an invalid value, or one that contradicts other arguments.
 
     Attributes:
         argument: name of the argument in this package's calls.

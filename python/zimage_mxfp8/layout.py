@@ -16,12 +16,12 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def padded_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the codes of a matrix: both sizes rounded up to a multiple of 32."""
+    """Return the shape of the codes of a matrix: both sizes rounded up to a multiple of 32."""
     rows, cols = shape
     return round_up(rows, MXFP8_BLOCK), round_up(cols, MXFP8_BLOCK)
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the blocked scales of a matrix (`shape` before padding)."""
+    """Return the shape of the blocked scales of a matrix (`shape` before padding)."""
     rows, cols = padded_shape(shape)
     return round_up(rows, SCALE_TILE_ROWS), round_up(cols // MXFP8_BLOCK, 4)

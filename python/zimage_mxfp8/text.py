@@ -11,12 +11,12 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without line breaks and control characters, which names in files may hold."""
+    """Replace line breaks and control characters, which names in files may hold."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(words: Collection[str], known: Collection[str]) -> str:
-    """End of a sentence about unknown words: the known ones that are most like them, or nothing."""
+    """Return the end of a sentence about unknown words: the most similar known ones, or nothing."""
     from difflib import get_close_matches
 
     found = dict.fromkeys(near for word in words for near in get_close_matches(word, known, 1))

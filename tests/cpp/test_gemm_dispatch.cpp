@@ -188,7 +188,7 @@ TEST_CASE("a made-up kernel is chosen, refused with its reason, and listed") {
   CHECK(line.find("128x20480x3840 row-scaled FP8 x row-scaled FP8 -> BF16 on H100 (compute "
                   "capability 9.0): made_up (cost 0.50); ") == 0);
   CHECK(line.find("fp8_rowwise has cost 1.00, made_up 0.50") != std::string::npos);
-  CHECK(line.find("reference runs there, slowly, when asked for by name") != std::string::npos);
+  CHECK(line.find("reference runs there, slowly, if chosen by name") != std::string::npos);
 }
 
 TEST_CASE("where no kernel is fast, the error has every reason") {

@@ -44,7 +44,7 @@ struct PipelineState {
   }
 };
 
-// A ring whose stages `consumers` warpgroups of a block read, and which `blocks` blocks of a
+// A ring of stages that `consumers` warpgroups of a block read, and that `blocks` blocks of a
 // cluster load for each other: a stage is loaded when it is empty in all of them.
 template <int stages, int consumers, int blocks>
 struct Pipeline {

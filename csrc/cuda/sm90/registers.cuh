@@ -16,7 +16,7 @@ __device__ void warpgroup_reg_dealloc() {
 }
 
 // Registers per thread in a block of `consumers` warpgroups and one producer that fills a
-// multiprocessor: the producer gives up as many as the consumers get. A consumer that asked for
+// multiprocessor: the producer gives up as many as the consumers get. A consumer that requested
 // more would wait forever.
 template <int consumers, int consumer_registers>
 struct RegisterSplit {

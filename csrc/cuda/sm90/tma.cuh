@@ -35,8 +35,8 @@ __device__ inline void tma_load_2d(const CUtensorMap& map, uint32_t barrier, uin
       : "memory");
 }
 
-// Loads a box to each block of the cluster whose bit is set in `blocks`, at the same address, and
-// counts it at the same barrier, in each.
+// Loads a box to each block of the cluster that has its bit set in `blocks`, at the same address,
+// and counts it at the same barrier in each.
 __device__ inline void tma_load_2d_multicast(const CUtensorMap& map, uint32_t barrier,
                                              uint32_t target, int column, int row,
                                              uint16_t blocks) {
@@ -63,7 +63,7 @@ __device__ inline void tma_load_fence() { asm volatile("fence.proxy.async.global
 
 // ---- From shared memory. One thread starts, commits and awaits the stores.
 
-// Makes what this thread stored in shared memory visible to the copy engine.
+// Makes this thread's stores to shared memory visible to the copy engine.
 __device__ inline void tma_store_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -1,6 +1,6 @@
-// Hopper's warpgroup products (PTX ISA, wgmma.mma_async): D[64, N] += A[64, 16] B[N, 16]^T in BF16
-// or A[64, 32] B[N, 32]^T in E4M3, with A in registers or shared memory, B in shared memory, and
-// float32 sums.
+// Hopper's warpgroup multiplications (PTX ISA, wgmma.mma_async): D[64, N] += A[64, 16] B[N, 16]^T
+// in BF16 or A[64, 32] B[N, 32]^T in E4M3, with A in registers or shared memory, B in shared
+// memory, and float32 sums.
 //
 // Lane l of warp w of the warpgroup holds, with r = 16 w + l / 4 and c = 2 (l % 4),
 //   a[0]: A[r][c, c + 1]     a[1]: A[r + 8][c, c + 1]
@@ -15,8 +15,8 @@ namespace zimage_mxfp8::detail {
 constexpr int kWarpgroup = 128;  // threads
 
 // Descriptor of B (or A) in shared memory: N (or 64) rows of 128 bytes, written by TMA with its
-// swizzle of 128 bytes, aligned to 1024 bytes. The columns of a product are 32 bytes: add 2 to the
-// descriptor for the next ones.
+// swizzle of 128 bytes, aligned to 1024 bytes. One multiplication takes 32 bytes of columns: add 2
+// to the descriptor for the next ones.
 __device__ inline uint64_t wgmma_descriptor(uint32_t shared_address) {
   constexpr uint64_t kStrideOf8Rows = 1024 >> 4, kSwizzle128 = 1;
   return uint64_t((shared_address & 0x3FFFF) >> 4) | uint64_t{1} << 16 | kStrideOf8Rows << 32 |
@@ -35,8 +35,8 @@ __device__ void wgmma_wait_pending() {
 }
 
 // Waits until all committed groups are complete, after which their sums may be read. For the
-// compiler each sum is written where its product is issued: without a fence on the registers it
-// could move reads of them above the wait.
+// compiler each sum is written where its multiplication is issued: without a fence on the registers
+// it could move reads of them above the wait.
 template <int count>
 __device__ void wgmma_wait(float (&sums)[count]) {
   wgmma_wait_pending<0>();

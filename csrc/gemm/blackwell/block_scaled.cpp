@@ -38,13 +38,13 @@ void gemm_block_scaled(const BlockScaledVariant& bf16, const BlockScaledVariant&
                        const GemmTask& task, Workspace workspace, CudaStream stream) {
   const BlockScaledVariant& variant = choose(bf16, f32, task.d_dtype);
   if (sums_bytes(task) == 0) return variant.run(task, workspace, stream);
-  GemmTask product = task;
-  product.d = static_cast<char*>(workspace.data) + own_bytes(variant, task);
-  product.d_dtype = DType::kFloat32;
-  product.d_row_stride = task.n;
-  product.bias = nullptr;
-  variant.run(product, workspace, stream);
-  gemm_finish(static_cast<const float*>(product.d), task.n, task, stream);
+  GemmTask sums = task;
+  sums.d = static_cast<char*>(workspace.data) + own_bytes(variant, task);
+  sums.d_dtype = DType::kFloat32;
+  sums.d_row_stride = task.n;
+  sums.bias = nullptr;
+  variant.run(sums, workspace, stream);
+  gemm_finish(static_cast<const float*>(sums.d), task.n, task, stream);
 }
 
 }  // namespace zimage_mxfp8::detail

@@ -1,4 +1,4 @@
-// Block-scaled kernels of CUTLASS, behind functions that know no CUTLASS.
+// Block-scaled kernels of CUTLASS, behind functions without CUTLASS types.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ struct BlockScaledVariant {
 extern const BlockScaledVariant kSM100LargeBF16, kSM100MediumBF16, kSM100SmallBF16, kSM100SmallF32,
     kSM120BF16, kSM120F32;
 
-// A product with the variant for its output: `bf16`, or `f32` and then bias and rounding to F16.
+// A GEMM with the variant for its output: `bf16`, or `f32` and then bias and rounding to F16.
 std::size_t workspace_block_scaled(const BlockScaledVariant& bf16, const BlockScaledVariant& f32,
                                    const GemmProblem& problem);
 void gemm_block_scaled(const BlockScaledVariant& bf16, const BlockScaledVariant& f32,

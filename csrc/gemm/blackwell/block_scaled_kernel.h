@@ -1,8 +1,8 @@
 // The CUTLASS types of the block-scaled GEMMs, and their arguments.
 //
 // D[M, N] = A[M, K] B[N, K]^T + bias[N], E4M3 operands, one E8M0 scale for 32 elements of K in the
-// 128x4 blocked layout of zimage_mxfp8/scale_layout.h. Everything here evaluates on the host too,
-// which is where tests/cpp/test_block_scaled.cu looks at it; CUTLASS types stay inside templates.
+// 128x4 blocked layout of zimage_mxfp8/scale_layout.h. Everything here also evaluates on the host,
+// where tests/cpp/test_block_scaled.cu checks it; CUTLASS types stay inside templates.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -18,13 +18,13 @@
 
 namespace zimage_mxfp8::detail {
 
-// A tile and how it is worked on. `max_shared_memory` is what a block of the family may have.
+// A tile and its schedule. `max_shared_memory` is the family's limit for a block.
 struct SM100Base {
   using Arch = cutlass::arch::Sm100;
   static constexpr int max_shared_memory = 232448;
 };
 
-// Two SMs share a tile: for large products.
+// Two SMs share a tile: for large GEMMs.
 struct SM100Large : SM100Base {
   using Tile = cute::Shape<cute::_256, cute::_256, cute::_128>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
@@ -83,7 +83,7 @@ struct BlockScaledKernel {
                                                       Epilogue, void>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  // CUTLASS chooses the number of stages; nothing there checks the sum against the family's limit.
+  // CUTLASS chooses the number of stages and does not check the sum against the family's limit.
   static_assert(sizeof(typename Kernel::SharedStorage) <= Config::max_shared_memory);
 
   static typename Gemm::Arguments arguments(const GemmTask& task) {

@@ -24,8 +24,8 @@
 namespace zimage_mxfp8::detail::cublaslt {
 namespace {
 
-// The library's functions. Only versions 12 and 13 are asked for: theirs are declared in
-// cublaslt_abi.h. Scales of rows came with 12.9.
+// The library's functions. Only versions 12 and 13 are loaded: cublaslt_abi.h declares their
+// interface. Row scales came with 12.9.
 class Library {
  public:
   static const Library& get() {
@@ -47,7 +47,7 @@ class Library {
     constexpr std::array names{"libcublasLt.so.13", "libcublasLt.so.12"};
 #endif
     void* handle = nullptr;
-    // One that the process has already (torch's, say) before one that would have to be loaded.
+    // A library that the process has already (torch's, say) comes before one that must be loaded.
     for (const bool loaded : {true, false}) {
       for (const char* name : names) {
         if (!handle) handle = open(name, loaded);
@@ -129,7 +129,7 @@ abi::Handle handle_of(int device) {
   return handle;
 }
 
-// What the choice of an algorithm depends on.
+// The properties of a GEMM that decide its algorithm.
 using Key =
     std::tuple<int, int, int, int, bool, DType, bool, std::int64_t, std::int64_t, std::int64_t>;
 
@@ -137,7 +137,7 @@ struct Descriptors {
   Owned<abi::MatmulDesc> operation;
   Owned<abi::MatrixLayout> a, b, d;
 
-  Descriptors(const Library& library, const Product& product)
+  Descriptors(const Library& library, const Gemm& gemm)
       : operation(library.MatmulDescDestroy),
         a(library.MatrixLayoutDestroy),
         b(library.MatrixLayoutDestroy),
@@ -148,26 +148,26 @@ struct Descriptors {
       check(library.MatmulDescSetAttribute(operation.handle, attribute, &value, sizeof(value)),
             "cublasLtMatmulDescSetAttribute");
     };
-    // Its matrices are column-major: what it calls A is our B [n, k] read as [k, n] and transposed,
+    // Its matrices are column-major: its A is our B [n, k] read as [k, n] and transposed,
     // its B is our A, and its D is ours transposed.
     set(abi::kTransA, std::int32_t{abi::kTranspose});
-    if (product.fp8) {
+    if (gemm.fp8) {
       set(abi::kAScaleMode, std::int32_t{abi::kScaleOuterVector});
       set(abi::kBScaleMode, std::int32_t{abi::kScaleOuterVector});
-      set(abi::kAScalePointer, product.b_scales);
-      set(abi::kBScalePointer, product.a_scales);
+      set(abi::kAScalePointer, gemm.b_scales);
+      set(abi::kBScalePointer, gemm.a_scales);
       set(abi::kFastAccumulation, std::int8_t{1});
     }
-    if (product.bias) {
+    if (gemm.bias) {
       set(abi::kEpilogue, std::uint32_t{abi::kEpilogueBias});
-      set(abi::kBiasPointer, product.bias);
+      set(abi::kBiasPointer, gemm.bias);
       set(abi::kBiasDataType, std::int32_t{abi::kReal16BF});
     }
-    const auto operand = product.fp8 ? abi::kReal8FE4M3 : abi::kReal16BF;
-    const auto output = product.d_dtype == DType::kBFloat16 ? abi::kReal16BF : abi::kReal32F;
-    layout(library, a, operand, product.k, product.n, product.b_row_stride);
-    layout(library, b, operand, product.k, product.m, product.a_row_stride);
-    layout(library, d, output, product.n, product.m, product.d_row_stride);
+    const auto operand = gemm.fp8 ? abi::kReal8FE4M3 : abi::kReal16BF;
+    const auto output = gemm.d_dtype == DType::kBFloat16 ? abi::kReal16BF : abi::kReal32F;
+    layout(library, a, operand, gemm.k, gemm.n, gemm.b_row_stride);
+    layout(library, b, operand, gemm.k, gemm.m, gemm.a_row_stride);
+    layout(library, d, output, gemm.n, gemm.m, gemm.d_row_stride);
   }
 
   static void layout(const Library& library, Owned<abi::MatrixLayout>& layout, abi::DataType type,
@@ -178,9 +178,8 @@ struct Descriptors {
   }
 };
 
-std::optional<abi::Algorithm> choose(const Library& library, abi::Handle handle,
-                                     const Product& product) {
-  const Descriptors descriptors(library, product);
+std::optional<abi::Algorithm> choose(const Library& library, abi::Handle handle, const Gemm& gemm) {
+  const Descriptors descriptors(library, gemm);
   Owned<abi::Preference> preference(library.MatmulPreferenceDestroy);
   check(library.MatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
   const auto set = [&](abi::PreferenceAttribute attribute, auto value) {
@@ -201,26 +200,25 @@ std::optional<abi::Algorithm> choose(const Library& library, abi::Handle handle,
   return result.algorithm;
 }
 
-// The algorithm for a product, looked up once for each kind.
-std::optional<abi::Algorithm> find_algorithm(const Library& library, int device,
-                                             const Product& product) {
+// The algorithm for a GEMM, looked up once per kind.
+std::optional<abi::Algorithm> find_algorithm(const Library& library, int device, const Gemm& gemm) {
   static std::mutex mutex;
   static std::map<Key, std::optional<abi::Algorithm>> known;
   const Key key{device,
-                product.m,
-                product.n,
-                product.k,
-                product.fp8,
-                product.d_dtype,
-                product.bias != nullptr,
-                product.a_row_stride,
-                product.b_row_stride,
-                product.d_row_stride};
+                gemm.m,
+                gemm.n,
+                gemm.k,
+                gemm.fp8,
+                gemm.d_dtype,
+                gemm.bias != nullptr,
+                gemm.a_row_stride,
+                gemm.b_row_stride,
+                gemm.d_row_stride};
   const abi::Handle handle = handle_of(device);
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  return known.emplace(key, choose(library, handle, product)).first->second;
+  return known.emplace(key, choose(library, handle, gemm)).first->second;
 }
 
 }  // namespace
@@ -237,27 +235,27 @@ std::string version() {
   return library.missing.empty() ? text(library.GetVersion()) : "";
 }
 
-bool has_algorithm(const Product& product) {
+bool has_algorithm(const Gemm& gemm) {
   const Library& library = require_library();
-  return find_algorithm(library, current_device(), product).has_value();
+  return find_algorithm(library, current_device(), gemm).has_value();
 }
 
-void multiply(const Product& product, void* workspace, CudaStream stream) {
+void multiply(const Gemm& gemm, void* workspace, CudaStream stream) {
   const Library& library = require_library();
   const int device = current_device();
-  const auto algorithm = find_algorithm(library, device, product);
+  const auto algorithm = find_algorithm(library, device, gemm);
   if (!algorithm) {
-    throw Unsupported("cuBLASLt " + version() + " has no algorithm for [" +
-                      std::to_string(product.m) + ", " + std::to_string(product.k) + "] x [" +
-                      std::to_string(product.n) + ", " + std::to_string(product.k) + "]^T in " +
-                      (product.fp8 ? "FP8 with row scales" : "BF16") + " on this device");
+    throw Unsupported("cuBLASLt " + version() + " has no algorithm for [" + std::to_string(gemm.m) +
+                      ", " + std::to_string(gemm.k) + "] x [" + std::to_string(gemm.n) + ", " +
+                      std::to_string(gemm.k) + "]^T in " +
+                      (gemm.fp8 ? "FP8 with row scales" : "BF16") + " on this device");
   }
-  const Descriptors descriptors(library, product);
+  const Descriptors descriptors(library, gemm);
   const float one = 1.0f, zero = 0.0f;
-  check(library.Matmul(handle_of(device), descriptors.operation.handle, &one, product.b,
-                       descriptors.a.handle, product.a, descriptors.b.handle, &zero, product.d,
-                       descriptors.d.handle, product.d, descriptors.d.handle, &*algorithm,
-                       workspace, kWorkspaceBytes, stream.handle),
+  check(library.Matmul(handle_of(device), descriptors.operation.handle, &one, gemm.b,
+                       descriptors.a.handle, gemm.a, descriptors.b.handle, &zero, gemm.d,
+                       descriptors.d.handle, gemm.d, descriptors.d.handle, &*algorithm, workspace,
+                       kWorkspaceBytes, stream.handle),
         "cublasLtMatmul");
 }
 

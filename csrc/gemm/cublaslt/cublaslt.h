@@ -11,9 +11,9 @@
 namespace zimage_mxfp8::detail::cublaslt {
 
 // D[m, n] = A[m, k] B[n, k]^T, all row-major, rows aligned to 16 bytes.
-struct Product {
+struct Gemm {
   int m, n, k;
-  bool fp8;  // operands are E4M3 with one float32 scale a row, else BF16
+  bool fp8;  // operands are E4M3 with one float32 scale per row, else BF16
   const void* a;
   const void* b;
   const void* a_scales;
@@ -25,21 +25,22 @@ struct Product {
   std::int64_t d_row_stride;
 };
 
-// What cuBLASLt may use of the workspace.
+// The part of the workspace that cuBLASLt may use.
 inline constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;
 
-// Why the library is not there in version `minimum` (120900 is 12.9.0) or newer; empty if it is.
+// Why version `minimum` (120900 is 12.9.0) or newer of the library is missing; empty if it is
+// found.
 std::string unavailable(std::size_t minimum);
 
-// "13.1.0", or empty if the library is not there.
+// "13.1.0", or empty if the library is missing.
 std::string version();
 
-// Whether cuBLASLt has an algorithm for a product on the current device; pointers other than null
-// may be anything. The answer is looked up once for each kind of product. Throws Unsupported if the
-// library is not there, CudaError if it fails.
-bool has_algorithm(const Product& product);
+// Whether cuBLASLt has an algorithm for a GEMM on the current device; pointers other than null may
+// be anything. The answer is looked up once per kind of GEMM. Throws Unsupported if the library is
+// missing, CudaError if it fails.
+bool has_algorithm(const Gemm& gemm);
 
-// Throws Unsupported if there is no algorithm for the product, else as has_algorithm().
-void multiply(const Product& product, void* workspace, CudaStream stream);
+// Throws Unsupported if there is no algorithm for the GEMM, else as has_algorithm().
+void multiply(const Gemm& gemm, void* workspace, CudaStream stream);
 
 }  // namespace zimage_mxfp8::detail::cublaslt

@@ -38,36 +38,37 @@ class WorkspaceLayout {
   std::size_t used_ = 0;
 };
 
-// The last step of both kernels: the GEMM, and what cuBLASLt does not do.
+// The last step of both kernels: the GEMM, and the operations that cuBLASLt lacks.
 //
-// It adds a bias if D is BF16 and it has an algorithm for that. Otherwise it writes float32 sums,
-// to D itself or, if D is narrower, to the workspace; then the bias is added and the sum rounded.
+// cuBLASLt adds a bias if D is BF16 and it has an algorithm for that. Otherwise it writes float32
+// sums, to D itself or, if D is narrower, to the workspace; then the bias is added and the sum
+// rounded.
 class Epilogue {
  public:
-  // Completes `product`, which has the operands, and takes parts of the workspace.
-  Epilogue(const GemmTask& task, cublaslt::Product& product, WorkspaceLayout& parts) : task_(task) {
+  // Completes `gemm`, which has the operands, and takes parts of the workspace.
+  Epilogue(const GemmTask& task, cublaslt::Gemm& gemm, WorkspaceLayout& parts) : task_(task) {
     library_ = parts.take(static_cast<std::int64_t>(cublaslt::kWorkspaceBytes));
-    product.m = static_cast<int>(task.m);
-    product.n = static_cast<int>(task.n);
-    product.k = static_cast<int>(task.k);
-    product.bias = task.bias;
-    product.d = task.d;
-    product.d_dtype = task.d_dtype;
-    product.d_row_stride = task.d_row_stride;
-    fused_ = task.d_dtype == DType::kBFloat16 && cublaslt::has_algorithm(product);
+    gemm.m = static_cast<int>(task.m);
+    gemm.n = static_cast<int>(task.n);
+    gemm.k = static_cast<int>(task.k);
+    gemm.bias = task.bias;
+    gemm.d = task.d;
+    gemm.d_dtype = task.d_dtype;
+    gemm.d_row_stride = task.d_row_stride;
+    fused_ = task.d_dtype == DType::kBFloat16 && cublaslt::has_algorithm(gemm);
     if (fused_) return;
-    product.bias = nullptr;
-    product.d_dtype = DType::kFloat32;
+    gemm.bias = nullptr;
+    gemm.d_dtype = DType::kFloat32;
     if (task.d_dtype != DType::kFloat32) {
-      product.d = parts.take(task.m * task.n * 4);
-      product.d_row_stride = task.n;
+      gemm.d = parts.take(task.m * task.n * 4);
+      gemm.d_row_stride = task.n;
     }
   }
 
-  void run(const cublaslt::Product& product, CudaStream stream) const {
-    cublaslt::multiply(product, library_, stream);
-    if (!fused_ && (product.d != task_.d || task_.bias)) {
-      gemm_finish(static_cast<const float*>(product.d), product.d_row_stride, task_, stream);
+  void run(const cublaslt::Gemm& gemm, CudaStream stream) const {
+    cublaslt::multiply(gemm, library_, stream);
+    if (!fused_ && (gemm.d != task_.d || task_.bias)) {
+      gemm_finish(static_cast<const float*>(gemm.d), gemm.d_row_stride, task_, stream);
     }
   }
 
@@ -77,7 +78,7 @@ class Epilogue {
   bool fused_;
 };
 
-// A task of a problem's sizes with pointers that are not to be followed.
+// A task of a problem's sizes with pointers that must not be followed.
 GemmTask task_of(const GemmProblem& problem) {
   alignas(256) static char somewhere[256];
   GemmTask task{};
@@ -93,19 +94,19 @@ GemmTask task_of(const GemmProblem& problem) {
   return task;
 }
 
-cublaslt::Product row_scaled_product(const GemmTask& task) {
-  cublaslt::Product product{};
-  product.fp8 = true;
-  product.a = task.a.codes;
-  product.b = task.b.codes;
-  product.a_scales = task.a.scales;
-  product.b_scales = task.b.scales;
-  product.a_row_stride = task.a.row_stride;
-  product.b_row_stride = task.b.row_stride;
-  return product;
+cublaslt::Gemm row_scaled_gemm(const GemmTask& task) {
+  cublaslt::Gemm gemm{};
+  gemm.fp8 = true;
+  gemm.a = task.a.codes;
+  gemm.b = task.b.codes;
+  gemm.a_scales = task.a.scales;
+  gemm.b_scales = task.b.scales;
+  gemm.a_row_stride = task.a.row_stride;
+  gemm.b_row_stride = task.b.row_stride;
+  return gemm;
 }
 
-// An operand in BF16: as it is, or the part of the workspace that it is to be decoded to.
+// An operand in BF16: itself, or the part of the workspace that it will be decoded to.
 const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k,
                     WorkspaceLayout& parts, std::int64_t& row_stride) {
   if (operand.format == OperandFormat::kBFloat16) {
@@ -116,11 +117,11 @@ const void* decoded(const GemmOperandTask& operand, std::int64_t rows, std::int6
   return parts.take(rows * k * 2);
 }
 
-cublaslt::Product decoded_product(const GemmTask& task, WorkspaceLayout& parts) {
-  cublaslt::Product product{};
-  product.a = decoded(task.a, task.m, task.k, parts, product.a_row_stride);
-  product.b = decoded(task.b, task.n, task.k, parts, product.b_row_stride);
-  return product;
+cublaslt::Gemm decoded_gemm(const GemmTask& task, WorkspaceLayout& parts) {
+  cublaslt::Gemm gemm{};
+  gemm.a = decoded(task.a, task.m, task.k, parts, gemm.a_row_stride);
+  gemm.b = decoded(task.b, task.n, task.k, parts, gemm.b_row_stride);
+  return gemm;
 }
 
 void decode(const GemmOperandTask& operand, std::int64_t rows, std::int64_t k, const void* target,
@@ -142,32 +143,32 @@ Support available() {
 std::size_t dequantize_workspace(const GemmProblem& problem) {
   const GemmTask task = task_of(problem);
   WorkspaceLayout parts;
-  cublaslt::Product product = decoded_product(task, parts);
-  const Epilogue epilogue(task, product, parts);
+  cublaslt::Gemm gemm = decoded_gemm(task, parts);
+  const Epilogue epilogue(task, gemm, parts);
   return parts.used();
 }
 
 void run_dequantize(const GemmTask& task, Workspace workspace, CudaStream stream) {
   WorkspaceLayout parts(workspace);
-  cublaslt::Product product = decoded_product(task, parts);
-  const Epilogue epilogue(task, product, parts);
-  decode(task.a, task.m, task.k, product.a, stream);
-  decode(task.b, task.n, task.k, product.b, stream);
-  epilogue.run(product, stream);
+  cublaslt::Gemm gemm = decoded_gemm(task, parts);
+  const Epilogue epilogue(task, gemm, parts);
+  decode(task.a, task.m, task.k, gemm.a, stream);
+  decode(task.b, task.n, task.k, gemm.b, stream);
+  epilogue.run(gemm, stream);
 }
 
 std::size_t fp8_rowwise_workspace(const GemmProblem& problem) {
   const GemmTask task = task_of(problem);
   WorkspaceLayout parts;
-  cublaslt::Product product = row_scaled_product(task);
-  const Epilogue epilogue(task, product, parts);
+  cublaslt::Gemm gemm = row_scaled_gemm(task);
+  const Epilogue epilogue(task, gemm, parts);
   return parts.used();
 }
 
 void run_fp8_rowwise(const GemmTask& task, Workspace workspace, CudaStream stream) {
   WorkspaceLayout parts(workspace);
-  cublaslt::Product product = row_scaled_product(task);
-  Epilogue(task, product, parts).run(product, stream);
+  cublaslt::Gemm gemm = row_scaled_gemm(task);
+  Epilogue(task, gemm, parts).run(gemm, stream);
 }
 
 }  // namespace

@@ -100,8 +100,8 @@ std::string cost_text(double cost) {
   return digits;
 }
 
-// Why a kernel does not compute a problem. A sentence is made of it only for errors and lists,
-// because a kernel is chosen for each call.
+// Why a kernel does not compute a problem. It becomes a sentence only for errors and lists, because
+// a kernel is chosen for each call.
 enum class Refusal { kNo, kCpu, kOperands, kEpilogue, kOutput, kCapability, kUnavailable };
 
 Refusal refusal(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
@@ -211,9 +211,9 @@ std::vector<GemmCandidate> explain(GemmTable table, const GemmProblem& problem, 
     if (!one.reason.empty() || (is_chosen && &one == &first)) continue;
     const std::string name = one.kernel->name;
     if (is_forced) {
-      one.reason = name + " was not asked for by ZIMAGE_MXFP8_GEMM_KERNEL";
+      one.reason = name + " is not the choice of ZIMAGE_MXFP8_GEMM_KERNEL";
     } else if (one.cost == kNever) {
-      one.reason = name + " runs there, slowly, when asked for by name";
+      one.reason = name + " runs there, slowly, if chosen by name";
     } else {
       one.reason = name + " has cost " + cost_text(one.cost) + ", " + first.kernel->name + " " +
                    cost_text(first.cost);

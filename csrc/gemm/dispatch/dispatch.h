@@ -1,4 +1,4 @@
-// Choosing a kernel of a table for a problem, and the reasons against each other.
+// Choosing a kernel of a table for a problem, and the reasons against each of the others.
 #pragma once
 
 #include <string>
@@ -32,7 +32,7 @@ std::vector<GemmCandidate> explain(GemmTable table, const GemmProblem& problem, 
 const GemmKernel& choose(GemmTable table, const GemmProblem& problem, Where where,
                          const std::string& forced);
 
-// A line for a log: the problem, the kernel that was chosen, and why each other was not.
+// A line for a log: the problem, the chosen kernel, and why each of the others was not chosen.
 std::string log_line(const GemmProblem& problem, Where where,
                      const std::vector<GemmCandidate>& candidates);
 

@@ -80,8 +80,8 @@ MixedRegisterTile mixed_register_tile(std::int64_t m, std::int64_t n, int multip
 }
 
 MixedWorkspaceTile mixed_workspace_tile(std::int64_t m, std::int64_t n, int multiprocessors) {
-  // Waves of clusters, times how long a tile takes, which is as its weights. Larger tiles are read
-  // less often, but the last of them may leave multiprocessors idle.
+  // Waves of clusters, times the duration of a tile, which is proportional to its weights. Larger
+  // tiles are read less often, but the last of them may leave multiprocessors idle.
   const auto duration = [&](std::int64_t weights) {
     const std::int64_t tiles = ceil_div(m, 192) * ceil_div(n, 2 * weights);
     return ceil_div(tiles, multiprocessors / 2) * weights;

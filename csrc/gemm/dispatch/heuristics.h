@@ -3,7 +3,7 @@
 // A cost is an estimated duration relative to the other kernels for the same problem on the same
 // device: the smaller one wins, equal ones in the order of the table. 1 is a kernel at its usual
 // speed, with the epilogue as a launch of its own if the problem has one. Infinity means that the
-// kernel only runs when it is asked for by name.
+// kernel only runs if it is chosen by name.
 #pragma once
 
 #include <cstdint>

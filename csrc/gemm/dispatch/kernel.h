@@ -1,4 +1,4 @@
-// A row of the table of GEMM kernels: what a kernel is, and what it needs.
+// A row of the table of GEMM kernels: a kernel's properties and requirements.
 //
 // A new kernel is one file, which defines its GemmImplementation, and one line in table.cpp.
 #pragma once
@@ -14,8 +14,8 @@ namespace zimage_mxfp8 {
 
 namespace detail {
 
-// What a kernel's own file gives. Problems are of the operands, outputs, epilogues and compute
-// capability of its row; sizes are positive, and the device is current.
+// The functions that a kernel's own file defines. Problems are of the operands, outputs, epilogues
+// and compute capability of its row; sizes are positive, and the device is current.
 struct GemmImplementation {
   // Whether the build and its libraries have the kernel; null if they always do.
   Support (*available)();

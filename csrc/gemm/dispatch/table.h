@@ -12,7 +12,7 @@ struct GemmTable {
   const GemmKernel* end() const { return end_; }
 };
 
-// All kernels, in every build: those that a build lacks say so when they are asked for.
+// All kernels, in every build; `available` of an implementation says if the build lacks it.
 GemmTable gemm_table();
 
 // Implementations that the kernels' files define, or `missing_*.cpp` in builds without them.

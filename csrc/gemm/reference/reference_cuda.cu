@@ -7,7 +7,7 @@ namespace zimage_mxfp8::detail {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 64;  // rows and columns of D that a block of threads computes, 4x4 a thread
+constexpr int kTile = 64;  // rows and columns of D that a block of threads computes, 4x4 per thread
 constexpr int kDepth = static_cast<int>(kBlockSize);
 
 // Elements [k, k + 8) of a row as float32, without the scale of a row.

@@ -1,10 +1,10 @@
-// FP8 products on Hopper, fused with what the DiT computes next.
+// FP8 GEMMs on Hopper, fused with the DiT's next operation.
 //
 // D = A B^T in tiles of 128 tokens and 256 rows of B, from tile to tile. In a block
 // - a thread copies tiles of A and B into a ring of stages;
 // - two warpgroups multiply, 64 tokens each, and leave their sums, rounded, in shared memory;
-// - three warps take them from there, scale them and do the rest: they have the time of a whole
-//   tile, while the tensor cores work on the next one.
+// - three warps read them from there, scale them and apply the epilogue: they have the time of a
+//   whole tile, while the tensor cores work on the next one.
 //
 // Two blocks with rows of B of their own share the tiles of A.
 #include <algorithm>
@@ -130,13 +130,13 @@ struct Operands {
   }
 };
 
-// ---- What follows the product. Each has the columns of D that a tile gives, the row of B at which
-// each half of a tile of B begins, and the operation, in place on a warp's tokens. It is done with
-// a few tokens at a time, so that their loads are under way together.
+// ---- Epilogues. Each has the columns of D that a tile gives, the row of B at which each half of a
+// tile of B begins, and the operation, in place on a warp's tokens. It takes a few tokens at a
+// time, so that their loads overlap.
 
 constexpr int kTogether = 4;
 
-// Half of a tile of B is of the gate, half of what it is multiplied with.
+// Half of a tile of B belongs to the gate, half to the factor that the gate multiplies.
 struct SiluMultiply {
   static constexpr int kColumns = kRows / 2;
   int columns;  // of D
@@ -279,7 +279,7 @@ struct RotateHeads {
   }
 };
 
-// ---- The product
+// ---- The GEMM
 
 template <class Epilogue>
 struct Parameters {
@@ -288,7 +288,7 @@ struct Parameters {
   int m_tiles, n_tiles;
 };
 
-// Adds the products of half of a stage; those of a tile's first stage begin the sums.
+// Multiplies half of a stage and adds to the sums, which a tile's first stage begins.
 __device__ void multiply(float (&sums)[kRows / 2], uint64_t a, uint64_t b, int half, bool first) {
   constexpr uint64_t step_of_32 = 32 / 16;
 #pragma unroll

@@ -1,10 +1,10 @@
-// The path "sm90" with weights decoded for each tile of tokens: D[M, N] = X[M, K] W[N, K]^T +
+// The kernel mixed_sm90 with weights decoded for each tile of tokens: D[M, N] = X[M, K] W[N, K]^T +
 // bias[N].
 //
-// The tensor cores take BF16, and every MXFP8 number is a BF16 number (bar its range), so nothing
-// is lost: weights stay 8 bits wide until they reach registers, where they are decoded into the
-// operand that wgmma takes from there. That makes W the left operand and the product D^T; tiles are
-// `tokens` wide and 64 weights high for each row group.
+// The tensor cores take BF16, and every MXFP8 number is a BF16 number (except for its range), so
+// nothing is lost: weights stay 8 bits wide until they reach registers, where they are decoded into
+// the operand that wgmma takes from there. That makes W the left operand and the result D^T; tiles
+// are `tokens` wide and 64 weights high for each row group.
 //
 // A warp copies tiles of X, W and scales into a ring of stages; warpgroups take them from there,
 // and decode the weights of a stage while the tensor cores multiply those of the one before. Row
@@ -125,7 +125,7 @@ __device__ void load_fragments(Fragments& fragments, uint32_t codes, int row, ui
       fragments[step][i] = multiply_bf16(decode_pair(codes2), scale);
     }
   }
-  // A byte of kFirstSplitByte or more: its high bit is set, and what is below exceeds 6.
+  // A byte of kFirstSplitByte or more: its high bit is set, and its lower bits exceed 6.
   const auto has_split = [](uint32_t word) {
     return (word & ((word & 0x7F7F7F7F) + 0x79797979) & 0x80808080) != 0;
   };
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(V::threads, 1)
       load_fragments(to, w_tiles + stage * V::w_bytes + row_group * kGroupWeights * kDepth, row,
                      scale_tiles + stage * kScaleTile, weight % 128 + row);
     };
-    // Multiplies a step, and meanwhile decodes the next one that there is.
+    // Multiplies a step while it decodes the next one, if there is one.
     const auto multiply = [&](Fragments& current, Fragments& next, int step, int weight) {
       const uint32_t stage = pipeline.stage_at(done + step);
       const uint64_t x = wgmma_descriptor(x_tiles + stage * V::x_bytes);

@@ -1,16 +1,16 @@
-// The path "sm90" with each weight decoded once, by the kernel that multiplies.
+// The kernel mixed_sm90 with each weight decoded once, to the workspace, while it multiplies.
 //
-// D^T = W X^T in tiles, from tile to tile, with both operands in shared memory. In a block
+// Each block computes D^T = W X^T tile after tile, with both operands in shared memory. In a block
 // - warpgroups multiply, 64 weights each;
 // - a warp copies tiles of X and of decoded weights into a ring of stages;
-// - the warps beside it decode weights to the workspace, ahead of the copies, while the tensor
-//   cores are busy; what they write is read again while the cache has it.
+// - the other warps of its warpgroup decode weights to the workspace, ahead of the copies, while
+//   the tensor cores are busy; the copies still find the decoded weights in the cache.
 //
-// Two blocks with weights of their own share the tiles of X. All work on few rows of W at a time,
-// a group, with all tokens, and groups are decoded in that order. Weights are decoded in units,
-// which decoders claim in order. What holds a claimed unit back is that its block is behind with
-// its tiles, and those wait for earlier units only; so the kernel completes whatever blocks of it
-// are resident.
+// Two blocks with weights of their own share the tiles of X. All blocks work on few rows of W at a
+// time, a group, with all tokens, and groups are decoded in that order. Weights are decoded in
+// units, which decoders claim in order. A claimed unit waits only for the tiles of its own block,
+// and those wait for earlier units only; so the kernel completes, whichever of its blocks are
+// resident.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -35,9 +35,9 @@ constexpr int kCluster = 2;      // blocks that share tiles of X
 constexpr int kTokens = 192;     // width of a tile
 constexpr int kDepth = 64;       // of K in a stage: 128 bytes, as wide as TMA's swizzle
 constexpr int kScaleTile = 512;  // bytes: the scales of 128 weights and 128 of K
-// What a warp decodes at a time.
+// The unit that a warp decodes at a time.
 constexpr int kUnitRows = 16, kUnitDepth = 128;
-// The columns of W are decoded in so many chunks at most: a lane looks after each.
+// The columns of W are decoded in at most this many chunks: one lane watches each.
 constexpr int kMaxChunks = 32;
 constexpr int kGroupsAhead = 1;  // decoded before a block needs them
 
@@ -93,7 +93,7 @@ __device__ uint32_t units_of_slab(const Parameters& p) {
   return V::slab / kUnitRows * (p.chunks * (p.chunk_depth / kUnitDepth));
 }
 
-// The units of a group are claimed in order of K, so that products may begin with all rows.
+// The units of a group are claimed in order of K, so that multiplication can begin with all rows.
 template <class V>
 __device__ DecodeUnit decode_unit(const Parameters& p, uint32_t index) {
   constexpr uint32_t row_units = V::slab / kUnitRows;
@@ -108,7 +108,7 @@ __device__ DecodeUnit decode_unit(const Parameters& p, uint32_t index) {
           static_cast<int>(depth) * kUnitDepth};
 }
 
-// What a lane has of a unit: 8 columns of every second row, and the scales of one row.
+// A lane's part of a unit: 8 columns of every second row, and the scales of one row.
 struct Codes {
   static constexpr int rows = kUnitRows / 2;
   uint2 of_row[rows];
@@ -117,7 +117,7 @@ struct Codes {
 
 struct TilePosition {
   int64_t first;  // of the lane's elements
-  int rows;       // of the lane's that there are
+  int rows;       // of the lane's that exist
 };
 
 __device__ TilePosition tile_position(const Parameters& p, const DecodeUnit& unit) {
@@ -216,7 +216,7 @@ __device__ void decode_weights(const Parameters& p, int* group) {
   }
 }
 
-// ---- The product
+// ---- The GEMM
 
 template <class V>
 __global__ void __launch_bounds__(V::threads, 1)
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(V::threads, 1)
               const bool is_ready = lane < p.chunks && load_acquire(ready) == chunk_units;
               ready_chunks = __ballot_sync(~0u, is_ready);
             } while (!(ready_chunks >> chunk & 1));
-            __syncwarp();  // what the lanes have seen to be stored is copied by the first
+            __syncwarp();  // the first lane copies the chunks that all lanes have seen stored
           }
           if (lane == 0) {
             tma_load_fence();
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(V::threads, 1)
           __syncwarp();
         }
       }
-      // From now on nothing holds this block's decoders back.
+      // From now on this block's decoders wait for nothing.
       if (lane == 0) atomicExch(group_of_block, p.slabs);
     }
     __syncwarp();
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(V::threads, 1)
 #endif
 }
 
-// A kernel, because cudaMemsetAsync takes longer than what it does.
+// A kernel, because cudaMemsetAsync takes longer than the work itself.
 __global__ void zero_kernel(uint4* what, int count) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   launch_dependents();
@@ -347,7 +347,7 @@ __global__ void zero_kernel(uint4* what, int count) {
 
 // ---- Host
 
-// How a product is divided, and its part of the workspace.
+// How a GEMM is divided, and its part of the workspace.
 struct Plan {
   int chunks, chunk_depth, slabs;
   std::size_t counter_bytes;  // zeroed before the kernel

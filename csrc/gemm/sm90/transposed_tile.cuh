@@ -1,6 +1,5 @@
-// Where the exact products on Hopper leave their results: a warpgroup has 64 weights of D^T in
-// registers, as wgmma leaves them (see wgmma.cuh), and D leaves through shared memory, some tokens
-// at a time.
+// How mixed_sm90 stores its results: a warpgroup has 64 weights of D^T in registers, as wgmma
+// leaves them (see wgmma.cuh), and writes D through shared memory, some tokens at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -60,8 +59,8 @@ __device__ void store_tile(const CUtensorMap& d_map, const float (&sums)[tokens 
       store_matrices_transposed(buffer + row * kGroupWeights * 2 + (piece ^ row % 8) * 16, packed);
     }
     tma_store_fence();
-    // The barrier also tells that the next buffer is free: the copy that was started from it has
-    // read it.
+    // After the barrier the next buffer is free, too: the copy that was started from it has read
+    // it.
     if (thread == 0) tma_store_wait_read<buffers - 2>();
     named_barrier(barrier, kWarpgroup);
     if (thread == 0) {

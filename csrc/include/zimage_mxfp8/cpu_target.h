@@ -7,7 +7,7 @@
 namespace zimage_mxfp8 {
 
 enum class CpuTarget {
-  kBaseline,  // what the compiler emits by default (SSE2 on x86-64, NEON on arm64)
+  kBaseline,  // the compiler's default (SSE2 on x86-64, NEON on arm64)
   kAVX2,
   kAVX512,  // F, BW, DQ and VL
 };

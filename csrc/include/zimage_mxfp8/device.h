@@ -1,4 +1,4 @@
-// CUDA streams and devices, and what this build holds for them.
+// CUDA streams and devices, and this build's support for them.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +33,7 @@ std::vector<CudaDevice> cuda_devices();
 struct BuildInfo {
   std::string version;                     // of this library
   std::string cuda;                        // version of the CUDA compiler; empty without CUDA
-  std::string no_cuda;                     // why it is without CUDA; empty with CUDA
+  std::string no_cuda;                     // why the build is without CUDA; empty with CUDA
   std::string cutlass;                     // version of CUTLASS; empty where it was not used
   std::vector<std::string> architectures;  // CUDA targets compiled in, such as "90a" or "120f"
 };

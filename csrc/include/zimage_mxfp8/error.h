@@ -20,7 +20,7 @@ class InvalidArgument : public Error {
 };
 
 // Something that this build or this machine cannot do: a CPU target that was forced but is absent,
-// a kernel that was left out of the build, a device that has no path.
+// a kernel that was left out of the build, a device without a kernel.
 class Unsupported : public Error {
  public:
   using Error::Error;

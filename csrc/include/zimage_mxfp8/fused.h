@@ -1,14 +1,14 @@
-// What Z-Image's DiT computes between its products, on CUDA devices: one pass over memory each, and
-// activations written in the format that the next product takes.
+// Operations of Z-Image's DiT between its GEMMs, on CUDA devices: each takes one pass over memory
+// and writes activations in the format that the next GEMM takes.
 //
-// Matrices are BF16, the arithmetic is float32, and every result is rounded to BF16 once. In the
-// 8-bit formats it is the rounded value that is encoded: the bytes are those of quantize() or
-// quantize_rows() over the BF16 result.
+// Matrices are BF16, the arithmetic is float32, and every result is rounded to BF16 once. The 8-bit
+// formats encode the rounded value: the bytes are those of quantize() or quantize_rows() over the
+// BF16 result.
 //
-// All run on the current CUDA device (see CudaStream in device.h). Any alignment of elements will
-// do, but codes and block scales are aligned to 16 bytes; matrices whose rows all begin at
-// multiples of 16 bytes, and vectors that do, are fastest. NaN and infinity are encoded as
-// quantize() on a device and quantize_rows() do.
+// All run on the current CUDA device (see CudaStream in device.h). Elements need no alignment, but
+// codes and block scales are aligned to 16 bytes; matrices with rows, and vectors, that begin at
+// multiples of 16 bytes are fastest. NaN and infinity are encoded as by quantize() on a device and
+// by quantize_rows().
 //
 // All throw InvalidArgument if shapes disagree, a size is negative, a matrix is not BF16, a pointer
 // is null, eps is negative or NaN, or memory that is written overlaps with other memory.
@@ -26,7 +26,7 @@ namespace zimage_mxfp8 {
 // The widest row that these operations take.
 inline constexpr std::int64_t kMaxFusedColumns = 16384;
 
-// An activation that is to be written, [M, C] in one of three formats.
+// An activation to write, [M, C] in one of three formats.
 using ActivationView = std::variant<MatrixView, MXFP8View, RowScaledView>;
 
 // target = silu(gate) * up, all [M, C]. `gate` and `up` may be parts of one matrix. Where gate is
@@ -34,15 +34,15 @@ using ActivationView = std::variant<MatrixView, MXFP8View, RowScaledView>;
 void silu_multiply(const ConstMatrixView& gate, const ConstMatrixView& up,
                    const ActivationView& target, CudaStream stream);
 
-// The weight of an RMSNorm and what modulates its result: one row for each item, which is an
-// element of the batch.
+// The weight of an RMSNorm and the modulation of its result: one row per item (element of the
+// batch).
 struct NormWeights {
   const void* weight;                         // [C] BF16
   std::optional<ConstMatrixView> modulation;  // [I, C] BF16, or none
 };
 
-// The item of each row: [M] int32, or null if all rows belong to the only one. A row whose item is
-// not in [0, I) of a modulation becomes NaN.
+// The item of each row: [M] int32, or null if all rows belong to the only one. With a modulation, a
+// row with an item outside [0, I) becomes NaN.
 using Items = const std::int32_t*;
 
 // target = RMSNorm(x) * weight * (1 + modulation[item]), where RMSNorm(x) is
@@ -65,11 +65,11 @@ void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const Norm
 inline constexpr std::int64_t kHeadSize = 128;
 
 // RMSNorm and rotary embedding of the query and key heads, in place. `qkv` is
-// [M, 3 * heads * 128]: all heads of q, of k and of v, which stays as it is. Every head of q and k
+// [M, 3 * heads * 128]: all heads of q, of k and of v; v does not change. Every head of q and k
 // becomes RMSNorm(head) * weight, where its adjacent pairs are then complex numbers that are
 // multiplied with those of `rotations`, rounded once at the end.
 //
-// The weights are [128] BF16; `rotations` is [M, 128] float32: 64 pairs of cosine and sine a row.
+// The weights are [128] BF16; `rotations` is [M, 128] float32: 64 pairs of cosine and sine per row.
 void rotate_heads(const MatrixView& qkv, const void* q_weight, const void* k_weight,
                   const ConstMatrixView& rotations, std::int64_t heads, float eps,
                   CudaStream stream);

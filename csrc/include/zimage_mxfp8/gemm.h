@@ -16,12 +16,12 @@ namespace zimage_mxfp8 {
 
 enum class OperandFormat : std::uint8_t { kBFloat16, kMXFP8, kRowScaled };
 
-// What follows the sums, see fused.h: silu_multiply() of the upper and the lower half of B's rows,
-// or rotate_heads() where B is [3 * heads * 128, K].
+// The operation on the sums, see fused.h: silu_multiply() of the upper and the lower half of B's
+// rows, or rotate_heads() where B is [3 * heads * 128, K].
 enum class GemmEpilogue : std::uint8_t { kNone, kSiluMultiply, kRotateHeads };
 
-// What is to be computed, apart from its numbers. M is any size, N (rows of B) a multiple of 8, K
-// one of 32. With an epilogue there is no bias and D is BF16 before it is encoded.
+// A GEMM to compute, without its data. M has any size, N (rows of B) is a multiple of 8, K a
+// multiple of 32. With an epilogue there is no bias and D is BF16 before it is encoded.
 struct GemmProblem {
   std::int64_t m;
   std::int64_t n;
@@ -31,16 +31,15 @@ struct GemmProblem {
   DType d;
   bool bias;
   GemmEpilogue epilogue = GemmEpilogue::kNone;
-  // What D is encoded in; 8 bits only with kSiluMultiply.
+  // The format of D; 8 bits only with kSiluMultiply.
   OperandFormat d_format = OperandFormat::kBFloat16;
 };
 
 // A kernel of the table, which all builds have. All accumulate in float32.
 //
-//   reference    Decoded operands, products added in order of K. Runs on the CPU and on CUDA
-//   devices
-//                of compute capability 8.0 and newer with the same result; slow. The reference for
-//                all others.
+//   reference    Decoded operands, sums in order of K. Runs on the CPU and on every CUDA device of
+//                compute capability 8.0 or newer with the same result; slow. The others are tested
+//                against it.
 //   dequantize   Operands decoded to BF16 (exact for scale bytes of 3 and more) in the workspace,
 //                then cuBLASLt's BF16 GEMM. Compute capability 8.0 to 9.0, 10.x, 12.x.
 //   fp8_rowwise  Row-scaled operands, cuBLASLt's FP8 GEMM with row and column scales and fast
@@ -67,8 +66,8 @@ const GemmKernel& find_gemm_kernel(const std::string& kernel_name);
 std::vector<std::pair<OperandFormat, OperandFormat>> operand_formats(const GemmKernel& kernel);
 std::vector<GemmEpilogue> epilogues(const GemmKernel& kernel);
 
-// Version of the cuBLASLt that dequantize and fp8_rowwise use, such as "13.1.0"; empty if there is
-// none. It is loaded when it is first needed: the process's own if it has one, else by its name.
+// Version of the cuBLASLt that dequantize and fp8_rowwise use, such as "13.1.0"; empty without one.
+// It is loaded when it is first needed: the process's own if it has one, else by its name.
 std::string cublaslt_version();
 
 // The CPU, in place of a device index.
@@ -83,8 +82,8 @@ struct Support {
 
 // `device` is the index of a CUDA device, or kHost. A kernel that does not fuse a problem's
 // epilogue supports it if it supports the plain GEMM: the epilogue is then a launch of its own.
-// Throws InvalidArgument for sizes that no kernel takes, and Unsupported for a device that is not
-// there.
+// Throws InvalidArgument for sizes that no kernel takes, and Unsupported for a device that does not
+// exist.
 Support supports(const GemmKernel& kernel, const GemmProblem& problem, int device);
 
 // A kernel that was considered for a problem.
@@ -103,8 +102,8 @@ struct GemmCandidate {
 // once to stderr, with the reasons. Both are read once.
 std::vector<GemmCandidate> explain_gemm(const GemmProblem& problem, int device);
 
-// The kernel of least cost; on the CPU the reference. Throws Unsupported if there is none, naming
-// the device and what would run there.
+// The kernel of least cost; on the CPU the reference. Throws Unsupported if no kernel is fast
+// there, naming the device and the kernels that run on it.
 const GemmKernel& choose_gemm(const GemmProblem& problem, int device);
 
 // Bytes of workspace that gemm() needs. Throws Unsupported if the kernel does not support the
@@ -143,12 +142,12 @@ struct Workspace {
 // The problem that arguments state. Throws InvalidArgument if their shapes disagree.
 GemmProblem problem_of(const GemmArguments& arguments);
 
-// Computes a GEMM on the current CUDA device (see CudaStream in device.h), and what the kernel does
-// not fuse after it. All memory is aligned to 16 bytes, as are the rows of D, of BF16 operands and
-// of rotations; the workspace to 256. It has at least workspace_size() bytes, belongs to the call
+// Computes a GEMM on the current CUDA device (see CudaStream in device.h), and an unfused epilogue
+// after it. All memory is aligned to 16 bytes, as are the rows of D, of BF16 operands and of
+// rotations; the workspace to 256. It has at least workspace_size() bytes, belongs to the call
 // until its work on the stream is done, and may have any content. Scales of padding are not 255
-// (quantize() makes them 0). Compute a GEMM of the kind once before a graph is captured, so that
-// what it needs is loaded.
+// (quantize() makes them 0). Compute a GEMM of the kind once before capturing a graph, so that its
+// libraries and kernels are loaded.
 //
 // Throws InvalidArgument for arguments that break these rules or overlap, Unsupported if the kernel
 // does not support the problem.

@@ -71,8 +71,8 @@ struct MXFP8View {
   std::int64_t cols;
 };
 
-// A matrix in E4M3 with one float32 scale a row: element = e4m3(code) * scale of its row. Codes are
-// [rows, cols] bytes, row-major.
+// A matrix in E4M3 with one float32 scale per row: element = e4m3(code) * scale of its row. Codes
+// are [rows, cols] bytes, row-major.
 struct ConstRowScaledView {
   const std::uint8_t* codes;
   const float* scales;

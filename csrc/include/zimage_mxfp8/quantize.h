@@ -14,12 +14,12 @@ namespace zimage_mxfp8 {
 //   scale byte = clamp(ceil(log2(amax / 448)) + 127, 0, 254), the value being 2^(byte - 127)
 //   code       = x * 2^(127 - byte), to nearest even, in E4M3 (saturation cannot occur)
 //
-// A block whose amax is below 448 * 2^-127 becomes scale 0 and codes 0 (also one of only -0.0):
-// readers disagree on what scale byte 0 means, and so they need not agree. Elements and rows
+// A block with amax below 448 * 2^-127 becomes scale 0 and codes 0 (also one of only -0.0): readers
+// disagree on the meaning of scale byte 0, and with codes 0 it does not matter. Elements and rows
 // that only padding adds have code 0; scales of padding are 0.
 //
-// Deterministic: the bytes depend neither on the CPU target nor on `threads` (0: one a core).
-// Denormals count whatever the caller's flush-to-zero mode.
+// Deterministic: the bytes depend neither on the CPU target nor on `threads` (0: one per core).
+// Denormals are not flushed, in any flush-to-zero mode of the caller.
 //
 // Throws InvalidArgument if shapes disagree, a size is negative, a pointer is null or the target
 // overlaps with the source; NonFiniteValue for the first NaN or infinity in row-major order, after

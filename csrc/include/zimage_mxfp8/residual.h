@@ -1,4 +1,4 @@
-// What quantisation changed: W - Wq, measured or multiplied by a vector.
+// The change by quantisation, W - Wq, measured or multiplied by a vector.
 #pragma once
 
 #include "zimage_mxfp8/matrix.h"

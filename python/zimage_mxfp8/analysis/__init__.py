@@ -1,1 +1,1 @@
-"""Why a recipe is what it is: what quantisation costs a checkpoint, and where."""
+"""Measurements of the error that quantisation causes in a checkpoint, as a basis for recipes."""

@@ -1,4 +1,4 @@
-"""Recognising adapters (LoRA and its kin) by their tensor names."""
+"""Recognition of adapters (LoRA and similar) by their tensor names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def find_adapter_tensor(names: Iterable[str]) -> str | None:
 
 
 def is_adapter(names: Collection[str]) -> bool:
-    """Whether a file consists of adapters: by its matrices, or of differences of weights alone."""
+    """Return whether a file consists of adapters: low-rank matrices, or differences of weights."""
     return find_adapter_tensor(names) is not None or (
         bool(names) and all(_DIFFERENCE.search(name) for name in names)
     )

@@ -1,4 +1,4 @@
-"""Checkpoints with diffusers' names, and the way to ComfyUI's.
+"""Checkpoints with diffusers' names, and their conversion to ComfyUI's.
 
 Diffusers' `ZImageTransformer2DModel` splits some layers, renames others, and numbers the embedders
 by patch size. The names are in `zimage/layers.py`.
@@ -16,7 +16,7 @@ from .source import Checkpoint, SourceTensor
 
 
 def is_diffusers_layout(names: Collection[str], scope: Scope) -> bool:
-    """Whether the names of a scope are those of a diffusers `ZImageTransformer2DModel`."""
+    """Return whether a scope has the names of a diffusers `ZImageTransformer2DModel`."""
     return scope.table.is_diffusers_layout(_inner(names, scope))
 
 
@@ -34,8 +34,8 @@ def to_comfyui_layout(checkpoint: Checkpoint, scope: Scope) -> Checkpoint:
     """Give the model's tensors ComfyUI's names and shapes; other tensors pass unchanged.
 
     Renames, stacks what diffusers splits (q, k and v), and turns pad tokens [D], as
-    stable-diffusion.cpp stores them, into [1, D]. Nothing is read: a stacked tensor is its parts'
-    bytes one after another.
+    stable-diffusion.cpp stores them, into [1, D]. Nothing is read: the bytes of a stacked tensor
+    are those of its parts, one after another.
 
     Raises:
         CheckpointError: parts of a layer are missing or do not fit together, or two tensors get the

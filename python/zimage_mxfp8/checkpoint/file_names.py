@@ -11,16 +11,16 @@ _SUFFIXES = (".safetensors", ".sft")
 
 
 def base_name(path: str | os.PathLike[str]) -> str:
-    """Return the name of a file or folder; of "." that of the folder itself, and "" of the root."""
+    """Return the name of a file or folder; for "." the folder's own name, for the root ""."""
     return _absolute(Path(path)).name
 
 
 def checkpoint_beside(source: Path, ending: str) -> Path:
-    """Return a safetensors file beside a checkpoint, for what is made of it.
+    """Return the path of a safetensors file next to a checkpoint, for an output made from it.
 
     Args:
-        source: a file or a folder; the result is relative if it is.
-        ending: what the name gets, `-mxfp8` for example, after the source's name without suffix.
+        source: a file or a folder; the result is relative if `source` is.
+        ending: added to the source's name without suffix, for example `-mxfp8`.
 
     Raises:
         UsageError: the source has no name, because it is the root.

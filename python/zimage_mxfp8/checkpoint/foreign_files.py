@@ -1,4 +1,4 @@
-"""Recognising files that are not safetensors, and folders without a checkpoint."""
+"""Recognition of files that are not safetensors, and of folders without a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..errors import WrongKindError
 from . import kinds
 from .kinds import Kind
 
-_HEAD = 4096  # bytes that are looked at
+_HEAD = 4096  # bytes that are examined
 _MAX_JSON = 64 << 20
 _PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 _FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 
 
 def refuse(path: Path, kind: Kind, evidence: str = "") -> WrongKindError:
-    """Return the error for a file that an operation does not take; one sentence with its remedy."""
+    """Return the error for a file that an operation does not take: one sentence with a remedy."""
     problem, remedy = (text.replace("{0}", evidence) for text in (kind.problem, kind.remedy))
     return WrongKindError(f"{path} {problem}", kind, remedy)
 
@@ -43,7 +43,7 @@ def check_file(path: Path) -> None:
 
 
 def no_weights(folder: Path) -> WrongKindError:
-    """Return the error for a folder without a diffusers checkpoint, with what there is instead."""
+    """Return the error for a folder without a diffusers checkpoint; name its other files."""
     singles = sorted(path.name for path in folder.glob("*.safetensors"))
     if singles:
         remedy = f"name one of its files, such as {singles[0]}"
@@ -82,11 +82,11 @@ def _holds_pickle(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return True  # a torn download: torch's files are the zip archives that models come in
+        return True  # an incomplete download: the zip archives among models are torch's files
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """Whether the header's length is followed by JSON: then the first bytes only look like it."""
+    """Return whether JSON follows the header's length, so that this is a safetensors file."""
     return head[8:9] == b"{"
 
 

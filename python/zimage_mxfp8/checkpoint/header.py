@@ -40,14 +40,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself."""
+    """The parsed header of a safetensors file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor; `dtype` is a key of `SAFETENSORS_BITS`."""
+    """Return the bytes of a tensor; `dtype` is a key of `SAFETENSORS_BITS`."""
     return math.prod(shape) * SAFETENSORS_BITS[dtype] // 8
 
 
@@ -55,8 +55,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
-        CheckpointError: the file cannot be read, is no safetensors file, or breaks a rule of the
-            format. The sentence names the file and, where there is one, the tensor.
+        CheckpointError: the file cannot be read, is not a safetensors file, or breaks a rule of the
+            format. The sentence names the file and, if one is concerned, the tensor.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
@@ -65,12 +65,12 @@ def read_header(path: Path) -> Header:
             file_size = path.stat().st_size
             prefix = file.read(8)
             if len(prefix) < 8:
-                _fail(path, f"is no safetensors file: it has only {file_size} bytes")
+                _fail(path, f"is not a safetensors file: it has only {file_size} bytes")
             length = int.from_bytes(prefix, "little")
             if length > file_size - 8:
                 _fail(
                     path,
-                    f"is truncated or no safetensors file: its header should have {length:,} "
+                    f"is truncated or not a safetensors file: its header should have {length:,} "
                     f"bytes, the file has {file_size:,}",
                 )
             if length > MAX_HEADER_BYTES:
@@ -80,7 +80,7 @@ def read_header(path: Path) -> Header:
         raise unreadable(path, error) from None
     entries = _parse_json(path, text)
     metadata = entries.pop("__metadata__", None)
-    if metadata is None:  # null too, which the library reads as no metadata
+    if metadata is None:  # the library reads null as no metadata
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _fail(path, "has a __metadata__ that does not map strings to strings")
@@ -93,15 +93,15 @@ def read_header(path: Path) -> Header:
 def layout_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Lay out a file: its first bytes, and where each tensor's data goes.
+    """Lay out a file: its first bytes, and the position of each tensor's data.
 
     Args:
         tensors: name -> (safetensors dtype, shape).
-        metadata: goes to `__metadata__`, in this order; left out if empty.
+        metadata: content of `__metadata__`, in this order; left out if empty.
 
     Returns:
         The header with its length prefix, and each tensor's place in the file, in file order.
-        Both as the safetensors library would choose them: widest types first, then by name.
+        Both are as the safetensors library would choose them: widest types first, then by name.
 
     Raises:
         CheckpointError: the header would be larger than the format allows.
@@ -130,12 +130,12 @@ def layout_header(
 
 
 def file_size(header: bytes, places: Mapping[str, TensorInfo]) -> int:
-    """Bytes of the file that `layout_header` laid out."""
+    """Return the bytes of the file that `layout_header` laid out."""
     return max((info.end for info in places.values()), default=len(header))
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """Return the error for a file that the operating system does not let us read."""
+    """Return the error for a file that the operating system cannot read."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path} does not exist; check the path")
     if isinstance(error, PermissionError):

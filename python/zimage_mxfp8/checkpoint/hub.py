@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: looked up in the local cache, and downloaded only on request.
+"""Names on the Hugging Face hub: lookup in the local cache, and download on request.
 
 Tested against a server on the same machine, never against the real hub.
 """
@@ -38,7 +38,7 @@ _NEEDED = {
     "vae": ["config.json"],
     "scheduler": ["scheduler_config.json"],
 }
-# Of a tokenizer, if they are there: libraries differ in which of them they read.
+# Files of a tokenizer, if they exist: libraries read different ones.
 _VOCABULARIES = ("tokenizer.json", "vocab.json")
 _OPTIONAL = {
     "tokenizer": (
@@ -72,7 +72,7 @@ class Reference:
 
     @property
     def stem(self) -> str:
-        """A name for files that are made from it."""
+        """A name for files made from this model."""
         return Path(self.file).stem if self.file else self.repo.rpartition("/")[2]
 
 
@@ -86,12 +86,12 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Download:
-    """State of a download, given to callbacks before every file and after the last one.
+    """Progress of a download, given to callbacks before every file and after the last one.
 
     Attributes:
         repo: `owner/name`.
-        files: everything that is downloaded, in this order.
-        done: number of files that are complete.
+        files: all files to download, in this order.
+        done: number of complete files.
     """
 
     repo: str
@@ -103,11 +103,11 @@ DownloadCallback = Callable[[Download], object]
 
 
 class _MissingFileError(Exception):
-    """A file that is needed and not there; the message is "its ..."."""
+    """A needed file is missing; the message is "its ..."."""
 
 
 def parse(text: str | os.PathLike[str]) -> Reference | None:
-    """Read a name on the hub; None if `text` is a path, exists as one, or cannot be such a name."""
+    """Parse a name on the hub; None if `text` is a path, exists as one, or is no such name."""
     if not isinstance(text, str):
         return None
     match = _REFERENCE.fullmatch(text)
@@ -132,15 +132,15 @@ def resolve(
 ) -> Path:
     """Find a file or folder on this machine.
 
-    Without `download` nothing is asked for on the network. With it, only what the cache lacks is
-    fetched; if the cache has everything, newer commits are not looked for.
+    Without `download` there is no network access. With it, only files that the cache lacks are
+    fetched; if the cache has everything, newer commits are not looked up.
 
     Args:
-        text: a path, or a name on the hub (see `Reference`), for which the Hugging Face cache is
-            searched. Only a str can be a name: a `Path` always is a path.
-        parts: folders that are needed of a repository, such as "vae"; of each the safetensors
-            weights, settings and tokenizer files, without variants of them.
-        download: fetch what the cache lacks.
+        text: a path, or a name on the hub (see `Reference`), which is looked up in the Hugging Face
+            cache. Only a str can be a name: a `Path` is always a path.
+        parts: folders that are needed from a repository, such as "vae"; of each the safetensors
+            weights, settings and tokenizer files, without variants.
+        download: fetch files that the cache lacks.
         report: called while files are downloaded.
 
     Returns:
@@ -159,8 +159,8 @@ def resolve(
     except _MissingFileError as missing:
         if not download:
             raise CheckpointError(
-                f"{reference} does not exist on this machine: it is no path, and the Hugging Face "
-                f"cache lacks {missing}",
+                f"{reference} does not exist on this machine: it is not a path, and the "
+                f"Hugging Face cache lacks {missing}",
                 "check the name, or fetch it from the hub with `download=True`",
             ) from None
     with _downloading(library, reference):
@@ -168,7 +168,7 @@ def resolve(
 
 
 def name_of(folder: Path) -> str:
-    """The name of a folder; for a snapshot in the Hugging Face cache, that of its repository."""
+    """Return the name of a folder; for a snapshot in the hub's cache, that of its repository."""
     folder = folder.resolve()
     kind, *names = folder.parent.parent.name.split("--")
     if folder.parent.name == "snapshots" and kind == "models" and names:
@@ -200,7 +200,7 @@ def _snapshot(library: Any, repo: str, revision: str | None) -> Path | None:
                 repo,
                 revision=revision,
                 local_files_only=True,
-                allow_patterns=[],  # otherwise newer versions ask for all of its files
+                allow_patterns=[],  # otherwise newer versions require all of its files
             )
         )
     except library.errors.LocalEntryNotFoundError:
@@ -213,15 +213,15 @@ def _snapshot(library: Any, repo: str, revision: str | None) -> Path | None:
 
 
 def _files_in(folder: Path) -> set[str]:
-    # Links without a target are no files.
+    # Links without a target are not files.
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def _select(names: Collection[str], reference: Reference, parts: Sequence[str]) -> list[str]:
-    """Return what is needed of the files of a repository.
+    """Return the needed files of a repository.
 
     Raises:
-        _MissingFileError: a file that is needed is not among them.
+        _MissingFileError: a needed file is missing.
     """
     if reference.file is not None:
         return _require(names, [reference.file])
@@ -245,7 +245,7 @@ def _require(names: Collection[str], needed: list[str]) -> list[str]:
 
 
 def _select_weights(names: Collection[str], part: str) -> list[str]:
-    """The weights of a part; where it has them both whole and in shards, what is read later."""
+    """Return the weights of a part: if it has one file and shards, those that are read later."""
     stem = _WEIGHTS.get(part, _DIFFUSERS)
     # A transformer may be a repository of its own.
     for folder in ("", f"{part}/") if part == TRANSFORMER else (f"{part}/",):
@@ -286,7 +286,9 @@ def _download(
     for done, file in enumerate(files):
         report(Download(repo, files, done))
         library.hf_hub_download(repo, file.name, revision=revision)
-    if not files:  # all of it came under another name of the commit; this records the new one
+    if (
+        not files
+    ):  # the cache has all files under another name of the commit; this records the new name
         library.hf_hub_download(repo, chosen[0], revision=revision)
     else:
         report(Download(repo, files, len(files)))
@@ -312,7 +314,7 @@ def _check_space(library: Any, reference: Reference, needed: int) -> None:
 
 
 def _files_to_name(repo: str, names: Collection[str]) -> str:
-    """Return the end of a sentence: which files of a repository could be named instead."""
+    """Return the end of a sentence: the files of a repository that could be named instead."""
     files = sorted(name for name in names if name.endswith(".safetensors"))
     if not files:
         return "it has no safetensors file at all"
@@ -322,7 +324,7 @@ def _files_to_name(repo: str, names: Collection[str]) -> str:
 
 @contextmanager
 def _downloading(library: Any, reference: Reference) -> Iterator[None]:
-    """Turn whatever the library raises into a sentence."""
+    """Turn any error of the library into a sentence."""
     try:
         yield
     except (CheckpointError, MemoryError):
@@ -341,4 +343,4 @@ def _problem(errors: Any, error: Exception) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "cannot be downloaded: HF_HUB_OFFLINE is set; unset it"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"cannot be downloaded: {reason.rstrip('.')}; what is complete stays in the cache"
+    return f"cannot be downloaded: {reason.rstrip('.')}; complete files stay in the cache"

@@ -1,4 +1,4 @@
-"""Telling what a checkpoint is, and opening one for what it can be used for."""
+"""Recognition of checkpoints, and opening them for a use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHARD_NAME = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$"
 
 
 def _part_pattern(table: LayerTable) -> re.Pattern[str]:
-    """Return a pattern that finds the names of a part of a model that other models do not have."""
+    """Return a pattern that finds names of a part of a model that other models do not have."""
     layers = [layer.name for layer in table.block if layer.is_matrix]
     anchor = table.anchor.partition(".")[0]
     parts = [re.escape(stack.name) + r"\.\d+" for stack in table.stacks if not stack.main]
@@ -100,13 +100,13 @@ _FAMILIES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
 
 @dataclass(frozen=True)
 class Identified:
-    """A checkpoint, and what it is.
+    """A checkpoint and its kind.
 
     Attributes:
         checkpoint: in ComfyUI's layout, if it is a whole Z-Image.
-        kind: the model, or what is in the way of using it.
-        evidence: what shows the kind.
-        format: what the model is quantised with; None if it is not.
+        kind: the model, or the obstacle to using it.
+        evidence: the name that shows the kind.
+        format: the format that the model is quantised with; None if it is not quantised.
         format_evidence: the tensor or header key that shows the format.
         scope: which tensors are the model's: all, for another model.
         others: further sets of Z-Image names in the file, such as averaged weights.
@@ -123,10 +123,10 @@ class Identified:
     diffusers: bool = False
 
     def check_use(self, use: Use, *, any_model: bool = False) -> None:
-        """Raise if this cannot be used so.
+        """Raise if the checkpoint cannot be used this way.
 
         Raises:
-            WrongKindError: one sentence with what the file is and what to do instead.
+            WrongKindError: one sentence with the file's kind and a remedy.
         """
         by_kind = self.kind.accepts(use, any_model=any_model)
         if self.format is None:
@@ -142,7 +142,7 @@ class Identified:
 
 
 def identify(path: str | os.PathLike[str]) -> Identified:
-    """Tell what a safetensors file or a diffusers folder is, from names, dtypes and markers.
+    """Recognise a safetensors file or a diffusers folder by names, dtypes and markers.
 
     Raises:
         WrongKindError: it is not a safetensors file, and its kind is known.
@@ -153,19 +153,21 @@ def identify(path: str | os.PathLike[str]) -> Identified:
     scopes = find_scopes(names)
     if not scopes:
         kind, evidence = _kind_without_zimage(checkpoint)
-        form, shown_by = find_format(checkpoint, WHOLE_FILE) or (None, "")
-        return Identified(checkpoint, kind, evidence, form, shown_by, WHOLE_FILE)
+        quantization, shown_by = find_format(checkpoint, WHOLE_FILE) or (None, "")
+        return Identified(checkpoint, kind, evidence, quantization, shown_by, WHOLE_FILE)
     scope, *others = scopes
     diffusers = is_diffusers_layout(names, scope)
-    form, shown_by = find_format(checkpoint, scope) or (None, "")
+    quantization, shown_by = find_format(checkpoint, scope) or (None, "")
     kind, evidence = kinds.ZIMAGE, scope.prefix + ZIMAGE.anchor
     if obstacle := _obstacle(checkpoint, scope):
         kind, evidence = obstacle
-    elif diffusers and form:
+    elif diffusers and quantization:
         kind, evidence = kinds.DIFFUSERS_QUANTISED, shown_by
     else:
         checkpoint = to_comfyui_layout(checkpoint, scope)
-    return Identified(checkpoint, kind, evidence, form, shown_by, scope, tuple(others), diffusers)
+    return Identified(
+        checkpoint, kind, evidence, quantization, shown_by, scope, tuple(others), diffusers
+    )
 
 
 def open_for(path: str | os.PathLike[str], use: Use, *, any_model: bool = False) -> Identified:
@@ -173,11 +175,11 @@ def open_for(path: str | os.PathLike[str], use: Use, *, any_model: bool = False)
 
     Args:
         path: safetensors file or diffusers folder.
-        use: what for.
+        use: the purpose.
         any_model: for "convert", "original" and "analyse": accept other models than Z-Image too.
 
     Raises:
-        WrongKindError: it is of a kind that cannot be used so.
+        WrongKindError: its kind cannot be used this way.
         CheckpointError: unreadable or malformed, or tensors that do not fit together.
     """
     found = identify(path)
@@ -186,7 +188,7 @@ def open_for(path: str | os.PathLike[str], use: Use, *, any_model: bool = False)
 
 
 def _obstacle(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:
-    """Return what keeps a file with a set of Z-Image names from being used, and what shows it."""
+    """Return the kind of a file with a set of Z-Image names that cannot be used, and evidence."""
     names = [name for name in checkpoint.tensors if name.startswith(scope.prefix)]
     inside = [name for name in names if name in scope]
     if wrapped := min((name for name in inside if ".base_layer." in name), default=None):
@@ -195,7 +197,7 @@ def _obstacle(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:
         return kinds.ADAPTED, adapter
     if other := other_patch_size(names, scope):
         return kinds.TWO_PATCH_SIZES, other
-    if _is_shard(checkpoint):  # even if its blocks are whole: others are in other shards
+    if _is_shard(checkpoint):  # even if its blocks are complete: others are in other shards
         return kinds.SHARD, str(checkpoint.path.parent)
     return None
 
@@ -206,7 +208,7 @@ def _is_shard(checkpoint: Checkpoint) -> bool:
 
 
 def _kind_without_zimage(checkpoint: Checkpoint) -> tuple[Kind, str]:
-    """Return what a file without a whole set of Z-Image names is, and what shows it."""
+    """Return the kind of a file without a whole set of Z-Image names, and the evidence."""
     names = sorted(checkpoint.tensors)
     if is_adapter(names):
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, summed up by groups of tensors."""
+"""Contents of a checkpoint, summed up by groups of tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Group:
 
     Attributes:
         name: the group.
-        formats: how many tensors there are of each format ("MXFP8", "BF16", ...). An MXFP8 layer
+        formats: number of tensors in each format ("MXFP8", "BF16", ...). An MXFP8 layer
             counts once, its scales and marker included.
         parameters: elements, without padding and without scales.
         nbytes: bytes in the file.
@@ -37,19 +37,19 @@ class Group:
 
 @dataclass(repr=False)
 class Inspection:
-    """What `inspect` found.
+    """Results of `inspect`.
 
     Attributes:
-        path: what was looked at.
-        kind: what it is.
+        path: the file or folder.
+        kind: its kind.
         quantization: format that the model is quantised with, or None.
         files: number of safetensors files.
-        metadata: of the header, without the description of quantised layers.
+        metadata: metadata of the header, without the description of quantised layers.
         groups: sums by group, the largest first.
-        breaches: what is wrong with its MXFP8 layers.
+        breaches: broken rules of its MXFP8 layers.
         accepted_by: the commands that take it.
         refusal: why no command takes it, and what to do instead, as a clause; "" if one does.
-        provenance: what `convert` wrote about the conversion; None without.
+        provenance: details of the conversion that `convert` wrote; None without them.
     """
 
     path: str
@@ -83,7 +83,7 @@ class Inspection:
         return sum(group.parameters for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         return vars(self) | {
             "groups": [vars(group) for group in self.groups],
             "parameters": self.parameters,
@@ -94,8 +94,8 @@ class Inspection:
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Sum up a safetensors file or a diffusers folder; reads no weights.
 
-    Other kinds of files, such as pickles and web pages, are described as what they are, and damaged
-    safetensors files by what is wrong with them.
+    Other kinds of files, such as pickles and web pages, are described by their kind, and damaged
+    safetensors files by the damage.
 
     Raises:
         CheckpointError: there is no such file, it cannot be read, or it is neither a file nor a
@@ -123,8 +123,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         group.nbytes += tensor.nbytes
         if name in parts:
             continue
-        form = "MXFP8" if name in weights else tensor.dtype
-        group.formats[form] = group.formats.get(form, 0) + 1
+        format_name = "MXFP8" if name in weights else tensor.dtype
+        group.formats[format_name] = group.formats.get(format_name, 0) + 1
         shape = weights[name].shape if name in weights else tensor.shape
         group.parameters += math.prod(shape)
     hidden = (markers.HEADER_KEY, PROVENANCE_KEY)
@@ -152,7 +152,7 @@ def _clause(path: str | os.PathLike[str], error: CheckpointError) -> str:
 
 
 def _describe(found: Identified) -> str:
-    """Kind and layout, such as "Z-Image, ComfyUI layout"."""
+    """Return kind and layout, such as "Z-Image, ComfyUI layout"."""
     if found.kind is kinds.ADAPTER:
         return found.evidence
     if found.kind is not kinds.ZIMAGE:

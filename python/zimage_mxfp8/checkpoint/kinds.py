@@ -1,7 +1,7 @@
-"""What a file can be, what to say of it, and the commands that take it: one table.
+"""The table of file kinds, with their error sentences and the commands that take them.
 
 `foreign_files.py` recognises files that are not safetensors by their first bytes, `identify.py`
-all others by tensor names and dtypes. Accepting another format is a change of one row here.
+all others by tensor names and dtypes. To accept another format, change one row here.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-# What a file is opened for. "original" is the file that `validate` compares with.
+# Uses that a file is opened for. "original" is the file that `validate` compares with.
 Use = Literal["convert", "original", "analyse", "measure", "validate", "dequantize", "run"]
 
-# The commands and calls behind each use, for people.
+# The commands and calls of each use, as users know them.
 USES: Final[dict[Use, str]] = {
     "convert": "convert",
     "original": "validate (as the original)",
@@ -33,14 +33,13 @@ class Kind:
     """A kind of file, or a format that a model is quantised with.
 
     Attributes:
-        title: how `inspect` calls it.
-        problem: completes "FILE ..." where the file is refused. "{0}" stands for the evidence: a
+        title: its name in `inspect`.
+        problem: completes "FILE ..." if the file is refused. "{0}" stands for the evidence: a
             tensor, a folder, a description.
         remedy: what to do instead, in the imperative.
-        uses: what it is accepted for.
-        uses_as_other_model: what it is accepted for besides, with `any_model`.
-        holds_layers: whether its layers mean something by themselves, so that MXFP8 ones can be
-            validated and decoded.
+        uses: the uses that accept it.
+        uses_as_other_model: the uses that accept it with `any_model` in addition.
+        holds_layers: whether MXFP8 layers in it can be validated and decoded.
     """
 
     title: str
@@ -51,7 +50,7 @@ class Kind:
     holds_layers: bool = False
 
     def accepts(self, use: Use, *, any_model: bool = False) -> bool:
-        """Whether a file of this kind can be used so."""
+        """Return whether a file of this kind can be used this way."""
         return use in self.uses or (any_model and use in self.uses_as_other_model)
 
 
@@ -88,7 +87,7 @@ def _not_safetensors(title: str, remedy: str) -> Kind:
     return Kind(title, f"is {title}, not a safetensors file", remedy)
 
 
-# ---- Z-Image, whole and plain or with something in the way
+# ---- Z-Image: whole and plain, or with an obstacle
 
 ZIMAGE = Kind(
     "Z-Image",
@@ -191,7 +190,7 @@ DANGLING_LINK = Kind(
 )
 NO_WEIGHTS = Kind(
     "a folder without a checkpoint",
-    "is no diffusers folder: neither it nor its transformer/ has "
+    "is not a diffusers folder: neither it nor its transformer/ has "
     "diffusion_pytorch_model.safetensors or its index",
     "{0}",
 )

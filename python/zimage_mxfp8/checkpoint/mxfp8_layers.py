@@ -1,7 +1,7 @@
-"""The MXFP8 layers of a checkpoint, whoever wrote it, and what is wrong with how they are stored.
+"""The MXFP8 layers of a checkpoint from any program, and errors in their storage.
 
-What ComfyUI reads is read: markers or header metadata or both, scales as U8 or F8_E8M0, with or
-without `orig_shape`.
+Everything that ComfyUI reads is accepted: markers or header metadata or both, scales as U8 or
+F8_E8M0, with or without `orig_shape`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Breach:
 
     Attributes:
         tensor: the tensor or header key it is about.
-        problem: what is wrong.
-        remedy: what to do about it.
+        problem: the breach, as a clause about the tensor.
+        remedy: how to repair it, in the imperative.
     """
 
     tensor: str
@@ -44,11 +44,11 @@ class MXFP8Layer:
     """A quantised linear layer of a file.
 
     Attributes:
-        name: of the layer, with prefix.
+        name: name of the layer, with prefix.
         weight: codes, F8_E4M3 [roundup(N, 32), roundup(K, 32)].
         scale: E8M0 bytes in the 128x4 blocked layout.
         shape: [N, K] before padding.
-        full_precision: whether its input is not to be quantised, on any device.
+        full_precision: whether its input must not be quantised, on any device.
     """
 
     name: str
@@ -60,12 +60,12 @@ class MXFP8Layer:
 
 @dataclass(frozen=True)
 class MXFP8Layers:
-    """What `find_layers` found.
+    """Results of `find_layers`.
 
     Attributes:
-        layers: those that can be read, by name.
-        breaches: what is wrong with the others.
-        notes: what ComfyUI reads, and other programs may miss.
+        layers: the layers that can be read, by name.
+        breaches: broken rules of the others.
+        notes: details that ComfyUI reads and other programs may miss.
     """
 
     layers: list[MXFP8Layer]
@@ -117,7 +117,7 @@ class _Finder:
         self._breaches.append(Breach(tensor, problem, remedy))
 
     def _expected_shapes(self, described: dict[str, Description]) -> dict[str, tuple[int, ...]]:
-        """Shapes before padding of a Z-Image's tensors, by name with prefix."""
+        """Return the shapes before padding of a Z-Image's tensors, by name with prefix."""
         table = self._scope.table
         if not self._scope.zimage:
             return {}
@@ -192,7 +192,7 @@ class _Finder:
                 if marker.get(key) != header.get(key):
                     self._breach(
                         markers.HEADER_KEY,
-                        f'says something else of layer "{name}" than its comfy_quant tensor '
+                        f'disagrees about layer "{name}" with its comfy_quant tensor '
                         f"({key}), and ComfyUI believes the header",
                     )
                     return False
@@ -203,7 +203,7 @@ class _Finder:
     def _shape(
         self, weight: SourceTensor, description: Description, expected: tuple[int, ...] | None
     ) -> tuple[int, int] | None:
-        """[N, K] before padding: as stated, or Z-Image's where it fits, or that of the codes."""
+        """Return [N, K] before padding: as stated, or Z-Image's if it fits, or the codes' shape."""
         rows, columns = weight.shape
         stated = _stated_shape(description.believed)
         if stated is not None:
@@ -265,7 +265,7 @@ class _Finder:
 
 
 def _stated_shape(entry: dict[str, Any] | None) -> tuple[int, int] | None:
-    """[N, K] that a marker states, if it does."""
+    """Return [N, K] as a marker states it, or None."""
     shape = (entry or {}).get("orig_shape")
     if (
         isinstance(shape, list)

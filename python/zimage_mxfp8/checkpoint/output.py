@@ -1,12 +1,12 @@
 """Output files that appear whole or not at all.
 
-A file is written beside its target under a hidden name, flushed to the disk and renamed. The
-hidden file is locked while its writer lives, so that a later run can tell what a crash left
-behind from what another process is writing.
+A file is written in its target's folder under a hidden name, flushed to the disk and renamed. The
+hidden file is locked while its writer lives, so that a later run can distinguish leftovers of a
+crash from files that another process is writing.
 
-Where the system allows it, whole blocks go to the disk directly instead of through the page cache:
-the data is flushed before the rename anyway, and filling the cache with gigabytes that nobody
-reads again costs more than the encoding.
+If the system allows it, whole blocks go to the disk directly instead of through the page cache: the
+data is flushed before the rename anyway, and filling the cache with gigabytes that are not read
+again costs more than the encoding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from ..errors import OutputError, UsageError
 
-BLOCK = max(4096, mmap.PAGESIZE)  # bytes; what disks and page caches are divided into
+BLOCK = max(4096, mmap.PAGESIZE)  # bytes; the unit of disks and page caches
 _MAX_NAME_BYTES = 200  # of a target, for its hidden name to stay under the usual 255
 _MAX_KEPT = 16 << 20  # bytes of small pieces that a writer keeps
 _SUFFIX = ".zimage-mxfp8-partial"
@@ -68,7 +68,7 @@ def check_target(
         target: a file to write.
         sources: files that are read.
         overwrite: whether it may be replaced.
-        argument: what names it, for the error.
+        argument: the argument that names it, for the error.
 
     Raises:
         UsageError: it is one of the sources.
@@ -100,7 +100,7 @@ def check_distinct(targets: Mapping[str, Path | None]) -> None:
 
     Raises:
         UsageError: two are.
-        OutputError: one's links go round in circles.
+        OutputError: the links of one are a loop.
     """
     seen: set[Path] = set()
     for argument, target in targets.items():
@@ -117,10 +117,10 @@ def check_distinct(targets: Mapping[str, Path | None]) -> None:
 
 
 def _resolved(target: Path) -> Path:
-    """Return the file that `target` names, links followed.
+    """Return the file that `target` names, following links.
 
     Raises:
-        OutputError: the links go round in circles.
+        OutputError: the links are a loop.
     """
     try:
         return target.resolve()
@@ -133,11 +133,11 @@ def _exists(target: Path) -> OutputError:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what crashed runs left in a folder; files of runs that live are left alone."""
+    """Delete the leftovers of crashed runs in a folder, but not the files of live runs."""
     for path in folder.glob(f".*{_SUFFIX}"):
         with contextlib.suppress(OSError):
             with path.open("r+b") as file:
-                # By then it may be published, and the name another writer's.
+                # By now the file may be published, and the name another writer's.
                 abandoned = _try_lock(file.fileno()) and _is_at(path, file)
                 if abandoned and os.name != "nt":
                     path.unlink()  # while the lock keeps a new writer away
@@ -146,7 +146,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:
-    """Whether a path still names an open file. While the file is locked nobody takes it away."""
+    """Return whether a path still names an open file; while locked, no process removes it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -155,10 +155,10 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block, and act there through the handler that it has.
+    """Delay Ctrl-C to the end of the block, and call its handler there.
 
-    Where Python has no handler for it, or runs the handler in another thread, nothing can be
-    raised in the block, and nothing is held.
+    If Python has no handler for it, or runs the handler in another thread, nothing can be raised in
+    the block, and nothing is delayed.
     """
     handler = signal.getsignal(signal.SIGINT)
     held: list[tuple[int, FrameType | None]] = []
@@ -179,11 +179,11 @@ def _interrupts_held() -> Iterator[None]:
 
 
 class Writer:
-    """Writes at given positions of a file; `flush` it when all is written, and `close` it.
+    """A writer at given positions of a file; `flush` it after the last write, and `close` it.
 
-    Data whose address and position leave the same remainder modulo `BLOCK` goes to the disk
-    directly, all but its first and last partial blocks. Those and other small pieces are kept
-    until `flush`, because a write through the cache waits for every direct write under way.
+    Data with the same remainder of address and position modulo `BLOCK` goes to the disk directly,
+    all but its first and last partial blocks. Those and other small pieces are kept until `flush`,
+    because a write through the cache waits for every direct write in progress.
     """
 
     def __init__(self, path: Path) -> None:
@@ -193,7 +193,7 @@ class Writer:
         self._direct: int | None = None
         flag = getattr(os, "O_DIRECT", 0)  # Linux; elsewhere everything goes through the cache
         if flag:
-            with contextlib.suppress(OSError):  # a filesystem that cannot do it
+            with contextlib.suppress(OSError):  # a filesystem without direct writes
                 self._direct = os.open(path, os.O_WRONLY | flag)
 
     def write(self, position: int, data: npt.NDArray[np.uint8]) -> None:
@@ -241,7 +241,7 @@ class Writer:
             view = view[self._file.write(view) :]
 
     def flush(self) -> None:
-        """Write what was kept.
+        """Write the data that was kept.
 
         Raises:
             OSError: as the system says.
@@ -263,12 +263,12 @@ class AtomicFile:
     """A file of known size that replaces `target` when it is complete.
 
     Use as a context manager: leaving it normally publishes the file, leaving it with an exception
-    deletes what was written. `open()` gives handles for writing, one a thread.
+    deletes the written data. `open()` gives handles for writing, one per thread.
 
     Args:
         target: the final name.
         size: bytes that the file will have; free space is checked before anything is written.
-        overwrite: replace a target that exists, or appears meanwhile.
+        overwrite: replace a target that exists or appears in the meantime.
 
     Raises:
         OutputError: not enough space, another process writes the same target, or any failure to
@@ -279,7 +279,7 @@ class AtomicFile:
         self.target = target
         self.size = size
         self._overwrite = overwrite
-        self._final = _resolved(target)  # a link stays a link, and what it names is replaced
+        self._final = _resolved(target)  # a link stays a link, and its target is replaced
         name = self._final.name
         if len(os.fsencode(name)) > _MAX_NAME_BYTES:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -299,7 +299,7 @@ class AtomicFile:
                 f"{self.target} needs {self.size:,} bytes, but {folder} has {free:,} free"
             )
         try:
-            with _interrupts_held():  # a file that nobody knows of would stay behind
+            with _interrupts_held():  # an unknown file would stay behind
                 self._file = self._create()
                 # Also for Ctrl-C on the way into __exit__, which then does not run.
                 self._undo = weakref.finalize(self, _delete, self._partial, self._file, os.getpid())
@@ -335,7 +335,7 @@ class AtomicFile:
             raise self.failure(error) from None
 
     def failure(self, error: OSError) -> OutputError:
-        """Return what to raise for a failed write."""
+        """Return the error for a failed write."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return OutputError(
                 f"{self.target} could not be written: {error.strerror}; "
@@ -349,7 +349,7 @@ class AtomicFile:
             return
         try:
             self._publish()
-        except BaseException as error:  # Ctrl-C while the disk takes its time, too
+        except BaseException as error:  # also Ctrl-C while the disk is slow
             self._discard()
             raise (self.failure(error) if isinstance(error, OSError) else error) from None
 
@@ -362,7 +362,7 @@ class AtomicFile:
                 self._file.close()
             self._rename()
             self._undo.detach()
-            with contextlib.suppress(OSError):  # the file is there, and sound, whatever this says
+            with contextlib.suppress(OSError):  # the file is complete even if this fails
                 _flush_folder(self._partial.parent)
             self._file.close()  # with the lock, which kept others from cleaning the file up
 

@@ -1,4 +1,4 @@
-"""What a converted file says of its own origin, in the header's metadata."""
+"""The origin of a converted file, from the metadata in its header."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROVENANCE_KEY = "zimage_mxfp8"
 
 
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The version, recipe and options that `convert` wrote; None if there are none to read."""
+    """Return the version, recipe and options that `convert` wrote; None without them."""
     try:
         made = json.loads(metadata.get(PROVENANCE_KEY, "null"))
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""How a file says which of its layers are quantised: `comfy_quant` tensors and header metadata.
+"""Descriptions of quantised layers in a file: `comfy_quant` tensors and header metadata.
 
 Sources: convert_to_quant 1.3.4, comfy-kitchen 0.2.40 and ComfyUI 0.33. ComfyUI reads `format` and
 `full_precision_matrix_mult` only, and prefers the header where both describe a layer.
@@ -35,9 +35,9 @@ _KINDS = {
 
 
 def layer_marker(shape: tuple[int, int], *, full_precision: bool = False) -> dict[str, Any]:
-    """Return the object that describes an MXFP8 layer, for its `comfy_quant` tensor and the header.
+    """Return the description of an MXFP8 layer, for its `comfy_quant` tensor and the header.
 
-    The dtype in it is the one to compute in; it is bfloat16 whatever the source's type, as
+    The dtype in it is the one to compute in; it is bfloat16 for every type of the source, as
     convert_to_quant writes it.
 
     Args:
@@ -55,17 +55,17 @@ def layer_marker(shape: tuple[int, int], *, full_precision: bool = False) -> dic
 
 
 def marker_bytes(marker: Mapping[str, Any]) -> bytes:
-    """Content of a `comfy_quant` tensor."""
+    """Return the content of a `comfy_quant` tensor."""
     return json.dumps(marker).encode()
 
 
 def header_value(markers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Value of the header's `_quantization_metadata`; `markers` by layer name, in name order."""
+    """Return the header's `_quantization_metadata`; `markers` by layer name, in name order."""
     return json.dumps({"format_version": "1.0", "layers": markers})
 
 
 def header_layers(value: str) -> dict[str, Any] | None:
-    """Return the layers in a header's `_quantization_metadata`, or None if it has another form."""
+    """Return the layers in a header's `_quantization_metadata`, or None for another layout."""
     try:
         document = json.loads(value)
     except (ValueError, RecursionError):
@@ -76,13 +76,13 @@ def header_layers(value: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Description:
-    """What a file says of one layer.
+    """Description of one layer in a file.
 
     Attributes:
         marker: the object in its `comfy_quant` tensor; None if there is no such tensor, or it
             cannot be read.
-        header: its entry in the header; None if there is none.
-        unreadable: why the `comfy_quant` tensor cannot be read; "" if it can, or is not there.
+        header: its entry in the header; None without one.
+        unreadable: why the `comfy_quant` tensor cannot be read; "" if it can, or is missing.
     """
 
     marker: dict[str, Any] | None
@@ -91,17 +91,17 @@ class Description:
 
     @property
     def believed(self) -> dict[str, Any] | None:
-        """The one that ComfyUI believes."""
+        """The description that ComfyUI uses."""
         return self.marker if self.header is None else self.header
 
 
 @dataclass(frozen=True)
 class Descriptions:
-    """What a file says of the quantised layers of its model.
+    """Descriptions of the quantised layers of a model in a file.
 
     Attributes:
         layers: by layer name, with prefix.
-        header_problem: what is wrong with the header's metadata; "" if nothing is, or it is absent.
+        header_problem: why the header's metadata cannot be read; "" if it can, or is missing.
     """
 
     layers: dict[str, Description]

@@ -1,4 +1,4 @@
-"""Which tensors of a file are the model's.
+"""Scopes: the tensors of a file that belong to the model.
 
 A file may have a model's tensors under a prefix, such as `model.diffusion_model.`, and other models
 next to them. The names themselves are in `zimage/layers.py`.
@@ -18,11 +18,11 @@ NOT_TRANSFORMER = " (not the transformer)"  # behind the group of a tensor out o
 
 @dataclass(frozen=True)
 class Scope:
-    """Which tensors of a file are the model's.
+    """The tensors of a file that belong to the model.
 
     Attributes:
-        prefix: what stands before their names.
-        zimage: whether only names of Z-Image's modules count, and not all that begin so.
+        prefix: the part before their names.
+        zimage: whether only names of Z-Image's modules count, not all names with the prefix.
         table: the model's layers.
     """
 
@@ -40,7 +40,7 @@ class Scope:
         return name[len(self.prefix) :]
 
     def inner_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Inner name -> name of those that are the model's."""
+        """Return inner name -> name of the model's tensors."""
         return {self.inner(name): name for name in names if name in self}
 
 
@@ -48,7 +48,7 @@ WHOLE_FILE = Scope("", zimage=False)
 
 
 def find_scopes(names: Collection[str], table: LayerTable = ZIMAGE) -> list[Scope]:
-    """Every set of Z-Image names in a file, the one to use first.
+    """Return every set of Z-Image names in a file, the one to use first.
 
     A prefix that ComfyUI strips comes before others, and others before copies of averaged weights
     ("ema"). Names may be in either layout.

@@ -50,7 +50,7 @@ class Checkpoint:
     """Tensors by name, and the metadata of the file (or of all shards).
 
     Attributes:
-        path: the file or the folder that was asked for.
+        path: the file or the folder that was named.
         files: the safetensors files that it consists of.
         index: the index.json that names them, for a folder with shards.
     """
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Everything that was or will be read, which no output may replace."""
+        """All files that were or will be read; no output may replace them."""
         return (self.path, *self.files, *([self.index] if self.index else []))
 
     @property
@@ -79,8 +79,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     or a single `diffusion_pytorch_model.safetensors`) or has one called `transformer`.
 
     Raises:
-        CheckpointError: unreadable, malformed, incomplete, or without any tensor. Of the class
-            `WrongKindError` if it is a known kind of file that is not safetensors.
+        CheckpointError: unreadable, malformed, incomplete, or without any tensor; a
+            `WrongKindError` for a known kind of file that is not safetensors.
     """
     try:
         shards, index = _folder_shards(path) if path.is_dir() else ({path: None}, None)
@@ -116,7 +116,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _folder_shards(folder: Path) -> tuple[Mapping[Path, set[str] | None], Path | None]:
-    """A diffusers folder's safetensors files, each with the tensors it must have; its index."""
+    """Return a diffusers folder's safetensors files, with the tensors of each, and its index."""
     for candidate in (folder, folder / "transformer"):
         index = candidate / _DIFFUSERS_INDEX
         if index.is_file():
@@ -174,7 +174,7 @@ def sha256(path: Path) -> str:
 
 
 class TensorReader:
-    """Reads tensors from files that stay open. Not for use by two threads at once."""
+    """A reader of tensors with files that stay open; not for use by two threads at once."""
 
     def __init__(self) -> None:
         self._files: dict[Path, FileIO] = {}
@@ -210,7 +210,7 @@ class TensorReader:
         return True
 
     def read(self, tensor: SourceTensor) -> npt.NDArray[np.uint8]:
-        """All bytes of a tensor."""
+        """Return all bytes of a tensor."""
         data = np.empty(tensor.nbytes, np.uint8)
         self.read_into(tensor, 0, data)
         return data
@@ -229,7 +229,7 @@ class TensorReader:
 
 
 def _pieces(tensor: SourceTensor, begin: int, count: int) -> Iterator[tuple[Path, int, int]]:
-    """(file, position, bytes) of the range [begin, begin + count) of a tensor's bytes."""
+    """Yield (file, position, bytes) for the range [begin, begin + count) of a tensor's bytes."""
     for segment in tensor.segments:
         take = min(segment.nbytes - begin, count)
         if take > 0:

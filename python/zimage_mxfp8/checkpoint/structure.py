@@ -1,4 +1,4 @@
-"""Whether a checkpoint has the tensors of a whole Z-Image, told from headers alone."""
+"""Check from headers alone that a checkpoint has the tensors of a whole Z-Image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_NAMED = 5
 _INTEGERS = ("U64", "I64", "U32", "I32", "U16", "I16", "I8", "U8", "BOOL", "C64")
 _UNRECOGNISED = "is missing, without which ComfyUI does not recognise Z-Image"
 
-Problem = tuple[str, str]  # a tensor, and what is wrong with it
+Problem = tuple[str, str]  # a tensor, and its problem
 
 
 def missing_or_misshapen(
@@ -23,7 +23,7 @@ def missing_or_misshapen(
     *,
     for_comfyui: bool = True,
 ) -> list[Problem]:
-    """Return what keeps a model's tensors from being a whole Z-Image, in name order.
+    """Return the problems that keep a model's tensors from being a whole Z-Image, in name order.
 
     The number of blocks and the widths are taken from the tensors themselves.
 
@@ -31,7 +31,7 @@ def missing_or_misshapen(
         checkpoint: in ComfyUI's layout.
         scope: the model's tensors.
         logical_shapes: shapes before padding, by name, of weights that are stored padded.
-        for_comfyui: whether what ComfyUI recognises Z-Image by must be there: a noise refiner.
+        for_comfyui: whether the noise refiner, by which ComfyUI recognises Z-Image, must exist.
     """
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     shapes.update(logical_shapes or {})
@@ -61,10 +61,10 @@ def missing_or_misshapen(
 
 
 def unknown_weights(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
-    """Matrices under a block's name that Z-Image's blocks do not have, in name order."""
+    """Return matrices under a block's name that Z-Image's blocks do not have, in name order."""
     known = _known(checkpoint, scope)
     return sorted(
-        (name, "is no weight of Z-Image")
+        (name, "is not a weight of Z-Image")
         for name, tensor in checkpoint.tensors.items()
         if name in scope
         and len(tensor.shape) == 2
@@ -75,10 +75,10 @@ def unknown_weights(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
 
 
 def unknown_parameters(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
-    """Weights and biases that would change what the model computes, in name order."""
+    """Return weights and biases that would change the model's results, in name order."""
     known = _known(checkpoint, scope)
     return sorted(
-        (name, "is no part of a Z-Image transformer, and would change what it computes")
+        (name, "is not part of a Z-Image transformer, and would change its results")
         for name, tensor in checkpoint.tensors.items()
         if name in scope
         and name.endswith((".weight", ".bias"))
@@ -95,7 +95,7 @@ def _known(checkpoint: Checkpoint, scope: Scope) -> Collection[str]:
 
 
 def structure_error(checkpoint: Checkpoint, problems: Sequence[Problem]) -> CheckpointError:
-    """The error for a Z-Image with structural problems: names up to five, counts the rest."""
+    """Return the error for structural problems of a Z-Image; it names up to five of them."""
     named = "; ".join(f'"{tensor}" {problem}' for tensor, problem in problems[:MAX_NAMED])
     rest = len(problems) - MAX_NAMED
     more = f"; and {rest:,} more" if rest > 0 else ""

@@ -17,7 +17,7 @@ from .streams import report_line
 
 
 def spellings(*names: str) -> list[str]:
-    """Each option name in its dash and its underscore spelling."""
+    """Return each option name in its dash and its underscore spelling."""
     result = list(names)
     for name in names:
         body = name.lstrip("-")
@@ -31,10 +31,10 @@ _NAMES = re.compile("FILE|PATH|DIR|FOLDER|ORIGINAL|OUT|PNG")  # in placeholders 
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, without the usage before it.
+    """A parser with one-sentence errors, without the usage before them.
 
-    Options are not abbreviated: what is short today may be ambiguous tomorrow. An option with one
-    value that is given twice is an error.
+    Options cannot be abbreviated: an abbreviation may become ambiguous in a later version. Giving
+    an option with one value twice is an error.
 
     Args:
         intermixed: take positional arguments between options too.
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         self._given: set[argparse.Action] = set()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse; what a command does not know is its own error, and not that of the main parser."""
+        """Parse; report words that a command does not know as that command's error."""
         if self._is_parsing:  # one of the passes below
             return super().parse_known_args(args, namespace)
         if self._subparsers is None and args is not None:
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(names, known)}")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # argparse calls it once for each time that an option is given.
+        # argparse calls it each time that an option is given.
         if action.option_strings and isinstance(action, argparse._StoreAction):
             if action in self._given:
                 raise argparse.ArgumentError(action, "given twice; give it once")
@@ -142,7 +142,7 @@ def checkpoint_path(text: str) -> Path:
     path = file_path(text)
     if path.suffix.lower() != ".safetensors":
         raise argparse.ArgumentTypeError(
-            f"{text} does not end in .safetensors, by which programs know these files; name it so"
+            f"{text} does not end in .safetensors, by which programs recognise these files; add it"
         )
     return path
 
@@ -161,7 +161,7 @@ def count(minimum: int) -> type[int]:
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    """`--threads`."""
+    """Add `--threads`."""
     parser.add_argument(
         "--threads",
         type=count(0),
@@ -172,10 +172,10 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json`."""
+    """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """`--overwrite`."""
+    """Add `--overwrite`."""
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

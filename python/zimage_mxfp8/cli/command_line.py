@@ -1,7 +1,7 @@
-"""The command line of `zimage-mxfp8`: parses it, runs a command, turns errors into exit codes.
+"""The command line of `zimage-mxfp8`: parsing, running a command, exit codes for errors.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Commands import what they need when
-they run, so that `--help` is quick.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Commands import their modules when
+they run, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = argparse.Namespace()
     try:
         parser = build_parser()
-        if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+        if "_ARGCOMPLETE" in os.environ:  # a shell requests completions
             from .completer import answer
 
             answer(parser)
@@ -108,7 +108,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except (Error, MemoryError, OSError) as error:
         if is_interrupt(error):
             raise
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone
             return 1
         is_usage = isinstance(error, (UsageError, CommandLineError))
         return _fail(_sentence(error, arguments), 2 if is_usage else 1)
@@ -120,8 +120,8 @@ def _sentence(error: Error | MemoryError | OSError, arguments: argparse.Namespac
     if isinstance(error, MemoryError):
         return f"out of memory; {_remedy_for_memory(arguments)}"
     place, reason = error.filename, error.strerror or str(error)
-    # What print could not write is still there and fails again, if there is a buffer. Without one
-    # a full disk tells: whoever writes a file names it.
+    # Text that print could not write stays in the buffer, if there is one, and fails again. Without
+    # a buffer this is a full disk: errors of other files name the file.
     if not place and (streams.flush_stdout() or error.errno in _FULL):
         place = "standard output"
     return f"{place}: {reason}" if place else reason

@@ -33,9 +33,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add this command to the parser."""
     parser = commands.add_parser(
         "compare",
-        help="measure what 8-bit and 4-bit formats would cost",
-        description="Measure what number formats lose on a checkpoint's weights: MXFP8, FP8, INT8, "
-        "MXFP4, NVFP4, with other scales, with formats chosen for each block and with low-rank "
+        help="measure the error of 8-bit and 4-bit formats",
+        description="Measure the error of number formats on a checkpoint's weights: MXFP8, FP8, "
+        "INT8, MXFP4, NVFP4, with other scales, with formats chosen per block and with low-rank "
         "branches.",
     )
     parser.set_defaults(run=run)
@@ -45,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--layers",
         metavar="REGEX",
-        help="compare only the weights whose full name this regular expression finds",
+        help="compare only the weights with a full name that this regular expression finds",
     )
     parser.add_argument(
         "--sample",
@@ -59,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         *spellings("--low-rank"),
         choices=("groups", "all", "none"),
         default="groups",
-        help="measure low-rank branches on one layer for each group (default), on all, or not",
+        help="measure low-rank branches on one layer per group (default), on all, or not",
     )
     parser.add_argument(
         "--csv", type=file_path, metavar="FILE", help="write every layer's figures as CSV"
@@ -93,7 +93,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    # Before NumPy is imported: its products then run on --threads cores, see `compare_low_rank`.
+    # Before NumPy is imported: its GEMMs then run on --threads cores, see `compare_low_rank`.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ..analysis.compare.run import compare
     from ..checkpoint.output import check_distinct, check_target, write_file

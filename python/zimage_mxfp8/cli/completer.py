@@ -1,4 +1,4 @@
-"""Answers to a shell that completes a command line, by argcomplete's protocol."""
+"""Completion of a shell's command line, by argcomplete's protocol."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RECIPES = "NAME|FILE"
 
 
 class _Values(BaseCompleter):
-    """Values of options and positional arguments without choices, by their placeholders."""
+    """Completions for options and positional arguments without choices, by placeholder."""
 
     def __call__(
         self,
@@ -36,7 +36,7 @@ class _Values(BaseCompleter):
 
 
 def answer(parser: argparse.ArgumentParser) -> None:
-    """Print the completions that the shell asked for, and exit."""
+    """Print the completions that the shell requested, and exit."""
     second_spellings = [option for option in _options(parser) if "_" in option]
     CompletionFinder()(
         parser,

@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         nargs="?",
         type=checkpoint_path,
         metavar="OUT",
-        help="output file (default: beside the input, its name with -mxfp8 before .safetensors; "
+        help="output file (default: the input's path with -mxfp8 before .safetensors; "
         "for OWNER/NAME in this folder)",
     )
     parser.add_argument("-i", "--input", metavar="FILE", help="the same as FILE")
@@ -54,7 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--recipe",
         metavar="NAME|FILE",
-        help="which layers stay as they are: a built-in recipe (see 'zimage-mxfp8 recipes') or a "
+        help="which layers are kept: a built-in recipe (see 'zimage-mxfp8 recipes') or a "
         "TOML file (default: uniform)",
     )
     parser.add_argument(
@@ -62,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         metavar="REGEX",
-        help="also keep the tensors whose full name this regular expression finds; repeatable",
+        help="also keep tensors with a full name that this regular expression finds; repeatable",
     )
     parser.add_argument(
         *spellings("--any-model"),
@@ -74,7 +74,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--nonfinite",
         choices=("error", "keep"),
         default="error",
-        help="a tensor with NaN or Inf stops the conversion (default), or stays as it is",
+        help="a tensor with NaN or Inf stops the conversion (default), or is kept",
     )
     parser.add_argument(
         *spellings("--modulation-matmul"),
@@ -104,7 +104,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         *spellings("--dry-run"),
         action="store_true",
-        help="show what would happen, by groups, and the exact output size",
+        help="show the plan, by groups, and the exact output size",
     )
     parser.add_argument(
         "--tensors", action="store_true", help="with --dry-run: show every tensor too"
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     names = [field.name for field in fields(ConversionOptions) if field.init]
     options = ConversionOptions(**{name: getattr(arguments, name) for name in names})
-    # Told now, and not after weights were read.
+    # Reported now, not after weights were read.
     cuda_index(arguments.device)
     output = arguments.output or default_output(arguments.input)
     plan = plan_conversion(arguments.input, options, threads=arguments.threads)
@@ -184,9 +184,9 @@ def _resolve_input(arguments: argparse.Namespace) -> None:
 
     reference = hub.parse(arguments.input)
     if reference is not None:
-        if arguments.output is None:  # beside the input it would be inside the cache
+        if arguments.output is None:  # in the input's folder it would be inside the cache
             arguments.output = Path(f"{reference.stem}-mxfp8.safetensors")
-        if not arguments.dry_run:  # told now, and not after a download
+        if not arguments.dry_run:  # reported now, not after a download
             check_target(arguments.output, [], overwrite=arguments.overwrite)
     arguments.input = download.resolve(
         arguments.input, (hub.TRANSFORMER,), download=arguments.download
@@ -194,7 +194,7 @@ def _resolve_input(arguments: argparse.Namespace) -> None:
 
 
 def _files(arguments: argparse.Namespace) -> tuple[str, Path | None]:
-    """Input and output, each given by position or by option."""
+    """Return input and output, each given by position or by option."""
     if arguments.file is None and arguments.input is None:
         raise CommandLineError("name the checkpoint to convert: zimage-mxfp8 convert FILE [OUT]")
     if None not in (arguments.file, arguments.input):

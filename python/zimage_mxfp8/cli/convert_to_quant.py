@@ -12,11 +12,11 @@ from .wording import CommandLineError
 if TYPE_CHECKING:
     from ..conversion.recipes import Recipe
 
-# What needs no asking here.
+# Options for behaviour that is always on here.
 _ALWAYS_SO = ("--mxfp8", "--simple", "--comfy-quant", "--save-quant-metadata", "--low-memory")
 
-# Options that ask for something that this program does not do. They are refused with a sentence
-# instead of "unrecognized arguments".
+# Options for features that this program does not have. They are refused with a sentence instead of
+# "unrecognized arguments".
 _REFUSED = {
     "INT8": ("--int8", "--convrot", "--convrot-group-size", "--dynamic-convrot"),
     "NVFP4": ("--nvfp4",),
@@ -40,7 +40,7 @@ _REFUSED = {
     ),
     "skipping layers by heuristics": ("--heur",),
     "another output dtype": ("--output-dtype", "--preserve-layers"),
-    "full-precision products": ("--full-precision-matrix-mult", "--full-precision-mm"),
+    "full-precision GEMMs": ("--full-precision-matrix-mult", "--full-precision-mm"),
     "an error-correction LoRA": (
         *("--extract-lora", "--lora-rank", "--lora-target", "--lora-depth", "--lora-ar-threshold"),
         "--lora-output",
@@ -100,7 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Refuse(argparse.Action):
-    """An option that asks for something else than MXFP8 rounded to nearest."""
+    """An option for another result than MXFP8 rounded to nearest."""
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> None:
         parser.error(
@@ -110,7 +110,7 @@ class _Refuse(argparse.Action):
 
 
 def choose_recipe(arguments: argparse.Namespace) -> Recipe:
-    """Return the recipe that `--recipe` or the filters ask for."""
+    """Return the recipe that `--recipe` or the filters choose."""
     from ..conversion.recipes import DEFAULT, load_recipe
 
     filters = [name for name in ("zimage", "zimage_refiner") if getattr(arguments, name)]
@@ -124,7 +124,7 @@ def choose_recipe(arguments: argparse.Namespace) -> Recipe:
         if arguments.mxfp8 and arguments.recipe is None:
             print(
                 "zimage-mxfp8: warning: without --zimage this program's recipe uniform applies; "
-                "--recipe convert-to-quant is what convert_to_quant would do",
+                "--recipe convert-to-quant does the same as convert_to_quant",
                 file=sys.stderr,
             )
         return load_recipe(arguments.recipe or DEFAULT)

@@ -13,7 +13,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "dequantize",
         help="decode an MXFP8 file to a plain BF16 checkpoint",
-        description="Write the BF16 checkpoint that an MXFP8 file stands for.",
+        description="Write the BF16 checkpoint that an MXFP8 file encodes.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("file", type=Path, metavar="FILE")

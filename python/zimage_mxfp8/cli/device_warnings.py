@@ -1,4 +1,4 @@
-"""Warnings about the device, which are for whoever runs a command, as lines of stderr."""
+"""Warnings about the device, printed as lines of stderr for users of commands."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .streams import report_line
 
 @contextmanager
 def as_lines() -> Iterator[None]:
-    """Print warnings of that kind as this program prints its own; others stay as they are."""
+    """Print warnings of that kind like this program's own; leave others unchanged."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", DeviceWarning)
         show = warnings.showwarning
 
-        def show_or_tell(message: Any, category: Any, *place: Any, **options: Any) -> None:
+        def show_or_report(message: Any, category: Any, *place: Any, **options: Any) -> None:
             if issubclass(category, DeviceWarning):
                 report_line(f"warning: {message}")
             else:
                 show(message, category, *place, **options)
 
-        warnings.showwarning = show_or_tell
+        warnings.showwarning = show_or_report
         yield

@@ -1,4 +1,4 @@
-"""How commands print: results to stdout, warnings to stderr."""
+"""Output of commands: results to stdout, warnings to stderr."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def warn(sentences: Sequence[str]) -> None:
 
 
 def note(sentences: Sequence[str]) -> None:
-    """Print remarks to stderr."""
+    """Print notes to stderr."""
     for sentence in sentences:
         report_line(f"note: {sentence}")
 
@@ -43,11 +43,11 @@ def print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequen
 
 
 def wrote(path: Path, what: str, *, as_json: bool = False) -> None:
-    """Say that a file was written, and what it holds.
+    """Report that a file was written, with its content.
 
     Args:
         path: the file.
-        what: it holds.
+        what: its content.
         as_json: whether stdout is for JSON alone; the line then goes to stderr.
     """
     line = f"wrote {path}: {what}"

@@ -11,9 +11,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add this command to the parser."""
     parser = commands.add_parser(
         "doctor",
-        help="show versions, devices and the paths that they take",
-        description="Show what this installation is, the devices that it finds, which path each "
-        "takes for products, and why not others.",
+        help="show versions, devices and their kernels",
+        description="Show the versions of this installation, the devices that it finds, which "
+        "kernel each uses for GEMMs, and why not others.",
     )
     parser.set_defaults(run=run)
     add_json(parser)

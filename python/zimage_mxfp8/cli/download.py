@@ -1,4 +1,4 @@
-"""Models that are named as on the Hugging Face hub: `--download`, and what is shown of it."""
+"""Models named as on the Hugging Face hub: `--download`, and its output."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def add_download(parser: argparse.ArgumentParser) -> None:
-    """`--download`."""
+    """Add `--download`."""
     parser.add_argument(
         "--download",
         action="store_true",
-        help="fetch from the Hugging Face hub what the local cache lacks of OWNER/NAME; without it "
-        "there is no network access",
+        help="fetch files of OWNER/NAME that the local cache lacks from the Hugging Face hub; "
+        "without it there is no network access",
     )
 
 
@@ -31,7 +31,7 @@ def resolve(text: str, parts: Sequence[str], *, download: bool) -> Path:
     """Find a path or a name on the hub, see `hub.resolve`."""
     from ..checkpoint import hub
 
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it would ask for more than models
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it would resolve more than models
     return hub.resolve(text, parts, download=download, report=_show)
 
 
@@ -48,7 +48,7 @@ def _show(download: Download) -> None:
 
 
 def _print_plan(download: Download) -> None:
-    """A table of folders on stderr: stdout is for results."""
+    """Print a table of folders to stderr: stdout is for results."""
     from rich.table import Table
 
     from .display import console, size_text

@@ -1,4 +1,4 @@
-"""`zimage-mxfp8 convert --dry-run`: the plan for people or as JSON."""
+"""`zimage-mxfp8 convert --dry-run`: the plan as text or as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_REASONS = 15
 
 
 def show(plan: Plan, output: Path, arguments: argparse.Namespace) -> int:
-    """Show what a conversion would do."""
+    """Show the plan of a conversion."""
     from ..printing.screen import size_text
     from . import display
 
@@ -27,7 +27,7 @@ def show(plan: Plan, output: Path, arguments: argparse.Namespace) -> int:
         return 0
     screen = display.screen()
     screen.table(
-        f"What would become of {plan.checkpoint.path} (recipe {plan.recipe.name}): tensors that "
+        f"Plan for {plan.checkpoint.path} (recipe {plan.recipe.name}): tensors that "
         "become MXFP8, those that are kept, and their size now and then",
         ["group", "MXFP8>", "kept>", "now>", "then>"],
         _group_rows(plan),
@@ -54,7 +54,7 @@ def show(plan: Plan, output: Path, arguments: argparse.Namespace) -> int:
 
 
 def _print_tensors(plan: Plan, screen: Screen) -> None:
-    """Two lines for each: names may be as long as a terminal is wide."""
+    """Print two lines per tensor: names may be as long as a terminal is wide."""
     screen.text("Tensors", style="bold")
     for name, planned in plan.tensors.items():
         shape = "x".join(map(str, planned.source.shape)) or "scalar"

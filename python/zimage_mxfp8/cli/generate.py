@@ -56,13 +56,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Hugging Face cache (default: the folder's own transformer)",
     )
     add_download(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="what to show")
+    parser.add_argument("--prompt", metavar="TEXT", help="description of the image")
     parser.add_argument(
         *spellings("--settings-from"),
         type=Path,
         metavar="PNG",
-        help="take prompt, seed, size and the like from an image that generate made, or from its "
-        "text in AUTOMATIC1111's form; other options replace them",
+        help="take prompt, seed, size and other settings from an image that generate made, or from "
+        "its text in AUTOMATIC1111's format; other options replace them",
     )
     parser.add_argument(
         "-o",
@@ -101,7 +101,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         *spellings("--negative-prompt"),
         metavar="TEXT",
-        help="what not to show, with --guidance",
+        help="description of what to avoid, with --guidance",
     )
     parser.add_argument(
         "--batch",
@@ -153,7 +153,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--preview",
         type=count(1),
         metavar="N",
-        help="every N steps, write a small image of what it becomes to NAME.preview.png, until the "
+        help="every N steps, write a small estimate of the image to NAME.preview.png, until the "
         "end; the result stays the same",
     )
     add_overwrite(parser)
@@ -163,9 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     begin = time.perf_counter()
     stored, settings = _settings(arguments)
-    report_line(
-        "checking the model folder and the output ..."
-    )  # before the imports, which take long
+    report_line("checking the model folder and the output ...")  # before the slow imports
     from ..checkpoint import hub
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
@@ -180,7 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
     inputs += [Path(arguments.transformer)] if arguments.transformer else []
     for target in (*outputs, *previews):
         check_target(target, filter(None, inputs), overwrite=arguments.overwrite)
-    # Wrong names are told now, and not after seconds of importing and minutes of loading.
+    # Wrong names are reported now, not after seconds of importing and minutes of loading.
     if not arguments.download:
         keep_libraries_quiet()
     own = () if arguments.transformer else (hub.TRANSFORMER,)
@@ -235,7 +233,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _settings(
     arguments: argparse.Namespace,
 ) -> tuple[StoredSettings | None, GenerationSettings]:
-    """Return what `--settings-from` names, and the settings that follow from it and the options."""
+    """Return the image that `--settings-from` names, and the settings from it and the options."""
     given = {
         field.name: getattr(arguments, field.name)
         for field in fields(GenerationSettings)
@@ -253,7 +251,7 @@ def _settings(
         raise CommandLineError(
             "the following arguments are required: --prompt, or --settings-from with an image"
         )
-    # Drawn here already, because files may be named by it.
+    # Drawn here already, because file names may contain it.
     seed = draw_seed() if settings.seed is None else settings.seed
     return stored, replace(settings, seed=seed)
 
@@ -269,7 +267,7 @@ def _outputs(given: Path | None, settings: GenerationSettings) -> list[Path]:
 
 
 def _peak_memory(device: str) -> str:
-    """Return the end of the summary; empty where the system does not tell it."""
+    """Return the end of the summary; empty if the system does not know the peak."""
     from .display import size_text
 
     if device.startswith("cuda"):
@@ -285,7 +283,7 @@ def _peak_memory(device: str) -> str:
 
 
 class PreviewFiles:
-    """Preview images on the disk, deleted at the end. What goes wrong with them stops no image."""
+    """Preview images on the disk, deleted at the end. Their failures do not stop the image."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -317,9 +315,10 @@ class PreviewFiles:
 
 
 def keep_libraries_quiet() -> None:
-    """No network, and no progress bars and notes of the libraries between ours.
+    """Disable network access, and the libraries' progress bars and notes.
 
-    They look at these variables when they are imported; the hub's library may be already.
+    Libraries read these variables when they are imported; the hub's library may be imported
+    already.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

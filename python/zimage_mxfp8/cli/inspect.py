@@ -12,7 +12,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add this command to the parser."""
     parser = commands.add_parser(
         "inspect",
-        help="show what is in a checkpoint",
+        help="show the contents of a checkpoint",
         description="Show the tensors of a safetensors file or a diffusers folder, by groups.",
     )
     parser.set_defaults(run=run)

@@ -1,8 +1,8 @@
-"""Ctrl-C in a process that runs one command line.
+"""Handling of Ctrl-C in a process that runs one command line.
 
-It raises KeyboardInterrupt, and is ignored as long as that is on its way out: nothing may disturb
-what cleans up. Some places swallow what is raised in them (`__del__`, callbacks of C libraries);
-the exception is gone then, and the next Ctrl-C raises another.
+Ctrl-C raises KeyboardInterrupt, and is ignored while that exception propagates, so that nothing
+disturbs the cleanup. Some places swallow exceptions (`__del__`, callbacks of C libraries); the
+exception is gone then, and the next Ctrl-C raises another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _on_their_way: weakref.WeakSet[KeyboardInterrupt] = weakref.WeakSet()
 
 
 class _Interrupt(KeyboardInterrupt):
-    """Unlike its base it can be referenced weakly."""
+    """A KeyboardInterrupt that can be referenced weakly, unlike its base class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class _Interrupt(KeyboardInterrupt):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a command that keeps something, with the sentence that says what."""
+    """Ctrl-C in a command that keeps results, with a sentence about them."""
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -32,21 +32,21 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Handle Ctrl-C this way, unless it is ignored (nohup) or somebody else handles it."""
+    """Handle Ctrl-C this way, unless it is ignored (nohup) or another handler is installed."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
 
 
 def finish() -> None:
-    """Ignore Ctrl-C if `install` handles it: all is done, and Python's own end cannot handle it."""
+    """Ignore Ctrl-C if `install` handles it: the work is done, and Python's exit cannot."""
     if signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def is_interrupt(error: BaseException | None) -> bool:
-    """Whether an error is Ctrl-C, or what somebody made of it.
+    """Return whether an error is Ctrl-C, or was raised in its place.
 
-    Python 3.11 and older raise RuntimeError for whatever happens while a class is made.
+    Python 3.11 and older raise RuntimeError for any exception while a class is created.
     """
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__

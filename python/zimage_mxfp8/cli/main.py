@@ -1,6 +1,6 @@
 """Entry point of `zimage-mxfp8`, as a process and as a function.
 
-Nothing that takes time is imported before Ctrl-C is looked after.
+Slow imports come after the handling of Ctrl-C is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if not interrupts.is_interrupt(error):
             raise
-        interrupts.finish()  # here, where the exception still keeps others away
+        interrupts.finish()  # here, because the exception still blocks others
         from . import streams
 
         streams.prepare()  # it may have come before `run`
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> int:
-    """`zimage-mxfp8` as a process of its own, whose Ctrl-C is ours to handle."""
+    """Run `zimage-mxfp8` as a process of its own, with its own handling of Ctrl-C."""
     interrupts.install()
     return main()
 

@@ -1,4 +1,4 @@
-"""Command lines to copy, for what a report advises."""
+"""Command lines to copy, for the advice of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..checkpoint.file_names import checkpoint_beside
 def convert_command(source: str, options: str, name: str) -> str:
     """Return a conversion with other options than the defaults.
 
-    It names an output, with `name` in it: the default one may be there already.
+    It names an output, with `name` in it: the default one may exist already.
     """
     output = shlex.quote(str(checkpoint_beside(Path(source), f"-{name}")))
     return f"zimage-mxfp8 convert {shlex.quote(source)} {options} -o {output}"

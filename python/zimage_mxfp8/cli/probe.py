@@ -29,7 +29,7 @@ _RULES = (
     (
         "--min-group-spread",
         "S",
-        "a layer type whose scores differ less by position is demoted (0.2)",
+        "a layer type is demoted if its scores differ less by position (0.2)",
     ),
     ("--extreme-pct", "P", "percentage of the main blocks that is extreme at each end (10)"),
 )
@@ -40,8 +40,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "probe",
         help="find the weights that quantisation would hurt most",
-        description="Measure how sensitive each weight of Z-Image's blocks is, and recommend what "
-        "to keep. Metrics, scores and recommendations are those of quant_probe.",
+        description="Measure the sensitivity of each weight of Z-Image's blocks, and recommend "
+        "weights to keep. Metrics, scores and recommendations are those of quant_probe.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -51,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="the checkpoint before quantisation: safetensors file, or diffusers folder",
     )
     parser.add_argument(
-        "--csv", type=file_path, metavar="FILE", help="write a row for each weight, as quant_probe"
+        "--csv", type=file_path, metavar="FILE", help="write one row per weight, like quant_probe"
     )
     parser.add_argument(
         "--html",
@@ -63,9 +63,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         *spellings("--write-recipe"),
         type=file_path,
         metavar="FILE.toml",
-        help="write the recipe that keeps what should be kept, for convert --recipe",
+        help="write the recipe that keeps the recommended weights, for convert --recipe",
     )
-    rules = parser.add_argument_group("rules", "The numbers that decide, and their defaults.")
+    rules = parser.add_argument_group(
+        "rules", "Parameters of the recommendations, and their defaults."
+    )
     for name, metavar, text in _RULES:
         rules.add_argument(*spellings(name), type=float, metavar=metavar, help=text)
     rules.add_argument(
@@ -100,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = probe(arguments.file, rules=rules, threads=arguments.threads, progress=True)
     weights = plural(len(report.tensors), "weight")
     contents: list[tuple[Path | None, str, str]] = [
-        (arguments.csv, report.to_csv(), f"a row for each of {weights}"),
+        (arguments.csv, report.to_csv(), f"one row for each of {weights}"),
         (
             arguments.write_recipe,
             recipe_toml(report.recipe),
@@ -128,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_commands(report: ProbeReport, screen: Screen, recipe: Path | None) -> None:
     screen.line()
     if report.exclude_layers is not None:
-        screen.line("To keep them besides what the default recipe keeps:")
+        screen.line("To keep them in addition to the default recipe:")
         options = f"--exclude-layers '{report.exclude_layers}'"
         screen.line(convert_command(report.path, options, "excluded"))
         screen.line()

@@ -11,8 +11,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add this command to the parser."""
     parser = commands.add_parser(
         "recipes",
-        help="show the recipes: which layers stay as they are, and why",
-        description="Show the built-in recipes, or those named (a TOML file too).",
+        help="show the recipes: which layers are kept, and why",
+        description="Show the built-in recipes, or the named ones (also TOML files).",
     )
     parser.set_defaults(run=run)
     parser.add_argument("recipe", nargs="*", metavar="NAME|FILE")
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         screen.text(f"{recipe.name}{default}: {recipe.title}", style="bold")
         if recipe.description:
             screen.text(recipe.description)
-        # No table: patterns are longer than a terminal is wide, and are there to be copied.
+        # Not a table: patterns are longer than a terminal is wide, and users copy them.
         for rule in recipe.keep:
             screen.text(f"  {rule.name}: {rule.reason}", indent=" " * 4)
             screen.line(f"    {rule.pattern.pattern}")

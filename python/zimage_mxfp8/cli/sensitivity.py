@@ -23,9 +23,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add this command to the parser."""
     parser = commands.add_parser(
         "sensitivity",
-        help="measure what quantising each layer does to the output",
+        help="measure the effect of quantising each layer on the output",
         description="Quantise every layer and every group of layers of the original model alone, "
-        "measure how far its output moves at several timesteps, and find a set of layers to keep "
+        "measure the error of its output at several timesteps, and find a set of layers to keep "
         "that holds a bound. For a GPU; on the CPU for small models.",
     )
     parser.set_defaults(run=run)
@@ -64,7 +64,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--state",
         type=file_path,
         metavar="FILE.json",
-        help="keep measurements in this file, so that an interrupted run can go on",
+        help="keep measurements in this file, so that an interrupted run can continue",
     )
     parser.add_argument(
         *spellings("--write-recipe"),
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         from ..printing.sensitivity import print_sensitivity
     size = (arguments.size, arguments.size)
-    # Told now, and not after the text encoder was loaded.
+    # Reported now, not after the text encoder was loaded.
     check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
     dtype = getattr(torch, arguments.dtype)
     with _keeping(arguments.state), sensitivity_bar(report_line) as progress:
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path, what in (
         (arguments.write_recipe, f"the recipe that keeps {kept} of the blocks"),
         (arguments.html, "a page with plots and tables"),
-        (arguments.state, "the measurements, from which the same command goes on"),
+        (arguments.state, "the measurements, from which the same command continues"),
     ):
         if path is not None:
             display.wrote(path, what, as_json=arguments.json)
@@ -168,14 +168,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _keeping(state: Path | None) -> Iterator[None]:
-    """Have Ctrl-C say that what was measured is kept, if it is."""
+    """Let Ctrl-C report that the measurements are kept, if they are."""
     try:
         yield
     except BaseException as error:
         if state is None or not state.exists() or not is_interrupt(error):
             raise
         raise Interrupted(
-            f"{state} keeps what was measured, and the same command goes on from there"
+            f"{state} keeps the measurements, and the same command continues from there"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What is printed besides results, and streams that cannot be written."""
+"""Printing other than results, and streams that cannot be written."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from ..text import printable
 
 
 def prepare() -> None:
-    """Let both streams take whatever is printed."""
+    """Make both streams accept any text."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the process's life
-        elif isinstance(stream, io.TextIOWrapper):  # names may hold what the encoding lacks
+        elif isinstance(
+            stream, io.TextIOWrapper
+        ):  # names may hold characters that the encoding lacks
             stream.reconfigure(errors="backslashreplace")
 
 
 def report_line(sentence: str) -> None:
-    """Print a line to stderr, if that can be written: the work does not depend on it."""
+    """Print a line to stderr; ignore failures, because the work does not depend on it."""
     try:
         print(f"zimage-mxfp8: {printable(sentence)}", file=sys.stderr, flush=True)
     except OSError:
@@ -30,7 +32,7 @@ def report_line(sentence: str) -> None:
 
 
 def flush_stdout() -> OSError | None:
-    """Print what stdout still holds; if it cannot be written, drop that and return why."""
+    """Flush stdout; if it cannot be written, drop the rest and return the error."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -40,6 +42,6 @@ def flush_stdout() -> OSError | None:
 
 
 def _drop(stream: TextIO) -> None:
-    """Send what a stream holds, and whatever comes, nowhere: Python flushes it when it ends."""
+    """Discard a stream's buffer and later output, because Python flushes it at exit."""
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())

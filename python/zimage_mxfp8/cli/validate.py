@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--against",
         type=Path,
         metavar="ORIGINAL",
-        help="the checkpoint that it was converted from: proves codes, scales and their order, "
+        help="the checkpoint that it was converted from: checks codes, scales and their order, "
         "and measures errors",
     )
     add_threads(parser)

@@ -1,6 +1,6 @@
 """Errors of the library in the words of the command line: options instead of arguments.
 
-How an option is spelled follows from the parsers alone: an action with the argument's name as its
+The parsers alone determine the spelling of an option: an action with the argument's name as its
 `dest` is the option of that argument.
 """
 
@@ -40,7 +40,7 @@ def sentence(error: Error, parsers: Sequence[argparse.ArgumentParser]) -> str:
 
 
 def _option(argument: str, parsers: Sequence[argparse.ArgumentParser]) -> str:
-    """Return the option for an argument, or the argument itself where no command has one."""
+    """Return the option for an argument, or the argument itself if no command has one."""
     for parser in parsers:
         for action in parser._actions:
             if action.dest == argument:

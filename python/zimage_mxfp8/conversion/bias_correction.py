@@ -1,12 +1,11 @@
-"""Bias correction: what to add to a layer's bias so that quantisation does not move its output.
+"""Bias correction: the change of a bias that keeps the mean output of a quantised layer.
 
 With weights Wq instead of W, a layer's mean output moves by `-E[x] (W - Wq)^T`, so the bias that
-keeps the mean is `b + E[x] (W - Wq)^T`. Each mode here yields, per layer, the vector that stands
-for E[x].
+keeps the mean is `b + E[x] (W - Wq)^T`. Each mode here gives, per layer, the vector to use as E[x].
 
 In Z-Image the quantised layers with a bias are the modulations of the blocks. Their input is the
-output of `t_embedder`, which depends on nothing but the timestep: over the timesteps of a sampler
-its mean is exact, and comes from the checkpoint itself.
+output of `t_embedder`, which depends only on the timestep: its mean over the timesteps of a sampler
+is exact, and follows from the checkpoint itself.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MODES: tuple[Mode, ...] = ("timesteps", "synthetic", "none")
 
 
 def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> Vector:
-    """Output of `t_embedder` for each timestep, [steps, dim], in float64.
+    """Return the output of `t_embedder` for each timestep, [steps, dim], in float64.
 
     Raises:
         CheckpointError: the embedder's tensors are missing, do not fit together, or lead to NaN.
@@ -58,8 +57,8 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
         len(w0) == len(w2) == 2 and b0 == w0[:1] and w2[1:] == b0 and b2 == w2[:1] and 0 not in w0
     ):
         raise CheckpointError(
-            f'{checkpoint.path} has "{prefix}{ZIMAGE.time_embedder}" tensors whose shapes do not '
-            f"fit together: {list(w0)}, {list(b0)}, {list(w2)}, {list(b2)}",
+            f'{checkpoint.path} has "{prefix}{ZIMAGE.time_embedder}" tensors that do not fit '
+            f"together: {list(w0)}, {list(b0)}, {list(w2)}, {list(b2)}",
             remedy,
         )
     values = []
@@ -81,7 +80,7 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
 
 
 def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
-    """Return the vector that stands for E[x], for each quantised layer with a bias.
+    """Return the vector to use as E[x], for each quantised layer with a bias.
 
     Args:
         plan: the conversion, with the mode. "timesteps": the exact mean of `t_embedder`'s output.
@@ -89,8 +88,8 @@ def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
             uses. "none": no correction.
 
     Returns:
-        Layer name -> vector of K, and the names of the layers whose biases stay as they are
-        although a correction was asked for (their inputs do not follow from the checkpoint).
+        Layer name -> vector of K, and the names of the layers with biases that stay uncorrected
+        although a correction was requested (their inputs do not follow from the checkpoint).
     """
     layers = {planned.layer: planned.source for planned in plan.quantized if planned.bias}
     options = plan.options
@@ -114,10 +113,10 @@ def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
 
 
 def _random_means(checkpoint: Checkpoint, samples: int, seed: int) -> dict[int, Vector]:
-    """Column means of convert_to_quant's random inputs, by number of columns.
+    """Return the column means of convert_to_quant's random inputs, by number of columns.
 
-    It draws one matrix for each new number of columns, over all 2-D weights in name order, from
-    one generator; the mean of its products is the product with the mean.
+    convert_to_quant draws one matrix for each new number of columns, over all 2-D weights in name
+    order, from one generator; the mean of its matrix products is the matrix product with the mean.
     """
     with needed("torch", "the synthetic bias correction"):  # for convert_to_quant's random numbers
         import torch
@@ -142,7 +141,7 @@ def _weight_columns(tensors: Iterable[SourceTensor]) -> list[int]:
 
 
 def to_float64(tensor: SourceTensor, data: npt.NDArray[np.uint8]) -> Vector:
-    """Return the numbers of BF16, F16 or F32 bytes."""
+    """Return the values of BF16, F16 or F32 bytes."""
     source = as_integers(tensor.dtype, data).reshape(1, -1)
     target = np.empty(source.shape, np.float32)
     _core.cast(source, FLOAT_NAMES[tensor.dtype], target, "float32", 1)

@@ -1,10 +1,10 @@
-"""Converting a checkpoint to MXFP8: plan, run, report.
+"""Conversion of a checkpoint to MXFP8: plan, run, report.
 
     options = ConversionOptions(recipe="zimage")
     plan = plan_conversion("z_image_turbo_bf16.safetensors", options)
     report = run_conversion(plan, "z_image_turbo-mxfp8.safetensors")
 
-`convert` does the three at once.
+`convert` does all three.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def plan_conversion(
     *,
     threads: int = 0,
 ) -> Plan:
-    """Decide what a conversion would do, without writing anything.
+    """Plan a conversion, without writing anything.
 
     Reads the header only, or, with `nonfinite="keep"`, every weight that the recipe would
     quantise.
@@ -64,7 +64,7 @@ def plan_conversion(
     Args:
         source: a ComfyUI single file (names under any prefix or none, alone or with other models
             in the file) or a diffusers folder; BF16, F16 or F32 weights.
-        options: what decides the bytes of the file; by default those of `ConversionOptions()`.
+        options: everything that decides the bytes of the file; by default `ConversionOptions()`.
         threads: cores to use; 0 means all.
 
     Returns:
@@ -99,7 +99,7 @@ def run_conversion(
     device: str = "cpu",
     progress: ProgressCallback | bool | None = None,
 ) -> ConversionReport:
-    """Write the file of a plan.
+    """Run a plan: write its file.
 
     Reading, encoding and writing overlap, and memory does not grow with the checkpoint. The output
     appears whole or not at all, and depends on the input and the options alone.
@@ -112,7 +112,7 @@ def run_conversion(
         report: file to write the `ConversionReport` to as JSON, with each layer's error.
         threads: cores to use; 0 means all.
         device: "cpu", "cuda" or "cuda:N": where weights are encoded; the bytes are the same.
-        progress: called with a `Progress` from this thread, many times a second; True draws a bar
+        progress: called with a `Progress` from this thread, many times per second; True draws a bar
             on a terminal.
 
     Returns:
@@ -123,7 +123,7 @@ def run_conversion(
         NonFiniteError: a tensor of the transformer has NaN or Inf; the sentence names tensor, row
             and column.
         OutputError: the output cannot be written, or exists already.
-        UnsupportedError: `device` is not there, or this build has no CUDA; or torch is needed and
+        UnsupportedError: `device` does not exist, or this build has no CUDA; or torch is needed and
             has too little memory.
         MissingExtraError: the synthetic bias correction needs torch.
     """
@@ -194,7 +194,7 @@ def convert(
 
     Args:
         source: see `plan_conversion`.
-        output: this and all until `progress`: see `run_conversion`.
+        output: file to write; by default the input's name with `-mxfp8` before the suffix.
         overwrite: replace an existing output, and an existing report.
         error_stats: measure each layer's error in the same pass.
         report: file to write the `ConversionReport` to as JSON.
@@ -207,9 +207,9 @@ def convert(
         A `ConversionReport`.
 
     Raises:
-        Error: what `ConversionOptions`, `plan_conversion` and `run_conversion` raise.
+        Error: the exceptions of `ConversionOptions`, `plan_conversion` and `run_conversion`.
     """
-    # What is wrong with these is told now, and not after weights were read.
+    # Errors in these are reported now, not after weights were read.
     cuda_index(device)
     path = file_or_folder("source", source)
     target = default_output(path) if output is None else path_argument("output", output)
@@ -227,7 +227,7 @@ def convert(
 
 
 def _corrections(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
-    """As from `correction_inputs`; nothing is corrected where an embedder has NaN that is kept."""
+    """Return `correction_inputs`, or none of them if the embedder has NaN that is kept."""
     try:
         return correction_inputs(plan)
     except NonFiniteError:  # in the embedder
@@ -237,7 +237,7 @@ def _corrections(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
 
 
 def _warnings(plan: Plan, nonfinite: Iterable[str], uncorrected: list[str]) -> list[str]:
-    warnings = [told for told in _kept_nonfinite(nonfinite) if told not in plan.warnings]
+    warnings = [each for each in _kept_nonfinite(nonfinite) if each not in plan.warnings]
     warnings += plan.warnings
     if uncorrected:
         warnings.append(
@@ -248,11 +248,11 @@ def _warnings(plan: Plan, nonfinite: Iterable[str], uncorrected: list[str]) -> l
 
 
 def _kept_nonfinite(names: Iterable[str]) -> list[str]:
-    return [f'"{name}" has NaN or Inf and stays as it is' for name in sorted(names)]
+    return [f'"{name}" has NaN or Inf and is kept' for name in sorted(names)]
 
 
 def _find_nonfinite(plan: Plan, threads: int) -> set[str]:
-    """Names of the weights to be quantised that have NaN or Inf."""
+    """Return the names of the weights to quantise that have NaN or Inf."""
     found: set[str] = set()
 
     def job(tensor: SourceTensor, begin: int, end: int) -> Job:

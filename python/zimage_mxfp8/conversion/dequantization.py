@@ -1,4 +1,4 @@
-"""Decoding an MXFP8 checkpoint back to a plain BF16 one."""
+"""Decoding of an MXFP8 checkpoint to a plain BF16 one."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def dequantize_checkpoint(
     threads: int = 0,
     progress: ProgressCallback | bool | None = None,
 ) -> None:
-    """Write the checkpoint that an MXFP8 file stands for, with plain BF16 weights.
+    """Write the checkpoint that an MXFP8 file encodes, with plain BF16 weights.
 
-    Padding is cut off, scales and markers go, everything else is copied (corrected biases stay
+    Padding, scales and markers are removed, everything else is copied (corrected biases stay
     corrected: they belong to the rounded weights).
 
     Args:

@@ -1,4 +1,4 @@
-"""Finding NaN and Inf in the bytes of floating-point tensors."""
+"""Search for NaN and Inf in the bytes of floating-point tensors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MASKS: Final[dict[str, int]] = {
     "F8_E4M3": 0x7F,
 }
 
-KEEP_HINT: Final = '`nonfinite="keep"` leaves such tensors as they are'
+KEEP_HINT: Final = '`nonfinite="keep"` keeps such tensors unchanged'
 
 
 def can_be_nonfinite(dtype: str) -> bool:
-    """Whether `first_nonfinite` looks at a safetensors dtype."""
+    """Return whether `first_nonfinite` supports a safetensors dtype."""
     return dtype in _MASKS
 
 
@@ -43,7 +43,7 @@ def first_nonfinite(dtype: str, data: npt.NDArray[np.uint8]) -> int | None:
 
 
 class KeptTensorCheck:
-    """Looks for NaN and Inf in tensors that pass through a conversion as they are.
+    """A check for NaN and Inf in tensors that a conversion copies unchanged.
 
     Attributes:
         found: names of the tensors with such values, if they are to be kept.
@@ -54,10 +54,10 @@ class KeptTensorCheck:
         self._keep = keep
 
     def check(self, tensor: SourceTensor, begin: int, data: npt.NDArray[np.uint8]) -> None:
-        """Look at the bytes of a tensor from byte `begin` on, whole elements.
+        """Check the bytes of a tensor from byte `begin` on, whole elements.
 
         Raises:
-            NonFiniteError: there is NaN or Inf, and such tensors are not to be kept.
+            NonFiniteError: there is NaN or Inf, and such tensors must not be kept.
         """
         if not can_be_nonfinite(tensor.dtype):
             return

@@ -1,4 +1,4 @@
-"""What decides the bytes of a converted file."""
+"""The options that decide the bytes of a converted file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .recipes import DEFAULT, Recipe, builtin_names, load_recipe
 
 NonFinite = Literal["error", "keep"]
 ModulationMatmul = Literal["quantised", "full"]
-MAX_SAMPLES = 1_000_000  # of random input, which is drawn at once
+MAX_SAMPLES = 1_000_000  # of random input, drawn at once
 
 
 class ConversionKeywords(TypedDict, total=False):
@@ -36,19 +36,19 @@ class ConversionKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    r"""What decides the bytes of a converted file, checked when it is made.
+    r"""The options that decide the bytes of a converted file, checked on creation.
 
         options = ConversionOptions(recipe="zimage", exclude_layers=[r"layers\.29\."])
 
     Attributes:
         recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`.
-        exclude_layers: regular expressions, searched in the tensors' full names; what they match
-            stays as it is, besides what the recipe keeps. A tuple, whatever was given.
+        exclude_layers: regular expressions, searched in the tensors' full names; matching tensors
+            are kept in addition to the recipe's. Stored as a tuple.
         any_model: accept a checkpoint that is not Z-Image, and quantise every 2-D weight that no
             pattern excludes.
         nonfinite: what to do with a tensor of the transformer that has NaN or Inf: "error", or
-            "keep" it as it is (the weights are then read twice).
-        bias_correction: "timesteps" adds what keeps a modulation's mean output over the sampler's
+            "keep" it unchanged (the weights are then read twice).
+        bias_correction: "timesteps" preserves a modulation's mean output over the sampler's
             timesteps; "synthetic" reproduces convert_to_quant 1.3.4 (needs torch); "none" leaves
             biases alone.
         timesteps: for "timesteps": "turbo" (8 steps), "base" (50 steps) or a number of steps.
@@ -56,13 +56,13 @@ class ConversionOptions:
         seed: for "synthetic": seed of the random numbers, below 2^63.
         modulation_matmul: "full" asks ComfyUI not to quantise the input of quantised modulations
             on GPUs that multiply MXFP8; it is one row per block.
-        hash_source: write the SHA-256 of the source's files into the header, which means to read
-            them once more. Version, recipe and correction are always written, unless the recipe
-            reproduces convert_to_quant's files.
+        hash_source: write the SHA-256 of the source's files into the header, which reads them once
+            more. Version, recipe and correction are always written, unless the recipe reproduces
+            convert_to_quant's files.
         rules: the recipe, loaded, with the patterns to exclude.
 
     Raises:
-        UsageError: a value that cannot be, or that does not go with the recipe.
+        UsageError: if a value is invalid, or contradicts the recipe.
         RecipeError: the file is not a valid recipe.
     """
 
@@ -84,7 +84,7 @@ class ConversionOptions:
         if self.bias_correction not in MODES:
             raise UsageError("bias_correction", f"must be one of {', '.join(MODES)}")
         if self.bias_correction == "timesteps":
-            sampler_timesteps(self.timesteps)  # refuse nonsense even where no layer needs it
+            sampler_timesteps(self.timesteps)  # refuse invalid values even if no layer needs them
         samples = whole_number("calibration_samples", self.calibration_samples)
         if not 1 <= samples <= MAX_SAMPLES:
             raise UsageError("calibration_samples", f"must be 1 to {MAX_SAMPLES:,}, not {samples}")
@@ -116,9 +116,9 @@ class ConversionOptions:
                     )
 
     def provenance(self, source_hashes: Sequence[str]) -> dict[str, Any] | None:
-        """Return what the file says of its origin; None if it is to equal another program's.
+        """Return the metadata about the file's origin; None if it must equal convert_to_quant's.
 
-        Neither names nor times: the same input and options give the same bytes.
+        There are neither names nor times in it: the same input and options give the same bytes.
 
         Args:
             source_hashes: SHA-256 of each file of the source, with `hash_source`.

@@ -1,4 +1,4 @@
-"""Deciding what happens to each tensor, and where its bytes will be, before any data is read."""
+"""The plan of a conversion: each tensor's action and place, decided before data is read."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ Action = Literal["quantize", "keep", "cast"]
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """What happens to one tensor of the source.
+    """The action for one tensor of the source.
 
     Attributes:
-        source: where its bytes are.
-        action: "quantize" to MXFP8, "keep" its bytes, or "cast" to BF16 (convert_to_quant does
-            that to F16 and F32 matrices which it keeps).
+        source: the position of its bytes.
+        action: "quantize" to MXFP8, "keep" its bytes, or "cast" to BF16 (convert_to_quant does that
+            to F16 and F32 matrices that it keeps).
         reason: why it is not quantised; empty if it is.
         group: the row of summary tables that it counts in.
         bias: name of the layer's bias, for quantised layers that have one.
@@ -63,19 +63,19 @@ class PlannedTensor:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """A whole conversion, decided.
+    """A complete plan of a conversion.
 
     Attributes:
-        source: the checkpoint, and what was recognised in it.
-        options: what was asked for.
+        source: the checkpoint and its kind.
+        options: the options of the conversion.
         tensors: every tensor of the source, by name.
         layers: the marker of each layer that is quantised, by layer name.
         header: first bytes of the output file.
-        places: where each tensor of the output goes.
+        places: position of each tensor in the output.
         size: bytes of the output file.
         nonfinite: names of weights that are kept because they have NaN or Inf.
         warnings: sentences that the user should see.
-        notes: what the file is made of, and what was recognised in it.
+        notes: facts about the input and its parts.
     """
 
     source: Identified
@@ -124,7 +124,7 @@ class Plan:
         return [planned for planned in self.tensors.values() if planned.action == "quantize"]
 
     def output_nbytes(self, name: str) -> int:
-        """Bytes in the output of what becomes of one source tensor, without the header."""
+        """Return the bytes that one source tensor takes in the output, without the header."""
         planned = self.tensors[name]
         names = [name]
         if planned.action == "quantize":
@@ -143,10 +143,10 @@ def make_plan(
 
     Args:
         source: a plain checkpoint, as `open_for(..., "convert")` gives it.
-        options: what was asked for.
-        keep_names: tensors to keep although the recipe would quantise them (NaN or Inf inside).
-        source_hashes: SHA-256 of each file of the source, for `hash_source`. By default text of
-            the same length stands for them, and the layout is the same.
+        options: the options of the conversion.
+        keep_names: tensors to keep although the recipe would quantise them (they have NaN or Inf).
+        source_hashes: SHA-256 of each file of the source, for `hash_source`. By default text of the
+            same length takes their place, and the layout is the same.
 
     Raises:
         CheckpointError: not a whole Z-Image, nothing to quantise, or a weight of a type that
@@ -178,8 +178,8 @@ def make_plan(
     metadata = dict(checkpoint.metadata)
     # An all-in-one file may describe a quantised text encoder there; that stays.
     described = markers.header_layers(metadata.pop(markers.HEADER_KEY, "")) or {}
-    # With a prefix ComfyUI adds the header's layers under both names, and warns of those that the
-    # model does not have; markers are enough for it.
+    # With a prefix, ComfyUI adds the header's layers under both names, and warns about those that
+    # the model does not have; markers are enough for it.
     if not scope.prefix or recipe.reproduces_convert_to_quant:
         described |= layers
     if described:
@@ -205,10 +205,10 @@ def make_plan(
 
 
 def check_structure(source: Identified) -> None:
-    """Check that a Z-Image is whole and has no weights that it should not have.
+    """Check that a Z-Image is whole and has no unknown weights.
 
     Raises:
-        CheckpointError: it names up to five tensors.
+        CheckpointError: if it is not; the sentence names up to five tensors.
     """
     checkpoint, scope = source.checkpoint, source.scope
     problems = missing_or_misshapen(checkpoint, scope) or unknown_weights(checkpoint, scope)
@@ -242,7 +242,7 @@ def _plan_tensor(
         return kept("is empty")
     if tensor.dtype not in FLOAT_NAMES:
         if not tensor.dtype.startswith(("F", "C")):
-            return kept(f"is {tensor.dtype}, no floating-point type")
+            return kept(f"is {tensor.dtype}, not a floating-point type")
         raise CheckpointError(
             f'{checkpoint.path}: tensor "{tensor.name}" is {tensor.dtype}; only BF16, F16 and F32 '
             "weights can be quantised",
@@ -269,7 +269,7 @@ def _output_tensors(
     tensors: Mapping[str, PlannedTensor],
     layers: Mapping[str, Mapping[str, object]],
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of everything in the output."""
+    """Return name -> (dtype, shape) of everything in the output."""
     outputs: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, planned in tensors.items():
         source = planned.source
@@ -311,14 +311,14 @@ def _warnings(
     warnings += [f'pattern "{rule.pattern.pattern}" matches no tensor' for rule in idle]
     if scope.zimage and scope.prefix not in COMFYUI_PREFIXES:
         warnings.append(
-            f'tensor names keep their prefix "{scope.prefix}", which ComfyUI does not know: it '
+            f'tensor names keep their prefix "{scope.prefix}", which ComfyUI does not support: it '
             "will not load the file"
         )
     return tuple(warnings)
 
 
 def _unknown(source: Identified) -> list[str]:
-    """Warnings of vectors that ComfyUI ignores and that this package does not run without."""
+    """Return warnings about vectors that ComfyUI ignores and that `generate` refuses."""
     if not source.scope.zimage:
         return []
     unknown = unknown_parameters(source.checkpoint, source.scope)

@@ -1,4 +1,4 @@
-"""What a conversion did, for people and for machines."""
+"""The report of a conversion, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..text import plural
 
 @dataclass(repr=False)
 class ConversionReport:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         input: path that was read.
@@ -19,15 +19,15 @@ class ConversionReport:
         recipe: name of the recipe.
         bias_correction: the mode.
         quantized: number of layers quantised.
-        kept: number of tensors kept as they are (or cast), by reason.
+        kept: number of tensors kept unchanged (or cast), by reason.
         corrected_biases: number of biases corrected.
         input_bytes: bytes of all input tensors.
         output_bytes: bytes of all output tensors.
         file_bytes: bytes of the output file.
         seconds: wall time of `run_conversion`.
         warnings: sentences that the user should see.
-        notes: what was recognised in the input, and what was copied unchanged.
-        errors: per quantised weight, if error statistics were asked for.
+        notes: facts about the input and its parts, such as tensors copied unchanged.
+        errors: per quantised weight, if error statistics were requested.
     """
 
     input: str
@@ -61,7 +61,7 @@ class ConversionReport:
         return self.output_bytes / self.input_bytes if self.input_bytes else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         document = {key: value for key, value in vars(self).items() if key != "errors"} | {
             "ratio": self.ratio
         }

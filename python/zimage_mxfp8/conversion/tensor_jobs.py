@@ -1,4 +1,4 @@
-"""The work on each tensor of a plan: encode it, cast it or copy it to its place in the output."""
+"""Jobs for each tensor of a plan: encode it, cast it or copy it to its place in the output."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class TensorJobs:
-    """The jobs that write a plan's output, and what they find on the way.
+    """The jobs that write a plan's output, with their error statistics.
 
     Args:
         plan: the conversion.
         encoder: where weights are encoded.
         corrections: layer -> the vector [columns] that its bias is corrected with.
-        measure_errors: whether to measure how far each weight is from its original.
+        measure_errors: whether to measure the error of each weight.
 
     Attributes:
         errors: (weight, first row) -> error statistics, if they are measured.
-        kept: looks for NaN and Inf in tensors that are not quantised.
+        kept: the check for NaN and Inf in tensors that are not quantised.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TensorJobs:
         return self._plan.places[name].begin
 
     def _quantize(self, planned: PlannedTensor) -> list[Job]:
-        """Jobs that encode a weight, and write its layer's marker and corrected bias."""
+        """Return the jobs that encode a weight, and write its layer's marker and corrected bias."""
         plan, tensor = self._plan, planned.source
         rows, cols = tensor.shape
         codes_at = self._position(tensor.name)
@@ -123,7 +123,7 @@ class TensorJobs:
         codes: Bytes,
         scales: Bytes,
     ) -> None:
-        """Write the elements of a bias from `begin` on that belong to rows just encoded.
+        """Write the elements of a bias, from `begin` on, that belong to rows just encoded.
 
         Args:
             worker: reads and writes.
@@ -145,7 +145,7 @@ class TensorJobs:
         worker.write(self._position(bias.name) + begin * item, add_to_bias(bias, old, change))
 
     def _cast(self, tensor: SourceTensor) -> list[Job]:
-        """Jobs that write an F16 or F32 tensor as BF16."""
+        """Return the jobs that write an F16 or F32 tensor as BF16."""
         position, item = self._position(tensor.name), SAFETENSORS_BITS[tensor.dtype] // 8
 
         def job(begin: int, end: int) -> Job:

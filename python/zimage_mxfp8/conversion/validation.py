@@ -1,4 +1,4 @@
-"""Checking an MXFP8 checkpoint against the file contract, and against its original."""
+"""Validation of an MXFP8 checkpoint against the file contract and its original."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(repr=False)
 class ValidationReport:
-    """What `validate` found.
+    """Results of `validate`.
 
     Attributes:
         file: the file that was checked.
         against: the original it was compared with, if any.
-        layers: number of MXFP8 layers that are stored as the contract says.
+        layers: number of MXFP8 layers that are stored according to the contract.
         breaches: broken rules; empty for a sound file.
-        notes: things worth knowing that are no breaches.
+        notes: remarks that are not breaches.
         errors: per layer's weight, its error against the original; empty without one.
     """
 
@@ -71,7 +71,7 @@ class ValidationReport:
         return not self.breaches
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         return {
             "file": self.file,
             "against": self.against,
@@ -141,7 +141,7 @@ def validate(
 
 
 def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) -> None:
-    """The safetensors library, which parses on its own, must see the same tensors."""
+    """Check that the safetensors library, with its own parser, sees the same tensors."""
     unseen = set(checkpoint.tensors)
     try:
         for path in checkpoint.files:
@@ -173,7 +173,7 @@ def _check_model(found: Identified, layers: list[MXFP8Layer], report: Validation
 
 
 class _KeptScan:
-    """Looks for NaN and Inf in floating-point tensors that are not quantised."""
+    """A check for NaN and Inf in floating-point tensors that are not quantised."""
 
     def __init__(
         self, found: Identified, layers: list[MXFP8Layer], report: ValidationReport
@@ -211,7 +211,7 @@ class _KeptScan:
 
 
 class _DataScan:
-    """Looks at codes and scales by themselves."""
+    """Checks of codes and scales without the original."""
 
     def __init__(self, report: ValidationReport) -> None:
         self._report = report
@@ -229,7 +229,7 @@ class _DataScan:
         return [job(begin, end) for begin, end in row_chunks(layer.weight)]
 
     def scan(self, layer: MXFP8Layer, codes: Bytes, scales: Bytes, begin: int) -> None:
-        """Look at the rows from `begin` on, as `read_encoded` gives them."""
+        """Check the rows from `begin` on, as `read_encoded` gives them."""
         codes = codes.reshape(-1, layer.weight.shape[1])
         rows, cols = layer.shape
         real_rows = min(rows - begin, codes.shape[0])
@@ -269,7 +269,7 @@ class _DataScan:
 
 
 class _Comparison:
-    """Compares a file with its original."""
+    """The comparison of a file with its original."""
 
     def __init__(
         self,
@@ -280,7 +280,7 @@ class _Comparison:
         scan: _DataScan,
     ) -> None:
         self._scan = scan
-        self.compared: set[str] = set()  # layers whose data the jobs read, and so also scan
+        self.compared: set[str] = set()  # layers with data that the jobs read, and so also scan
         self._checkpoint = checkpoint
         self._layers = {layer.name: layer for layer in layers}
         self._original = original
@@ -368,14 +368,14 @@ class _Comparison:
             old = to_float64(original, worker.read(original, 0, original.nbytes))
             new = to_float64(found, worker.read(found, 0, found.nbytes, "file"))
             if np.isfinite(old).all() and not np.isfinite(new).all():
-                self._breach(found.name, "has NaN or Inf, which the original's has not")
+                self._breach(found.name, "has NaN or Inf, which the original's does not have")
             elif old.size:
                 self._bias_changes.append(float(np.abs(new - old).max()))
 
         return Job(found.name, original.nbytes, run)
 
     def _copy_check_jobs(self, found: SourceTensor, original: SourceTensor) -> list[Job]:
-        """Jobs that compare a tensor that was kept, or cast to BF16."""
+        """Return the jobs that compare a tensor that was kept, or cast to BF16."""
         cast = found.dtype == "BF16" and original.dtype in ("F16", "F32")
         if found.shape != original.shape or (found.dtype != original.dtype and not cast):
             self._breach(
@@ -432,7 +432,7 @@ class _Comparison:
         self._report.errors = merge_rows(self._stats)
 
     def _diagnose_scales(self, layer: MXFP8Layer, source_rounding: bool) -> str | None:
-        """Return what order a layer's scales are in, if it is a known wrong one."""
+        """Return the order of a layer's scales, if it is a known wrong one."""
         worker = Worker(None)
         try:
             expected = np.empty(scale_shape(layer.shape), np.uint8)

@@ -1,1 +1,1 @@
-"""Images: the transformer between the other parts of a diffusers folder."""
+"""Image generation: the transformer with the other parts of a diffusers folder."""

@@ -1,4 +1,4 @@
-"""The parts that come from diffusers and transformers: loading, and what each is used for."""
+"""The parts that come from diffusers and transformers: loading and use."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..errors import CheckpointError, Error
 from ..system.devices import is_out_of_host_memory
 from .folder import ModelFolder
 
-MAX_TOKENS = 512  # of a prompt, with the marks around it; the default of diffusers' pipelines
-# Of transformers: no network, and no code of the folder. Without the latter it asks the user.
+MAX_TOKENS = 512  # of a prompt, with its special tokens; the default of diffusers' pipelines
+# For transformers: no network, and no code of the folder. Without the latter it asks the user.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-# Of both: what does not fit is then listed, where they would stop without naming it.
+# For both: mismatched tensors are then listed; otherwise loading stops without naming them.
 _LISTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-# Tensors of a whole language model, which the text encoder is the body of.
+# Tensors of a whole language model; the text encoder is its body.
 _OF_LANGUAGE_MODELS = ("lm_head.", "rotary_emb.inv_freq")
 _PROBE = "quick brown fox"
 _PROBE_TOKENS = 16
 
 
 class TextEncoder:
-    """Tokenizer and language model: from a prompt to caption features."""
+    """Tokenizer and language model, which turn a prompt into caption features."""
 
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
@@ -47,7 +47,7 @@ class TextEncoder:
                     f"{folder.path / 'tokenizer'} has tokens up to number {largest}, and {path} "
                     f"up to {rows - 1}: they belong to different models; download the model again"
                 )
-            # Diffusers' own way of encoding, which needs nothing else of its pipeline.
+            # Diffusers' own encoding, which needs no other part of its pipeline.
             self._pipeline = ZImagePipeline(
                 scheduler=None,
                 vae=None,
@@ -55,22 +55,22 @@ class TextEncoder:
                 tokenizer=tokenizer,
                 transformer=None,
             )
-            # Tokenizers keep the length that they pad to, so one call at a time.
+            # Tokenizers store the length that they pad to, so one call at a time.
             self._lock = threading.Lock()
             self._encode(_PROBE, _PROBE_TOKENS)  # some settings fail only when they are used
 
     def encode(self, prompt: str) -> torch.Tensor:
-        """[tokens, features]; what goes beyond `MAX_TOKENS` is cut off."""
+        """Return caption features [tokens, features]; tokens beyond `MAX_TOKENS` are cut off."""
         return self._encode(prompt, MAX_TOKENS)
 
     @torch.no_grad()
-    def _encode(self, prompt: str, most: int) -> torch.Tensor:
+    def _encode(self, prompt: str, limit: int) -> torch.Tensor:
         with self._lock:
             (features,), _ = self._pipeline.encode_prompt(
                 [prompt],
                 device=self._device,
                 do_classifier_free_guidance=False,
-                max_sequence_length=most,
+                max_sequence_length=limit,
             )
         states: torch.Tensor = features
         return states
@@ -94,7 +94,7 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """[1, 16, H, W] -> [1, 3, 8 H, 8 W], -1 to 1."""
+        """Decode latents [1, 16, H, W] to an image [1, 3, 8 H, 8 W], -1 to 1."""
         config = self.model.config
         scaled = latents.to(self.model.dtype) / config.scaling_factor + config.shift_factor
         pixels: torch.Tensor = self.model.decode(scaled, return_dict=False)[0]
@@ -109,7 +109,7 @@ def load_scheduler(folder: ModelFolder) -> FlowMatchEulerDiscreteScheduler:
 
 @contextmanager
 def _loading(folder: ModelFolder, part: str) -> Iterator[str]:
-    """Turn whatever the libraries raise into a sentence that names the part."""
+    """Turn any error of the libraries into a sentence that names the part."""
     path = folder.path / part
     try:
         yield str(path)
@@ -120,7 +120,7 @@ def _loading(folder: ModelFolder, part: str) -> Iterator[str]:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0]
-        if reason.endswith(":"):  # the reason itself stands in the next one
+        if reason.endswith(":"):  # the reason itself is in the next one
             reason = " ".join(line.strip() for line in lines[:2])
         raise CheckpointError(
             f"{path} cannot be loaded: {reason.rstrip('.:')}; download it again"
@@ -146,8 +146,8 @@ def _check_tokenizer(path: str, tokenizer: Any) -> int:
 
 
 def _check_complete(path: str, found: dict[str, Any], more: tuple[str, ...] = ()) -> None:
-    """Weights and settings must belong together; `more` is in names that need no place."""
-    # Both libraries make up random numbers for what a file lacks, and only log it.
+    """Check that weights and settings belong together; names with `more` in them may be extra."""
+    # Both libraries fill tensors that a file lacks with random numbers, and only log it.
     lacking = sorted(map(str, found["missing_keys"]))
     if lacking:
         raise CheckpointError(
@@ -158,7 +158,7 @@ def _check_complete(path: str, found: dict[str, Any], more: tuple[str, ...] = ()
     if unfit:
         name, has, needed = unfit[0]
         raise CheckpointError(
-            f'tensor "{name}" in {path} has shape {_shape(has)} where its config.json asks for '
+            f'tensor "{name}" in {path} has shape {_shape(has)} where its config.json needs '
             f"{_shape(needed)} ({len(unfit)} in all); download the model again"
         )
     left = sorted(

@@ -1,4 +1,4 @@
-"""The diffusers folder that all parts but the transformer come from: what must be in it."""
+"""The diffusers folder with all parts except the transformer, and its required files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..checkpoint.header import unreadable
 from ..errors import CheckpointError
 from ..zimage.constants import LATENT_CHANNELS
 
-# What each part must have; of several names, one, and of names joined by + all.
+# Files that each part must have: one of several names, and all of names joined by +.
 _FILES: dict[str, tuple[tuple[str, ...], ...]] = {
     "tokenizer": (
         ("tokenizer_config.json",),
-        # Without them transformers makes a tokenizer that knows no letters, and drops every prompt.
+        # Without them transformers makes a tokenizer without letters, and drops every prompt.
         ("tokenizer.json", "vocab.json + merges.txt"),
     ),
     "text_encoder": (
@@ -51,7 +51,7 @@ class ModelFolder:
 
     @property
     def transformer(self) -> Path:
-        """Where the folder's own transformer is, if it has one."""
+        """Path of the folder's own transformer, if it has one."""
         return self.path / "transformer"
 
     def check_captions_fit(self, transformer: Path, features: int) -> None:
@@ -59,7 +59,7 @@ class ModelFolder:
 
         Args:
             transformer: its file, for the sentence.
-            features: that it takes.
+            features: number of caption features that it takes.
 
         Raises:
             CheckpointError: they belong to different models.
@@ -73,11 +73,11 @@ class ModelFolder:
 
 
 def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
-    """Look at a folder: whether every part is there, and of the right kind. Loads none of them.
+    """Check that a folder has every part, of the right kind, without loading any.
 
     Raises:
-        CheckpointError: no folder, none of diffusers, of another model, or incomplete; the
-            sentence names the part.
+        CheckpointError: not a folder, not in diffusers' layout, of another model, or incomplete;
+            the sentence names the part.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -87,7 +87,7 @@ def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
             "name a model folder in the diffusers layout, or fetch one from the Hugging Face hub: "
             "Tongyi-MAI/Z-Image-Turbo with `download=True`",
         )
-    index = _read(folder / "model_index.json", f"{folder} is no diffusers folder")
+    index = _read(folder / "model_index.json", f"{folder} is not a diffusers folder")
     pipeline = str(index.get("_class_name"))
     if not pipeline.startswith("ZImage"):
         raise CheckpointError(f"{folder} is a model for {pipeline}, not for Z-Image")
@@ -136,7 +136,7 @@ def _has(folder: Path, names: str) -> bool:
 
 
 def _check_scheduler(file: Path, settings: dict[str, Any]) -> None:
-    """The numbers that the pipeline reckons with; those that are not there have defaults."""
+    """Check the numbers that the pipeline computes with; missing ones have defaults."""
     settings = {"shift": 1.0, "base_image_seq_len": 256, "max_image_seq_len": 4096} | settings
     numbers = ["shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"]
     if settings.get("shift_terminal") is not None:
@@ -167,7 +167,7 @@ def _wrong_setting(file: Path, settings: dict[str, Any], name: str) -> Checkpoin
 
 
 def _read(file: Path, problem: str = "") -> dict[str, Any]:
-    """Return a JSON object; `problem` is what a missing file means."""
+    """Return a JSON object; `problem` begins the error for a missing file."""
     if problem and not file.is_file():
         raise CheckpointError(f"{problem}: it has no {file.name}")
     try:

@@ -1,4 +1,4 @@
-"""From a prompt to images: text encoder, transformer and VAE, one after another."""
+"""Images from a prompt: text encoder, transformer and VAE, one after another."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.
 
 @dataclass(frozen=True)
 class GenerationProgress:
-    """State of a generation, given to progress callbacks.
+    """Progress of a generation, given to callbacks.
 
     Attributes:
-        stage: what goes on: the name of a part while it is loaded, else the work.
-        done: what is finished of the stage: bytes of "transformer", steps of "denoising", images
-            of "decoding", 0 or 1 of the others.
-        total: of how many.
+        stage: the name of a part while it is loaded, else the work in progress.
+        done: finished bytes of "transformer", steps of "denoising", images of "decoding", 0 or 1
+            for other stages.
+        total: total of the same unit.
         seconds: time of the last step of "denoising", else 0.
     """
 
@@ -64,16 +64,16 @@ GenerationCallback = Callable[[GenerationProgress], object]
 
 @dataclass(frozen=True)
 class Generation:
-    """Images, and how they were made.
+    """Images, with the settings that made them.
 
     Attributes:
         images: PIL images.
-        settings: with everything that was left open filled in.
-        steps: forward passes that were made.
+        settings: with every open value filled in.
+        steps: number of forward passes.
         step_seconds: median time of a step.
         compute: compute mode of the transformer.
-        device: where it ran.
-        dtype: of everything that is not 8 bits wide.
+        device: the device that it ran on.
+        dtype: dtype of everything that is not 8 bits wide.
         model: name of the model's folder or, from the Hugging Face cache, of its repository.
         transformer: name of the transformer's file or folder.
         warnings: sentences for the user.
@@ -96,7 +96,7 @@ class Generation:
         return self.settings.seed + i
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """Return what makes image i again, as JSON-compatible values; names of files only."""
+        """Return all settings of image i as JSON-compatible values; of paths only file names."""
         settings = self.settings
         return {
             "prompt": settings.prompt,
@@ -118,28 +118,28 @@ class Generation:
 
 
 class ZImageGenerator:
-    """Makes images with the parts of a diffusers folder and a transformer of this package.
+    """A generator of images, from the parts of a diffusers folder and this package's transformer.
 
-    Threads may share one; with `offload` they take turns.
+    Threads may share a generator; with `offload` they take turns.
 
     Args:
         model_dir: the diffusers folder, or the name of one on the Hugging Face hub that is in the
-            local cache. Its own transformer is needed only without `transformer`.
+            local cache. Its own transformer is only needed without `transformer`.
         transformer: an MXFP8 or plain file or folder, or the name of one on the hub, see
             `ZImageTransformer.from_pretrained`.
         device: by default the current CUDA device if torch has one, else the CPU.
         compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
         dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
         offload: load a part when its turn comes, and free it afterwards: memory holds the largest
-            part and what it works on. Otherwise all parts are loaded now, and stay.
-        download: fetch from the hub what the cache lacks; without it nothing is asked for on the
-            network.
+            part and its activations. Otherwise all parts are loaded now, and stay.
+        download: fetch files that the cache lacks from the hub; without it there is no network
+            access.
         progress: called while the parts are loaded; True draws bars on a terminal.
 
     Raises:
-        CheckpointError: a part is missing, damaged, or does not go with the others; the sentence
-            names it.
-        UsageError: not a path, no such device, mode or dtype, or they do not go together.
+        CheckpointError: a part is missing, damaged, or does not fit the others; the sentence names
+            it.
+        UsageError: not a path, no such device, mode or dtype, or they contradict each other.
         UnsupportedError: the device does not have the mode.
         CudaError: the device has too little memory.
     """
@@ -179,8 +179,8 @@ class ZImageGenerator:
         report_line(self._device, device)
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
-        # While a part is loaded, torch's default dtype is another, in all threads; nor would memory
-        # hold just one part if every thread had its own.
+        # Loading a part changes torch's default dtype in all threads; and with a part per thread
+        # memory would hold more than one.
         self._turn = threading.RLock() if offload else nullcontext()
         self._kept: dict[Stage, Any] = {}
         if not offload:
@@ -198,20 +198,20 @@ class ZImageGenerator:
     ) -> Generation:
         """Make images.
 
-        The same seed gives the same noise on every device; what differs is rounding. An image of
-        a batch is that of its own seed alone, again but for rounding.
+        The same seed gives the same noise on every device; only rounding differs. An image of a
+        batch equals that of its own seed alone, again except for rounding.
 
         Args:
-            settings: what to make.
+            settings: the settings of the images.
             progress: called as stages begin and advance, and after every step; True draws bars on a
                 terminal.
-            preview: called with the number of steps that are done and a small image of each that is
-                being made, a guess that the VAE decodes. It does not change the result.
-            preview_every: steps from one preview to the next; there is none after the first step
-                and after the last one.
+            preview: called with the number of finished steps and a small estimate of each image,
+                which the VAE decodes. It does not change the result.
+            preview_every: steps from one preview to the next; no preview follows the first and the
+                last step.
 
         Raises:
-            UsageError: `preview_every` is no whole number from 1 on.
+            UsageError: `preview_every` is not a whole number from 1 on.
             CheckpointError: the init image or an adapter cannot be read, an adapter does not fit,
                 or, with offloading, a part cannot be read.
             GenerationError: an image became NaN or infinite; the sentence says at which step.
@@ -235,7 +235,7 @@ class ZImageGenerator:
             self._free()
             pixels = self._decode(latents, report)
             self._free()
-        # One look at the device for the whole generation.
+        # The device is read once per generation.
         finite = [torch.stack([c.isfinite().all() for c in captions]).all().expand(settings.batch)]
         finite += [*steps.finite, torch.stack([image.isfinite().all() for image in pixels])]
         self._check(settings, torch.stack(finite).cpu())
@@ -258,7 +258,7 @@ class ZImageGenerator:
     # ---- Parts
 
     def _part(self, name: Stage, progress: GenerationCallback | None) -> Any:
-        """A part, loaded if it is not there; with offloading the caller's is the only reference."""
+        """Return a part, loaded if necessary; with offloading only the caller refers to it."""
         if name in self._kept:
             return self._kept[name]
         report = progress or (lambda _: None)
@@ -282,7 +282,7 @@ class ZImageGenerator:
         return part
 
     def _free(self) -> None:
-        """Give back the memory of parts that nothing refers to any more."""
+        """Free the memory of parts without references."""
         if self._offload:
             gc.collect()  # the libraries' objects refer to one another
             if self._device.type == "cuda":
@@ -298,12 +298,12 @@ class ZImageGenerator:
                 hints = filter(None, [error.hint, *more])
                 raise CudaError(error.problem, "; ".join(hints)) from None
 
-    # ---- Stages. What each loads goes with its locals.
+    # ---- Stages. The parts that a stage loads are freed with its local variables.
 
     def _encode(
         self, settings: GenerationSettings, report: GenerationCallback
     ) -> list[torch.Tensor]:
-        """Caption features of the prompt, and of the negative one where there is guidance."""
+        """Return caption features of the prompt, and with guidance of the negative one."""
         encoder: TextEncoder = self._part("text encoder", report)
         prompts = [settings.prompt]
         if settings.guidance:
@@ -322,7 +322,7 @@ class ZImageGenerator:
         report: GenerationCallback,
         make_previews: Callable[[VAE], Previews] | None,
     ) -> tuple[torch.Tensor, _Steps]:
-        """Latents [batch, 16, height / 8, width / 8]."""
+        """Return latents [batch, 16, height / 8, width / 8]."""
         assert settings.seed is not None and settings.height and settings.width  # resolved
         batch = settings.batch
         transformer: ZImageTransformer = self._part("transformer", report)
@@ -330,7 +330,7 @@ class ZImageGenerator:
             use_loras(transformer, settings.loras)
         parts = {
             "transformer": transformer,
-            # It counts the steps: a new one, so that threads may use one generator.
+            # The scheduler counts steps: a new one per call, so that threads may share a generator.
             "scheduler": type(self._scheduler).from_config(self._scheduler.config),
             "text_encoder": None,
             "tokenizer": None,
@@ -343,7 +343,7 @@ class ZImageGenerator:
             assert vae is not None
             pipeline = ZImageImg2ImgPipeline(vae=vae.model, **parts)
             resized = pipeline.image_processor.resize(image, settings.height, settings.width)
-            # One for each image: otherwise the first one's random numbers serve all of them.
+            # One per image: otherwise all images get the first one's random numbers.
             options = {"image": [resized] * batch, "strength": settings.strength}
         pipeline.set_progress_bar_config(disable=True)
         previews = make_previews(vae) if make_previews and vae else None
@@ -355,10 +355,11 @@ class ZImageGenerator:
                 height=settings.height,
                 width=settings.width,
                 num_inference_steps=settings.steps,
-                # As diffusers 0.42 has them by itself. Before, its last step was at 0 and skipped.
+                # Diffusers 0.42 computes these by default. In older versions the last step was at 0
+                # and skipped.
                 sigmas=[1 - i / settings.steps for i in range(settings.steps)],
                 guidance_scale=settings.guidance,
-                # On the CPU, for the same noise whatever the device.
+                # On the CPU, for the same noise on every device.
                 generator=[torch.Generator().manual_seed(settings.seed + i) for i in range(batch)],
                 output_type="latent",
                 return_dict=False,
@@ -369,7 +370,7 @@ class ZImageGenerator:
         return latents, steps
 
     def _decode(self, latents: torch.Tensor, report: GenerationCallback) -> list[torch.Tensor]:
-        """Images [1, 3, height, width], decoded one by one to bound the memory."""
+        """Decode images [1, 3, height, width], one by one to bound the memory."""
         vae: VAE = self._part("VAE", report)
         pixels: list[torch.Tensor] = []
         report(GenerationProgress("decoding", 0, len(latents)))
@@ -402,12 +403,12 @@ class ZImageGenerator:
             f"the image of seed {settings.seed + item} became NaN or Inf in step {row} of "
             f"{last - 1} (compute {self._compute}, {self._dtype})",
             row,
-            f"zimage-mxfp8 validate {self._file} tells whether the file is sound{remedy}",
+            f"run zimage-mxfp8 validate {self._file} to check the file{remedy}",
         )
 
 
 class _Steps:
-    """Watches the steps of a pipeline and keeps the device busy meanwhile.
+    """An observer of a pipeline's steps that keeps the device busy.
 
     Attributes:
         finite: for each step, which images were finite after it: flags [batch] on the device.
@@ -428,16 +429,16 @@ class _Steps:
     def __call__(
         self, pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Diffusers' `callback_on_step_end`: a step is over, or on its way on a CUDA device."""
+        """Handle diffusers' `callback_on_step_end`; on a CUDA device the step may still run."""
         self._total = pipeline.num_timesteps
         self.finite.append(tensors["latents"].isfinite().flatten(1).all(1))
         self._ends.append(self._now())
         if self._device.type != "cuda":
-            self._tell(len(self.finite))
+            self._report_step(len(self.finite))
         elif len(self.finite) > 1:
-            # Of the step before, so that this one is there to be run in the meantime.
+            # Wait for the step before, so that the device runs this one in the meantime.
             self._ends[-2].synchronize()
-            self._tell(len(self.finite) - 1)
+            self._report_step(len(self.finite) - 1)
         if self._previews is not None:
             done = len(self.finite)
             self._previews.after_step(done, self._total, pipeline.scheduler, tensors["latents"])
@@ -445,17 +446,17 @@ class _Steps:
         return {}
 
     def finish(self) -> None:
-        """Wait for the last step, and let go of what only steps need."""
+        """Wait for the last step, and free the memory that only steps need."""
         self._previews = None
         if self._device.type == "cuda":
             self._ends[-1].synchronize()
-            self._tell(len(self.finite))
+            self._report_step(len(self.finite))
 
     def seconds(self) -> list[float]:
         """Time of each step, after `finish`."""
         return [self._between(i) for i in range(len(self.finite))]
 
-    def _tell(self, done: int) -> None:
+    def _report_step(self, done: int) -> None:
         self._report(GenerationProgress("denoising", done, self._total, self._between(done - 1)))
 
     def _now(self) -> Any:
@@ -479,6 +480,6 @@ def _bytes_read(progress: Progress) -> GenerationProgress:
 def _warnings(captions: list[torch.Tensor]) -> Iterator[str]:
     if any(len(caption) >= MAX_TOKENS for caption in captions):
         yield (
-            f"a prompt fills the {MAX_TOKENS} tokens that the text encoder takes; what comes after "
+            f"a prompt fills the {MAX_TOKENS} tokens that the text encoder takes; text after "
             "them has no effect"
         )

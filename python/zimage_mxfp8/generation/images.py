@@ -1,4 +1,4 @@
-"""Image files: the one to start from, and those that were made."""
+"""Image files: the init image and generated images."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from . import infotext
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# One key with a name of our own: ComfyUI and others give keys like "prompt" a meaning.
+# One key with this package's name: ComfyUI and others interpret keys like "prompt".
 METADATA_KEY = "zimage-mxfp8"
 _SUFFIX = ".png"
 _MAX_STEM = 40  # characters of a name made from a prompt
 
 
 def image_paths(output: Path, batch: int) -> list[Path]:
-    """Where the images of a batch go: `output` itself if it is one, else numbered from 0.
+    """Return the paths of a batch's images: `output` itself for one, else numbered from 0.
 
     Raises:
-        UsageError: the name is not that of a PNG file.
+        UsageError: if the name is not that of a PNG file.
     """
     if output.name.lower() == _SUFFIX:  # to the system a hidden file without a suffix
         raise UsageError("output", f"{output} has no name before {_SUFFIX}", "give it one")
     if output.suffix.lower() != _SUFFIX:
-        raise UsageError("output", f"{output} must end with {_SUFFIX}, which is what is written")
+        raise UsageError("output", f"{output} must end with {_SUFFIX}, the format that is written")
     if batch == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(batch)]
 
 
 def preview_path(output: Path) -> Path:
-    """Where the previews of an image go."""
+    """Return the path of an image's previews."""
     return output.with_name(f"{output.stem}.preview{_SUFFIX}")
 
 
@@ -118,21 +118,23 @@ def open_init_image(path: Path) -> Image:
     """Read an image, upright and in RGB: transparent pixels on white, 16 bits as 8.
 
     Raises:
-        CheckpointError: there is no such file, it is no image that Pillow reads, or one whose
-            numbers have no fixed black and white.
+        CheckpointError: the file does not exist, Pillow cannot read it, or its pixels have an
+            unknown range.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         if path.exists() and not path.is_file():  # opening a pipe waits for its other end
-            raise CheckpointError(f"the init image {path} is no regular file; name an image file")
+            raise CheckpointError(
+                f"the init image {path} is not a regular file; name an image file"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 image = ImageOps.exif_transpose(opened)
         if image.mode in ("I", "F"):
             raise CheckpointError(
-                f"the init image {path} has 32-bit pixels, whose black and white nothing tells; "
+                f"the init image {path} has 32-bit pixels of unknown range; "
                 "save it with 8 or 16 bits per channel"
             )
         return _as_rgb(image)
@@ -141,8 +143,8 @@ def open_init_image(path: Path) -> Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise CheckpointError(f"the init image {path} is too large; scale it down") from None
     except UnidentifiedImageError:
-        raise CheckpointError(f"the init image {path} is in no format that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError) as error:  # whatever a damaged file leads to
+        raise CheckpointError(f"the init image {path} has a format unknown to Pillow") from None
+    except (OSError, SyntaxError, ValueError) as error:  # any error of a damaged file
         raise CheckpointError(f"the init image {path} cannot be read: {error}") from None
 
 
@@ -153,7 +155,7 @@ def _as_rgb(image: Image) -> Image:
         levels = (np.asarray(image).astype(np.uint32) + 128) // 257
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # convert would show the colours that transparent pixels happen to have.
+        # convert would show the arbitrary colours of transparent pixels.
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Settings as one text, in the form that AUTOMATIC1111's web UI gave them and others read.
+"""Settings as one text, in the format of AUTOMATIC1111's web UI, which other programs read.
 
 The prompt, a line "Negative prompt: ..." if there is one, and a line of "Name: value" pairs.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 KEY = "parameters"  # of the text in PNG files
 _NEGATIVE = "Negative prompt:"
-# The length of names is bounded: a long last line would take time by its square.
+# The length of names is bounded: a long last line would take quadratic time.
 _PAIR = re.compile(r'(\w[\w \-/]{1,40}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_MIN_PAIRS = 3  # of a last line that is not a part of the prompt
+_MIN_PAIRS = 3  # of a last line that is not part of the prompt
 
 
 def write_infotext(metadata: Mapping[str, Any]) -> str:
@@ -47,10 +47,10 @@ def write_infotext(metadata: Mapping[str, Any]) -> str:
 
 
 def read_infotext(text: str) -> dict[str, Any]:
-    """Arguments of `GenerationSettings` from such a text.
+    """Parse such a text into arguments of `GenerationSettings`.
 
     Raises:
-        ValueError: the text has another form, or a value that cannot be used; the message ends a
+        ValueError: the text has another format, or a value that cannot be used; the message ends a
             sentence that names the text.
     """
     *lines, last = text.strip().split("\n")
@@ -86,7 +86,7 @@ def _model_name(metadata: Mapping[str, Any]) -> str:
 
 
 def _plain(number: Decimal) -> str:
-    """Without trailing zeros and without an exponent."""
+    """Format a number without trailing zeros and without an exponent."""
     return f"{number.normalize():f}"
 
 

@@ -1,4 +1,4 @@
-"""The most memory that a process has used."""
+"""The peak memory of a process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def peak_resident_bytes() -> int | None:
-    """Return the process's largest resident size; None where the system does not tell it."""
+    """Return the process's peak resident size; None if the system does not provide it."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux, where getrusage may give what the parent process used
+    if status.is_file():  # Linux, where getrusage may include the parent process
         found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
         if found:
             return int(found[1]) << 10

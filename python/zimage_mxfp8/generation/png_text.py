@@ -1,4 +1,4 @@
-"""Texts of PNG files, read without decoding the image."""
+"""Texts in PNG files, read without decoding the image."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _MAX_KEY = 79  # bytes, by the PNG specification
 
 
 def read_texts(path: Path, keys: Collection[str]) -> dict[str, str]:
-    """Read the texts that a PNG file has under some keys, of each key the first.
+    """Read a PNG file's texts with given keys, the first of each key.
 
     Args:
         path: the file.
-        keys: which texts; others are skipped, whatever their size.
+        keys: keys of the texts; others are skipped, whatever their size.
 
     Raises:
-        CheckpointError: the file cannot be read or is no PNG file, or one of the texts is damaged
-            or longer than `MAX_TEXT`.
+        CheckpointError: if the file cannot be read or is not a PNG file, or a text is damaged or
+            longer than `MAX_TEXT`.
     """
     if path.exists() and not path.is_file():  # opening a pipe waits for its other end
-        raise CheckpointError(f"{path} is no regular file; name a PNG file")
+        raise CheckpointError(f"{path} is not a regular file; name a PNG file")
     try:
         with path.open("rb") as file:
             if file.read(len(_SIGNATURE)) != _SIGNATURE:
-                raise CheckpointError(f"{path} is no PNG file; settings are in PNG files only")
+                raise CheckpointError(f"{path} is not a PNG file; settings are in PNG files only")
             return _read_chunks(path, file, keys)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; name a PNG file made by generate") from None
@@ -76,7 +76,7 @@ def _decode(kind: bytes, data: bytes) -> str:
     """Return the text of a chunk, without its key.
 
     Raises:
-        zlib.error, ValueError, IndexError: it is damaged or too long.
+        zlib.error, ValueError, IndexError: if it is damaged or too long.
     """
     if kind == b"tEXt":
         return data.decode("latin-1")

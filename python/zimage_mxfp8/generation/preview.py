@@ -1,4 +1,4 @@
-"""Small images of what latents will become, while the steps go on."""
+"""Small preview images between the denoising steps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _MAX_SIDE = 32  # latents: 256 pixels, 1/16 of the work of decoding 1024 x 1024
 
-# Called with the number of steps that are done and one image for each of the batch.
+# Called with the number of finished steps and one image per item of the batch.
 PreviewCallback = Callable[[int, tuple["Image", ...]], object]
 
 
 class Previews:
-    """Decodes shrunk latents every few steps; the latents themselves stay as they are.
+    """A decoder of shrunk latents every few steps; the latents themselves do not change.
 
     Args:
         vae: the autoencoder.
@@ -39,8 +39,8 @@ class Previews:
         """Show a preview if one is due: not after the first step, nor after the last one.
 
         Args:
-            done: steps that are done.
-            total: all steps.
+            done: number of finished steps.
+            total: number of all steps.
             scheduler: diffusers' flow-match Euler scheduler, after this step.
             latents: after this step, [batch, 16, H, W].
         """
@@ -48,7 +48,7 @@ class Previews:
         if before is None or done % self._every or done == total:
             return
         then, now = scheduler.sigmas[scheduler.step_index - 1 : scheduler.step_index + 1].tolist()
-        # Where a straight line through both would end: the latents still hold noise.
+        # The end of a straight line through both: the latents still hold noise.
         clean = latents - now * (latents - before) / (now - then)
         height, width = clean.shape[2:]
         scale = min(1.0, _MAX_SIDE / max(height, width))

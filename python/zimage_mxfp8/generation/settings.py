@@ -1,4 +1,4 @@
-"""What an image is made of, as far as the user chooses it."""
+"""The settings of an image."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _NEVER_NONE = ("prompt", "steps", "guidance", "batch")
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """The settings of a generation, checked when they are made.
+    """The settings of a generation, checked on creation.
 
     Attributes:
-        prompt: what to show.
-        negative_prompt: what not to show; only with `guidance`.
+        prompt: description of the image.
+        negative_prompt: description of what to avoid; only with `guidance`.
         steps: forward passes of the transformer, from noise to image (twice as wide with
             `guidance`). With an init image, `strength` of them.
         height: pixels, a multiple of 16; None: 1024, or that of the init image.
         width: likewise.
         guidance: classifier-free guidance s, 0 to 100: positive + s * (positive - negative), which
             is a CFG scale of s + 1 in ComfyUI. 0: without, as Turbo needs it.
-        seed: of the first image; the i-th has seed + i. None draws one.
-        batch: number of images, which are made together; 1 to 64.
+        seed: seed of the first image; image i has seed + i. None draws one.
+        batch: number of images made together; 1 to 64.
         init_image: file of an image to start from; a str becomes a Path.
-        strength: how much of the init image is replaced by noise, 0.01 to 1; None: 0.6.
+        strength: share of the init image that noise replaces, 0.01 to 1; None: 0.6.
         loras: adapter files, each with its weight (see `ZImageTransformer.load_lora`).
 
     Raises:
-        UsageError: a value of the wrong type, one that cannot be, or two that do not go together.
+        UsageError: if a value has the wrong type or is invalid, or two contradict each other.
     """
 
     prompt: str
@@ -88,7 +88,7 @@ class GenerationSettings:
             raise UsageError("strength", f"must be 0.01 to 1, not {self.strength}")
 
     def _check_types(self) -> None:
-        """Numbers and paths of other types become Python's own, so that they go into JSON."""
+        """Convert numbers and paths of other types to Python's own, so that they fit into JSON."""
         for names, check in (
             (("prompt", "negative_prompt"), text),
             (("steps", "height", "width", "seed", "batch"), whole_number),
@@ -128,7 +128,7 @@ def _check_lora(pair: object) -> tuple[Path, float]:
 
 
 def draw_seed() -> int:
-    """Return a random seed, short enough to be typed again."""
+    """Return a random seed, short enough to type."""
     import secrets  # it imports hashlib, which takes a while
 
     return secrets.randbelow(1 << 32)

@@ -1,4 +1,4 @@
-"""Settings that an image file holds, and how options change them."""
+"""Settings stored in an image file, and their replacement by options."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class StoredSettings:
 
     Attributes:
         path: the file.
-        values: arguments of `GenerationSettings`; those that were left out or None are missing.
-        init_image: name of the image that it was made from, if it was.
-        loras: the adapters that it was made with, each with its weight, as text.
-        circumstances: what else the image depends on, by its name in `Generation.metadata`; empty
-            for an image of another program.
+        values: arguments of `GenerationSettings`; omitted ones and None are missing.
+        init_image: name of the init image, if it had one.
+        loras: names of the adapters, each with its weight.
+        circumstances: other values that the image depends on, by name in `Generation.metadata`;
+            empty for an image of another program.
     """
 
     path: Path
@@ -47,13 +47,13 @@ class StoredSettings:
     circumstances: Mapping[str, Any]
 
     def with_options(self, given: Mapping[str, Any]) -> GenerationSettings:
-        """Return these settings, but for those that are given as arguments of `GenerationSettings`.
+        """Return these settings, with the given arguments of `GenerationSettings` replaced.
 
-        A negative prompt of the file is left out where there is no guidance.
+        A negative prompt of the file is left out without guidance.
 
         Raises:
             CheckpointError: a value of the file cannot be used.
-            UsageError: one that is given cannot; or the init image is missing.
+            UsageError: a given value cannot be used, or the init image is missing.
         """
         if self.init_image is not None and "init_image" not in given:
             raise UsageError(
@@ -82,10 +82,10 @@ class StoredSettings:
             ) from None
 
     def warnings(self, metadata: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what differs from the file although the settings are the same.
+        """Yield differences from the file that change the image although the settings are the same.
 
         Args:
-            metadata: of the new image, see `Generation.metadata`.
+            metadata: metadata of the new image, see `Generation.metadata`.
         """
         if not self.circumstances:
             yield f"{self.path} is from another program: the same settings give another image"
@@ -102,7 +102,7 @@ def read_settings(path: Path) -> StoredSettings:
     """Read the settings of an image that `generate` or another program made.
 
     Raises:
-        CheckpointError: no PNG file, no settings in it, or damaged ones.
+        CheckpointError: if it is not a PNG file, has no settings, or damaged ones.
     """
     texts = read_texts(path, (METADATA_KEY, infotext.KEY))
     if METADATA_KEY in texts:

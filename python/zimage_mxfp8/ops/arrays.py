@@ -1,7 +1,7 @@
-"""Arrays and tensors on their way to the core: NumPy arrays, torch tensors, strides and streams.
+"""Conversion of NumPy arrays and torch tensors for the core: dtypes, strides and streams.
 
-torch is never imported from here: a tensor is recognised by its type, and its own module serves
-it. NumPy has no bfloat16 or float8 of its own; arrays with the types of ml_dtypes are understood.
+This module never imports torch: it recognises a tensor by its type, and takes torch from the loaded
+modules. NumPy has no bfloat16 or float8; the types of ml_dtypes are supported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from ..dtypes import FLOAT_NAMES, DTypeName
 from ..errors import InvalidArgumentError
 from ..system.optional_packages import needed
 
-CODES, SCALES = "float8_e4m3fn", "float8_e8m0fnu"  # dtypes of codes and scales, beside uint8
+CODES, SCALES = (
+    "float8_e4m3fn",
+    "float8_e8m0fnu",
+)  # dtypes of codes and scales, in addition to uint8
 
 
 def _torch_of(array: object) -> Any:
@@ -27,24 +30,24 @@ def _torch_of(array: object) -> Any:
 
 
 def kind_of(array: Any) -> str:
-    """Library, device and dtype of an array, for `repr`."""
+    """Return library, device and dtype of an array, for `repr`."""
     if is_tensor(array):
         return f"torch on {array.device}, {str(array.dtype).removeprefix('torch.')}"
     return f"NumPy, {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
 
 
 def is_tensor(array: object) -> bool:
-    """Whether `array` is a torch tensor."""
+    """Return whether `array` is a torch tensor."""
     return _torch_of(array) is not None
 
 
 def on_cuda(array: Any) -> bool:
-    """Whether `array` is a torch tensor on a CUDA device."""
+    """Return whether `array` is a torch tensor on a CUDA device."""
     return _torch_of(array) is not None and array.device.type == "cuda"
 
 
 def require_cpu(array: Any, name: str) -> None:
-    """Refuse a tensor that is not in host memory."""
+    """Raise unless a tensor is in host memory."""
     if _torch_of(array) is not None and array.device.type != "cpu":
         raise InvalidArgumentError(
             f"{name} is on {array.device}; move it to the CPU first ({name}.cpu())"
@@ -52,7 +55,7 @@ def require_cpu(array: Any, name: str) -> None:
 
 
 class _Exporter:
-    """A tensor of another device than the current one, from which alone torch exports memory."""
+    """A tensor on another device than the current one; torch exports memory of the latter only."""
 
     def __init__(self, tensor: Any, torch: Any) -> None:
         self._tensor, self._torch = tensor, torch
@@ -66,7 +69,7 @@ class _Exporter:
 
 
 def _exportable(argument: Any) -> Any:
-    """An argument of the core, with tensors that it can import whatever device is current."""
+    """Wrap tensors in an argument, so that the core can import them from any device."""
     if isinstance(argument, tuple):
         return tuple(map(_exportable, argument))
     if not on_cuda(argument):
@@ -84,7 +87,7 @@ def call_core(function: Callable[..., None], *arguments: Any, like: Any) -> None
 
 
 def _tensor(array: Any, torch: Any, name: str) -> Any:
-    """Return a tensor whose memory holds its values: dense, on the CPU or CUDA, nothing lazy."""
+    """Return a tensor with its values in memory: dense, on the CPU or CUDA, not lazy."""
     if array.layout != torch.strided or array.is_nested:
         raise InvalidArgumentError(f"{name} must be a dense tensor")
     if not on_cuda(array):
@@ -103,7 +106,7 @@ _KINDS = "a NumPy array or a torch tensor"
 
 
 def plain(array: Any, name: str, kinds: str = _KINDS) -> tuple[Any, str]:
-    """Return an array as something that the core accepts, and the name of its dtype."""
+    """Return an array that the core accepts, and the name of its dtype."""
     torch = _torch_of(array)
     if torch is not None:
         tensor = _tensor(array, torch, name)
@@ -121,7 +124,7 @@ def plain(array: Any, name: str, kinds: str = _KINDS) -> tuple[Any, str]:
 
 
 def vector(array: Any, dtype: str, size: int, name: str) -> Any:
-    """Return a vector of that dtype and size as something that the core accepts."""
+    """Return a vector of that dtype and size that the core accepts."""
     values, found = plain(array, name)
     if found != dtype:
         raise InvalidArgumentError(f"{name} must be {dtype}, not {found}")
@@ -133,18 +136,18 @@ def vector(array: Any, dtype: str, size: int, name: str) -> Any:
 
 
 def aligned(tensor: Any) -> Any:
-    """A tensor, or a copy of it, that begins at a multiple of 16 bytes, as CUDA kernels need it."""
+    """Return a tensor, copied if necessary, that begins at a multiple of 16 bytes."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _rows_are_usable(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the core can read a matrix in place: elements of a row adjacent, rows apart."""
+    """Return whether the core can read a matrix in place: adjacent elements, separate rows."""
     rows, cols = shape
     return (cols <= 1 or strides[1] == 1) and (rows <= 1 or strides[0] >= cols)
 
 
 def as_bytes(array: Any, dtype: str, name: str) -> Any:
-    """Codes or scales, uint8 or `dtype`, as a C-contiguous array of uint8 that the core accepts."""
+    """Return codes or scales, uint8 or `dtype`, as a C-contiguous array of uint8 for the core."""
     torch = _torch_of(array)
     values = _array(array, name, _KINDS) if torch is None else _tensor(array, torch, name)
     found = values.dtype.name if torch is None else str(values.dtype).removeprefix("torch.")
@@ -156,7 +159,7 @@ def as_bytes(array: Any, dtype: str, name: str) -> Any:
 
 
 def dimensions(shape: Any, what: str) -> tuple[int, int]:
-    """Two sizes."""
+    """Check and return two sizes."""
     try:
         rows, cols = (operator.index(size) for size in shape)
     except (TypeError, ValueError):
@@ -173,7 +176,7 @@ def thread_count(threads: Any) -> int:
     except TypeError:
         number = -1
     if not 0 <= number < 2**31:
-        raise InvalidArgumentError("threads must be 0 (one a core) or more")
+        raise InvalidArgumentError("threads must be 0 (one per core) or more")
     return number
 
 
@@ -189,13 +192,13 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
 
 
 def as_float8(codes: Any) -> Any:
-    """Codes as users get them: NumPy uint8 as it is, a torch tensor as float8_e4m3fn."""
+    """Return codes as users get them: NumPy uint8 unchanged, a torch tensor as float8_e4m3fn."""
     torch = _torch_of(codes)
     return codes if torch is None else codes.view(torch.float8_e4m3fn)
 
 
 def as_result(array: Any, dtype: DTypeName) -> Any:
-    """What `empty` gave, as users get it: the bits of bfloat16 in NumPy as ml_dtypes's type."""
+    """Return an array of `empty` as users get it: bits of bfloat16 in NumPy as ml_dtypes's type."""
     bits = dtype == "bfloat16" and isinstance(array, np.ndarray)
     return array.view(bfloat16_type()) if bits else array
 
@@ -219,7 +222,7 @@ def dtype_name(dtype: Any, what: str) -> DTypeName:
 
 
 def bfloat16_type() -> Any:
-    """NumPy's type for bfloat16, which ml_dtypes has."""
+    """Return NumPy's type for bfloat16, from ml_dtypes."""
     with needed("analysis", "bfloat16 in NumPy"):
         import ml_dtypes
     return ml_dtypes.bfloat16

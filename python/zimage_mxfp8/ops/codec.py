@@ -1,10 +1,10 @@
 """MXFP8 encoding and decoding of arrays: NumPy arrays and torch tensors, on the CPU or on CUDA.
 
 Format: OCP Microscaling Formats v1.0, E4M3 elements in blocks of 32 along the last axis, one E8M0
-scale a block, with NVIDIA's round-up scale. Scales are in the 128x4 blocked layout that
+scale per block, with NVIDIA's round-up scale. Scales are in the 128x4 blocked layout that
 Blackwell's tensor cores read.
 
-Tensors on a CUDA device are worked on there, on torch's current stream.
+Tensors on a CUDA device are processed there, on torch's current stream.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class MXFP8Array:
 
 
 def mxfp8_parts(array: Any, name: str) -> tuple[Any, Any, int, int]:
-    """Codes, scales, rows and columns of an `MXFP8Array`, as the core accepts them.
+    """Return codes, scales, rows and columns of an `MXFP8Array`, as the core accepts them.
 
     Raises:
-        InvalidArgumentError: not an `MXFP8Array`, or its parts do not belong together.
+        InvalidArgumentError: if it is not an `MXFP8Array`, or its parts do not fit together.
     """
     if not isinstance(array, MXFP8Array):
         raise InvalidArgumentError(f"{name} must be an MXFP8Array, not {type(array).__name__}")
@@ -99,18 +99,18 @@ def quantize(
     Args:
         array: [N, K] of bfloat16, float16 or float32; a NumPy array or a torch tensor. A tensor
             on a CUDA device is encoded there, on torch's current stream.
-        threads: threads to use on the CPU; 0 means one a core.
+        threads: threads to use on the CPU; 0 means one per core.
         nonfinite: what to do with NaN and infinity: raise an "error", or "encode" their blocks as
-            scale 255 and codes 0x7F, which every reader takes for NaN. By default an error on the
+            scale 255 and codes 0x7F, which every reader decodes to NaN. By default an error on the
             CPU, and encoded on CUDA, where "error" has to wait for the device.
 
     Returns:
         An `MXFP8Array` of the same kind (NumPy or torch) and on the same device as `array`.
 
     Raises:
-        InvalidArgumentError: not a matrix, or another dtype or device.
+        InvalidArgumentError: if `array` is not a matrix, or has an unsupported dtype or device.
         NonFiniteError: `array` has a NaN or an infinity; the error has its row and column.
-        UnsupportedError: a CUDA tensor, and this build has no CUDA.
+        UnsupportedError: if `array` is a CUDA tensor and this build has no CUDA.
     """
     if nonfinite is not None and str(nonfinite) not in ("error", "encode"):
         raise InvalidArgumentError('nonfinite must be "error" or "encode"')
@@ -134,17 +134,17 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
     """Decode a matrix from MXFP8: `e4m3(code) * 2^(byte - 127)`.
 
     Args:
-        array: what `quantize` gave, or codes and scales from a file.
-        dtype: "bfloat16", "float16" or "float32" (or the NumPy or torch dtype of that name).
-            Exact but for values outside the range of bfloat16 or float16, which are rounded to
-            nearest even. bfloat16 in NumPy needs the ml_dtypes package.
-        threads: threads to use; 0 means one a core.
+        array: the result of `quantize`, or codes and scales from a file.
+        dtype: "bfloat16", "float16" or "float32" (or the NumPy or torch dtype of that name). Exact
+            except for values outside the range of bfloat16 or float16, which are rounded to nearest
+            even. bfloat16 in NumPy needs the ml_dtypes package.
+        threads: threads to use; 0 means one per core.
 
     Returns:
-        [N, K] of `dtype`, NumPy or torch and on the device as the codes are.
+        [N, K] of `dtype`, NumPy or torch like the codes, on the same device.
 
     Raises:
-        InvalidArgumentError: codes or scales do not have the shapes that `array.shape` asks for,
+        InvalidArgumentError: codes or scales do not have the shapes that follow from `array.shape`,
             or are on different devices.
         MissingExtraError: bfloat16 in NumPy without ml_dtypes.
     """
@@ -157,12 +157,12 @@ def dequantize(array: MXFP8Array, dtype: Any = "float32", *, threads: int = 0) -
 
 
 def to_blocked(scales: Any) -> Any:
-    """Row-major block scales [rows, blocks] -> the 128x4 blocked layout, padded with 0.
+    """Reorder row-major block scales [rows, blocks] to the 128x4 blocked layout, padded with 0.
 
-    Returns uint8 [roundup(rows, 128), roundup(blocks, 4)], NumPy or torch as `scales` is.
+    The result is uint8 [roundup(rows, 128), roundup(blocks, 4)], NumPy or torch like `scales`.
 
     Raises:
-        InvalidArgumentError: not a matrix of 1-byte elements.
+        InvalidArgumentError: if `scales` is not a matrix of 1-byte elements.
     """
     row_major = as_bytes(scales, SCALES, "scales")
     require_cpu(row_major, "scales")
@@ -178,7 +178,7 @@ def from_blocked(blocked: Any, rows: int, cols: int) -> Any:
     `blocked` has roundup(rows, 128) * roundup(cols, 4) bytes in any shape.
 
     Raises:
-        InvalidArgumentError: another number of bytes, or a negative size.
+        InvalidArgumentError: if `blocked` has another number of bytes, or a size is negative.
     """
     rows, cols = dimensions((rows, cols), "rows and cols")
     tiles = as_bytes(blocked, SCALES, "blocked")

@@ -1,4 +1,4 @@
-"""What Z-Image's DiT computes between its products, on CUDA: one pass over memory each.
+"""Operations of Z-Image's DiT between its GEMMs, on CUDA: one pass over memory each.
 
 Arguments are torch tensors of bfloat16 on one CUDA device; the work goes to torch's current stream
 and can be captured in a CUDA graph. The arithmetic is float32, and every result is rounded to
@@ -8,8 +8,8 @@ bfloat16 once. An activation comes back in the format that the next GEMM takes:
     row-scaled  a RowScaledArray, with the bytes of quantize_rows() over the bfloat16 result
     mxfp8       an MXFP8Array, with the bytes of quantize() over the bfloat16 result
 
-C is 1 to 16384. NaN and infinity become what quantize() on CUDA and quantize_rows() make of them.
-Everything raises InvalidArgumentError for shapes, dtypes, devices and strides that do not go
+C is 1 to 16384. NaN and infinity are encoded as by quantize() on CUDA and quantize_rows(). All
+functions raise InvalidArgumentError for shapes, dtypes, devices and strides that do not fit
 together, and UnsupportedError in a build without CUDA.
 """
 
@@ -67,7 +67,7 @@ def _items(items: Any, rows: int) -> Any:
 
 
 def as_eps(eps: Any) -> float:
-    """Return what is added to a mean of squares, checked."""
+    """Check and return the number that is added to a mean of squares."""
     try:
         return float(eps)
     except (TypeError, ValueError, OverflowError):
@@ -75,7 +75,7 @@ def as_eps(eps: Any) -> float:
 
 
 def as_whole(number: Any, name: str) -> int:
-    """Return a whole number, checked."""
+    """Check and return a whole number."""
     try:
         return operator.index(number)
     except TypeError:
@@ -83,7 +83,7 @@ def as_whole(number: Any, name: str) -> int:
 
 
 def as_heads(heads: Any) -> int:
-    """Return a number of heads, checked."""
+    """Check and return a number of heads."""
     count = as_whole(heads, "heads")
     if not 0 < count < 2**20:
         raise InvalidArgumentError("heads must be 1 or more")
@@ -91,7 +91,7 @@ def as_heads(heads: Any) -> int:
 
 
 def as_rotations(rotations: Any, rows: int) -> Any:
-    """The pairs of cosine and sine of so many rows, [rows, 64, 2], as the core takes them."""
+    """Return the pairs of cosine and sine per row, [rows, 64, 2], as the core takes them."""
     pairs, dtype = plain(rotations, "rotations")
     wanted = (rows, HEAD_DIM // 2, 2)
     if dtype != "float32" or tuple(pairs.shape) != wanted:
@@ -102,7 +102,7 @@ def as_rotations(rotations: Any, rows: int) -> Any:
 
 
 class ActivationMemory:
-    """Memory of an activation that is to be computed.
+    """Memory for an activation to compute.
 
     Attributes:
         parts: as the core takes it.
@@ -139,7 +139,7 @@ def silu_multiply(gate: Any, up: Any, output_format: ActivationFormat = "bfloat1
     """Compute silu(gate) * up.
 
     Args:
-        gate: [M, C]; `gate` and `up` may be the halves of one product [M, 2 C].
+        gate: [M, C]; `gate` and `up` may be the halves of one matrix [M, 2 C].
         up: [M, C].
         output_format: the format of the result.
     """
@@ -162,9 +162,9 @@ def norm_modulate(
     Args:
         x: [M, C].
         weight: [C] of bfloat16.
-        scale: [I, C], a row for each item (element of the batch), or None for no modulation.
-        items: [M] of int32, the item of each row, or None if there is one. A row whose item is
-            not in [0, I) becomes NaN.
+        scale: [I, C], one row per item (element of the batch), or None for no modulation.
+        items: [M] of int32, the item of each row, or None if there is only one. A row with an item
+            outside [0, I) becomes NaN.
         output_format: the format of the result.
         eps: added to the mean of the squares.
     """
@@ -195,13 +195,13 @@ def add_norm_modulate(
     output_format: ActivationFormat = "bfloat16",
     eps: float = 1e-5,
 ) -> Any:
-    """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm what results.
+    """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm the result.
 
     Args:
         x: [M, C], written.
         y: [M, C].
         norm_weight: [C] of bfloat16.
-        gate: [I, C], a row for each item, or None for a factor of 1.
+        gate: [I, C], one row per item, or None for a factor of 1.
         next_weight: [C] of bfloat16, the weight of the norm that follows; None for no norm.
         next_scale: [I, C], its modulation, or None.
         items: as in `norm_modulate`.
@@ -243,11 +243,11 @@ def rotate_heads(
     numbers, are multiplied with those of `rotations`; rounded once, at the end.
 
     Args:
-        qkv: [M, 3 * heads * 128], written: the heads of q, of k and of v, which stays as it is.
+        qkv: [M, 3 * heads * 128], written: the heads of q, of k and of v; v does not change.
         q_weight: [128] of bfloat16.
         k_weight: [128] of bfloat16.
         rotations: [M, 64, 2] of float32: cosine and sine for each pair.
-        heads: of each of q, k and v.
+        heads: number of heads of each of q, k and v.
         eps: added to the mean of the squares.
     """
     qkv = _written_matrix(qkv, "qkv")

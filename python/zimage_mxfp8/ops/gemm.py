@@ -1,13 +1,13 @@
 """GEMM with 8-bit operands, D = A B^T + bias, for NumPy arrays and torch tensors.
 
 Operands are MXFP8 (`codec.MXFP8Array`), E4M3 with one scale per row (`RowScaledArray`) or plain
-bfloat16. The core has a table of kernels, of which it takes the one of least cost:
+bfloat16. The core has a table of kernels and takes the one of least cost:
 
     reference    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
     dequantize   operands decoded to bfloat16 in a workspace, then cuBLASLt
     fp8_rowwise  cuBLASLt's FP8 GEMM of two row-scaled operands; Hopper
     fp8_sm90     the same with a fused epilogue (`gemm_epilogues`); Hopper
-    mixed_sm90   bfloat16 times MXFP8, decoded on the way to the tensor cores; Hopper
+    mixed_sm90   bfloat16 times MXFP8, decoded in the GEMM kernel; Hopper
     mxfp8_sm100  block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
     mxfp8_sm120  the same for 12.0 and 12.1; never run on one
 
@@ -60,7 +60,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
 class RowScaledArray:
-    """A matrix in E4M3 with one scale a row: element = e4m3(code) * scale of its row.
+    """A matrix in E4M3 with one scale per row: element = e4m3(code) * scale of its row.
 
     Attributes:
         codes: E4M3 bit patterns, [N, K], row-major: NumPy uint8, or torch float8_e4m3fn.
@@ -83,10 +83,10 @@ class RowScaledArray:
 
 @dataclass(frozen=True)
 class FoldStats:
-    """What folding the scales of a matrix changed.
+    """The change of a matrix by folding its scales.
 
     Attributes:
-        changed: elements whose value is not the same any more.
+        changed: number of elements with another value than before.
         relative_error: Frobenius norm of the change, relative to that of the matrix.
     """
 
@@ -95,7 +95,7 @@ class FoldStats:
 
 
 def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
-    """Encode every row of a matrix in E4M3 with a scale of its own, as activations are.
+    """Encode a matrix in E4M3 with one scale per row, like activations.
 
     `scale = amax / 448` in float32, codes `x * (448 / amax)` to nearest even. A row with a maximum
     below 2^-100 becomes zeros; one with NaN or infinity gets the scale NaN. The bytes depend
@@ -103,7 +103,7 @@ def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
 
     Args:
         array: [N, K] of bfloat16, float16 or float32; NumPy, or torch on the CPU or on CUDA.
-        threads: threads to use on the CPU; 0 means one a core.
+        threads: threads to use on the CPU; 0 means one per core.
 
     Raises:
         InvalidArgumentError: not a matrix, or another dtype or device.
@@ -120,19 +120,19 @@ def quantize_rows(array: Any, *, threads: int = 0) -> RowScaledArray:
 def fold(
     array: MXFP8Array, *, bound: float = 1e-3, threads: int = 0
 ) -> tuple[RowScaledArray, FoldStats]:
-    """Fold the block scales of an MXFP8 matrix into one power of two a row.
+    """Fold the block scales of an MXFP8 matrix into one power of two per row.
 
-    The scales of the blocks are powers of two, so what differs within a row moves into the codes'
-    exponents; only codes that fall below E4M3's normal range lose bits. The result is what
-    Hopper's FP8 tensor cores take.
+    The scales of the blocks are powers of two, so differences within a row move into the codes'
+    exponents; only codes that fall below E4M3's normal range lose bits. Hopper's FP8 tensor cores
+    take the result.
 
     Args:
         array: on the CPU or on CUDA, where the call waits for the device.
         bound: the largest relative error that may be added.
-        threads: threads to use on the CPU; 0 means one a core.
+        threads: threads to use on the CPU; 0 means one per core.
 
     Returns:
-        The row-scaled matrix, and what changed. The bytes do not depend on the device.
+        The row-scaled matrix, and its change. The bytes do not depend on the device.
 
     Raises:
         PrecisionLossError: the error would pass `bound`.
@@ -157,9 +157,9 @@ def fold_async(array: MXFP8Array) -> tuple[RowScaledArray, Any]:
         array: on a CUDA device.
 
     Returns:
-        The row-scaled matrix and what changed in each row, a tensor of float64 [N, 3] on the
-        device that `fold_stats` reads. Until then the matrix may be unusable: there may be NaN in
-        it, or too much may have changed.
+        The row-scaled matrix and the change of each row, a tensor of float64 [N, 3] on the device
+        for `fold_stats`. Until that has checked it, the matrix may be unusable: it may have NaN or
+        too large a change.
 
     Raises:
         InvalidArgumentError: not an `MXFP8Array` on one CUDA device.
@@ -175,10 +175,10 @@ def fold_async(array: MXFP8Array) -> tuple[RowScaledArray, Any]:
 
 
 def fold_stats(statistics: Any, *, bound: float = 1e-3) -> FoldStats:
-    """Return what folding changed, from what `fold_async` gave; waits for the device.
+    """Return the change by folding, from the statistics of `fold_async`; wait for the device.
 
     Args:
-        statistics: of one matrix, [N, 3] of float64.
+        statistics: statistics of one matrix, [N, 3] of float64.
         bound: the largest relative error that may have been added.
 
     Raises:
@@ -202,10 +202,10 @@ def _bound(bound: Any) -> float:
 
 
 def row_scaled_parts(array: RowScaledArray, name: str) -> tuple[Any, Any, int, int]:
-    """Codes, scales, rows and columns of a `RowScaledArray`, as the core accepts them.
+    """Return codes, scales, rows and columns of a `RowScaledArray`, as the core accepts them.
 
     Raises:
-        InvalidArgumentError: its parts do not belong together.
+        InvalidArgumentError: if its parts do not fit together.
     """
     codes = as_bytes(array.codes, CODES, f"codes of {name}")
     rows, cols = require_2d(codes, f"codes of {name}")
@@ -220,7 +220,7 @@ class GemmCandidate:
         kernel: its name.
         fuses_epilogue: whether it computes the epilogue too; True for problems without one.
         cost: estimated duration relative to the others; infinity if it does not compute the
-            problem, or only when it is asked for by name.
+            problem, or only if it is chosen by name.
         reason: why it is not chosen; "" for the one that is.
     """
 
@@ -251,7 +251,7 @@ def operand(array: Any, name: str) -> Operand:
 
 
 def operands(a: Any, b: Any) -> tuple[Operand, Operand]:
-    """Both operands.
+    """Return both operands.
 
     Raises:
         InvalidArgumentError: not operands, or their widths differ.
@@ -273,9 +273,9 @@ def choose(problem: _core.GemmProblem, like: Operand, kernel: str | None = None)
     """Choose a kernel for a problem, and allocate its workspace.
 
     Args:
-        problem: what to compute.
+        problem: the GEMM to compute.
         like: an operand, for the device.
-        kernel: its name, if it is not to be chosen.
+        kernel: name of the kernel; None to choose it.
 
     Returns:
         The name of the kernel, and its workspace: bytes on the device, or None.
@@ -305,10 +305,10 @@ def _plain_problem(
 
 
 def gemm_kernel(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") -> str:
-    """Return the name of the kernel that `gemm` chooses for such arguments.
+    """Return the name of the kernel that `gemm` chooses for these arguments.
 
     Raises:
-        UnsupportedError: the device has none but "reference"; the sentence says why.
+        UnsupportedError: the device has only "reference"; the sentence says why.
         InvalidArgumentError: operands that `gemm` does not take.
     """
     problem, first, _, _ = _plain_problem(a, b, bias, dtype)
@@ -318,7 +318,7 @@ def gemm_kernel(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") ->
 def explain_gemm(
     a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16"
 ) -> list[GemmCandidate]:
-    """Return all kernels of the table for such arguments of `gemm`, the chosen one first.
+    """Return all kernels of the table for these arguments of `gemm`, the chosen one first.
 
     If every kernel has a reason, none is chosen, and `gemm` raises `UnsupportedError`.
 
@@ -346,22 +346,22 @@ def gemm(
         a: [M, K], an `MXFP8Array`, a `RowScaledArray` or bfloat16.
         b: [N, K], likewise, and on the same device. N is a multiple of 8, K of 32.
         bias: [N] of bfloat16, or None.
-        dtype: of the result: bfloat16, float16 or float32.
+        dtype: dtype of the result: bfloat16, float16 or float32.
         kernel: name of the kernel (see the module); by default the one of least cost.
         threads: threads to use on the CPU; 0 means one per core.
 
     Returns:
-        [M, N] of `dtype`, NumPy or torch as `a` is.
+        [M, N] of `dtype`, NumPy or torch like `a`.
 
     Raises:
-        InvalidArgumentError: shapes, dtypes or devices that do not go together.
-        UnsupportedError: the device does not have the kernel; the sentence says why, and which it
-            has.
+        InvalidArgumentError: shapes, dtypes or devices that do not fit together.
+        UnsupportedError: the device does not have the kernel; the sentence says why, and which
+            kernels it has.
     """
     threads = thread_count(threads)
     problem, first, second, name = _plain_problem(a, b, bias, dtype)
     if name == "bfloat16" and isinstance(first[1], np.ndarray):
-        bfloat16_type()  # of the result; better missed now than after the work
+        bfloat16_type()  # for the result; missing it must raise now, not after the work
     bias_vector = None if bias is None else vector(bias, "bfloat16", second[3], "bias")
     chosen, workspace = choose(problem, first, kernel)
     result = empty((first[3], second[3]), name, like=first[1])

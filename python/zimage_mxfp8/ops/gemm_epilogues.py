@@ -1,13 +1,13 @@
-"""GEMM with what Z-Image's DiT computes next: silu_multiply or rotate_heads; CUDA only.
+"""GEMMs with an epilogue of Z-Image's DiT, silu_multiply or rotate_heads; CUDA only.
 
-Where a kernel of the device fuses the epilogue and is the one of least cost, the sums stay on the
+If a kernel of the device fuses the epilogue and has the least cost, the sums stay on the
 chip: they are rounded to bfloat16, then scaled, then comes the operation of `fused`, both in
 float32; the result is rounded once more. Otherwise the operation is a launch of its own. Arguments
 are torch tensors on one CUDA device; the work goes to torch's current stream and can be captured in
 a CUDA graph.
 
-Everything raises InvalidArgumentError for shapes, dtypes and devices that do not go together, and
-UnsupportedError where the device has no kernel for the operands.
+All functions raise InvalidArgumentError for shapes, dtypes and devices that do not fit together,
+and UnsupportedError if the device has no kernel for the operands.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def gemm_rotate_heads(
         q_weight: [128] of bfloat16.
         k_weight: [128] of bfloat16.
         rotations: [M, 64, 2] of float32: cosine and sine for each pair.
-        heads: of each of q, k and v.
+        heads: number of heads of each of q, k and v.
         eps: added to the mean of the squares.
         kernel: name of the kernel; by default the one of least cost.
 

@@ -1,1 +1,1 @@
-"""What people see: text and tables, progress bars, and each report."""
+"""Printing for users: text and tables, progress bars, and each report."""

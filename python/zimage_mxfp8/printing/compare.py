@@ -1,4 +1,4 @@
-"""What `compare` measured."""
+"""Tables of `compare`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_SHOWN = 10
 
 
 def print_compare(report: CompareReport, screen: Screen) -> None:
-    """Print what was measured, and the answers."""
+    """Print the figures and the answers."""
     _print_formats(report, screen)
     _print_groups(report, screen)
     if report.low_rank_summary:
@@ -31,15 +31,15 @@ def print_compare(report: CompareReport, screen: Screen) -> None:
         ],
         spare=1,
     )
-    title = "What is said about 8 bits, and whether it holds for this checkpoint"
+    title = "Claims about 8 bits, and whether they hold for this checkpoint"
     screen.text(title, style="bold")
     words = {True: "yes", False: "no", None: "-"}
     for answer in report.answers:
-        # No table: three columns of prose would be too narrow to read.
+        # Not a table: three columns of prose would be too narrow to read.
         verdict = f"{words[answer.holds]:3}  {answer.claim}: {answer.finding}"
         screen.text(verdict, indent=" " * 5)
     screen.text(
-        "Squared errors are those of weights alone, which do not tell how sensitive a layer is. "
+        "Squared errors are those of weights alone, which do not show how sensitive a layer is. "
         '"Little" is below 0.5 dB.'
     )
 
@@ -79,10 +79,10 @@ def _print_formats(report: CompareReport, screen: Screen) -> None:
 
 
 def _print_groups(report: CompareReport, screen: Screen) -> None:
-    first = (MXFP8, "fp8-row", "int8-row", "nvfp4")  # where not all have room
+    first = (MXFP8, "fp8-row", "int8-row", "nvfp4")  # if there is no room for all
     names = [*first, *(name for name in BASE_FORMATS if name not in first)]
     screen.table(
-        "SNR (dB) by groups",
+        "SNR (dB) by group",
         ["group", *(f"{name}>" for name in names), "layers>"],
         [
             [
@@ -101,7 +101,7 @@ def _print_low_rank(report: CompareReport, screen: Screen) -> None:
     screen.table(
         f"Low-rank branches in 16 bits, measured on {plural(measured, 'layer')}: SNR without them "
         "and gains with them in dB, on the residual and SVDQuant's way",
-        ["format", "rank>", "bits a weight>", "SNR without>", "residual>", "SVDQuant's>"],
+        ["format", "rank>", "bits per weight>", "SNR without>", "residual>", "SVDQuant's>"],
         [
             [
                 summary.format,

@@ -1,4 +1,4 @@
-"""What `diagnose` found."""
+"""The report of `diagnose`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def print_diagnosis(found: Diagnosis, screen: Screen) -> None:
         screen.text(f"To get CUDA kernels, {HOW_TO_GET_KERNELS}.")
     screen.table(
         "Extras",
-        ["extra", "missing", "what installs it"],
+        ["extra", "missing", "command to install it"],
         [
             [
                 extra.name,
@@ -54,7 +54,7 @@ def print_diagnosis(found: Diagnosis, screen: Screen) -> None:
 
 def _print_kernels(screen: Screen, title: str, found: Kernels, more: dict[str, str]) -> None:
     taken = {
-        what: kernel or "only the reference, when asked for"
+        what: kernel or "only the reference, if chosen by name"
         for what, kernel in found.chosen.items()
     }
     modes = ", ".join(

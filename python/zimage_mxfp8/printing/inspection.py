@@ -1,4 +1,4 @@
-"""What is in a checkpoint."""
+"""The contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
     rows = [
         [
             group.name,
-            ", ".join(f"{count} {form}" for form, count in group.formats.items()),
+            ", ".join(f"{count} {name}" for name, count in group.formats.items()),
             f"{group.parameters:,}",
             size_text(group.nbytes),
         ]

@@ -1,4 +1,4 @@
-"""What `probe` found."""
+"""Tables of `probe`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def print_probe(report: ProbeReport, screen: Screen) -> None:
-    """Print groups, counts and what a conversion that follows them would write."""
+    """Print groups, counts and the size of a conversion that follows them."""
     screen.table(
         f"{report.path}: {plural(len(report.tensors), 'weight')} probed",
         [
@@ -44,7 +44,7 @@ def print_probe(report: ProbeReport, screen: Screen) -> None:
     effective = [tensor.effective for tensor in report.tensors]
     counts = ", ".join(f"{effective.count(kind)} {kind}" for kind in ("*KEEP*", "FP8", "NVFP4"))
     screen.text(
-        f"{counts}. Scores from {report.thresholds.fp8:.4f} on are FP8's, from "
+        f"{counts}. Scores from {report.thresholds.fp8:.4f} on mean FP8, from "
         f"{report.thresholds.keep:.4f} on they are kept. Convert writes MXFP8 for FP8 and NVFP4 "
         "alike."
     )
@@ -53,7 +53,7 @@ def print_probe(report: ProbeReport, screen: Screen) -> None:
     else:
         screen.line()
         screen.text(
-            "A conversion that keeps them besides what the default recipe keeps "
+            "A conversion that keeps them in addition to the default recipe "
             + _size(report.exclude_layers_bytes, report.input_bytes)
         )
     screen.line()

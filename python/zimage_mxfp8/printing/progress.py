@@ -1,7 +1,6 @@
 """Progress bars on stderr.
 
-Each is a context manager that gives the callback to draw with, or None where stderr is no
-terminal.
+Each is a context manager that gives the callback to draw with, or None if stderr is not a terminal.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def shown(
     progress: _Callback | bool | None,
     bar: Callable[[], AbstractContextManager[_Callback | None]],
 ) -> AbstractContextManager[_Callback | None]:
-    """Return the callback that an argument `progress` means: the caller's own, or for True a bar's.
+    """Return the callback for an argument `progress`: the caller's own, or for True a bar's.
 
     Raises:
         UsageError: neither a function nor True, False or None.
@@ -83,7 +82,7 @@ def byte_bar(title: str) -> Callable[[], AbstractContextManager[ProgressCallback
 
 @contextmanager
 def compare_bar() -> Iterator[CompareCallback]:
-    """Yield a bar for each stage of a comparison, one after another."""
+    """Yield the callback of a bar per stage of a comparison."""
     with ExitStack() as drawn:
         stage: str | None = None
         update: ProgressCallback | None = None
@@ -102,7 +101,7 @@ def compare_bar() -> Iterator[CompareCallback]:
 
 @contextmanager
 def stage_bar() -> Iterator[GenerationCallback | None]:
-    """Yield a bar for each stage of a generation; None if stderr is no terminal."""
+    """Yield the callback of a bar per stage of a generation; None if stderr is not a terminal."""
     if not _is_terminal():
         yield None
         return
@@ -122,7 +121,8 @@ def stage_bar() -> Iterator[GenerationCallback | None]:
                 completed=progress.done,
                 total=progress.total,
                 state=_generation_state(progress),
-                # Bytes come more often than a screen need show them; all else is drawn at once.
+                # Bytes are reported more often than a screen must show them; everything else is
+                # drawn at once.
                 refresh=progress.stage != "transformer" or progress.done == 0,
             )
 
@@ -131,9 +131,9 @@ def stage_bar() -> Iterator[GenerationCallback | None]:
 
 @contextmanager
 def stage_bar_or_lines(print_line: Callable[[str], None]) -> Iterator[GenerationCallback]:
-    """Yield a bar for each stage of a generation; if stderr is no terminal, some lines.
+    """Yield the callback of a bar per stage of a generation; lines if stderr is not a terminal.
 
-    Lines come when a stage begins, and for every tenth of the steps and images.
+    Lines are printed when a stage begins, and for every tenth of the steps and images.
     """
     with stage_bar() as bar:
         if bar is not None:
@@ -158,9 +158,9 @@ def _generation_stage(progress: GenerationProgress) -> str:
 
 
 def _generation_state(progress: GenerationProgress) -> str:
-    """How far a stage of several pieces is; empty for others."""
+    """Describe the progress of a stage with several parts; empty for others."""
     if progress.stage == "denoising":
-        return f"step {progress.done} of {progress.total}, {progress.seconds:.2f} s a step"
+        return f"step {progress.done} of {progress.total}, {progress.seconds:.2f} s per step"
     if progress.stage == "decoding" and progress.total > 1:
         return f"image {progress.done} of {progress.total}"
     return ""
@@ -174,9 +174,9 @@ def _print_line(line: str) -> None:
 def sensitivity_bar(
     print_line: Callable[[str], None] = _print_line,
 ) -> Iterator[SensitivityCallback]:
-    """Yield a bar for the stages of a sensitivity analysis; if stderr is no terminal, some lines.
+    """Yield the callback of a bar for a sensitivity analysis; lines if stderr is not a terminal.
 
-    It may take hours: a log has to tell that it lives.
+    The analysis may take hours: a log must show that it is running.
     """
     if not _is_terminal():
         yield _stage_lines(print_line)
@@ -201,7 +201,7 @@ def sensitivity_bar(
 
 
 def _stage_lines(print_line: Callable[[str], None]) -> SensitivityCallback:
-    """Print a line when a stage begins, and whenever another tenth of everything is done."""
+    """Print a line when a stage begins, and after every tenth of all work."""
     last: tuple[str, int] | None = None
 
     def update(progress: SensitivityProgress) -> None:

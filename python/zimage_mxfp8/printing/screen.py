@@ -1,4 +1,4 @@
-"""Text and tables for people: on a terminal, in a file or pipe, or in a string."""
+"""Text and tables for users: on a terminal, in a file or pipe, or in a string."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.table import Table
 
 from ..text import printable
 
-_PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
+_PLAIN_WIDTH = 160  # of tables in a file or a pipe
 _UNKNOWN_WIDTH = 80  # of a terminal
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console that prints text as it is (names may hold brackets)."""
+    """Return a console that prints text without markup (names may hold brackets)."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PLAIN_WIDTH
     made = Console(
@@ -30,7 +30,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def size_text(nbytes: int) -> str:
-    """Return a size in binary units, as people read it."""
+    """Return a size in readable binary units."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
@@ -40,12 +40,12 @@ def size_text(nbytes: int) -> str:
 
 
 class Screen:
-    """Where reports are printed.
+    """A target for printed reports.
 
     Args:
-        target: what prints; its width is that of tables.
+        target: the console; its width is that of tables.
         wraps: whether lines of text end between words at that width.
-        complete: what shows everything of a report, where the text leaves something out.
+        complete: the option or call that shows a whole report, for text that omits parts of it.
     """
 
     def __init__(self, target: Console, *, wraps: bool, complete: str = "to_dict()") -> None:
@@ -54,18 +54,18 @@ class Screen:
         self._wraps = wraps
 
     def line(self, text: str = "") -> None:
-        """Print a line that is never wrapped, because it is there to be copied."""
+        """Print a line without wrapping, for users to copy."""
         self._console.print(printable(text), soft_wrap=True)
 
     def text(self, text: str, style: str | None = None, indent: str = "") -> None:
-        """Print a sentence; where it is wrapped, all lines but the first begin with `indent`."""
+        """Print a sentence; if it is wrapped, all lines except the first begin with `indent`."""
         text = printable(text)
         if self._wraps:
             text = textwrap.fill(
                 text,
                 self._console.width,
                 subsequent_indent=indent,
-                break_long_words=False,  # a path is copied
+                break_long_words=False,  # users copy paths
                 break_on_hyphens=False,
             )
         self._console.print(text, style=style, soft_wrap=True)
@@ -77,14 +77,14 @@ class Screen:
         rows: Sequence[Sequence[str]],
         spare: int = 0,
     ) -> None:
-        """Print a table; columns whose names end with ">" are right-aligned.
+        """Print a table; columns with names that end with ">" are right-aligned.
 
         Args:
             title: printed before it.
             columns: their names.
             rows: their cells.
-            spare: how many of the last columns may be left out, from the right, where there is too
-                little width for them; `complete` has to have them.
+            spare: number of the last columns that may be omitted, from the right, if the width is
+                too small; `complete` must show them.
         """
         if title:
             self.text(title, style="bold")  # by itself: the table would wrap it to its own width
@@ -108,13 +108,13 @@ class Screen:
 
 
 def _table_width(names: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
-    """Of a table with these columns, if no cell is wrapped; rows may have more cells."""
+    """Return the width of a table without wrapped cells; rows may have more cells than columns."""
     columns = zip(names, *(row[: len(names)] for row in cells), strict=True)
     return 1 + sum(3 + max(map(cell_len, column)) for column in columns)
 
 
 class _Text(io.StringIO):
-    """Text for standard output: rich looks at the encoding when it draws lines."""
+    """Text for standard output, with its encoding: rich reads that when it draws lines."""
 
     @property
     def encoding(self) -> str | None:  # type: ignore[override]
@@ -122,7 +122,7 @@ class _Text(io.StringIO):
 
 
 def as_text(show: Callable[[Screen], None]) -> str:
-    """Return what `show` prints, as plain text that fits standard output."""
+    """Return the output of `show` as plain text that fits standard output."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     text = _Text()
     target = Console(

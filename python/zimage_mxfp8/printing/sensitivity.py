@@ -1,4 +1,4 @@
-"""What `sensitivity` measured."""
+"""Tables of `sensitivity`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOWN = 15  # layers of the ranking
 
 
 def print_sensitivity(report: SensitivityReport, screen: Screen) -> None:
-    """Print what was measured, and the set to keep."""
+    """Print the measurements and the set to keep."""
     columns = ["squared error>", "low>", "high>", "first step>", "last step>"]
 
     def row(measured: Measured) -> list[str]:

@@ -1,4 +1,4 @@
-"""What checking an MXFP8 file found."""
+"""The report of `validate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where rows are encoded to MXFP8: on the thread that read them, or on a GPU. Same bytes."""
+"""Encoders of rows to MXFP8, on the calling thread or on a GPU, with the same bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Encoder(Protocol):
-    """What encodes rows. Threads may share one."""
+    """An encoder of rows, which threads may share."""
 
     def encode(
         self, matrix: npt.NDArray[np.generic], dtype: DTypeName, codes: Bytes, scales: Bytes
@@ -26,7 +26,7 @@ class Encoder(Protocol):
 
         Args:
             matrix: [rows, columns], as integers of the element's width.
-            dtype: of the elements.
+            dtype: dtype of the elements.
             codes: takes the E4M3 codes, padded rows times padded columns.
             scales: takes the blocked scales.
 
@@ -36,7 +36,7 @@ class Encoder(Protocol):
 
 
 class CpuEncoder:
-    """Encodes on the calling thread."""
+    """An encoder on the calling thread."""
 
     def encode(
         self, matrix: npt.NDArray[np.generic], dtype: DTypeName, codes: Bytes, scales: Bytes
@@ -49,7 +49,7 @@ CPU = CpuEncoder()
 
 
 class CudaEncoder:
-    """Encodes on a CUDA device, with pinned memory and a stream for each calling thread.
+    """An encoder on a CUDA device, with pinned memory and a stream per calling thread.
 
     Args:
         device: its index.
@@ -68,9 +68,9 @@ class CudaEncoder:
         self._of_thread.staged.quantize(matrix, dtype, codes, scales)
 
     def warm_up(self) -> None:
-        """Begin the first use of the device, which takes half a second, on a thread of its own.
+        """Start the first use of the device, which takes half a second, on a thread of its own.
 
-        What fails there fails again where the device is needed.
+        An error there occurs again when the device is needed.
         """
 
         def use() -> None:

@@ -1,4 +1,4 @@
-"""How far a quantised matrix is from its original."""
+"""Error statistics of quantised matrices."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_INFINITE_DB = 400.0  # stands for "no error at all" in JSON, which has no infinity
+_INFINITE_DB = 400.0  # means "no error" in JSON, which has no infinity
 
 
 def snr_db(relative_squared_error: float) -> float:
-    """Signal-to-noise ratio in dB; 400 where there is no error."""
+    """Return the signal-to-noise ratio in dB; 400 where there is no error."""
     return -10.0 * math.log10(relative_squared_error) if relative_squared_error else _INFINITE_DB
 
 
 @dataclass
 class ErrorStats:
-    """How far a quantised matrix is from its original.
+    """Error of a quantised matrix against its original.
 
     Attributes:
         squared_error: sum of (w - wq)^2.
         squared_signal: sum of w^2.
         max_error: largest |w - wq|.
         elements: number of elements.
-        scale_histogram: how many blocks have each scale byte, [256].
+        scale_histogram: number of blocks with each scale byte, [256].
     """
 
     squared_error: float = 0.0
@@ -37,7 +37,7 @@ class ErrorStats:
     scale_histogram: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
 
     def add(self, other: ErrorStats) -> None:
-        """Take in further rows."""
+        """Add the statistics of further rows."""
         self.squared_error += other.squared_error
         self.squared_signal += other.squared_signal
         self.max_error = max(self.max_error, other.max_error)
@@ -55,7 +55,7 @@ class ErrorStats:
         return snr_db(self.relative_squared_error)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; the histogram has only the scale bytes that occur."""
+        """Return the values for JSON; the histogram has only the scale bytes that occur."""
         return {
             "relative_squared_error": self.relative_squared_error,
             "snr_db": self.snr_db,
@@ -69,9 +69,9 @@ class ErrorStats:
 
 
 def merge_rows(parts: Mapping[tuple[str, int], ErrorStats]) -> dict[str, ErrorStats]:
-    """(tensor, first row) -> statistics, to tensor -> statistics, added in row order.
+    """Merge statistics by (tensor, first row) to statistics by tensor, in row order.
 
-    The order keeps the sums the same whichever part came first.
+    The fixed order makes the sums independent of the order of the parts.
     """
     merged: dict[str, ErrorStats] = {}
     for name, row in sorted(parts):
@@ -80,7 +80,7 @@ def merge_rows(parts: Mapping[tuple[str, int], ErrorStats]) -> dict[str, ErrorSt
 
 
 def total(parts: Iterable[ErrorStats]) -> ErrorStats:
-    """All together."""
+    """Return the statistics of all tensors together."""
     result = ErrorStats()
     for part in parts:
         result.add(part)

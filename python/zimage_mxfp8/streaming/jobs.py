@@ -1,8 +1,8 @@
 """Streaming work from checkpoint to checkpoint: jobs, each of which reads, computes and writes.
 
-Workers take jobs in order, so that the reading of one overlaps with the arithmetic and the
-writing of others. Every job has its own place in the output: the bytes do not depend on which
-worker ran when. Memory is bounded by workers times chunk size.
+Workers take jobs in order, so that the reading of one overlaps with the arithmetic and the writing
+of others. Every job has its own place in the output: the bytes do not depend on the order of the
+workers. Memory is bounded by workers times chunk size.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ..layout import padded_shape
 from .worker import Worker
 
 CHUNK_BYTES = 16 << 20
-_MAX_WORKERS = 16  # more would only queue for the memory bus
+_MAX_WORKERS = 16  # more would only wait for the memory bus
 
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a long operation, given to progress callbacks.
+    """Progress of a long operation, given to callbacks.
 
     Attributes:
-        done: bytes of the input that are finished.
+        done: finished bytes of the input.
         total: bytes of the input.
-        tensor: the tensor that was worked on last.
+        tensor: the tensor of the last finished job.
     """
 
     done: int
@@ -43,7 +43,7 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], object]
-# Looks at a tensor's bytes from a position on, and raises if something is wrong with them.
+# Checks a tensor's bytes from a position on, and raises if they are invalid.
 ByteCheck = Callable[[SourceTensor, int, npt.NDArray[np.uint8]], None]
 
 
@@ -90,7 +90,7 @@ def header_job(header: bytes) -> Job:
 
 
 def copy_jobs(tensor: SourceTensor, position: int, check: ByteCheck | None = None) -> list[Job]:
-    """Jobs that copy a tensor unchanged to a position of the output.
+    """Return the jobs that copy a tensor unchanged to a position of the output.
 
     `check` sees each chunk before it is written.
     """
@@ -108,7 +108,7 @@ def copy_jobs(tensor: SourceTensor, position: int, check: ByteCheck | None = Non
 
 
 def _join(thread: threading.Thread) -> None:
-    """Wait for a thread, however often Ctrl-C is pressed: it writes to a file that goes away."""
+    """Wait for a thread despite any Ctrl-C, because it writes to a file that will be deleted."""
     while thread.is_alive():
         with contextlib.suppress(KeyboardInterrupt):
             thread.join()
@@ -123,8 +123,8 @@ def run_jobs(
 ) -> None:
     """Run jobs on `threads` cores (0: all) and report progress from the calling thread.
 
-    Raises whatever a job raised; of several failures the one of the first job, so that the same
-    input gives the same error. No job starts after a failure.
+    An exception of a job is raised again; of several, that of the first job, so that the same input
+    gives the same error. No job starts after a failure.
     """
     cores = threads or _core.default_threads()
     workers = max(min(cores + 1, _MAX_WORKERS, len(jobs)), 1)  # one more to keep the disk busy
@@ -164,7 +164,7 @@ def run_jobs(
                 thread.start()
             except RuntimeError:  # the system has no more threads; those that started go on
                 if not pool:
-                    raise UnsupportedError("the system does not let a thread start") from None
+                    raise UnsupportedError("the system cannot start a thread") from None
                 break
             pool.append(thread)
         running = len(pool)

@@ -1,4 +1,4 @@
-"""Row ranges of matrices on their way between files and the codec."""
+"""Row ranges of matrices, read from files and encoded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def as_matrix(tensor: SourceTensor, data: Bytes, rows: int) -> npt.NDArray[np.generic]:
-    """Bytes of `rows` rows of a matrix as an array of 2- or 4-byte integers for the core."""
+    """View the bytes of `rows` rows of a matrix as 2- or 4-byte integers for the core."""
     return as_integers(tensor.dtype, data).reshape(rows, tensor.shape[1])
 
 
@@ -40,7 +40,7 @@ def round_to_bfloat16(
 def read_rows(
     worker: Worker, tensor: SourceTensor, begin: int, end: int, source_rounding: bool
 ) -> tuple[Bytes, npt.NDArray[np.generic], DTypeName]:
-    """Read rows [begin, end) of a weight: its bytes, and them as a matrix for the core.
+    """Read rows [begin, end) of a weight: the bytes, and a matrix of them for the core.
 
     With `source_rounding` the matrix is rounded to BF16, the bytes are not.
     """
@@ -73,7 +73,7 @@ def encode_rows(
         source_rounding: whether the weight is rounded to BF16 first.
         positions: where codes and scales will be written.
         encoder: where they are encoded.
-        nonfinite_hint: hint of the error for NaN and Inf.
+        nonfinite_hint: hint of the error about NaN and Inf.
 
     Returns the source's bytes, the codes [padded rows, padded columns] and the blocked scales, all
     in the worker's scratch memory.
@@ -95,7 +95,7 @@ def encode_rows(
 def measure_rows(
     tensor: SourceTensor, data: Bytes, rows: int, codes: Bytes, scales: Bytes
 ) -> ErrorStats:
-    """Error statistics of encoded rows; arguments as `encode_rows` gives them."""
+    """Return error statistics of encoded rows; arguments as `encode_rows` gives them."""
     cols = tensor.shape[1]
     matrix = as_matrix(tensor, data, rows)
     error, signal, worst = _core.measure_residual(
@@ -108,7 +108,7 @@ def measure_rows(
 
 
 def read_encoded(worker: Worker, layer: MXFP8Layer, begin: int, end: int) -> tuple[Bytes, Bytes]:
-    """Codes and blocked scales of the padded rows [begin, end); `begin` is a multiple of 128."""
+    """Read codes and blocked scales of the padded rows [begin, end); `begin` is 128 * n."""
     code_cols, scale_cols = layer.weight.shape[1], layer.scale.shape[1]
     codes = worker.read(layer.weight, begin * code_cols, (end - begin) * code_cols, "file codes")
     scale_rows = -(-(end - begin) // 128) * 128

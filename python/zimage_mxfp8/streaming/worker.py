@@ -1,4 +1,4 @@
-"""What one thread of a streaming operation owns: open files and reusable memory."""
+"""Workers: the open files and reusable memory of one thread of a streaming operation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Scratch:
-    """Reusable memory, one piece for each use."""
+    """Reusable memory, one piece per use."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Bytes] = {}
 
     def take(self, use: str, nbytes: int, position: int = 0) -> Bytes:
-        """Memory of a size; its content lasts until the next call for the same `use`.
+        """Return memory of a size; its content lasts until the next call for the same `use`.
 
         Args:
-            use: what it is for.
+            use: name of the use.
             nbytes: its size.
             position: where in the output it will be written: the memory is then aligned so that it
                 can go to the disk directly.
@@ -39,7 +39,7 @@ class Worker:
     """A thread's scratch memory, reader and writer.
 
     Attributes:
-        scratch: memory for what is between reading and writing.
+        scratch: memory for data between reading and writing.
 
     Args:
         output: the file to write; None where nothing is written.
@@ -70,7 +70,7 @@ class Worker:
             raise self._output.failure(error) from None
 
     def flush(self) -> None:
-        """Bring everything that was written into the output file."""
+        """Flush all written data to the output file."""
         if self._writer is not None:
             assert self._output is not None
             try:

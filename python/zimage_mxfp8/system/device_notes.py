@@ -1,6 +1,6 @@
-"""What users are told, once a process, of the device that they get and did not ask for.
+"""Warnings, once per process, about a device that was chosen for the user.
 
-Commands print these warnings as lines of stderr (`cli/command_line.py`).
+Commands print these warnings as lines of stderr (`cli/device_warnings.py`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from .devices import HOW_TO_GET_KERNELS, core_index, has_kernels, why_no_kernels
 if TYPE_CHECKING:
     import torch
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def report_line(device: torch.device, asked: object) -> None:
     """Warn if a GPU is not used, or used without this package's kernels.
 
     Args:
-        device: where the work will be done.
-        asked: what the user named; None if the device was chosen.
+        device: the device that will do the work.
+        asked: the device that the user named; None if it was chosen.
     """
     if device.type == "cpu":
         note = "" if asked is not None else _why_no_gpu()
     else:
         note = "" if has_kernels(core_index(device)) else _without_kernels(device)
-    if note and note not in _told:
-        _told.add(note)
+    if note and note not in _warned:
+        _warned.add(note)
         warnings.warn(note, DeviceWarning, stacklevel=3)
 
 
@@ -40,17 +40,17 @@ def _without_kernels(device: torch.device) -> str:
     return (
         f"{device} works through torch, without CUDA kernels of this package: {why_no_kernels()}. "
         "That is slower (2 to 3 times at 1024x1024 on an H100), because torch decodes weights, "
-        "encodes activations and does what lies between the products in many operations where "
+        "encodes activations and does the work between the GEMMs in many operations where "
         f"kernels need one, and mode mxfp8 is missing{remedy}"
     )
 
 
 def _why_no_gpu() -> str:
-    """Why the CPU was chosen though something here is made for a GPU; "" if nothing is."""
+    """Return why the CPU was chosen although there is a GPU or torch for CUDA; "" without them."""
     import torch
 
     found, version = driver.look(), torch.__version__
-    remedy = 'or name the device "cpu" if it is meant'
+    remedy = 'or name the device "cpu" to use it'
     if found.gpus:
         names = ", ".join(gpu.name for gpu in found.gpus)
         if torch.version.cuda is None:

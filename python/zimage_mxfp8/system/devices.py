@@ -1,4 +1,4 @@
-"""Names of devices ("cpu", "cuda", "cuda:1"), and which of them this build has kernels for."""
+"""Names of devices ("cpu", "cuda", "cuda:1"), and the devices that this build has kernels for."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..errors import CudaError, UnsupportedError, UsageError
 if TYPE_CHECKING:
     import torch
 
-_FIRST_MAJOR = 8  # of the compute capabilities that kernels are compiled for
+_FIRST_MAJOR = 8  # the lowest compute capability that kernels are compiled for
 HOW_TO_GET_KERNELS = (
     "install nvcc 12.8 or newer, then run ZM_CUDA=ON pip install . in this package's source folder"
 )
 
 
 def has_kernels(device: int) -> bool:
-    """Whether this build has kernels for a device. Where it has none, torch does the work.
+    """Return whether this build has kernels for a device; without them torch does the work.
 
     Args:
         device: index of a CUDA device, or -1 for the CPU, which always has them.
@@ -35,18 +35,18 @@ def _has_cuda_kernels(device: int) -> bool:
     return device < len(found) and found[device].major >= _FIRST_MAJOR
 
 
-# To torch.compile the result is a constant. What torch.compiler.assume_constant_result does, which
-# imports the compiler, and that takes longer than importing torch.
+# The result is a constant for torch.compile. This is what torch.compiler.assume_constant_result
+# does, but that imports the compiler, which takes longer than importing torch.
 has_kernels.__dict__["_dynamo_marked_constant"] = True
 
 
 def has_fused_kernels(device: torch.device) -> bool:
-    """Whether a torch device has the kernels of `fused` and `gemm_epilogues`: CUDA devices only."""
+    """Return whether a torch device has the kernels of `fused` and `gemm_epilogues` (CUDA only)."""
     return device.type == "cuda" and has_kernels(device.index)
 
 
 def why_no_kernels() -> str:
-    """Why a CUDA device has no kernels: a clause."""
+    """Return why a CUDA device has no kernels, as a clause."""
     build = _core.build_info()
     if build.cuda:
         return f"those of this build need compute capability {_FIRST_MAJOR}.0 or newer"
@@ -54,11 +54,11 @@ def why_no_kernels() -> str:
 
 
 def cuda_index(device: str) -> int | None:
-    """The index of the CUDA device with kernels that a name means; None for "cpu" and "cpu:0".
+    """Return the index of a CUDA device with kernels by its name; None for "cpu" and "cpu:0".
 
     Raises:
         UsageError: not the name of a device.
-        UnsupportedError: this build has no CUDA, or this machine no such device.
+        UnsupportedError: this build has no CUDA, or this machine does not have the device.
     """
     index = _index(device)
     if index is None:
@@ -75,8 +75,8 @@ def cuda_index(device: str) -> int | None:
 
 
 def _index(device: object) -> int | None:
-    """The index that a name means: None for the CPU, -1 for a CUDA device without a number."""
-    name = str(device)  # of a torch.device too
+    """Return the index in a name: None for the CPU, -1 for a CUDA device without a number."""
+    name = str(device)  # also of a torch.device
     if name in ("cpu", "cpu:0"):
         return None
     match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
@@ -86,14 +86,14 @@ def _index(device: object) -> int | None:
 
 
 def torch_device(device: str | torch.device | None) -> torch.device:
-    """Return the device that a name means, with an index if it is a CUDA device.
+    """Return the device of a name, with an index if it is a CUDA device.
 
     Args:
-        device: None stands for the current CUDA device where torch has one, else for the CPU.
+        device: its name; None for the current CUDA device if torch has one, else the CPU.
 
     Raises:
         UsageError: not the name of a device.
-        UnsupportedError: torch has no CUDA, or this machine no such device.
+        UnsupportedError: torch has no CUDA, or this machine does not have the device.
     """
     import torch
 
@@ -113,13 +113,13 @@ def torch_device(device: str | torch.device | None) -> torch.device:
 
 
 def core_index(device: torch.device) -> int:
-    """The number by which the core knows a torch device: of a CUDA device; -1 for the CPU."""
+    """Return the core's number of a torch device: a CUDA device's index, -1 for the CPU."""
     return int(device.index) if device.type == "cuda" else -1
 
 
 @contextmanager
 def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
-    """Turn what torch raises when memory runs out into a sentence.
+    """Turn torch's errors about exhausted memory into a sentence.
 
     Raises:
         CudaError, UnsupportedError: the device's memory ran out, or the CPU's.
@@ -142,11 +142,11 @@ def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
 
 
 def _asked_for(error: torch.OutOfMemoryError) -> str:
-    """Return the beginning of a sentence: what torch could not get, which only its message says."""
+    """Return the beginning of a sentence: the size of a failed allocation, if torch names it."""
     found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
     return f"another {found[1]} were needed, and " if found else ""
 
 
 def is_out_of_host_memory(error: Exception) -> bool:
-    """Whether torch's error is that the CPU's memory ran out, which has no class of its own."""
+    """Return whether torch's error means that host memory ran out; it has no class of its own."""
     return "DefaultCPUAllocator" in str(error)

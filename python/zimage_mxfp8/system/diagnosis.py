@@ -1,4 +1,4 @@
-"""What this installation is and what this machine lets it do."""
+"""Diagnosis of this installation and this machine."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _GEMMS = {
     "BF16 x MXFP8": ("bfloat16", "mxfp8"),
     "row-scaled FP8": ("row-scaled", "row-scaled"),
 }
-_SIZE = 4096  # of the problems that kernels are asked about
+_SIZE = 4096  # of the problems to find kernels for
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """How the CPU or a CUDA device computes GEMMs.
+    """Kernels and compute modes of the CPU or a CUDA device.
 
     Attributes:
-        chosen: the kernel of each kind of GEMM; "" where there is none. Empty without kernels.
+        chosen: the kernel of each kind of GEMM; "" without one. Empty without kernels.
         reasons: why a kernel of the table is missing, by its name, for operands that it
             multiplies. Empty without kernels.
-        compute: the transformer's compute modes, the one that "auto" takes first.
+        compute: the transformer's compute modes; "auto" takes the first.
         missing_modes: why a compute mode is missing, by mode.
     """
 
@@ -51,13 +51,13 @@ class Device:
     """A CUDA device.
 
     Attributes:
-        name: its name.
+        name: name of the device.
         capability: compute capability, such as "9.0".
         memory: bytes.
         kernels: whether this build has kernels for it.
-        with_kernels: compute modes of such a device where there are kernels.
-        without_kernels: the same through torch alone.
-        gemm: how it computes GEMMs.
+        with_kernels: compute modes of such a device with kernels.
+        without_kernels: compute modes through torch alone.
+        gemm: its kernels and compute modes.
     """
 
     name: str
@@ -71,25 +71,25 @@ class Device:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What this installation is and what this machine lets it do.
+    """Properties of this installation and this machine.
 
     Attributes:
-        version: of this package.
-        python: version and platform.
+        version: version of this package.
+        python: version of Python, and platform.
         cuda: version of the CUDA compiler that built the kernels; "" without CUDA.
-        no_cuda: why this build is without CUDA; "" with it.
+        no_cuda: why this build is without CUDA; "" with CUDA.
         driver: the newest CUDA version that the NVIDIA driver supports; "" without a driver.
         no_devices: why there are no CUDA devices; "" if there are.
         torch_cuda: version of CUDA that torch is built for; "" without CUDA, or without torch.
         architectures: CUDA targets that were compiled in.
-        cutlass: version of CUTLASS that the kernels are made of; "" where there are none.
-        cublaslt: version of cuBLASLt that was found; "" if none was.
+        cutlass: version of CUTLASS in the kernels; "" without them.
+        cublaslt: version of cuBLASLt that was found; "" without one.
         cpu_targets: instruction sets with kernels that this processor has.
-        cpu_target: the one that is used.
+        cpu_target: the instruction set in use.
         threads: cores that this process may use.
-        libraries: versions of the libraries that are installed.
-        extras: what can be installed in addition, and what it lacks.
-        cpu: how the CPU computes GEMMs.
+        libraries: versions of the installed libraries.
+        extras: the extras, each with its missing packages.
+        cpu: kernels and compute modes of the CPU.
         devices: CUDA devices.
     """
 
@@ -118,7 +118,7 @@ class Diagnosis:
         return as_text(lambda screen: print_diagnosis(self, screen))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-compatible values."""
+        """Return the values for JSON."""
         return asdict(self)
 
 
@@ -128,11 +128,11 @@ def cmake_dir() -> Path:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this installation and this machine."""
+    """Examine this installation and this machine."""
     build, found = _core.build_info(), driver.look()
     torch = None
     if build.cuda or found.gpus:
-        # torch brings cuBLASLt along: what is found is then what a program with torch finds.
+        # torch brings cuBLASLt: after its import the result is the same as in a program with torch.
         with contextlib.suppress(ImportError, OSError):
             torch = importlib.import_module("torch")
     libraries = {}
@@ -178,13 +178,13 @@ def _device(index: int, gpu: driver.Gpu, torch: Any) -> Device:
 
 
 def _kernels(device: int, no_torch: str) -> Kernels:
-    """Those of a CUDA device, or of the CPU (-1); `no_torch` is why torch cannot use it, if so."""
+    """Return kernels of a CUDA device or the CPU (-1); `no_torch`: why torch cannot use it."""
     missing: dict[str, str] = {
         mode: no_torch or unsupported(mode, device) for mode in COMPUTE_MODES
     }
     missing = {mode: why for mode, why in missing.items() if why}
     modes: list[str] = [] if no_torch else list(supported(device))
-    if device < 0:  # what "auto" takes there
+    if device < 0:  # the choice of "auto" there
         modes.sort(key=lambda mode: mode != "weight-only")
     if not has_kernels(device):
         return Kernels({}, {}, modes, missing)

@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says of this machine's GPUs: without torch and without a build with CUDA.
+"""This machine's GPUs according to the NVIDIA driver, without torch or a build with CUDA.
 
 The driver's library has a C interface that does not change between versions; ctypes calls it.
 """
@@ -19,7 +19,7 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        name: its name.
+        name: name of the GPU.
         capability: compute capability.
         memory: bytes.
     """
@@ -34,7 +34,8 @@ class Driver:
     """The driver and the GPUs that it lets this process use.
 
     Attributes:
-        cuda: the newest version of CUDA that it supports, such as "13.0"; "" without a driver.
+        cuda: the newest version of CUDA that the driver supports, such as "13.0"; "" without a
+            driver.
         gpus: in CUDA's order, which CUDA_VISIBLE_DEVICES changes.
         problem: why there are no GPUs; "" if there are.
     """
@@ -45,11 +46,11 @@ class Driver:
 
 
 def look() -> Driver:
-    """Ask the driver."""
+    """Query the driver."""
     try:
         library = ctypes.CDLL(_LIBRARY)
         version = _version(library)
-    except (OSError, AttributeError):  # not there, or another library of that name
+    except (OSError, AttributeError):  # missing, or another library of that name
         return Driver("", (), f"no NVIDIA driver was found ({_LIBRARY})")
     try:
         _call(library, "cuInit", ctypes.c_uint(0))

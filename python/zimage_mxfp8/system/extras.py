@@ -1,4 +1,4 @@
-"""The extras of this package and what each needs, from the metadata that pip installs by."""
+"""The extras of this package and their requirements, from its installed metadata."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OF_CONTRIBUTORS = ("dev", "docs", "test")
 _REQUIREMENT = re.compile(
     r"""(?P<name>[\w.-]+)\s*(?P<bounds>[^;]*);.*\bextra\s*==\s*["'](?P<extra>[\w.-]+)["']"""
 )
-# The module of a package where its name does not follow from the package's.
+# The module of a package if its name does not follow from the package's.
 _MODULES: Final = {"pillow": "PIL"}
 
 
@@ -22,8 +22,8 @@ class Requirement:
     """A package that an extra needs.
 
     Attributes:
-        package: what pip calls it.
-        bounds: the versions that do, such as ">=5".
+        package: its name for pip.
+        bounds: the versions that are accepted, such as ">=5".
     """
 
     package: str
@@ -31,11 +31,11 @@ class Requirement:
 
     @property
     def module(self) -> str:
-        """What Python calls it."""
+        """Name of its module in Python."""
         return _MODULES.get(self.package, self.package.replace("-", "_"))
 
     def problem(self) -> str:
-        """Why what is installed does not do; "" if it does. Only lower bounds are looked at."""
+        """Why the installed version is not accepted; "" if it is. Only lower bounds are checked."""
         try:
             installed = version(self.package)
         except PackageNotFoundError:
@@ -51,9 +51,9 @@ class Extra:
     """An extra.
 
     Attributes:
-        name: of the extra.
-        missing: packages that it needs and that are not installed, or too old, with the reason.
-        command: what installs it.
+        name: name of the extra.
+        missing: required packages that are not installed or too old, with the reason.
+        command: the command that installs it.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Extra:
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """Extra -> what it needs with this version of Python; without those of contributors."""
+    """Return the requirements by extra for this version of Python, without contributors' extras."""
     extras: dict[str, list[Requirement]] = {}
     for requirement in requires(_PACKAGE) or []:
         found = _REQUIREMENT.match(requirement)
@@ -75,12 +75,12 @@ def requirements() -> dict[str, list[Requirement]]:
 
 
 def install_command(extra: str) -> str:
-    """Return what installs an extra."""
+    """Return the command that installs an extra."""
     return f'pip install "{_PACKAGE}[{extra}]"'
 
 
 def find_extras() -> list[Extra]:
-    """Look at what is installed of each extra."""
+    """Check the installed packages of each extra."""
     return [
         Extra(name, list(filter(None, (each.problem() for each in needs))), install_command(name))
         for name, needs in requirements().items()
@@ -88,7 +88,7 @@ def find_extras() -> list[Extra]:
 
 
 def _is_for_this_python(requirement: str) -> bool:
-    """Whether a marker on the Python version, the only kind that pyproject.toml has, holds."""
+    """Return whether a marker holds; pyproject.toml has only markers on the Python version."""
     found = re.search(r"""python_version\s*(<|>=)\s*["']([\d.]+)["']""", requirement)
     if found is None:
         return True

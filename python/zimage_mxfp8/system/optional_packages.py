@@ -1,4 +1,4 @@
-"""Imports of optional packages, and the error where one is missing; `extras.py` has the table."""
+"""Imports of optional packages, and the error for a missing one; `extras.py` has the table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def import_part(module: str, what: str) -> ModuleType:
 
     Args:
         module: its name.
-        what: who needs it, for the sentence.
+        what: the command or name that needs it, for the sentence.
 
     Raises:
         MissingExtraError: a package that it needs is missing.
@@ -38,14 +38,14 @@ def import_part(module: str, what: str) -> ModuleType:
 
 @contextmanager
 def needed(extra: str, what: str) -> Iterator[None]:
-    """Make a sentence of what imports of optional packages in the block raise.
+    """Turn import errors of optional packages in the block into a sentence.
 
     Args:
         extra: the extra that has the packages.
         what: what needs them: an option, a command or a name.
 
     Raises:
-        MissingExtraError: a package is missing, or it is there and cannot be imported.
+        MissingExtraError: a package is missing, or is installed and cannot be imported.
     """
     try:
         yield
@@ -57,7 +57,7 @@ def needed(extra: str, what: str) -> Iterator[None]:
 
 
 def check_installed(extra: str, what: str) -> None:
-    """Check that the packages of an extra are there, without importing them.
+    """Check that the packages of an extra are installed, without importing them.
 
     Args:
         extra: the extra.
@@ -74,12 +74,12 @@ def check_installed(extra: str, what: str) -> None:
 
 
 def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtraError:
-    """Return the error for a package that is missing or does not do.
+    """Return the error for a package that is missing or too old.
 
     Args:
         extra: the extra that brings it.
-        what: what needs it.
-        needs: the package, and what is wrong with it.
+        what: the option, command or name that needs it.
+        needs: the package and its problem.
         module: name of the module that cannot be imported.
     """
     from .extras import install_command
@@ -90,7 +90,7 @@ def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtra
 
 
 def _missing_module(error: BaseException | None) -> str:
-    """Return the module whose import failed first; diffusers' lazy modules wrap that error."""
+    """Return the module that failed to import first; diffusers' lazy modules wrap that error."""
     found = ""
     while error is not None:
         if isinstance(error, ImportError) and error.name:

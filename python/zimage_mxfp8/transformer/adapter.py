@@ -1,4 +1,4 @@
-"""What can be attached to a linear layer and changes its result."""
+"""Adapters: branches that can be attached to a linear layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .ops import PLAIN, Activation
 
 
 class Adapter(nn.Module):
-    """A branch parallel to a linear layer, such as a low-rank one: the base class.
+    """Base class of branches parallel to a linear layer, such as low-rank ones.
 
     `linear.adapter = adapter` attaches it, and None detaches it. A layer with an adapter does not
     fuse its epilogue, because the adapter changes the result before the epilogue. Tensors of an
@@ -20,8 +20,8 @@ class Adapter(nn.Module):
     not change while it is attached: CUDA graphs keep the old ones.
 
     Attributes:
-        input_formats: the formats of the layer's input that it reads. The layer asks for them in
-            addition to its own.
+        input_formats: the formats of the layer's input that the adapter reads. The layer requests
+            them in addition to its own.
     """
 
     input_formats: Set[ActivationFormat] = frozenset({PLAIN})
@@ -41,5 +41,5 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def workspace_nbytes(self, tokens: int) -> int:  # noqa: ARG002 - for subclasses
-        """Bytes that `forward` takes on a CUDA device in addition to its arguments."""
+        """Return the bytes that `forward` takes on a CUDA device in addition to its arguments."""
         return 0

@@ -23,11 +23,11 @@ _BACKENDS = [
 
 @cache
 def has_cudnn_attention(device: torch.device) -> bool:
-    """Whether cuDNN's attention runs on a CUDA device; warns once where it should but does not."""
+    """Return whether cuDNN's attention runs on a CUDA device; warn once if it should but fails."""
     q = torch.zeros(1, 1, 64, HEAD_DIM, dtype=torch.bfloat16, device=device)
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            warnings.simplefilter("ignore")  # torch says at length why it does not
+            warnings.simplefilter("ignore")  # torch explains at length why it fails
             F.scaled_dot_product_attention(q, q, q)
     except RuntimeError:
         if torch.cuda.get_device_capability(device)[0] >= 9:
@@ -42,12 +42,12 @@ def has_cudnn_attention(device: torch.device) -> bool:
 
 
 def attend(qkv: torch.Tensor, heads: int, lengths: Sequence[int]) -> torch.Tensor:
-    """Softmax attention of each item over its own tokens.
+    """Compute the softmax attention of each item over its own tokens.
 
     Args:
         qkv: [M, 3 * heads * 128]: q, k and v side by side, M the sum of `lengths`.
-        heads: their number.
-        lengths: tokens of each item, which lie one after another.
+        heads: number of heads.
+        lengths: tokens of each item; items follow one another.
 
     Returns:
         [M, heads * 128].
@@ -59,7 +59,7 @@ def attend(qkv: torch.Tensor, heads: int, lengths: Sequence[int]) -> torch.Tenso
 
 
 def _attend(parts: torch.Tensor) -> torch.Tensor:
-    """[B, S, 3, heads, 128] -> [B, S, heads * 128]."""
+    """Compute attention of [B, S, 3, heads, 128]: [B, S, heads * 128]."""
     q, k, v = parts.permute(2, 0, 3, 1, 4)
     if not parts.is_cuda:
         out = F.scaled_dot_product_attention(q, k, v)

@@ -19,7 +19,7 @@ from .sequence import Segment
 
 @dataclass(frozen=True)
 class Modulation:
-    """A block's modulation, [items, dim] each, before 1 + scale and tanh(gate); None for none."""
+    """A block's modulation, [items, dim] each, before 1 + scale and tanh(gate), or None."""
 
     scale_attention: torch.Tensor | None = None
     gate_attention: torch.Tensor | None = None
@@ -33,7 +33,7 @@ class InputNorm:
 
     Attributes:
         weight: [dim].
-        scale: [items, dim], the modulation before 1 + scale; None for none.
+        scale: [items, dim], the modulation before 1 + scale; None without modulation.
         formats: the formats of the result.
     """
 
@@ -46,7 +46,7 @@ class InputNorm:
 class BlockState:
     """Activations between two blocks.
 
-    Blocks write to it, so that nothing holds the memory of an activation that is used up.
+    Blocks write to it, so that no reference keeps the memory of a used activation.
 
     Attributes:
         x: the residual stream [tokens, dim], written in place.
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
         Args:
             state: activations, replaced in place.
-            modulation: of this block.
+            modulation: modulation of this block.
             part: the tokens.
             following: the next block's `input_norm`; None after the last block.
 
@@ -148,7 +148,7 @@ class Block(nn.Module):
         return list(self.ffn_in)  # type: ignore[arg-type]
 
     def attention(self, h: Activation, part: Segment) -> torch.Tensor:
-        """Attention of normalised activations."""
+        """Compute the attention of normalised activations."""
         rotation = RotateHeads(self.q_norm, self.k_norm, part.rotations, self._heads)
         qkv = self.qkv(h, rotation)
         attended = attend(qkv, self._heads, part.lengths)
@@ -157,7 +157,7 @@ class Block(nn.Module):
         return out
 
     def feed_forward(self, h: Activation) -> torch.Tensor:
-        """w2(silu(w1 h) * w3 h)."""
+        """Compute w2(silu(w1 h) * w3 h)."""
         layers, formats = self._ffn_in, self.ffn_out.input_formats
         if len(layers) == 1:
             gated = layers[0](h, SiluMultiply(formats))
@@ -167,10 +167,10 @@ class Block(nn.Module):
         return out
 
     def working_nbytes(self, tokens: int, ragged: bool) -> int:
-        """Bytes that are in use on a CUDA device at most, in addition to the weights and `x`.
+        """Return the peak bytes on a CUDA device in addition to the weights and `x`.
 
         Args:
-            tokens: of all items.
+            tokens: tokens of all items.
             ragged: whether items differ in length.
         """
         return max(self._attention_nbytes(tokens, ragged), self._feed_forward_nbytes(tokens))
@@ -181,7 +181,7 @@ class Block(nn.Module):
         qkv = tokens * self.qkv.out_features * dtype.itemsize
         result = tokens * dim * dtype.itemsize
         first = qkv + self.qkv.workspace_nbytes(tokens)
-        # What items of different length give is joined in a matrix of its own.
+        # The results of items of different length are joined in another matrix.
         between = qkv + (2 * result if ragged else result)
         encoded = ops.activation_nbytes(self.out.input_formats, tokens * dim, dtype)
         last = result + encoded + self.out.workspace_nbytes(tokens) + result
@@ -199,7 +199,7 @@ class Block(nn.Module):
             first = between = gated + layers[0].workspace_nbytes(tokens, silu_multiply)
         else:
             first = gate_up + max(layer.workspace_nbytes(tokens) for layer in layers)
-            # torch's silu_multiply has as much again; the fused one writes its result alone.
+            # torch's silu_multiply takes the same again; the fused one writes only its result.
             between = gate_up + (gate_up if dtype == torch.float32 else gated)
         last = gated + self.ffn_out.workspace_nbytes(tokens) + tokens * dim * dtype.itemsize
         return given + max(first, between, last)

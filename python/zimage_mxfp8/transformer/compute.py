@@ -14,8 +14,8 @@ COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "mxfp8-emul
 DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",
     "fp8": "scales folded to one per row, FP8 tensor cores",
-    "weight-only": "weights decoded exactly, activations as they are",
-    "mxfp8-emulated": "Blackwell's numerics: activations in MXFP8 too, products of decoded numbers",
+    "weight-only": "weights decoded exactly, activations not quantised",
+    "mxfp8-emulated": "Blackwell's numerics: activations in MXFP8 too, GEMMs of decoded numbers",
 }
 
 _NATIVE_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
@@ -23,7 +23,7 @@ _FP8_CAPABILITY = (8, 9)
 
 
 def unsupported(compute: Compute, device: int) -> str:
-    """Why a device does not have a mode; "" if it has.
+    """Return why a device does not have a mode; "" if it has.
 
     Args:
         compute: the mode.
@@ -48,9 +48,9 @@ def unsupported(compute: Compute, device: int) -> str:
 
 
 def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
-    """The modes of CUDA devices of a compute capability, with or without this package's kernels.
+    """Return the modes of CUDA devices of a compute capability, with or without kernels.
 
-    That is the rule; what is installed may have fewer, which `unsupported` tells.
+    An installation may support fewer; `unsupported` says which and why.
     """
     modes = list(COMPUTE_MODES)
     if not kernels or capability not in _NATIVE_CAPABILITIES:
@@ -71,10 +71,10 @@ def choose(compute: str, device: int, quantized: bool) -> Compute:
     Args:
         compute: "auto" (the fastest that the device has) or a mode.
         device: where the model will be: index of a CUDA device, or -1 for the CPU.
-        quantized: whether the checkpoint has MXFP8 layers; without, there is nothing to choose.
+        quantized: whether the checkpoint has MXFP8 layers; without them there is nothing to choose.
 
     Raises:
-        UsageError: no such mode, or one for quantised layers and there are none.
+        UsageError: no such mode, or a mode for quantised layers without any.
         UnsupportedError: the device does not have the mode.
     """
     modes = {str(mode): mode for mode in COMPUTE_MODES}

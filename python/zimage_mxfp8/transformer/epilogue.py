@@ -1,4 +1,4 @@
-"""Operations that can be the end of a linear layer's GEMM.
+"""Operations that can be the epilogue of a linear layer's GEMM.
 
 A layer that cannot fuse one calls `apply` on its result.
 """

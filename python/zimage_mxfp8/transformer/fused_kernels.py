@@ -1,6 +1,6 @@
 """The fused kernels of the core: called directly, or as registered operations while traced.
 
-The functions are those of `ops.fused` and `ops.gemm_epilogues`, which describe them.
+The functions are documented in `ops.fused` and `ops.gemm_epilogues`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .arithmetic import torch_library
 
 
 def _result(parts: torch_library.Pair, output_format: ActivationFormat, shape: torch.Size) -> Any:
-    """Return what a fused kernel returns, from the two tensors of a registered operation."""
+    """Return the result of a fused kernel from the two tensors of a registered operation."""
     values, scales = parts
     if output_format == "bfloat16":
         return values
@@ -59,7 +59,7 @@ def add_norm_modulate(
     output_format: ActivationFormat,
     eps: float,
 ) -> Any:
-    """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm what results."""
+    """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm the result."""
     if not torch.compiler.is_compiling():
         return fused.add_norm_modulate(
             x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps

@@ -1,4 +1,4 @@
-"""CUDA graphs, one for each shape of the inputs."""
+"""CUDA graphs, one per shape of the inputs."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class _Captured:
 
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """Return a stream of the device: torch's own is of the device that captured first.
+    """Return a stream of the device: torch's own belongs to the device that captured first.
 
-    It is one for all models, for torch keeps cuBLAS's workspace of every stream that was ever used.
+    All models share it, because torch keeps cuBLAS's workspace of every stream that was ever used.
     """
     return torch.cuda.Stream(device)
 
 
 class GraphCache:
-    """Runs a function through CUDA graphs, the least recently used of which are dropped.
+    """Least-recently-used cache of CUDA graphs that run a function.
 
-    The first call with a key runs the function itself, so that what libraries load and choose is
-    there before a graph is captured, and so that a shape that comes only once costs no capture.
+    The first call with a key runs the function itself, so that libraries are loaded and kernels
+    chosen before a graph is captured, and so that a shape that occurs only once costs no capture.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class GraphCache:
         self._pool: Any = None  # a handle
 
     def run(self, key: Hashable, function: Function, inputs: ForwardInputs) -> list[torch.Tensor]:
-        """Return the function's outputs; `key` stands for everything but the inputs' values."""
+        """Return the function's outputs; `key` identifies everything except the inputs' values."""
         with self._lock:  # a graph's inputs and outputs are the same memory in every call
             if key not in self._seen:
                 outputs = function(inputs)
@@ -79,7 +79,7 @@ class GraphCache:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
-        # Graphs of this cache never run at the same time, so one pool will do for all of them.
+        # Graphs of this cache never run at the same time, so they can share one pool.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             outputs = function(static)
         return _Captured(graph, static, outputs)

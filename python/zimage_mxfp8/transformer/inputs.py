@@ -1,4 +1,4 @@
-"""The inputs of a forward, and the checks of its arguments."""
+"""The inputs of a forward, and checks of its arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import InvalidArgumentError
 from ..text import plural
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import PATCH_SIZE
-from .sequence import MAX_LATENTS, Shape, most_caption_tokens
+from .sequence import MAX_LATENTS, Shape, max_caption_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class ForwardInputs:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of them, in one order for all inputs of the same shapes."""
+        """All tensors, in one order for all inputs of the same shapes."""
         return (*self.images, self.times, *self.captions)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ForwardInputs:
@@ -51,7 +51,7 @@ class ForwardInputs:
         )
 
     def copy_(self, others: ForwardInputs) -> None:
-        """Copy inputs of the same shapes to the memory of these, without waiting for the device."""
+        """Copy inputs of the same shapes to this memory, without waiting for the device."""
         for target, source in zip(self.tensors, others.tensors, strict=True):
             target.copy_(source, non_blocking=True)
 
@@ -75,7 +75,8 @@ def check_arguments(
     """Check the arguments of `ZImageTransformer.forward`.
 
     Raises:
-        InvalidArgumentError: if one has another shape, type or device; the message names it.
+        InvalidArgumentError: if an argument has another shape, type or device; the message names
+            it.
     """
     for name, value in others.items():
         expected = {"patch_size": PATCH_SIZE, "f_patch_size": 1}.get(name)
@@ -91,7 +92,7 @@ def check_arguments(
         )
     if not isinstance(t, torch.Tensor) or tuple(t.shape) != (len(x),):
         found = list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__
-        raise InvalidArgumentError(f"t must be a tensor [{len(x)}], a time each, not {found}")
+        raise InvalidArgumentError(f"t must be a tensor [{len(x)}], a time per image, not {found}")
     if t.device.type not in ("cpu", device.type) or t.layout != torch.strided:
         raise InvalidArgumentError(f"t must be a dense tensor on {device}")
     for i, (image, caption) in enumerate(zip(x, cap_feats, strict=True)):
@@ -104,18 +105,18 @@ def check_arguments(
             )
         if max(size[2:]) > MAX_LATENTS:
             raise InvalidArgumentError(
-                f"x[{i}] must have H and W of {MAX_LATENTS} at most, which is what the model "
-                f"has positions for, not {list(size)}"
+                f"x[{i}] must have H and W of {MAX_LATENTS} at most, because the model has no "
+                f"more positions, not {list(size)}"
             )
         if caption.dim() != 2 or caption.shape[1] != features or not len(caption):
             raise InvalidArgumentError(
                 f"cap_feats[{i}] must be [tokens, {features}] with one token at least, not "
                 f"{list(caption.shape)}"
             )
-        if len(caption) > (most := most_caption_tokens(size[1])):
+        if len(caption) > (limit := max_caption_tokens(size[1])):
             raise InvalidArgumentError(
-                f"cap_feats[{i}] must have {most} tokens at most, which is what the model has "
-                f"positions for beside {plural(size[1], 'frame')} of x[{i}], not {len(caption)}"
+                f"cap_feats[{i}] must have {limit} tokens at most, because the model has no more "
+                f"positions with {plural(size[1], 'frame')} of x[{i}], not {len(caption)}"
             )
 
 

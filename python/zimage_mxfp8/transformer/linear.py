@@ -1,4 +1,4 @@
-"""Linear layers, one class for each way to multiply."""
+"""Linear layers, one class per way to multiply."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .ops import PLAIN, Activation, pad_columns
 
 
 class Linear(nn.Module):
-    """A linear layer: the base class.
+    """Base class of linear layers.
 
     Forward hooks see the result of `forward`, which is after the epilogue if there is one.
 
     Attributes:
         out_features: N.
-        dtype: of the result.
+        dtype: dtype of the result.
         weight_format: how the weights are stored, for tables.
         adapter: a branch that is added to the result, or None.
     """
@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
     @property
     def input_formats(self) -> frozenset[ActivationFormat]:
-        """The formats in which `forward` takes its input, all of them."""
+        """All formats in which `forward` needs its input."""
         own = frozenset({self._input_format})
         return own if self.adapter is None else own | self.adapter.input_formats
 
@@ -62,7 +62,7 @@ class Linear(nn.Module):
             epilogue: the operation that follows.
 
         Returns:
-            [M, N] in `dtype`, or what the epilogue makes of it.
+            [M, N] in `dtype`, or the result of the epilogue.
         """
         x = activation[self._input_format]
         if epilogue is not None and self.takes_epilogues:
@@ -78,7 +78,7 @@ class Linear(nn.Module):
         return self.adapter is None and self._core_takes_epilogues
 
     def workspace_nbytes(self, tokens: int, epilogue: Epilogue | None = None) -> int:
-        """Bytes that `forward` takes on a CUDA device in addition to its input and result.
+        """Return the bytes that `forward` takes on CUDA in addition to its input and result.
 
         With an epilogue the result is the epilogue's if `takes_epilogues`, else the GEMM's.
         """
@@ -98,7 +98,7 @@ class Linear(nn.Module):
         raise NotImplementedError
 
     def _gemm_with(self, epilogue: Epilogue, x: Any) -> Any:
-        """Multiply and apply an epilogue, where `_core_takes_epilogues`."""
+        """Multiply and apply an epilogue, if `_core_takes_epilogues`."""
         raise NotImplementedError
 
     @property
@@ -113,7 +113,7 @@ class Linear(nn.Module):
 
 
 class PlainLinear(Linear):
-    """A layer with weights as they were before quantisation."""
+    """A layer with weights that are not quantised."""
 
     weight_format = "plain"
     weight: torch.Tensor
@@ -122,7 +122,7 @@ class PlainLinear(Linear):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Take weights [N, K] and a bias [N]."""
         super().__init__(weight.shape[0], weight.dtype)
-        # A parameter, because offloading looks for the device of the model's first one.
+        # A parameter, because offloading reads the device of the model's first one.
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("bias", bias)
 
@@ -135,7 +135,7 @@ class PlainLinear(Linear):
 
 
 class _MXFP8Linear(Linear):
-    """A layer with weights in MXFP8. Their padding to multiples of 32 takes part, as zeros."""
+    """A layer with weights in MXFP8, including their padding of zeros to multiples of 32."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -163,7 +163,7 @@ class _MXFP8Linear(Linear):
 
 
 class WeightOnlyLinear(_MXFP8Linear):
-    """A layer that decodes its weights, which is exact, and takes activations as they are."""
+    """A layer that decodes its weights exactly, with activations that are not quantised."""
 
     weight_format = "mxfp8 (weight-only)"
 
@@ -290,16 +290,16 @@ class FP8Linear(Linear):
 def quantized_linear(
     codes: torch.Tensor, scales: torch.Tensor, n: int, compute: Compute, dtype: torch.dtype
 ) -> tuple[Linear, FoldStats | None]:
-    """Return the layer for a compute mode, and what folding changed in it.
+    """Return the layer for a compute mode, and the change by folding.
 
-    A layer whose scales cannot be folded within the bound of `fold` stays exact.
+    A layer with scales that cannot be folded within the bound of `fold` is weight-only.
 
     Args:
         codes: E4M3 bytes [roundup(N, 32), roundup(K, 32)].
         scales: E8M0 bytes in the blocked layout.
         n: N.
         compute: the mode.
-        dtype: of the activations and results that are not encoded.
+        dtype: dtype of the activations and results that are not encoded.
     """
     if compute == "weight-only":
         return WeightOnlyLinear(codes, scales, n, dtype), None

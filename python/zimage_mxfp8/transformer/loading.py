@@ -1,4 +1,4 @@
-"""Building the transformer's layers from a checkpoint, block by block."""
+"""Loading of the transformer's layers from a checkpoint, block by block."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .linear import Linear, PlainLinear, quantized_linear
 from .weights import ModelFile, TensorStream
 
 _SCALES = " scales"  # behind the key of the codes that they belong to
-_HEADROOM = 1 << 30  # bytes for a forward and for what a block needs while it is made
+_HEADROOM = 1 << 30  # bytes for a forward and for temporaries while a block is built
 
 
 Sources = dict[str, list[SourceTensor]]  # of a file, to be stacked, by key
-Raw = dict[str, torch.Tensor]  # the same as they came
+Raw = dict[str, torch.Tensor]  # the loaded tensors by key
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What a transformer consists of.
+    """The parts of a transformer.
 
     Attributes:
         blocks: by the name of the stack.
@@ -59,15 +59,15 @@ def load_parts(
     """Read all weights to a device.
 
     Args:
-        file: what was opened.
+        file: the opened checkpoint.
         device: where the weights go.
-        compute: how quantised layers are to compute.
-        dtype: of the tensors that are not quantised.
+        compute: the compute mode of quantised layers.
+        dtype: dtype of the tensors that are not quantised.
         progress: called with a `Progress` when a part has been read.
         table: the model's layers.
 
     Raises:
-        CheckpointError: a file cannot be read, or a layer that is to be folded has NaN.
+        CheckpointError: a file cannot be read, or a layer to fold has NaN.
         CudaError, UnsupportedError: the device has too little memory; nothing is left on it.
     """
     if device.type == "cuda":
@@ -99,7 +99,7 @@ def _check_memory(file: ModelFile, device: torch.device, dtype: torch.dtype) -> 
 
 
 class _Loader:
-    """Makes blocks of what a stream brings, while it brings the next ones."""
+    """A builder of blocks from a stream of tensors, while the stream loads the next ones."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _Loader:
                 modulations.append(self._modulation(raw, name))
         return LoadedWeights(blocks, self._stacked(modulations, others), others, self._worst)
 
-    # ---- What to read
+    # ---- Tensors to read
 
     def _block_sources(self, stack: Stack, name: str) -> Sources:
         layers = self._table.layers_of(stack)
@@ -159,7 +159,7 @@ class _Loader:
         return sources
 
     def _linears(self, name: str) -> dict[str, list[str]]:
-        """Key -> names of the layers of one `Linear` of a block, which is several where they stack.
+        """Return key -> names of the layers of one `Linear` of a block; several if stacked.
 
         The key is the slot and the number of the `Linear` there.
         """
@@ -171,7 +171,7 @@ class _Loader:
         return linears
 
     def _can_stack(self, names: Sequence[str]) -> bool:
-        """Whether layers of the same shape can be one."""
+        """Return whether layers of the same shape can be stacked."""
         quantized = [name in self._file.layers for name in names]
         if not any(quantized):
             dtypes = {self._file.tensors[name + ".weight"].dtype for name in names}
@@ -182,7 +182,7 @@ class _Loader:
         same = all(layer.full_precision == first.full_precision for layer in others)
         return same and first.shape[0] % SCALE_TILE_ROWS == 0
 
-    # ---- What becomes of it
+    # ---- Layers from the tensors
 
     def _block(self, raw: Raw, name: str) -> Block:
         norms = self._table.norms()
@@ -215,7 +215,7 @@ class _Loader:
     def _stacked(
         self, modulations: Sequence[tuple[torch.Tensor, torch.Tensor]], others: Raw
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All modulations one below the other; no rows, for a model without blocks."""
+        """Stack all modulations along the rows; there are no rows in a model without blocks."""
         weight = others[self._table.time_embedding()[-1].weight]
         none = weight.new_empty(0, weight.shape[0]), weight.new_empty(0)
         weights, biases = zip(none, *modulations, strict=True)
@@ -239,7 +239,7 @@ class _Loader:
         return linear
 
     def _plain(self, raw: Raw, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Tensors by name, decoded where they are quantised."""
+        """Return tensors by name, decoded if they are quantised."""
         plain = {}
         for name in names:
             tensor = raw[name]

@@ -1,4 +1,4 @@
-"""The transformer as torch and diffusers see it."""
+"""The transformer model, with the interface of torch and diffusers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from .sequence import Segment, Shape, fill_up, image_tokens, layout_of, padded, 
 from .unsupported import alternative_to
 from .weights import open_model
 
-# Values of diffusers' arguments that ask for what is done here anyway.
+# Values of diffusers' arguments that match the behaviour here.
 _WITHOUT_EFFECT = {
     "local_files_only": (True,),
     "low_cpu_mem_usage": (True, False),
@@ -57,7 +57,7 @@ _WORKSPACES = 64 << 20  # of cuBLAS's libraries: torch's and ours, 32 MiB each
 
 
 class TransformerOutput(NamedTuple):
-    """What `forward` returns: a tuple whose only element has a name."""
+    """Result of `forward`: a tuple with one named element."""
 
     sample: list[torch.Tensor]
 
@@ -131,9 +131,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """Where diffusers is in use, a class that its pipelines take, which is one of its own.
+        """A subclass of diffusers' model if diffusers is in use, for its pipelines.
 
-        Deriving from it would mean to import diffusers, which takes longer than everything else
+        Deriving the model itself would import diffusers, which takes longer than everything else
         until the first image.
         """
         cls: Any = type(self)
@@ -153,29 +153,29 @@ class ZImageTransformer(PeftMethods, nn.Module):
         """Load a checkpoint.
 
         All checks come before the first weight goes to the device, and host memory stays small.
-        Weights are not searched for NaN and Inf, which on the CPU takes longer than to read them:
+        Weights are not searched for NaN and Inf, which on the CPU takes longer than reading them:
         `zimage-mxfp8 validate` does that, and `ZImageGenerator` names the step in which an image
-        becomes so. Only folding, which looks at every weight anyway, refuses NaN.
+        becomes NaN or infinite. Only folding, which reads every weight anyway, refuses NaN.
 
         Args:
             path: an MXFP8 file of `convert` or of ComfyUI's, a plain single file, or a diffusers
                 folder with plain weights. Any number of layers and any width of whole heads.
             device: where to put the model; by default the current CUDA device if torch has one,
                 else the CPU. A CUDA device that this build has no kernels for works through torch.
-            compute: how the MXFP8 layers are multiplied:
+            compute: the compute mode of the MXFP8 layers:
 
                 - "mxfp8": MXFP8 x MXFP8 on the tensor cores of compute capability 10.x and 12.x
                   (these kernels have never run on such a device; without kernels it is missing).
                 - "fp8": scales folded into one per row, FP8 tensor cores of 8.9 and newer;
                   activations are quantised per token.
-                - "weight-only": weights decoded exactly, activations as they are; any device.
-                - "mxfp8-emulated": activations in MXFP8 too, as on 10.x and 12.x, with products of
+                - "weight-only": weights decoded exactly, activations not quantised; any device.
+                - "mxfp8-emulated": activations in MXFP8 too, as on 10.x and 12.x, with GEMMs of
                   decoded numbers; any device.
                 - "auto": the first of these that the device has fast; "weight-only" on the CPU.
             dtype: bfloat16 or float32, of everything that is not 8 bits wide.
             cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
-                Without, forward hooks on the model's modules, which include every linear layer
-                and every block, run in every call.
+                Without graphs, forward hooks on the model's modules, which include every linear
+                layer and every block, run in every call.
             progress: called with a `Progress` while weights are read; True draws a bar on a
                 terminal.
 
@@ -188,8 +188,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
             CudaError: the device has too little memory.
 
         Warns:
-            DeviceWarning: once a process, that no device was named and a GPU is not used, or that
-                this build has no kernels for it.
+            DeviceWarning: once per process, if no device was named and a GPU is not used, or this
+                build has no kernels for it.
         """
         if dtype is not torch.bfloat16 and dtype is not torch.float32:
             raise UsageError(
@@ -200,7 +200,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         mode = choose(compute, core_index(place), bool(file.layers))
         report_line(place, device)
         if place.type == "cuda":
-            has_cudnn_attention(place)  # for its warning, now and not in the middle of an image
+            has_cudnn_attention(place)  # for its warning, now instead of in the middle of an image
         with shown(progress, byte_bar("loading the transformer")) as callback:
             parts = load_parts(file, place, mode, dtype, callback)
         return cls(file.config, parts, mode, dtype, cuda_graphs)
@@ -220,7 +220,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         progress: ProgressCallback | None = None,
         **others: Any,
     ) -> ZImageTransformer:
-        """Load a checkpoint under the name and with the arguments that diffusers' models have.
+        """Load a checkpoint with the method name and arguments of diffusers' models.
 
         Args:
             path_or_id: a file or folder, see `from_checkpoint`, or a name on the Hugging Face hub
@@ -232,12 +232,12 @@ class ZImageTransformer(PeftMethods, nn.Module):
             subfolder: folder of the weights in that folder or repository; by default the folder
                 itself, or its "transformer".
             torch_dtype: the same as `dtype`, as older versions of diffusers name it.
-            download: fetch from the hub what the cache lacks; without it nothing is asked for on
-                the network.
+            download: fetch files that the cache lacks from the hub; without it there is no network
+                access.
             cuda_graphs: see `from_checkpoint`.
             progress: see `from_checkpoint`.
             others: arguments of diffusers' models without an effect here, such as
-                `low_cpu_mem_usage`; None for any other of them.
+                `low_cpu_mem_usage`; any other must be None.
 
         Raises:
             CheckpointError: as from `from_checkpoint`; or not in the cache, or not on the hub.
@@ -266,12 +266,12 @@ class ZImageTransformer(PeftMethods, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.modulation.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of latents, captions and results, and of weights that are not 8 bits wide."""
+        """Dtype of latents, captions and results, and of weights that are not 8 bits wide."""
         return self._dtype
 
     @property
@@ -288,9 +288,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
         """Return a parameter, buffer or module.
 
         Raises:
-            AttributeError: none of that name. `MissingAttributeError`, which is one, where
-                diffusers' models have it: its libraries ask with `hasattr`, and users are told
-                what to do.
+            AttributeError: no attribute has that name. For attributes of diffusers' models it is
+                the subclass `MissingAttributeError` with a remedy; libraries ask with `hasattr`.
         """
         try:
             return super().__getattr__(name)
@@ -319,7 +318,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         self._graphs = GraphCache()
 
     def _apply(self, fn: Any, recurse: bool = True) -> ZImageTransformer:
-        # .to() and its kin: graphs hold the old addresses, and dtype may change.
+        # .to() and similar calls: graphs hold the old addresses, and dtype may change.
         dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
         if dtype not in (torch.bfloat16, torch.float32):
             raise UsageError("dtype", f"must be bfloat16 or float32, not {dtype}")
@@ -418,7 +417,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """Predict the velocity of each latent image (its sign as diffusers' model has it).
+        """Predict the velocity of each latent image (with the sign of diffusers' model).
 
         Images and captions of a batch may differ in size.
 
@@ -427,8 +426,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
             t: [batch], 0 for noise to 1 for an image.
             cap_feats: caption features, [tokens, cap_feat_dim] each, 1504 tokens at most.
             return_dict: name the result's only element `sample`.
-            others: arguments of diffusers' model for what this one does not have (several images
-                an item, ControlNet), which must be None. `joint_attention_kwargs={"scale": s}`
+            others: arguments of diffusers' model for features that this one lacks (several images
+                per item, ControlNet), which must be None. `joint_attention_kwargs={"scale": s}`
                 multiplies the weights of adapters.
 
         Returns:
@@ -456,7 +455,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
                 else:
                     sample = self._compute(inputs)
         except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # they hold what the forward had so far
+            traceback.clear_frames(error.__traceback__)  # they hold the activations of the forward
             raise CudaError(self._out_of_memory(inputs.shapes)) from None
         except RuntimeError as error:
             if not is_out_of_host_memory(error):
@@ -473,14 +472,14 @@ class ZImageTransformer(PeftMethods, nn.Module):
         return (
             f"{self.device} ran out of memory in a forward over {_tokens(shapes)} tokens, which "
             f"needs about {self._working_nbytes(shapes) / 2**30:.1f} GiB: {free / 2**30:.1f} of "
-            f"{total / 2**30:.1f} GiB are free beside the transformer's weights of "
+            f"{total / 2**30:.1f} GiB are free, and the transformer's weights take "
             f"{self.nbytes / 2**30:.1f}; use a smaller size or batch"
         )
 
     def _working_nbytes(self, shapes: Sequence[Shape]) -> int:
-        """Bytes that a forward takes on a CUDA device beside the weights, about.
+        """Return the approximate bytes that a forward takes on CUDA in addition to the weights.
 
-        They are most in a block. In addition there are the tokens, apart and joined, and the
+        The peak is in a block. In addition there are the tokens, separate and joined, and the
         rotations of both.
         """
         lengths = [padded(image_tokens(size)) + padded(caption) for size, caption in shapes]
@@ -544,7 +543,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         return x
 
     def _embed_time(self, t: torch.Tensor) -> torch.Tensor:
-        """[batch] -> [batch, modulation width]."""
+        """Embed timesteps [batch]: [batch, modulation width]."""
         half = TIME_FEATURES // 2
         frequencies = torch.exp(
             -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -555,7 +554,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         return _run(self.t_embedder_out, F.silu(hidden))
 
     def _modulations(self, time: torch.Tensor) -> dict[str, list[Modulation]]:
-        """Of all blocks by stack, in one GEMM: their input is the time alone."""
+        """Compute the modulations of all blocks, by stack, in one GEMM: their input is the time."""
         stacked = _run(self.modulation, time)
         blocks = sum(len(self._blocks(stack)) for stack in self._stacks if stack.modulated)
         parts = stacked.unflatten(1, (blocks, 4, self.config.dim)).unbind(1)
@@ -571,7 +570,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         return modulations
 
     def _final(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """[n, dim] and the item's [modulation width] -> [n, 64]."""
+        """Compute the final layer of [n, dim] with the item's [modulation width]: [n, 64]."""
         scale = 1 + _run(self.final_modulation, F.silu(time))
         normal = F.layer_norm(tokens, tokens.shape[-1:], eps=FINAL_NORM_EPS)
         return _run(self.final_layer, normal * scale)

@@ -1,7 +1,7 @@
 """The work between the GEMMs, on plain torch tensors of any device.
 
 On CUDA in BF16 the core's fused kernels do it (`zimage_mxfp8.ops.fused`) if this build has them;
-torch does elsewhere, on some rows at a time. Either way arithmetic is in float32 and results are
+otherwise torch does, on some rows at a time. Either way arithmetic is in float32 and results are
 rounded once.
 """
 
@@ -20,13 +20,13 @@ from . import arithmetic
 from . import fused_kernels as fused
 from .arithmetic import tiles
 
-# A matrix of activations in each of the formats that its consumers take.
+# A matrix of activations in all formats that its consumers take.
 Activation = dict[ActivationFormat, Any]
-# The format that is not encoded; a model in float32 has float32 there.
+# The format without encoding; in a model in float32 it means float32.
 PLAIN: ActivationFormat = "bfloat16"
 
 _BLOCK = 32  # 8-bit GEMMs take widths that are multiples of it
-_TEMPORARIES = 3  # matrices of float32 that an operation by torch holds at the same time
+_TEMPORARIES = 3  # float32 matrices that an operation by torch holds at the same time
 
 
 def encode(matrix: torch.Tensor, formats: Set[ActivationFormat]) -> Activation:
@@ -43,7 +43,7 @@ def _encode(matrix: torch.Tensor, to: ActivationFormat) -> Any:
 
 
 def activation_nbytes(formats: Set[ActivationFormat], elements: int, dtype: torch.dtype) -> int:
-    """Bytes of a matrix of `dtype` in some formats, without the scales of its rows and padding."""
+    """Return the bytes of a matrix of `dtype` in some formats, without row scales and padding."""
     nbytes = {
         PLAIN: elements * dtype.itemsize,
         "row-scaled": elements,
@@ -55,14 +55,14 @@ def activation_nbytes(formats: Set[ActivationFormat], elements: int, dtype: torc
 def result_nbytes(
     formats: Set[ActivationFormat], elements: int, dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Bytes of an operation's result in some formats, with the matrix that torch encodes."""
+    """Return the bytes of a result in some formats, with the matrix that torch encodes."""
     if len(formats) > 1 or not devices.has_fused_kernels(device):
         formats = formats | {PLAIN}
     return activation_nbytes(formats, elements, dtype)
 
 
 def pad_columns(matrix: torch.Tensor, columns: int) -> torch.Tensor:
-    """Zeros to the right, up to so many columns."""
+    """Append zeros on the right, up to a number of columns."""
     return F.pad(matrix, (0, columns - matrix.shape[1])) if matrix.shape[1] < columns else matrix
 
 
@@ -71,21 +71,21 @@ def _fusable(matrix: torch.Tensor) -> bool:
 
 
 def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
-    """Rows to compute together: float32 of BF16 matrices is not held of all of them."""
+    """Return tiles of rows to compute together, to bound the float32 copies of BF16 rows."""
     if matrix.dtype == torch.float32:
         return iter([slice(0, len(matrix))])
     return tiles.row_tiles(len(matrix), matrix.shape[1], tiles.TILE)
 
 
 def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that torch takes at most for matrices of so many elements where kernels take none."""
+    """Return the peak bytes of torch's temporaries for a number of elements; kernels need none."""
     if dtype == torch.float32 or devices.has_fused_kernels(device):
         return 0
     return _TEMPORARIES * min(elements, tiles.TILE) * torch.float32.itemsize
 
 
 def _fused_format(columns: int, formats: Set[ActivationFormat]) -> ActivationFormat:
-    """Return the format for a fused kernel to write; others are made of BF16."""
+    """Return the format for a fused kernel to write; others are encoded from BF16."""
     return next(iter(formats)) if len(formats) == 1 and columns % _BLOCK == 0 else PLAIN
 
 
@@ -100,14 +100,14 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _of_items(factors: torch.Tensor, items: torch.Tensor | None, rows: slice) -> torch.Tensor:
-    """Of some rows the factors [M, C] (or [1, C]), which are [I, C]."""
+    """Return the factors [I, C] of some rows: [M, C] or [1, C]."""
     return (factors if items is None else factors[items[rows].long()]).float()
 
 
 def silu_multiply(
     gate: torch.Tensor, up: torch.Tensor, formats: Set[ActivationFormat]
 ) -> Activation:
-    """silu(gate) * up, both [M, C]."""
+    """Compute silu(gate) * up, both [M, C]."""
     if _fusable(gate):
         written = _fused_format(gate.shape[1], formats)
         return _others(fused.silu_multiply(gate, up, written), written, formats)
@@ -124,14 +124,14 @@ def norm_modulate(
     items: torch.Tensor | None,
     formats: Set[ActivationFormat],
 ) -> Activation:
-    """RMSNorm(x) * weight * (1 + scale of the row's item).
+    """Compute RMSNorm(x) * weight * (1 + scale of the row's item).
 
     Args:
         x: [M, C].
         weight: [C].
         scale: [I, C], or None for no modulation.
         items: int32 [M], the item of each row; None if I is 1.
-        formats: those to return.
+        formats: formats of the result.
     """
     if _fusable(x):
         written = _fused_format(x.shape[1], formats)
@@ -154,7 +154,7 @@ def add_norm(
     gate: torch.Tensor | None,
     items: torch.Tensor | None,
 ) -> None:
-    """In place x += tanh(gate of the row's item) * RMSNorm(y) * weight; without gate, times 1."""
+    """Add tanh(gate of the row's item) * RMSNorm(y) * weight to x in place; gate None: factor 1."""
     if _fusable(x):
         fused.add_norm_modulate(x, y, weight, gate, None, None, items, PLAIN, NORM_EPS)
         return
@@ -175,7 +175,7 @@ def add_norm_modulate(
     items: torch.Tensor | None,
     formats: Set[ActivationFormat],
 ) -> Activation:
-    """`add_norm`, then `norm_modulate` of the new x with the `next_` arguments."""
+    """Compute `add_norm`, then `norm_modulate` of the new x with the `next_` arguments."""
     if _fusable(x):
         written = _fused_format(x.shape[1], formats)
         result = fused.add_norm_modulate(

@@ -1,7 +1,7 @@
-"""From latents and captions to one sequence of tokens, and back.
+"""Conversion of latents and captions to one sequence of tokens, and back.
 
-Tokens of all images of a batch lie one after another, without padding between them but for that
-which the model itself has: images and captions are filled up to multiples of 32 tokens.
+Tokens of all images of a batch follow one another, with no padding between them except the model's
+own: images and captions are filled up to multiples of 32 tokens.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ MAX_LATENTS = PATCH_SIZE * min(ROPE_LENGTHS[1:])  # of an image's height and wid
 
 
 def padded(tokens: int) -> int:
-    """Tokens with those that fill up."""
+    """Return the number of tokens with fillers."""
     return -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
 
 def image_tokens(size: Size) -> int:
-    """Patches of a latent image."""
+    """Return the number of patches of a latent image."""
     frames, height, width = size
     return frames * (height // PATCH_SIZE) * (width // PATCH_SIZE)
 
 
-def most_caption_tokens(frames: int) -> int:
-    """Tokens of a caption that have positions beside so many frames."""
+def max_caption_tokens(frames: int) -> int:
+    """Return the number of caption tokens for which positions remain after those of the frames."""
     # Position 0 is the fillers'; the caption's come from 1 on, and then those of the frames.
     room = max(ROPE_LENGTHS[0] - 1 - frames, 0)
     return room // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
@@ -49,11 +49,11 @@ def most_caption_tokens(frames: int) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """A kind of sequence of a batch: its tokens, item after item.
+    """Layout of one kind of sequence of a batch: its tokens, item after item.
 
     Attributes:
         lengths: tokens of each item.
-        items: the item of each token, int32 [tokens]; None if there is one item only.
+        items: the item of each token, int32 [tokens]; None if there is only one item.
         rotations: cosine and sine of each token's rotary angles, float32 [tokens, 64, 2].
     """
 
@@ -64,12 +64,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a batch are.
+    """Layout of the tokens of a batch.
 
     Attributes:
-        images: of the noise refiner.
-        captions: of the context refiner.
-        joint: of the main blocks; an item's image comes before its caption.
+        images: sequences of the noise refiner.
+        captions: sequences of the context refiner.
+        joint: sequences of the main blocks; an item's image comes before its caption.
     """
 
     images: Segment
@@ -79,7 +79,7 @@ class Layout:
 
 @lru_cache(maxsize=16)
 def layout_of(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
-    """Return the layout of a batch; that of the last few is remembered."""
+    """Return the layout of a batch; the last few are cached."""
     images, captions = [], []
     for (frames, height, width), caption in shapes:
         length = padded(caption)
@@ -91,7 +91,7 @@ def layout_of(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
 
 
 def _grid(start: Size, size: Size) -> torch.Tensor:
-    """Positions [tokens, 3], the last axis fastest."""
+    """Return the positions [tokens, 3], the last axis fastest."""
     axes = [torch.arange(begin, begin + n) for begin, n in zip(start, size, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
@@ -108,7 +108,7 @@ def _part(positions: list[torch.Tensor], device: torch.device) -> Segment:
 
 
 def _rotations(positions: torch.Tensor) -> torch.Tensor:
-    # Angles in float64, then float32, as those that the model was trained with.
+    # Angles in float64, then float32, as in the model's training.
     angles = []
     for axis, dim in enumerate(ROPE_AXES):
         frequencies = ROPE_THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -118,7 +118,7 @@ def _rotations(positions: torch.Tensor) -> torch.Tensor:
 
 
 def patchify(image: torch.Tensor) -> torch.Tensor:
-    """[16, F, H, W] -> [tokens, 64]; a token's features are (row, column, channel) of its patch."""
+    """Split [16, F, H, W] into [tokens, 64], the (row, column, channel) of each patch."""
     channels, frames, height, width = image.shape
     patches = image.reshape(
         channels, frames, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE
@@ -127,7 +127,7 @@ def patchify(image: torch.Tensor) -> torch.Tensor:
 
 
 def unpatchify(tokens: torch.Tensor, size: Size) -> torch.Tensor:
-    """[tokens, 64] -> [16, F, H, W]."""
+    """Join [tokens, 64] to [16, F, H, W]."""
     frames, height, width = size
     patches = tokens.reshape(
         frames,
@@ -143,7 +143,7 @@ def unpatchify(tokens: torch.Tensor, size: Size) -> torch.Tensor:
 def fill_up(
     tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int], filler: torch.Tensor
 ) -> torch.Tensor:
-    """Put fillers behind each item's tokens.
+    """Append fillers to each item's tokens.
 
     Args:
         tokens: [sum of counts, C].

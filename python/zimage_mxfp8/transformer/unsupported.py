@@ -1,10 +1,10 @@
-"""What diffusers' models can do and this transformer cannot, and what to do instead."""
+"""Features of diffusers' models that this transformer lacks, with alternatives."""
 
 from __future__ import annotations
 
 import re
 
-# By what the names of attributes have in common.
+# By a common part of the attributes' names.
 _INSTEAD = {
     "peft|add_adapter|save_lora": (
         "adapters are loaded with load_lora or a pipeline's load_lora_weights; to train or save "
@@ -26,5 +26,5 @@ _INSTEAD = {
 
 
 def alternative_to(attribute: str) -> str | None:
-    """What to do instead of using an attribute of diffusers' models; None if there is no advice."""
+    """Return the alternative to an attribute of diffusers' models; None without one."""
     return next((advice for names, advice in _INSTEAD.items() if re.search(names, attribute)), None)

@@ -1,4 +1,4 @@
-"""Reading a transformer's weights: all checks first, then a stream to the device."""
+"""Reading of a transformer's weights: all checks first, then a stream to the device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DTYPES = {
 }
 _CHUNK = 8 << 20
 _WORKERS = 8
-_BUFFERS = 2  # of pinned memory for each worker
+_BUFFERS = 2  # of pinned memory per worker
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ModelFile:
     """A checkpoint that holds a whole Z-Image transformer.
 
     Attributes:
-        tensors: those that the model has, by name without prefix, in the ComfyUI layout.
+        tensors: the model's tensors, by name without prefix, in the ComfyUI layout.
         layers: the MXFP8 layers, by name without prefix.
     """
 
@@ -54,7 +54,7 @@ class ModelFile:
     layers: dict[str, MXFP8Layer]
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights in memory, floating-point ones in `dtype`."""
+        """Return the bytes of the weights in memory, floating-point ones in `dtype`."""
         total = 0
         for tensor in self.tensors.values():
             if tensor.dtype in FLOAT_NAMES:
@@ -65,11 +65,11 @@ class ModelFile:
 
 
 def open_model(path: str | os.PathLike[str], use: Use = "run") -> ModelFile:
-    """Look at a checkpoint's headers and markers.
+    """Check a checkpoint's headers and markers, and open it.
 
     Args:
         path: an MXFP8 or plain single file, or a diffusers folder.
-        use: what for.
+        use: the purpose.
 
     Raises:
         CheckpointError: unreadable, not Z-Image, incomplete, or quantised in a way that cannot be
@@ -120,10 +120,10 @@ class Loading:
 
 
 class TensorStream:
-    """Brings tensors from files to a device with bounded host memory.
+    """A stream of tensors from files to a device, with bounded host memory.
 
-    Workers read chunks into pinned memory, from where they are copied while the next are read.
-    On the CPU they read straight into the tensors.
+    Workers read chunks into pinned memory; these are copied to the device while the next are read.
+    On the CPU they read directly into the tensors.
     """
 
     def __init__(self, device: torch.device, total: int, progress: ProgressCallback | None) -> None:
@@ -136,7 +136,7 @@ class TensorStream:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, stacks: Mapping[str, Sequence[SourceTensor]]) -> Loading:
-        """Begin to load tensors, each of one or several of a file, stacked along the first axis."""
+        """Begin to load tensors, each from one or several of a file, stacked along axis 0."""
         tensors, jobs = {}, []
         for key, parts in stacks.items():
             shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
@@ -148,12 +148,12 @@ class TensorStream:
                     count = min(_CHUNK, part.nbytes - begin)
                     jobs.append((part, begin, flat[at + begin : at + begin + count]))
                 at += part.nbytes
-        if self._copies is not None:  # the tensors' memory may be in use until here
+        if self._copies is not None:  # the tensors' memory may be in use until now
             self._copies.wait_stream(torch.cuda.current_stream(self._device))
         return Loading(tensors, [self._pool.submit(self._run, job) for job in jobs])
 
     def finish(self, loading: Loading) -> dict[str, torch.Tensor]:
-        """The tensors, once they are on their way; work on the current stream sees them whole."""
+        """Return the tensors once their copies are queued; the current stream waits for them."""
         for chunk in loading.chunks:
             part, nbytes = chunk.result()
             self._done += nbytes

@@ -1,4 +1,4 @@
-"""What a Z-Image transformer's tensors say of its size."""
+"""Sizes of a Z-Image transformer, from its tensors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The table of Z-Image's layers: every name, shape and role of a tensor is a row here.
 
 Names are those of the ComfyUI single file, which the original repository shares, and of diffusers'
-`ZImageTransformer2DModel`. What follows from the rows is in `table.py`; what a row can say, in
-`rows.py`. The forward pass itself is `transformer/`.
+`ZImageTransformer2DModel`. `table.py` derives values from the rows; `rows.py` defines the kinds of
+rows. The forward pass itself is in `transformer/`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def zimage_shapes(
     caption_dim: int | None = None,
     hidden: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of Z-Image's tensors in ComfyUI's layout; the defaults are the real model's.
+    """Return name -> shape of Z-Image's tensors in ComfyUI's layout; defaults: the real model's.
 
     Args:
         dim: width of the model, a multiple of 128.

@@ -17,9 +17,9 @@ class Size:
     """A width of the model.
 
     Attributes:
-        name: what shapes call it.
-        usual: its value where no tensor shows it, from the sizes in the rows above.
-        shown_by: tensors that show it, the first of which decides, each with the axis. A tensor of
+        name: its name in shapes.
+        usual: its value if no tensor shows it, from the sizes in the rows above.
+        shown_by: tensors that show it, each with the axis; the first one found decides. A tensor of
             a block is named without stack and number.
     """
 
@@ -33,14 +33,14 @@ class Stack:
     """Blocks that run one after another.
 
     Attributes:
-        name: what its tensors' names begin with.
+        name: the beginning of its tensors' names.
         count: field of `ZImageConfig` with the number of its blocks. Stacks with the same field
             have the same number; a new field is to be added there.
         tokens: what its blocks run on: the "image" or the "caption" tokens, each after its
             embedder, or "joint" ones, each item's image before its caption.
         modulated: whether the timestep modulates its blocks.
         main: whether it holds the main blocks. One stack of a table does.
-        title: what stands before a block's number in figures.
+        title: the text before a block's number in figures.
     """
 
     name: str
@@ -56,16 +56,16 @@ class Layer:
     """A layer of a block, or one outside the stacks.
 
     Attributes:
-        name: in ComfyUI's layout; within the block, for a layer of one.
+        name: its name in ComfyUI's layout; for a layer of a block, within the block.
         kind: "linear": a matrix; "modulation": one that only modulated blocks have; "norm": a
             vector; "token": a tensor named like the layer, which has no bias.
-        shape: of the weight, from the sizes.
+        shape: shape of the weight, from the sizes.
         bias: whether it has a bias, of as many elements as the weight has rows.
         diffusers: diffusers' names in a block, if they are others; several are stacked along the
             rows.
         slot: attribute of the transformer's `Block` that it is loaded into. Linear layers with the
-            same slot are stacked along the rows where their formats allow it.
-        group: what tables show it under, outside the stacks; by default the name's first part.
+            same slot are stacked along the rows if their formats allow it.
+        group: its group in tables, if it is outside the stacks; by default the name's first part.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The timesteps of Z-Image's samplers, and the features that the model makes of them."""
+"""The timesteps of Z-Image's samplers, and the model's features of timesteps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sampler_timesteps(sampler: str | int) -> Vector:
 
 
 def timestep_features(timesteps: Vector, dim: int, max_period: float = 10000.0) -> Vector:
-    """Sinusoidal features [steps, dim]: cosines, then sines."""
+    """Return sinusoidal features [steps, dim]: cosines, then sines."""
     half = dim // 2
     frequencies = np.exp(-np.log(max_period) * np.arange(half) / half)
     angles = timesteps[:, None] * frequencies

@@ -1,4 +1,4 @@
-"""What follows from a table of layers: names, shapes, groups, layer types."""
+"""The table of layers: names, shapes, groups and layer types derived from its rows."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class LayerTable:
             same tokens; joint tokens come last.
         block: the layers of a block; those of kind "modulation" are in modulated stacks only.
         outside: the layers outside the stacks.
-        diffusers_modules: what names outside the stacks begin with in diffusers' layout, with the
-            patch size, and in ComfyUI's.
+        diffusers_modules: the beginnings of names outside the stacks, in diffusers' layout (with
+            the patch size) and in ComfyUI's.
         anchor: a matrix [dim, caption features] that is in every model of the family and has the
             same name in ComfyUI's and diffusers' layouts.
         signature: tensors that ComfyUI recognises the model by.
-        time_embedder: what the names of the layers begin with that embed the timestep.
+        time_embedder: the beginning of the names of the layers that embed the timestep.
     """
 
     sizes: tuple[Size, ...] = field(repr=False)
@@ -91,21 +91,21 @@ class LayerTable:
         return [x for x in self.outside if x.name.startswith(f"{self.time_embedder}.")]
 
     def main_types(self) -> tuple[str, ...]:
-        """Names of the matrices of a main block."""
+        """Return the names of the matrices of a main block."""
         return tuple(layer.name for layer in self.layers_of(self.main) if layer.is_matrix)
 
     def refiner_types(self) -> tuple[str, ...]:
-        """Names of the matrices of other blocks, but modulations, with the stack; by stack."""
+        """Return names of other blocks' matrices without modulations, with the stack; by stack."""
         refiners = sorted(stack.name for stack in self.stacks if not stack.main)
         kinds = [layer.name for layer in self.block if layer.kind == "linear"]
         return tuple(f"{stack}.{kind}" for stack in refiners for kind in kinds)
 
     def layer_types(self) -> tuple[str, ...]:
-        """The types of layers that are compared with each other: main ones, then refiners'."""
+        """Return the types of layers to compare with each other: main ones, then refiners'."""
         return self.main_types() + self.refiner_types()
 
     def layer_type(self, tensor: BlockTensor) -> str:
-        """The type of a layer: its name in the block, with the stack before it for refiners."""
+        """Return the type of a layer: its name in the block, for refiners with the stack's name."""
         main = tensor.stack == self.main.name
         return tensor.part if main else f"{tensor.stack}.{tensor.part}"
 
@@ -113,18 +113,17 @@ class LayerTable:
 
     @cached_property
     def _block_name(self) -> re.Pattern[str]:
-        # Numbers as the model writes them: 07 or digits of other scripts would be taken for another
-        # block.
+        # Numbers as the model writes them: 07 or digits of other scripts would name another block.
         stacks = "|".join(re.escape(stack.name) for stack in self.stacks)
         return re.compile(rf"({stacks})\.(0|[1-9][0-9]{{0,8}})\.(.+)")
 
     def split(self, name: str) -> BlockTensor | None:
-        """Return the parts of a name; None if it is not one of a block."""
+        """Return the parts of a name; None if it does not belong to a block."""
         match = self._block_name.fullmatch(name)
         return BlockTensor(match[1], int(match[2]), match[3]) if match else None
 
     def is_modulation(self, layer: str) -> bool:
-        """Whether a layer is the modulation of a block."""
+        """Return whether a layer is the modulation of a block."""
         at = self.split(layer)
         modulated = {stack.name for stack in self.stacks if stack.modulated}
         return (
@@ -153,7 +152,7 @@ class LayerTable:
         """Name -> shape of all tensors.
 
         Args:
-            sizes: by name; those without a value get their usual one.
+            sizes: sizes by name; those without a value get their usual one.
             counts: number of blocks by the stacks' `count`.
         """
         sizes = self._completed(sizes)
@@ -207,7 +206,7 @@ class LayerTable:
     ) -> dict[str, int]:
         """Return the model's sizes by name, taken from its tensors (see `expected_shapes`).
 
-        Of the layers of blocks, most decide: a single wrong one is then named as such.
+        For layers of blocks the majority decides: a single wrong one is then reported as such.
         """
         by_part: dict[str, list[str]] = {}
         for name in sorted(found):
@@ -244,9 +243,9 @@ class LayerTable:
     # ---- Diffusers' names
 
     def from_diffusers(self, name: str) -> tuple[str, tuple[str, ...]]:
-        """A tensor's name in ComfyUI's layout, and diffusers' names of all that are stacked there.
+        """Return a tensor's name in ComfyUI's layout, and diffusers' names of all tensors in it.
 
-        Names that are the same in both layouts, or of no layer, are returned as they are.
+        Names that are the same in both layouts, or belong to no layer, are returned unchanged.
         """
         for theirs, ours in self.diffusers_modules:
             if name.startswith(f"{theirs}."):
@@ -262,12 +261,12 @@ class LayerTable:
         return name, (name,)
 
     def is_diffusers_layout(self, names: Iterable[str]) -> bool:
-        """Whether names have the modules of diffusers' layout."""
+        """Return whether names have the modules of diffusers' layout."""
         modules = tuple(f"{module}." for module, _ in self._patch_sizes)
         return any(name.startswith(modules) for name in names)
 
     def other_patch_size(self, names: Iterable[str]) -> str | None:
-        """The first name of a layer for another patch size, which ComfyUI's layout cannot hold."""
+        """Return the first name for another patch size, for which ComfyUI's layout has no place."""
         sizes = dict(self._patch_sizes)
         for name in names:
             module, _, rest = name.partition(".")

@@ -697,7 +697,7 @@ def test_terminal_shows_stages_and_answers(checkpoint: Path) -> None:
     text = run_in_terminal(["compare", str(checkpoint)])
     for part in ("comparing: reading", "comparing: sampling", "comparing: low rank"):
         assert part in text
-    for part in ("NVFP4", "Low-rank branches", "whether it holds", "exact"):
+    for part in ("NVFP4", "Low-rank branches", "whether they hold", "exact"):
         assert part in text
 
 
@@ -769,7 +769,7 @@ def test_bad_weights(cli: Run, tmp_path: Path) -> None:
         (["--bound", "-1"], 2, "relative squared error"),
         (["--bound", "inf"], 2, "relative squared error"),
         (["--low-rank", "some"], 2, "invalid choice"),
-        (["--layers", "("], 2, '--layers "(" is no regular expression'),
+        (["--layers", "("], 2, '--layers "(" is not a regular expression'),
         (["--layers", "nothing"], 2, '--layers "nothing" finds no weight matrix'),
         (["--layers", "w1", "--write-recipe", "r.toml"], 2, "needs the errors of all layers"),
         (["--csv", "x", "--write-recipe", "x"], 2, "are the same file"),

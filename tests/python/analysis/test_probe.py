@@ -466,7 +466,7 @@ def test_what_convert_would_refuse_for_other_reasons(cli: Run, tmp_path: Path) -
     result = cli("probe", "a.safetensors", "--write-recipe", "r.toml")
     assert result.returncode == 0 and "nothing" not in result.stdout
     planned = cli("convert", "-i", "a.safetensors", "--recipe", "r.toml", "--dry-run")
-    fails(planned, 1, f'"{name}" is no weight of Z-Image')
+    fails(planned, 1, f'"{name}" is not a weight of Z-Image')
 
 
 def test_table_fits_80_columns(planted_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

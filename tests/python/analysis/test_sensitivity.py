@@ -262,7 +262,9 @@ def test_a_state_of_another_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(zm.UsageError, match=r"state.json is of a run with another seed \(0, not 5"):
         analyse(folder, state=state, seed=5)
     state.write_text("[]")
-    with pytest.raises(zm.UsageError, match=r"state.json is no state of a sensitivity run; name"):
+    with pytest.raises(
+        zm.UsageError, match=r"state.json is not the state of a sensitivity run; name"
+    ):
         analyse(folder, state=state)
 
 
@@ -302,7 +304,9 @@ def test_a_state_that_is_none(folder: Path, tmp_path: Path, content: bytes) -> N
 
 def refused(folder: Path, state: Path) -> None:
     before = state.read_bytes()
-    with pytest.raises(zm.UsageError, match=r"state.json is no state of a sensitivity run; name"):
+    with pytest.raises(
+        zm.UsageError, match=r"state.json is not the state of a sensitivity run; name"
+    ):
         analyse(folder, state=state)
     assert state.read_bytes() == before
 

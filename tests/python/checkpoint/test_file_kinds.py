@@ -327,17 +327,17 @@ KINDS: dict[str, tuple[Make, str, str]] = {
     "dangling link": (linked, "is a link to gone.safetensors, which does not exist", "restore"),
     "empty folder": (
         lambda path: path.mkdir(),
-        "is no diffusers folder",
+        "is not a diffusers folder",
         "name the model's folder",
     ),
     "folder of single files": (
         folder("one.safetensors"),
-        "is no diffusers folder",
+        "is not a diffusers folder",
         "name one of its files, such as one.safetensors",
     ),
     "folder of pickles": (
         folder("pytorch_model.bin"),
-        "is no diffusers folder",
+        "is not a diffusers folder",
         "download the safetensors files",
     ),
 }
@@ -483,11 +483,11 @@ def test_two_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ),
         (
             lambda t: t.update({"layers.1.feed_forward.w9.weight": torch.zeros(8, 8).double()}),
-            ['"layers.1.feed_forward.w9.weight" is no weight of Z-Image'],
+            ['"layers.1.feed_forward.w9.weight" is not a weight of Z-Image'],
         ),
         (
             lambda t: t.update({"layers.1.feed_forward.w9.weight": torch.zeros(8, 8)}),
-            ['"layers.1.feed_forward.w9.weight" is no weight of Z-Image'],
+            ['"layers.1.feed_forward.w9.weight" is not a weight of Z-Image'],
         ),
         (
             lambda t: [t.pop(n) for n in list(t) if n.startswith("layers.1.attention")],

@@ -89,8 +89,8 @@ def entry(dtype: str = "BF16", shape: object = (2,), offsets: object = (0, 4)) -
 
 # name -> (header, data, length prefix, part of the sentence)
 MALFORMED: dict[str, tuple[object, bytes, int | None, str]] = {
-    "header longer than the file": ({}, b"", 10**6, "truncated or no safetensors file"),
-    "absurd header length": ({}, b"", 2**63, "truncated or no safetensors file"),
+    "header longer than the file": ({}, b"", 10**6, "truncated or not a safetensors file"),
+    "absurd header length": ({}, b"", 2**63, "truncated or not a safetensors file"),
     "not JSON": (b"{not json", b"", None, "not JSON"),
     "not UTF-8": (b'{"\xff": 1}', b"", None, "not JSON"),
     "NaN": (b'{"__metadata__": {"a": NaN}}', b"", None, "not JSON"),

@@ -301,7 +301,7 @@ def test_nonfinite_values_anywhere(
     assert f'tensor "{name}" has NaN or Inf at {position}; --nonfinite keep' in error
     assert not output.exists()
     assert main([*command, "--nonfinite", "keep"]) == 0
-    assert f'"{name}" has NaN or Inf and stays as it is' in capsys.readouterr().err
+    assert f'"{name}" has NaN or Inf and is kept' in capsys.readouterr().err
     report = zm.validate(output)
     assert [(b.tensor, "has NaN or Inf" in b.problem) for b in report.breaches] == [(name, True)]
 

@@ -472,8 +472,8 @@ start(*{words!r})
     result = run_program(program, tiny_here)
     assert result.returncode == 130
     assert result.stderr.splitlines()[-1] == (
-        "zimage-mxfp8: error: interrupted; s.json keeps what was measured, and the same command "
-        "goes on from there"
+        "zimage-mxfp8: error: interrupted; s.json keeps the measurements, and the same command "
+        "continues from there"
     )
     assert len(json.loads((tiny_here / "s.json").read_text())["errors"]) == 1
     only(tiny_here, "in.safetensors", "s.json", "tiny.safetensors")

@@ -210,7 +210,7 @@ def test_embedder_with_nan_is_named(small_model: Tensors, tmp_path: Path) -> Non
     assert not output.exists()
     report = zm.convert(source, output, nonfinite="keep")
     assert report.corrected_biases == 0
-    assert f'"{name}" has NaN or Inf and stays as it is' in report.warnings
+    assert f'"{name}" has NaN or Inf and is kept' in report.warnings
 
 
 def test_large_values_in_the_embedder(small_model: Tensors, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_toml_file_alone(small_file: Path, tmp_path: Path) -> None:
         ('[[keep]]\nname = "a"\npattern = "a{99999999999}"\nreason = "b"', "number 1: the pattern"),
         ('colour = "red"', 'the unknown key "colour"'),
         ("title = 3", '"title" must be a str'),
-        ('extends = "theirs"', 'extends "theirs", which is none of'),
+        ('extends = "theirs"', 'extends "theirs", which is not one of'),
         ('source_rounding = "float8"', '"source_rounding" can only be'),
         ('[[keep]]\nname = "a"', "number 1 must have exactly"),
         ('[[keep]]\nname = "a"\npattern = "("\nreason = "b"', 'number 1: the pattern "("'),

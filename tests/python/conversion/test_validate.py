@@ -218,7 +218,7 @@ WEIGHT, SCALE, MARKER = (f"{LAYER}.{part}" for part in ("weight", "weight_scale"
         (
             header_says(lambda d: d["layers"][LAYER].update(full_precision_matrix_mult=True)),
             HEADER,
-            "says something else",
+            "disagrees about layer",
         ),
         (header_says(lambda d: d["layers"].update({LAYER: 3})), HEADER, "not a JSON object"),
         (
@@ -229,7 +229,7 @@ WEIGHT, SCALE, MARKER = (f"{LAYER}.{part}" for part in ("weight", "weight_scale"
         (
             lambda t, _: t.update({MARKER: json_tensor({"format": "nvfp4"})}),
             HEADER,
-            "says something else",
+            "disagrees about layer",
         ),
         (lambda t, _: t.update({MARKER: json_tensor([])}), MARKER, "is not a JSON object"),
         (lambda t, _: t.update({MARKER: torch.zeros(9, dtype=torch.uint8)}), MARKER, "is not JSON"),

@@ -567,7 +567,7 @@ def test_terminal_shows_steps_and_their_time(zimage_folder: Path, tmp_path: Path
     )
     assert "loading the transformer" in text
     for step in range(1, 9):
-        assert re.search(rf"denoising .*step {step} of 8, \d+\.\d\d s a step", text)
+        assert re.search(rf"denoising .*step {step} of 8, \d+\.\d\d s per step", text)
     assert "64x48, seed " in text
     assert "Loading" not in text and "Warning" not in text
 

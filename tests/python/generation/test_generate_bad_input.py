@@ -209,13 +209,13 @@ def test_init_image(generate: Generate, tmp_path: Path, monkeypatch: pytest.Monk
     options = (*USUAL, "--init-image", "i.png")
     fails(generate(*options), 1, "the init image i.png does not exist")
     (tmp_path / "i.png").mkdir()
-    fails(generate(*options), 1, "the init image i.png is no regular file; name an image")
+    fails(generate(*options), 1, "the init image i.png is not a regular file; name an image")
     (tmp_path / "i.png").rmdir()
     os.mkfifo(tmp_path / "i.png")
-    fails(generate(*options), 1, "the init image i.png is no regular file; name an image")
+    fails(generate(*options), 1, "the init image i.png is not a regular file; name an image")
     (tmp_path / "i.png").unlink()
     (tmp_path / "i.png").write_text("no image")
-    fails(generate(*options), 1, "the init image i.png is in no format that Pillow reads")
+    fails(generate(*options), 1, "the init image i.png has a format that Pillow cannot read")
     init_image(tmp_path / "whole.png", (64, 64))
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "i.png").write_bytes(content[: len(content) // 2])
@@ -331,7 +331,7 @@ def test_folder_that_is_none(generate: Generate, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     fails(generate(*USUAL, model="file"), 1, "file is a file")
     (tmp_path / "empty").mkdir()
-    fails(generate(*USUAL, model="empty"), 1, "empty is no diffusers folder", "model_index.json")
+    fails(generate(*USUAL, model="empty"), 1, "empty is not a diffusers folder", "model_index.json")
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -612,7 +612,7 @@ def test_nan_in_the_transformer_is_reported_with_the_step(
         result,
         1,
         "the image of seed 9 became NaN or Inf in step 1 of 2 (compute weight-only, float32)",
-        "validate nan.safetensors tells whether the file is sound",
+        "run zimage-mxfp8 validate nan.safetensors to check the file",
     )
     assert result[2].endswith("is sound\n")  # what else may help is in use already
     assert not (tmp_path / "o.png").exists()

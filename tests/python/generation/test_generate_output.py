@@ -111,7 +111,7 @@ def test_lines_without_a_terminal(cli: Run, zimage_folder: Path, zimage_quantize
     steps = [int(line.split()[2]) for line in lines if line.startswith("denoising")]
     assert steps == [1, *range(4, 41, 4)]
     assert all(
-        re.fullmatch(r"denoising: step \d+ of 40, \d+\.\d\d s a step", x) for x in lines[6:-3]
+        re.fullmatch(r"denoising: step \d+ of 40, \d+\.\d\d s per step", x) for x in lines[6:-3]
     )
     assert [line for line in lines if not line.startswith("denoising")] == [
         "checking the model folder and the output ...",

@@ -368,9 +368,9 @@ def test_bad_options_are_not_the_files_fault(generate: Generate, tmp_path: Path)
     ("make", "sentence"),
     [
         (lambda path: None, "i.png does not exist; name a PNG file made by generate"),
-        (lambda path: path.mkdir(), "i.png is no regular file; name a PNG file"),
-        (lambda path: path.touch(), "i.png is no PNG file"),
-        (lambda path: Image.new("RGB", (8, 8)).save(path, "JPEG"), "i.png is no PNG file"),
+        (lambda path: path.mkdir(), "i.png is not a regular file; name a PNG file"),
+        (lambda path: path.touch(), "i.png is not a PNG file"),
+        (lambda path: Image.new("RGB", (8, 8)).save(path, "JPEG"), "i.png is not a PNG file"),
     ],
 )
 def test_files_without_settings(

@@ -160,7 +160,7 @@ def test_too_little_memory_for_a_forward(quantized: Path, monkeypatch: pytest.Mo
     with pytest.raises(
         zm.CudaError,
         match=r"ran out of memory in a forward over 112 tokens, which needs about 0\.1 GiB: \S+ of "
-        r"\S+ GiB are free beside .* use a smaller size or batch$",
+        r"\S+ GiB are free, and .* use a smaller size or batch$",
     ):
         model(*on_device(random_inputs(*EQUAL)))
 

@@ -20,7 +20,7 @@ Generate = Callable[..., "tuple[int, str, str]"]
 # What `generate` tells without a terminal while all goes well.
 STAGES = re.compile(
     r"^zimage-mxfp8: (?:(?:checking|loading) [a-zA-Z ]+(?: \.\.\.)?|encoding|"
-    r"denoising: step \d+ of \d+, \S+ s a step|decoding(?:: image \d+ of \d+)?)\n",
+    r"denoising: step \d+ of \d+, \S+ s per step|decoding(?:: image \d+ of \d+)?)\n",
     re.MULTILINE,
 )
 

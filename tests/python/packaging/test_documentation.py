@@ -91,7 +91,7 @@ ELEVEN = "".join(f"| `a{i}` | `b` | x |\n" for i in range(11))
         ("low", "if TYPE_CHECKING:\n    from . import high", "", "low imports high of a"),
         ("high/inner", "from ..top import x", "", "high.inner imports top of a higher layer"),
         ("new", "from .low import x", "", "new is in no layer"),
-        ("top", "", "| `low` | `top` | a reason |\n", "low -> top is listed but not there"),
+        ("top", "", "| `low` | `top` | a reason |\n", "low -> top is listed but does not exist"),
         ("low", "from .top import x", "| `low` | `top` | |\n", "`low` -> `top` has no reason"),
         (
             "top",

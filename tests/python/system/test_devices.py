@@ -30,7 +30,7 @@ no_kernels = pytest.mark.skipif(bool(_core.build_info().cuda), reason="this buil
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_notes, "_told", set())
+    monkeypatch.setattr(device_notes, "_warned", set())
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_loading_a_model_tells(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(zm.DeviceWarning, match="though there is a GPU"):
         zm.ZImageTransformer.from_checkpoint(folder)
     zm.ZImageTransformer.from_checkpoint(folder)  # without a second warning
-    device_notes._told.clear()
+    device_notes._warned.clear()
     zm.ZImageTransformer.from_checkpoint(folder, "cpu")
 
 

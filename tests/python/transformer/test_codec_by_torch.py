@@ -149,12 +149,12 @@ def test_why_a_gpu_has_no_fp8_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A40")
     why = scaled_mm.unsupported.__wrapped__
     assert why(0) == (
-        "FP8 products need compute capability 8.9 or newer, and this is NVIDIA A40 (8.6)"
+        "FP8 GEMMs need compute capability 8.9 or newer, and this is NVIDIA A40 (8.6)"
     )
     assert why(1) == f"the torch that is installed ({torch.__version__}) finds no CUDA device 1"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(scaled_mm, "_try", lambda place: "no")
-    assert why(0).endswith("has no FP8 product with a scale per row on NVIDIA A40 (8.9): no")
+    assert why(0).endswith("has no FP8 GEMM with a scale per row on NVIDIA A40 (8.9): no")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

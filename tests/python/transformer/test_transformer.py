@@ -374,8 +374,8 @@ def test_too_little_memory_of_a_device_is_told_with_what_is_needed(
         model(*random_inputs([(1024, 1024)], [20]))
     found = re.fullmatch(
         r"cpu ran out of memory in a forward over 262164 tokens, which needs about (\d\.\d) GiB: "
-        r"1\.0 of 80\.0 GiB are free beside the transformer's weights of 0\.0; use a smaller size "
-        "or batch",
+        r"1\.0 of 80\.0 GiB are free, and the transformer's weights take 0\.0; use a smaller "
+        "size or batch",
         str(e.value),
     )
     assert found, e.value
@@ -493,7 +493,7 @@ BROKEN = {
     "another format": (other_format, r"quantised already \(MXFP8 and other formats"),
     "marker and header contradict each other": (
         contradiction,
-        r'"_quantization_metadata" says something else of layer "layers.0.attention.out"',
+        r'"_quantization_metadata" disagrees about layer "layers.0.attention.out"',
     ),
     "another shape": (other_shape, r'"layers.1.ffn_norm1.weight" is \[7\], not \[256\]'),
     "not Z-Image": (
@@ -510,11 +510,11 @@ BROKEN = {
     ),
     "a bias": (
         lambda t, m: t.update({"layers.0.attention.qkv.bias": torch.ones(768)}),
-        r'"layers.0.attention.qkv.bias" is no part of a Z-Image transformer.*merge adapters',
+        r'"layers.0.attention.qkv.bias" is not part of a Z-Image transformer.*merge adapters',
     ),
     "a stray block": (
         lambda t, m: t.update({"layers.x.attention_norm1.weight": torch.ones(256)}),
-        r'"layers.x.attention_norm1.weight" is no part of|"layers.2',
+        r'"layers.x.attention_norm1.weight" is not part of|"layers.2',
     ),
     "one wrong width among others": (
         lambda t, m: t.update({"layers.29.feed_forward.w1.weight": torch.ones(7, 256)}),
@@ -581,7 +581,7 @@ IMAGE, TIME, WORDS = torch.zeros(16, 1, 4, 4), torch.zeros(1), torch.zeros(3, CA
         ([IMAGE], TIME, [WORDS[:0]], r"cap_feats\[0\] must be \[tokens, 96\] with one token"),
         ([IMAGE], TIME, [WORDS[:, :5]], r"cap_feats\[0\] must be .* not \[3, 5\]"),
         ([IMAGE], torch.zeros(2), [WORDS], r"t must be a tensor \[1\]"),
-        ([IMAGE], 0.5, [WORDS], r"t must be a tensor \[1\], a time each, not float"),
+        ([IMAGE], 0.5, [WORDS], r"t must be a tensor \[1\], a time per image, not float"),
         ([IMAGE], TIME.to("meta"), [WORDS], "t must be a dense tensor on cpu"),
         ([IMAGE.to_sparse()], TIME, [WORDS], r"x\[0\] must be a dense tensor"),
         ([IMAGE.to("meta")], TIME, [WORDS], r"x\[0\] is on meta, but the model is on cpu"),
@@ -602,12 +602,12 @@ LIMITS = {
     "caption": (
         ((1, 2, 2), 1504),
         ((1, 2, 2), 1505),
-        r"cap_feats\[0\] must have 1504 tokens at most, .* beside 1 frame of x\[0\], not 1505",
+        r"cap_feats\[0\] must have 1504 tokens at most, .* with 1 frame of x\[0\], not 1505",
     ),
     "caption beside frames": (
         ((63, 2, 2), 1472),
         ((63, 2, 2), 1473),
-        r"cap_feats\[0\] must have 1472 tokens at most, .* beside 63 frames of x\[0\], not 1473",
+        r"cap_feats\[0\] must have 1472 tokens at most, .* with 63 frames of x\[0\], not 1473",
     ),
     "frames": (((1503, 2, 2), 1), ((1504, 2, 2), 1), r"cap_feats\[0\] must have 0 tokens at most"),
 }

@@ -1,4 +1,4 @@
-"""Other number formats for weights, for measuring only: what each would lose on given rows.
+"""Other number formats for weights, for measuring only: the error of each on given rows.
 
 Element types are those of the ml_dtypes package, which gives their sizes and limits; scales follow
 
@@ -6,15 +6,15 @@ Element types are those of the ml_dtypes package, which gives their sizes and li
   specification derives it from the largest power of two of the element type ("floor" here);
   "round-up" is the smallest power of two with which nothing saturates, as this package encodes.
 - NVFP4: one E4M3 scale for 16 elements, times a float32 scale amax / (448 * 6) for the tensor.
-- FP8 and INT8 with a float32 scale amax / 448 or amax / 127 for a row or the tensor.
+- FP8 and INT8 with a float32 scale amax / 448 or amax / 127 per row or per tensor.
 
 Everything is rounded to nearest, ties to even, and saturates.
 
-Rows are worked on as columns of blocks: an array [32, blocks] whose first axis runs inside a
-block. All loops then run over adjacent memory, which makes NumPy eight times as fast as it is with
-a loop for every block. For the same reason the rounding is arithmetic: ml_dtypes' own casts give
-the same numbers (the tests compare them) at an eighth of the speed. Operations write to memory that
-is used again, because the system takes longer to give fresh memory than an operation takes.
+Rows are processed as columns of blocks: an array [32, blocks] with its first axis inside a block.
+All loops then run over adjacent memory, which makes NumPy eight times as fast as a loop per block.
+For the same reason the rounding is arithmetic: ml_dtypes' own casts give the same numbers (the
+tests compare them) at an eighth of the speed. Operations reuse memory, because the system takes
+longer to give fresh memory than an operation takes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _NVFP4_BLOCK: Final = 16
 _INT8_MAX: Final = 127.0
 _E8M0_BIAS: Final = 127
 _FLOAT32_BITS: Final = 32
-# Of the rows worked on at once: few enough that they stay in the cache, and enough that threads
-# seldom wait for one another between operations, where Python lets only one of them run.
+# Of the rows processed at once: few enough to stay in the cache, and enough that threads seldom
+# wait for one another between operations, where Python lets only one of them run.
 _CACHED_ELEMENTS: Final = 1 << 18
 
 
@@ -107,9 +107,9 @@ class Format:
 
     Attributes:
         name: short name, in options, CSV and JSON.
-        title: what people read.
+        title: the name in tables and pages.
         element_bits: bits of an element.
-        scale_bits: bits of a scale, and of whatever else is stored with it.
+        scale_bits: bits of a scale, and of everything else that is stored with it.
         block: elements of a row that share a scale; 0 for the whole row, -1 for the whole matrix.
         tensor_bits: bits stored once for the matrix.
     """
@@ -145,14 +145,15 @@ FORMATS: Final[dict[str, Format]] = {
         *_mx("mxfp8-e4m3", "MXFP8 E4M3", 8, "", "-floor", "-search"),
         *_mx("mxfp8-e5m2", "MXFP8 E5M2", 8, "", "-floor", "-search"),
         Format("mxfp8-best", "MXFP8, E4M3 or E5M2 per block", 8, 8 + 1, BLOCK),
-        Format("fp8-tensor", "FP8 E4M3, a scale for the tensor", 8, _FLOAT32_BITS, -1),
-        Format("fp8-row", "FP8 E4M3, a scale for each row", 8, _FLOAT32_BITS, 0),
-        Format("int8-row", "INT8, a scale for each row", 8, _FLOAT32_BITS, 0),
+        Format("fp8-tensor", "FP8 E4M3, one scale per tensor", 8, _FLOAT32_BITS, -1),
+        Format("fp8-row", "FP8 E4M3, one scale per row", 8, _FLOAT32_BITS, 0),
+        Format("int8-row", "INT8, one scale per row", 8, _FLOAT32_BITS, 0),
         *_mx("mxfp4", "MXFP4 E2M1", 4, "", "-floor", "-search"),
         Format("nvfp4", "NVFP4", 4, 8, _NVFP4_BLOCK, _FLOAT32_BITS),
     )
 }
-# What a low-rank branch is measured with: one rule of scales for each element type and layout.
+# The formats that low-rank branches are measured with: one rule of scales per element type and
+# layout.
 BASE_FORMATS: Final = (
     "mxfp8-e4m3",
     "mxfp8-e5m2",
@@ -166,7 +167,7 @@ _MX_ELEMENTS: Final = {"mxfp8-e4m3": E4M3, "mxfp8-e5m2": E5M2, "mxfp4": E2M1}
 
 
 def measure(matrix: Floats, largest: float) -> dict[str, float]:
-    """Return what each format loses on some rows of a matrix.
+    """Return the squared error of each format on some rows of a matrix.
 
     Args:
         matrix: [rows, K], finite.
@@ -183,7 +184,7 @@ def measure(matrix: Floats, largest: float) -> dict[str, float]:
 
 
 def measure_base(matrix: Floats, largest: float) -> dict[str, float]:
-    """`measure` for `BASE_FORMATS` only, in two thirds of the time."""
+    """Return the same as `measure`, for `BASE_FORMATS` only, in two thirds of the time."""
     errors = dict.fromkeys(BASE_FORMATS, 0.0)
     for _, blocks in _cached(matrix, largest):
         for name in BASE_FORMATS:
@@ -224,8 +225,8 @@ class _Blocks:
     """Rows as columns of blocks, [32, rows * blocks of a row], zero padded.
 
     Args:
-        rows: how many it has memory for.
-        cols: of a row.
+        rows: number of rows that it has memory for.
+        cols: number of columns.
         largest: largest magnitude of the whole matrix that the rows are from.
     """
 
@@ -236,7 +237,7 @@ class _Blocks:
         self._memory = np.empty((4, BLOCK * rows * self._blocks_per_row), np.float32)
 
     def load(self, matrix: Floats) -> None:
-        """Take the rows of a matrix in place of those before."""
+        """Replace the rows by those of another matrix."""
         rows, cols = matrix.shape
         size = rows * self._blocks_per_row * BLOCK
         self._values, self._scaled, self._error, self._scratch = (
@@ -284,12 +285,12 @@ class _Blocks:
         return scales, self._encode(self._values, scales, fp8.round)
 
     def encode_mx(self, name: str, exponents: Exponents) -> tuple[Floats, Floats]:
-        """Encode in an MX format whose scales are powers of two with these exponents."""
+        """Encode in an MX format with scales that are powers of two with these exponents."""
         scales = np.ldexp(np.float32(1), exponents)[np.newaxis]
         return scales, self._encode(self._values, scales, element(name).round)
 
     def _encode(self, values: Floats, scales: Floats, rounding: Rounding) -> Floats:
-        """(wq - w) / scale, which float32 holds exactly where the scale is a power of two."""
+        """Return (wq - w) / scale, which float32 holds exactly if the scale is a power of two."""
         scaled, error, scratch = (
             memory.reshape(values.shape) for memory in (self._scaled, self._error, self._scratch)
         )
@@ -301,19 +302,20 @@ class _Blocks:
     def squares(self, scales: Floats, error: Floats) -> Doubles:
         """Return the sum of (w - wq)^2 of each column, [columns] or [2, columns] (NVFP4).
 
-        In float32 within a block, which takes a third of the time and errs by some 1e-7 of it.
+        Sums within a block are float32, which takes a third of the time and adds a relative error
+        of about 1e-7.
         """
         sums: Doubles = np.einsum("...ij,...ij->...j", error, error).astype(np.float64)
         sums *= np.square(scales[..., 0, :], dtype=np.float64)
         return sums
 
     def floor_exponents(self, name: str) -> Exponents:
-        """The OCP rule: exponent of the largest magnitude less that of the largest element."""
+        """Return the exponents of the OCP rule: largest magnitude's less largest element's."""
         _, exponents = np.frexp(self._block_largest)
         return _e8m0(exponents - 1 - element(name).max_exponent)
 
     def round_up_exponents(self, name: str) -> Exponents:
-        """ceil(log2(largest magnitude / largest element)): nothing saturates."""
+        """Return exponents ceil(log2(largest magnitude / largest element)): nothing saturates."""
         kind = element(name)
         mantissas, exponents = np.frexp(self._block_largest)  # mantissas in [0.5, 1)
         saturates = mantissas * 2 > kind.maximum / 2.0**kind.max_exponent
@@ -333,7 +335,7 @@ class _Blocks:
 
 
 def _nonzero(scales: Floats) -> Floats:
-    """Scales with 1 for 0, which only blocks get whose codes are all 0 with either."""
+    """Replace scales of 0 by 1: only blocks with codes of 0 have them, with either scale."""
     scales[scales == 0] = 1
     return scales
 
@@ -358,9 +360,9 @@ def _measure_blocks(blocks: _Blocks) -> dict[str, float]:
         # The floor rule gives the round-up scale or half of it.
         is_smaller = blocks.floor_exponents(kind) < exponents
         columns[f"{name}-floor"] = np.where(is_smaller, below, columns[name])
-        # No other scale can be best. With a larger one every element has the same or a coarser
-        # grid. With a quarter or less, the largest element alone loses more by saturating than all
-        # others gain, because only subnormal elements gain and their error is bounded.
+        # No other scale can be best. A larger one gives every element the same or a coarser grid.
+        # With a quarter or less, the largest element alone loses more by saturating than all others
+        # gain, because only subnormal elements gain and their error is bounded.
         columns[f"{name}-search"] = np.minimum(below, columns[name])
     columns["mxfp8-best"] = np.minimum(columns["mxfp8-e4m3"], columns["mxfp8-e5m2"])
     for name in BASE_FORMATS:

@@ -1,6 +1,6 @@
-"""Low-rank branches beside a quantised matrix: what rank r in 16 bits still gains.
+"""Low-rank branches parallel to a quantised matrix, and the error that they remove.
 
-Two ways to have one, W being the matrix and Q the format:
+Two ways to add one, with W the matrix and Q the format:
 
 - on the residual: Q(W) + L with L the best rank-r approximation of W - Q(W). Its squared error is
   |W - Q(W)|^2 less the squares of the r largest singular values (Eckart, Young).
@@ -10,8 +10,8 @@ Two ways to have one, W being the matrix and Q the format:
 
 Singular values come from randomised block Krylov iteration (Musco, Musco, NIPS 2015; Halko,
 Martinsson, Tropp, SIAM Review 53, 2011, for the plain one) with a fixed seed. They can only be too
-small, so what a branch on the residual gains is a lower bound. Noise, whose singular values are
-all alike, is the hardest case: there the bound is some per cent low.
+small, so the measured gain of a branch on the residual is a lower bound. Noise, where all singular
+values are similar, is the hardest case: there the bound is a few per cent low.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_ELEMENTS: Final = 80_000_000  # of a matrix; twice in float32 they stay well
 _BLOCKS: Final = 5  # of the Krylov basis
 _NEGLIGIBLE: Final = 1e-10  # of a squared length; rounding errors of float32 reach 1e-11
 _ROWS: Final = 512  # that one thread quantises at once
-_PRODUCT_ROWS: Final = 1024  # of a product; BLAS copies the other factor once for each job
+_PRODUCT_ROWS: Final = 1024  # of a GEMM; BLAS copies the other factor once per job
 _BRANCH_BITS: Final = 16
 _T = TypeVar("_T")
 
@@ -44,13 +44,13 @@ _T = TypeVar("_T")
 def leading_triplets(
     matrix: Floats, rank: int, *, threads: int = 0, seed: int = 0
 ) -> tuple[Floats, Doubles, Floats]:
-    """Return the largest singular values of a matrix and their vectors, nearly.
+    """Return approximations of the largest singular values of a matrix and their vectors.
 
     Args:
         matrix: [N, K].
-        rank: how many, at most min(N, K).
+        rank: number of singular values, at most min(N, K).
         threads: cores to use; 0 means all.
-        seed: of the random start.
+        seed: seed of the random start.
 
     Returns:
         U times the singular values [N, rank], these values [rank], V^T [rank, K].
@@ -75,9 +75,9 @@ def leading_triplets(
 
 
 def _product(left: Floats, right: Floats, threads: int, out: Floats | None = None) -> Floats:
-    """`left @ right`, on threads of this package if BLAS has only one.
+    """Return `left @ right`, computed on threads of this package if BLAS has only one.
 
-    BLAS's own threads wait for one another, busily. Where other programs use the cores too, that
+    BLAS's own threads wait for one another by spinning. If other programs use the cores too, that
     takes more processor time than the work.
     """
     if out is None:
@@ -93,15 +93,16 @@ def _product(left: Floats, right: Floats, threads: int, out: Floats | None = Non
 
 
 def _orthonormal(vectors: Floats, least: float = 0.0) -> Floats:
-    """An orthonormal basis of the columns of a tall matrix, less directions lost in rounding.
+    """Return an orthonormal basis of a tall matrix's columns, less directions lost in rounding.
 
-    From the eigenvectors of the small Gram matrix, in float64: all large operations are products.
-    LAPACK's QR spends most of its time waiting for threads where cores are busy.
+    It comes from the eigenvectors of the small Gram matrix, in float64, so that all large
+    operations are GEMMs. LAPACK's QR spends most of its time waiting for threads when cores are
+    busy.
 
     Args:
         vectors: the columns.
-        least: squared length up to which a direction is rounding errors, if that is more than
-            what is negligible beside the longest one.
+        least: squared length up to which a direction consists of rounding errors, if that is more
+            than the length that is negligible compared with the longest one.
     """
     tall = vectors.astype(np.float64)
     squares, directions = np.linalg.eigh(tall.T @ tall)
@@ -118,8 +119,8 @@ def measure_low_rank(
     Args:
         tensor: the matrix, finite.
         group: its group.
-        memory: [2, at least N * K], whose content is lost. It serves one matrix after another:
-            the system takes its time to give fresh memory.
+        memory: [2, at least N * K], overwritten. It is reused for one matrix after another, because
+            the system is slow to give fresh memory.
         threads: cores to use; 0 means all.
         step: called `STEPS` times, as the work goes on.
     """
@@ -184,7 +185,7 @@ def measure_low_rank(
 
 
 def _on_rows(rows: int, step: int, threads: int, work: Callable[[Worker, slice], _T]) -> list[_T]:
-    """What `work` returns for each `step` rows, in order: sums depend on no thread's speed."""
+    """Return the results of `work` per `step` rows, in order: sums do not depend on threads."""
     found: dict[int, _T] = {}
 
     def job(part: slice) -> Job:

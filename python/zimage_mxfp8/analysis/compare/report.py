@@ -1,4 +1,4 @@
-"""What `compare` measured: figures, the answers to claims, and their forms for files."""
+"""Results of `compare`: figures, the answers to claims, and their layout in files."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ _CSV_COLUMNS: Final = (
     *("tensor", "group", "rows", "columns", "format", "branch", "rank", "bits_per_weight"),
     *("relative_squared_error", "standard_error", "snr_db"),
 )
-_LITTLE_DB: Final = 0.5  # what "little" and "no worse" mean in the answers
+_LITTLE_DB: Final = 0.5  # the meaning of "little" and "no worse" in the answers
 
 
 @dataclass(frozen=True)
 class FormatError:
-    """What a format loses.
+    """Error of a format.
 
     Attributes:
         relative_squared_error: sum of (w - wq)^2 over sum of w^2.
-        standard_error: of that figure, from the sampling of rows; 0 if nothing was left out.
+        standard_error: standard error of that figure, from the sampling of rows; 0 if all were
+            measured.
     """
 
     relative_squared_error: float
@@ -45,7 +46,7 @@ class FormatError:
         return snr_db(self.relative_squared_error)
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Return the values for JSON."""
         return vars(self) | {"snr_db": self.snr_db}
 
 
@@ -61,7 +62,7 @@ class LayerComparison:
         squared_signal: sum of w^2.
         sampled_rows: rows that formats other than MXFP8 E4M3 were measured on; that one was
             measured on all.
-        formats: format name -> what it loses.
+        formats: format name -> its error.
     """
 
     tensor: str
@@ -78,7 +79,7 @@ class LayerComparison:
         return self.shape[0] * self.shape[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         errors = {name: error.to_dict() for name, error in self.formats.items()}
         return vars(self) | {"shape": list(self.shape), "formats": errors}
 
@@ -92,7 +93,7 @@ class GroupComparison:
         layers: number of linears.
         parameters: number of weights.
         squared_signal: sum of w^2.
-        formats: format name -> what it loses on all of them.
+        formats: format name -> its error on all of them.
     """
 
     name: str
@@ -102,25 +103,25 @@ class GroupComparison:
     formats: dict[str, FormatError]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         errors = {name: error.to_dict() for name, error in self.formats.items()}
         return vars(self) | {"formats": errors}
 
 
 @dataclass(frozen=True)
 class LowRankError:
-    """One linear in one format, with a low-rank branch beside it. Always of every row.
+    """One linear in one format with a parallel low-rank branch, measured on every row.
 
     Attributes:
         tensor: name of the weight W.
         group: its group.
         format: name of the format Q.
-        rank: rank of the branch; its two factors count 16 bits a number and are not rounded.
-        bits_per_weight: of the format and the branch together.
+        rank: rank of the branch; its two factors count 16 bits per number and are not rounded.
+        bits_per_weight: bits per weight of the format and the branch together.
         plain: relative squared error without a branch.
         residual: the same with the best branch for the residual W - Q(W).
-        svdquant: the same where the branch L is the best of that rank for W, and W - L is
-            quantised, as SVDQuant has it.
+        svdquant: the same if the branch L is the best of that rank for W, and W - L is quantised,
+            as in SVDQuant.
     """
 
     tensor: str
@@ -135,10 +136,10 @@ class LowRankError:
 
 @dataclass(frozen=True)
 class LowRankSummary:
-    """A format with a low-rank branch, over all layers that were measured so.
+    """A format with a low-rank branch, over all layers that were measured with one.
 
-    Every group counts with its share of the model's squared weights, however many of its layers
-    were measured. The attributes are those of `LowRankError`.
+    Every group counts with its share of the model's squared weights, regardless of the number of
+    measured layers. The attributes are those of `LowRankError`.
     """
 
     format: str
@@ -150,16 +151,16 @@ class LowRankSummary:
 
     @property
     def residual_gain_db(self) -> float:
-        """How much SNR the branch for the residual adds, in dB."""
+        """SNR that the branch for the residual adds, in dB."""
         return gain_db(self.plain, self.residual)
 
     @property
     def svdquant_gain_db(self) -> float:
-        """How much SNR SVDQuant's branch adds, in dB."""
+        """SNR that SVDQuant's branch adds, in dB."""
         return gain_db(self.plain, self.svdquant)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         return vars(self) | {
             "residual_gain_db": self.residual_gain_db,
             "svdquant_gain_db": self.svdquant_gain_db,
@@ -168,11 +169,12 @@ class LowRankSummary:
 
 @dataclass(frozen=True)
 class FormatSize:
-    """How large a format is.
+    """Size of the weights in a format.
 
     Attributes:
         bits_per_weight: mean over the compared linears, scales included.
-        model_bytes: the transformer with those linears in this format and all else as it is.
+        model_bytes: the transformer with those linears in this format and everything else
+            unchanged.
     """
 
     bits_per_weight: float
@@ -184,9 +186,9 @@ class Mix:
     """MXFP8 E4M3 for all linears but some, which are kept in 16 bits.
 
     Attributes:
-        kept: number of those.
-        size: how large all is then.
-        error: of the weights of all linears together, kept ones without any.
+        kept: number of kept linears.
+        size: size of all weights.
+        error: error of all linears together; kept ones have none.
     """
 
     kept: int
@@ -211,7 +213,7 @@ class Answer:
 
 @dataclass(repr=False)
 class CompareReport:
-    """What `compare` measured.
+    """Results of `compare`.
 
     Attributes:
         input: the checkpoint.
@@ -221,7 +223,7 @@ class CompareReport:
         sizes: format name -> size; "bf16" is 16 bits for every weight.
         low_rank: every layer, format and rank that was measured.
         low_rank_summary: the same over layers, by format and rank.
-        sample: fraction of the rows that was asked for.
+        sample: requested fraction of the rows.
         sampled: fraction of the weights that formats other than MXFP8 E4M3 were measured on.
         answers: the claims of the published MXFP8 model, answered.
         warnings: sentences that the user should see.
@@ -255,12 +257,12 @@ class CompareReport:
 
     @property
     def gains_db(self) -> dict[str, float]:
-        """By how much each format's SNR exceeds MXFP8 E4M3's over all layers, in dB."""
+        """Difference of each format's SNR from MXFP8 E4M3's over all layers, in dB."""
         errors = {name: e.relative_squared_error for name, e in self.total.formats.items()}
         return {name: gain_db(errors[MXFP8], error) for name, error in errors.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values for JSON."""
         return {
             "input": self.input,
             "sample": self.sample,
@@ -279,7 +281,7 @@ class CompareReport:
         }
 
     def to_csv(self) -> str:
-        """Return a line for every layer and format, and for every low-rank branch."""
+        """Return one line per layer and format, and per low-rank branch."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_CSV_COLUMNS)
@@ -301,7 +303,7 @@ class CompareReport:
     def recipe(self, bound: float) -> Recipe:
         """Make the recipe that keeps the layers that lose more than a bound in MXFP8.
 
-        What is no layer of a block stays as in every other recipe, however little it loses.
+        Layers outside the blocks stay as in every other recipe, however small their error.
 
         Args:
             bound: relative squared error, for example 1e-3.
@@ -316,7 +318,7 @@ class CompareReport:
             rules.append(KeepRule(layer.name, re.compile(f"^{re.escape(layer.name)}$"), reason))
         title = f"MXFP8 where its relative squared error is at most {bound:g}"
         description = f"Written by zimage-mxfp8 compare for {printable(base_name(self.input))}."
-        # In a model that is not Z-Image they may match nothing, which convert would report.
+        # In a model that is not Z-Image these rules may match nothing, which convert would report.
         outside = (
             rule
             for rule in rules_outside_blocks()
@@ -332,7 +334,7 @@ class CompareReport:
         ]
 
     def keeping(self, kept: Collection[str]) -> Mix:
-        """Return what comes of keeping some layers, by `LayerComparison.name`."""
+        """Return size and error if some layers are kept, given by `LayerComparison.name`."""
         size = self.sizes[MXFP8]
         bits, nbytes = size.bits_per_weight * self.total.parameters, size.model_bytes
         squared_error = 0.0
@@ -358,12 +360,12 @@ class CompareReport:
 
 
 def gain_db(before: float, after: float) -> float:
-    """How much smaller a squared error became, in dB."""
+    """Reduction of a squared error, in dB."""
     return snr_db(after) - snr_db(before)
 
 
 def combine(name: str, layers: Sequence[LayerComparison]) -> GroupComparison:
-    """Several layers as one: squared errors and squared weights are added."""
+    """Combine several layers into one: add squared errors and squared weights."""
     signal = sum(layer.squared_signal for layer in layers)
     formats = {}
     for format_name in FORMATS:
@@ -382,7 +384,7 @@ def summarise_low_rank(
     layers: Mapping[str, LayerComparison],
     groups: Iterable[GroupComparison],
 ) -> list[LowRankSummary]:
-    """Low-rank branches by format and rank, each group with its share of the squared weights."""
+    """Sum up low-rank branches by format and rank, groups by their share of squared weights."""
     by_group: dict[str, list[LowRankError]] = {}
     for error in low_rank:
         by_group.setdefault(error.group, []).append(error)
@@ -448,7 +450,7 @@ def _answers(report: CompareReport) -> list[Answer]:
     worst = max(report.layers, key=lambda layer: layer.formats[MXFP8].relative_squared_error)
     above = len(report.above(_CARD_ERROR))
     ratio = nvfp4 / mxfp8 if mxfp8 else math.inf
-    best_bits = f"{FORMATS['mxfp8-best'].bits((1, 1024)) / 1024:.2f} bits a weight"
+    best_bits = f"{FORMATS['mxfp8-best'].bits((1, 1024)) / 1024:.2f} bits per weight"
     best = sum(
         layer.squared_signal * min(layer.formats[n].relative_squared_error for n in _EIGHT_BITS)
         for layer in report.layers
@@ -513,7 +515,7 @@ def _low_rank_answer(summaries: Sequence[LowRankSummary]) -> Answer:
     return Answer(
         claim,
         f"rank {mxfp8.rank} on the residual: {mxfp8.residual_gain_db:+.3f} dB, SVDQuant's way: "
-        f"{mxfp8.svdquant_gain_db:+.3f} dB, at {mxfp8.bits_per_weight:.2f} bits a weight (NVFP4: "
+        f"{mxfp8.svdquant_gain_db:+.3f} dB, at {mxfp8.bits_per_weight:.2f} bits per weight (NVFP4: "
         f"{nvfp4.residual_gain_db:+.3f} and {nvfp4.svdquant_gain_db:+.3f} dB)",
         gain < _LITTLE_DB,
     )

@@ -1,4 +1,4 @@
-"""`compare`: what each number format costs on a checkpoint's weights."""
+"""`compare`: the error of each number format on a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ Stage = Literal["reading", "sampling", "low rank"]
 
 DEFAULT_SAMPLE: Final = 1 / 8
 DEFAULT_BOUND: Final = 1e-3
-_TILE_ROWS: Final = 128  # that are sampled together
+_TILE_ROWS: Final = 128  # sampled together
 _FEWEST_TILES: Final = 2  # of which a standard error can be computed
 _MAX_DIGITS: Final = 9  # of a number in a name that is sorted as one
-# Magnitude of a weight, far beyond any model's; near float32's limit, products and MXFP8's own
+# Magnitude of a weight, far beyond any model's; near float32's limit, squares and MXFP8's own
 # rounding become infinite.
 _LARGEST: Final = 2.0**100
 
 
 @dataclass(frozen=True)
 class CompareProgress(Progress):
-    """State of a comparison: of its present stage.
+    """Progress of the current stage of a comparison.
 
     Attributes:
         stage: "reading" (every weight in MXFP8), "sampling" (the other formats) or "low rank".
@@ -101,12 +101,12 @@ def compare(
     threads: int = 0,
     progress: CompareCallback | bool | None = None,
 ) -> CompareReport:
-    """Measure what number formats of 8 and 4 bits lose on a checkpoint's linears.
+    """Measure the error of number formats of 8 and 4 bits on a checkpoint's linears.
 
     Every weight is encoded in MXFP8 by this package's codec. The other formats are measured on a
-    sample of rows, evenly spaced tiles of 128 of every matrix, and low-rank branches on all rows
-    of one layer for each group. What is measured are relative squared errors of
-    weights alone; see docs/methodology.md.
+    sample of rows, evenly spaced tiles of 128 of every matrix, and low-rank branches on all rows of
+    one layer for each group. All figures are relative squared errors of weights alone; see
+    docs/methodology.md.
 
     Args:
         source: a ComfyUI single file or a diffusers folder; BF16, F16 or F32 weights.
@@ -120,16 +120,16 @@ def compare(
             in MXFP8 above `bound`, the embedders and the final layer; needs all layers.
         bound: relative squared error.
         overwrite: replace existing outputs.
-        threads: cores to use; 0 means all. NumPy's linear algebra, in the low-rank stage, uses
-            all of them, unless OPENBLAS_NUM_THREADS was 1 when NumPy was imported, as it is in the
-            command. That saves time where other programs use the cores too.
+        threads: cores to use; 0 means all. NumPy's linear algebra, in the low-rank stage, uses all
+            of them, unless OPENBLAS_NUM_THREADS was 1 when NumPy was imported, which the command
+            sets. That saves time where other programs use the cores too.
         progress: called with a `CompareProgress` from this thread; True draws bars on a terminal.
 
     Returns:
         A `CompareReport`.
 
     Raises:
-        UsageError: options that do not go together, or a pattern that matches nothing.
+        UsageError: if options contradict each other, or a pattern matches nothing.
         CheckpointError: the checkpoint is unreadable, malformed, not Z-Image or quantised already.
         NonFiniteError: a weight has NaN or Inf; the sentence names tensor, row and column.
         OutputError: an output cannot be written, or exists already.
@@ -138,7 +138,7 @@ def compare(
     started = time.perf_counter()
     sample, bound = number("sample", sample), number("bound", bound)
     _check_options(sample, low_rank, bound, layers, write_recipe, threads)
-    element(E4M3)  # says what is missing before any work is done
+    element(E4M3)  # raises before any work is done
     found = open_for(source, "analyse", any_model=any_model)
     checkpoint, scope = found.checkpoint, found.scope
     named = {"csv": csv, "write_recipe": write_recipe}
@@ -201,11 +201,11 @@ def _check_options(
 
 
 def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> list[_Linear]:
-    """Every weight matrix of the transformer, or those that the pattern finds."""
+    """Return every weight matrix of the transformer, or those that the pattern finds."""
     try:
         pattern = compile_pattern("" if layers is None else layers)
     except ValueError as error:
-        raise UsageError("layers", f'"{layers}" is no regular expression: {error}') from None
+        raise UsageError("layers", f'"{layers}" is not a regular expression: {error}') from None
     linears = []
     for name in sorted(checkpoint.tensors, key=_natural_order):
         tensor = checkpoint.tensors[name]
@@ -249,7 +249,7 @@ def _with_stage(
 
 
 class _Measurement:
-    """The first two stages: MXFP8 on every row, then every format on the sampled rows."""
+    """Run the first two stages: MXFP8 on every row, then every format on the sampled rows."""
 
     def __init__(
         self,
@@ -302,7 +302,7 @@ class _Measurement:
         return Job(tensor.name, (end - begin) * (tensor.nbytes // tensor.shape[0]), run)
 
     def _sampled_tiles(self, tensor: SourceTensor) -> list[int]:
-        """Numbers of the tiles of a matrix that are sampled, evenly spaced."""
+        """Return the numbers of the sampled tiles of a matrix, evenly spaced."""
         tiles = -(-tensor.shape[0] // _TILE_ROWS)
         count = min(max(math.ceil(tiles * self._sample), _FEWEST_TILES), tiles)
         return [(2 * i + 1) * tiles // (2 * count) for i in range(count)]
@@ -323,14 +323,14 @@ class _Measurement:
         return Job(tensor.name, (end - begin) * (tensor.nbytes // tensor.shape[0]), run)
 
     def layer(self, linear: _Linear) -> LayerComparison:
-        """Return what was measured of one layer."""
+        """Return the results for one layer."""
         tensor = linear.tensor
         exact = self._exact[tensor.name]
         tiles = self._sampled_tiles(tensor)
         found = [self._tiles[tensor.name, tile] for tile in tiles]
         everything = -(-tensor.shape[0] // _TILE_ROWS)
-        # MXFP8's error is known for all rows; what another format loses is estimated from its
-        # ratio to that on the sampled rows. Where MXFP8 loses nothing, squared weights stand in.
+        # MXFP8's error is known for all rows; another format's error is estimated from its ratio to
+        # MXFP8's on the sampled rows. If MXFP8 has no error, squared weights take its place.
         reference = MXFP8 if any(tile[MXFP8] for tile in found) else "signal"
         known = exact.squared_error if reference == MXFP8 else exact.squared_signal
         base = np.array([tile[reference] for tile in found])
@@ -357,8 +357,8 @@ def _ratio(
 ) -> tuple[float, float]:
     """Return the ratio of two sums, estimated from a sample, and its standard error.
 
-    The textbook's ratio estimator with its linearised variance and the correction for a finite
-    population (Cochran, Sampling Techniques, chapter 6).
+    It is the textbook's ratio estimator with its linearised variance and the correction for a
+    finite population (Cochran, Sampling Techniques, chapter 6).
     """
     total, count = float(base.sum()), base.size
     if not total:
@@ -371,7 +371,7 @@ def _ratio(
 
 
 def _largest_magnitude(tensor: SourceTensor, data: npt.NDArray[np.uint8], rows: int) -> float:
-    """Largest magnitude of some rows: without their sign, floats are ordered as integers are."""
+    """Return the largest magnitude of some rows: floats without sign are ordered like integers."""
     bits: npt.NDArray[Any] = as_matrix(tensor, data, rows)
     width = SAFETENSORS_BITS[tensor.dtype]
     largest = np.max(bits & bits.dtype.type((1 << (width - 1)) - 1)).reshape(1, 1)
@@ -432,7 +432,7 @@ def _low_rank_errors(
 
 
 def _low_rank_layers(linears: list[_Linear], which: LowRank) -> list[_Linear]:
-    """All, none, or the middle layer of each group."""
+    """Return all layers, none, or the middle layer of each group."""
     if which == "none":
         return []
     if which == "all":

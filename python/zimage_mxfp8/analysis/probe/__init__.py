@@ -1,1 +1,1 @@
-"""Which layers are sensitive, told from weights alone."""
+"""Analysis of the layers' sensitivity from weights alone."""

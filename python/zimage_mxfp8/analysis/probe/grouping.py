@@ -1,4 +1,4 @@
-"""Groups of weights by layer type and position, and what they decide for their weights.
+"""Groups of weights by layer type and position, and recommendations for their weights.
 
 Rules of quant_probe: a weight alone may be sensitive by chance, a group of neighbours is not.
 """
@@ -25,7 +25,7 @@ Position = Literal["extreme low", "middle", "extreme high", "all"]
 
 @dataclass(frozen=True)
 class ProbedTensor:
-    """One weight and what becomes of it.
+    """One weight with its score and recommendation.
 
     Attributes:
         name: the tensor's name in the ComfyUI layout, with its prefix.
@@ -37,8 +37,8 @@ class ProbedTensor:
         metrics: its statistics.
         score: 0 to 1, the more sensitive the higher.
         recommendation: by its own figures.
-        effective: after its group had its say.
-        reason: why `effective` is what it is.
+        effective: the recommendation after its group was considered.
+        reason: why it is the effective one.
     """
 
     name: str
@@ -65,7 +65,7 @@ class ProbedGroup:
         last_block: the last.
         count: number of weights.
         metrics: means.
-        largest_kurtosis: the one that the floor looks at.
+        largest_kurtosis: compared with the kurtosis floor.
         score: mean.
         recommendation: by these figures.
         reason: why.
@@ -88,7 +88,7 @@ class ProbedGroup:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight before groups are looked at; fields as in `ProbedTensor`."""
+    """A weight before groups are considered; fields as in `ProbedTensor`."""
 
     name: str
     layer_type: str
@@ -106,7 +106,7 @@ def decide(
     rules: ProbeRules,
     table: LayerTable = ZIMAGE,
 ) -> tuple[list[ProbedTensor], list[ProbedGroup]]:
-    """Recommendations for weights and groups, in the order of `weights` and of the layer types."""
+    """Return recommendations for weights and groups, in the order of `weights` and layer types."""
     blocks = max((w.block + 1 for w in weights if w.stack == table.main.name), default=0)
     extreme = max(1, round(blocks * rules.extreme_pct / 100))
 
@@ -152,7 +152,7 @@ def decide(
 def _overruled(
     group: ProbedGroup, own: Recommendation, reason: Reason
 ) -> tuple[Recommendation, Reason]:
-    """Return what a group makes of the recommendation of one of its weights."""
+    """Return the recommendation for a weight after its group is considered."""
     if group.spread_filtered:
         return ("NVFP4" if group.recommendation == "FP8" else "FP8"), "spread_demotion"
     if group.recommendation == "*KEEP*":

@@ -33,7 +33,7 @@ def measure(
     threads: int = 0,
     progress: ProgressCallback | None = None,
 ) -> dict[str, WeightMetrics]:
-    """Return the metrics of matrices in BF16, F16 or F32, none of them empty, by name.
+    """Return the metrics of non-empty matrices in BF16, F16 or F32, by name.
 
     Raises:
         NonFiniteError: NaN or Inf; the sentence names tensor, row and column.
@@ -51,7 +51,7 @@ def measure(
 
 
 def _shifted(progress: ProgressCallback | None, done: int, total: int) -> ProgressCallback | None:
-    """A callback for one of several rounds, before which `done` of `total` bytes were read."""
+    """Return a callback for one of several rounds; `done` of `total` bytes were read before."""
     if progress is None:
         return None
     return lambda now: progress(Progress(done + now.done, total, now.tensor))
@@ -83,13 +83,13 @@ def _check_finite(tensor: SourceTensor, matrix: npt.NDArray[np.generic], first_r
 
 
 class _NarrowWeights:
-    """BF16 and F16: counts of the 65536 bit patterns, from which everything follows."""
+    """Measurement of BF16 and F16: counts of the 65536 bit patterns give all metrics."""
 
     def __init__(self, tensors: Sequence[SourceTensor], outlier_sigma: float) -> None:
         self._tensors = tensors
         self._sigma = outlier_sigma
         self._lock = threading.Lock()
-        self._counts: dict[str, npt.NDArray[np.uint64]] = {}  # of tensors under way
+        self._counts: dict[str, npt.NDArray[np.uint64]] = {}  # of tensors in progress
         self._rows_left = {tensor.name: tensor.shape[0] for tensor in tensors}
         self.metrics: dict[str, WeightMetrics] = {}
 
@@ -110,7 +110,7 @@ class _NarrowWeights:
     def _add(
         self, tensor: SourceTensor, counts: npt.NDArray[np.uint64], rows: int
     ) -> npt.NDArray[np.uint64] | None:
-        """Take in the counts of some rows; those of the whole tensor once they are complete."""
+        """Add the counts of some rows; return those of the whole tensor once they are complete."""
         with self._lock:
             if tensor.name in self._counts:
                 self._counts[tensor.name] += counts
@@ -121,13 +121,13 @@ class _NarrowWeights:
 
 
 class _WideWeights:
-    """F32: moments in float64 in a first round, outliers, which need their result, in a second."""
+    """Measurement of F32: moments in float64 in a first round, outliers in a second."""
 
     def __init__(self, tensors: Sequence[SourceTensor], outlier_sigma: float) -> None:
         self._tensors = tensors
         self._sigma = outlier_sigma
         # By tensor and first row, so that they can be merged in order: the result does not depend
-        # on which worker ran when.
+        # on the order of the workers.
         self._moments: dict[str, dict[int, Moments]] = {tensor.name: {} for tensor in tensors}
         self._outliers: dict[str, dict[int, int]] = {tensor.name: {} for tensor in tensors}
         self._whole: dict[str, Moments] = {}

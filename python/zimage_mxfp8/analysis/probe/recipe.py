@@ -1,4 +1,4 @@
-"""What `probe` recommends to keep, as an exclusion pattern and as a recipe for `convert`."""
+"""The weights to keep that `probe` recommends, as a pattern and as a recipe for `convert`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _short_type(tensor: ProbedTensor) -> str:
 
 
 def exclusion_regex(tensors: Sequence[ProbedTensor]) -> str | None:
-    """Return a pattern that finds the names of the weights to keep; None if there are none."""
+    """Return a pattern that finds the names of the weights to keep; None without such weights."""
     blocks: dict[tuple[str, str], list[int]] = {}
     for tensor in _kept(tensors):
         blocks.setdefault((tensor.stack, _short_type(tensor)), []).append(tensor.block)
@@ -34,7 +34,7 @@ def exclusion_regex(tensors: Sequence[ProbedTensor]) -> str | None:
 
 
 def reason_text(tensor: ProbedTensor, limits: Thresholds, rules: ProbeRules) -> str:
-    """Why a weight is kept, with the figure that decided."""
+    """Return why a weight is kept, with the figure that decided."""
     if tensor.reason == "kurtosis_floor":
         kurtosis = tensor.metrics.excess_kurtosis
         return f"kurtosis_floor: excess kurtosis {kurtosis:.4f}, from {rules.kurtosis_keep:g} on"
@@ -47,7 +47,7 @@ def reason_text(tensor: ProbedTensor, limits: Thresholds, rules: ProbeRules) -> 
 def probe_recipe(
     tensors: Sequence[ProbedTensor], limits: Thresholds, rules: ProbeRules, file_name: str
 ) -> Recipe:
-    """The recipe that keeps them, one rule a weight, and the embedders and the final layer."""
+    """Return the recipe that keeps these weights (one rule each) and all layers outside blocks."""
     kept = _kept(tensors)
     layers = [f"{tensor.stack}.{tensor.block}.{_short_type(tensor)}" for tensor in kept]
     keep = [
@@ -57,6 +57,6 @@ def probe_recipe(
     title = f"From zimage-mxfp8 probe of {printable(file_name)}"
     description = (
         f"{plural(len(kept), 'weight')} of {len(tensors):,} that were probed "
-        f"{'stays as it is' if len(kept) == 1 else 'stay as they are'}."
+        f"{'is kept' if len(kept) == 1 else 'are kept'}."
     )
     return Recipe(title, title, description, (*keep, *rules_outside_blocks()))

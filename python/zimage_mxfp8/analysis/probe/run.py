@@ -39,20 +39,21 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True, repr=False)
 class ProbeReport:
-    """What `probe` found.
+    """Results of `probe`.
 
     Attributes:
         path: the checkpoint.
         rules: the numbers that decided.
         thresholds: the scores at the percentiles.
-        tensors: every weight that was looked at, by name.
+        tensors: every probed weight, by name.
         groups: weights of one type and position, by layer type.
         exclude_layers: regular expression for `convert --exclude-layers` that finds the weights to
-            keep; None if there are none.
+            keep; None without such weights.
         recipe: the recipe that keeps them, the embedders and the final layer.
         input_bytes: bytes of all tensors.
         exclude_layers_bytes: bytes of the file that `convert --exclude-layers` would write with its
-            default recipe; None if it would refuse, such as where nothing is left to quantise.
+            default recipe; None if it would refuse, for example because nothing is left to
+            quantise.
         recipe_bytes: the same with `recipe`.
     """
 
@@ -77,7 +78,7 @@ class ProbeReport:
         return as_text(lambda screen: print_probe(self, screen))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity: such a rule is None."""
+        """Return the values for JSON, which has no infinity: such a rule is None."""
         return {
             "path": self.path,
             "rules": {k: None if v in _INFINITE else v for k, v in vars(self.rules).items()},
@@ -93,7 +94,7 @@ class ProbeReport:
         }
 
     def to_csv(self) -> str:
-        """A row for each weight; columns, digits and line ends are those of quant_probe's CSV."""
+        """Return one row per weight, with columns, digits and line ends of quant_probe's CSV."""
         text = io.StringIO()
         rows = csv.writer(text)
         rows.writerow(CSV_COLUMNS)
@@ -133,7 +134,7 @@ def probe(
         A `ProbeReport`.
 
     Raises:
-        UsageError: `rules` or `threads` are none.
+        UsageError: if `rules` or `threads` have a wrong type or value.
         CheckpointError: unreadable, malformed, quantised already, or without any weight to probe.
         NonFiniteError: a weight has NaN or Inf; the sentence names tensor, row and column.
     """
@@ -181,7 +182,7 @@ Target = tuple[SourceTensor, str, int, str]  # with its layer type, block and st
 
 
 def _targets(checkpoint: Checkpoint, scope: Scope) -> list[Target]:
-    """Return the weights to look at, by name."""
+    """Return the weights to probe, by name."""
     table = scope.table
     types = table.layer_types()
     targets: list[Target] = []
@@ -203,7 +204,7 @@ def _targets(checkpoint: Checkpoint, scope: Scope) -> list[Target]:
         targets.append((tensor, kind, at.block, at.stack))
     if not targets:
         raise CheckpointError(
-            f"{checkpoint.path} has no weight to probe: none is named like those of Z-Image's "
+            f"{checkpoint.path} has no weight to probe: no name is like those of Z-Image's "
             f'blocks, such as "{scope.prefix}{table.main.name}.0.{table.block[0].weight}"'
         )
     return targets
@@ -222,5 +223,5 @@ def _saved(tensor: SourceTensor) -> int:
 def _converted_size(source: Identified, options: ConversionOptions) -> int | None:
     try:
         return make_plan(source, options).size
-    except CheckpointError:  # such as that the recipe keeps all: there would be no file
+    except CheckpointError:  # for example, the recipe keeps all: there would be no file
         return None

@@ -1,7 +1,7 @@
-"""From metrics to scores and recommendations, by the rules of quant_probe.
+"""Scores and recommendations from metrics, by the rules of quant_probe.
 
-Its defaults for Z-Image are the defaults here, but that attention is exempt from the spread filter,
-as its documentation advises.
+Its defaults for Z-Image are the defaults here, except that attention is exempt from the spread
+filter, as its documentation advises.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class ProbeRules:
         keep_percentile: percentile of the scores from which a weight is kept.
         kurtosis_keep: excess kurtosis from which a weight is kept whatever its score.
         fp8_min_score: least score for FP8.
-        min_group_spread: a main layer type whose groups' scores span less is low-spread.
+        min_group_spread: a main layer type is low-spread if its groups' scores span less.
         extreme_pct: percentage of the main blocks that is extreme at each end.
         spread_filter_exempt: layer types that are never low-spread.
 
     Raises:
-        UsageError: no number or one out of range, weights that do not sum to 1, an unknown layer
-            type.
+        UsageError: if a value is not a number or is out of range, weights do not sum to 1, or a
+            layer type is unknown.
     """
 
     outlier_sigma: float = 3.0
@@ -107,14 +107,14 @@ class ProbeRules:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Scores from which a weight is kept or goes to FP8."""
+    """Scores from which a weight is kept or stored in FP8."""
 
     fp8: float
     keep: float
 
 
 def _quantile(values: Iterable[float], share: float) -> float:
-    """Quantile with linear interpolation, in float32 as torch.quantile computes it there.
+    """Return a quantile with linear interpolation, in float32 as torch.quantile computes it.
 
     A tie of several weights at the threshold falls as quant_probe's does.
     """
@@ -129,7 +129,7 @@ def _quantile(values: Iterable[float], share: float) -> float:
 
 
 def _scaled(value: float, low: float, high: float) -> float:
-    """Where a value lies between two others, 0 to 1; 0 if they are the same."""
+    """Return the position of a value between two others, 0 to 1; 0 if they are the same."""
     return (value - low) / (high - low) if high > low else 0.0
 
 
@@ -172,7 +172,7 @@ def thresholds(all_scores: Sequence[float], rules: ProbeRules) -> Thresholds:
 def recommend(
     score: float, kurtosis: float, limits: Thresholds, rules: ProbeRules
 ) -> tuple[Recommendation, Reason]:
-    """Return what a weight, or a group of them, is best stored as, and why."""
+    """Return the recommended format for a weight or a group of weights, and the reason."""
     if kurtosis >= rules.kurtosis_keep:
         return "*KEEP*", "kurtosis_floor"
     if score >= limits.keep:

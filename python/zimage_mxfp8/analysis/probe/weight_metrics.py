@@ -1,4 +1,4 @@
-"""Statistics of one weight matrix, exact in float64, whatever the size of the matrix.
+"""Statistics of one weight matrix, exact in float64, for matrices of any size.
 
 The definitions are those of quant_probe (https://github.com/insecure-erasure/quant_probe), which
 computes them in float32.
@@ -16,12 +16,12 @@ import numpy.typing as npt
 from ...dtypes import DTypeName
 
 BIT_PATTERNS = 65536
-_BLOCK = 1 << 17  # elements that are worked on in float64 at once, so that they stay in the cache
+_BLOCK = 1 << 17  # elements processed in float64 at once, so that they stay in the cache
 
 
 @dataclass(frozen=True)
 class WeightMetrics:
-    """What makes a weight hard to quantise.
+    """Statistics that show how hard a weight is to quantise.
 
     Attributes:
         excess_kurtosis: mean fourth power of the deviations over the fourth power of `std`, minus
@@ -46,7 +46,7 @@ def aspect_ratio(shape: tuple[int, ...]) -> float:
 
 @cache
 def pattern_values(dtype: DTypeName) -> npt.NDArray[np.float64]:
-    """The value of every bit pattern of BF16 or F16, NaN and infinities among them, [65536]."""
+    """Return the value of every bit pattern of BF16 or F16, with NaN and infinities, [65536]."""
     patterns = np.arange(BIT_PATTERNS, dtype=np.uint16)
     if dtype == "float16":
         values = patterns.view(np.float16).astype(np.float32)
@@ -59,12 +59,12 @@ def pattern_values(dtype: DTypeName) -> npt.NDArray[np.float64]:
 def metrics_of_counts(
     counts: npt.NDArray[np.uint64], dtype: DTypeName, shape: tuple[int, ...], outlier_sigma: float
 ) -> WeightMetrics:
-    """Metrics of a BF16 or F16 matrix of finite elements.
+    """Return the metrics of a BF16 or F16 matrix of finite elements.
 
     Args:
-        counts: how many elements have each bit pattern, [65536].
+        counts: number of elements with each bit pattern, [65536].
         dtype: type of the elements.
-        shape: of the matrix; not empty.
+        shape: shape of the matrix, which must not be empty.
         outlier_sigma: standard deviations from the mean beyond which an element is an outlier.
     """
     present = np.flatnonzero(counts)
@@ -87,7 +87,7 @@ def metrics_of_counts(
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over some elements of a matrix, from which those over all of them follow.
+    """Moments of some elements of a matrix, which can be merged to those of all.
 
     Attributes:
         count: number of elements.
@@ -150,7 +150,7 @@ class Moments:
 
 
 def moments_of(elements: npt.NDArray[np.float32]) -> Moments:
-    """Moments of finite float32 elements, [n] with n > 0."""
+    """Return the moments of finite float32 elements, [n] with n > 0."""
     total: Moments | None = None
     for begin in range(0, elements.size, _BLOCK):
         block = elements[begin : begin + _BLOCK].astype(np.float64)
@@ -173,7 +173,7 @@ def moments_of(elements: npt.NDArray[np.float32]) -> Moments:
 
 
 def count_outliers(elements: npt.NDArray[np.float32], mean: float, distance: float) -> int:
-    """How many float32 elements, [n], are further than `distance` from `mean`."""
+    """Return the number of float32 elements, [n], further than `distance` from `mean`."""
     total = 0
     for begin in range(0, elements.size, _BLOCK):
         block = elements[begin : begin + _BLOCK].astype(np.float64)

@@ -1,1 +1,1 @@
-"""What quantising a layer does to the transformer's output."""
+"""Effect of quantising a layer on the transformer's output."""

@@ -1,4 +1,4 @@
-"""Inputs that the model is measured with: latents on their way from noise to an image."""
+"""Inputs for measuring the model: latents between noise and image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...transformer.model import ZImageTransformer
 
 @dataclass(frozen=True)
 class Case:
-    """A step of a sampling run, and what the original model makes of it.
+    """A step of a sampling run, with the output of the original model.
 
     Attributes:
         step: number of the step, from 0.
@@ -38,10 +38,10 @@ class Case:
 
 
 def chosen_steps(timesteps: int, steps: int = 8) -> list[int]:
-    """So many of a sampling run's steps, the first and the last among them if there are two.
+    """Return some steps of a sampling run, the first and the last among them if there are two.
 
     Raises:
-        UsageError: more than there are, or none.
+        UsageError: if `timesteps` is more than the run's steps, or less than 1.
     """
     if not 1 <= timesteps <= steps:
         raise UsageError("timesteps", f"must be 1 to {steps}, not {timesteps}")
@@ -63,8 +63,8 @@ def record_cases(
         model: the original model.
         captions: [tokens, features] each.
         size: height and width of the images in pixels, multiples of 16.
-        timesteps: how many of the 8 steps of Turbo's sampler.
-        seed: of the noise.
+        timesteps: number of the 8 steps of Turbo's sampler to keep.
+        seed: seed of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (16, 1, size[0] // 8, size[1] // 8)

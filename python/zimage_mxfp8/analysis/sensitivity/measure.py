@@ -1,7 +1,7 @@
-"""How far a change moves the output: content and detail apart.
+"""Error of the output after a change, for content and detail separately.
 
-Low and high spatial frequencies are told apart, because an error in the one changes what an image
-shows and an error in the other how fine it is. (ViDiT-Q decouples its metrics for the same reason:
+Low and high spatial frequencies are separated, because an error in low ones changes the content of
+an image and an error in high ones its detail. (ViDiT-Q decouples its metrics for the same reason:
 Zhao et al., "ViDiT-Q: Efficient and Accurate Quantization of Diffusion Transformers", 2024.)
 """
 
@@ -22,12 +22,12 @@ LOW_FREQUENCY = 0.125
 
 @dataclass(frozen=True)
 class OutputError:
-    """Squared error of an output relative to the output's own energy: 0 for none.
+    """Squared error of an output relative to the output's own energy.
 
     Attributes:
-        total: of all frequencies.
-        low: of low ones, relative to their energy.
-        high: of high ones, likewise.
+        total: error of all frequencies.
+        low: error of low frequencies, relative to their energy.
+        high: error of high frequencies, likewise.
     """
 
     total: float
@@ -58,7 +58,7 @@ def output_error(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) 
 
 
 def _low_frequencies(image: torch.Tensor) -> torch.Tensor:
-    """Mask [H, W] of an image's transform."""
+    """Return the mask [H, W] of an image's transform."""
     rows, columns = (torch.fft.fftfreq(n, device=image.device) for n in image.shape[-2:])
     radius: torch.Tensor = (rows[:, None].square() + columns[None, :].square()).sqrt()
     return radius <= LOW_FREQUENCY
@@ -67,7 +67,7 @@ def _low_frequencies(image: torch.Tensor) -> torch.Tensor:
 def measure(
     model: ZImageTransformer, targets: Iterable[Target], cases: Sequence[Case]
 ) -> list[OutputError]:
-    """Return the error in each case with these layers quantised, and no others."""
+    """Return the error in each case with only these layers quantised."""
     with torch.no_grad(), quantized(model, targets):
         return [output_error(case.run(model), case.velocities) for case in cases]
 

@@ -1,4 +1,4 @@
-"""A recipe that `convert` takes, from what was measured."""
+"""A recipe for `convert`, from the measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .run import SensitivityReport
 def sensitivity_recipe(report: SensitivityReport) -> Recipe:
     """Return the smallest set of exclusions, each with the figure behind it.
 
-    What is no layer of a block was not measured, and stays as in every other recipe.
+    Layers outside the blocks are not measured, and stay as in every other recipe.
     """
     errors = {measured.name: measured.error for measured in report.layers}
     rules = []

@@ -1,4 +1,4 @@
-"""The analysis as a whole: every layer, every group, the ranking and the smallest set."""
+"""The whole analysis: every layer, every group, the ranking and the smallest set."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ CARD = "uniform"  # the recipe of the model card, for comparison
 
 @dataclass(frozen=True)
 class Measured:
-    """What quantising something does to the output.
+    """Effect of quantising one layer or group on the output.
 
     Attributes:
-        name: of the layer or group.
-        layers: how many layers.
+        name: name of the layer or group.
+        layers: number of layers.
         saved: bytes that quantising it saves, against BF16.
         error: squared error of the output relative to its energy, mean over timesteps.
         by_step: (step, the same) of each timestep.
@@ -53,12 +53,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers to keep in BF16, and what comes of it.
+    """A set of layers to keep in BF16, with the resulting size and error.
 
     Attributes:
-        name: of the choice.
+        name: name of the set.
         kept: names of the layers that are kept.
-        nbytes: bytes of the transformer's tensors then.
+        nbytes: resulting bytes of the transformer's tensors.
         error: relative error of the output (norm of the difference over that of the output): the
             root of the relative squared error, which is the mean over timesteps.
     """
@@ -71,14 +71,14 @@ class Choice:
 
 @dataclass(frozen=True, repr=False)
 class SensitivityReport:
-    """What the analysis found.
+    """Results of the analysis.
 
     Attributes:
         path: the checkpoint.
-        bound: the relative error of the output that was asked for.
+        bound: the requested relative error of the output.
         layers: each quantised alone, the most harmful for its size first.
         groups: each quantised alone.
-        salience: of each layer but modulations, by name.
+        salience: salience of each layer except modulations, by name.
         smallest: the smallest choice within the bound.
         everything: all layers quantised.
         card: the model card's exclusions.
@@ -106,19 +106,19 @@ class SensitivityReport:
         return as_text(lambda screen: print_sensitivity(self, screen))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-compatible values."""
+        """Return the values for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class SensitivityProgress:
-    """State of the analysis.
+    """Progress of the analysis.
 
     Attributes:
-        stage: what it is at.
-        what: was measured last; empty when the stage begins.
-        done: measurements that are done.
-        total: measurements to do; 0 while that is not known.
+        stage: the current stage.
+        what: the last measurement; empty when the stage begins.
+        done: finished measurements.
+        total: measurements to do; 0 while unknown.
     """
 
     stage: str
@@ -143,7 +143,7 @@ def analyse_sensitivity(
     state: str | os.PathLike[str] | None = None,
     progress: SensitivityCallback | bool | None = None,
 ) -> SensitivityReport:
-    """Measure what quantising each layer to MXFP8 does to the transformer's output.
+    """Measure the effect of quantising each layer to MXFP8 on the transformer's output.
 
     Weights and activations are rounded as block-scaled tensor cores take them, one layer or group
     at a time, at several timesteps of a sampling run of the original model.
@@ -151,13 +151,13 @@ def analyse_sensitivity(
     Args:
         path: a plain checkpoint, as `ZImageTransformer.from_checkpoint` takes it.
         captions: caption features [tokens, features] of real prompts; by default two synthetic
-            ones, which say less.
+            ones, which are less representative.
         bound: relative error of the output that the smallest set of exclusions has to hold.
         size: height and width of the images, multiples of 16 up to 8192.
-        timesteps: how many of the 8 steps of Turbo's sampler to measure at.
-        seed: of the noise and of synthetic captions.
+        timesteps: number of the 8 steps of Turbo's sampler to measure at.
+        seed: seed of the noise and of synthetic captions.
         device: as for `ZImageTransformer.from_checkpoint`.
-        dtype: of the model: bfloat16, or float32 to keep its own rounding out of the image.
+        dtype: dtype of the model: bfloat16, or float32 to exclude its own rounding from the errors.
         state: a JSON file to keep measurements in, so that an interrupted run can go on.
         progress: called when a stage begins, and after each measurement; True draws a bar on a
             terminal, and prints lines to stderr elsewhere.
@@ -165,7 +165,7 @@ def analyse_sensitivity(
     Raises:
         CheckpointError: the model cannot be loaded, or its output is NaN, infinite or zero.
         CudaError: the device has too little memory.
-        UsageError: it is quantised already, arguments that do not exist, or `state` is of another
+        UsageError: the model is quantised already, an argument is invalid, or `state` is of another
             run.
         OutputError: `state` cannot be written.
     """
@@ -198,10 +198,10 @@ def analyse_sensitivity(
 def check_settings(
     bound: float, size: tuple[int, int], timesteps: int, seed: int
 ) -> tuple[float, tuple[int, int], int, int]:
-    """Return the arguments of `analyse_sensitivity` as Python's own numbers.
+    """Return the arguments of `analyse_sensitivity` as Python numbers.
 
     Raises:
-        UsageError: one that cannot be.
+        UsageError: if an argument is invalid.
     """
     bound = number("bound", bound)
     if not (bound > 0 and math.isfinite(bound)):
@@ -240,7 +240,7 @@ def _check_captions(captions: Any, features: int) -> None:
 
 
 def _check_outputs(path: str | os.PathLike[str], cases: Sequence[Case]) -> None:
-    """An output that is no number, or nothing, has no relative error."""
+    """Check that the model's own output is finite and not zero: errors are relative to it."""
     for case in cases:
         is_finite = all(velocity.isfinite().all() for velocity in case.velocities)
         if is_finite and any(velocity.any() for velocity in case.velocities):
@@ -268,7 +268,7 @@ class _Analysis:
         self._progress, self._stage = progress, ""
         self._targets = find_targets(model)
         self._groups = groups_of(self._targets)
-        # Bisection tries about as many sets as the number of layers has bits.
+        # Bisection measures about log2(layers) sets.
         rest = len(self._targets).bit_length() + 3
         self._total, self._done = len(self._targets) + len(self._groups) + rest, 0
 
@@ -335,7 +335,7 @@ class _Analysis:
         )
 
     def _choice(self, name: str, kept: Sequence[Target]) -> Choice:
-        """All layers quantised but those that are kept."""
+        """Measure with all layers quantised except the kept ones."""
         names = {target.name for target in kept}
         rounded = [target for target in self._targets if target.name not in names]
         key = "all but " + " ".join(sorted(names))
@@ -345,7 +345,7 @@ class _Analysis:
 
 
 def groups_of(targets: Sequence[Target], table: LayerTable = ZIMAGE) -> dict[str, list[Target]]:
-    """Kinds of layers, and the main blocks by depth: the first and last tenth, and the middle."""
+    """Return kinds of layers, and main blocks by depth: first and last tenth, middle."""
     groups: dict[str, list[Target]] = {}
     blocks = 1 + max((t.block for t in targets if t.stack == table.main.name), default=-1)
     edge = max(round(blocks / 10), 1)
@@ -374,6 +374,6 @@ def _synthetic_captions(features: int, seed: int) -> list[torch.Tensor]:
 
 
 def _fingerprint(file: ModelFile) -> list[Any]:
-    """Return what tells checkpoints apart: names, sizes and times of the files."""
+    """Return the identity of a checkpoint: names, sizes and times of its files."""
     stats = [(path.name, path.stat()) for path in file.checkpoint.files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

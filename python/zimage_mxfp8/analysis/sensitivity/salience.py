@@ -3,8 +3,8 @@
 A channel is a column of a weight and of the activations that it multiplies; its salience is its
 largest magnitude (Wu et al., "PTQ4DiT: Post-training Quantization for Diffusion Transformers",
 2024). Channels that stand out are the hard ones to quantise per tensor or per token; blocks of 32
-confine them. Whether they stay the same over timesteps and depth decides if a fixed remedy could
-do (the question of HTG).
+confine them. A fixed remedy can only work if they stay the same over timesteps and depth (the
+question of HTG).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _TOP = 0.01  # of the channels are compared between timesteps and blocks
 
 @dataclass(frozen=True)
 class Salience:
-    """Of a layer.
+    """Salience of the channels of one layer.
 
     Attributes:
-        weight_outliers: share of channels whose weights' salience is over 5 times the median.
+        weight_outliers: share of channels with a salience of the weights over 5 times the median.
         activation_outliers: the same of the activations, mean over timesteps.
         activation_peak: the largest activation channel over the median one, largest of timesteps.
-        time_drift: share of the top 1 % of activation channels that differ from one timestep to
-            the next; 0 if there is one only.
+        time_drift: share of the top 1 % of activation channels that differ from one timestep to the
+            next; 0 if there is only one.
         depth_drift: the same from the block before, for the same kind of layer; 0 for the first.
     """
 
@@ -49,7 +49,7 @@ class Salience:
 def measure_salience(
     model: ZImageTransformer, targets: Sequence[Target], cases: Sequence[Case]
 ) -> dict[str, Salience]:
-    """By layer name, for all but modulations, whose input is one vector."""
+    """Return salience by layer name, except for modulations: their input is one vector."""
     layers = [target for target in targets if target.module]
     modules = {target.module: model.get_submodule(target.module) for target in layers}
     activations: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
@@ -108,7 +108,7 @@ def _top(channels: torch.Tensor) -> set[int]:
 
 
 def _difference(a: set[int], b: set[int]) -> float:
-    """0 if two sets of the same size are the same, 1 if they have nothing in common."""
+    """Return 0 for two equal sets of the same size, 1 if they have nothing in common."""
     return 1.0 - len(a & b) / len(a)
 
 

@@ -1,4 +1,4 @@
-"""The smallest set of layers to keep that holds the output's error under a bound."""
+"""Search for the smallest set of layers to keep with an error of the output within a bound."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .targets import Target
 
 
 def by_worth(targets: Sequence[Target], error: Callable[[Target], float]) -> list[Target]:
-    """Layers by what keeping them is worth: the error they cause alone for each byte they save.
+    """Order layers by the benefit of keeping them: the error they cause alone per byte saved.
 
-    The padding of very small layers may take more than quantising them saves: those come first.
+    Very small layers may need more bytes for padding than quantising them saves: those come first.
     """
 
     def worth(target: Target) -> float:
@@ -25,11 +25,11 @@ def smallest_prefix(
 ) -> tuple[int, float]:
     """Return the least k for which `error_without(k)` is within a bound, by bisection.
 
-    `error_without` is measured, so it need not fall with every step; what is returned holds the
+    `error_without` is measured, so it need not fall with every step; the returned k holds the
     bound, and the next smaller one that was tried does not.
 
     Returns:
-        k and its error. k is `count` if only keeping everything will do.
+        k and its error. k is `count` if only keeping everything holds the bound.
     """
     low, high = 0, count
     best = 0.0  # with everything kept nothing changes

@@ -1,4 +1,4 @@
-"""Measurements that outlive an interrupted run."""
+"""Measurements kept in a file, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _MAX_SHOWN = 80  # characters of the values that differ; those of a checkpoint a
 
 
 class State:
-    """Errors by what was quantised, kept in a JSON file if there is one.
+    """Errors by quantised layers, kept in a JSON file if a path is given.
 
     Args:
         path: the file; None to keep nothing.
-        run: what the measurements depend on. A file of another run is refused.
+        run: everything that the measurements depend on. A file of another run is refused.
 
     Raises:
         CheckpointError: the file cannot be read.
-        UsageError: the file is of another run, or no such file.
+        UsageError: the file belongs to another run, or is not a state file.
     """
 
     def __init__(self, path: Path | None, run: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ class State:
             self._read(path)
 
     def errors(self, name: str, measure: Callable[[], list[OutputError]]) -> list[OutputError]:
-        """Return what was measured under a name, measured now if it was not yet."""
+        """Return the measurement under a name; measure it if it is missing."""
         if name not in self._errors:
             self._errors[name] = measure()
             self._write()
@@ -52,7 +52,7 @@ class State:
         except (ValueError, RecursionError):
             document = None
         if not _is_state(document):
-            raise UsageError("state", f"{path} is no state of a sensitivity run", remedy)
+            raise UsageError("state", f"{path} is not the state of a sensitivity run", remedy)
         for key, value in self._run.items():
             found = document["run"].get(key)
             if found != value:
@@ -71,7 +71,7 @@ class State:
 
 
 def _is_state(document: Any) -> bool:
-    """Whether this is what a run writes: a number of errors for each name, all of them sound."""
+    """Return whether this is the content of a state file: finite errors for each name."""
     if not isinstance(document, dict) or set(document) != {"run", "errors"}:
         return False
     run, errors = document["run"], document["errors"]

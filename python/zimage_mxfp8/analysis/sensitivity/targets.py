@@ -1,4 +1,4 @@
-"""The layers that a recipe may quantise, in a model whose weights are plain, and their rounding."""
+"""The layers that a recipe may quantise, in a model with plain weights, and their rounding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Target:
     """A linear layer.
 
     Attributes:
-        name: of the layer in the ComfyUI layout, such as "layers.0.attention.qkv".
+        name: name of the layer in the ComfyUI layout, such as "layers.0.attention.qkv".
         stack: name of its stack of blocks.
         block: its number there.
         kind: its name in the block, such as "attention.qkv".
@@ -50,7 +50,7 @@ class Target:
 
 
 def find_targets(model: ZImageTransformer, table: LayerTable = ZIMAGE) -> list[Target]:
-    """All linear layers of the blocks, in the order of the forward pass within each stack."""
+    """Return all linear layers of the blocks, in order of the forward pass within each stack."""
     targets = []
     modulated = [stack for stack in table.stacks if stack.modulated]
     blocks = sum(len(getattr(model, stack.name)) for stack in modulated)
@@ -80,7 +80,7 @@ def _layers_of(
         modules = {slot: module}
         if isinstance(module, nn.ModuleList):
             modules = {f"{slot}.{i}": linear for i, linear in enumerate(module)}
-        each = len(layers) // len(modules)  # layers that are stacked in a module
+        each = len(layers) // len(modules)  # layers stacked in a module
         for i, (name, linear) in enumerate(modules.items()):
             assert isinstance(linear.weight, torch.Tensor)
             rows, columns = linear.weight.shape[0] // each, linear.weight.shape[1]
@@ -90,17 +90,17 @@ def _layers_of(
 
 
 def round_to_mxfp8(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix as MXFP8 holds it, in its own dtype."""
+    """Round a matrix to MXFP8, and return it in its own dtype."""
     of_device = arithmetic.on(matrix.device)
     return of_device.dequantize(of_device.quantize(matrix), matrix.dtype)
 
 
 @contextmanager
 def quantized(model: ZImageTransformer, targets: Iterable[Target]) -> Iterator[None]:
-    """Let layers compute as block-scaled tensor cores do: weights and activations in MXFP8.
+    """Make layers compute as block-scaled tensor cores do: weights and activations in MXFP8.
 
-    Of modulations the weights only, as in the compute modes. Weights are rounded when they are
-    used, so that no second copy of the model is needed.
+    For modulations only the weights are rounded, as in the compute modes. Weights are rounded when
+    they are used, so that no second copy of the model is needed.
     """
     rows: dict[str, list[tuple[int, int]]] = {}
     with ExitStack() as restore:

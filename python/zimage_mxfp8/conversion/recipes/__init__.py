@@ -1,9 +1,9 @@
-r"""Recipes: which layers stay in the source's precision, and why.
+r"""Recipes: the layers that stay in the source's precision, with reasons.
 
-A recipe is data. The built-in ones are the TOML files beside this module; users write their own:
+A recipe is data. The built-in ones are the TOML files in this folder; users write their own:
 
     title = "..."                     # optional
-    extends = "uniform"               # optional: a built-in recipe whose patterns come first
+    extends = "uniform"               # optional: a built-in recipe; its patterns come first
 
     [[keep]]
     name = "first blocks"
@@ -45,7 +45,7 @@ class KeepRule:
     Attributes:
         name: short title of the rule.
         pattern: regular expression, searched in tensor names.
-        reason: why these layers stay as they are.
+        reason: why these layers are kept.
         full_name: whether the transformer's prefix counts as part of the name.
     """
 
@@ -55,7 +55,7 @@ class KeepRule:
     full_name: bool = False
 
     def matches(self, tensor_name: str, prefix: str) -> bool:
-        """Whether the rule keeps a tensor, whose name starts with `prefix`."""
+        """Return whether the rule keeps a tensor; its name starts with `prefix`."""
         name = tensor_name if self.full_name else tensor_name[len(prefix) :]
         return self.pattern.search(name) is not None
 
@@ -67,7 +67,7 @@ class Recipe:
     Attributes:
         name: name of a built-in recipe, or the path of a file.
         title: one line.
-        description: some sentences.
+        description: a few sentences.
         keep: the rules; the first that matches a layer gives the reason.
         source_rounding: round F16 and F32 weights to BF16 before they are quantised or kept, as
             convert_to_quant does.
@@ -81,14 +81,14 @@ class Recipe:
 
     @property
     def reproduces_convert_to_quant(self) -> bool:
-        """Whether files are to equal convert_to_quant's byte for byte."""
+        """Whether files must equal convert_to_quant's byte for byte."""
         return self.source_rounding
 
     def excluding(self, patterns: Iterable[str]) -> Recipe:
         """Return this recipe with more patterns, searched in the tensors' full names.
 
         Raises:
-            UsageError: a pattern is no regular expression.
+            UsageError: a pattern is not a regular expression.
         """
         rules = []
         for pattern in patterns:
@@ -96,7 +96,7 @@ class Recipe:
                 compiled = compile_pattern(pattern)
             except ValueError as error:
                 raise UsageError(
-                    "exclude_layers", f'"{pattern}" is no regular expression: {error}'
+                    "exclude_layers", f'"{pattern}" is not a regular expression: {error}'
                 ) from None
             rules.append(KeepRule(f"excluded {pattern}", compiled, "excluded by a pattern", True))
         return Recipe(
@@ -104,18 +104,18 @@ class Recipe:
         )
 
     def with_rules_of(self, other: Recipe) -> Recipe:
-        """Both recipes' rules."""
+        """Return a recipe with the rules of both."""
         keep = self.keep + tuple(rule for rule in other.keep if rule not in self.keep)
         rounding = self.source_rounding or other.source_rounding
         return Recipe(f"{self.name}+{other.name}", self.title, self.description, keep, rounding)
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Return a regular expression as recipes and options have them; ValueError if it is none."""
+    """Compile a regular expression of a recipe or an option; ValueError if it is invalid."""
     if not isinstance(pattern, str):
-        raise ValueError("it is no text")
+        raise ValueError("it is not text")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # on spellings that may change one day
+        warnings.simplefilter("ignore", FutureWarning)  # about syntax that may change
         try:
             return re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
@@ -123,7 +123,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def builtin_names() -> list[str]:
-    """Names of the built-in recipes, the default first."""
+    """Return the names of the built-in recipes, the default first."""
     return sorted((path.stem for path in _FOLDER.glob("*.toml")), key=lambda n: (n != DEFAULT, n))
 
 
@@ -132,7 +132,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
     Raises:
         UsageError: no built-in recipe or file of that name.
-        RecipeError: a file that is no recipe; the sentence says what is wrong and where.
+        RecipeError: the file is not a valid recipe; the sentence names the problem and its place.
     """
     text = str(name_or_path)
     if text in builtin_names():
@@ -151,7 +151,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def rules_outside_blocks(table: LayerTable = ZIMAGE) -> tuple[KeepRule, ...]:
-    """The default recipe's rules for what is no layer of a block: embedders, the final layer."""
+    """Return the default recipe's rules for layers outside the blocks: embedders, final layer."""
     names = [layer.weight for layer in table.outside if layer.is_matrix]
     return tuple(
         rule for rule in load_recipe(DEFAULT).keep if any(rule.matches(name, "") for name in names)
@@ -171,7 +171,7 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def _toml_text(text: str) -> str:
-    """Return a TOML basic string. Its escapes are JSON's, but for the character DEL."""
+    """Return a TOML basic string. Its escapes are JSON's, except for the character DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -207,7 +207,7 @@ def _read(path: Path, name: str) -> Recipe:
         if document["extends"] not in builtin_names():
             hint = did_you_mean([document["extends"]], builtin_names())
             raise RecipeError(
-                f'recipe {path} extends "{document["extends"]}", which is none of '
+                f'recipe {path} extends "{document["extends"]}", which is not one of '
                 f"{', '.join(builtin_names())}{hint}"
             )
         base = load_recipe(document["extends"])
@@ -234,6 +234,6 @@ def _rule(path: Path, number: int, entry: Any) -> KeepRule:
         pattern = compile_pattern(entry["pattern"])
     except ValueError as error:
         raise RecipeError(
-            f'{where}: the pattern "{entry["pattern"]}" is no regular expression: {error}'
+            f'{where}: the pattern "{entry["pattern"]}" is not a regular expression: {error}'
         ) from None
     return KeepRule(entry["name"], pattern, entry["reason"])

@@ -1,8 +1,8 @@
-"""8-bit arithmetic of the transformer: by the core's kernels, or by torch where there are none.
+"""8-bit arithmetic of the transformer: by the core's kernels, or by torch without them.
 
-Everything works on torch tensors, on torch's current stream, and but for `fold` without waiting for
-the device. Both implementations give the same bytes, but for the bits of NaN, and the same products
-but for the order of sums.
+All functions take torch tensors, run on torch's current stream and, except for `fold`, do not wait
+for the device. Both implementations give the same bytes, except for the bits of NaN, and the same
+GEMM results, except for the order of sums.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ __all__ = ["Arithmetic", "on"]
 
 
 class Arithmetic(Protocol):
-    """What the transformer computes with 8-bit matrices. K is a multiple of 32."""
+    """The transformer's operations on 8-bit matrices. K is a multiple of 32."""
 
     def quantize(self, matrix: torch.Tensor) -> MXFP8Array:
         """Encode a matrix in MXFP8; blocks with NaN or infinity become NaN."""
 
     def quantize_rows(self, matrix: torch.Tensor) -> RowScaledArray:
-        """Encode a matrix in E4M3 with a scale per row, see `matmul.quantize_rows`."""
+        """Encode a matrix in E4M3 with a scale per row, see `ops.gemm.quantize_rows`."""
 
     def dequantize(self, array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
         """Decode a matrix from MXFP8 to bfloat16 or float32."""
 
     def fold(self, array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
-        """Fold the block scales into one per row; waits for the device. See `matmul.fold`."""
+        """Fold the block scales into one per row; wait for the device. See `ops.gemm.fold`."""
 
     def multiply_weight_only(self, x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
         """Multiply [M, K] with the decoded weights [N, K]: [M, N] in the dtype of x."""
 
     def weight_only_workspace(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that `multiply_weight_only` takes on a CUDA device for weights [N, K]."""
+        """Return the bytes that `multiply_weight_only` takes on CUDA for weights [N, K]."""
 
     def multiply_row_scaled(
         self, x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
@@ -48,12 +48,12 @@ class Arithmetic(Protocol):
     def row_scaled_workspace(
         self, tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> int:
-        """Bytes that `multiply_row_scaled` takes on a CUDA device for x [M, K], weights [N, K]."""
+        """Return the bytes of `multiply_row_scaled` on CUDA for x [M, K], weights [N, K]."""
 
     def multiply_mxfp8(
         self, x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Multiply [M, K] with weights [N, K] in the fastest way: [M, N] of `dtype`."""
+        """Multiply [M, K] with weights [N, K] by the fastest kernel: [M, N] of `dtype`."""
 
     def multiply_decoded(
         self, x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype
@@ -63,7 +63,7 @@ class Arithmetic(Protocol):
     def decoded_workspace(
         self, tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> int:
-        """Bytes that `multiply_decoded` takes on a CUDA device for x [M, K], weights [N, K]."""
+        """Return the bytes that `multiply_decoded` takes on CUDA for x [M, K], weights [N, K]."""
 
 
 def on(device: torch.device) -> Arithmetic:

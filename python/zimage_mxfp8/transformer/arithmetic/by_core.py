@@ -46,14 +46,14 @@ def multiply_weight_only(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
 
 
 def weight_only_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of the decoded weights; few tokens do without."""
+    """Return the bytes of the decoded weights, which few tokens do not need."""
     return shape[0] * shape[1] * dtype.itemsize
 
 
 def multiply_row_scaled(
     x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Multiply FP8 with a scale per row; by torch where the core has no kernel."""
+    """Multiply FP8 with a scale per row; by torch if the core has no kernel."""
     if row_scaled_unsupported(core_index(x.codes.device)):
         return scaled_mm.multiply(x, weights, dtype)
     out: torch.Tensor = gemm(x, weights, dtype=dtype)
@@ -63,17 +63,17 @@ def multiply_row_scaled(
 def row_scaled_workspace(
     tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Bytes that `multiply_row_scaled` takes on a CUDA device."""
+    """Return the bytes that `multiply_row_scaled` takes on a CUDA device."""
     if row_scaled_unsupported(core_index(device)):
         return scaled_mm.workspace(tokens, shape, dtype)
     return 0
 
 
 def row_scaled_unsupported(device: int) -> str:
-    """Why the core does not multiply row-scaled FP8 fast on a CUDA device; "" if it does.
+    """Return why the core does not multiply row-scaled FP8 fast on a CUDA device; "" if it does.
 
     Args:
-        device: its index, or -1 for the CPU, where nothing is fast and the core does it.
+        device: its index, or -1 for the CPU, which has no fast way and uses the core.
     """
     return "" if device < 0 else _cuda_row_scaled_unsupported(device)
 
@@ -106,7 +106,7 @@ def decoded_workspace(
     dtype: torch.dtype,  # noqa: ARG001 - of the interface
     device: torch.device,
 ) -> int:
-    """Bytes of both operands in bfloat16, whatever the dtype, where they are decoded to memory."""
+    """Return the bytes of both decoded operands, which are bfloat16 for every dtype."""
     if _decoding_kernel(device) == "reference":
         return 0
     return (tokens + shape[0]) * shape[1] * torch.bfloat16.itemsize

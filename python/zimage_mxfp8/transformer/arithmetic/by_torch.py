@@ -43,7 +43,7 @@ def multiply_weight_only(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
 
 
 def weight_only_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of the rows that are decoded at a time."""
+    """Return the bytes of the rows decoded at a time."""
     return min(shape[0] * shape[1], tiles.WEIGHT_TILE) * dtype.itemsize
 
 
@@ -56,7 +56,7 @@ def row_scaled_workspace(
     dtype: torch.dtype,
     device: torch.device,  # noqa: ARG001 - of the interface
 ) -> int:
-    """Bytes that `multiply_row_scaled` takes."""
+    """Return the bytes that `multiply_row_scaled` takes."""
     return scaled_mm.workspace(tokens, shape, dtype)
 
 
@@ -65,7 +65,7 @@ def multiply_decoded(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> 
     return multiply_weight_only(dequantize(x, dtype), weights)
 
 
-# Torch has block-scaled products on few devices; the mode for those needs kernels.
+# Torch has block-scaled GEMMs on few devices; the mode for those needs kernels.
 multiply_mxfp8 = multiply_decoded
 
 
@@ -75,5 +75,5 @@ def decoded_workspace(
     dtype: torch.dtype,
     device: torch.device,  # noqa: ARG001 - of the interface
 ) -> int:
-    """Bytes of the decoded activations, and of the rows of weights that are decoded at a time."""
+    """Return the bytes of the decoded activations and of the weight rows decoded at a time."""
     return tokens * shape[1] * dtype.itemsize + weight_only_workspace(shape, dtype)

@@ -1,4 +1,4 @@
-"""FP8 products with a scale per row through `torch._scaled_mm`, which not every device has."""
+"""FP8 GEMMs with a scale per row through `torch._scaled_mm`, which not every device has."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _FIRST = (8, 9)  # compute capability with FP8 tensor cores
 
 @cache
 def unsupported(device: int) -> str:
-    """Why torch does not multiply FP8 with a scale per row on a CUDA device; "" if it does.
+    """Return why torch does not multiply FP8 with a scale per row on a CUDA device; "" if it does.
 
-    That depends on the version of torch as much as on the device, so it is tried, once.
+    That depends on the version of torch as much as on the device, so a GEMM is tried once.
 
     Args:
         device: its index.
@@ -26,14 +26,14 @@ def unsupported(device: int) -> str:
     capability = torch.cuda.get_device_capability(device)
     name = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
     if capability < _FIRST:
-        return f"FP8 products need compute capability 8.9 or newer, and this is {name}"
+        return f"FP8 GEMMs need compute capability 8.9 or newer, and this is {name}"
     if not (why := _try(torch.device("cuda", device))):
         return ""
-    return f"torch {torch.__version__} has no FP8 product with a scale per row on {name}: {why}"
+    return f"torch {torch.__version__} has no FP8 GEMM with a scale per row on {name}: {why}"
 
 
 def _try(place: torch.device) -> str:
-    """Return what goes wrong with a product; "" if nothing does."""
+    """Return the error of a GEMM; "" if it succeeds."""
     size = 128
     codes = torch.ones((size, size), device=place).to(torch.float8_e4m3fn)
     operand = RowScaledArray(codes, torch.full((size,), 0.5, device=place))
@@ -47,7 +47,7 @@ def _try(place: torch.device) -> str:
 def multiply(x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype) -> torch.Tensor:
     """Multiply x [M, K] with weights [N, K]: [M, N] of `dtype`.
 
-    On FP8 tensor cores where the result is bfloat16 on CUDA: torch has no other there.
+    FP8 tensor cores do it if the result is bfloat16 on CUDA: torch has no other dtype there.
     """
     if dtype == torch.bfloat16 and x.codes.is_cuda:
         return _multiply(x, weights)
@@ -61,7 +61,7 @@ def _multiply(x: RowScaledArray, weights: RowScaledArray) -> torch.Tensor:
         scale_a=x.scales[:, None],
         scale_b=weights.scales[None, :],
         out_dtype=torch.bfloat16,
-        use_fast_accum=True,  # as the core's product: the error is far below that of FP8 itself
+        use_fast_accum=True,  # like the core's GEMM: the error is far below that of FP8 itself
     )
     return out
 
@@ -80,7 +80,7 @@ def multiply_decoded(
 
 
 def workspace(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes that `multiply` takes on a CUDA device for x [tokens, K] and weights [N, K]."""
+    """Return the bytes that `multiply` takes on CUDA for x [tokens, K] and weights [N, K]."""
     if dtype == torch.bfloat16:
         return 0
     return (tokens * shape[1] + min(shape[0] * shape[1], tiles.TILE)) * torch.float32.itemsize

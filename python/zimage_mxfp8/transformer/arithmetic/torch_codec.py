@@ -1,8 +1,8 @@
 """MXFP8 and row-scaled FP8 by torch operations, on any device.
 
-The bytes are those of the core, but for the bits of NaN. Nothing here waits for the device, so that
-CUDA graphs can hold it. Float32 subnormals must not be flushed to zero, which torch does on the CPU
-if asked (`torch.set_flush_denormal`) and never on CUDA.
+The bytes are those of the core, except for the bits of NaN. Nothing here waits for the device, so
+that CUDA graphs can hold it. Float32 subnormals must not be flushed to zero, which torch does on
+the CPU only after `torch.set_flush_denormal` and never on CUDA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_UP, _MAX_DOWN = 17, 19  # binary places between the smallest code and the l
 
 
 def to_blocked(scales: torch.Tensor) -> torch.Tensor:
-    """Row-major scales [rows, blocks] in the 128x4 blocked layout, padded with 0."""
+    """Reorder row-major scales [rows, blocks] to the 128x4 blocked layout, padded with 0."""
     rows, blocks = scales.shape
     padded = F.pad(scales, (0, -blocks % 4, 0, -rows % SCALE_TILE_ROWS))
     tiles = padded.reshape(padded.shape[0] // SCALE_TILE_ROWS, 4, 32, padded.shape[1] // 4, 4)
@@ -36,13 +36,13 @@ def to_blocked(scales: torch.Tensor) -> torch.Tensor:
 
 
 def from_blocked(scales: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
-    """Row-major scales [rows, blocks] of the blocked layout [roundup(rows), roundup(blocks)]."""
+    """Return row-major scales [rows, blocks] of blocked [roundup(rows), roundup(blocks)]."""
     tiles = scales.reshape(scales.shape[0] // SCALE_TILE_ROWS, scales.shape[1] // 4, 32, 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).reshape(scales.shape)[:rows, :blocks]
 
 
 def _scale_values(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """2^(byte - 127) of E8M0 bytes, NaN for 255."""
+    """Return 2^(byte - 127) for E8M0 bytes, NaN for 255."""
     # The exponent field of bfloat16. 0 stands for 2^-127, a subnormal: half of the smallest normal
     # number. The same bit makes NaN of the infinity that 255 would be.
     is_special = scales + 1 <= 1  # 0 and, as bytes wrap around, 255
@@ -61,7 +61,7 @@ def rows_of(array: MXFP8Array, rows: slice) -> MXFP8Array:
 
 
 def dequantize(array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
-    """Decode a matrix from MXFP8 to bfloat16 or float32; exact where the dtype has the value."""
+    """Decode a matrix from MXFP8 to bfloat16 or float32; exact if the dtype has the value."""
     rows, columns = array.shape
     codes = array.codes.view(torch.float8_e4m3fn)
     values = codes.to(dtype)
@@ -88,7 +88,7 @@ def quantize(matrix: torch.Tensor) -> MXFP8Array:
 
 
 def _encode_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [rows, columns] and scale bytes [rows, blocks] of [rows, blocks, 32]."""
+    """Return codes [rows, columns] and scale bytes [rows, blocks] of [rows, blocks, 32]."""
     amax = torch.linalg.vector_norm(blocks, torch.inf, dim=2).float()  # NaN if there is one
     bits = amax.view(torch.int32)
     is_sound = amax < torch.inf
@@ -97,7 +97,7 @@ def _encode_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     byte = torch.where(is_sound & ~is_tiny, byte, 0)
     factor = ((254 - byte) << 23).view(torch.float32)  # 2^(127 - byte)
     codes = (blocks * factor[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
-    # The signs of zeros, too, and of NaN.
+    # Includes the signs of zeros and of NaN.
     keeps = is_sound & ~is_tiny
     codes = torch.where(keeps[..., None], codes, _filler(is_sound, _NAN_CODE)[..., None])
     byte = torch.where(is_sound, byte, _NAN_BYTE)
@@ -105,7 +105,7 @@ def _encode_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _filler(is_sound: torch.Tensor, code: int) -> torch.Tensor:
-    """Bytes: 0 where values are sound, else a code."""
+    """Return bytes: 0 for finite values, else a code."""
     return (~is_sound).to(torch.uint8) * code
 
 
@@ -117,8 +117,8 @@ def quantize_rows(matrix: torch.Tensor) -> RowScaledArray:
     rows, columns = matrix.shape
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=matrix.device)
     scales = torch.empty(rows, dtype=torch.float32, device=matrix.device)
-    # On the device: torch multiplies with the reciprocal of a number of Python's, and what divides
-    # such a number is a reciprocal too, both of which may differ from a quotient in the last bit.
+    # A tensor on the device, not a Python number: torch replaces division by or of a Python number
+    # by multiplication with a reciprocal, which may differ from the quotient in the last bit.
     maximum = torch.full((), _MAXIMUM, device=matrix.device)
     for tile in tiles.row_tiles(rows, columns, tiles.TILE):
         part = matrix[tile]
@@ -138,8 +138,8 @@ def fold(array: MXFP8Array) -> tuple[RowScaledArray, torch.Tensor]:
     """Fold the block scales of an MXFP8 matrix into one power of two per row.
 
     Returns:
-        The row-scaled matrix and what changed in each row, float64 [N, 3], as `fold_async`
-        of `matmul` gives them: for `fold_stats`.
+        The row-scaled matrix and the change of each row, float64 [N, 3], as `ops.gemm.fold_async`
+        gives them, for `fold_stats`.
     """
     rows, columns = array.shape
     device = array.codes.device
@@ -180,7 +180,7 @@ def _fold_rows(
 
 
 def _mark_nan(statistics: torch.Tensor, is_nan: torch.Tensor, columns: int) -> None:
-    """Say of rows with NaN where their first block with one is: its first and last column."""
+    """Store the first and last column of the first block with NaN in each row's statistics."""
     begin = is_nan.int().argmax(1) * MXFP8_BLOCK
     where = (begin, (begin + MXFP8_BLOCK - 1).clamp(max=columns - 1), begin.double() * torch.nan)
     marks = torch.stack([mark.double() for mark in where], dim=1)
@@ -195,6 +195,6 @@ def _headroom(magnitude: torch.Tensor) -> torch.Tensor:
 
 
 def _power(exponent: torch.Tensor) -> torch.Tensor:
-    """2^exponent as float32, for exponents from -127 to 127."""
+    """Return 2^exponent as float32, for exponents from -127 to 127."""
     bits = ((exponent + 127) << 23).int()
     return torch.where(exponent == -127, 1 << 22, bits).int().view(torch.float32)

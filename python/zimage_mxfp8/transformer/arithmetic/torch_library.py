@@ -1,8 +1,8 @@
 """Operations of the core registered with torch.library, in the namespace `zimage_mxfp8`.
 
-torch.compile and torch.export put them in their graphs as they are. Eager code calls the core
-itself, which costs less than a registered operation. Each has a schema of plain tensors, which says
-what it writes, and a fake version, which gives shapes and dtypes. There are no derivatives.
+torch.compile and torch.export put them in their graphs unchanged. Eager code calls the core itself,
+which costs less than a registered operation. Each has a schema of plain tensors, which declares
+mutated arguments, and a fake version, which gives shapes and dtypes. There are no derivatives.
 
 An MXFP8 matrix is codes, scales, rows and columns, a row-scaled one codes and scales. A result in
 one of the formats of `ops.fused` is two tensors: codes and scales, or the values in bfloat16 and an
@@ -49,7 +49,7 @@ def _parts(result: Any) -> Pair:
 
 
 def _fake_parts(like: torch.Tensor, columns: Any, output_format: str) -> Pair:
-    """What `_parts` gives of [M, columns] in a format, with the rows and the device of `like`."""
+    """Return empty tensors like those of `_parts` for [M, columns], M and device as in `like`."""
     shape = (like.shape[0], columns)
     if output_format == "bfloat16":
         return like.new_empty(shape, dtype=torch.bfloat16), like.new_empty(0, dtype=torch.bfloat16)
@@ -139,7 +139,7 @@ def gemm_mxfp8(
 ) -> torch.Tensor:
     """Multiply MXFP8 [tokens, columns] with MXFP8 weights [rows, columns]: [tokens, rows].
 
-    `decoded` takes the kernels that decode both operands first, else the device's fastest.
+    With `decoded`, a kernel that decodes both operands first is used, else the device's fastest.
     """
     multiply = by_core.multiply_decoded if decoded else by_core.multiply_mxfp8
     x = MXFP8Array(codes, scales, (tokens, columns))
