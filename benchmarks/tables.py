@@ -359,6 +359,25 @@ def analyses() -> str:
     return table(rows_of("analyses"), ["program"], columns)
 
 
+def lora() -> str:
+    def share(name: str) -> Callable[[Rows], str]:
+        def show(rows: Rows) -> str:
+            return " / ".join(f"{row[name]:.2f}" for row in rows)
+
+        return show
+
+    return table(
+        rows_of("lora"),
+        ["way"],
+        [
+            Column("adapter", label("{way}"), right=False),
+            Column("error of the change of the weights", share("weights")),
+            Column("of the change of the output", share("change")),
+            Column("of the output", share("output")),
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "transformer": transformer,
     "goals": goals,
@@ -374,6 +393,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm-between": gemm_between,
     "convert": convert,
     "analyses": analyses,
+    "lora": lora,
 }
 
 
