@@ -7,11 +7,11 @@ import argparse
 from .arguments import add_json
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "doctor",
-        help="show versions, devices and the paths that they take",
+        help=line,
         description="Show what this installation is, the devices that it finds, which path each "
         "takes for products, and why not others.",
     )

@@ -98,14 +98,16 @@ def test_dequantize_refuses_other_suffixes(cli: Run, here: Path) -> None:
     only(here, "in.safetensors")
 
 
+PARSERS: dict[str, argparse.ArgumentParser] = next(
+    action.choices
+    for action in build_parser()._actions
+    if isinstance(action, argparse._SubParsersAction)
+)
+
+
 def single_valued_options() -> Iterator[tuple[str, str, str]]:
     """Command, option and a value that the option takes."""
-    commands = next(
-        action
-        for action in build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    for command, parser in commands.choices.items():
+    for command, parser in PARSERS.items():
         for action in parser._actions:
             if type(action) is not argparse._StoreAction or not action.option_strings:
                 continue
@@ -512,3 +514,29 @@ def test_empty_names_are_refused(words: list[str], capsys: pytest.CaptureFixture
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "the name is empty; name a file" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "commands"),
+    [
+        (["--help"], set()),
+        (["--version"], set()),
+        (["dequantize", "--help"], {"dequantize"}),
+        (["convert", "--help"], {"convert"}),
+        (["generate", "--help"], {"generate"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_imports_little(words: list[str], commands: set[str]) -> None:
+    """Only the command that is named, and nothing of size."""
+    program = (
+        "import sys; before = set(sys.modules); from zimage_mxfp8.cli.main import main; "
+        f"main({words!r}); print(*(set(sys.modules) - before), sep='\\n', file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    imported = set(result.stderr.split())
+    assert "zimage_mxfp8.cli.arguments" in imported
+    assert {name for name in PARSERS if f"zimage_mxfp8.cli.{name}" in imported} == commands
+    large = {"dataclasses", "inspect", "tempfile", "json", "numpy", "rich", "safetensors", "torch"}
+    ours = {"checkpoint.hub", "checks", "generation.settings", "ops", "printing"}
+    assert imported.isdisjoint(large | {f"zimage_mxfp8.{name}" for name in ours})
