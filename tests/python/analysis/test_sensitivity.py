@@ -400,7 +400,7 @@ def test_nothing_is_lost(tensors: Tensors, tmp_path: Path) -> None:
 # ---- real captions
 
 
-def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run, in_process: Run) -> None:
+def test_prompts(zimage_folder: Path, tmp_path: Path, in_process: Run) -> None:
     arguments = (
         "sensitivity",
         zimage_folder,
@@ -413,7 +413,7 @@ def test_prompts(zimage_folder: Path, tmp_path: Path, cli: Run, in_process: Run)
     )
     one = ("--timesteps", 1)
     prompts = ("--prompt", "a", "--prompt", "")
-    ran = cli(*arguments, *one, *prompts, "--model-dir", zimage_folder, "--json")
+    ran = in_process(*arguments, *one, *prompts, "--model-dir", zimage_folder, "--json")
     assert ran.returncode == 0, ran.stderr
     lines = ran.stderr.splitlines()
     assert lines[0] == "zimage-mxfp8: encoding the prompts"
@@ -485,9 +485,11 @@ def test_the_tables(folder: Path, in_process: Run) -> None:
     assert "layers.0.feed_forward.w2" in ran.stdout
 
 
-def test_a_log_tells_each_stage(folder: Path, cli: Run) -> None:
+def test_a_log_tells_each_stage(folder: Path, in_process: Run) -> None:
     """Where there is no terminal for a bar."""
-    ran = cli("sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu", "--json")
+    ran = in_process(
+        "sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu", "--json"
+    )
     lines = [line.removeprefix("zimage-mxfp8: ") for line in ran.stderr.splitlines()]
     stages = [line.partition(" (")[0] for line in lines]
     assert list(dict.fromkeys(stages)) == [
