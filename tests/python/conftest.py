@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -40,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="this build has no CUDA (ZM_CUDA=ON)"))
         elif has_kernels and not needs_kernels:
             item.add_marker(pytest.mark.skip(reason="for builds without CUDA (ZM_CUDA=OFF)"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of garbage collections what was imported: it is much, and it stays."""
+    gc.freeze()
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -96,17 +102,20 @@ def cli(tmp_path: Path) -> Run:
 @pytest.fixture
 def in_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
-    """Runs `zimage-mxfp8` in this process and in `tmp_path`, without importing torch again."""
-    monkeypatch.chdir(tmp_path)
+) -> Iterator[Run]:
+    """Runs `zimage-mxfp8` in this process and in `tmp_path`, without importing anything again."""
+    environment = dict(os.environ)
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, cwd: Path | str = tmp_path) -> subprocess.CompletedProcess[str]:
         words = [str(argument) for argument in arguments]
+        monkeypatch.chdir(cwd)
         code = main(words)
         captured = capsys.readouterr()
         return subprocess.CompletedProcess(words, code, captured.out, captured.err)
 
-    return run
+    yield run
+    os.environ.clear()  # commands set variables for libraries
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

@@ -9,49 +9,41 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from .._core import __version__
 from ..errors import Error, UsageError
-from . import (
-    compare,
-    completion,
-    convert,
-    demo,
-    dequantize,
-    device_warnings,
-    doctor,
-    generate,
-    inspect,
-    probe,
-    recipes,
-    sensitivity,
-    streams,
-    validate,
-)
+from . import device_warnings, streams
 from .arguments import Parser
 from .interrupts import is_interrupt
 from .wording import CommandLineError, sentence
 
-_COMMANDS = (
-    convert,
-    inspect,
-    validate,
-    dequantize,
-    generate,
-    probe,
-    compare,
-    sensitivity,
-    recipes,
-    doctor,
-    demo,
-    completion,
-)
+# Modules of this package, and what `--help` says of each.
+_COMMANDS = {
+    "convert": "convert a checkpoint to MXFP8",
+    "inspect": "show the contents of a checkpoint",
+    "validate": "check an MXFP8 file, and compare it with its original",
+    "dequantize": "decode an MXFP8 file to a plain BF16 checkpoint",
+    "generate": "make images from a prompt",
+    "probe": "find the weights that quantisation would hurt most",
+    "compare": "measure the error of 8-bit and 4-bit formats",
+    "sensitivity": "measure the effect of quantising each layer on the output",
+    "recipes": "show the recipes: which layers are kept, and why",
+    "doctor": "show versions, devices and their kernels",
+    "demo": "make a small Z-Image checkpoint, convert it, check the result and run it",
+    "completion": "print the script that completes commands and options in a shell",
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the program.
+
+    Args:
+        command: the only command that gets its options; None: all of them get theirs.
+    """
     parser = Parser(
         prog="zimage-mxfp8",
         description="Convert Z-Image checkpoints to MXFP8, check them, look inside and run them.",
@@ -63,12 +55,22 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=0,
         help="print the folder of the CMake package, for find_package(zimage_mxfp8 CONFIG)",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add_parser(commands)
-    for own in commands.choices.values():  # errors are worded with the options of these
-        own.set_defaults(parsers=(own, *commands.choices.values()))
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True
+    )
+    for name, line in _COMMANDS.items():
+        if command in (None, name):
+            import_module(f".{name}", __package__).add_parser(commands, line)
+        else:
+            commands.add_parser(name, help=line)
     return parser
+
+
+def command_parsers(command: str) -> list[argparse.ArgumentParser]:
+    """Return the parsers with which errors of a command are worded: its own, then those of all."""
+    parser = build_parser()
+    (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [commands.choices[command], *commands.choices.values()]
 
 
 class _PrintCMakeDir(argparse.Action):
@@ -97,12 +99,13 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     arguments = argparse.Namespace()
     try:
-        parser = build_parser()
         if "_ARGCOMPLETE" in os.environ:  # a shell requests completions
             from .completer import answer
 
-            answer(parser)
-        parser.parse_args(argv, arguments)
+            answer(build_parser())
+        words = sys.argv[1:] if argv is None else argv
+        command = next((word for word in words if not word.startswith("-")), "")
+        build_parser(command).parse_args(words, arguments)
         with device_warnings.as_lines():
             return int(arguments.run(arguments))
     except (Error, MemoryError, OSError) as error:
@@ -116,7 +119,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _sentence(error: Error | MemoryError | OSError, arguments: argparse.Namespace) -> str:
     if isinstance(error, Error):
-        return sentence(error, getattr(arguments, "parsers", ()))
+        return sentence(error, command_parsers(arguments.command))
     if isinstance(error, MemoryError):
         return f"out of memory; {_remedy_for_memory(arguments)}"
     place, reason = error.filename, error.strerror or str(error)

@@ -29,11 +29,11 @@ _fraction.__name__ = "fraction above 0 and up to 1"  # argparse puts it into its
 _error_bound.__name__ = "relative squared error"
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "compare",
-        help="measure the error of 8-bit and 4-bit formats",
+        help=line,
         description="Measure the error of number formats on a checkpoint's weights: MXFP8, FP8, "
         "INT8, MXFP4, NVFP4, with other scales, with formats chosen per block and with low-rank "
         "branches.",

@@ -7,11 +7,11 @@ import argparse
 _SHELLS = ("bash", "zsh", "fish")
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "completion",
-        help="print the script that completes commands and options in a shell",
+        help=line,
         description="Print the script that completes commands, options, choices, recipes and "
         'files. For bash: eval "$(zimage-mxfp8 completion bash)" in ~/.bashrc; for zsh: eval '
         '"$(zimage-mxfp8 completion zsh)" in ~/.zshrc, after compinit; for fish: zimage-mxfp8 '

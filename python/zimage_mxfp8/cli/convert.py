@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 
-from ..checkpoint import hub
-from ..system.devices import cuda_index
 from ..text import plural
-from . import convert_to_quant, download, dry_run
+from . import convert_to_quant, download
 from .arguments import (
     add_json,
     add_overwrite,
@@ -22,11 +19,11 @@ from .arguments import (
 from .wording import CommandLineError
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "convert",
-        help="convert a checkpoint to MXFP8",
+        help=line,
         description="Convert a Z-Image checkpoint (BF16, F16 or F32) to MXFP8 for ComfyUI.",
         intermixed=True,
     )
@@ -137,10 +134,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tensors and not arguments.dry_run:
         raise CommandLineError("--tensors belongs to --dry-run; add that")
     _resolve_input(arguments)
+    from dataclasses import fields
+
     from ..conversion.convert import default_output, plan_conversion, run_conversion
     from ..conversion.options import ConversionOptions
     from ..printing.conversion import print_conversion
-    from . import display
+    from ..system.devices import cuda_index
+    from . import display, dry_run
 
     names = [field.name for field in fields(ConversionOptions) if field.init]
     options = ConversionOptions(**{name: getattr(arguments, name) for name in names})
@@ -180,6 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _resolve_input(arguments: argparse.Namespace) -> None:
     """Replace the name of a model on the hub by its path in the cache."""
+    from ..checkpoint import hub
     from ..checkpoint.output import check_target
 
     reference = hub.parse(arguments.input)

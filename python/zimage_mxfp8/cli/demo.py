@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,11 +17,11 @@ _CAPTION_TOKENS = 20
 _LATENT_SIDE = 8  # 64 pixels
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "demo",
-        help="make a small Z-Image checkpoint, convert it, check the result and run it",
+        help=line,
         description="Make a small checkpoint with Z-Image's 30 layers and random weights, convert "
         "it to MXFP8, validate it against its original, let both denoise the same latents and "
         "print the tables. No network.",
@@ -41,6 +40,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.output is None:
+        import tempfile
+
         temporary = tempfile.TemporaryDirectory(prefix="zimage-mxfp8-demo-")
         try:
             with temporary as folder:

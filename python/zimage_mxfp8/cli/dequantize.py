@@ -8,11 +8,11 @@ from pathlib import Path
 from .arguments import add_overwrite, add_threads, checkpoint_path
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "dequantize",
-        help="decode an MXFP8 file to a plain BF16 checkpoint",
+        help=line,
         description="Write the BF16 checkpoint that an MXFP8 file encodes.",
     )
     parser.set_defaults(run=run)

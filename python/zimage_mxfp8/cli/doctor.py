@@ -7,11 +7,11 @@ import argparse
 from .arguments import add_json
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "doctor",
-        help="show versions, devices and their kernels",
+        help=line,
         description="Show the versions of this installation, the devices that it finds, which "
         "kernel each uses for GEMMs, and why not others.",
     )

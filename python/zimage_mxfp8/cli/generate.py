@@ -8,19 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
-from ..generation.settings import (
-    DEFAULT_SIZE,
-    DEFAULT_STRENGTH,
-    MAX_GUIDANCE,
-    MAX_IMAGES,
-    GenerationSettings,
-    draw_seed,
-)
+from ..generation.limits import DEFAULT_SIZE, DEFAULT_STRENGTH, MAX_GUIDANCE, MAX_IMAGES
 from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, lora, spellings
 from .download import add_download, resolve
@@ -30,14 +22,15 @@ from .wording import CommandLineError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..generation.settings import GenerationSettings
     from ..generation.stored import StoredSettings
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "generate",
-        help="make images from a prompt",
+        help=line,
         description="Make images with an MXFP8 transformer and the other parts (text encoder, "
         "tokenizer, VAE, scheduler) of a diffusers folder on this machine. No network without "
         "--download.",
@@ -234,6 +227,10 @@ def _settings(
     arguments: argparse.Namespace,
 ) -> tuple[StoredSettings | None, GenerationSettings]:
     """Return the image that `--settings-from` names, and the settings from it and the options."""
+    from dataclasses import fields, replace
+
+    from ..generation.settings import GenerationSettings, draw_seed
+
     given = {
         field.name: getattr(arguments, field.name)
         for field in fields(GenerationSettings)

@@ -8,11 +8,11 @@ from pathlib import Path
 from .arguments import add_json
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "inspect",
-        help="show the contents of a checkpoint",
+        help=line,
         description="Show the tensors of a safetensors file or a diffusers folder, by groups.",
     )
     parser.set_defaults(run=run)

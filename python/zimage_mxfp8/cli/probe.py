@@ -35,11 +35,11 @@ _RULES = (
 )
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "probe",
-        help="find the weights that quantisation would hurt most",
+        help=line,
         description="Measure the sensitivity of each weight of Z-Image's blocks, and recommend "
         "weights to keep. Metrics, scores and recommendations are those of quant_probe.",
     )

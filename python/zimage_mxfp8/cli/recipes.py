@@ -7,11 +7,11 @@ import argparse
 from .arguments import add_json
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "recipes",
-        help="show the recipes: which layers are kept, and why",
+        help=line,
         description="Show the built-in recipes, or the named ones (also TOML files).",
     )
     parser.set_defaults(run=run)

@@ -19,11 +19,11 @@ from .streams import report_line
 from .wording import CommandLineError
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "sensitivity",
-        help="measure the effect of quantising each layer on the output",
+        help=line,
         description="Quantise every layer and every group of layers of the original model alone, "
         "measure the error of its output at several timesteps, and find a set of layers to keep "
         "that holds a bound. For a GPU; on the CPU for small models.",

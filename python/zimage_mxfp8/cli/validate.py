@@ -8,11 +8,11 @@ from pathlib import Path
 from .arguments import add_json, add_threads
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     parser = commands.add_parser(
         "validate",
-        help="check an MXFP8 file, and compare it with its original",
+        help=line,
         description="Check every rule of the MXFP8 file contract. Exit code 1 if one is broken.",
     )
     parser.set_defaults(run=run)

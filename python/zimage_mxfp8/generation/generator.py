@@ -30,9 +30,10 @@ from ..transformer.weights import open_model
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
 from .folder import open_model_folder
 from .images import open_init_image
+from .limits import PIXELS_PER_TOKEN
 from .loras import use_loras
 from .preview import PreviewCallback, Previews
-from .settings import PIXELS_PER_TOKEN, GenerationSettings
+from .settings import GenerationSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from ..checks import finite_number, path, text, whole_number
 from ..errors import UsageError
-from ..zimage.constants import ROPE_LENGTHS
-
-PIXELS_PER_TOKEN = 16  # a side: 8 pixels to a latent, 2 latents to a patch
-DEFAULT_SIZE = 1024
-DEFAULT_STRENGTH = 0.6
-MAX_PIXELS = min(ROPE_LENGTHS[1:]) * PIXELS_PER_TOKEN  # a side
-_MAX_STEPS = 1000
-MAX_IMAGES = 64  # of a batch, far beyond what a device's memory holds in 1024 x 1024
-MAX_GUIDANCE = 100  # useful values are below 10; huge ones overflow
-SEEDS = 2**63
+from .limits import (
+    DEFAULT_SIZE,
+    DEFAULT_STRENGTH,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_PIXELS,
+    MAX_STEPS,
+    PIXELS_PER_TOKEN,
+    SEEDS,
+)
 
 _NEVER_NONE = ("prompt", "steps", "guidance", "batch")
 
@@ -58,8 +58,8 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if not 1 <= self.steps <= _MAX_STEPS:
-            raise UsageError("steps", f"must be 1 to {_MAX_STEPS}, not {self.steps}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UsageError("steps", f"must be 1 to {MAX_STEPS}, not {self.steps}")
         for name, size in (("height", self.height), ("width", self.width)):
             if size is not None and (size % PIXELS_PER_TOKEN or not 0 < size <= MAX_PIXELS):
                 raise UsageError(

@@ -578,7 +578,7 @@ def test_unmeasured_claims_have_no_answer(checkpoint: Path) -> None:
 # ---- recipes, CSV and JSON
 
 
-def test_recipe_keeps_the_layers_above_the_bound(cli: Run, tmp_path: Path) -> None:
+def test_recipe_keeps_the_layers_above_the_bound(in_process: Run, tmp_path: Path) -> None:
     tensors = random_tensors(small_shapes(1))
     bad = {WEIGHT, "context_refiner.1.attention.out.weight"}
     for name in bad:
@@ -586,7 +586,7 @@ def test_recipe_keeps_the_layers_above_the_bound(cli: Run, tmp_path: Path) -> No
     prefixed = {PREFIX + name: tensor for name, tensor in tensors.items()}
     save_file(prefixed, tmp_path / "in.safetensors")
     arguments = ("compare", "in.safetensors", "--low-rank", "none", "--write-recipe", "own.toml")
-    result = cli(*arguments, "--bound", "0.002")
+    result = in_process(*arguments, "--bound", "0.002")
     assert result.returncode == 0, result.stderr
     document = tomllib.loads((tmp_path / "own.toml").read_text())
     for rule in document["keep"][: len(bad)]:
@@ -605,7 +605,9 @@ def test_recipe_keeps_the_layers_above_the_bound(cli: Run, tmp_path: Path) -> No
     )
     kept = {n for n, p in plan.tensors.items() if "relative squared error" in p.reason}
     assert kept == {PREFIX + name for name in bad}
-    done = cli("convert", "-i", "in.safetensors", "-o", "o.safetensors", "--recipe", "own.toml")
+    done = in_process(
+        "convert", "-i", "in.safetensors", "-o", "o.safetensors", "--recipe", "own.toml"
+    )
     assert done.returncode == 0 and "matches no tensor" not in done.stderr
 
 
@@ -658,8 +660,8 @@ def test_recipe_that_keeps_everything_is_announced(tmp_path: Path) -> None:
     assert "for a bound of 0.001 keeps every layer" in report.warnings[0]
 
 
-def test_csv_and_json(cli: Run, checkpoint: Path, tmp_path: Path) -> None:
-    result = cli("compare", checkpoint, "--csv", "c.csv", "--json", "--sample", "0.5")
+def test_csv_and_json(in_process: Run, checkpoint: Path, tmp_path: Path) -> None:
+    result = in_process("compare", checkpoint, "--csv", "c.csv", "--json", "--sample", "0.5")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["sample"] == 0.5 and len(document["answers"]) == 7
@@ -732,27 +734,27 @@ def test_tables_fit_80_columns(
 # ---- bad input
 
 
-def test_bad_checkpoints(cli: Run, small_file: Path, tmp_path: Path) -> None:
-    fails(cli("compare", "none.safetensors"), 1, "none.safetensors does not exist")
+def test_bad_checkpoints(in_process: Run, small_file: Path, tmp_path: Path) -> None:
+    fails(in_process("compare", "none.safetensors"), 1, "none.safetensors does not exist")
     (tmp_path / "cut.safetensors").write_bytes(small_file.read_bytes()[:100_000])
-    fails(cli("compare", "cut.safetensors"), 1, "cut.safetensors is truncated")
+    fails(in_process("compare", "cut.safetensors"), 1, "cut.safetensors is truncated")
     save_file({"a.weight": torch.zeros(32, 32)}, tmp_path / "other.safetensors")
-    fails(cli("compare", "other.safetensors"), 1, "not a Z-Image checkpoint", "--any-model")
+    fails(in_process("compare", "other.safetensors"), 1, "not a Z-Image checkpoint", "--any-model")
     save_file({"a.weight": torch.zeros(32)}, tmp_path / "other.safetensors")
-    fails(cli("compare", "other.safetensors", "--any-model"), 1, "has no weight matrices")
+    fails(in_process("compare", "other.safetensors", "--any-model"), 1, "has no weight matrices")
     zm.convert(small_file, tmp_path / "mxfp8.safetensors")
-    fails(cli("compare", "mxfp8.safetensors"), 1, "is quantised already (MXFP8, see")
+    fails(in_process("compare", "mxfp8.safetensors"), 1, "is quantised already (MXFP8, see")
 
 
-def test_bad_weights(cli: Run, tmp_path: Path) -> None:
+def test_bad_weights(in_process: Run, tmp_path: Path) -> None:
     tensors = random_tensors(small_shapes(1))
     save_file(tensors | {WEIGHT: tensors[WEIGHT].double()}, tmp_path / "in.safetensors")
-    fails(cli("compare", "in.safetensors"), 1, f'tensor "{WEIGHT}" is F64', "--layers")
+    fails(in_process("compare", "in.safetensors"), 1, f'tensor "{WEIGHT}" is F64', "--layers")
     for value in (float("nan"), float("inf")):
         tensors[WEIGHT][7, 9] = value
         save_file(tensors, tmp_path / "in.safetensors")
         fails(
-            cli("compare", "in.safetensors", "--write-recipe", "r.toml", "--csv", "c.csv"),
+            in_process("compare", "in.safetensors", "--write-recipe", "r.toml", "--csv", "c.csv"),
             1,
             f'in.safetensors: tensor "{WEIGHT}" has NaN or Inf at row 7, column 9; leave it out '
             "with --layers",
@@ -787,38 +789,45 @@ def test_bad_weights(cli: Run, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_usage(
-    cli: Run, small_file: Path, tmp_path: Path, arguments: list[str], code: int, sentence: str
+    in_process: Run,
+    small_file: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    sentence: str,
 ) -> None:
     os.link(small_file, tmp_path / "in.safetensors")
     (tmp_path / "old.csv").write_text("old")
-    fails(cli("compare", "in.safetensors", *arguments), code, sentence)
+    fails(in_process("compare", "in.safetensors", *arguments), code, sentence)
     only(tmp_path, "in.safetensors", "old.csv")
     assert (tmp_path / "old.csv").read_text() == "old"
 
 
 @pytest.mark.parametrize("option", ["--csv", "--html", "--write-recipe"])
-def test_no_output_replaces_a_shard(cli: Run, tmp_path: Path, option: str) -> None:
+def test_no_output_replaces_a_shard(in_process: Run, tmp_path: Path, option: str) -> None:
     write_shards(tmp_path / "z", to_diffusers(random_tensors(small_shapes(1))))
     shard = min((tmp_path / "z").glob("*.safetensors"))
     before = shard.read_bytes()
-    fails(cli("compare", "z", option, shard, "--overwrite"), 2, "is the input")
+    fails(in_process("compare", "z", option, shard, "--overwrite"), 2, "is the input")
     assert shard.read_bytes() == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_weights_near_the_limit_of_float32(cli: Run, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_weights_near_the_limit_of_float32(
+    in_process: Run, tmp_path: Path, dtype: torch.dtype
+) -> None:
     """They round to a code that decodes to infinity."""
     tensors = random_tensors(small_shapes(1), dtype)
     tensors[WEIGHT][7, 9] = -3.38e38
     save_file(tensors, tmp_path / "in.safetensors")
-    result = cli("compare", "in.safetensors")
+    result = in_process("compare", "in.safetensors")
     fails(
         result, 1, f'tensor "{WEIGHT}" has weights of up to 3.4e+38', "leave it out with --layers"
     )
     assert result.stderr.count("\n") == 1
     tensors[WEIGHT][7, 9] = 2.0**100
     save_file(tensors, tmp_path / "in.safetensors")
-    result = cli("compare", "in.safetensors", "--json")
+    result = in_process("compare", "in.safetensors", "--json")
     assert result.returncode == 0 and result.stderr == ""
     json.loads(result.stdout, parse_constant=pytest.fail)
 

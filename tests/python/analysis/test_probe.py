@@ -250,7 +250,7 @@ def test_diffusers_folders_have_the_same_figures(
     assert zm.probe(folder).to_csv() == zm.probe(small_file).to_csv()
 
 
-def test_weights_of_one_value(cli: Run, tmp_path: Path) -> None:
+def test_weights_of_one_value(in_process: Run, tmp_path: Path) -> None:
     shapes = {n: s for n, s in small_shapes(1).items() if not re.match("noise.*adaLN", n)}
     save_file({n: torch.full(s, 0.5) for n, s in shapes.items()}, tmp_path / "a.safetensors")
     report = zm.probe(tmp_path / "a.safetensors", rules=zm.ProbeRules(min_group_spread=0))
@@ -259,7 +259,7 @@ def test_weights_of_one_value(cli: Run, tmp_path: Path) -> None:
     assert {tensor.score for tensor in report.tensors} == {0}
     assert {t.effective for t in report.tensors} == {"*KEEP*"}, "all reach every percentile"
     assert report.recipe_bytes is None and report.exclude_layers_bytes is None
-    result = cli("probe", "a.safetensors", "--min-group-spread", 0, "--html", "a.html")
+    result = in_process("probe", "a.safetensors", "--min-group-spread", 0, "--html", "a.html")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("would be refused.") == 2
 
@@ -368,9 +368,9 @@ def kept_by(plan: zm.Plan) -> set[str]:
 
 
 def test_convert_takes_the_exclusions_and_the_recipe(
-    cli: Run, planted_file: Path, tmp_path: Path
+    in_process: Run, planted_file: Path, tmp_path: Path
 ) -> None:
-    result = cli("probe", planted_file, "--write-recipe", "r.toml", "--csv", "p.csv")
+    result = in_process("probe", planted_file, "--write-recipe", "r.toml", "--csv", "p.csv")
     assert result.returncode == 0, result.stderr
     report = zm.probe(planted_file)
     assert (tmp_path / "p.csv").read_bytes() == report.to_csv().encode()
@@ -383,7 +383,7 @@ def test_convert_takes_the_exclusions_and_the_recipe(
         assert f"would write exactly {nbytes:,} bytes" in result.stdout
         words = shlex.split(command)[1:]
         words[words.index("-o") + 1] = "o.safetensors"  # not beside the input, which is shared
-        done = cli(*words, "--overwrite")
+        done = in_process(*words, "--overwrite")
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert (tmp_path / "o.safetensors").stat().st_size == nbytes
         stored = load_file(tmp_path / "o.safetensors")
@@ -404,22 +404,22 @@ def test_convert_takes_the_exclusions_and_the_recipe(
     )
 
 
-def test_json(cli: Run, planted_file: Path) -> None:
-    result = cli("probe", planted_file, "--json", "--kurtosis-keep", "inf")
+def test_json(in_process: Run, planted_file: Path) -> None:
+    result = in_process("probe", planted_file, "--json", "--kurtosis-keep", "inf")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout, parse_constant=pytest.fail)
     assert document["rules"]["kurtosis_keep"] is None and document["rules"]["ar_weight"] == 0.1
     assert len(document["tensors"]) == 200 and len(document["groups"]) == 6 * 3 + 10
     assert "kurtosis_floor" not in result.stdout
-    always = cli("probe", planted_file, "--json", "--kurtosis-keep=-inf")
+    always = in_process("probe", planted_file, "--json", "--kurtosis-keep=-inf")
     document = json.loads(always.stdout, parse_constant=pytest.fail)
     assert {tensor["reason"] for tensor in document["tensors"]} >= {"kurtosis_floor"}
     first = document["tensors"][0]
     assert first["metrics"]["aspect_ratio"] == 1 and first["shape"] == [40, 40]
 
 
-def test_nothing_to_keep(cli: Run, small_file: Path) -> None:
-    result = cli(
+def test_nothing_to_keep(in_process: Run, small_file: Path) -> None:
+    result = in_process(
         *("probe", small_file, "--keep-percentile", 100, "--spread-filter-exempt"),
         *("--min-group-spread", 9, "--kurtosis-weight", 0, "--range-weight", 0, "--ar-weight", 1),
     )
@@ -441,13 +441,13 @@ def test_nothing_to_keep(cli: Run, small_file: Path) -> None:
     assert report.exclude_layers is not None and "layers" not in report.exclude_layers
 
 
-def test_a_part_of_the_model_is_refused(cli: Run, tmp_path: Path) -> None:
+def test_a_part_of_the_model_is_refused(in_process: Run, tmp_path: Path) -> None:
     tensors = {f"layers.{i}.feed_forward.w1.weight": torch.randn(64, 32) for i in range(3)}
     save_file(tensors, tmp_path / "a.safetensors")
-    fails(cli("probe", "a.safetensors"), 1, 'it lacks "cap_embedder.1.weight"')
+    fails(in_process("probe", "a.safetensors"), 1, 'it lacks "cap_embedder.1.weight"')
 
 
-def test_blocks_that_are_numbered_otherwise(cli: Run, tmp_path: Path) -> None:
+def test_blocks_that_are_numbered_otherwise(in_process: Run, tmp_path: Path) -> None:
     """A recipe that named them by number would keep another block, or none."""
     tensors = random_tensors(small_shapes(2))
     known = {tensor.name for tensor in zm.probe(write(tensors, tmp_path / "a.safetensors")).tensors}
@@ -455,17 +455,17 @@ def test_blocks_that_are_numbered_otherwise(cli: Run, tmp_path: Path) -> None:
         name = f"layers.{number}.attention.out.weight"
         report = zm.probe(write(tensors | {name: torch.randn(40, 40)}, tmp_path / "a.safetensors"))
         assert {tensor.name for tensor in report.tensors} == known
-        assert cli("inspect", "a.safetensors").returncode == 0
+        assert in_process("inspect", "a.safetensors").returncode == 0
 
 
-def test_what_convert_would_refuse_for_other_reasons(cli: Run, tmp_path: Path) -> None:
+def test_what_convert_would_refuse_for_other_reasons(in_process: Run, tmp_path: Path) -> None:
     name = "layers.0.extra.weight"
     tensors = random_tensors(small_shapes(1)) | {name: torch.zeros(2, 2)}
     report = zm.probe(write(tensors, tmp_path / "a.safetensors"))
     assert report.recipe_bytes is None and report.exclude_layers_bytes is None
-    result = cli("probe", "a.safetensors", "--write-recipe", "r.toml")
+    result = in_process("probe", "a.safetensors", "--write-recipe", "r.toml")
     assert result.returncode == 0 and "nothing" not in result.stdout
-    planned = cli("convert", "-i", "a.safetensors", "--recipe", "r.toml", "--dry-run")
+    planned = in_process("convert", "-i", "a.safetensors", "--recipe", "r.toml", "--dry-run")
     fails(planned, 1, f'"{name}" is not a weight of Z-Image')
 
 
@@ -518,13 +518,13 @@ def write(tensors: Tensors, path: Path) -> Path:
     ],
 )
 def test_bad_arguments(
-    cli: Run, tmp_path: Path, arguments: list[str], code: int, sentence: str
+    in_process: Run, tmp_path: Path, arguments: list[str], code: int, sentence: str
 ) -> None:
     save_file(random_tensors(small_shapes(1)), tmp_path / "in.safetensors")
     (tmp_path / "there.csv").write_text("old")
     (tmp_path / "link").symlink_to("target")
     file = [] if arguments[0].endswith("none.safetensors") else ["in.safetensors"]
-    fails(cli("probe", *file, *arguments), code, sentence)
+    fails(in_process("probe", *file, *arguments), code, sentence)
     only(tmp_path, "in.safetensors", "link", "there.csv")
     assert (tmp_path / "there.csv").read_text() == "old"
 
@@ -532,12 +532,12 @@ def test_bad_arguments(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nonfinite_weights_are_named(
-    cli: Run, tmp_path: Path, dtype: torch.dtype, value: float
+    in_process: Run, tmp_path: Path, dtype: torch.dtype, value: float
 ) -> None:
     tensors = random_tensors(small_shapes(1), dtype)
     tensors["layers.0.feed_forward.w2.weight"][33, 5] = value
     save_file(tensors, tmp_path / "in.safetensors")
-    result = cli("probe", "in.safetensors", "--csv", "a.csv", "--overwrite")
+    result = in_process("probe", "in.safetensors", "--csv", "a.csv", "--overwrite")
     fails(result, 1, '"layers.0.feed_forward.w2.weight" has NaN or Inf at row 33, column 5')
     only(tmp_path, "in.safetensors")
 
@@ -560,12 +560,12 @@ Change = Callable[[Tensors], object]
     ],
 )
 def test_checkpoints_that_cannot_be_probed(
-    cli: Run, tmp_path: Path, change: Change, sentence: str
+    in_process: Run, tmp_path: Path, change: Change, sentence: str
 ) -> None:
     tensors = random_tensors(small_shapes(1))
     change(tensors)
     save_file(tensors, tmp_path / "in.safetensors")
-    fails(cli("probe", "in.safetensors"), 1, sentence)
+    fails(in_process("probe", "in.safetensors"), 1, sentence)
 
 
 @pytest.mark.parametrize(
@@ -591,15 +591,19 @@ def test_numbers_of_numpy_are_numbers(small_file: Path) -> None:
         zm.probe(small_file, rules={})  # type: ignore[arg-type]
 
 
-def test_file_names_do_not_command_the_terminal(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_file_names_do_not_command_the_terminal(
+    in_process: Run, small_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "a\x1b[31m\n.safetensors").symlink_to(small_file)
-    result = cli("probe", "a\x1b[31m\n.safetensors")
+    result = in_process("probe", "a\x1b[31m\n.safetensors")
     assert result.stdout.startswith("a\\x1b[31m\\n.safetensors: 200 weights probed\n")
 
 
-def test_quantised_checkpoints_are_refused(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_quantised_checkpoints_are_refused(
+    in_process: Run, small_file: Path, tmp_path: Path
+) -> None:
     zm.convert(small_file, tmp_path / "q.safetensors")
-    fails(cli("probe", "q.safetensors"), 1, "q.safetensors is quantised already (MXFP8, see")
+    fails(in_process("probe", "q.safetensors"), 1, "q.safetensors is quantised already (MXFP8, see")
 
 
 def test_a_full_disk_leaves_nothing(cli: Run, small_file: Path, tmp_path: Path) -> None:

@@ -489,9 +489,11 @@ def test_the_tables(folder: Path, in_process: Run) -> None:
     assert "layers.0.feed_forward.w2" in ran.stdout
 
 
-def test_a_log_tells_each_stage(folder: Path, cli: Run) -> None:
+def test_a_log_tells_each_stage(folder: Path, in_process: Run) -> None:
     """Where there is no terminal for a bar."""
-    ran = cli("sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu", "--json")
+    ran = in_process(
+        "sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu", "--json"
+    )
     lines = [line.removeprefix("zimage-mxfp8: ") for line in ran.stderr.splitlines()]
     stages = [line.partition(" (")[0] for line in lines]
     assert list(dict.fromkeys(stages)) == [

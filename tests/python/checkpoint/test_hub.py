@@ -94,6 +94,18 @@ def command(cli: Run, environment: dict[str, str]) -> Command:
     return run
 
 
+@pytest.fixture
+def cached(hub: Hub, environment: dict[str, str]) -> None:
+    """Everything that `generate` needs is in the cache."""
+    code = (
+        "import sys; from zimage_mxfp8.checkpoint import hub\n"
+        "hub.resolve(sys.argv[1], (*hub.COMPONENTS, hub.TRANSFORMER), download=True)"
+    )
+    subprocess.run([sys.executable, "-c", code, TURBO], env=os.environ | environment, check=True)
+    assert hub.downloaded() == sorted([*PARTS, WEIGHTS])
+    hub.requests.clear()
+
+
 def fails(result: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert (result.returncode, result.stdout) == (1, ""), result.stderr
     *_, line = result.stderr.splitlines()
@@ -164,12 +176,11 @@ def test_nothing_is_asked_for_without_download(command: Command, hub: Hub) -> No
     assert hub.requests == []
 
 
+@pytest.mark.usefixtures("cached")
 def test_sockets_stay_closed_without_download(
-    command: Command, hub: Hub, environment: dict[str, str], tmp_path: Path
+    hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """From the cache, with a library that would ask if it could."""
-    assert command("generate", "--model-dir", TURBO, "--download", *IMAGE).returncode == 0
-    hub.requests.clear()
     code = """
 import socket, sys
 def refuse(*arguments, **_):
@@ -177,18 +188,15 @@ def refuse(*arguments, **_):
     raise OSError("no network here")
 socket.getaddrinfo = socket.socket.connect = refuse
 import zimage_mxfp8 as zm
-if sys.argv[1] == "python":
-    zm.ZImageTransformer.from_pretrained(sys.argv[2], "cpu")
-    zm.ZImageGenerator(sys.argv[2], device="cpu")
-else:
-    from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.cli.main import main
+if sys.argv[1] == "convert":
     sys.exit(main(sys.argv[1:]))
+model, *options = sys.argv[1:]
+zm.ZImageTransformer.from_pretrained(model, "cpu")
+zm.ZImageGenerator(model, device="cpu")
+sys.exit(main(["generate", "--model-dir", model, *options]))
 """
-    for arguments in (
-        ("generate", "--model-dir", TURBO, *IMAGE, "--overwrite"),
-        ("convert", "-i", TURBO),
-        ("python", TURBO),
-    ):
+    for arguments in ((TURBO, *IMAGE), ("convert", "-i", TURBO)):
         result = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
             **{"cwd": tmp_path, "capture_output": True, "text": True},
@@ -312,18 +320,17 @@ def test_a_repository_of_a_transformer_alone(
     assert hub.downloaded() == ["diffusion_pytorch_model.safetensors"]
 
 
+@pytest.mark.usefixtures("cached")
 def test_an_interrupted_download_goes_on(
     command: Command, hub: Hub, environment: dict[str, str]
 ) -> None:
-    command("generate", "--model-dir", TURBO, "--download", *IMAGE)
     snapshot = Path(environment["HF_HOME"]) / "hub" / "models--Tongyi-MAI--Z-Image-Turbo"
     snapshot /= f"snapshots/{Hub.commit(TURBO)}"
     lost = ["text_encoder/model-00002-of-00003.safetensors", "vae/config.json"]
     for name in lost:
         (snapshot / name).resolve().unlink()
         (snapshot / name).unlink()
-    hub.requests.clear()
-    options = ("generate", "--model-dir", TURBO, *IMAGE, "--overwrite")
+    options = ("generate", "--model-dir", TURBO, *IMAGE)
     fails(command(*options), "cache lacks a shard of its text_encoder/model.safetensors")
     assert hub.requests == []
     assert command(*options, "--download").returncode == 0

@@ -57,9 +57,13 @@ def here(small_file: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_convert_takes_files_either_way(
-    cli: Run, here: Path, small_file: Path, words: str, tmp_path_factory: pytest.TempPathFactory
+    in_process: Run,
+    here: Path,
+    small_file: Path,
+    words: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    result = cli("convert", *words.split())
+    result = in_process("convert", *words.split())
     assert (result.returncode, result.stderr) == (0, "")
     made = next(here.glob("*-mxfp8.safetensors"))
     assert result.stdout.startswith("wrote in-mxfp8.safetensors: 185 layers in MXFP8, ")
@@ -85,27 +89,33 @@ def test_convert_takes_files_either_way(
         ("in.safetensors --tensors", "--tensors belongs to --dry-run"),
     ],
 )
-def test_files_that_convert_refuses(cli: Run, here: Path, words: str, sentence: str) -> None:
-    result = cli("convert", *words.split())
+def test_files_that_convert_refuses(in_process: Run, here: Path, words: str, sentence: str) -> None:
+    result = in_process("convert", *words.split())
     fails(result, 2, sentence)
     assert len(result.stderr.splitlines()) == 1
     only(here, "in.safetensors")
 
 
-def test_dequantize_refuses_other_suffixes(cli: Run, here: Path) -> None:
+def test_dequantize_refuses_other_suffixes(in_process: Run, here: Path) -> None:
     for name in ("o", "o.gguf", "o.safetensors.bak"):
-        fails(cli("dequantize", "in.safetensors", "-o", name), 2, f"{name} does not end in .safet")
+        fails(
+            in_process("dequantize", "in.safetensors", "-o", name),
+            2,
+            f"{name} does not end in .safet",
+        )
     only(here, "in.safetensors")
+
+
+PARSERS: dict[str, argparse.ArgumentParser] = next(
+    action.choices
+    for action in build_parser()._actions
+    if isinstance(action, argparse._SubParsersAction)
+)
 
 
 def single_valued_options() -> Iterator[tuple[str, str, str]]:
     """Command, option and a value that the option takes."""
-    commands = next(
-        action
-        for action in build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    for command, parser in commands.choices.items():
+    for command, parser in PARSERS.items():
         for action in parser._actions:
             if type(action) is not argparse._StoreAction or not action.option_strings:
                 continue
@@ -142,8 +152,10 @@ def test_an_option_given_twice_is_refused(capsys: pytest.CaptureFixture[str]) ->
         assert f"(see zimage-mxfp8 {command} --help)" in error
 
 
-def test_both_spellings_are_one_option(cli: Run, here: Path) -> None:
-    result = cli("convert", "in.safetensors", "--bias-correction", "none", "--bias_correction=none")
+def test_both_spellings_are_one_option(in_process: Run, here: Path) -> None:
+    result = in_process(
+        "convert", "in.safetensors", "--bias-correction", "none", "--bias_correction=none"
+    )
     fails(result, 2, "argument --bias-correction/--bias_correction: given twice")
     only(here, "in.safetensors")
 
@@ -170,21 +182,21 @@ def test_both_spellings_are_one_option(cli: Run, here: Path) -> None:
         ("recipes qqqq", "zimage, zimage-refiner or a TOML file\n"),
     ],
 )
-def test_did_you_mean(cli: Run, tmp_path: Path, words: str, end: str) -> None:
-    result = cli(*words.split())
+def test_did_you_mean(in_process: Run, tmp_path: Path, words: str, end: str) -> None:
+    result = in_process(*words.split())
     fails(result, 2)
     assert end in result.stderr and len(result.stderr.splitlines()) == 1
     only(tmp_path)
 
 
-def test_options_of_convert_to_quant_are_not_proposed(cli: Run) -> None:
+def test_options_of_convert_to_quant_are_not_proposed(in_process: Run) -> None:
     """A suggestion must not be an option that is refused."""
-    assert "did you mean" not in cli("convert", "in", "--scale-optimizatio").stderr
+    assert "did you mean" not in in_process("convert", "in", "--scale-optimizatio").stderr
 
 
-def test_a_recipe_that_extends_a_misspelt_one(cli: Run, tmp_path: Path) -> None:
+def test_a_recipe_that_extends_a_misspelt_one(in_process: Run, tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text('extends = "uniforn"')
-    fails(cli("recipes", "own.toml"), 1, 'extends "uniforn"', "did you mean uniform?")
+    fails(in_process("recipes", "own.toml"), 1, 'extends "uniforn"', "did you mean uniform?")
 
 
 # ---- python -m zimage_mxfp8
@@ -223,16 +235,16 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", [".", "../Z-Image-small", "transformer/.."])
-def test_a_folder_by_its_path_alone(cli: Run, model_folder: Path, path: str) -> None:
+def test_a_folder_by_its_path_alone(in_process: Run, model_folder: Path, path: str) -> None:
     (model_folder / "transformer").mkdir()
     made = model_folder.parent / "Z-Image-small-mxfp8.safetensors"
-    result = cli("convert", path, cwd=model_folder)
+    result = in_process("convert", path, cwd=model_folder)
     assert result.returncode == 0, result.stderr
     assert made.is_file() and "Z-Image-small-mxfp8.safetensors: " in result.stdout
     for words in (["inspect"], ["compare", "--low-rank", "none"], ["convert", "--dry-run"]):
-        result = cli(words[0], path, *words[1:], cwd=model_folder)
+        result = in_process(words[0], path, *words[1:], cwd=model_folder)
         assert result.returncode == 0, result.stderr
-    result = cli(
+    result = in_process(
         "probe", path, "--write-recipe", "../r.toml", "--html", "../p.html", cwd=model_folder
     )
     assert result.returncode == 0, result.stderr
@@ -241,39 +253,41 @@ def test_a_folder_by_its_path_alone(cli: Run, model_folder: Path, path: str) -> 
     commands = [line for line in result.stdout.splitlines() if line.startswith("zimage-mxfp8")]
     assert len(commands) == 2
     for command, name in zip(commands, ("excluded", "r"), strict=True):
-        done = cli(*shlex.split(command)[1:], cwd=model_folder)
+        done = in_process(*shlex.split(command)[1:], cwd=model_folder)
         assert done.returncode == 0, done.stderr
         assert (model_folder.parent / f"Z-Image-small-{name}.safetensors").is_file()
 
 
-def test_quantised_weights_in_this_folder(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_quantised_weights_in_this_folder(
+    in_process: Run, small_file: Path, tmp_path: Path
+) -> None:
     """A folder with one file of the name that diffusers gives it."""
     folder = tmp_path / "quantised"
     folder.mkdir()
     zm.convert(small_file, folder / "made.safetensors")
     (folder / "made.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
-    result = cli("validate", ".", cwd=folder)
+    result = in_process("validate", ".", cwd=folder)
     assert result.returncode == 0 and result.stdout.startswith(".: sound, 185 MXFP8 layers")
-    result = cli("dequantize", ".", "-o", "../plain.safetensors", cwd=folder)
+    result = in_process("dequantize", ".", "-o", "../plain.safetensors", cwd=folder)
     assert result.returncode == 0 and (tmp_path / "plain.safetensors").is_file()
 
 
-def test_sensitivity_of_this_folder(cli: Run, tmp_path: Path) -> None:
+def test_sensitivity_of_this_folder(in_process: Run, tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     shapes = zimage_shapes(dim=128, layers=1, refiner_layers=1, caption_dim=64, hidden=18)
     write_shards(folder, to_diffusers(random_tensors(shapes)))
     outputs = ("--write-recipe", "../s.toml", "--html", "../s.html", "--state", "../s.json")
     options = ("--size", 32, "--timesteps", 1, "--device", "cpu", "--bound", 0.02)
-    result = cli("sensitivity", ".", *options, *outputs, cwd=folder)
+    result = in_process("sensitivity", ".", *options, *outputs, cwd=folder)
     assert result.returncode == 0, result.stderr
     (command,) = (x for x in result.stdout.splitlines() if x.startswith("zimage-mxfp8 convert"))
     assert shlex.split(command)[-1] == str(tmp_path / "tiny-s.safetensors")
     assert "<title>Sensitivity of tiny, measured<" in (tmp_path / "s.html").read_text()
 
 
-def test_the_root_has_no_name(cli: Run) -> None:
-    fails(cli("convert", "/"), 2, "--output must be given")
-    fails(cli("convert", ".", cwd="/"), 2, "--output must be given")
+def test_the_root_has_no_name(in_process: Run) -> None:
+    fails(in_process("convert", "/"), 2, "--output must be given")
+    fails(in_process("convert", ".", cwd="/"), 2, "--output must be given")
 
 
 # ---- what was written
@@ -310,46 +324,48 @@ def tiny_here(here: Path) -> Path:
 
 
 @pytest.mark.parametrize(("command", "files"), COMMANDS)
-def test_every_file_is_named(cli: Run, tiny_here: Path, command: str, files: list[str]) -> None:
-    result = cli(*command.split())
+def test_every_file_is_named(
+    in_process: Run, tiny_here: Path, command: str, files: list[str]
+) -> None:
+    result = in_process(*command.split())
     assert result.returncode == 0, result.stderr
     assert written(result.stdout) == files and written(result.stderr) == []
     assert all((tiny_here / file).stat().st_size for file in files)
 
 
 @pytest.mark.parametrize(("command", "files"), COMMANDS)
-def test_json_stays_json(cli: Run, tiny_here: Path, command: str, files: list[str]) -> None:
-    result = cli(*command.split(), "--json")
+def test_json_stays_json(in_process: Run, tiny_here: Path, command: str, files: list[str]) -> None:
+    result = in_process(*command.split(), "--json")
     assert result.returncode == 0, result.stderr
     json.loads(result.stdout)
     assert written(result.stderr) == files
 
 
-def test_dequantize_names_its_file(cli: Run, here: Path) -> None:
-    assert cli("convert", "in.safetensors", "q.safetensors").returncode == 0
-    result = cli("dequantize", "q.safetensors", "-o", "o.safetensors")
+def test_dequantize_names_its_file(in_process: Run, here: Path) -> None:
+    assert in_process("convert", "in.safetensors", "q.safetensors").returncode == 0
+    result = in_process("dequantize", "q.safetensors", "-o", "o.safetensors")
     assert written(result.stdout) == ["o.safetensors"] and result.stdout.count("\n") == 1
 
 
-def test_nothing_is_named_that_was_not_written(cli: Run, here: Path) -> None:
+def test_nothing_is_named_that_was_not_written(in_process: Run, here: Path) -> None:
     (here / "old.csv").write_text("old")
     for command in ("probe", "compare"):
-        result = cli(command, "in.safetensors", "--csv", "old.csv")
+        result = in_process(command, "in.safetensors", "--csv", "old.csv")
         fails(result, 1, "old.csv exists")
-    assert written(cli("convert", "in.safetensors", "--dry-run").stdout) == []
+    assert written(in_process("convert", "in.safetensors", "--dry-run").stdout) == []
 
 
 # ---- demo
 
 
-def test_demo_proposes_commands_that_run(cli: Run, tmp_path: Path) -> None:
-    result = cli("demo", "-o", "my demo")
+def test_demo_proposes_commands_that_run(in_process: Run, tmp_path: Path) -> None:
+    result = in_process("demo", "-o", "my demo")
     assert result.returncode == 0, result.stderr
     *_, last = result.stdout.partition("To try next:\n")
     commands = last.splitlines()
     assert len(commands) == 3
     for command in commands:
-        done = cli(*shlex.split(command)[1:])
+        done = in_process(*shlex.split(command)[1:])
         assert done.returncode == 0, (command, done.stderr)
     assert {shlex.split(command)[1] for command in commands} == {"convert", "probe", "inspect"}
     folder = tmp_path / "my demo"
@@ -359,17 +375,21 @@ def test_demo_proposes_commands_that_run(cli: Run, tmp_path: Path) -> None:
         path.unlink()
     for name in ("z-image-demo.safetensors", "z-image-demo-mxfp8.safetensors"):
         (folder / name).write_bytes(b"mine")
-        fails(cli("demo", "-o", "my demo"), 1, f"my demo/{name} exists; --overwrite replaces it")
+        fails(
+            in_process("demo", "-o", "my demo"),
+            1,
+            f"my demo/{name} exists; --overwrite replaces it",
+        )
         assert (folder / name).read_bytes() == b"mine"
         only(folder, name)
         if name == "z-image-demo.safetensors":
             (folder / name).unlink()
-    assert cli("demo", "-o", "my demo", "--overwrite").returncode == 0
+    assert in_process("demo", "-o", "my demo", "--overwrite").returncode == 0
     assert min(path.stat().st_size for path in folder.iterdir()) > 1000
 
 
-def test_demo_without_a_folder_proposes_commands_for_ones_own_file(cli: Run) -> None:
-    result = cli("demo")
+def test_demo_without_a_folder_proposes_commands_for_ones_own_file(in_process: Run) -> None:
+    result = in_process("demo")
     *_, last = result.stdout.partition("To try next:\n")
     assert [line.split()[1] for line in last.splitlines()] == ["convert", "probe", "inspect"]
     assert "your.safetensors" in last
@@ -448,7 +468,7 @@ def test_a_pattern_longer_than_the_terminal(tmp_path: Path) -> None:
 # ---- an interrupted analysis
 
 
-def test_an_interrupted_analysis_says_what_it_keeps(cli: Run, tiny_here: Path) -> None:
+def test_an_interrupted_analysis_says_what_it_keeps(in_process: Run, tiny_here: Path) -> None:
     words = [
         "sensitivity",
         "tiny.safetensors",
@@ -477,7 +497,7 @@ start(*{words!r})
     )
     assert len(json.loads((tiny_here / "s.json").read_text())["errors"]) == 1
     only(tiny_here, "in.safetensors", "s.json", "tiny.safetensors")
-    assert cli(*words).returncode == 0
+    assert in_process(*words).returncode == 0
     only(tiny_here, "in.safetensors", "s.json", "s.toml", "tiny.safetensors")
 
 
@@ -512,3 +532,29 @@ def test_empty_names_are_refused(words: list[str], capsys: pytest.CaptureFixture
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "the name is empty; name a file" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "commands"),
+    [
+        (["--help"], set()),
+        (["--version"], set()),
+        (["dequantize", "--help"], {"dequantize"}),
+        (["convert", "--help"], {"convert"}),
+        (["generate", "--help"], {"generate"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_imports_little(words: list[str], commands: set[str]) -> None:
+    """Only the command that is named, and nothing of size."""
+    program = (
+        "import sys; before = set(sys.modules); from zimage_mxfp8.cli.main import main; "
+        f"main({words!r}); print(*(set(sys.modules) - before), sep='\\n', file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    imported = set(result.stderr.split())
+    assert "zimage_mxfp8.cli.arguments" in imported
+    assert {name for name in PARSERS if f"zimage_mxfp8.cli.{name}" in imported} == commands
+    large = {"dataclasses", "inspect", "tempfile", "json", "numpy", "rich", "safetensors", "torch"}
+    ours = {"checkpoint.hub", "checks", "generation.settings", "ops", "printing"}
+    assert imported.isdisjoint(large | {f"zimage_mxfp8.{name}" for name in ours})

@@ -55,8 +55,8 @@ def test_convert_on_a_terminal_shows_a_summary(small_file: Path, tmp_path: Path)
     assert re.search(r"iB -> .*iB \([+-]\d+\.\d%\) in \d+\.\d s", text)
 
 
-def test_convert_json_and_report(cli: Run, small_file: Path, tmp_path: Path) -> None:
-    result = cli(
+def test_convert_json_and_report(in_process: Run, small_file: Path, tmp_path: Path) -> None:
+    result = in_process(
         *("convert", "-i", small_file, "-o", "o.safetensors", "--json", "--report", "r.json")
     )
     assert result.returncode == 0, result.stderr
@@ -73,14 +73,14 @@ def test_convert_json_and_report(cli: Run, small_file: Path, tmp_path: Path) -> 
         "scale_histogram",
     }
     assert sum(entry["scale_histogram"].values()) == 120 * 2
-    again = cli("convert", "-i", small_file, "-o", "other.safetensors", "--report", "r.json")
+    again = in_process("convert", "-i", small_file, "-o", "other.safetensors", "--report", "r.json")
     assert again.returncode == 1 and "r.json exists; --overwrite" in again.stderr
     assert not (tmp_path / "other.safetensors").exists()
 
 
-def test_both_spellings(cli: Run, small_file: Path) -> None:
+def test_both_spellings(in_process: Run, small_file: Path) -> None:
     for exclude in ("--exclude-layers", "--exclude_layers"):
-        result = cli(
+        result = in_process(
             *("convert", "-i", small_file, "-o", "o.safetensors", "--overwrite", exclude, "layers"),
             *("--comfy-quant", "--save_quant_metadata", "--low_memory", "--calib_samples", 9),
         )
@@ -89,9 +89,9 @@ def test_both_spellings(cli: Run, small_file: Path) -> None:
 
 @pytest.mark.peer
 def test_dequantize_equals_comfy_kitchen(
-    cli: Run, small_model: Tensors, converted: Path, tmp_path: Path
+    in_process: Run, small_model: Tensors, converted: Path, tmp_path: Path
 ) -> None:
-    result = cli("dequantize", converted, "-o", "plain.safetensors")
+    result = in_process("dequantize", converted, "-o", "plain.safetensors")
     assert result.returncode == 0, result.stderr
     plain, stored = load_file(tmp_path / "plain.safetensors"), load_file(converted)
     assert plain.keys() == small_model.keys()
@@ -113,35 +113,35 @@ def test_dequantize_equals_comfy_kitchen(
 
 
 def test_converting_decoded_weights_again_loses_nothing(
-    cli: Run, converted: Path, tmp_path: Path
+    in_process: Run, converted: Path, tmp_path: Path
 ) -> None:
     # The codes may differ (224 under one scale is 448 under the next), the numbers may not.
-    assert cli("dequantize", converted, "-o", "plain.safetensors").returncode == 0
+    assert in_process("dequantize", converted, "-o", "plain.safetensors").returncode == 0
     zm.convert(tmp_path / "plain.safetensors", tmp_path / "a.safetensors", bias_correction="none")
-    assert cli("dequantize", "a.safetensors", "-o", "again.safetensors").returncode == 0
+    assert in_process("dequantize", "a.safetensors", "-o", "again.safetensors").returncode == 0
     assert sha256(tmp_path / "again.safetensors") == sha256(tmp_path / "plain.safetensors")
 
 
-def test_dequantize_protects_files(cli: Run, converted: Path, small_file: Path) -> None:
-    result = cli("dequantize", converted, "-o", converted, "--overwrite")
+def test_dequantize_protects_files(in_process: Run, converted: Path, small_file: Path) -> None:
+    result = in_process("dequantize", converted, "-o", converted, "--overwrite")
     assert result.returncode == 2 and "is the input" in result.stderr
-    result = cli("dequantize", small_file, "-o", "plain.safetensors")
+    result = in_process("dequantize", small_file, "-o", "plain.safetensors")
     assert result.returncode == 1 and "it is not quantised" in result.stderr
 
 
-def test_dequantize_refuses_broken_files(cli: Run, converted: Path, tmp_path: Path) -> None:
+def test_dequantize_refuses_broken_files(in_process: Run, converted: Path, tmp_path: Path) -> None:
     tensors = load_file(converted)
     del tensors["layers.0.attention.qkv.comfy_quant"]
     save_file(tensors, tmp_path / "broken.safetensors")  # and without the header's description
-    result = cli("dequantize", "broken.safetensors", "-o", "plain.safetensors")
+    result = in_process("dequantize", "broken.safetensors", "-o", "plain.safetensors")
     assert result.returncode == 1
     assert '"layers.0.attention.qkv.comfy_quant" is missing' in result.stderr
 
 
-def test_inspect(cli: Run, small_model: Tensors, small_file: Path, converted: Path) -> None:
-    text = cli("inspect", converted).stdout
+def test_inspect(in_process: Run, small_model: Tensors, small_file: Path, converted: Path) -> None:
+    text = in_process("inspect", converted).stdout
     assert "Z-Image, ComfyUI layout" in text and "29 MXFP8, 1 BF16" in text
-    document = json.loads(cli("inspect", converted, "--json").stdout)
+    document = json.loads(in_process("inspect", converted, "--json").stdout)
     assert document["parameters"] == sum(t.numel() for t in small_model.values())
     assert document["nbytes"] == sum(
         t.numel() * t.element_size() for t in load_file(converted).values()
@@ -151,20 +151,20 @@ def test_inspect(cli: Run, small_model: Tensors, small_file: Path, converted: Pa
         for form, count in group["formats"].items():
             formats[form] = formats.get(form, 0) + count
     assert formats == {"MXFP8": 185, "BF16": 453 - 185}
-    assert "not Z-Image" not in cli("inspect", small_file).stdout
+    assert "not Z-Image" not in in_process("inspect", small_file).stdout
 
 
-def test_inspect_of_other_formats(cli: Run, small_model: Tensors, tmp_path: Path) -> None:
+def test_inspect_of_other_formats(in_process: Run, small_model: Tensors, tmp_path: Path) -> None:
     name = "layers.0.feed_forward.w1.weight"
     scaled = {name: small_model[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(1)}
     save_file(small_model | scaled, tmp_path / "a.safetensors")
-    result = cli("inspect", "a.safetensors")
+    result = in_process("inspect", "a.safetensors")
     assert "quantised: FP8 with scales" in result.stdout and result.stderr == ""
 
 
-def test_inspect_of_something_else(cli: Run, tmp_path: Path) -> None:
+def test_inspect_of_something_else(in_process: Run, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "a.safetensors", {"note": "[N, K]"})
-    text = cli("inspect", "a.safetensors").stdout
+    text = in_process("inspect", "a.safetensors").stdout
     assert "not Z-Image" in text and "metadata note: [N, K]" in text
 
 
@@ -203,8 +203,8 @@ def test_version_and_help(cli: Run) -> None:
 
 
 @pytest.mark.parametrize("command", ["inspect", "probe", "compare", "sensitivity"])
-def test_options_are_not_abbreviated(cli: Run, command: str) -> None:
-    result = cli(command, "x.safetensors", "--jso")
+def test_options_are_not_abbreviated(in_process: Run, command: str) -> None:
+    result = in_process(command, "x.safetensors", "--jso")
     assert result.returncode == 2
     assert result.stderr == (
         "zimage-mxfp8: error: unrecognized arguments: --jso; did you mean --json? "
@@ -212,8 +212,8 @@ def test_options_are_not_abbreviated(cli: Run, command: str) -> None:
     )
 
 
-def test_unknown_options_before_the_command(cli: Run) -> None:
-    result = cli("--jso", "recipes")
+def test_unknown_options_before_the_command(in_process: Run) -> None:
+    result = in_process("--jso", "recipes")
     assert result.returncode == 2
     assert result.stderr.endswith("unrecognized arguments: --jso (see zimage-mxfp8 --help)\n")
 
@@ -296,11 +296,11 @@ def test_nobody_reads_stderr(
     assert any(tmp_path.glob("made.*")) == bool(result.stdout) == made
 
 
-def test_dequantize_refuses_nan_codes(cli: Run, converted: Path, tmp_path: Path) -> None:
+def test_dequantize_refuses_nan_codes(in_process: Run, converted: Path, tmp_path: Path) -> None:
     tensors = load_file(converted)
     tensors["layers.3.attention.out.weight"].view(torch.uint8)[2, 2] = 0x7F
     save_file(tensors, tmp_path / "broken.safetensors", metadata_of(converted))
-    result = cli("dequantize", "broken.safetensors", "-o", "plain.safetensors")
+    result = in_process("dequantize", "broken.safetensors", "-o", "plain.safetensors")
     assert result.returncode == 1
     assert 'broken.safetensors: layer "layers.3.attention.out" has NaN codes' in result.stderr
     assert not (tmp_path / "plain.safetensors").exists()

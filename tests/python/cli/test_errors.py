@@ -15,7 +15,7 @@ import pytest
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8.analysis.probe.scoring import ProbeRules
-from zimage_mxfp8.cli.command_line import build_parser
+from zimage_mxfp8.cli.command_line import build_parser, command_parsers
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.cli.wording import sentence
 
@@ -25,8 +25,7 @@ COMMAND_LINE = PACKAGE / "cli"
 
 def parsers(*command: str) -> tuple[argparse.ArgumentParser, ...]:
     """The parsers by which a command words errors."""
-    found: tuple[argparse.ArgumentParser, ...] = build_parser().parse_args(command).parsers
-    return found
+    return tuple(command_parsers(build_parser().parse_args(command).command))
 
 
 def options_of(command: argparse.ArgumentParser) -> dict[str, list[str]]:

@@ -101,9 +101,9 @@ def test_a_function_leaves_the_handler_alone(capsys: pytest.CaptureFixture[str])
     "module",
     [
         "zimage_mxfp8.cli.command_line",
-        "zimage_mxfp8.generation.settings",
+        "zimage_mxfp8.cli.wording",
         "zimage_mxfp8.cli.streams",
-        "zimage_mxfp8.cli.validate",
+        "zimage_mxfp8.cli.recipes",
         "zimage_mxfp8.cli.display",
     ],
 )
@@ -129,7 +129,7 @@ class Descriptor:
 def act():
     class Owner:
         descriptor = Descriptor()
-on_import("zimage_mxfp8.cli.doctor", act)
+on_import("zimage_mxfp8.cli.recipes", act)
 start("recipes")
 """
     interrupted(run(program, tmp_path))

@@ -55,9 +55,11 @@ def reports(files: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     }
 
 
-def test_reports_are_the_commands_text(cli: Run, files: Path, reports: dict[str, object]) -> None:
+def test_reports_are_the_commands_text(
+    in_process: Run, files: Path, reports: dict[str, object]
+) -> None:
     for command, report in reports.items():
-        result = cli(*command.split(), cwd=files)
+        result = in_process(*command.split(), cwd=files)
         assert result.returncode == 0, result.stderr
         text = result.stdout.replace("--json and wider", "to_dict() and wider")
         if command.startswith("probe"):  # followed by commands to copy

@@ -48,24 +48,24 @@ from zimage_mxfp8.zimage.layers import zimage_shapes
     ],
 )
 def test_drop_in_equals_convert_to_quant_byte_for_byte(
-    cli: Run, tmp_path: Path, dtype: torch.dtype, prefix: str, layers: int
+    in_process: Run, tmp_path: Path, dtype: torch.dtype, prefix: str, layers: int
 ) -> None:
     tensors = random_tensors(small_shapes(layers), dtype)
     source, ours, peers = (tmp_path / f"{n}.safetensors" for n in ("in", "ours", "peers"))
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, source)
     run_convert_to_quant(card_command(source, peers))
-    result = cli("convert", *card_command(source, ours))
+    result = in_process("convert", *card_command(source, ours))
     assert result.returncode == 0, result.stderr
     assert sha256(ours) == sha256(peers)
     assert load_file(peers)[f"{prefix}layers.0.feed_forward.w2.weight"].shape == (64, 96)
 
 
 @pytest.mark.peer
-def test_drop_in_refiner_filter_equals_convert_to_quant(cli: Run, tmp_path: Path) -> None:
+def test_drop_in_refiner_filter_equals_convert_to_quant(in_process: Run, tmp_path: Path) -> None:
     source, ours, peers = (tmp_path / f"{n}.safetensors" for n in ("in", "ours", "peers"))
     save_file(random_tensors(small_shapes(2)), source)
     run_convert_to_quant(card_command(source, peers, "--zimage_refiner"))
-    assert cli("convert", *card_command(source, ours, "--zimage-refiner")).returncode == 0
+    assert in_process("convert", *card_command(source, ours, "--zimage-refiner")).returncode == 0
     assert sha256(ours) == sha256(peers)
 
 
@@ -125,15 +125,15 @@ def test_full_model_with_the_peers_filter(full_size_file: Path) -> None:
     assert not plan.warnings
 
 
-def test_dry_run_tells_the_exact_size(cli: Run, small_file: Path, tmp_path: Path) -> None:
-    planned = json.loads(cli("convert", "-i", small_file, "--dry-run", "--json").stdout)
+def test_dry_run_tells_the_exact_size(in_process: Run, small_file: Path, tmp_path: Path) -> None:
+    planned = json.loads(in_process("convert", "-i", small_file, "--dry-run", "--json").stdout)
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
     zm.convert(small_file, tmp_path / "out.safetensors")
     assert planned["file_bytes"] == (tmp_path / "out.safetensors").stat().st_size
     assert planned["quantized"] == 185
     kinds = {tensor["becomes"] for tensor in planned["tensors"].values()}
     assert kinds == {"MXFP8", "BF16"}
-    text = cli("convert", "-i", small_file, "--dry-run").stdout
+    text = in_process("convert", "-i", small_file, "--dry-run").stdout
     assert f"exactly {planned['file_bytes']:,} bytes" in text
     assert "layers feed_forward.w1" in text
 
@@ -319,7 +319,7 @@ def test_other_models(tmp_path: Path) -> None:
 
 
 def test_nonfinite_weights(
-    cli: Run, small_model: Tensors, small_file: Path, tmp_path: Path
+    in_process: Run, small_model: Tensors, small_file: Path, tmp_path: Path
 ) -> None:
     tensors = dict(small_model)
     bad = "layers.3.feed_forward.w2.weight"
@@ -327,13 +327,13 @@ def test_nonfinite_weights(
     tensors[bad][39, 70] = float("nan")
     source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, source)
-    result = cli("convert", "-i", source, "-o", output)
+    result = in_process("convert", "-i", source, "-o", output)
     assert result.returncode == 1
     assert f'tensor "{bad}" has NaN or Inf at row 39, column 70' in result.stderr
     assert "--nonfinite keep" in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors"]
 
-    result = cli("convert", "-i", source, "-o", output, "--nonfinite", "keep")
+    result = in_process("convert", "-i", source, "-o", output, "--nonfinite", "keep")
     assert result.returncode == 0 and bad in result.stderr
     found = load_file(output)
     assert found[bad].dtype == torch.bfloat16
@@ -375,14 +375,14 @@ def test_any_model_changes_nothing_for_zimage(small_model: Tensors, tmp_path: Pa
 # ---- the function and its report
 
 
-def test_default_output_name(small_file: Path, tmp_path: Path, cli: Run) -> None:
+def test_default_output_name(small_file: Path, tmp_path: Path, in_process: Run) -> None:
     source = tmp_path / "z_image_turbo_bf16.safetensors"
     source.symlink_to(small_file)
-    assert cli("convert", "-i", source).returncode == 0
+    assert in_process("convert", "-i", source).returncode == 0
     assert (tmp_path / "z_image_turbo_bf16-mxfp8.safetensors").exists()
     folder = tmp_path / "Z-Image.v1"
     write_shards(folder / "transformer", to_diffusers(load_file(small_file)))
-    assert cli("convert", "-i", f"{folder}/").returncode == 0
+    assert in_process("convert", "-i", f"{folder}/").returncode == 0
     assert (tmp_path / "Z-Image.v1-mxfp8.safetensors").exists()
 
 

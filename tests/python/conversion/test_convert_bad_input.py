@@ -43,22 +43,22 @@ def test_missing_input(cli: Run, tmp_path: Path) -> None:
     only(tmp_path)
 
 
-def test_input_is_a_folder_without_weights(cli: Run, tmp_path: Path) -> None:
+def test_input_is_a_folder_without_weights(in_process: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    fails(cli("convert", "-i", "folder"), 1, "folder is not a diffusers folder")
+    fails(in_process("convert", "-i", "folder"), 1, "folder is not a diffusers folder")
 
 
-def test_truncated_input(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_truncated_input(in_process: Run, small_file: Path, tmp_path: Path) -> None:
     content = small_file.read_bytes()
     for keep in (4, 1000, len(content) // 2, len(content) - 1):
         (tmp_path / "cut.safetensors").write_bytes(content[:keep])
-        fails(cli("convert", "-i", "cut.safetensors"), 1, "cut.safetensors")
+        fails(in_process("convert", "-i", "cut.safetensors"), 1, "cut.safetensors")
         only(tmp_path, "cut.safetensors")
 
 
-def test_empty_checkpoint(cli: Run, tmp_path: Path) -> None:
+def test_empty_checkpoint(in_process: Run, tmp_path: Path) -> None:
     save_file({}, tmp_path / "empty.safetensors")
-    fails(cli("convert", "-i", "empty.safetensors"), 1, "empty.safetensors has no tensors")
+    fails(in_process("convert", "-i", "empty.safetensors"), 1, "empty.safetensors has no tensors")
 
 
 def test_input_becomes_shorter_while_it_is_read(small_model: Tensors, tmp_path: Path) -> None:
@@ -107,51 +107,58 @@ def quantised_models() -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str,
 @pytest.mark.parametrize("model", list(quantised_models()), ids=lambda model: model[0])
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_quantised_input_is_refused_by_name(
-    cli: Run, tmp_path: Path, prefix: str, model: tuple[str, Tensors, dict[str, str], str]
+    in_process: Run, tmp_path: Path, prefix: str, model: tuple[str, Tensors, dict[str, str], str]
 ) -> None:
     _, changes, metadata, sentence = model
     tensors = random_tensors(small_shapes(1)) | changes
     if prefix and "_quantization_metadata" in metadata:
         metadata = {k: v.replace("layers.0", f"{prefix}layers.0") for k, v in metadata.items()}
     save_file({prefix + n: t for n, t in tensors.items()}, tmp_path / "in.safetensors", metadata)
-    fails(cli("convert", "-i", "in.safetensors"), 1, "is quantised already", sentence)
+    fails(in_process("convert", "-i", "in.safetensors"), 1, "is quantised already", sentence)
     only(tmp_path, "in.safetensors")
 
 
-def test_gguf_is_refused_by_name(cli: Run, tmp_path: Path) -> None:
+def test_gguf_is_refused_by_name(in_process: Run, tmp_path: Path) -> None:
     (tmp_path / "z.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
     fails(
-        cli("convert", "-i", "z.gguf"),
+        in_process("convert", "-i", "z.gguf"),
         1,
         "is a GGUF file, not a safetensors file",
         "quantised already",
     )
 
 
-def test_own_output_is_refused(cli: Run, small_file: Path) -> None:
-    assert cli("convert", "-i", small_file, "-o", "a.safetensors").returncode == 0
-    fails(cli("convert", "-i", "a.safetensors", "-o", "b.safetensors"), 1, "(MXFP8, see")
+def test_own_output_is_refused(in_process: Run, small_file: Path) -> None:
+    assert in_process("convert", "-i", small_file, "-o", "a.safetensors").returncode == 0
+    fails(in_process("convert", "-i", "a.safetensors", "-o", "b.safetensors"), 1, "(MXFP8, see")
 
 
 @pytest.mark.parametrize(
     "name", ["cap_pad_token", "cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight"]
 )
-def test_incomplete_zimage_is_told_from_other_models(cli: Run, tmp_path: Path, name: str) -> None:
+def test_incomplete_zimage_is_told_from_other_models(
+    in_process: Run, tmp_path: Path, name: str
+) -> None:
     tensors = random_tensors(small_shapes(1))
     del tensors[name]
     save_file(tensors, tmp_path / "in.safetensors")
-    result = cli("convert", "-i", "in.safetensors")
+    result = in_process("convert", "-i", "in.safetensors")
     fails(result, 1, f'"{name}"')
     assert "--any-model" not in result.stderr
     save_file({"a.weight": torch.zeros(32, 32)}, tmp_path / "in.safetensors")
-    fails(cli("convert", "-i", "in.safetensors"), 1, "is not a Z-Image checkpoint")
+    fails(in_process("convert", "-i", "in.safetensors"), 1, "is not a Z-Image checkpoint")
 
 
-def test_float64_weight(cli: Run, tmp_path: Path) -> None:
+def test_float64_weight(in_process: Run, tmp_path: Path) -> None:
     tensors = random_tensors(small_shapes(1))
     name = "layers.0.feed_forward.w1.weight"
     save_file(tensors | {name: tensors[name].double()}, tmp_path / "in.safetensors")
-    fails(cli("convert", "-i", "in.safetensors"), 1, f'tensor "{name}" is F64', "--exclude-layers")
+    fails(
+        in_process("convert", "-i", "in.safetensors"),
+        1,
+        f'tensor "{name}" is F64',
+        "--exclude-layers",
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,20 +178,20 @@ def test_float64_weight(cli: Run, tmp_path: Path) -> None:
         (lambda i: i["weight_map"].clear(), "has no weight_map"),
     ],
 )
-def test_bad_index(cli: Run, tmp_path: Path, change: object, sentence: str) -> None:
+def test_bad_index(in_process: Run, tmp_path: Path, change: object, sentence: str) -> None:
     write_shards(tmp_path / "z", to_diffusers(random_tensors(small_shapes(1))))
     index = tmp_path / "z" / "diffusion_pytorch_model.safetensors.index.json"
     document = json.loads(index.read_text())
     change(document)  # type: ignore[operator]
     index.write_text(json.dumps(document))
-    fails(cli("convert", "-i", "z"), 1, "z/", sentence)
+    fails(in_process("convert", "-i", "z"), 1, "z/", sentence)
     only(tmp_path, "z")
 
 
-def test_index_that_is_not_json(cli: Run, tmp_path: Path) -> None:
+def test_index_that_is_not_json(in_process: Run, tmp_path: Path) -> None:
     write_shards(tmp_path / "z", to_diffusers(random_tensors(small_shapes(1))))
     (tmp_path / "z" / "diffusion_pytorch_model.safetensors.index.json").write_text("{")
-    fails(cli("convert", "-i", "z"), 1, "is not JSON")
+    fails(in_process("convert", "-i", "z"), 1, "is not JSON")
 
 
 @pytest.mark.parametrize(
@@ -211,19 +218,19 @@ def test_index_that_is_not_json(cli: Run, tmp_path: Path) -> None:
     ],
 )
 def test_diffusers_tensors_that_do_not_fit(
-    cli: Run, tmp_path: Path, change: object, sentence: str
+    in_process: Run, tmp_path: Path, change: object, sentence: str
 ) -> None:
     tensors = to_diffusers(random_tensors(small_shapes(1)))
     change(tensors)  # type: ignore[operator]
     save_file(tensors, tmp_path / "in.safetensors")
-    fails(cli("convert", "-i", "in.safetensors"), 1, sentence)
+    fails(in_process("convert", "-i", "in.safetensors"), 1, sentence)
 
 
 # ---- what the options can be
 
 
-def test_invalid_regular_expression(cli: Run, small_file: Path, tmp_path: Path) -> None:
-    result = cli("convert", "-i", small_file, "-o", "o.safetensors", "--exclude-layers", "(")
+def test_invalid_regular_expression(in_process: Run, small_file: Path, tmp_path: Path) -> None:
+    result = in_process("convert", "-i", small_file, "-o", "o.safetensors", "--exclude-layers", "(")
     fails(result, 2, '--exclude-layers "(" is not a regular expression')
     only(tmp_path)
 
@@ -264,17 +271,17 @@ def test_invalid_regular_expression(cli: Run, small_file: Path, tmp_path: Path) 
     ],
 )
 def test_wrong_usage(
-    cli: Run, small_file: Path, tmp_path: Path, arguments: list[str], sentence: str
+    in_process: Run, small_file: Path, tmp_path: Path, arguments: list[str], sentence: str
 ) -> None:
     arguments = [argument.replace("{folder}", tmp_path.name) for argument in arguments]
-    result = cli("convert", "-i", small_file, "-o", "o.safetensors", *arguments)
+    result = in_process("convert", "-i", small_file, "-o", "o.safetensors", *arguments)
     fails(result, 2, sentence)
     assert len(result.stderr.splitlines()) == 1
     only(tmp_path)
 
 
 @pytest.mark.peer
-def test_every_option_of_convert_to_quant_is_known(cli: Run, small_file: Path) -> None:
+def test_every_option_of_convert_to_quant_is_known(in_process: Run, small_file: Path) -> None:
     code = (
         "from convert_to_quant.cli.main import get_parser\n"
         "for action in get_parser()._actions:\n"
@@ -285,12 +292,12 @@ def test_every_option_of_convert_to_quant_is_known(cli: Run, small_file: Path) -
     )
     options = [line.split() for line in listed.stdout.splitlines() if line.startswith("--")]
     assert len(options) > 100
-    known = cli("convert", "--help").stdout
+    known = in_process("convert", "--help").stdout
     for spellings in options:
         for option in spellings:
             if option in known or option in ("--output", "--input"):
                 continue
-            result = cli("convert", "-i", small_file, option)
+            result = in_process("convert", "-i", small_file, option)
             assert result.returncode == 2, option
             assert f"{option} asks convert_to_quant for" in result.stderr, result.stderr
 
@@ -302,18 +309,18 @@ def test_no_command(cli: Run) -> None:
 # ---- where the output can go
 
 
-def test_output_folder_is_missing(cli: Run, small_file: Path, tmp_path: Path) -> None:
-    fails(cli("convert", "-i", small_file, "-o", "no/o.safetensors"), 1, "no does not exist")
+def test_output_folder_is_missing(in_process: Run, small_file: Path, tmp_path: Path) -> None:
+    fails(in_process("convert", "-i", small_file, "-o", "no/o.safetensors"), 1, "no does not exist")
     only(tmp_path)
 
 
-def test_output_is_a_folder(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_output_is_a_folder(in_process: Run, small_file: Path, tmp_path: Path) -> None:
     (tmp_path / "o.safetensors").mkdir()
-    fails(cli("convert", "-i", small_file, "-o", "o.safetensors"), 1, "is a folder")
+    fails(in_process("convert", "-i", small_file, "-o", "o.safetensors"), 1, "is a folder")
 
 
 @pytest.mark.parametrize("how", ["same", "other spelling", "symbolic link", "hard link", "shard"])
-def test_output_is_the_input(cli: Run, small_file: Path, tmp_path: Path, how: str) -> None:
+def test_output_is_the_input(in_process: Run, small_file: Path, tmp_path: Path, how: str) -> None:
     source = tmp_path / "in.safetensors"
     shutil.copy(small_file, source)
     output = source
@@ -330,27 +337,33 @@ def test_output_is_the_input(cli: Run, small_file: Path, tmp_path: Path, how: st
         write_shards(source, to_diffusers(random_tensors(small_shapes(1))))
         output = min(source.glob("*.safetensors"))
     before = output.read_bytes()
-    result = cli("convert", "-i", source, "-o", output, "--overwrite")
+    result = in_process("convert", "-i", source, "-o", output, "--overwrite")
     fails(result, 2, "is the input; choose another name")
     assert output.read_bytes() == before
 
 
-def test_existing_output_is_protected(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_existing_output_is_protected(in_process: Run, small_file: Path, tmp_path: Path) -> None:
     (tmp_path / "o.safetensors").write_bytes(b"precious")
-    result = cli("convert", "-i", small_file, "-o", "o.safetensors")
+    result = in_process("convert", "-i", small_file, "-o", "o.safetensors")
     fails(result, 1, "o.safetensors exists; --overwrite replaces it")
     assert (tmp_path / "o.safetensors").read_bytes() == b"precious"
-    assert cli("convert", "-i", small_file, "-o", "o.safetensors", "--overwrite").returncode == 0
+    assert (
+        in_process("convert", "-i", small_file, "-o", "o.safetensors", "--overwrite").returncode
+        == 0
+    )
     assert (tmp_path / "o.safetensors").stat().st_size > 1000
     only(tmp_path, "o.safetensors")
 
 
 def test_overwriting_through_a_link_keeps_the_link(
-    cli: Run, small_file: Path, tmp_path: Path
+    in_process: Run, small_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "real.safetensors").write_bytes(b"old")
     (tmp_path / "link.safetensors").symlink_to("real.safetensors")
-    assert cli("convert", "-i", small_file, "-o", "link.safetensors", "--overwrite").returncode == 0
+    assert (
+        in_process("convert", "-i", small_file, "-o", "link.safetensors", "--overwrite").returncode
+        == 0
+    )
     assert (tmp_path / "link.safetensors").is_symlink()
     assert (tmp_path / "real.safetensors").stat().st_size > 1000
 
@@ -368,45 +381,57 @@ def test_free_space_is_checked_first(
     only(tmp_path)
 
 
-def test_other_inputs_are_protected(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_other_inputs_are_protected(in_process: Run, small_file: Path, tmp_path: Path) -> None:
     write_shards(tmp_path / "z", to_diffusers(random_tensors(small_shapes(1))))
     index = tmp_path / "z" / "diffusion_pytorch_model.safetensors.index.json"
     (tmp_path / "my.toml").write_text('title = "mine"')
     before = index.read_bytes()
     arguments = ("-o", "o.safetensors", "--overwrite", "--report")
-    fails(cli("convert", "-i", "z", *arguments, index), 2, "is the input")
+    fails(in_process("convert", "-i", "z", *arguments, index), 2, "is the input")
     recipe = ("--recipe", "my.toml")
-    fails(cli("convert", "-i", small_file, *arguments, *recipe[1:], *recipe), 2, "is the input")
+    fails(
+        in_process("convert", "-i", small_file, *arguments, *recipe[1:], *recipe), 2, "is the input"
+    )
     assert index.read_bytes() == before and (tmp_path / "my.toml").stat().st_size < 99
 
 
-def test_what_is_no_regular_file(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_what_is_no_regular_file(in_process: Run, small_file: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
     pipe = "pipe.safetensors"
-    fails(cli("convert", "-i", pipe, "-o", "o.safetensors"), 1, "pipe.safetensors is not a regular")
-    fails(cli("convert", "-i", "/dev/zero", "-o", "o.safetensors"), 1, "is not a regular file")
-    fails(cli("inspect", pipe), 1, "pipe.safetensors is not a regular file")
-    result = cli("convert", "-i", small_file, "-o", pipe, "--overwrite")
+    fails(
+        in_process("convert", "-i", pipe, "-o", "o.safetensors"),
+        1,
+        "pipe.safetensors is not a regular",
+    )
+    fails(
+        in_process("convert", "-i", "/dev/zero", "-o", "o.safetensors"), 1, "is not a regular file"
+    )
+    fails(in_process("inspect", pipe), 1, "pipe.safetensors is not a regular file")
+    result = in_process("convert", "-i", small_file, "-o", pipe, "--overwrite")
     fails(result, 1, "pipe.safetensors is not a regular file")
     assert (tmp_path / pipe).is_fifo()
-    result = cli("convert", "-i", small_file, "-o", "loop.safetensors")
+    result = in_process("convert", "-i", small_file, "-o", "loop.safetensors")
     fails(result, 1, "loop.safetensors leads nowhere")
-    fails(cli("convert", "-i", "/"), 2, "--output must be given")
+    fails(in_process("convert", "-i", "/"), 2, "--output must be given")
 
 
-def test_report_is_no_shard_of_the_input(cli: Run, tmp_path: Path) -> None:
+def test_report_is_no_shard_of_the_input(in_process: Run, tmp_path: Path) -> None:
     write_shards(tmp_path / "z", to_diffusers(random_tensors(small_shapes(1))))
     shard = min((tmp_path / "z").glob("*.safetensors"))
     before = shard.read_bytes()
-    result = cli("convert", "-i", "z", "-o", "o.safetensors", "--report", shard, "--overwrite")
+    result = in_process(
+        "convert", "-i", "z", "-o", "o.safetensors", "--report", shard, "--overwrite"
+    )
     fails(result, 2, "is the input; choose another name")
     assert shard.read_bytes() == before
 
 
-def test_something_else_under_the_hidden_name(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_something_else_under_the_hidden_name(
+    in_process: Run, small_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / ".o.safetensors.zimage-mxfp8-partial").symlink_to("nowhere")
-    fails(cli("convert", "-i", small_file, "-o", "o.safetensors"), 1, "could not be written")
+    fails(in_process("convert", "-i", small_file, "-o", "o.safetensors"), 1, "could not be written")
 
 
 def test_permissions(cli: Run, small_file: Path, tmp_path: Path) -> None:
@@ -505,19 +530,29 @@ def start(source: Path, output: Path) -> subprocess.Popen[str]:
     )
 
 
+def wait_for_partial_output(child: subprocess.Popen[str], folder: Path) -> None:
+    """Until it writes, or is done: what starts before that takes longer."""
+    while child.poll() is None and not list(folder.glob(".*")):
+        time.sleep(0.001)
+
+
 def test_kill_leaves_the_old_file_or_the_new_one(slow_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "o.safetensors"
     child = start(slow_file, output)
+    wait_for_partial_output(child, tmp_path)
     began = time.monotonic()
     child.communicate(timeout=60)
     duration = time.monotonic() - began
     complete = output.read_bytes()
     outcomes = set()
     left_behind = False
-    for i in range(40):
+    for i in range(12):
         output.write_bytes(b"old")
+        for left in tmp_path.glob(".*"):
+            left.unlink()
         child = start(slow_file, output)
-        time.sleep(duration * (i + 1) / 40)
+        wait_for_partial_output(child, tmp_path)
+        time.sleep(duration * i / 12)
         child.send_signal(signal.SIGKILL)
         child.communicate(timeout=60)
         content = output.read_bytes()
@@ -533,10 +568,10 @@ def test_kill_leaves_the_old_file_or_the_new_one(slow_file: Path, tmp_path: Path
 
 
 def test_next_run_cleans_up_for_other_targets_too(
-    cli: Run, small_file: Path, tmp_path: Path
+    in_process: Run, small_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / ".gone.safetensors.zimage-mxfp8-partial").write_bytes(b"left by a crash")
-    assert cli("convert", "-i", small_file, "-o", "o.safetensors").returncode == 0
+    assert in_process("convert", "-i", small_file, "-o", "o.safetensors").returncode == 0
     only(tmp_path, "o.safetensors")
 
 
@@ -558,8 +593,7 @@ def test_interrupt(slow_file: Path, tmp_path: Path) -> None:
     output.write_bytes(b"old")
     for _ in range(20):
         child = start(slow_file, output)
-        while child.poll() is None and not list(tmp_path.glob(".*")):
-            time.sleep(0.001)
+        wait_for_partial_output(child, tmp_path)
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
         if child.returncode != 0:
@@ -653,13 +687,15 @@ def test_paths_of_wrong_types(small_file: Path, value: Any) -> None:
     only(small_file.parent, small_file.name)
 
 
-def test_vectors_that_the_model_does_not_have(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_vectors_that_the_model_does_not_have(
+    in_process: Run, small_file: Path, tmp_path: Path
+) -> None:
     """They are copied, as ComfyUI ignores them, with a warning that `generate` does not."""
     tensors = load_file(small_file)
     names = [f"layers.0.attention.{part}.bias" for part in "abcdefg"]
     tensors |= {name: torch.zeros(8, dtype=torch.bfloat16) for name in names}
     save_file(tensors, tmp_path / "in.safetensors")
-    result = cli("convert", "in.safetensors", "out.safetensors")
+    result = in_process("convert", "in.safetensors", "out.safetensors")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("it is copied, and generate refuses the converted file") == 5
     assert "2 more of such tensors" in result.stderr

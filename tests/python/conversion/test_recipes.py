@@ -82,24 +82,24 @@ def test_toml_file_alone(small_file: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_recipe_files(
-    cli: Run, small_file: Path, tmp_path: Path, text: str, sentence: str
+    in_process: Run, small_file: Path, tmp_path: Path, text: str, sentence: str
 ) -> None:
     (tmp_path / "bad.toml").write_text(text)
-    result = cli("convert", "-i", small_file, "-o", "o.safetensors", "--recipe", "bad.toml")
+    result = in_process("convert", "-i", small_file, "-o", "o.safetensors", "--recipe", "bad.toml")
     assert result.returncode == 1
     assert result.stderr.startswith("zimage-mxfp8: error: recipe bad.toml")
     assert sentence in result.stderr
     assert not (tmp_path / "o.safetensors").exists()
 
 
-def test_recipe_that_is_not_text(cli: Run, small_file: Path, tmp_path: Path) -> None:
+def test_recipe_that_is_not_text(in_process: Run, small_file: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
-    result = cli("convert", "-i", small_file, "--recipe", "bad.toml")
+    result = in_process("convert", "-i", small_file, "--recipe", "bad.toml")
     assert result.returncode == 1 and "is not TOML" in result.stderr
 
 
-def test_patterns_that_match_nothing_are_reported(cli: Run, small_file: Path) -> None:
-    result = cli(
+def test_patterns_that_match_nothing_are_reported(in_process: Run, small_file: Path) -> None:
+    result = in_process(
         *("convert", "-i", small_file, "-o", "o.safetensors"),
         *("--exclude-layers", "layers.99", "--exclude-layers", r"layers\.0\."),
     )
@@ -107,8 +107,8 @@ def test_patterns_that_match_nothing_are_reported(cli: Run, small_file: Path) ->
     assert result.stderr == 'zimage-mxfp8: warning: pattern "layers.99" matches no tensor\n'
 
 
-def test_nothing_to_quantise_is_an_error(cli: Run, small_file: Path, tmp_path: Path) -> None:
-    result = cli("convert", "-i", small_file, "-o", "o.safetensors", "--exclude-layers", ".")
+def test_nothing_to_quantise_is_an_error(in_process: Run, small_file: Path, tmp_path: Path) -> None:
+    result = in_process("convert", "-i", small_file, "-o", "o.safetensors", "--exclude-layers", ".")
     assert result.returncode == 1
     assert (
         "has nothing to quantise: every 2-D weight is kept; choose another --recipe, or "
@@ -117,13 +117,13 @@ def test_nothing_to_quantise_is_an_error(cli: Run, small_file: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_recipes_command(cli: Run, tmp_path: Path) -> None:
-    text = cli("recipes").stdout
+def test_recipes_command(in_process: Run, tmp_path: Path) -> None:
+    text = in_process("recipes").stdout
     for name in builtin_names():
         assert name in text
     assert "uniform (the default)" in text
     assert r"^layers\.29\.attention\.qkv\." in text
     (tmp_path / "own.toml").write_text('title = "Own"')
-    document = json.loads(cli("recipes", "own.toml", "zimage", "--json").stdout)
+    document = json.loads(in_process("recipes", "own.toml", "zimage", "--json").stdout)
     assert [recipe["name"] for recipe in document] == ["own.toml", "zimage"]
     assert document[1]["keep"]

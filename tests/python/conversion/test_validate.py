@@ -368,14 +368,14 @@ def test_other_original(converted: Path, tmp_path: Path) -> None:
     )
 
 
-def test_command(cli: Run, original: Path, converted: Path, tmp_path: Path) -> None:
-    good = cli("validate", converted, "--against", original)
+def test_command(in_process: Run, original: Path, converted: Path, tmp_path: Path) -> None:
+    good = in_process("validate", converted, "--against", original)
     assert good.returncode == 0, good.stdout + good.stderr
     assert "sound, " in good.stdout and "SNR" in good.stdout
-    bad = cli("validate", damage(converted, tmp_path, swizzle_twice), "--against", original)
+    bad = in_process("validate", damage(converted, tmp_path, swizzle_twice), "--against", original)
     assert bad.returncode == 1
     assert f'breach: "{SCALE}" has its scales swizzled twice; convert the original' in bad.stdout
-    document = json.loads(cli("validate", converted, "--against", original, "--json").stdout)
+    document = json.loads(in_process("validate", converted, "--against", original, "--json").stdout)
     assert document["ok"] and len(document["tensors"]) == document["layers"]
-    missing = cli("validate", "none.safetensors")
+    missing = in_process("validate", "none.safetensors")
     assert missing.returncode == 1 and "does not exist" in missing.stderr

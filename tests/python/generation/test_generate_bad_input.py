@@ -24,7 +24,7 @@ from helpers.images import STAGES, Generate, fails, init_image
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.generation.components import VAE, TextEncoder
 from zimage_mxfp8.generation.images import image_paths, open_init_image
-from zimage_mxfp8.generation.settings import MAX_IMAGES
+from zimage_mxfp8.generation.limits import MAX_IMAGES
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
 USUAL = ("--prompt", "a", "-o", "o.png", "--steps", "2", "--height", "32", "--width", "32")

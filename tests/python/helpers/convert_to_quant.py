@@ -25,7 +25,9 @@ def card_command(source: Path, output: Path, *extra: str) -> list[str]:
 
 
 def run_convert_to_quant(arguments: list[str]) -> None:
-    code = "from convert_to_quant.convert_to_quant import main; main()"
+    # It collects garbage after every tensor, which takes most of its time unless what was imported
+    # is left out.
+    code = "import gc; from convert_to_quant.convert_to_quant import main; gc.freeze(); main()"
     subprocess.run(
         [sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=300
     )

@@ -50,8 +50,8 @@ def refusal(kernel: Any, matrix: torch.Tensor) -> str:
     return str(caught.value)
 
 
-def test_versions(cli: Run) -> None:
-    found = json.loads(cli("doctor", "--json").stdout)
+def test_versions(in_process: Run) -> None:
+    found = json.loads(in_process("doctor", "--json").stdout)
     project = re.search(r"project\(zimage_mxfp8 VERSION ([0-9.]+)", CMAKE.read_text("utf-8"))
     assert project and found["version"] == project[1] == zm.__version__
     assert found["python"].startswith(f"{platform.python_version()}, ")
@@ -59,8 +59,8 @@ def test_versions(cli: Run) -> None:
         assert found["libraries"][library.__name__] == library.__version__
 
 
-def test_compiled_architectures(cli: Run) -> None:
-    found = json.loads(cli("doctor", "--json").stdout)
+def test_compiled_architectures(in_process: Run) -> None:
+    found = json.loads(in_process("doctor", "--json").stdout)
     targets = found["architectures"]
     assert set(targets) <= {"80", "86", "89", "90a", "100f", "120f"}
     assert bool(found["cutlass"]) == any(target.endswith("f") for target in targets)
@@ -169,8 +169,8 @@ def test_extras_are_those_of_the_project_file(monkeypatch: pytest.MonkeyPatch) -
     assert not any("torch" in package for package in generate.missing)
 
 
-def test_a_diagnosis_prints_as_doctor_does(cli: Run) -> None:
-    assert str(zm.diagnose()).split() == cli("doctor").stdout.split()
+def test_a_diagnosis_prints_as_doctor_does(in_process: Run) -> None:
+    assert str(zm.diagnose()).split() == in_process("doctor").stdout.split()
 
 
 class Missing:

@@ -15,7 +15,7 @@ from ...checkpoint.output import check_target
 from ...checks import number, whole_number
 from ...conversion.recipes import Recipe, load_recipe
 from ...errors import CheckpointError, UsageError
-from ...generation.settings import MAX_PIXELS, PIXELS_PER_TOKEN, SEEDS
+from ...generation.limits import MAX_PIXELS, PIXELS_PER_TOKEN, SEEDS
 from ...printing.progress import sensitivity_bar, shown
 from ...text import plural
 from ...transformer.model import ZImageTransformer
