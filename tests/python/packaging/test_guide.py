@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
+from helpers.adapter_files import dotted, modules_of, write_pairs
+from helpers.diffusers_reference import make_reference
 from helpers.documents import (
     GUIDE,
     PAGES,
@@ -31,7 +34,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PYTHON_BLOCKS = {"README.md": 1, "diffusers.md": 1, "python.md": 2}  # which the tests run
+PYTHON_BLOCKS = {
+    "README.md": 1,
+    "diffusers.md": 1,
+    "lora.md": 2,
+    "python.md": 2,
+}  # which the tests run
 
 
 def help_of(*command: str) -> str:
@@ -106,6 +114,21 @@ def test_diffusers_image_to_image(turbo: Path) -> None:
     run_in_python(example.replace("1024", "64"), turbo)
     with Image.open(turbo / "night.png") as image:
         assert image.size == (64, 64)
+
+
+def test_lora(turbo: Path) -> None:
+    layers = {n: x for n, x in modules_of(make_reference()).items() if "attention" in n}
+    dialect = dotted("transformer."), ".lora_A.weight", ".lora_B.weight"
+    for name in ("style", "detail"):
+        save_file(write_pairs(layers, *dialect).tensors, turbo / f"{name}.safetensors")
+    on_its_own, in_pipelines = blocks(GUIDE / "lora.md", "python")
+    pipeline = in_pipelines.replace("transformer=model", "transformer=model, dtype=torch.bfloat16")
+    small = pipeline.replace("guidance_scale", "height=64, width=64, guidance_scale")
+    assert small != pipeline
+    quiet = "import torch, warnings; warnings.simplefilter('ignore')"
+    clean = "for name in list(model.loras): model.unload_lora(name)"
+    result = run_in_python("\n".join([quiet, on_its_own, clean, small, "print(image.size)"]), turbo)
+    assert result.stdout.splitlines()[-1] == "(64, 64)"
 
 
 def test_generate_has_the_commands_of_the_readme() -> None:
