@@ -63,7 +63,7 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
     images = torch.from_numpy(np.stack([image for _, image in drawn]))
     log(f"drew {len(images)} scenes, {len(set(captions))} different captions")
 
-    codec = vae.train_vae(images, 5 if quick else 2400, device, log)
+    codec = vae.train_vae(images, 5 if quick else 2000, device, log)
     codec = codec.to("cpu", torch.bfloat16).to(device)
     latents = vae.encode(codec, images, device)
     scale, shift = codec.config.scaling_factor, codec.config.shift_factor

@@ -163,10 +163,10 @@ class Schedule:
     """
 
     batch: int = 512
-    flow_steps: int = 3600
-    pairs: int = 49152
-    pair_steps: int = 24
-    reflow_steps: int = 1600
+    flow_steps: int = 3000
+    pairs: int = 32768
+    pair_steps: int = 16
+    reflow_steps: int = 1000
 
 
 def train_transformer(

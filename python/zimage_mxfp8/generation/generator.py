@@ -183,6 +183,8 @@ class ZImageGenerator:
         # Loading a part changes torch's default dtype in all threads; and with a part per thread
         # memory would hold more than one.
         self._turn = threading.RLock() if offload else nullcontext()
+        # Weights of adapters belong to the transformer, which one image at a time uses.
+        self._adapters = threading.Lock()
         self._kept: dict[Stage, Any] = {}
         if not offload:
             with shown(progress, stage_bar) as callback:
@@ -226,7 +228,7 @@ class ZImageGenerator:
             report = callback or (lambda _: None)
             captions = self._encode(settings, report)
             self._free()
-            latents, steps = self._denoise(
+            latents, steps, notes = self._denoise(
                 settings,
                 image,
                 captions,
@@ -253,7 +255,7 @@ class ZImageGenerator:
             dtype=self._dtype,
             model=hub.name_of(self._folder.path),
             transformer=self._file.name,
-            warnings=tuple(_warnings(captions)),
+            warnings=(*_warnings(captions), *notes),
         )
 
     # ---- Parts
@@ -322,13 +324,11 @@ class ZImageGenerator:
         captions: list[torch.Tensor],
         report: GenerationCallback,
         make_previews: Callable[[VAE], Previews] | None,
-    ) -> tuple[torch.Tensor, _Steps]:
-        """Return latents [batch, 16, height / 8, width / 8]."""
+    ) -> tuple[torch.Tensor, _Steps, list[str]]:
+        """Return latents [batch, 16, height / 8, width / 8], the steps, and notes on adapters."""
         assert settings.seed is not None and settings.height and settings.width  # resolved
         batch = settings.batch
         transformer: ZImageTransformer = self._part("transformer", report)
-        with self._memory_for("the adapters"):
-            use_loras(transformer, settings.loras)
         parts = {
             "transformer": transformer,
             # The scheduler counts steps: a new one per call, so that threads may share a generator.
@@ -349,7 +349,11 @@ class ZImageGenerator:
         pipeline.set_progress_bar_config(disable=True)
         previews = make_previews(vae) if make_previews and vae else None
         steps = _Steps(self._device, report, previews)
-        with self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"):
+        with (
+            self._adapters,
+            self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"),
+        ):
+            notes = use_loras(transformer, settings.loras)
             (latents,) = pipeline(
                 prompt_embeds=captions[:1] * batch,
                 negative_prompt_embeds=captions[1:] * batch or None,
@@ -368,7 +372,7 @@ class ZImageGenerator:
                 **options,
             )
             steps.finish()
-        return latents, steps
+        return latents, steps, notes
 
     def _decode(self, latents: torch.Tensor, report: GenerationCallback) -> list[torch.Tensor]:
         """Decode images [1, 3, height, width], one by one to bound the memory."""

@@ -10,11 +10,14 @@ from ..transformer.model import ZImageTransformer
 _MAX_KEPT = 4  # adapters that are loaded and not in use
 
 
-def use_loras(transformer: ZImageTransformer, loras: Sequence[tuple[Path, float]]) -> None:
+def use_loras(transformer: ZImageTransformer, loras: Sequence[tuple[Path, float]]) -> list[str]:
     """Let these adapters count, and no others.
 
     A file that comes twice counts with the sum of its weights. Adapters of earlier calls stay
     loaded, up to four, so that switching between them reads nothing.
+
+    Returns:
+        What of the files is not used, see `Lora.notes`.
 
     Raises:
         CheckpointError: a file cannot be read, or does not fit; no adapter changed.
@@ -31,3 +34,4 @@ def use_loras(transformer: ZImageTransformer, loras: Sequence[tuple[Path, float]
         if name not in transformer.loras:
             transformer.load_lora(name, name)
     transformer.set_lora(weights)
+    return [note for name in weights for note in transformer.loras[name].notes]

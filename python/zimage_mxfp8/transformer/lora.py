@@ -21,6 +21,8 @@ from .. import checks
 from ..adapters.branches import Branch, Dense, Matrix
 from ..adapters.files import AdapterFile, Module, open_adapter
 from ..errors import CheckpointError, CudaError, UsageError
+from ..printing.screen import size_text
+from ..text import plural
 from ..zimage.rows import Shape
 from .linear import Linear
 from .low_rank import Addend, LowRankAdapter, dora_norms
@@ -59,6 +61,30 @@ class Lora:
     nbytes: int = 0
     _addends: tuple[tuple[Linear, Addend], ...] = field(default=(), repr=False)
     _norms: tuple[tuple[str, torch.Tensor], ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        """Return what it is, and what of the file is not used, in some sentences."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        what = f"{self.name}: {self.label}, {plural(self.layers, 'layer')} ({kinds})"
+        return "\n".join([f"{what}, {size_text(self.nbytes)}, weight {self.weight}", *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the file is not used, or costs more than usual: sentences."""
+        notes = []
+        for names, problem in (
+            (self.unmatched, "without a counterpart in this model"),
+            (self.text_encoder, "for the text encoder, to which adapters are not applied"),
+        ):
+            if names:
+                tensors = plural(len(names), "tensor")
+                notes.append(f"{self.label}: {tensors} {problem}, such as {names[0]}")
+        if self.dense:
+            notes.append(
+                f"{self.label}: {plural(len(self.dense), 'layer')} of high rank, such as "
+                f"{self.dense[0]}, are added as whole matrices, which cost as much as the layer"
+            )
+        return notes
 
     def weight_of(self, layer: str) -> float:
         """Return the weight for a layer."""

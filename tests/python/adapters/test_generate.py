@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ZImagePipeline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
 from helpers import adapter_files as af
@@ -115,3 +116,31 @@ def test_a_generator_switches_adapters(
 )
 def test_wrong_adapters_are_named(lora: str, code: int, part: str, generate: Generate) -> None:
     fails(generate(*OPTIONS, "-o", "o.png", "--lora", lora), code, part)
+
+
+def test_what_is_not_used_is_told(generate: Generate, adapters: list[Path], tmp_path: Path) -> None:
+    tensors = load_file(adapters[0])
+    tensors["transformer.layers.77.attention.to_q.lora_A.weight"] = torch.ones(4, 256)
+    tensors["lora_te1_text_model.lora_down.weight"] = torch.ones(4, 4)
+    save_file(tensors, tmp_path / "more.safetensors")
+    code, _, err = generate(*OPTIONS, "-o", "o.png", "--lora", "more.safetensors")
+    assert code == 0
+    first, second = err.splitlines()
+    assert "1 tensor without a counterpart in this model, such as transformer.layers.77." in first
+    assert "1 tensor for the text encoder" in second
+
+
+def test_threads_with_different_adapters(
+    zimage_folder: Path, zimage_quantized: Path, adapters: list[Path]
+) -> None:
+    generator = ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+
+    def make(i: int) -> torch.Tensor:
+        loras = ((adapters[i % 2], 1.0),) if i % 3 else ()
+        settings = GenerationSettings("a cat", steps=2, height=48, width=64, seed=7, loras=loras)
+        return torch.tensor(levels(generator.generate(settings).images[0]))
+
+    alone = [make(i) for i in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(make, range(6)))
+    assert all(torch.equal(x, y) for x, y in zip(alone, together, strict=True))
