@@ -172,7 +172,7 @@ def test_nothing_is_asked_for_without_download(command: Command, hub: Hub) -> No
         ("convert", "-i", f"{TURBO}@v1/{WEIGHTS}", "--dry-run"),
         ("generate", "--model-dir", TURBO, *IMAGE),
     ):
-        fails(command(*arguments), f"{TURBO}", "no path", "cache lacks it", "--download")
+        fails(command(*arguments), f"{TURBO}", "not a path", "cache lacks it", "--download")
     assert hub.requests == []
 
 

@@ -447,7 +447,7 @@ def test_incomplete_weights_are_not_made_up(
     fails(
         generate(*USUAL, model="model"),
         1,
-        f'tensor "{name}" in model/{folder} has shape {has} where its config.json asks for '
+        f'tensor "{name}" in model/{folder} has shape {has} where its config.json needs '
         f"{needed} (1 in all); download the model again",
     )
 
