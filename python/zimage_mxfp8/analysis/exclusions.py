@@ -23,7 +23,7 @@ def merged_pattern(names: Iterable[str], *, whole: bool = False) -> str | None:
     """
     blocks: dict[tuple[str, str], list[int]] = {}
     alternatives: dict[tuple[str, str], str] = {}
-    for name in names:
+    for name in sorted(names):
         match = _NUMBERED.fullmatch(name)
         key = (match[1], match[3]) if match else (name, "")
         alternatives[key] = re.escape(name)

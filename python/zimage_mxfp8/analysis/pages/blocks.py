@@ -163,5 +163,7 @@ def _dotted(value: float, shown: str, scale: Range) -> str:
     if value > 0:
         at = math.log10(value)
         share = (at - scale.low) / (scale.high - scale.low) if scale.high > scale.low else 0.0
-        dot = element("i", style=f"left:{100 * share:.1f}%;background:{PALETTE[scale.level(at)]}")
+        dot = element(
+            "i", style=f"left:calc((100% - 14px)*{share:.3f});background:{PALETTE[scale.level(at)]}"
+        )
     return element("span", element("span", dot, class_="track") + shown, class_="dotted")

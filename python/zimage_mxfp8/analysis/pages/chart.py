@@ -53,8 +53,9 @@ class SizeChart:
 
     def _svg(self, kind: str, width: int, height: int) -> str:
         keep, axes = self.keep, self._axes(width, height)
-        points = [axes.at(*point) for point in zip(keep.nbytes(), keep.errors(), strict=True)]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        places = (axes.at(*point) for point in zip(keep.nbytes(), keep.errors(), strict=True))
+        points = [(round(x, 1), round(y, 1)) for x, y in places]
+        path = "M" + "L".join(f"{x} {y}" for x, y in points)
         x, y = points[keep.chosen]
         parts = [
             self._grid(axes, 6 if kind == "wide" else 3),
@@ -76,7 +77,7 @@ class SizeChart:
             height=height,
             role="img",
             aria_label=f"{keep.error} against size, for each number of kept layers",
-            data_points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points),
+            data_points=" ".join(f"{x},{y}" for x, y in points),
         )
 
     def _axes(self, width: int, height: int) -> _Axes:
@@ -136,7 +137,7 @@ def _named(axes: _Axes, choice: Choice) -> str:
         "text",
         text(choice.name),
         x=x - 12 if end else x + 12,
-        y=y - 11,
+        y=y - (30 if end else 11),  # the line is higher on the left
         text_anchor="end" if end else "start",
         class_="name",
     )

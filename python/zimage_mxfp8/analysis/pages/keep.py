@@ -103,4 +103,4 @@ def slider(keep: KeepOrder) -> str:
 
 def _how(keep: KeepOrder) -> str:
     measured = keep.measured is not None and keep.chosen in keep.measured
-    return "measured" if measured else "estimated between measured sets"
+    return "this error was measured" if measured else "this error is estimated"

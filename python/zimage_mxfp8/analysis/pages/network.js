@@ -14,7 +14,7 @@ function sizeText(bytes) {
 function mergedPattern(names, whole) {
   const escaped = (text) => text.replace(/[()[\]{}?*+\-|^$\\.&~# \t\n\r\v\f]/g, "\\$&");
   const groups = new Map();
-  for (const name of names) {
+  for (const name of [...names].sort()) {
     const match = /^(.*?\.)(0|[1-9][0-9]*)(\..+)$/s.exec(name);
     const key = JSON.stringify(match ? [match[1], match[3]] : [name, ""]);
     if (!groups.has(key)) groups.set(key, []);
@@ -86,7 +86,9 @@ for (const network of document.querySelectorAll(".network")) {
     find(".error").textContent = keep.percent ? `${rounded(100 * error)} %` : rounded(error);
     if (keep.measured) {
       const measured = keep.measured.includes(count);
-      find(".how").textContent = measured ? "measured" : "estimated between measured sets";
+      find(".how").textContent = measured
+        ? "this error was measured"
+        : "this error is estimated";
     }
     for (const cell of cells) {
       cell.classList.toggle("kept", ranks.get(layers[cell.dataset.i]) < count);

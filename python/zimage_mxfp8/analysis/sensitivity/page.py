@@ -206,8 +206,8 @@ def _error_metric(
         lambda decibel: f"{10 ** (decibel / 10):.1e}",
         fair - _AROUND,
         fair + _AROUND,
-        f"Squared error of the output relative to its energy, {band}. The middle of the colours is "
-        f"an equal share of the bound for each layer, {10 ** (fair / 10):.1e}.",
+        f"Squared error of the output relative to its energy, {band}. With an equal "
+        f"share of the bound each layer would have {10 ** (fair / 10):.1e}.",
     )
 
 
