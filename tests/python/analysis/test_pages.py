@@ -119,7 +119,8 @@ const past = [...document.querySelectorAll('svg text')].filter((e) => {
   return box.width && (box.left < svg.left - 1 || box.right > svg.right + 1
     || box.top < svg.top - 1 || box.bottom > svg.bottom + 1);
 });
-const words = (list) => list.map((e) => `${e.tagName} ${e.className} ${e.textContent}`.slice(0, 60));
+const words = (list) => list.map(
+  (e) => `${e.tagName} ${e.className} ${e.textContent}`.slice(0, 60));
 return { scroll: document.documentElement.scrollWidth - width, outside: words(outside),
          cut: words(cut), past: words(past) };
 """

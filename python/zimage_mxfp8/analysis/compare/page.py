@@ -204,7 +204,7 @@ def _formats(report: CompareReport) -> Table:
         )
     columns = [
         *(Column("format"), Column("relative squared error (%)", 4, dots=True)),
-        *(Column("standard error (%)", 4), Column("SNR (dB)", 2)),
+        *(Column("standard error (%)", 5), Column("SNR (dB)", 2)),
         *(Column("gain over MXFP8 E4M3 (dB)", 2), Column("bits a weight", 2)),
         Column(f"size ({unit})", 2),
     ]

@@ -106,7 +106,8 @@ class SizeChart:
         _, y = axes.at(axes.least, bound)
         line = element("line", x1=_LEFT, x2=axes.end, y1=y, y2=y, class_="bound")
         words = f"bound {self.keep.error_text(bound)}"
-        return line + element("text", words, x=axes.end, y=y - 7, class_="bound-name")
+        below = y + 15 if y < axes.height - _BOTTOM - 30 else y - 7
+        return line + element("text", words, x=axes.end, y=below, class_="bound-name")
 
 
 @dataclass(frozen=True)
