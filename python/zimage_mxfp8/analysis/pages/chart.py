@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from .keep import KeepOrder
 from .markup import element, text
+from .units import fitting_unit
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 28, 24, 34  # margins
-_UNITS = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB", 1: "B"}
 
 
 @dataclass(frozen=True)
-class Choice:
+class NamedSet:
     """A set of kept layers with a name.
 
     Attributes:
@@ -39,7 +39,7 @@ class SizeChart:
     """
 
     keep: KeepOrder
-    choices: Sequence[Choice] = ()
+    choices: Sequence[NamedSet] = ()
     bound: float | None = None
 
     def html(self) -> str:
@@ -93,11 +93,11 @@ class SizeChart:
             parts.append(element("line", x1=_LEFT, x2=axes.end, y1=y, y2=y, class_="grid"))
             label = self.keep.error_text(error)
             parts.append(element("text", label, x=_LEFT - 8, y=y, class_="kind"))
-        unit = next((u for u in (2**30, 2**20, 2**10) if axes.most >= u), 1)
+        unit, name = fitting_unit(axes.most)
         for size in _ticks(axes.least / unit, axes.most / unit, columns):
             x, y = axes.at(size * unit, 0.0)
             if _LEFT - 1 <= x <= axes.end + 1:
-                label = f"{size:,.4g} {_UNITS[unit]}"
+                label = f"{size:,.4g} {name}"
                 parts.append(element("line", x1=x, x2=x, y1=y, y2=y + 5, class_="grid"))
                 parts.append(element("text", label, x=x, y=y + 20, text_anchor="middle"))
         return "".join(parts)
@@ -131,7 +131,7 @@ class _Axes:
         return _LEFT + share * (self.end - _LEFT), _TOP + (1 - error / self.highest) * inside
 
 
-def _named(axes: _Axes, choice: Choice) -> str:
+def _named(axes: _Axes, choice: NamedSet) -> str:
     x, y = axes.at(choice.nbytes, choice.error)
     end = x > axes.width * 0.55
     name = element(

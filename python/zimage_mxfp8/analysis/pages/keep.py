@@ -85,7 +85,9 @@ def slider(keep: KeepOrder) -> str:
     count, chosen = len(keep.names), keep.chosen
     number = element("output", f"{chosen:,}", class_="count")
     label = element("label", f"Keep {number} of {plural(count, 'layer')} in BF16", for_="keep")
-    bar = element("input", id="keep", type="range", min=0, max=count, value=chosen)
+    bar = element(
+        "input", id="keep", type="range", min=0, max=count, value=chosen, autocomplete="off"
+    )
     reset = element("button", f"Recommended: {chosen:,}", type="button", class_="reset")
     size, error = keep.nbytes()[chosen], keep.errors()[chosen]
     figures = "".join(

@@ -1,5 +1,10 @@
 // ---- the map of the network
-const rounded = (value) => String(Number(value.toPrecision(3)));
+// Three digits, as Python's format ".3g".
+function rounded(value) {
+  const short = Number(value.toPrecision(3));
+  if (short === 0 || Math.abs(short) >= 1e-4) return String(short);
+  return short.toExponential().replace(/e-(\d)$/, "e-0$1");
+}
 
 function sizeText(bytes) {
   if (bytes < 1024) return `${bytes} B`;
@@ -74,7 +79,7 @@ for (const network of document.querySelectorAll(".network")) {
   if (!keep) continue;
   // Kept layers
   const bar = find("#keep");
-  const recommended = bar.value;
+  const recommended = bar.defaultValue;
   const show = () => {
     const count = Number(bar.value);
     const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
@@ -108,5 +113,4 @@ for (const network of document.querySelectorAll(".network")) {
     bar.value = recommended;
     show();
   });
-  if (bar.value !== bar.defaultValue) show(); // a browser may restore what a reader chose
 }

@@ -182,7 +182,14 @@ def _choices(metrics: Sequence[_Shown]) -> str:
     radios = "".join(
         element(
             "label",
-            element("input", type="radio", name="metric", value=str(i), checked=i == 0)
+            element(
+                "input",
+                type="radio",
+                name="metric",
+                value=str(i),
+                checked=i == 0,
+                autocomplete="off",
+            )
             + element("span", text(metric.title)),
         )
         for i, metric in enumerate(metrics)

@@ -10,7 +10,7 @@ from ...checkpoint.quantization import WEIGHT_SUFFIX
 from ...printing.screen import size_text
 from ...text import natural_order, plural
 from ..pages.blocks import Cell, Column, Paragraph, Table, Terms
-from ..pages.chart import Choice, SizeChart
+from ..pages.chart import NamedSet, SizeChart
 from ..pages.keep import KeepOrder
 from ..pages.network import Metric, NetworkMap
 from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
@@ -204,7 +204,7 @@ def _network(report: ProbeReport, keep: KeepOrder | None) -> Block:
 def _sizes(report: ProbeReport, keep: KeepOrder) -> list[Block]:
     choices = []
     if report.recipe_bytes is not None:
-        choices = [Choice("recommended", report.recipe_bytes, keep.errors()[keep.chosen])]
+        choices = [NamedSet("recommended", report.recipe_bytes, keep.errors()[keep.chosen])]
     return [
         Paragraph(
             "The share of all scores that quantised weights have. A score is no error of the "
