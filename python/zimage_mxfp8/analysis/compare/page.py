@@ -246,7 +246,7 @@ def _layers(report: CompareReport) -> Table:
             *(layer.tensor, *layer.shape, 100 * _error(layer)),
             *(layer.formats[name].snr_db for name in BASE_FORMATS),
         ]
-        for layer in sorted(report.layers, key=lambda layer: natural_order(layer.tensor))
+        for layer in report.layers
     ]
     return Table(columns, rows, "layers")
 

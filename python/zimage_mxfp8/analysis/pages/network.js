@@ -23,12 +23,13 @@ function mergedPattern(names, whole) {
     const match = /^(.*?\.)(0|[1-9][0-9]*)(\..+)$/s.exec(name);
     const key = JSON.stringify(match ? [match[1], match[3]] : [name, ""]);
     if (!groups.has(key)) groups.set(key, []);
-    if (match) groups.get(key).push(Number(match[2]));
+    if (match) groups.get(key).push(match[2]);
   }
   const alternatives = [...groups].map(([key, numbers]) => {
     const [head, tail] = JSON.parse(key);
     if (!numbers.length) return escaped(head);
-    return `${escaped(head)}(${numbers.sort((a, b) => a - b).join("|")})${escaped(tail)}`;
+    numbers.sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
+    return `${escaped(head)}(${numbers.join("|")})${escaped(tail)}`;
   });
   const pattern = alternatives.join("|");
   return pattern && whole ? `^(${pattern})$` : pattern;
