@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -104,6 +105,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
             answer(build_parser())
         words = sys.argv[1:] if argv is None else argv
+        arguments.command_line = shlex.join(["zimage-mxfp8", *words])  # for reports
         command = next((word for word in words if not word.startswith("-")), "")
         build_parser(command).parse_args(words, arguments)
         with device_warnings.as_lines():
