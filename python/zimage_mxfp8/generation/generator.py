@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
@@ -32,11 +31,13 @@ from .folder import open_model_folder
 from .images import open_init_image
 from .preview import PreviewCallback, Previews
 from .settings import PIXELS_PER_TOKEN, GenerationSettings
+from .steps import StepCallback, Steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Stage = Literal["text encoder", "transformer", "VAE", "encoding", "denoising", "decoding"]
+Part = Literal["text encoder", "transformer", "VAE"]
+Stage = Literal[Part, "encoding", "denoising", "decoding"]
 _DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -180,19 +181,72 @@ class ZImageGenerator:
         # While a part is loaded, torch's default dtype is another, in all threads; nor would memory
         # hold just one part if every thread had its own.
         self._turn = threading.RLock() if offload else nullcontext()
-        self._kept: dict[Stage, Any] = {}
+        self._kept: dict[Part, Any] = {}
         if not offload:
             with shown(progress, stage_bar) as callback:
-                for part in ("text encoder", "transformer", "VAE"):
+                for part in get_args(Part):
                     self._part(part, callback)
+
+    @contextmanager
+    def holding(
+        self, *parts: Part, progress: GenerationCallback | bool | None = None
+    ) -> Iterator[None]:
+        """Load parts now, and keep them within the block, with `offload` too.
+
+        For several generations in a row, each of which would load them again.
+
+        Args:
+            parts: "text encoder", "transformer" or "VAE".
+            progress: called while they are loaded; True draws bars on a terminal.
+
+        Raises:
+            CheckpointError: a part cannot be read.
+            CudaError, UnsupportedError: too little memory.
+        """
+        with self._turn:
+            added = [part for part in parts if part not in self._kept]
+            try:
+                with shown(progress, stage_bar) as callback:
+                    for part in added:
+                        self._kept[part] = self._part(part, callback)
+                yield
+            finally:
+                for part in added:
+                    self._kept.pop(part, None)
+                self._free()
+
+    def encode(
+        self,
+        settings: GenerationSettings,
+        progress: GenerationCallback | bool | None = None,
+    ) -> list[torch.Tensor]:
+        """Return the caption features that `generate` takes, of the same prompts and guidance.
+
+        Args:
+            settings: with the prompts.
+            progress: as for `generate`.
+
+        Returns:
+            [tokens, features] of the prompt and, with guidance, of the negative one.
+
+        Raises:
+            CheckpointError: with offloading, the text encoder cannot be read.
+            CudaError, UnsupportedError: too little memory.
+        """
+        with self._turn, shown(progress, stage_bar) as callback:
+            captions = self._encode(settings, callback or (lambda _: None))
+            self._free()
+        return captions
 
     def generate(
         self,
         settings: GenerationSettings,
         progress: GenerationCallback | bool | None = None,
         *,
+        captions: Sequence[torch.Tensor] | None = None,
         preview: PreviewCallback | None = None,
         preview_every: int = 1,
+        on_step: StepCallback | None = None,
     ) -> Generation:
         """Make images.
 
@@ -203,37 +257,48 @@ class ZImageGenerator:
             settings: what to make.
             progress: called as stages begin and advance, and after every step; True draws bars on a
                 terminal.
+            captions: what `encode` returned for these prompts, so that the text encoder need not
+                run again.
             preview: called with the number of steps that are done and a small image of each that is
                 being made, a guess that the VAE decodes. It does not change the result.
             preview_every: steps from one preview to the next; there is none after the first step
                 and after the last one.
+            on_step: called after each step with the number of steps that are done and the latents,
+                float32 [batch, 16, height / 8, width / 8] on the device.
 
         Raises:
-            UsageError: `preview_every` is no whole number from 1 on.
+            UsageError: `preview_every` is no whole number from 1 on, or the number of captions does
+                not go with the guidance.
             CheckpointError: the init image cannot be read, or, with offloading, a part.
             GenerationError: an image became NaN or infinite; the sentence says at which step.
             CudaError, UnsupportedError: too little memory.
         """
         if whole_number("preview_every", preview_every) < 1:
             raise UsageError("preview_every", f"must be 1 or more, not {preview_every}")
+        needed = 2 if settings.guidance else 1
+        if captions is not None and len(captions) != needed:
+            raise UsageError(
+                "captions", f"must be {needed}, not {len(captions)}", "take those of `encode`"
+            )
         image = None if settings.init_image is None else open_init_image(settings.init_image)
         settings = settings.resolved(image.size if image else None)
         with self._turn, shown(progress, stage_bar) as callback:
             report = callback or (lambda _: None)
-            captions = self._encode(settings, report)
+            features = self._encode(settings, report) if captions is None else list(captions)
             self._free()
             latents, steps = self._denoise(
                 settings,
                 image,
-                captions,
+                features,
                 report,
+                on_step,
                 None if preview is None else lambda vae: Previews(vae, preview_every, preview),
             )
             self._free()
             pixels = self._decode(latents, report)
             self._free()
         # One look at the device for the whole generation.
-        finite = [torch.stack([c.isfinite().all() for c in captions]).all().expand(settings.batch)]
+        finite = [torch.stack([c.isfinite().all() for c in features]).all().expand(settings.batch)]
         finite += [*steps.finite, torch.stack([image.isfinite().all() for image in pixels])]
         self._check(settings, torch.stack(finite).cpu())
         return Generation(
@@ -249,12 +314,12 @@ class ZImageGenerator:
             dtype=self._dtype,
             model=hub.name_of(self._folder.path),
             transformer=self._file.name,
-            warnings=tuple(_warnings(captions)),
+            warnings=tuple(_warnings(features)),
         )
 
     # ---- Parts
 
-    def _part(self, name: Stage, progress: GenerationCallback | None) -> Any:
+    def _part(self, name: Part, progress: GenerationCallback | None) -> Any:
         """A part, loaded if it is not there; with offloading the caller's is the only reference."""
         if name in self._kept:
             return self._kept[name]
@@ -317,8 +382,9 @@ class ZImageGenerator:
         image: Image | None,
         captions: list[torch.Tensor],
         report: GenerationCallback,
+        on_step: StepCallback | None,
         make_previews: Callable[[VAE], Previews] | None,
-    ) -> tuple[torch.Tensor, _Steps]:
+    ) -> tuple[torch.Tensor, Steps]:
         """Latents [batch, 16, height / 8, width / 8]."""
         assert settings.seed is not None and settings.height and settings.width  # resolved
         batch = settings.batch
@@ -341,7 +407,12 @@ class ZImageGenerator:
             options = {"image": [resized] * batch, "strength": settings.strength}
         pipeline.set_progress_bar_config(disable=True)
         previews = make_previews(vae) if make_previews and vae else None
-        steps = _Steps(self._device, report, previews)
+        steps = Steps(
+            self._device,
+            lambda *state: report(GenerationProgress("denoising", *state)),
+            previews,
+            on_step,
+        )
         with self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"):
             (latents,) = pipeline(
                 prompt_embeds=captions[:1] * batch,
@@ -398,72 +469,6 @@ class ZImageGenerator:
             row,
             f"zimage-mxfp8 validate {self._file} tells whether the file is sound{remedy}",
         )
-
-
-class _Steps:
-    """Watches the steps of a pipeline and keeps the device busy meanwhile.
-
-    Attributes:
-        finite: for each step, which images were finite after it: flags [batch] on the device.
-    """
-
-    def __init__(
-        self, device: torch.device, report: GenerationCallback, previews: Previews | None
-    ) -> None:
-        self.finite: list[torch.Tensor] = []
-        self._previews = previews
-        self._device = device
-        self._report = report
-        self._total = 0
-        # When steps begin and end: events of CUDA, or seconds.
-        self._begins = [self._now()]
-        self._ends: list[Any] = []
-
-    def __call__(
-        self, pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Diffusers' `callback_on_step_end`: a step is over, or on its way on a CUDA device."""
-        self._total = pipeline.num_timesteps
-        self.finite.append(tensors["latents"].isfinite().flatten(1).all(1))
-        self._ends.append(self._now())
-        if self._device.type != "cuda":
-            self._tell(len(self.finite))
-        elif len(self.finite) > 1:
-            # Of the step before, so that this one is there to be run in the meantime.
-            self._ends[-2].synchronize()
-            self._tell(len(self.finite) - 1)
-        if self._previews is not None:
-            done = len(self.finite)
-            self._previews.after_step(done, self._total, pipeline.scheduler, tensors["latents"])
-        self._begins.append(self._now())
-        return {}
-
-    def finish(self) -> None:
-        """Wait for the last step, and let go of what only steps need."""
-        self._previews = None
-        if self._device.type == "cuda":
-            self._ends[-1].synchronize()
-            self._tell(len(self.finite))
-
-    def seconds(self) -> list[float]:
-        """Time of each step, after `finish`."""
-        return [self._between(i) for i in range(len(self.finite))]
-
-    def _tell(self, done: int) -> None:
-        self._report(GenerationProgress("denoising", done, self._total, self._between(done - 1)))
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def _between(self, i: int) -> float:
-        begin, end = self._begins[i], self._ends[i]
-        if self._device.type != "cuda":
-            return float(end - begin)
-        return float(begin.elapsed_time(end)) / 1000
 
 
 def _bytes_read(progress: Progress) -> GenerationProgress:

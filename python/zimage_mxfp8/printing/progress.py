@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
     from ..analysis.compare.run import CompareCallback, CompareProgress
-    from ..analysis.sensitivity.run import SensitivityCallback, SensitivityProgress
     from ..generation.generator import GenerationCallback, GenerationProgress
-    from ..streaming.jobs import Progress, ProgressCallback
+    from ..streaming.jobs import Progress, ProgressCallback, StageCallback, StageProgress
 
 _Callback = TypeVar("_Callback", bound=Callable[..., object])
 
@@ -171,12 +170,12 @@ def _print_line(line: str) -> None:
 
 
 @contextmanager
-def sensitivity_bar(
+def analysis_bar(
     print_line: Callable[[str], None] = _print_line,
-) -> Iterator[SensitivityCallback]:
-    """Yield a bar for the stages of a sensitivity analysis; if stderr is no terminal, some lines.
+) -> Iterator[StageCallback]:
+    """Yield a bar for the stages of an analysis; if stderr is no terminal, some lines.
 
-    It may take hours: a log has to tell that it lives.
+    It may take hours: a log has to show that it goes on.
     """
     if not _is_terminal():
         yield _stage_lines(print_line)
@@ -191,7 +190,7 @@ def sensitivity_bar(
     ) as bar:
         task = bar.add_task("", total=None)
 
-        def update(progress: SensitivityProgress) -> None:
+        def update(progress: StageProgress) -> None:
             what = printable(progress.what or progress.stage)[:40]
             bar.update(
                 task, description=what, completed=progress.done, total=progress.total or None
@@ -200,11 +199,11 @@ def sensitivity_bar(
         yield update
 
 
-def _stage_lines(print_line: Callable[[str], None]) -> SensitivityCallback:
+def _stage_lines(print_line: Callable[[str], None]) -> StageCallback:
     """Print a line when a stage begins, and whenever another tenth of everything is done."""
     last: tuple[str, int] | None = None
 
-    def update(progress: SensitivityProgress) -> None:
+    def update(progress: StageProgress) -> None:
         nonlocal last
         now = (progress.stage, 10 * progress.done // progress.total if progress.total else 0)
         if now != last:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from ...checks import number, whole_number
 from ...conversion.recipes import Recipe, load_recipe
 from ...errors import CheckpointError, UsageError
 from ...generation.settings import MAX_PIXELS, PIXELS_PER_TOKEN, SEEDS
-from ...printing.progress import sensitivity_bar, shown
+from ...printing.progress import analysis_bar, shown
+from ...streaming.jobs import StageCallback, StageProgress
 from ...text import plural
 from ...transformer.model import ZImageTransformer
 from ...transformer.weights import ModelFile, open_model
@@ -110,26 +111,6 @@ class SensitivityReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class SensitivityProgress:
-    """State of the analysis.
-
-    Attributes:
-        stage: what it is at.
-        what: was measured last; empty when the stage begins.
-        done: measurements that are done.
-        total: measurements to do; 0 while that is not known.
-    """
-
-    stage: str
-    what: str
-    done: int
-    total: int
-
-
-SensitivityCallback = Callable[[SensitivityProgress], object]
-
-
 def analyse_sensitivity(
     path: str | os.PathLike[str],
     *,
@@ -141,7 +122,7 @@ def analyse_sensitivity(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     state: str | os.PathLike[str] | None = None,
-    progress: SensitivityCallback | bool | None = None,
+    progress: StageCallback | bool | None = None,
 ) -> SensitivityReport:
     """Measure what quantising each layer to MXFP8 does to the transformer's output.
 
@@ -185,11 +166,11 @@ def analyse_sensitivity(
     if state is not None:
         check_target(Path(state), file.checkpoint.inputs, overwrite=True, argument="state")
     memory = State(None if state is None else Path(state), run)
-    with shown(progress, sensitivity_bar) as callback:
+    with shown(progress, analysis_bar) as callback:
         report = callback or (lambda _: None)
-        report(SensitivityProgress("loading the model", "", 0, 0))
+        report(StageProgress("loading the model", "", 0, 0))
         model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
-        report(SensitivityProgress("running the original model", "", 0, 0))
+        report(StageProgress("running the original model", "", 0, 0))
         cases = record_cases(model, captions, size, timesteps, seed)
         _check_outputs(path, cases)
         return _Analysis(str(path), file, model, cases, memory, bound, report).run()
@@ -261,7 +242,7 @@ class _Analysis:
         cases: Sequence[Case],
         memory: State,
         bound: float,
-        progress: SensitivityCallback,
+        progress: StageCallback,
     ) -> None:
         self._path, self._file, self._model, self._cases = path, file, model, cases
         self._memory, self._bound = memory, bound
@@ -306,12 +287,12 @@ class _Analysis:
 
     def _begin(self, stage: str) -> None:
         self._stage = stage
-        self._progress(SensitivityProgress(stage, "", self._done, self._total))
+        self._progress(StageProgress(stage, "", self._done, self._total))
 
     def _errors(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
         errors = self._memory.errors(name, lambda: self._measure(name, targets))
         self._done = min(self._done + 1, self._total)
-        self._progress(SensitivityProgress(self._stage, name, self._done, self._total))
+        self._progress(StageProgress(self._stage, name, self._done, self._total))
         return errors
 
     def _measure(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
