@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
     """Return a count with its noun: "1 layer", "1,234 layers"."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts names with numbers as people do: "layers.2" before "layers.10"."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def printable(text: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 
 from .._core import __version__
@@ -104,6 +106,8 @@ def _run(argv: Sequence[str] | None) -> int:
             from .completer import answer
 
             answer(parser)
+        words = sys.argv[1:] if argv is None else argv
+        arguments.command_line = shlex.join(["zimage-mxfp8", *words])  # for reports
         parser.parse_args(argv, arguments)
         with device_warnings.as_lines():
             return int(arguments.run(arguments))

@@ -6,7 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-from ..system.optional_packages import check_installed
 from ..text import plural
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
 
@@ -65,7 +64,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--csv", type=file_path, metavar="FILE", help="write every layer's figures as CSV"
     )
     parser.add_argument(
-        "--html", type=file_path, metavar="FILE", help="write a page with plots and tables"
+        "--html",
+        type=file_path,
+        metavar="FILE",
+        help="write a page with a map of the network and tables",
     )
     parser.add_argument(
         *spellings("--write-recipe"),
@@ -102,7 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
     from . import display
 
     if arguments.html is not None:
-        check_installed("plots", "--html")
         inputs = open_checkpoint(arguments.file).inputs
         check_target(arguments.html, inputs, overwrite=arguments.overwrite, argument="html")
         check_distinct({name: getattr(arguments, name) for name in ("html", "csv", "write_recipe")})
@@ -122,8 +123,10 @@ def run(arguments: argparse.Namespace) -> int:
     display.warn(report.warnings)
     if arguments.html is not None:
         from ..analysis.compare.page import compare_page
+        from ..analysis.pages.page import Origin, links_beside
 
-        content = compare_page(report, arguments.bound).encode()
+        origin = Origin(arguments.command_line, links_beside(arguments.html))
+        content = compare_page(report, arguments.bound, origin).encode()
         write_file(arguments.html, content, overwrite=arguments.overwrite)
     if arguments.json:
         display.print_json(report.to_dict())
@@ -132,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     kept, above = report.kept(arguments.bound), report.above(arguments.bound)
     for path, what in (
         (arguments.csv, f"the figures of {plural(len(report.layers), 'layer')}"),
-        (arguments.html, "a page with plots and tables"),
+        (arguments.html, "a page with a map and tables"),
         (
             arguments.write_recipe,
             f"a recipe that keeps {plural(len(kept), 'layer')}, {len(above):,} of them for the "

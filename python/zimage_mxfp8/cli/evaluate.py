@@ -156,8 +156,10 @@ def run(arguments: argparse.Namespace) -> int:
     keep_libraries_quiet()
     report_line("loading torch and diffusers ...")
     with needed("evaluate", "evaluate"):
-        from ..analysis.evaluate.folder import OWN_ENTRIES
+        from ..analysis.evaluate.folder import OWN_ENTRIES, save_report
         from ..analysis.evaluate.run import evaluate
+    from ..analysis.pages.page import Origin
+
     assert files[0] is not None  # a required option
     if arguments.output is not None:
         check_target_folder(arguments.output, OWN_ENTRIES, overwrite=arguments.overwrite)
@@ -182,7 +184,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     display.warn(report.warnings)
     if arguments.output is not None:
-        report.save(arguments.output, overwrite=arguments.overwrite)
+        origin = Origin(arguments.command_line)
+        save_report(report, arguments.output, origin, overwrite=arguments.overwrite)
     if arguments.json:
         display.print_json(report.to_dict())
     else:

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..system.optional_packages import check_installed
 from ..text import plural
 from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
 from .next_commands import convert_command, convert_with_recipe
@@ -57,7 +56,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--html",
         type=file_path,
         metavar="FILE",
-        help="write a page with heat maps and tables that needs no network (needs plotly)",
+        help="write a page with a map of the network and tables, which needs no network connection",
     )
     parser.add_argument(
         *spellings("--write-recipe"),
@@ -95,8 +94,6 @@ def run(arguments: argparse.Namespace) -> int:
     for name, path in outputs.items():
         if path is not None:
             check_target(path, inputs, overwrite=arguments.overwrite, argument=name)
-    if arguments.html is not None:
-        check_installed("plots", "--html")
     report = probe(arguments.file, rules=rules, threads=arguments.threads, progress=True)
     weights = plural(len(report.tensors), "weight")
     contents: list[tuple[Path | None, str, str]] = [
@@ -108,9 +105,12 @@ def run(arguments: argparse.Namespace) -> int:
         ),
     ]
     if arguments.html is not None:
+        from ..analysis.pages.page import Origin, links_beside
         from ..analysis.probe.page import probe_page
 
-        contents.append((arguments.html, probe_page(report), "a page with heat maps and tables"))
+        origin = Origin(arguments.command_line, links_beside(arguments.html))
+        page = probe_page(report, origin)
+        contents.append((arguments.html, page, "a page with a map and tables"))
     written = [(path, text, what) for path, text, what in contents if path is not None]
     for path, text, _ in written:
         write_file(path, text.encode(), overwrite=arguments.overwrite)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import text
-from ..system.optional_packages import check_installed, needed
+from ..system.optional_packages import needed
 from ..text import plural
 from .arguments import add_json, add_overwrite, count, file_path, spellings
 from .generate import keep_libraries_quiet
@@ -73,7 +73,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="write the set that was found as a recipe for convert",
     )
     parser.add_argument(
-        "--html", type=file_path, metavar="FILE.html", help="write a page with plots and tables"
+        "--html",
+        type=file_path,
+        metavar="FILE.html",
+        help="write a page with a map of the network and tables",
     )
     parser.add_argument("--device", metavar="cpu|cuda|cuda:N", help="default: cuda if torch has it")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -99,8 +102,6 @@ def run(arguments: argparse.Namespace) -> int:
         if output is not None:
             check_target(output, inputs, overwrite=arguments.overwrite, argument=name)
     check_distinct({**outputs, "state": arguments.state})
-    if arguments.html:
-        check_installed("plots", "--html")
     with needed("torch", "sensitivity"):
         import torch
 
@@ -133,9 +134,11 @@ def run(arguments: argparse.Namespace) -> int:
         content = recipe_toml(sensitivity_recipe(report)).encode()
         write_file(arguments.write_recipe, content, overwrite=arguments.overwrite)
     if arguments.html:
+        from ..analysis.pages.page import Origin, links_beside
         from ..analysis.sensitivity.page import sensitivity_page
 
-        content = sensitivity_page(report).encode()
+        origin = Origin(arguments.command_line, links_beside(arguments.html))
+        content = sensitivity_page(report, origin).encode()
         write_file(arguments.html, content, overwrite=arguments.overwrite)
     if len(report.smallest.kept) == len(report.layers):
         display.warn(
@@ -155,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     kept = plural(len(report.smallest.kept), "layer")
     for path, what in (
         (arguments.write_recipe, f"the recipe that keeps {kept} of the blocks"),
-        (arguments.html, "a page with plots and tables"),
+        (arguments.html, "a page with a map and tables"),
         (arguments.state, "the measurements, from which the same command goes on"),
     ):
         if path is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
+from ..analysis.evaluate.wording import interval_text, number_text, psnr_text
 from ..text import plural
 from .screen import Screen, size_text
 
@@ -14,18 +14,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 10  # pairs
 _MAX_PROMPT = 60  # characters
-
-
-def psnr_text(value: float) -> str:
-    """Return a PSNR as people read it."""
-    return f"{value:.2f} dB" if math.isfinite(value) else "equal"
-
-
-def interval_text(summary: Summary, decimals: int) -> str:
-    """Return a confidence interval; "-" where there is none."""
-    if summary.low is None or summary.high is None:
-        return "-"
-    return f"{summary.low:.{decimals}f} to {summary.high:.{decimals}f}"
 
 
 def print_evaluation(report: EvaluationReport, screen: Screen) -> None:
@@ -79,10 +67,7 @@ def _print_metrics(report: EvaluationReport, screen: Screen) -> None:
     limits = report.thresholds
 
     def row(name: str, summary: Summary, limit: float | None, decimals: int) -> list[str]:
-        mean, worst = (
-            f"{value:.{decimals}f}" if math.isfinite(value) else "equal"
-            for value in (summary.mean, summary.worst)
-        )
+        mean, worst = (number_text(value, decimals) for value in (summary.mean, summary.worst))
         wanted = "-" if limit is None else f"{limit:g}"
         return [name, mean, interval_text(summary, decimals), worst, wanted]
 

@@ -1,13 +1,16 @@
-"""A headless Chromium for the tests of pages: screenshots, console messages, the DOM."""
+"""A headless Chromium for the tests of pages: one browser, a tab for each look at a page."""
 
 from __future__ import annotations
 
+import base64
+import io
+import itertools
 import json
-import re
+import os
 import shutil
 import subprocess
-from dataclasses import dataclass
-from html import unescape
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,52 +30,133 @@ def find_browser() -> str:
     pytest.skip(f"no browser here: none of {', '.join(_NAMES)}")
 
 
-@dataclass
-class Seen:
-    """What a browser made of a page.
+class Browser:
+    """Chromium without a network, driven by its DevTools protocol over two pipes.
 
-    Attributes:
-        result: what the test's script returned.
-        console: messages of the page.
-        image: RGB, [height, width, 3].
+    Args:
+        folder: for its profile.
     """
 
-    result: Any
-    console: list[str]
-    image: npt.NDArray[np.uint8]
+    def __init__(self, folder: Path) -> None:
+        commands, self._commands = os.pipe()
+        self._events, events = os.pipe()
+        words = [
+            *(find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *("--no-first-run", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"),
+        ]
+
+        # Chromium reads commands from descriptor 3 and writes to 4; a shell moves them there.
+        self._process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{events}', *words],
+            pass_fds=(commands, events),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands)
+        os.close(events)
+        self._numbers = itertools.count(1)
+        self._buffer = b""
+        self.messages: list[dict[str, Any]] = []
+
+    def close(self) -> None:
+        """End the browser."""
+        self.call("Browser.close")
+        self._process.wait(30)
+        os.close(self._commands)
+        os.close(self._events)
+
+    def call(self, method: str, session: str | None = None, **arguments: Any) -> dict[str, Any]:
+        """Send a command and return its result; what else arrives meanwhile goes to `messages`."""
+        number = next(self._numbers)
+        command = {"id": number, "method": method, "params": arguments}
+        if session is not None:
+            command["sessionId"] = session
+        os.write(self._commands, json.dumps(command).encode() + b"\0")
+        while True:
+            message = self._read()
+            if message.get("id") == number:
+                assert "error" not in message, message["error"]
+                return message["result"]
+            self.messages.append(message)
+
+    def wait_for(self, method: str) -> None:
+        """Read until an event has arrived since the last look."""
+        while not any(message.get("method") == method for message in self.messages):
+            self.messages.append(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            received = os.read(self._events, 1 << 20)
+            assert received, "the browser has ended"
+            self._buffer += received
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+    @contextmanager
+    def open(self, page: Path, *, width: int = 1400, dark: bool = False) -> Iterator[Tab]:
+        """Open a page in a tab of its own, with a viewport of 900 pixels in height."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        tab = Tab(self, session)
+        try:
+            scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+            tab.call("Emulation.setEmulatedMedia", features=[scheme])
+            tab.call(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=900,
+                deviceScaleFactor=1,
+                mobile=width < 600,
+            )
+            for domain in ("Page", "Runtime", "Network", "Log"):
+                tab.call(f"{domain}.enable")
+            self.messages.clear()
+            tab.call("Page.navigate", url=page.as_uri())
+            self.wait_for("Page.loadEventFired")
+            yield tab
+        finally:
+            self.call("Target.closeTarget", targetId=target)
 
 
-def look_at(
-    page: Path, folder: Path, script: str, *, dark: bool = False, height: int = 900
-) -> Seen:
-    """Open a copy of a page, run a script in it when all is drawn, and take an image.
+class Tab:
+    """An open page."""
 
-    `script` is the body of an async function; what it returns must be JSON. The browser finds no
-    network: every host name leads nowhere.
-    """
-    copy, image = folder / "looked-at.html", folder / "image.png"
-    driver = (
-        "<script>addEventListener('load', async () => {"
-        f"const result = await (async () => {{{script}}})();"
-        "const holder = document.createElement('template');"
-        "holder.id = 'test-result';"
-        "holder.setAttribute('data-result', JSON.stringify(result));"
-        "document.body.append(holder); });</script></body>"
-    )
-    content = page.read_text("utf-8")
-    head, end, tail = content.rpartition("</body>")
-    assert end
-    copy.write_text(head + driver + tail, "utf-8")
-    command = [
-        *(find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-        *("--no-first-run", "--disable-dev-shm-usage", "--enable-logging=stderr"),
-        *("--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=20000"),
-        *(f"--user-data-dir={folder / 'profile'}", f"--window-size=1300,{height}"),
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        *(f"--screenshot={image}", "--dump-dom", copy.as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r'id="test-result" data-result="([^"]*)"', done.stdout)
-    assert found, done.stderr[-2000:]
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return Seen(json.loads(unescape(found[1])), console, np.array(Image.open(image).convert("RGB")))
+    def __init__(self, browser: Browser, session: str) -> None:
+        self._browser = browser
+        self._session = session
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command to the tab."""
+        return self._browser.call(method, self._session, **arguments)
+
+    def run(self, script: str) -> Any:
+        """Return what the body of an async function returns, which must be JSON."""
+        result = self.call(
+            "Runtime.evaluate",
+            expression=f"(async () => {{{script}}})()",
+            awaitPromise=True,
+            returnByValue=True,
+        )
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def image(self) -> npt.NDArray[np.uint8]:
+        """Return the whole page as RGB, [height, width, 3]."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        data = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"]
+        return np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+    def console(self) -> list[str]:
+        """Return errors and messages of the page's scripts since it was opened."""
+        methods = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [json.dumps(m) for m in self._browser.messages if m.get("method") in methods]
+
+    def requests(self) -> list[str]:
+        """Return the addresses that were asked for, the page's own among them."""
+        return [
+            m["params"]["request"]["url"]
+            for m in self._browser.messages
+            if m.get("method") == "Network.requestWillBeSent"
+        ]

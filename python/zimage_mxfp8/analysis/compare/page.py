@@ -2,51 +2,218 @@
 
 from __future__ import annotations
 
-import re
-
 from ...checkpoint.file_names import base_name
 from ...conversion.recipes import DEFAULT, load_recipe
-from ...text import plural
-from ..pages.block_maps import BlockMap, Metric, by_place
-from ..pages.figures import SizePoint, size_plot
-from ..pages.page import (
-    Block,
-    Cell,
-    Column,
-    Copyable,
-    Figure,
-    Paragraph,
-    Section,
-    Table,
-    render_page,
-)
+from ...printing.screen import size_text
+from ...streaming.error_stats import snr_db
+from ...text import natural_order, plural
+from ...zimage.layers import ZIMAGE
+from ..pages.blocks import Cell, Column, Paragraph, Table
+from ..pages.chart import Choice, SizeChart
+from ..pages.keep import KeepOrder
+from ..pages.network import Metric, NetworkMap
+from ..pages.page import FROM_PROGRAM, Fact, Origin, Page, Section, Tile, render_page
 from .formats import BASE_FORMATS, FORMATS
 from .report import MXFP8, CompareReport, LayerComparison, gain_db
 
-_SNR_COLUMNS = [Column(f"{name} (dB)", 2) for name in BASE_FORMATS]
+_SHORT_TITLES = {
+    "mxfp8-e4m3": "MXFP8 E4M3",
+    "mxfp8-e5m2": "MXFP8 E5M2",
+    "fp8-tensor": "FP8 per tensor",
+    "fp8-row": "FP8 per row",
+    "int8-row": "INT8 per row",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+}
+_SNR_COLUMNS = [Column(f"{_SHORT_TITLES[name]} (dB)", 2) for name in BASE_FORMATS]
+_BELOW, _ABOVE = 3.0, 12.0  # dB around the bound that the colours cover
 
 
-def compare_page(report: CompareReport, bound: float) -> str:
+def compare_page(report: CompareReport, bound: float, origin: Origin = FROM_PROGRAM) -> str:
     """Return a page with what every format costs, as HTML.
 
     Args:
         report: what was measured.
         bound: relative squared error in MXFP8 above which a layer is worth keeping.
-
-    Raises:
-        MissingExtraError: plotly is not installed.
+        origin: how the page came to be.
     """
+    keep = _keep(report, bound)
     sections = [
+        Section("The network", [Paragraph(_HOW_TO_READ), _network(report, keep, bound)]),
+        Section("Formats", [Paragraph(_formats_text(report)), _formats(report)]),
+        Section("Size against error", [Paragraph(_SIZES), SizeChart(keep, _choices(report))]),
         Section("What is said about 8 bits", [_answers(report)]),
-        Section("Formats", _formats(report, bound)),
-        Section("What to keep", [_exclusions(report, bound)]),
-        *_maps(report),
-        Section("Groups", [_groups(report)]),
+        Section("Groups", [Paragraph(_SNR), _groups(report)]),
         Section("Layers", [_layers(report)]),
     ]
     if report.low_rank_summary:
         sections.append(Section("Low-rank branches", [_low_rank(report)]))
-    return render_page(f"What formats cost on {base_name(report.input)}", sections)
+    return render_page(
+        Page(
+            report="compare",
+            title=f"What formats cost on {base_name(report.input)}",
+            question="How much do the weights lose in MXFP8, and in the other number formats? What "
+            "weights lose does not tell how sensitive a layer is.",
+            facts=_facts(report, bound),
+            tiles=_tiles(report, bound),
+            sections=sections,
+            origin=origin,
+        )
+    )
+
+
+_HOW_TO_READ = (
+    "Blocks stand in the order of their computation: noise refiner, context refiner, main blocks. "
+    "All formats share one range of colours, around the bound. The slider keeps the layers that "
+    "lose most in MXFP8; layers outside the blocks are always kept, as in every recipe."
+)
+_SIZES = (
+    "The relative squared error of all weights, with kept layers counted as 16 bits a weight and "
+    "no error."
+)
+_SNR = "Signal-to-noise ratio of each format in dB: 3 dB more are half the squared error."
+
+
+def _facts(report: CompareReport, bound: float) -> list[Fact]:
+    return [
+        Fact("checkpoint", base_name(report.input)),
+        Fact("size in BF16", size_text(report.sizes["bf16"].model_bytes)),
+        Fact("layers", f"{len(report.layers):,}"),
+        Fact("rows measured", f"{100 * report.sampled:.1f} %, in MXFP8 E4M3 all"),
+        Fact("bound", f"{bound:g}"),
+    ]
+
+
+def _tiles(report: CompareReport, bound: float) -> list[Tile]:
+    error, nvfp4 = (report.total.formats[name] for name in (MXFP8, "nvfp4"))
+    eight = [name for name in FORMATS if FORMATS[name].element_bits == 8]
+    best = min(eight, key=lambda name: report.total.formats[name].relative_squared_error)
+    measured = [answer for answer in report.answers if answer.holds is not None]
+    above = report.above(bound)
+    gain = gain_db(error.relative_squared_error, report.total.formats[best].relative_squared_error)
+    return [
+        Tile(
+            "MXFP8 loses",
+            f"{100 * error.relative_squared_error:.4f} %",
+            f"of the squared weights; SNR {error.snr_db:.1f} dB",
+        ),
+        Tile(
+            "Layers above the bound",
+            f"{len(above):,} of {len(report.layers):,}",
+            f"lose more than {bound:g}",
+            "bad" if above else "good",
+        ),
+        Tile(
+            "File in MXFP8",
+            size_text(report.sizes[MXFP8].model_bytes),
+            f"{report.sizes[MXFP8].bits_per_weight:.2f} bits a weight",
+        ),
+        Tile(
+            "Best in 8 bits",
+            f"{report.total.formats[best].snr_db:.1f} dB",
+            f"{FORMATS[best].title}: {gain:+.1f} dB; NVFP4: {nvfp4.snr_db:.1f} dB",
+        ),
+        Tile(
+            "Claims that hold",
+            f"{sum(bool(answer.holds) for answer in measured)} of {len(measured)}",
+            "about 8-bit quantisation, see below",
+        ),
+    ]
+
+
+def _keep(report: CompareReport, bound: float) -> KeepOrder:
+    """Layers by what they lose; of Z-Image those of the blocks only, the others are kept."""
+    movable = [layer for layer in report.layers if _in_block(layer)] or report.layers
+    fixed = {layer.name for layer in report.layers} - {layer.name for layer in movable}
+    order = sorted(movable, key=lambda layer: -_error(layer))
+    signal = report.total.squared_signal or 1.0
+    prefix = order[0].tensor.removesuffix(order[0].name)
+    return KeepOrder(
+        names=[layer.name for layer in order],
+        smallest=report.keeping(fixed).size.model_bytes,
+        added=[2 * layer.parameters - -(-FORMATS[MXFP8].bits(layer.shape) // 8) for layer in order],
+        parts=[layer.squared_signal * _error(layer) / signal for layer in order],
+        chosen=sum(_error(layer) > bound for layer in order),
+        error="relative squared error of the weights",
+        percent=True,
+        whole=True,
+        prefix=prefix,
+    )
+
+
+def _in_block(layer: LayerComparison) -> bool:
+    return ZIMAGE.split(layer.name) is not None
+
+
+def _error(layer: LayerComparison) -> float:
+    return layer.formats[MXFP8].relative_squared_error
+
+
+def _network(report: CompareReport, keep: KeepOrder, bound: float) -> NetworkMap[LayerComparison]:
+    harmless = snr_db(bound) + _BELOW
+    errors = [layer.formats[name].snr_db for layer in report.layers for name in BASE_FORMATS]
+    harmful = min([harmless - _BELOW - _ABOVE, *errors])
+    metrics = [_loss(name, harmless, harmful) for name in BASE_FORMATS]
+    return NetworkMap({layer.name: layer for layer in report.layers}, metrics, keep)
+
+
+def _loss(name: str, harmless: float, harmful: float) -> Metric[LayerComparison]:
+    """What a format loses: its SNR with the sign changed, so that more is worse."""
+    return Metric(
+        _SHORT_TITLES[name],
+        lambda layer: -layer.formats[name].snr_db,
+        lambda value: f"{-value:.1f} dB",
+        -harmless,
+        -harmful,
+        f"SNR in {FORMATS[name].title}. The bound is at {harmless - _BELOW:.1f} dB.",
+    )
+
+
+def _choices(report: CompareReport) -> list[Choice]:
+    card = load_recipe(DEFAULT)
+    kept = [x.name for x in report.layers if any(rule.matches(x.name, "") for rule in card.keep)]
+    if not 0 < len(kept) < len(report.layers):
+        return []
+    mix = report.keeping(kept)
+    name = f"recipe {DEFAULT} ({plural(mix.kept, 'layer')})"
+    return [Choice(name, mix.size.model_bytes, mix.error.relative_squared_error)]
+
+
+def _formats_text(report: CompareReport) -> str:
+    return (
+        "Relative squared error of the weights of all linears together, the smallest first, and "
+        "the size of a transformer with all of them in the format. MXFP8 E4M3 was measured on "
+        f"every row, the others on {100 * report.sampled:.1f} %."
+    )
+
+
+def _formats(report: CompareReport) -> Table:
+    order = sorted(FORMATS, key=lambda name: report.total.formats[name].relative_squared_error)
+    divisor, unit = _unit(max(size.model_bytes for size in report.sizes.values()))
+    all_in_mxfp8 = report.total.formats[MXFP8].relative_squared_error
+    rows: list[list[Cell]] = []
+    for name in order:
+        error, size = report.total.formats[name], report.sizes[name]
+        rows.append(
+            [
+                *(FORMATS[name].title, 100 * error.relative_squared_error),
+                *(100 * error.standard_error, error.snr_db),
+                gain_db(all_in_mxfp8, error.relative_squared_error),
+                *(size.bits_per_weight, size.model_bytes / divisor),
+            ]
+        )
+    columns = [
+        *(Column("format"), Column("relative squared error (%)", 4, dots=True)),
+        *(Column("standard error (%)", 4), Column("SNR (dB)", 2)),
+        *(Column("gain over MXFP8 E4M3 (dB)", 2), Column("bits a weight", 2)),
+        Column(f"size ({unit})", 2),
+    ]
+    return Table(columns, rows, "formats", [order.index(MXFP8)])
+
+
+def _unit(nbytes: int) -> tuple[int, str]:
+    """The unit that fits a size, with its number of bytes."""
+    return (2**30, "GiB") if nbytes >= 2**30 else (2**20, "MiB")
 
 
 def _answers(report: CompareReport) -> Table:
@@ -54,135 +221,49 @@ def _answers(report: CompareReport) -> Table:
     return Table(
         [Column("claim"), Column("holds"), Column("measured")],
         [[answer.claim, words[answer.holds], answer.finding] for answer in report.answers],
+        "claims",
     )
-
-
-def _formats(report: CompareReport, bound: float) -> list[Block]:
-    mxfp8, others, chosen = "MXFP8 E4M3", "other formats", f"layers above {bound:g} kept"
-    card = load_recipe(DEFAULT)
-    kept = {
-        f"recipe {DEFAULT}": [
-            x.name for x in report.layers if any(rule.matches(x.name, "") for rule in card.keep)
-        ],
-        chosen: [layer.name for layer in report.above(bound)],
-    }
-    # Keeping nothing is MXFP8 itself, and keeping everything has no error to plot.
-    mixes = {
-        series: report.keeping(names)
-        for series, names in kept.items()
-        if 0 < len(names) < len(report.layers)
-    }
-    entries = [
-        (
-            *(mxfp8 if name == MXFP8 else others, kind.title),
-            *(report.total.formats[name], report.sizes[name]),
-        )
-        for name, kind in FORMATS.items()
-    ]
-    entries += [
-        (series, f"{mxfp8}, {series} ({plural(mix.kept, 'layer')} in BF16)", mix.error, mix.size)
-        for series, mix in mixes.items()
-    ]
-    all_in_mxfp8 = report.total.formats[MXFP8].relative_squared_error
-    # Several formats have MXFP8's size: its point is drawn over theirs.
-    points: dict[str, list[SizePoint]] = {others: [], mxfp8: [], **{name: [] for name in mixes}}
-    rows: list[list[Cell]] = []
-    for series, title, error, size in entries:
-        gib = size.model_bytes / 2**30
-        points[series].append((gib, error.snr_db, title))
-        rows.append(
-            [
-                *(title, size.bits_per_weight, gib, error.relative_squared_error),
-                *(error.standard_error, error.snr_db),
-                gain_db(all_in_mxfp8, error.relative_squared_error),
-            ]
-        )
-    columns = [
-        *(Column("format"), Column("bits a weight", 2), Column("model (GiB)", 3)),
-        *(
-            Column("relative squared error", 7),
-            Column("standard error of it", 7),
-            Column("SNR (dB)", 2),
-        ),
-        Column(f"gain over {mxfp8} (dB)", 2),
-    ]
-    return [
-        Paragraph(
-            "Relative squared error of the weights of all linears together, and the size of a "
-            f"transformer with all of them in the format. {mxfp8} was measured on every row, "
-            f"the others on {report.sampled:.1%}. Where layers are kept, they count 16 bits a "
-            "weight and no error. What weights lose does not tell how sensitive a layer is."
-        ),
-        Figure("SNR against size", size_plot(points, "SNR (dB)", chosen=chosen)),
-        Table(columns, rows),
-    ]
-
-
-def _exclusions(report: CompareReport, bound: float) -> Block:
-    above = report.above(bound)
-    if not above:
-        return Paragraph(f"No layer has a relative squared error above {bound:g} in MXFP8 E4M3.")
-    names = "|".join(re.escape(layer.tensor) for layer in above)
-    label = f"Exclusion list for a conversion: layers above a relative squared error of {bound:g}:"
-    return Copyable(label, f"^({names})$")
-
-
-def _maps(report: CompareReport) -> list[Section]:
-    layers = BlockMap(by_place({layer.name: layer for layer in report.layers}))
-    maps = layers.heat_maps([_snr(name) for name in BASE_FORMATS])
-    if not maps:  # a model of another kind
-        return []
-    text = Paragraph(
-        "Blocks in the order of their computation: noise refiner, context refiner, main blocks. "
-        "Colours end where a few extreme layers would hide the differences of all others, and "
-        "each map has its own."
-    )
-    return [Section("Where formats lose most", [text, *maps])]
-
-
-def _snr(name: str) -> Metric[LayerComparison]:
-    title = f"SNR in {FORMATS[name].title}"
-    return Metric(title, "SNR (dB)", 2, lambda layer: layer.formats[name].snr_db)
 
 
 def _groups(report: CompareReport) -> Table:
     columns = [Column("group"), Column("layers", 0), Column("weights", 0), *_SNR_COLUMNS]
+    groups = sorted(report.groups, key=lambda group: natural_order(group.name))
     rows: list[list[Cell]] = [
         [
             *(group.name, group.layers, group.parameters),
             *(group.formats[name].snr_db for name in BASE_FORMATS),
         ]
-        for group in [report.total, *report.groups]
+        for group in [report.total, *groups]
     ]
-    return Table(columns, rows)
+    return Table(columns, rows, "groups", [0])
 
 
 def _layers(report: CompareReport) -> Table:
     columns = [
-        *(Column("tensor"), Column("group"), Column("rows", 0), Column("columns", 0)),
-        *_SNR_COLUMNS,
+        *(Column("tensor"), Column("rows", 0), Column("columns", 0)),
+        *(Column("error in MXFP8 (%)", 4), *_SNR_COLUMNS),
     ]
     rows: list[list[Cell]] = [
         [
-            *(layer.tensor, layer.group, *layer.shape),
+            *(layer.tensor, *layer.shape, 100 * _error(layer)),
             *(layer.formats[name].snr_db for name in BASE_FORMATS),
         ]
-        for layer in report.layers
+        for layer in sorted(report.layers, key=lambda layer: natural_order(layer.tensor))
     ]
-    return Table(columns, rows)
+    return Table(columns, rows, "layers")
 
 
 def _low_rank(report: CompareReport) -> Table:
     columns = [
         *(Column("format"), Column("rank", 0), Column("bits a weight", 2)),
-        *(Column("relative squared error without", 7), Column("gain on the residual (dB)", 3)),
+        *(Column("error without a branch (%)", 5), Column("gain on the residual (dB)", 3)),
         Column("gain SVDQuant's way (dB)", 3),
     ]
     rows: list[list[Cell]] = [
         [
-            *(summary.format, summary.rank, summary.bits_per_weight, summary.plain),
+            *(summary.format, summary.rank, summary.bits_per_weight, 100 * summary.plain),
             *(summary.residual_gain_db, summary.svdquant_gain_db),
         ]
         for summary in report.low_rank_summary
     ]
-    return Table(columns, rows)
+    return Table(columns, rows, "low-rank")

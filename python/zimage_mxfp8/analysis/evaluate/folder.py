@@ -5,44 +5,51 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from ...checkpoint.output_folder import write_folder
 from ...checks import path
+from ..pages.page import Origin
 from .page import evaluation_page
 from .report import EvaluationReport
 
-PAGE, DATA, IMAGES = "report.html", "report.json", "images"
-OWN_ENTRIES = (PAGE, DATA, IMAGES)
+OWN_ENTRIES = ("report.html", "report.json", "images")
 
 
 def save_report(
-    report: EvaluationReport, folder: str | os.PathLike[str], *, overwrite: bool
+    report: EvaluationReport, folder: str | os.PathLike[str], origin: Origin, *, overwrite: bool
 ) -> None:
-    """Write the page, the figures as JSON and the images, see `EvaluationReport.save`."""
-    target: Path = path("folder", folder)
-    write_folder(target, _files(report), OWN_ENTRIES, overwrite=overwrite)
-
-
-def image_names(report: EvaluationReport, number: int) -> tuple[str, str]:
-    """Return the names of A's and B's image of a pair within the folder.
+    """Write the page, the figures as JSON and the images.
 
     Args:
-        report: that holds the pair.
-        number: of the pair in the report, from 0.
+        report: the evaluation.
+        folder: see `EvaluationReport.save`.
+        origin: how the page came to be.
+        overwrite: see `EvaluationReport.save`.
+
+    Raises:
+        OutputError: it cannot be written, or must not be replaced.
     """
-    seed = report.pairs[number].seed
-    prompts = dict.fromkeys(pair.prompt for pair in report.pairs)
-    prompt = list(prompts).index(report.pairs[number].prompt) + 1
-    stem = f"{IMAGES}/prompt-{prompt:03}-seed-{seed}"
-    return f"{stem}-a.png", f"{stem}-b.png"
+    files = _files(report, origin)
+    write_folder(path("folder", folder), files, OWN_ENTRIES, overwrite=overwrite)
 
 
-def _files(report: EvaluationReport) -> Iterator[tuple[str, bytes]]:
-    yield PAGE, evaluation_page(report).encode()
+def _files(report: EvaluationReport, origin: Origin) -> Iterator[tuple[str, bytes]]:
+    names = _image_names(report)
+    yield "report.html", evaluation_page(report, names, origin).encode()
     document = report.to_dict()
-    for i, (pair, entry) in enumerate(zip(report.pairs, document["pairs"], strict=True)):
-        entry["image"], entry["against"] = names = image_names(report, i)
-        yield names[0], pair.image
-        yield names[1], pair.against
-    yield DATA, json.dumps(document, indent=2, ensure_ascii=False).encode()
+    for pair, entry, (a, b) in zip(report.pairs, document["pairs"], names, strict=True):
+        entry["image"], entry["against"] = a, b
+        yield a, pair.image
+        yield b, pair.against
+    yield "report.json", json.dumps(document, indent=2, ensure_ascii=False).encode()
+
+
+def _image_names(report: EvaluationReport) -> list[tuple[str, str]]:
+    """Return the names of A's and B's image of each pair: the prompt's number, and the seed."""
+    numbers: dict[str, int] = {}
+    names = []
+    for pair in report.pairs:
+        number = numbers.setdefault(pair.prompt, len(numbers) + 1)
+        stem = f"images/prompt-{number:03}-seed-{pair.seed}"
+        names.append((f"{stem}-a.png", f"{stem}-b.png"))
+    return names

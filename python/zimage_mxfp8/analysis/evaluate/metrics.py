@@ -104,4 +104,4 @@ def summarize(values: Sequence[float], *, high_is_good: bool) -> Summary:
 
 
 def _as_fractions(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    return levels.astype(np.float32) / _LEVELS
+    return levels.astype(np.float32) / np.float32(_LEVELS)

@@ -149,9 +149,10 @@ class EvaluationReport:
         Raises:
             OutputError: it cannot be written, or must not be replaced.
         """
+        from ..pages.page import FROM_PROGRAM
         from .folder import save_report
 
-        save_report(self, folder, overwrite=overwrite)
+        save_report(self, folder, FROM_PROGRAM, overwrite=overwrite)
 
     def __repr__(self) -> str:
         psnr = f"PSNR {self.psnr.mean:.2f} dB"

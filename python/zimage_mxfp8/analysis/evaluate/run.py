@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -201,16 +202,16 @@ class _Work:
     ) -> None:
         self._device, self._dtype = device, dtype
         self._settings, self._progress = settings, progress
-        self._stage, self._done = "", 0
+        self._stage, self._what, self._done = "", "", 0
         self._total = 2 * sum(each.steps for each in settings)
 
     def begin(self, stage: str) -> None:
         """Report a stage."""
-        self._stage = stage
-        self._report("")
+        self._stage, self._what = stage, ""
+        self._report()
 
-    def _report(self, what: str) -> None:
-        self._progress(StageProgress(self._stage, what, self._done, self._total))
+    def _report(self) -> None:
+        self._progress(StageProgress(self._stage, self._what, self._done, self._total))
 
     def encode(self, generator: ZImageGenerator) -> list[list[torch.Tensor]]:
         """Return the captions of all images; those of a prompt are shared by its seeds."""
@@ -235,18 +236,18 @@ class _Work:
         with generator.holding("transformer", "VAE"):
             self.begin(f"making images with {name}")
             for i, (settings, features) in enumerate(zip(self._settings, captions, strict=True)):
-                self._report(f"{name}: image {i + 1} of {len(self._settings)}")
+                self._what = f"{name}: image {i + 1} of {len(self._settings)}"
                 latents: list[torch.Tensor] = []
                 generation = generator.generate(
                     settings,
                     self._count_steps,
                     captions=features,
-                    on_step=lambda _, after, kept=latents: kept.append(after[0].clone()),
+                    on_step=partial(_keep, latents),
                 )
                 made.append(
                     _Made(
                         png_bytes(generation.images[0], generation.metadata(0)),
-                        torch.stack(latents).float().cpu(),
+                        torch.stack(latents).cpu(),
                         generation.step_seconds,
                         generation.warnings,
                     )
@@ -264,7 +265,11 @@ class _Work:
     def _count_steps(self, progress: GenerationProgress) -> None:
         if progress.stage == "denoising":
             self._done += 1
-            self._report("")
+            self._report()
+
+
+def _keep(latents: list[torch.Tensor], _done: int, after: torch.Tensor) -> None:
+    latents.append(after[0].clone())
 
 
 def _compare(settings: GenerationSettings, a: _Made, b: _Made) -> ImagePair:

@@ -1,88 +1,60 @@
-"""Pages of sections, plots and tables: one HTML file that needs no network.
+"""The shell of every page: header, facts, tiles, sections, and links between reports.
 
-The plots are drawn by plotly.js, which is inside the file. Everything else reads without scripts.
+A page is one HTML file that needs no network. Sections hold blocks, which are objects with an
+`html` method: those of `blocks.py`, `network.py` and `chart.py`, or a report's own. Everything but
+sliders, sorting and downloads reads without scripts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Final, Literal, Protocol
 
-from ...system.optional_packages import check_installed
-from ...text import plural, printable
+from ..._core import __version__
+from .markup import breakable, element, text
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
+REPORTS: Final = ("probe", "compare", "sensitivity", "evaluate")  # commands that write a page
 _FOLDER = Path(__file__).parent
+_MARKS = {"none": "", "good": "✓", "bad": "!"}  # so that colour is not all that tells
+
+
+class Block(Protocol):
+    """Part of a section."""
+
+    def html(self) -> str:
+        """Return the block as HTML, with every name in it escaped."""
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    """Running text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Copyable:
-    """Text in a fixed-width font with a button that copies it.
+class Fact:
+    """Something that a reader needs to repeat the run, in the page's header.
 
     Attributes:
-        label: what it is.
-        text: what is copied.
+        label: what it is, such as "seed".
+        value: as people read it.
     """
 
     label: str
-    text: str
+    value: str
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A plot.
+class Tile:
+    """One figure of the verdict.
 
     Attributes:
-        title: above it, and its name to screen readers.
-        plot: from `figures`.
+        label: what it is.
+        value: the figure, in few characters.
+        note: what it is compared with, or where it comes from.
+        verdict: "good" and "bad" have a colour and a mark.
     """
 
-    title: str
-    plot: go.Figure
-
-
-@dataclass(frozen=True)
-class Column:
-    """Column of a `Table`.
-
-    Attributes:
-        title: its head.
-        digits: decimals that its numbers are shown with; None for a column of text.
-    """
-
-    title: str
-    digits: int | None = None
-
-
-Cell = str | float | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that sorts by a click on a head and filters by words.
-
-    Attributes:
-        columns: from the left.
-        rows: a value for each column; None leaves a cell empty.
-    """
-
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[Cell]]
-
-
-Block = Paragraph | Copyable | Figure | Table
+    label: str
+    value: str
+    note: str = ""
+    verdict: Literal["none", "good", "bad"] = "none"
 
 
 @dataclass(frozen=True)
@@ -98,90 +70,152 @@ class Section:
     blocks: Sequence[Block]
 
 
-def render_page(title: str, sections: Sequence[Section]) -> str:
-    """Return the page as HTML, with scripts and styles inside.
+@dataclass(frozen=True)
+class Origin:
+    """How a page came to be.
 
-    Raises:
-        MissingExtraError: plotly is not installed.
+    Attributes:
+        command: the command line that wrote it; None if a program did.
+        links: address of other reports' pages by the report's name, relative to this page; see
+            `links_beside`.
     """
-    check_installed("plots", "a page with plots")
-    from plotly.offline import get_plotlyjs
 
-    body = "\n".join(_section(section) for section in sections)
-    style, script = ((_FOLDER / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    command: str | None = None
+    links: Mapping[str, str] = field(default_factory=dict)
+
+
+FROM_PROGRAM: Final = Origin()  # of a page without a command, and without known neighbours
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report.
+
+    Attributes:
+        report: the command, one of `REPORTS`.
+        title: what it is about, with the checkpoint's name.
+        question: the question that it answers, in one sentence.
+        facts: about the run; the version is put before them, and the command after.
+        tiles: three to five, with the verdict.
+        sections: from the top; the map of the network is the first.
+        origin: how the page came to be.
+    """
+
+    report: str
+    title: str
+    question: str
+    facts: Sequence[Fact]
+    tiles: Sequence[Tile]
+    sections: Sequence[Section]
+    origin: Origin = FROM_PROGRAM
+
+
+def links_beside(page: Path) -> dict[str, str]:
+    """Return the default names of the reports' pages that are in a page's folder, by report.
+
+    Args:
+        page: the page that will be written; it is not linked itself.
+    """
+    names = {report: f"{report}.html" for report in REPORTS}
+    return {
+        report: name
+        for report, name in names.items()
+        if name != page.name and page.with_name(name).is_file()
+    }
+
+
+def render_page(page: Page, *, styles: str = "", scripts: str = "") -> str:
+    """Return a page as HTML, with scripts and styles inside.
+
+    Args:
+        page: what it shows.
+        styles: CSS of blocks that only this report has.
+        scripts: JavaScript of such blocks, run after the page's own.
+    """
+    style, script = (
+        "".join((_FOLDER / f"{name}.{kind}").read_text("utf-8") for name in names)
+        for kind, names in (
+            ("css", ("page", "network")),
+            ("js", ("downloads", "tables", "network")),
+        )
+    )
+    sections = "\n".join(map(_section, page.sections))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title>
+<meta name="color-scheme" content="light dark">
+<title>{text(page.title)}</title>
 <link rel="icon" href="data:,">
 <style>
-{style}</style>
+{style}{styles}</style>
 </head>
 <body>
+<header>
+{_navigation(page)}
+<h1>{breakable(page.title)}</h1>
+<p class="question">{text(page.question)}</p>
+{_facts(page)}
+</header>
 <main>
-<h1>{_text(title)}</h1>
-{body}
+{_tiles(page.tiles)}
+{sections}
 </main>
-<script>{get_plotlyjs()}</script>
 <script>
-{script}</script>
+"use strict";
+{script}{scripts}</script>
 </body>
 </html>
 """
 
 
-def _text(text: str) -> str:
-    return escape(printable(text))
+def _navigation(page: Page) -> str:
+    items = []
+    for report in REPORTS:
+        if report == page.report:
+            items.append(element("strong", text(report), aria_current="page"))
+        elif link := page.origin.links.get(report):
+            items.append(element("a", text(report), href=link))
+        else:
+            why = f"{report}.html was not in this folder when this page was written"
+            items.append(element("span", text(report), title=why))
+    brand = element("span", "zimage-mxfp8", class_="brand")
+    return element("nav", brand + "".join(items), aria_label="Reports")
+
+
+def _facts(page: Page) -> str:
+    facts = [Fact("version", __version__), *page.facts]
+    pairs = "".join(
+        element("div", element("dt", text(fact.label)) + element("dd", text(fact.value)))
+        for fact in facts
+    )
+    command = ""
+    if page.origin.command is not None:
+        label = element("dt", "command")
+        command = element("div", label + element("dd", _code(page.origin.command)), class_="wide")
+    return element("dl", pairs + command, class_="facts")
+
+
+def _code(words: str) -> str:
+    return element("code", text(words))
+
+
+def _tiles(tiles: Sequence[Tile]) -> str:
+    return element("div", "".join(map(_tile, tiles)), class_="tiles")
+
+
+def _tile(tile: Tile) -> str:
+    mark = _MARKS[tile.verdict]
+    shown = element("span", mark, class_="mark", aria_hidden="true") if mark else ""
+    parts = [
+        element("h2", text(tile.label)),
+        element("p", shown + text(tile.value), class_="value"),
+        element("p", breakable(tile.note), class_="note") if tile.note else "",
+    ]
+    return element("article", "".join(parts), class_=f"tile {tile.verdict}")
 
 
 def _section(section: Section) -> str:
-    blocks = "\n".join(map(_block, section.blocks))
-    return f"<section>\n<h2>{_text(section.title)}</h2>\n{blocks}\n</section>"
-
-
-def _block(block: Block) -> str:
-    if isinstance(block, Paragraph):
-        return f"<p>{_text(block.text)}</p>"
-    if isinstance(block, Copyable):
-        return (
-            f'<div class="copyable"><p>{_text(block.label)} <button type="button">Copy</button>'
-            f"</p><pre>{_text(block.text)}</pre></div>"
-        )
-    if isinstance(block, Figure):
-        # JSON in a script element: "<" could end it.
-        data = str(block.plot.to_json()).replace("<", "\\u003c")
-        return (
-            f'<figure><figcaption>{_text(block.title)}</figcaption><div class="plot" role="img" '
-            f'aria-label="{_text(block.title)}"><script type="application/json">{data}</script>'
-            "</div></figure>"
-        )
-    return _table(block)
-
-
-def _table(table: Table) -> str:
-    heads = "".join(
-        f'<th scope="col"{_kind(column)}><button type="button">{_text(column.title)}</button></th>'
-        for column in table.columns
-    )
-    rows = "\n".join(
-        "<tr>" + "".join(map(_cell, table.columns, row)) + "</tr>" for row in table.rows
-    )
-    return (
-        '<div class="table"><p><label>Filter <input type="search"></label> '
-        f"<output>{plural(len(table.rows), 'row')}</output></p>\n"
-        f"<div><table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></div>"
-    )
-
-
-def _kind(column: Column) -> str:
-    return "" if column.digits is None else ' class="number"'
-
-
-def _cell(column: Column, value: Cell) -> str:
-    if value is None:
-        return "<td></td>"
-    if column.digits is None or isinstance(value, str):
-        return f"<td>{_text(str(value))}</td>"
-    return f'<td class="number" data-value="{value!r}">{value:.{column.digits}f}</td>'
+    blocks = "\n".join(block.html() for block in section.blocks)
+    return f"<section>\n<h2>{text(section.title)}</h2>\n{blocks}\n</section>"

@@ -2,165 +2,277 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import fields
 
 from ...checkpoint.file_names import base_name
-from ...text import plural
-from ..pages.block_maps import BlockMap, Metric, RowRange
-from ..pages.figures import SizePoint, category_map, line_plot, size_plot
-from ..pages.page import (
-    Block,
-    Cell,
-    Column,
-    Copyable,
-    Figure,
-    Paragraph,
-    Section,
-    Table,
-    render_page,
-)
+from ...checkpoint.quantization import WEIGHT_SUFFIX
+from ...printing.screen import size_text
+from ...text import natural_order, plural
+from ..pages.blocks import Cell, Column, Paragraph, Table, Terms
+from ..pages.chart import Choice, SizeChart
+from ..pages.keep import KeepOrder
+from ..pages.network import Metric, NetworkMap
+from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
 from .grouping import ProbedTensor
 from .run import ProbeReport
-from .scoring import Recommendation
+from .scoring import ProbeRules, Reason, Recommendation
 
 _RECOMMENDATIONS: tuple[Recommendation, ...] = ("NVFP4", "FP8", "*KEEP*")
+_SHOWN = {"NVFP4": "NVFP4", "FP8": "FP8", "*KEEP*": "keep"}
 
+_METRICS: tuple[Metric[ProbedTensor], ...] = (
+    Metric(
+        "Score",
+        lambda tensor: tensor.score,
+        lambda score: f"{score:.3f}",
+        0,
+        1,
+        "The weighted sum of kurtosis, dynamic range and aspect ratio, 0 to 1.",
+    ),
+    Metric(
+        "Recommendation",
+        lambda tensor: _RECOMMENDATIONS.index(tensor.effective),
+        lambda number: _SHOWN[_RECOMMENDATIONS[round(number)]],
+        0,
+        2,
+        "After the groups decided. A conversion writes MXFP8 for FP8 and NVFP4 alike.",
+    ),
+    Metric(
+        "Excess kurtosis",
+        lambda tensor: tensor.metrics.excess_kurtosis,
+        lambda kurtosis: f"{kurtosis:.2f}",
+        0,
+        8,
+        "0 for a normal distribution, more with heavier tails. The lightest colour is at 8, "
+        "quant_probe's floor, or beyond.",
+    ),
+    Metric(
+        "Dynamic range",
+        lambda tensor: tensor.metrics.dynamic_range,
+        lambda value: f"{value:.3f}",
+        0,
+        0,
+        "The largest magnitude of a weight minus the smallest, from zero on.",
+    ),
+    Metric(
+        "Outliers",
+        lambda tensor: tensor.metrics.outlier_pct,
+        lambda value: f"{value:.2f} %",
+        0,
+        1,
+        "Elements further from the mean than a number of standard deviations (--outlier-sigma).",
+    ),
+    Metric(
+        "Aspect ratio",
+        lambda tensor: tensor.metrics.aspect_ratio,
+        lambda value: f"{value:.2f}",
+        1,
+        4,
+        "The longer side over the shorter.",
+    ),
+)
+
+
+def probe_page(report: ProbeReport, origin: Origin = FROM_PROGRAM) -> str:
+    """Return a page with the figures of every weight, on a map and in a table, as HTML.
+
+    Args:
+        report: what was found.
+        origin: how the page came to be.
+    """
+    keep = _keep(report)
+    sections = [
+        Section("The network", [Paragraph(_HOW_TO_READ), _network(report, keep)]),
+        *([] if keep is None else [Section("Size against score", _sizes(report, keep))]),
+        Section("Reasons", [_reasons(report)]),
+        Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
+        Section("Weights", [_weights(report)]),
+    ]
+    return render_page(
+        Page(
+            report="probe",
+            title=f"Sensitivity of {base_name(report.path)}",
+            question="Which weights stand out so much that they are worth keeping in BF16? The "
+            "statistics of the weights answer, as in quant_probe; no image was drawn.",
+            facts=_facts(report),
+            tiles=_tiles(report),
+            sections=sections,
+            origin=origin,
+        )
+    )
+
+
+_HOW_TO_READ = (
+    "Blocks stand in the order of their computation: noise refiner, context refiner, main blocks. "
+    "The slider keeps more or fewer layers than recommended: first what the rules keep, "
+    "then the highest scores. Embedders and the final layer are always kept, as in the recipe."
+)
 _GROUPS = (
     "Main blocks are split by position. A group's figures are means, and its recommendation "
     "overrules that of its weights; but refiners, and the layer types that are exempt from the "
     "spread filter, are decided weight by weight."
 )
 
-_METRICS: tuple[Metric[ProbedTensor], ...] = (
-    Metric("Score", "score", 4, lambda tensor: tensor.score),
-    Metric("Excess kurtosis", "excess kurtosis", 4, lambda tensor: tensor.metrics.excess_kurtosis),
-    Metric("Dynamic range", "dynamic range", 4, lambda tensor: tensor.metrics.dynamic_range),
-    Metric("Standard deviation", "std", 6, lambda tensor: tensor.metrics.std),
-    Metric("Outliers", "outliers (%)", 2, lambda tensor: tensor.metrics.outlier_pct),
-    Metric("Aspect ratio", "aspect ratio", 2, lambda tensor: tensor.metrics.aspect_ratio),
-)
 
-
-def probe_page(report: ProbeReport) -> str:
-    """Return a page with the figures of every weight, in heat maps and in a table, as HTML.
-
-    Raises:
-        MissingExtraError: plotly is not installed.
-    """
-    sections = [
-        Section("What to keep", [*_summary(report), *_sizes(report)]),
-        Section("Where the sensitive weights are", _figures(report)),
-        Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
-        Section("Weights", [_weights(report)]),
+def _facts(report: ProbeReport) -> list[Fact]:
+    defaults = ProbeRules()
+    changed = {
+        field.name: getattr(report.rules, field.name)
+        for field in fields(ProbeRules)
+        if getattr(report.rules, field.name) != getattr(defaults, field.name)
+    }
+    rules = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
+    return [
+        Fact("checkpoint", base_name(report.path)),
+        Fact("size", size_text(report.input_bytes)),
+        Fact("weights", f"{len(report.tensors):,}"),
+        Fact("rules", rules or "quant_probe's defaults"),
     ]
-    return render_page(f"Sensitivity of {base_name(report.path)}", sections)
 
 
-def _summary(report: ProbeReport) -> list[Block]:
-    effective = [tensor.effective for tensor in report.tensors]
-    counts = ", ".join(f"{effective.count(kind)} {kind}" for kind in reversed(_RECOMMENDATIONS))
-    rules, limits = report.rules, report.thresholds
-    blocks: list[Block] = [
-        Paragraph(
-            f"{plural(len(effective), 'weight')} probed: {counts}. Kept are weights with an excess "
-            f"kurtosis of {rules.kurtosis_keep:g} or more, or a score of {limits.keep:.4f} or more "
-            f"(percentile {rules.keep_percentile:g}); FP8 begins at {limits.fp8:.4f} (percentile "
-            f"{rules.fp8_percentile:g}). zimage-mxfp8 convert writes MXFP8 for FP8 and NVFP4 alike."
-        )
+def _tiles(report: ProbeReport) -> list[Tile]:
+    kept, count = _kept(report), len(report.tensors)
+    floor = report.rules.kurtosis_keep
+    above = [tensor for tensor in kept if tensor.reason == "kurtosis_floor"]
+    highest = max(report.tensors, key=lambda tensor: tensor.score)
+    size = report.recipe_bytes
+    return [
+        Tile(
+            "Keep in BF16",
+            f"{len(kept):,} of {count:,}",
+            f"weights, {100 * len(kept) / count:.1f} %",
+        ),
+        Tile(
+            "File with the recipe",
+            "refused" if size is None else size_text(size),
+            "nothing would be left to quantise"
+            if size is None
+            else f"{100 * size / report.input_bytes:.0f} % of the checkpoint",
+        ),
+        Tile(
+            "Heavy tails",
+            plural(len(above), "weight") if above else "none",
+            f"kept for an excess kurtosis of {floor:g} or more"
+            if above
+            else f"no kurtosis reaches {floor:g}; the percentile decides, which always keeps some",
+            "bad" if above else "good",
+        ),
+        Tile("Highest score", f"{highest.score:.3f}", _layer(highest)),
+        Tile(
+            "Kept from",
+            f"{report.thresholds.keep:.3f}",
+            f"score at percentile {report.rules.keep_percentile:g}; FP8 from "
+            f"{report.thresholds.fp8:.3f} (percentile {report.rules.fp8_percentile:g})",
+        ),
     ]
-    if report.exclude_layers is None:
-        return [*blocks, Paragraph("No weight is worth keeping by these rules.")]
-    size = report.exclude_layers_bytes
-    result = "which convert refuses" if size is None else f"a file of {size:,} bytes"
-    label = f"Exclusion list for a conversion ({result}):"
-    return [*blocks, Copyable(label, report.exclude_layers)]
 
 
-def _sizes(report: ProbeReport) -> list[Block]:
+def _kept(report: ProbeReport) -> list[ProbedTensor]:
+    return [tensor for tensor in report.tensors if tensor.effective == "*KEEP*"]
+
+
+def _layer(tensor: ProbedTensor) -> str:
+    kind = tensor.layer_type.removeprefix(f"{tensor.stack}.")
+    return f"{tensor.stack}.{tensor.block}.{kind}"
+
+
+def _keep(report: ProbeReport) -> KeepOrder | None:
+    """The order of the slider; None where the recipe would be refused, so that no size is known."""
     if report.recipe_bytes is None:
-        return []
-    kept = [tensor for tensor in report.tensors if tensor.effective == "*KEEP*"]
-    scores = sum(tensor.score for tensor in report.tensors)
-    in_order = sorted(report.tensors, key=lambda tensor: -tensor.score)
+        return None
+    kept = _kept(report)
+    order = sorted(report.tensors, key=lambda tensor: (tensor.effective != "*KEEP*", -tensor.score))
+    total = sum(tensor.score for tensor in report.tensors) or 1.0
+    return KeepOrder(
+        names=[_layer(tensor) + WEIGHT_SUFFIX for tensor in order],
+        smallest=report.recipe_bytes - sum(tensor.saved for tensor in kept),
+        added=[tensor.saved for tensor in order],
+        parts=[tensor.score / total for tensor in order],
+        chosen=len(kept),
+        error="scores left in quantised weights",
+        percent=True,
+    )
 
-    def point(tensors: Sequence[ProbedTensor], size: int) -> SizePoint:
-        left = scores - sum(tensor.score for tensor in tensors)
-        return size / 2**30, left, f"{plural(len(tensors), 'weight')} kept"
 
-    size = report.recipe_bytes - sum(tensor.saved for tensor in kept)
-    path = [point([], size)]
-    for count, tensor in enumerate(in_order, 1):
-        size += tensor.saved
-        path.append(point(in_order[:count], size))
-    ordered, recommended = "highest scores kept", "recommended (the recipe)"
-    points = {ordered: path, recommended: [point(kept, report.recipe_bytes)]}
-    plot = size_plot(points, "scores left", chosen=recommended, path=ordered)
+def _network(report: ProbeReport, keep: KeepOrder | None) -> Block:
+    layers = {_layer(tensor): tensor for tensor in report.tensors}
+    return NetworkMap(layers, _METRICS, keep, [_layer(tensor) for tensor in _kept(report)])
+
+
+def _sizes(report: ProbeReport, keep: KeepOrder) -> list[Block]:
+    choices = []
+    if report.recipe_bytes is not None:
+        choices = [Choice("recommended", report.recipe_bytes, keep.errors()[keep.chosen])]
     return [
         Paragraph(
-            "The size of the file and the sum of the scores of what is quantised, if the weights "
-            "with the highest scores are kept, none to all. Embedders and the final layer are kept "
-            "too, as in the recipe. A score is no error of the output; zimage-mxfp8 sensitivity "
-            "measures that."
+            "The share of all scores that quantised weights have. A score is no error of the "
+            "output; zimage-mxfp8 sensitivity measures that."
         ),
-        Figure("Size against scores", plot),
+        SizeChart(keep, choices),
     ]
 
 
-def _figures(report: ProbeReport) -> list[Block]:
-    layers = BlockMap({RowRange(t.stack, t.block, _short_type(t)): t for t in report.tensors})
-    effective = layers.cells(lambda tensor: _RECOMMENDATIONS.index(tensor.effective))
-    names, marks = ("NVFP4", "FP8", "KEEP"), ("4", "8", "K")
-    scores = layers.cells(lambda tensor: tensor.score)
-    lines = dict(zip(layers.grid.rows, scores, strict=True))
-    limits = {"kept": report.thresholds.keep, "FP8": report.thresholds.fp8}
-    return [
-        Paragraph(
-            "Blocks in the order of their computation: noise refiner, context refiner, main "
-            "blocks. Colours end where a few extreme weights would hide the differences of all "
-            "others; pointing at a cell shows its figure."
-        ),
-        Figure("Effective recommendation", category_map(layers.grid, effective, names, marks)),
-        Figure("Score by block", line_plot(layers.grid.columns, lines, limits, "score")),
-        *layers.heat_maps(_METRICS),
-    ]
-
-
-def _short_type(tensor: ProbedTensor) -> str:
-    return tensor.layer_type.removeprefix(f"{tensor.stack}.")
+def _reasons(report: ProbeReport) -> Terms:
+    rules, limits = report.rules, report.thresholds
+    meanings: dict[Reason, str] = {
+        "kurtosis_floor": f"Kept: the excess kurtosis is {rules.kurtosis_keep:g} or more, whatever "
+        "the score.",
+        "score_percentile": f"By its own score: kept from {limits.keep:.4f} on, FP8 from "
+        f"{limits.fp8:.4f} on.",
+        "score_below_fp8_min": f"NVFP4: the score is below {rules.fp8_min_score:g}, the least for "
+        "FP8.",
+        "default": f"NVFP4: the score is below {limits.fp8:.4f}.",
+        "group_keep_resolved": "The group is to be kept, but this weight's own figures recommend "
+        "less, and they decide.",
+        "group_fp8_promotion": "NVFP4 by its own score; the group's figures recommend more.",
+        "group_spread_demotion": "The group's figures recommend less than the weight's own.",
+        "spread_demotion": "One step less than the group's figures recommend, because the scores "
+        f"of its layer type differ by less than {rules.min_group_spread:g} by position.",
+    }
+    counts = Counter(tensor.reason for tensor in report.tensors)
+    found = {
+        f"{reason} ({plural(counts[reason], 'weight')})": meaning
+        for reason, meaning in meanings.items()
+        if counts[reason]
+    }
+    return Terms(found)
 
 
 def _groups(report: ProbeReport) -> Table:
     columns = [
         *(Column("layer type"), Column("position"), Column("blocks"), Column("weights", 0)),
-        *(Column("excess kurtosis", 4), Column("largest", 4), Column("dynamic range", 4)),
+        *(Column("excess kurtosis", 4), Column("largest kurtosis", 4), Column("dynamic range", 4)),
         *(Column("std", 6), Column("outliers (%)", 2), Column("aspect ratio", 2)),
-        *(Column("score", 4), Column("recommendation"), Column("reason"), Column("low spread")),
+        *(Column("score", 4), Column("recommended"), Column("reason"), Column("low spread")),
     ]
     rows: list[list[Cell]] = [
         [
             *(group.layer_type, group.position, f"{group.first_block}-{group.last_block}"),
             *(group.count, group.metrics.excess_kurtosis, group.largest_kurtosis),
             *(group.metrics.dynamic_range, group.metrics.std, group.metrics.outlier_pct),
-            *(group.metrics.aspect_ratio, group.score, group.recommendation, group.reason),
-            "demoted" if group.spread_filtered else "",
+            *(group.metrics.aspect_ratio, group.score, _SHOWN[group.recommendation], group.reason),
+            "demoted" if group.spread_filtered else None,
         ]
         for group in report.groups
     ]
-    return Table(columns, rows)
+    return Table(columns, rows, "groups")
 
 
 def _weights(report: ProbeReport) -> Table:
     columns = [
-        *(Column("weight"), Column("rows", 0), Column("columns", 0)),
-        *(Column(metric.unit, metric.digits) for metric in _METRICS),
-        *(Column("recommendation"), Column("effective"), Column("reason")),
+        *(Column("weight"), Column("rows", 0), Column("columns", 0), Column("score", 4)),
+        *(Column("excess kurtosis", 4), Column("dynamic range", 4), Column("std", 6)),
+        *(Column("outliers (%)", 2), Column("aspect ratio", 2)),
+        *(Column("by itself"), Column("recommended"), Column("reason")),
     ]
     rows: list[list[Cell]] = [
         [
-            *(tensor.name, *tensor.shape),
-            *(metric.value(tensor) for metric in _METRICS),
-            *(tensor.recommendation, tensor.effective, tensor.reason),
+            *(tensor.name, *tensor.shape, tensor.score),
+            *(tensor.metrics.excess_kurtosis, tensor.metrics.dynamic_range, tensor.metrics.std),
+            *(tensor.metrics.outlier_pct, tensor.metrics.aspect_ratio),
+            *(_SHOWN[tensor.recommendation], _SHOWN[tensor.effective], tensor.reason),
         ]
-        for tensor in report.tensors
+        for tensor in sorted(report.tensors, key=lambda tensor: natural_order(tensor.name))
     ]
-    return Table(columns, rows)
+    return Table(columns, rows, "weights")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ...conversion.recipes import KeepRule, Recipe, rules_outside_blocks
 from ...text import plural, printable
+from ..exclusions import merged_pattern
 from .grouping import ProbedTensor
 from .scoring import ProbeRules, Thresholds
 
@@ -21,15 +22,8 @@ def _short_type(tensor: ProbedTensor) -> str:
 
 def exclusion_regex(tensors: Sequence[ProbedTensor]) -> str | None:
     """Return a pattern that finds the names of the weights to keep; None if there are none."""
-    blocks: dict[tuple[str, str], list[int]] = {}
-    for tensor in _kept(tensors):
-        blocks.setdefault((tensor.stack, _short_type(tensor)), []).append(tensor.block)
-    return (
-        "|".join(
-            rf"{stack}\.({'|'.join(map(str, sorted(numbers)))})\.{re.escape(kind)}\.weight"
-            for (stack, kind), numbers in blocks.items()
-        )
-        or None
+    return merged_pattern(
+        f"{tensor.stack}.{tensor.block}.{_short_type(tensor)}.weight" for tensor in _kept(tensors)
     )
 
 

@@ -4,143 +4,259 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 from ...checkpoint.file_names import base_name
-from ...text import plural
-from ..pages.block_maps import BlockMap, Metric, by_place
-from ..pages.figures import size_plot
-from ..pages.page import (
-    Block,
-    Cell,
-    Column,
-    Copyable,
-    Figure,
-    Paragraph,
-    Section,
-    Table,
-    render_page,
-)
+from ...checkpoint.quantization import WEIGHT_SUFFIX
+from ...printing.screen import size_text
+from ...text import natural_order, plural
+from ..pages import chart
+from ..pages.blocks import Cell, Column, Paragraph, Table
+from ..pages.keep import KeepOrder
+from ..pages.network import Metric, NetworkMap
+from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
 from .measure import OutputError
-from .run import Choice, SensitivityReport
+from .run import Choice, Measured, SensitivityReport
 from .salience import Salience
 
-_BANDS: tuple[tuple[str, Callable[[OutputError], float]], ...] = (
-    ("all frequencies", lambda error: error.total),
-    ("low frequencies", lambda error: error.low),
-    ("high frequencies", lambda error: error.high),
+_BANDS: tuple[tuple[str, str, Callable[[OutputError], float]], ...] = (
+    ("all frequencies", "Error", lambda error: error.total),
+    ("low frequencies", "Content", lambda error: error.low),
+    ("high frequencies", "Detail", lambda error: error.high),
 )
-_PEAK = Metric[Salience]("Activation peak", "peak", 1, lambda s: s.activation_peak)
-_TIME_DRIFT = Metric[Salience]("Drift in time", "drift (%)", 0, lambda s: 100 * s.time_drift)
-_DEPTH_DRIFT = Metric[Salience]("Drift in depth", "drift (%)", 0, lambda s: 100 * s.depth_drift)
+_AROUND = 10.0  # dB on either side of a fair share of the bound that colours cover
+
+_Layer = tuple[Measured, Salience | None]
 
 
-def sensitivity_page(report: SensitivityReport) -> str:
+def sensitivity_page(report: SensitivityReport, origin: Origin = FROM_PROGRAM) -> str:
     """Return a page with what was measured, as HTML.
 
-    Raises:
-        MissingExtraError: plotly is not installed.
+    Args:
+        report: what was measured.
+        origin: how the page came to be.
     """
+    keep = _keep(report)
+    choices = [
+        chart.Choice(
+            f"{name} ({plural(len(choice.kept), 'layer')} kept)", choice.nbytes, choice.error
+        )
+        for name, choice in (("model card", report.card), ("recommended", report.smallest))
+    ]
     sections = [
-        Section("What to keep", _choices(report)),
-        Section("Each layer quantised alone", _errors(report)),
-        Section("Channels that stand out", _channels(report)),
-        Section("Groups", [_groups(report)]),
+        Section("The network", [Paragraph(_HOW_TO_READ), _network(report, keep)]),
+        Section("Size against error", [Paragraph(_SIZES), _chart(report, keep, choices)]),
+        Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
         Section("Layers", [_layers(report)]),
     ]
-    return render_page(f"Sensitivity of {base_name(report.path)}, measured", sections)
+    return render_page(
+        Page(
+            report="sensitivity",
+            title=f"Sensitivity of {base_name(report.path)}, measured",
+            question="Which layers have to stay in BF16 so that the output of the transformer "
+            "stays within the bound?",
+            facts=_facts(report),
+            tiles=_tiles(report),
+            sections=sections,
+            origin=origin,
+        )
+    )
 
 
-def _choices(report: SensitivityReport) -> list[Block]:
-    def point(choice: Choice) -> tuple[float, float, str]:
-        return choice.nbytes / 2**30, choice.error, f"{choice.name}: {len(choice.kept)} kept"
-
-    smallest, found = report.smallest, "smallest found within the bound"
-    series = {
-        "tried": [point(choice) for choice in report.tried],
-        "every layer quantised": [point(report.everything)],
-        "the model card's exclusions": [point(report.card)],
-        found: [point(smallest)],
-    }
-    blocks: list[Block] = [
-        Paragraph(
-            f"Keeping {plural(len(smallest.kept), 'layer')} in BF16 holds the relative error of "
-            f"the output at {smallest.error:.4f}; the bound was {report.bound:g}. With every layer "
-            f"quantised it is {report.everything.error:.4f}, with the model card's exclusions "
-            f"{report.card.error:.4f}."
-        ),
-        Figure("Relative error against size", size_plot(series, "relative error", chosen=found)),
-    ]
-    if smallest.kept:
-        pattern = "|".join(f"{name}." for name in smallest.kept).replace(".", r"\.")
-        blocks.append(Copyable("Exclusion list for a conversion:", pattern))
-    return blocks
+_HOW_TO_READ = (
+    "Each layer was quantised alone. Blocks stand in the order of their computation: noise "
+    "refiner, context refiner, main blocks. The slider keeps the layers that cost most for the "
+    "bytes they save; embedders and the final layer always stay in BF16."
+)
+_SIZES = (
+    "Dots are sets of layers that were measured as a whole. Between them the line is an estimate: "
+    "each layer has a share of the difference, in proportion to what it costs alone."
+)
+_GROUPS = (
+    "Squared error of the output relative to its energy, with the group quantised and nothing "
+    "else: of all frequencies, of low ones (content) and of high ones (detail)."
+)
 
 
-def _errors(report: SensitivityReport) -> list[Block]:
-    layers = BlockMap(by_place({m.name: m.error for m in report.layers}))
+def _facts(report: SensitivityReport) -> list[Fact]:
+    found = report.conditions
+    steps = [str(step) for step, _ in report.layers[0].by_step]
+    height, width = found.size
     return [
-        Paragraph(
-            "Squared error of the output relative to its energy, in decibels: 10 dB more are ten "
-            "times as much. Mean over timesteps. Blocks in the order of their computation: noise "
-            "refiner, context refiner, main blocks."
+        Fact("checkpoint", base_name(report.path)),
+        Fact("size in BF16", size_text(_nbytes_in_bf16(report))),
+        Fact("bound", f"{report.bound:g}"),
+        Fact("image", f"{width:,} x {height:,} pixels"),
+        Fact("captions", f"{found.captions:,}"),
+        Fact("steps", f"{', '.join(steps)} of 0 to 7"),
+        Fact("seed", str(found.seed)),
+        Fact("device", f"{found.device}, {found.dtype}"),
+    ]
+
+
+def _nbytes_in_bf16(report: SensitivityReport) -> int:
+    return report.everything.nbytes + sum(layer.saved for layer in report.layers)
+
+
+def _tiles(report: SensitivityReport) -> list[Tile]:
+    smallest, everything, card = report.smallest, report.everything, report.card
+    kept, count = len(smallest.kept), len(report.layers)
+    worst = max(report.layers, key=lambda layer: layer.error.total)
+    total = sum(layer.error.total for layer in report.layers)
+    share = worst.error.total / total if total else 0.0
+    return [
+        Tile(
+            "Keep in BF16",
+            f"{kept:,} of {count:,}",
+            f"layers hold the bound: {smallest.error:.4f} of {report.bound:g}",
         ),
-        *layers.heat_maps(
-            [
-                Metric(title.capitalize(), "squared error (dB)", 1, _in_decibels(value))
-                for title, value in _BANDS
-            ]
+        Tile(
+            "File with the recipe",
+            size_text(smallest.nbytes),
+            f"{100 * smallest.nbytes / _nbytes_in_bf16(report):.0f} % of BF16",
+        ),
+        _error_tile("Every layer quantised", everything, report.bound),
+        _error_tile("The model card's layers kept", card, report.bound),
+        Tile(
+            "Most harmful layer",
+            f"{100 * share:.1f} %",
+            f"of what all cost alone: {worst.name}",
         ),
     ]
 
 
-def _channels(report: SensitivityReport) -> list[Block]:
-    layers = by_place(report.salience)
-    later = {place: salience for place, salience in layers.items() if place.block > 0}
-    metrics = [_PEAK]
+def _error_tile(label: str, choice: Choice, bound: float) -> Tile:
+    holds = choice.error <= bound
+    return Tile(
+        label,
+        f"{choice.error:.4f}",
+        f"relative error, {'within' if holds else 'above'} the bound; {size_text(choice.nbytes)}",
+        "good" if holds else "bad",
+    )
+
+
+def _keep(report: SensitivityReport) -> KeepOrder:
+    """The order of the search; what each layer adds is scaled to the sets that were measured."""
+    count = len(report.layers)
+    squares = {len(choice.kept): choice.error**2 for choice in report.tried}
+    squares |= {0: report.everything.error**2, count: 0.0}
+    alone = [layer.error.total for layer in report.layers]
+    parts: list[float] = []
+    for begin, end in pairwise(sorted(squares)):
+        difference, total = squares[begin] - squares[end], sum(alone[begin:end])
+        for error in alone[begin:end]:
+            share = error / total if total > 0 else 1 / (end - begin)
+            parts.append(difference * share)
+    return KeepOrder(
+        names=[layer.name + WEIGHT_SUFFIX for layer in report.layers],
+        smallest=report.everything.nbytes,
+        added=[layer.saved for layer in report.layers],
+        parts=parts,
+        chosen=len(report.smallest.kept),
+        error="relative error of the output",
+        root=True,
+        measured=sorted(squares),
+    )
+
+
+def _network(report: SensitivityReport, keep: KeepOrder) -> NetworkMap[_Layer]:
+    layers = {layer.name: (layer, report.salience.get(layer.name)) for layer in report.layers}
+    fair = 10 * math.log10(report.bound**2 / len(report.layers))
+    metrics = [_error_metric(title, band, value, fair) for band, title, value in _BANDS]
+    metrics.append(
+        _salience_metric(
+            "Activation peak",
+            lambda found: found.activation_peak,
+            "The largest activation channel over the median one.",
+            lambda value: f"{value:.1f}",
+            (1, 10),
+        )
+    )
     if len(report.layers[0].by_step) > 1:
-        metrics.append(_TIME_DRIFT)
-    return [
-        Paragraph(
-            "The largest activation channel over the median one, and the share of the top 1 % of "
-            "activation channels that differ from one timestep, or one block, to the next. Not for "
-            "modulations, whose input is one vector."
-        ),
-        *BlockMap(layers).heat_maps(metrics),
-        *BlockMap(later).heat_maps([_DEPTH_DRIFT]),
-    ]
+        metrics.append(
+            _salience_metric(
+                "Drift in time",
+                lambda found: 100 * found.time_drift,
+                "The share of the top 1 % of activation channels that differ from one timestep to "
+                "the next.",
+            )
+        )
+    if any(salience.depth_drift for salience in report.salience.values()):
+        metrics.append(
+            _salience_metric(
+                "Drift in depth",
+                lambda found: 100 * found.depth_drift,
+                "The share of the top 1 % of activation channels that differ from the block "
+                "before; 0 in the first.",
+            )
+        )
+    return NetworkMap(layers, metrics, keep)
 
 
-def _in_decibels(value: Callable[[OutputError], float]) -> Callable[[OutputError], float | None]:
-    def decibels(error: OutputError) -> float | None:
-        return 10 * math.log10(value(error)) if value(error) > 0 else None
+def _error_metric(
+    title: str, band: str, value: Callable[[OutputError], float], fair: float
+) -> Metric[_Layer]:
+    def decibels(layer: _Layer) -> float | None:
+        error = value(layer[0].error)
+        return 10 * math.log10(error) if error > 0 else fair - _AROUND
 
-    return decibels
+    return Metric(
+        title,
+        decibels,
+        lambda decibel: f"{10 ** (decibel / 10):.1e}",
+        fair - _AROUND,
+        fair + _AROUND,
+        f"Squared error of the output relative to its energy, {band}. The middle of the colours is "
+        f"an equal share of the bound for each layer, {10 ** (fair / 10):.1e}.",
+    )
+
+
+def _salience_metric(
+    title: str,
+    value: Callable[[Salience], float],
+    note: str,
+    words: Callable[[float], str] = lambda value: f"{value:.0f} %",
+    ends: tuple[float, float] = (0, 100),
+) -> Metric[_Layer]:
+    def found(layer: _Layer) -> float | None:
+        return None if layer[1] is None else value(layer[1])
+
+    note += " Empty for modulations, whose input is one vector."
+    return Metric(title, found, words, *ends, note)
+
+
+def _chart(report: SensitivityReport, keep: KeepOrder, choices: list[chart.Choice]) -> Block:
+    return chart.SizeChart(keep, choices, report.bound)
 
 
 def _groups(report: SensitivityReport) -> Table:
     columns = [
-        Column("group"),
-        Column("layers", 0),
-        *(Column(f"squared error, {title}", 7) for title, _ in _BANDS),
+        *(Column("group"), Column("layers", 0)),
+        *(
+            Column(f"squared error (%), {band}", 5, dots=i == 0)
+            for i, (band, _, _) in enumerate(_BANDS)
+        ),
     ]
-    return Table(
-        columns,
-        [[m.name, m.layers, *(value(m.error) for _, value in _BANDS)] for m in report.groups],
-    )
+    rows: list[list[Cell]] = [
+        [m.name, m.layers, *(100 * value(m.error) for _, _, value in _BANDS)]
+        for m in sorted(report.groups, key=lambda group: -group.error.total)
+    ]
+    return Table(columns, rows, "groups")
 
 
 def _layers(report: SensitivityReport) -> Table:
     kept = set(report.smallest.kept)
+    steps = [step for step, _ in report.layers[0].by_step]
     columns = [
         *(Column("layer"), Column("kept"), Column("MiB saved", 2)),
-        *(Column(f"squared error, {title}", 7) for title, _ in _BANDS),
-        *(Column(f"squared error, step {step}", 7) for step, _ in report.layers[0].by_step),
+        *(Column(f"squared error (%), {band}", 5) for band, _, _ in _BANDS),
+        *(Column(f"squared error (%), step {step}", 5) for step in steps),
         *(Column("activation peak", 1), Column("activation outliers (%)", 2)),
         *(Column("weight outliers (%)", 2), Column("drift in time (%)", 0)),
         Column("drift in depth (%)", 0),
     ]
     rows: list[list[Cell]] = []
-    for m in report.layers:
+    for m in sorted(report.layers, key=lambda layer: natural_order(layer.name)):
         found = report.salience.get(m.name)
         salience: list[Cell] = [None] * 5
         if found is not None:
@@ -151,10 +267,10 @@ def _layers(report: SensitivityReport) -> Table:
             ]
         rows.append(
             [
-                *(m.name, "yes" if m.name in kept else "", m.saved / 2**20),
-                *(value(m.error) for _, value in _BANDS),
-                *(error.total for _, error in m.by_step),
+                *(m.name, "yes" if m.name in kept else None, m.saved / 2**20),
+                *(100 * value(m.error) for _, _, value in _BANDS),
+                *(100 * error.total for _, error in m.by_step),
                 *salience,
             ]
         )
-    return Table(columns, rows)
+    return Table(columns, rows, "layers")

@@ -70,6 +70,25 @@ class Choice:
     error: float
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What the model was measured with.
+
+    Attributes:
+        size: height and width of the images in pixels.
+        captions: number of captions, one image each.
+        seed: of the noise and of synthetic captions.
+        device: that the model ran on.
+        dtype: of the model.
+    """
+
+    size: tuple[int, int]
+    captions: int
+    seed: int
+    device: str
+    dtype: str
+
+
 @dataclass(frozen=True, repr=False)
 class SensitivityReport:
     """What the analysis found.
@@ -84,6 +103,7 @@ class SensitivityReport:
         everything: all layers quantised.
         card: the model card's exclusions.
         tried: the sets that were measured on the way to the smallest, fewest layers first.
+        conditions: what the model was measured with.
     """
 
     path: str
@@ -95,6 +115,7 @@ class SensitivityReport:
     everything: Choice
     card: Choice
     tried: tuple[Choice, ...]
+    conditions: Conditions
 
     def __repr__(self) -> str:
         layers = plural(len(self.layers), "layer")
@@ -173,7 +194,10 @@ def analyse_sensitivity(
         report(StageProgress("running the original model", "", 0, 0))
         cases = record_cases(model, captions, size, timesteps, seed)
         _check_outputs(path, cases)
-        return _Analysis(str(path), file, model, cases, memory, bound, report).run()
+        conditions = Conditions(
+            size, len(captions), seed, str(model.device), str(dtype).removeprefix("torch.")
+        )
+        return _Analysis(str(path), file, model, cases, memory, bound, conditions, report).run()
 
 
 def check_settings(
@@ -242,10 +266,11 @@ class _Analysis:
         cases: Sequence[Case],
         memory: State,
         bound: float,
+        conditions: Conditions,
         progress: StageCallback,
     ) -> None:
         self._path, self._file, self._model, self._cases = path, file, model, cases
-        self._memory, self._bound = memory, bound
+        self._memory, self._bound, self._conditions = memory, bound, conditions
         self._progress, self._stage = progress, ""
         self._targets = find_targets(model)
         self._groups = groups_of(self._targets)
@@ -280,6 +305,7 @@ class _Analysis:
             everything=self._choice("everything", []),
             card=self._choice(CARD, [t for t in self._targets if _keeps(card, t)]),
             tried=tuple(tried[k] for k in sorted(tried)),
+            conditions=self._conditions,
         )
         self._done = self._total
         self._begin("done")
