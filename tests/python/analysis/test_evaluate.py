@@ -417,7 +417,10 @@ def test_every_threshold_is_named() -> None:
         (b"# only\n\n   \n", "the prompts file p.txt has no prompts"),
         (b"a\nb\xff\n", "line 2 of the prompts file p.txt is not UTF-8 text"),
         (b"a\n\n" + b"x" * (MAX_CHARACTERS + 1), "line 3 of the prompts file p.txt has 10,001"),
-        (b"a\n" * 600, "--prompts and seeds make 1,200 pairs of images, and 1,000 are allowed"),
+        (
+            b"".join(b"%d\n" % i for i in range(600)),
+            "--prompts and seeds make 1,200 pairs of images, and 1,000 are allowed",
+        ),
     ],
 )
 def test_bad_prompts(
@@ -452,11 +455,11 @@ def test_prompts_with_a_mark_and_other_line_ends(tmp_path: Path) -> None:
         (("--max-flip", "x"), 2, "--max-flip"),
         (("--size", "40"), 2, "--size must be a multiple of 16 up to 8192, not 40"),
         (("--steps", "1001"), 2, "--steps must be 1 to 1000, not 1001"),
-        (("--seeds", "1", "1"), 2, "--seeds must be different, but 1 is there twice"),
+        (("--seeds", "1", "1"), 2, "--seeds must be different, but 1 is there more"),
         (("--seeds", str(2**63)), 2, "--seeds must be 0 or more, and below 2^63"),
         (("--guidance", "-1"), 2, "--guidance must be 0 to 100, not -1.0"),
         (("--compute", "mxfp8"), 1, "compute mode mxfp8: "),
-        (("--against-compute", "fp8"), 2, "compute fp8 is for MXFP8 checkpoints"),
+        (("--against-compute", "fp8"), 2, "--against-compute fp8 is for MXFP8 checkpoints"),
         (("--model-dir", "none"), 1, "none does not exist"),
         (("--transformer", "none.safetensors"), 1, "none.safetensors does not exist"),
         (("--against", "p.txt"), 1, "p.txt"),
@@ -515,6 +518,14 @@ def test_an_output_folder_with_other_content(
         ({"prompts": "a fox"}, "^prompts must be a list of texts, not 'a fox'"),
         ({"prompts": []}, r"^prompts must be a list of texts, not \[\]"),
         ({"prompts": [3]}, "^prompts must be a text, not 3"),
+        (
+            {"prompts": ["a", "b", "a"]},
+            "^prompts must be different, but 'a' is there more than once",
+        ),
+        (
+            {"against_compute": "fp8"},
+            '^against_compute fp8 is .* use `against_compute="weight-only"`',
+        ),
         ({"seeds": 3}, "^seeds must be a list of whole numbers, not 3"),
         ({"seeds": [0.5]}, "^seeds must be a whole number, not 0.5"),
         ({"size": 64}, r"^size must be \(height, width\), not 64"),

@@ -104,14 +104,8 @@ class _Pairs:
     def html(self) -> str:
         """Return the block as HTML."""
         buttons = "".join(
-            element(
-                "button",
-                label,
-                type="button",
-                data_mode=mode,
-                aria_pressed=str(mode == "side").lower(),
-            )
-            for mode, label in _MODES.items()
+            element("button", label, type="button", data_mode=mode, aria_pressed=pressed)
+            for mode, label, pressed in _MODES
         )
         tools = element("div", buttons, class_="tools", role="group", aria_label="View")
         figures = element("div", "\n".join(pair.html() for pair in self.pairs), class_="figures")
@@ -119,12 +113,12 @@ class _Pairs:
         return element("div", tools + figures, class_=kind, data_mode="side")
 
 
-_MODES = {
-    "side": "Side by side",
-    "slider": "Slider",
-    "flicker": "Flicker",
-    "difference": "Difference x 8",
-}
+_MODES = (
+    ("side", "Side by side", "true"),
+    ("slider", "Slider", "false"),
+    ("flicker", "Flicker", "false"),
+    ("difference", "Difference x 8", "false"),
+)
 
 
 def _pairs(report: EvaluationReport, names: Sequence[tuple[str, str]]) -> _Pairs:

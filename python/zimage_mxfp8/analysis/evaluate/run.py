@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,11 +100,12 @@ def evaluate(
     """
     thresholds = Thresholds(min_psnr, min_ssim, max_flip)
     settings = image_settings(prompts, seeds, steps, size, guidance)
-    paths = _find_transformers(model_dir, transformer, against, download)
-    generators = [
-        ZImageGenerator(model_dir, path, device, mode, dtype, offload=True, download=download)
-        for path, mode in zip(paths, (compute, against_compute), strict=True)
-    ]
+    folder, *paths = _find_files(model_dir, transformer, against, download)
+    generators = [ZImageGenerator(folder, paths[0], device, compute, dtype, offload=True)]
+    with _naming("compute", "against_compute"):
+        generators.append(
+            ZImageGenerator(folder, paths[1], device, against_compute, dtype, offload=True)
+        )
     with shown(progress, analysis_bar) as callback:
         work = _Work(torch_device(device), dtype, settings, callback or (lambda _: None))
         captions = work.encode(generators[0])
@@ -112,17 +114,18 @@ def evaluate(
         work.begin("comparing the images")
         pairs = tuple(map(_compare, settings, made_a, made_b))
         work.begin("done")
-    height, width = size
+    first = settings[0]
+    assert first.height and first.width  # given above
     return EvaluationReport(
         model_dir=str(model_dir),
         a=run_a,
         b=run_b,
         pairs=pairs,
         thresholds=thresholds,
-        steps=settings[0].steps,
-        height=int(height),
-        width=int(width),
-        guidance=settings[0].guidance,
+        steps=first.steps,
+        height=first.height,
+        width=first.width,
+        guidance=first.guidance,
         device=str(torch_device(device)),
         dtype=dtype,
         warnings=tuple(dict.fromkeys(each for made in made_a for each in made.warnings)),
@@ -147,8 +150,8 @@ def image_settings(
         raise UsageError("seeds", f"must be a list of whole numbers, not {repr(seeds)[:80]}")
     prompts = [text("prompts", prompt) for prompt in prompts]
     seeds = [whole_number("seeds", seed) for seed in seeds]
-    if repeated := [seed for i, seed in enumerate(seeds) if seed in seeds[:i]]:
-        raise UsageError("seeds", f"must be different, but {repeated[0]} is there twice")
+    _check_different("prompts", prompts)
+    _check_different("seeds", seeds)
     if not isinstance(size, (list, tuple)) or len(size) != 2:
         raise UsageError("size", f"must be (height, width), not {repr(size)[:80]}")
     pairs = len(prompts) * len(seeds)
@@ -171,12 +174,21 @@ def image_settings(
         raise UsageError(name or error.argument, error.problem, error.hint) from None
 
 
-def _find_transformers(
+def _check_different(argument: str, values: Sequence[object]) -> None:
+    if len(set(values)) < len(values):
+        repeated = next(value for i, value in enumerate(values) if value in values[:i])
+        raise UsageError(
+            argument, f"must be different, but {repr(repeated)[:80]} is there more than once"
+        )
+
+
+def _find_files(
     model_dir: str | os.PathLike[str],
     transformer: str | os.PathLike[str],
     against: str | os.PathLike[str] | None,
     download: bool,
-) -> tuple[Path, Path]:
+) -> tuple[Path, Path, Path]:
+    """Return the folder, A and B on this machine."""
     own = () if against is not None else (hub.TRANSFORMER,)
     file_or_folder("model_dir", model_dir)
     folder = open_model_folder(hub.resolve(model_dir, (*hub.COMPONENTS, *own), download=download))
@@ -184,12 +196,24 @@ def _find_transformers(
     found = hub.resolve(transformer, (hub.TRANSFORMER,), download=download)
     if against is not None:
         file_or_folder("against", against)
-        return found, hub.resolve(against, (hub.TRANSFORMER,), download=download)
+        return folder.path, found, hub.resolve(against, (hub.TRANSFORMER,), download=download)
     if not folder.transformer.is_dir():
         raise CheckpointError(
             f"{model_dir} has no transformer/ to compare with", "name a file with `against`"
         )
-    return found, folder.transformer
+    return folder.path, found, folder.transformer
+
+
+@contextmanager
+def _naming(argument: str, ours: str) -> Iterator[None]:
+    """Let errors about an argument of the generator name that of `evaluate`."""
+    try:
+        yield
+    except UsageError as error:
+        if error.argument != argument:
+            raise
+        hint = error.hint.replace(f"`{argument}=", f"`{ours}=")
+        raise UsageError(ours, error.problem, hint) from None
 
 
 class _Work:
