@@ -19,13 +19,15 @@ from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from helpers.browser import Browser
-from helpers.checkpoints import random_tensors, small_shapes
+from helpers.checkpoints import random_tensors
 from helpers.commands import Run, fails, only
 from helpers.damaged_models import corrupt_scales, round_to_nvfp4, with_nvfp4_error
 from helpers.images import levels
+from zimage_mxfp8.analysis.evaluate import page as page_module
 from zimage_mxfp8.analysis.evaluate.metrics import compare_images, summarize
 from zimage_mxfp8.analysis.evaluate.prompts import MAX_CHARACTERS, read_prompts
 from zimage_mxfp8.streaming.jobs import StageProgress
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 PROMPTS = ["a red fox", "a <b>blue</b> & green house"]
 SEEDS = [3, 11]
@@ -342,6 +344,21 @@ def test_the_page_in_a_browser(
     assert found["difference"] == "difference"
 
 
+def test_images_beyond_the_pages_room_come_from_the_folder(
+    report: zm.EvaluationReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worst = report.worst_first[0]
+    room = len(worst.image) + len(worst.against)
+    monkeypatch.setattr(page_module, "_MAX_EMBEDDED", room)
+    names = [(f"{i}-a.png", f"{i}-b.png") for i in range(4)]
+    sources = re.findall(r'<img [^>]*src="([^"]*)"', page_module.evaluation_page(report, names))
+    assert [source.startswith("data:image/png;base64,") for source in sources] == [True] * 2 + [
+        False
+    ] * 6
+    others = {name for i, pair in enumerate(report.pairs) if pair is not worst for name in names[i]}
+    assert set(sources[2:]) == others
+
+
 # ---- the gate
 
 MIN_PSNR = 36.0  # between the sound file and the damaged ones, for these random weights
@@ -379,7 +396,8 @@ def test_damaged_files_fail(
     )
     assert "Failed: the mean PSNR" in result.stdout
     only(tmp_path / "out", "images", "report.html", "report.json")  # needed most then
-    assert not zm.validate(tmp_path / "bad.safetensors").ok or damage is corrupt_scales
+    if damage is corrupt_scales:  # which nothing but the images or the original can show
+        assert zm.validate(tmp_path / "bad.safetensors").ok
 
 
 def test_nvfp4_of_the_helper_has_the_known_error() -> None:
@@ -483,7 +501,8 @@ def test_bad_options(
 def test_transformers_of_other_models(
     evaluate: Run, zimage_quantized: Path, tmp_path: Path
 ) -> None:
-    save_file(random_tensors(small_shapes(1)), tmp_path / "wide.safetensors")
+    shapes = zimage_shapes(dim=128, layers=1, refiner_layers=1, caption_dim=64, hidden=18)
+    save_file(random_tensors(shapes), tmp_path / "wide.safetensors")
     for option in ("--transformer", "--against"):
         own = () if option == "--transformer" else ("--transformer", zimage_quantized)
         result = evaluate(*own, option, "wide.safetensors", "-o", "out")
