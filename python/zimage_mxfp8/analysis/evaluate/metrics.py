@@ -11,7 +11,7 @@ import flip_evaluator
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage import metrics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,7 +62,7 @@ def compare_images(image: Image, reference: Image) -> ImageMetrics:
     found, wanted = np.asarray(image), np.asarray(reference)
     if np.array_equal(found, wanted):
         return ImageMetrics(psnr=math.inf, ssim=1.0, flip=0.0)
-    ssim = structural_similarity(
+    ssim = metrics.structural_similarity(
         found,
         wanted,
         channel_axis=-1,
@@ -75,7 +75,7 @@ def compare_images(image: Image, reference: Image) -> ImageMetrics:
         _as_fractions(wanted), _as_fractions(found), "LDR", applyMagma=False
     )
     return ImageMetrics(
-        psnr=float(peak_signal_noise_ratio(wanted, found, data_range=_LEVELS)),
+        psnr=float(metrics.peak_signal_noise_ratio(wanted, found, data_range=_LEVELS)),
         ssim=float(ssim),
         flip=float(flip),
     )
