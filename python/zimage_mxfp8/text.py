@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+_MAX_DIGITS = 9  # of a number in a name that is sorted as one
+
 
 def plural(count: int, one: str, many: str | None = None) -> str:
     """Return a count with its noun: "1 layer", "1,234 layers"."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts names with numbers as people do: "layers.2" before "layers.10"."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
+def natural_order(name: str) -> str:
+    """Return a key that sorts names with numbers as people do: "layers.9" before "layers.10"."""
+    return re.sub(r"[0-9]+", lambda digits: digits[0].zfill(_MAX_DIGITS), name)
 
 
 def printable(text: str) -> str:

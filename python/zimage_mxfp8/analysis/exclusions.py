@@ -21,16 +21,16 @@ def merged_pattern(names: Iterable[str], *, whole: bool = False) -> str | None:
     Returns:
         The pattern; None if there are no names.
     """
-    blocks: dict[tuple[str, str], list[int]] = {}
+    blocks: dict[tuple[str, str], list[str]] = {}
     alternatives: dict[tuple[str, str], str] = {}
-    for name in names:
+    for name in sorted(names):
         match = _NUMBERED.fullmatch(name)
         key = (match[1], match[3]) if match else (name, "")
         alternatives[key] = re.escape(name)
         if match:
-            blocks.setdefault(key, []).append(int(match[2]))
+            blocks.setdefault(key, []).append(match[2])
     for (head, tail), numbers in blocks.items():
-        choices = "|".join(map(str, sorted(numbers)))
+        choices = "|".join(sorted(numbers, key=lambda digits: (len(digits), digits)))
         alternatives[head, tail] = rf"{re.escape(head)}({choices}){re.escape(tail)}"
     pattern = "|".join(alternatives.values())
     if not pattern:

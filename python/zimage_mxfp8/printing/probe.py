@@ -66,8 +66,7 @@ def print_probe(report: ProbeReport, screen: Screen) -> None:
 def _group_recommendation(group: ProbedGroup) -> str:
     if not group.spread_filtered:
         return group.recommendation
-    demoted = "NVFP4" if group.recommendation == "FP8" else "FP8"
-    return f"{group.recommendation} -> {demoted}"
+    return f"{group.recommendation} -> {group.effective}"
 
 
 def _size(nbytes: int | None, before: int) -> str:

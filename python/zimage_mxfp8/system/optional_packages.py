@@ -58,23 +58,6 @@ def needed(extra: str, what: str) -> Iterator[None]:
         raise missing(extra, what, _problem(extra, module, error), module) from error
 
 
-def check_installed(extra: str, what: str) -> None:
-    """Check that the packages of an extra are there, without importing them.
-
-    Args:
-        extra: the extra.
-        what: what needs them: an option, a command or a name.
-
-    Raises:
-        MissingExtraError: one is missing.
-    """
-    from .extras import requirements  # importlib.metadata takes a while
-
-    for each in requirements()[extra]:
-        if find_spec(each.module) is None:
-            raise missing(extra, what, f"{each.package}, which is not installed", each.module)
-
-
 def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtraError:
     """Return the error for a package that is missing or does not do.
 

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-import functools
+import csv
+import io
 import json
+import math
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
-from helpers.browser import Seen, look_at
+from helpers.browser import Browser
 from helpers.checkpoints import random_tensors, small_shapes
 from helpers.commands import Run
 from helpers.diffusers_reference import make_reference
 from zimage_mxfp8.analysis.compare.page import compare_page
+from zimage_mxfp8.analysis.exclusions import merged_pattern
+from zimage_mxfp8.analysis.pages.blocks import Column, Copyable, Paragraph, Table
+from zimage_mxfp8.analysis.pages.colors import PALETTE, color_range
+from zimage_mxfp8.analysis.pages.network import Metric, NetworkMap
 from zimage_mxfp8.analysis.pages.page import (
-    Column,
-    Copyable,
-    Paragraph,
+    Origin,
+    Page,
     Section,
-    Table,
+    Tile,
+    links_beside,
     render_page,
 )
 from zimage_mxfp8.analysis.probe.page import probe_page
 from zimage_mxfp8.analysis.sensitivity.page import sensitivity_page
 from zimage_mxfp8.conversion.recipes import KeepRule
+
+BOUND = 7e-4  # which keeps some of the layers of `small_file`, but not all
+NAMES = ("probe", "compare", "sensitivity")
+MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +63,14 @@ def probe_report(folder: Path) -> zm.ProbeReport:
 
 @pytest.fixture(scope="module")
 def compare_report(small_file: Path) -> zm.CompareReport:
-    return zm.compare(small_file, sample=0.01)
+    return zm.compare(small_file, sample=0.01, low_rank="none")
 
 
 @pytest.fixture(scope="module")
 def sensitivity_report(folder: Path) -> zm.SensitivityReport:
     make_reference(dim=128, layers=2).save_pretrained(folder / "model")
     return zm.analyse_sensitivity(
-        folder / "model", size=(32, 32), timesteps=2, bound=0.02, device="cpu"
+        folder / "model", size=(32, 32), timesteps=2, bound=0.02, device="cpu", seed=3
     )
 
 
@@ -66,57 +81,399 @@ def pages(
     compare_report: zm.CompareReport,
     sensitivity_report: zm.SensitivityReport,
 ) -> dict[str, Path]:
-    """The page of every command."""
-    texts = {
-        "probe": probe_page(probe_report),
-        "compare": compare_page(compare_report, BOUND),
-        "sensitivity": sensitivity_page(sensitivity_report),
+    """The page of every command, written in this order: each links to those before it."""
+    found: dict[str, Path] = {}
+    writers: dict[str, Callable[[Origin], str]] = {
+        "probe": lambda origin: probe_page(probe_report, origin),
+        "compare": lambda origin: compare_page(compare_report, BOUND, origin),
+        "sensitivity": lambda origin: sensitivity_page(sensitivity_report, origin),
     }
-    for name, text in texts.items():
-        (folder / f"{name}.html").write_text(text, "utf-8")
-    return {name: folder / f"{name}.html" for name in texts}
+    for name, write in writers.items():
+        found[name] = folder / f"{name}.html"
+        origin = Origin(f"zimage-mxfp8 {name} '<i>'", links_beside(found[name]))
+        found[name].write_text(write(origin), "utf-8")
+    return found
 
 
 @pytest.fixture(scope="module")
-def page(pages: dict[str, Path]) -> Path:
-    return pages["probe"]
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    started = Browser(tmp_path_factory.mktemp("browser"))
+    yield started
+    started.close()
 
 
-BOUND = 7e-4  # which keeps some of the layers of `small_file`, but not all
-MAPS = {"probe": 7, "compare": 7, "sensitivity": 6}  # heat maps of a page
-OTHERS = {"probe": 2, "compare": 1, "sensitivity": 1}  # and other plots
-HEIGHT = 6000  # of a window that has a whole page's plots
+every_page = pytest.mark.parametrize("name", NAMES)
 
-# Every plot's place, the place of its inside, and what its marks are made of.
-PLOTS = """
-return [...document.querySelectorAll('.plot')].map((plot) => {
-  const place = (element) => {
-    const box = element.getBoundingClientRect();
-    return { x: box.x, y: box.y + scrollY, width: box.width, height: box.height };
-  };
-  const inside = plot.querySelector('.nsewdrag');
-  return { ...place(plot), inside: inside && place(inside),
-           cells: plot.querySelectorAll('.heatmaplayer image').length,
-           points: plot.querySelectorAll('.scatterlayer .point').length,
-           texts: [...plot.querySelectorAll('text')].map((text) => text.textContent) };
+# What is wider than the window, or has text that its own box cuts.
+CUT = """
+const shown = [...document.querySelectorAll('body *')].filter((e) => e.getClientRects().length);
+const width = document.documentElement.clientWidth;
+const outside = shown.filter((e) => {
+  const box = e.getBoundingClientRect();
+  return box.width && (box.right > width + 0.5 || box.left < -0.5);
+});
+const cut = shown.filter((e) => !(e instanceof SVGElement) && e.scrollWidth > e.clientWidth + 1
+  && getComputedStyle(e).display !== 'inline');
+const past = [...document.querySelectorAll('svg text')].filter((e) => {
+  const [box, svg] = [e.getBoundingClientRect(), e.closest('svg').getBoundingClientRect()];
+  return box.width && (box.left < svg.left - 1 || box.right > svg.right + 1
+    || box.top < svg.top - 1 || box.bottom > svg.bottom + 1);
+});
+const words = (list) => list.map(
+  (e) => `${e.tagName} ${e.className} ${e.textContent}`.slice(0, 60));
+return { scroll: document.documentElement.scrollWidth - width, outside: words(outside),
+         cut: words(cut), past: words(past) };
+"""
+
+# Places and colours of the visible map's cells.
+MAP = """
+const map = [...document.querySelectorAll('svg.map')].find((e) => e.getClientRects().length);
+return { kind: map.classList.contains('wide') ? 'wide' : 'narrow',
+  cells: [...map.querySelectorAll('.cell')].map((cell) => {
+    const box = cell.querySelector('rect').getBoundingClientRect();
+    return { layer: Number(cell.dataset.i), x: box.x + scrollX, y: box.y + scrollY,
+             width: box.width, height: box.height };
+  }) };
+"""
+
+
+def brightness(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    return pixels.astype(np.float64) @ [0.2126, 0.7152, 0.0722]
+
+
+def embedded(page: Path) -> dict[str, Any]:
+    """The JSON that the map of a page has."""
+    found = re.findall(r'<script type="application/json">(.*?)</script>', page.read_text("utf-8"))
+    (only,) = found
+    content: dict[str, Any] = json.loads(only)
+    return content
+
+
+@every_page
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (390, False), (1400, True)])
+def test_nothing_is_cut(
+    browser: Browser, pages: dict[str, Path], name: str, width: int, dark: bool
+) -> None:
+    with browser.open(pages[name], width=width, dark=dark) as tab:
+        seen, found, image = tab.run(CUT), tab.run(MAP), tab.image()
+        assert tab.console() == []
+        outside = [url for url in tab.requests() if not url.startswith("data:")]
+        assert outside == [pages[name].as_uri()]
+    assert seen == {"scroll": 0, "outside": [], "cut": [], "past": []}
+    ground = brightness(image[2, 2])
+    assert ground < 40 if dark else ground > 230
+    # The map is drawn: each cell has the colour of its layer, and blocks run along the longer side.
+    content = embedded(pages[name])
+    levels = content["metrics"][0]["levels"]
+    assert sorted(cell["layer"] for cell in found["cells"]) == list(range(len(levels)))
+    for cell in found["cells"]:
+        color = image[int(cell["y"] + cell["height"] / 2), int(cell["x"] + cell["width"] / 5)]
+        wanted = content["palette"][levels[cell["layer"]]]
+        assert "#" + bytes(color).hex() == wanted, content["layers"][cell["layer"]]
+    assert found["kind"] == ("narrow" if width == 390 else "wide")
+    along = "y" if width == 390 else "x"
+    places = {content["layers"][cell["layer"]]: cell for cell in found["cells"]}
+    blocks = [places[f"layers.{i}.attention.qkv"][along] for i in range(2)]
+    assert blocks[0] < blocks[1] and places["noise_refiner.0.attention.qkv"][along] < blocks[0]
+    # Aligned: all layers of a block have one place along that side.
+    for layer, place in places.items():
+        head = layer.rpartition("attention.qkv")[0]
+        if head:
+            assert places[f"{head}feed_forward.w2"][along] == place[along]
+
+
+@every_page
+def test_a_page_is_small_and_whole(pages: dict[str, Path], name: str) -> None:
+    content = pages[name].read_bytes()
+    assert len(content) <= 1_000_000
+    text = content.decode()
+    assert not re.search(r"(src|href)\s*=\s*\"(?!data:|\w+\.html)|@import|url\(", text)
+    # Three to five tiles, then the map, and the facts of the run.
+    assert 3 <= text.count('<article class="tile') <= 5
+    assert text.index("<article") < text.index('<div class="network"') < text.index('class="table"')
+    assert f"<dd>{zm.__version__}</dd>" in text
+    assert "<dt>command</dt><dd><code>zimage-mxfp8 " in text
+
+
+def test_facts_of_a_measurement(pages: dict[str, Path]) -> None:
+    text = pages["sensitivity"].read_text("utf-8")
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd></div>", text))
+    assert facts["seed"] == "3" and facts["device"] == "cpu, bfloat16"
+    assert facts["image"] == "32 x 32 pixels" and facts["steps"] == "0, 7 of 0 to 7"
+    assert facts["bound"] == "0.02" and facts["checkpoint"] == "model"
+
+
+# Moves the slider and reads what the page shows then.
+SLIDE = """
+const bar = document.getElementById('keep');
+const names = JSON.parse(document.querySelector('.network script').textContent).layers;
+const read = () => ({ count: document.querySelector('.count').textContent,
+  size: document.querySelector('dd.size').textContent,
+  error: document.querySelector('dd.error').textContent,
+  how: document.querySelector('.how')?.textContent,
+  pattern: document.querySelector('.network pre').textContent,
+  kept: [...document.querySelectorAll('svg.map.wide .kept')].map((e) => names[e.dataset.i]),
+  marks: [...document.querySelectorAll('svg.map.wide .cell')].filter(
+    (e) => getComputedStyle(e.querySelector('circle')).display !== 'none').length,
+  cursor: ['cx', 'cy'].map(
+    (key) => Number(document.querySelector('.chart svg.wide .cursor').getAttribute(key))) });
+const first = read();
+const at = COUNTS.map((count) => {
+  bar.value = count;
+  bar.dispatchEvent(new Event('input'));
+  return read();
+});
+document.querySelector('.reset').click();
+return { first, at, last: read() };
+"""
+
+
+class Slid:
+    """What a page shows with several numbers of kept layers."""
+
+    def __init__(self, browser: Browser, page: Path, counts: list[int]) -> None:
+        with browser.open(page) as tab:
+            seen = tab.run(SLIDE.replace("COUNTS", json.dumps(counts)))
+            assert tab.console() == []
+        self.first, self.last = seen["first"], seen["last"]
+        self.at: dict[int, dict[str, Any]] = dict(zip(counts, seen["at"], strict=True))
+        assert self.first == self.last, "the button returns to the recommendation"
+        for count, shown in self.at.items():
+            assert shown["count"] == f"{count:,}" and shown["marks"] == len(shown["kept"]) == count
+
+    def check_chart(self, figures: dict[int, tuple[float, float]]) -> None:
+        """The mark on the chart is where the size and the error are, on linear axes."""
+        for axis, sign in ((0, 1), (1, -1)):
+            places = [self.at[count]["cursor"][axis] for count in figures]
+            values = [sign * figure[axis] for figure in figures.values()]
+            slope, start = np.polyfit(values, places, 1)
+            assert slope > 0 and np.ptp(places) > 100
+            assert np.array(values) * slope + start == pytest.approx(places, abs=0.5)
+
+
+def mib(text: str) -> float:
+    number, unit = text.split(" ")
+    return float(number) * {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}[unit]
+
+
+def kept_by(pattern: str, names: list[str]) -> set[str]:
+    return {name for name in names if pattern and re.search(pattern, f"{name}.weight")}
+
+
+def test_the_slider_of_probe(
+    browser: Browser, pages: dict[str, Path], probe_report: zm.ProbeReport
+) -> None:
+    tensors = probe_report.tensors
+    kept = [tensor for tensor in tensors if tensor.effective == "*KEEP*"]
+    rest = sorted((t for t in tensors if t.effective != "*KEEP*"), key=lambda t: -t.score)
+    order = [*sorted(kept, key=lambda t: -t.score), *rest]
+    names = [tensor.name.removesuffix(".weight") for tensor in order]
+    counts = [0, 1, len(kept), 150, len(order)]
+    slid = Slid(browser, pages["probe"], counts)
+    assert slid.first["count"] == str(len(kept))
+    assert slid.first["pattern"] == probe_report.exclude_layers
+
+    def nbytes(kept: list[str]) -> int:
+        """Of codes, scales and what is kept; not of the header and the markers in it."""
+        found = "|".join(re.escape(name) for name in [*kept, "_embedder.", "final_layer."])
+        recipe = zm.Recipe("r", "", "", (KeepRule("r", re.compile(found), "r"),))
+        places = zm.plan_conversion(probe_report.path, zm.ConversionOptions(recipe=recipe)).places
+        return sum(p.nbytes for name, p in places.items() if not name.endswith(".comfy_quant"))
+
+    assert probe_report.recipe_bytes is not None
+    header = probe_report.recipe_bytes - nbytes([t.name for t in kept])
+    total = sum(tensor.score for tensor in tensors)
+    figures = {}
+    for count, shown in slid.at.items():
+        assert set(shown["kept"]) == set(names[:count])
+        assert kept_by(shown["pattern"], names) == set(names[:count])
+        size = nbytes([tensor.name for tensor in order[:count]]) + header
+        assert mib(shown["size"]) == pytest.approx(size / MIB, abs=0.0501)
+        left = 100 * sum(tensor.score for tensor in order[count:]) / total
+        assert float(shown["error"].removesuffix(" %")) == pytest.approx(left, rel=6e-3, abs=1e-9)
+        figures[count] = size, left
+    slid.check_chart(figures)
+
+
+def test_the_slider_of_compare(
+    browser: Browser, pages: dict[str, Path], compare_report: zm.CompareReport
+) -> None:
+    stacks = ("layers.", "noise_refiner.", "context_refiner.")
+    layers = [layer for layer in compare_report.layers if layer.name.startswith(stacks)]
+    fixed = [layer.name for layer in compare_report.layers if layer not in layers]
+    order = sorted(layers, key=lambda x: -x.formats["mxfp8-e4m3"].relative_squared_error)
+    names = [layer.name.removesuffix(".weight") for layer in order]
+    above = [x for x in order if x.formats["mxfp8-e4m3"].relative_squared_error > BOUND]
+    assert 0 < len(above) < len(order) and len(fixed) == 6
+    slid = Slid(browser, pages["compare"], [0, 7, len(above), len(order)])
+    assert slid.first["count"] == str(len(above))
+    figures = {}
+    for count, shown in slid.at.items():
+        assert set(shown["kept"]) == set(names[:count])
+        assert kept_by(shown["pattern"], names) == set(names[:count])
+        mix = compare_report.keeping([*fixed, *(layer.name for layer in order[:count])])
+        assert mib(shown["size"]) == pytest.approx(mix.size.model_bytes / MIB, abs=0.0501)
+        percent = 100 * mix.error.relative_squared_error
+        shown_percent = float(shown["error"].removesuffix(" %"))
+        assert shown_percent == pytest.approx(percent, rel=6e-3, abs=1e-12)
+        figures[count] = mix.size.model_bytes, percent
+    slid.check_chart(figures)
+
+
+def test_the_slider_of_sensitivity(
+    browser: Browser, pages: dict[str, Path], sensitivity_report: zm.SensitivityReport
+) -> None:
+    report = sensitivity_report
+    names = [layer.name for layer in report.layers]
+    measured = {len(choice.kept): choice for choice in (report.everything, *report.tried)}
+    between = next(n for n in range(1, len(names)) if n not in measured)
+    slid = Slid(browser, pages["sensitivity"], [*sorted(measured), between, len(names)])
+    assert slid.first["count"] == str(len(report.smallest.kept))
+    for count, choice in measured.items():
+        shown = slid.at[count]
+        assert shown["how"] == "this error was measured"
+        assert float(shown["error"]) == pytest.approx(choice.error, rel=6e-3)
+        assert mib(shown["size"]) == pytest.approx(choice.nbytes / MIB, abs=0.0501)
+        assert set(shown["kept"]) == set(choice.kept) == kept_by(shown["pattern"], names)
+    slid.check_chart({count: (choice.nbytes, choice.error) for count, choice in measured.items()})
+    assert float(slid.at[len(names)]["error"]) == 0
+    # Between two sets the squared error falls in proportion to what layers cost alone.
+    shown = slid.at[between]
+    assert shown["how"] == "this error is estimated"
+    begin = max(n for n in measured if n < between)
+    end = min([n for n in measured if n > between] + [len(names)])
+    squares = [measured[n].error ** 2 if n in measured else 0.0 for n in (begin, end)]
+    alone = [layer.error.total for layer in report.layers]
+    share = sum(alone[begin:between]) / sum(alone[begin:end])
+    estimate = math.sqrt(squares[0] + share * (squares[1] - squares[0]))
+    assert float(shown["error"]) == pytest.approx(estimate, rel=6e-3)
+
+
+def test_the_bound_is_a_line(browser: Browser, pages: dict[str, Path]) -> None:
+    places = """
+    const chart = document.querySelector('.chart svg.wide');
+    const y = (e) => e.getBoundingClientRect().y + e.getBoundingClientRect().height / 2;
+    const names = [...chart.querySelectorAll('.kind')];
+    return { bound: y(chart.querySelector('.bound')),
+             name: chart.querySelector('.bound-name').textContent,
+             axis: names.map((e) => [Number(e.textContent), y(e)]) };
+    """
+    with browser.open(pages["sensitivity"]) as tab:
+        seen = tab.run(places)
+    assert seen["name"] == "bound 0.02"
+    values, heights = zip(*seen["axis"], strict=True)
+    slope, start = np.polyfit(values, heights, 1)
+    assert seen["bound"] == pytest.approx(start + slope * 0.02, abs=1.5)
+
+
+# Chooses each metric and reads the map's colours and ends.
+METRICS = """
+return [...document.querySelectorAll('[name=metric]')].map((radio) => {
+  radio.click();
+  return { title: radio.parentElement.textContent,
+    fills: [...document.querySelectorAll('svg.map.wide .cell')].map(
+      (cell) => [Number(cell.dataset.i), cell.querySelector('rect').getAttribute('fill')]),
+    ends: ['low', 'high'].map((end) => document.querySelector(`svg.map.wide .${end}`).textContent),
+    note: document.querySelector('.note:not(.tile .note)').textContent };
 });
 """
 
-# Every table as it comes, by each column up and down, and filtered by its last row's first cell.
+
+def shades(seen: dict[str, Any], names: list[str]) -> dict[str, float | None]:
+    """Brightness of the colour of each layer; None where there is none."""
+    return {
+        names[i]: None
+        if fill == "none"
+        else float(brightness(np.frombuffer(bytes.fromhex(fill[1:]), np.uint8)))
+        for i, fill in seen["fills"]
+    }
+
+
+def test_dark_is_harmless_on_every_page(
+    browser: Browser,
+    pages: dict[str, Path],
+    probe_report: zm.ProbeReport,
+    compare_report: zm.CompareReport,
+    sensitivity_report: zm.SensitivityReport,
+) -> None:
+    harm = {
+        "probe": ("Score", {t.name: t.score for t in probe_report.tensors}),
+        "compare": (
+            "INT8 per row",
+            {x.name: x.formats["int8-row"].relative_squared_error for x in compare_report.layers},
+        ),
+        "sensitivity": ("Content", {x.name: x.error.low for x in sensitivity_report.layers}),
+    }
+    for name, (title, values) in harm.items():
+        with browser.open(pages[name]) as tab:
+            metrics = {seen["title"]: seen for seen in tab.run(METRICS)}
+        assert len(metrics) > 3
+        for seen in metrics.values():
+            assert seen["ends"][0].endswith("· harmless") and seen["ends"][1].endswith("· harmful")
+        colors = shades(metrics[title], embedded(pages[name])["layers"])
+        layers = sorted(
+            (value, colors[layer])
+            for full, value in values.items()
+            if (layer := full.removesuffix(".weight")) in colors
+        )
+        ordered = [color for _, color in layers]
+        assert ordered == sorted(ordered, key=lambda color: color or 0), name
+    # What was not measured has no colour, and the page says why.
+    with browser.open(pages["sensitivity"]) as tab:
+        peak = next(seen for seen in tab.run(METRICS) if seen["title"] == "Activation peak")
+    colors = shades(peak, embedded(pages["sensitivity"])["layers"])
+    assert (
+        {layer for layer, color in colors.items() if color is None}
+        == {layer for layer in colors if "adaLN" in layer}
+        != set()
+    )
+    assert "Empty for modulations" in peak["note"]
+
+
+def test_formats_share_the_range_of_colours(browser: Browser, pages: dict[str, Path]) -> None:
+    with browser.open(pages["compare"]) as tab:
+        metrics = {seen["title"]: seen for seen in tab.run(METRICS)}
+    names = embedded(pages["compare"])["layers"]
+    mean = {
+        title: np.mean([color for color in shades(seen, names).values() if color is not None])
+        for title, seen in metrics.items()
+    }
+    assert mean["MXFP8 E4M3"] < mean["MXFP8 E5M2"] < mean["NVFP4"] < mean["MXFP4"]
+
+
+def test_noise_is_not_blown_up() -> None:
+    """Values that hardly differ have one colour; few extreme ones do not hide the others."""
+    near = [0.30 + 1e-4 * i for i in range(20)]
+    assert len({color_range(near, 0, 8).level(value) for value in near}) == 1
+    wide = [*range(20), 1000.0]
+    levels = [color_range(wide, 0, 0).level(value) for value in wide]
+    assert len(set(levels[:20])) > 10 and levels[-1] == len(PALETTE) - 1
+    assert color_range([], 0, 1) == color_range([0.5], 0, 1)
+
+
+def test_colours_can_be_told_apart_without_red_and_green() -> None:
+    rgb = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in PALETTE], np.uint8)
+    assert (np.diff(brightness(rgb)) > 0).all(), "brightness alone orders them"
+
+
+# Every table by each column up and down, and filtered by its last row's first cell.
 TABLES = """
 return [...document.querySelectorAll('.table')].map((table) => {
+  const exact = (cell) => cell.dataset.v ?? cell.textContent.replaceAll(',', '');
   const rows = () => [...table.querySelectorAll('tbody tr')].filter((row) => !row.hidden).map(
-    (row) => [...row.cells].map((cell) => cell.dataset.value ?? cell.textContent));
-  const heads = [...table.querySelectorAll('th')];
-  const result = { heads: heads.map((head) => head.textContent),
+    (row) => [...row.cells].map(
+      (cell) => cell.classList.contains('number') ? exact(cell) : cell.textContent));
+  const heads = [...table.querySelectorAll('thead th')];
+  const result = { heads: heads.map((head) => head.textContent), name: table.dataset.name,
                    numbers: heads.map((head) => head.className === 'number'), before: rows() };
-  result.sorted = heads.map((head, column) => [0, 1].map(() => {
+  result.sorted = heads.map((head) => [0, 1].map(() => {
     head.querySelector('button').click();
     return { order: head.getAttribute('aria-sort'), rows: rows() };
   }));
   const filter = table.querySelector('input');
+  if (!filter) return result;
   const search = (words) => { filter.value = words; filter.dispatchEvent(new Event('input')); };
-  result.word = table.querySelector('tbody').rows[result.before.length - 1].cells[0].textContent;
+  result.word = result.before.at(-1)[0];
   search(result.word.toUpperCase());
   result.filtered = rows();
   result.count = table.querySelector('output').textContent;
@@ -128,88 +485,27 @@ return [...document.querySelectorAll('.table')].map((table) => {
 });
 """
 
-REQUESTS = "return performance.getEntriesByType('resource').map((entry) => entry.name);"
-
-EVERYTHING = f"""
-const plots = (() => {{ {PLOTS} }})();
-const tables = (() => {{ {TABLES} }})();
-const requests = (() => {{ {REQUESTS} }})();
-return {{ plots, tables, requests }};
-"""
-
-Look = Callable[[str, bool], Seen]
-
-
-@pytest.fixture(scope="module")
-def look(pages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Look:
-    """What a browser makes of a page, in light or in dark; each is opened once."""
-
-    @functools.cache
-    def seen(name: str, dark: bool) -> Seen:
-        place = tmp_path_factory.mktemp("look")
-        return look_at(pages[name], place, EVERYTHING, dark=dark, height=HEIGHT)
-
-    return seen
-
-
-every_page = pytest.mark.parametrize("name", ["probe", "compare", "sensitivity"])
-light_and_dark = pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-
-
-def brightness(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    return pixels.astype(np.float64) @ [0.2126, 0.7152, 0.0722]
-
-
-def pixels_of(seen: Seen, box: dict[str, float]) -> npt.NDArray[np.uint8]:
-    top, left = int(box["y"]), int(box["x"])
-    height, width = int(box["height"]), int(box["width"])
-    area = seen.image[top : top + height, left : left + width]
-    assert area.shape == (height, width, 3), "beyond the image"
-    return area
-
 
 @every_page
-@light_and_dark
-def test_plots_are_drawn(look: Look, name: str, dark: bool) -> None:
-    seen = look(name, dark)
-    assert seen.console == []
-    plots = seen.result["plots"]
-    maps = [plot for plot in plots if plot["cells"]]
-    assert len(maps) == MAPS[name] and len(plots) - len(maps) == OTHERS[name]
-    ground = brightness(seen.image[2:3, 2:3]).item()
-    assert ground < 40 if dark else ground > 230
-    for plot in plots:
-        area = pixels_of(seen, plot)
-        colors, counts = np.unique(area.reshape(-1, 3), axis=0, return_counts=True)
-        inked = 1 - counts.max() / counts.sum()
-        assert inked > 0.01 and len(colors) > 20, (plot["texts"], inked)
-        # Lines and letters are grey; the marks are not.
-        inside = pixels_of(seen, plot["inside"]).astype(int)
-        colored = int((np.ptp(inside, axis=2) > 30).sum())
-        assert colored > (inside[..., 0].size / 20 if plot["cells"] else 20), plot["texts"]
-        # The names beside the plot can be read.
-        names = brightness(area[:, :140])
-        assert np.abs(names - ground).max() > 150
-    for plot in maps:
-        assert {"attention.qkv", "feed_forward.w2"} <= set(plot["texts"]), plot["texts"]
-
-
-@every_page
-@light_and_dark
-def test_tables_sort_and_filter(look: Look, name: str, dark: bool) -> None:
-    tables = look(name, dark).result["tables"]
-    assert tables
+def test_tables_sort_and_filter(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    with browser.open(pages[name]) as tab:
+        tables = tab.run(TABLES)
+    assert tables and any("word" in table for table in tables[:-1] + tables[-1:])
     for table in tables:
         before = table["before"]
         assert len({len(row) for row in before}) == 1
         for column, (up, down) in enumerate(table["sorted"]):
             assert (up["order"], down["order"]) == ("ascending", "descending")
             values = [row[column] for row in up["rows"]]
-            assert [row[column] for row in down["rows"]] == values[::-1]
             assert sorted(map(tuple, up["rows"])) == sorted(map(tuple, before))
             if table["numbers"][column]:
                 numbers = [float(value) for value in values if value]
                 assert numbers == sorted(numbers), table["heads"][column]
+                down_numbers = [float(row[column]) for row in down["rows"] if row[column]]
+                assert down_numbers == numbers[::-1]
+        if "word" not in table:
+            assert len(before) <= 15
+            continue
         matching = [r for r in table["after"] if any(table["word"] in text for text in r)]
         assert table["filtered"] == matching != []
         assert table["count"] == f"{len(matching):,} of {len(before):,} rows"
@@ -217,144 +513,140 @@ def test_tables_sort_and_filter(look: Look, name: str, dark: bool) -> None:
         assert len(table["after"]) == len(before)
 
 
-@every_page
-def test_no_request_leaves_a_page(look: Look, pages: dict[str, Path], name: str) -> None:
-    outside = [url for url in look(name, False).result["requests"] if not url.startswith("data:")]
-    assert outside == []
-    text = pages[name].read_text("utf-8")
-    outside_scripts = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
-    assert not re.search(r"(src|href)\s*=\s*\"(?!data:)|@import|url\(", outside_scripts)
+def test_names_are_in_natural_order(browser: Browser, pages: dict[str, Path]) -> None:
+    for name in NAMES:
+        with browser.open(pages[name]) as tab:
+            rows = tab.run(TABLES.replace("result.sorted", "return result; result.sorted"))[-1]
+        blocks = [int(row[0].split(".")[1]) for row in rows["before"] if row[0][:7] == "layers."]
+        assert blocks == sorted(blocks) and len(set(blocks)) > 1, name
 
 
-def test_a_request_is_noticed(page: Path, tmp_path: Path) -> None:
-    asking = tmp_path / "asking.html"
-    image = '<img src="http://example.invalid/x.png"></main>'
-    asking.write_text(page.read_text("utf-8").replace("</main>", image), "utf-8")
-    assert "http://example.invalid/x.png" in look_at(asking, tmp_path, REQUESTS).result
+def download(browser: Browser, page: Path, folder: Path, selector: str, count: int) -> list[Path]:
+    """The files that a click on each button of a page saves."""
+    folder.mkdir()
+    with browser.open(page) as tab:
+        tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        for i in range(count):
+            tab.run(f"document.querySelectorAll('{selector}')[{i}].click();")
+        for _ in range(200):
+            files = [path for path in folder.iterdir() if path.suffix != ".crdownload"]
+            if len(files) == count:
+                break
+            time.sleep(0.05)
+        assert tab.console() == []
+    return sorted(files)
 
 
-def test_colours_can_be_told_apart_without_red_and_green(page: Path) -> None:
-    # Cividis goes from dark blue to light yellow: brightness alone orders it.
-    assert '"#00224e"' in page.read_text("utf-8")
-    from zimage_mxfp8.analysis.pages.figures import Grid, heat_map
-
-    figure = heat_map(Grid(["0", "1"], ["a"]), [[0.0, 1.0]], "x", 2)
-    shades = [color for _, color in figure.data[0].colorscale]
-    rgb = np.array([[int(shade[i : i + 2], 16) for i in (1, 3, 5)] for shade in shades], np.uint8)
-    assert (np.diff(brightness(rgb)) > 0).all()
-
-
-NAMES = """
-const table = document.querySelectorAll('.table')[1];
-const names = () => [...table.querySelectorAll('tbody tr')].filter((row) => !row.hidden).map(
-  (row) => row.cells[0].textContent);
-table.querySelector('th button').click();
-const result = { sorted: names() };
-const filter = table.querySelector('input');
-filter.value = 'REFINER qkv';
-filter.dispatchEvent(new Event('input'));
-result.filtered = names();
-document.querySelector('.copyable button').click();
-result.selected = getSelection().toString();
-return result;
-"""
-
-
-def test_names_sort_by_number_and_the_list_is_copied(
-    page: Path, probe_report: zm.ProbeReport, tmp_path: Path
+def test_tables_are_saved_as_csv(
+    browser: Browser, pages: dict[str, Path], tmp_path: Path, compare_report: zm.CompareReport
 ) -> None:
-    seen = look_at(page, tmp_path, NAMES)
-    assert seen.console == []
-    result = seen.result
-    assert sorted(result["sorted"]) == sorted(tensor.name for tensor in probe_report.tensors)
-    blocks = [int(n.split(".")[1]) for n in result["sorted"] if n.startswith("layers")]
-    assert blocks == sorted(blocks), "numbers in names count as numbers"
-    # Every word has to be found.
-    assert result["filtered"] == [n for n in result["sorted"] if "refiner" in n and "qkv" in n]
-    assert len(result["filtered"]) == 4
-    assert result["selected"] == probe_report.exclude_layers
+    files = download(browser, pages["compare"], tmp_path / "csv", ".csv", 4)
+    assert [path.name for path in files] == [
+        f"{name}.csv" for name in ("claims", "formats", "groups", "layers")
+    ]
+    layers = list(csv.DictReader(io.StringIO(files[-1].read_bytes().decode())))
+    wanted = {layer.tensor: layer for layer in compare_report.layers}
+    assert len(layers) == len(wanted)
+    for row in layers:
+        layer = wanted[row["tensor"]]
+        assert (int(row["rows"]), int(row["columns"])) == layer.shape
+        assert float(row["NVFP4 (dB)"]) == layer.formats["nvfp4"].snr_db, "all digits"
+        assert float(row["error in MXFP8 (%)"]) == (
+            100 * layer.formats["mxfp8-e4m3"].relative_squared_error
+        )
+    claims = list(csv.reader(io.StringIO(files[0].read_bytes().decode())))
+    assert [row[2] for row in claims[1:]] == [answer.finding for answer in compare_report.answers]
 
 
-def pattern_on(page: Path) -> re.Pattern[str]:
-    """The exclusion list that a page shows."""
-    shown = re.search(r"<pre>(.*?)</pre>", page.read_text("utf-8"), re.DOTALL)
-    assert shown is not None
-    return re.compile(unescape(shown[1]))
-
-
-def test_sizes_by_score_are_those_that_convert_plans(
-    page: Path, probe_report: zm.ProbeReport
+def test_formats_are_sorted_by_error_with_their_size(
+    browser: Browser, pages: dict[str, Path], compare_report: zm.CompareReport
 ) -> None:
-    text = page.read_text("utf-8").partition("<figcaption>Size against scores")[2]
-    found = re.search(r'application/json">(.*?)</script>', text)
-    assert found is not None
-    path, chosen = json.loads(found[1])["data"]
-    ordered = sorted(probe_report.tensors, key=lambda tensor: -tensor.score)
-
-    def nbytes(kept: list[str]) -> int:
-        """Of codes, scales and what is kept; not of the header and the markers in it."""
-        names = "|".join(re.escape(name) for name in [*kept, "_embedder.", "final_layer."])
-        recipe = zm.Recipe("r", "", "", (KeepRule("r", re.compile(names), "r"),))
-        places = zm.plan_conversion(probe_report.path, zm.ConversionOptions(recipe=recipe)).places
-        return sum(p.nbytes for name, p in places.items() if not name.endswith(".comfy_quant"))
-
-    kept = [tensor for tensor in ordered if tensor.effective == "*KEEP*"]
-    least = nbytes([tensor.name for tensor in kept])
-    assert chosen["x"] == [probe_report.recipe_bytes / 2**30]
-    for count in (0, 1, 20, 150, len(ordered)):
-        size = nbytes([tensor.name for tensor in ordered[:count]])
-        assert (path["x"][count] - chosen["x"][0]) * 2**30 == pytest.approx(size - least)
-        left = sum(tensor.score for tensor in ordered[count:])
-        assert path["y"][count] == pytest.approx(left, abs=1e-9)
-    assert chosen["y"][0] == pytest.approx(sum(x.score for x in ordered if x not in kept))
-
-
-def test_the_list_of_measured_sensitivity_keeps_what_the_report_keeps(
-    pages: dict[str, Path], sensitivity_report: zm.SensitivityReport
-) -> None:
-    pattern = pattern_on(pages["sensitivity"])
-    kept = [m.name for m in sensitivity_report.layers if pattern.search(f"{m.name}.weight")]
-    assert sorted(kept) == list(sensitivity_report.smallest.kept) != []
-
-
-def test_the_list_of_formats_keeps_what_is_above_the_bound(
-    pages: dict[str, Path], compare_report: zm.CompareReport
-) -> None:
-    pattern = pattern_on(pages["compare"])
-    kept = [layer.name for layer in compare_report.layers if pattern.search(layer.name)]
-    errors = {x.name: x.formats["mxfp8-e4m3"].relative_squared_error for x in compare_report.layers}
-    assert kept == [name for name, error in errors.items() if error > BOUND]
-    assert 0 < len(kept) < len(errors)
-    text = pages["compare"].read_text("utf-8")
-    assert "NVFP4" in text and "16 times finer" in text
-
-
-def test_pages_of_little(tmp_path: Path) -> None:
-    """A model without Z-Image's blocks, and one timestep of blocks that none comes before."""
-    save_file(random_tensors({"a.weight": (64, 64), "b.weight": (32, 64)}), tmp_path / "other")
-    other = zm.compare(tmp_path / "other", any_model=True)
-    text = compare_page(other, 1.0)
-    assert (
-        text.count("<figcaption>") == 1 and "No layer has a relative squared error above 1" in text
+    with browser.open(pages["compare"]) as tab:
+        tables = tab.run(TABLES.replace("result.sorted", "return result; result.sorted"))
+    (table,) = (table for table in tables if table["name"] == "formats")
+    assert table["heads"][-1] == "size (MiB)", "a unit that fits a small model"
+    rows = [(float(row[1]), float(row[-1]) * MIB) for row in table["before"]]
+    wanted = sorted(
+        (100 * error.relative_squared_error, compare_report.sizes[name].model_bytes)
+        for name, error in compare_report.total.formats.items()
     )
-    make_reference(dim=128, layers=1).save_pretrained(tmp_path / "model")
-    report = zm.analyse_sensitivity(
-        tmp_path / "model", size=(32, 32), timesteps=1, bound=10, device="cpu"
+    assert rows == [pytest.approx(row) for row in wanted]
+
+
+def test_drawings_are_saved_as_png(
+    browser: Browser, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    files = download(browser, pages["probe"], tmp_path / "png", "button.png", 2)
+    assert [path.name for path in files] == ["network.png", "size-and-error.png"]
+    for path in files:
+        image = np.array(Image.open(path).convert("RGB"))
+        assert image.shape[1] > 1600, "twice the size on the page"
+        assert (image[0, 0] == 255).all()
+    network = np.array(Image.open(files[0]).convert("RGB")).reshape(-1, 3)
+    found = {"#" + bytes(color).hex() for color in np.unique(network, axis=0)}
+    content = embedded(pages["probe"])
+    used = {content["palette"][level] for level in content["metrics"][0]["levels"]}
+    assert used <= found
+
+
+def test_links_lead_to_pages_that_are_there(
+    browser: Browser, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    links = "return [...document.querySelectorAll('nav a')].map((a) => [a.textContent, a.href]);"
+    for name, wanted in (("probe", []), ("compare", ["probe"]), ("sensitivity", NAMES[:2])):
+        with browser.open(pages[name]) as tab:
+            assert tab.run(links) == [[other, pages[other].as_uri()] for other in wanted]
+            here = tab.run("return document.querySelector('nav [aria-current]').textContent;")
+            assert here == name
+    assert links_beside(tmp_path / "probe.html") == {}
+    (tmp_path / "evaluate.html").touch()
+    (tmp_path / "probe.html").touch()
+    assert links_beside(tmp_path / "probe.html") == {"evaluate": "evaluate.html"}
+    assert links_beside(tmp_path / "p.html") == {
+        "probe": "probe.html",
+        "evaluate": "evaluate.html",
+    }
+
+
+def test_a_layer_shows_its_figures(browser: Browser, pages: dict[str, Path]) -> None:
+    point = """
+    const cell = document.querySelector('svg.map.wide .cell[data-i="3"] rect');
+    cell.dispatchEvent(new PointerEvent('pointerover', { bubbles: true }));
+    return document.querySelector('.reading').textContent;
+    """
+    with browser.open(pages["probe"]) as tab:
+        text = tab.run(point)
+    content = embedded(pages["probe"])
+    assert text.startswith(f"{content['layers'][3]}, number ")
+    for metric in content["metrics"]:
+        assert f"{metric['title']}: {metric['texts'][3]}" in text
+
+
+def test_the_pattern_is_copied(browser: Browser, pages: dict[str, Path]) -> None:
+    with browser.open(pages["probe"]) as tab:
+        copied = tab.run(
+            "document.querySelector('.copyable button').click();"
+            "const text = document.querySelector('.copyable pre').textContent;"
+            "return [getSelection().toString(), text];"
+        )
+    assert copied[0] == copied[1] != ""
+
+
+def test_reasons_are_explained(pages: dict[str, Path], probe_report: zm.ProbeReport) -> None:
+    text = unescape(pages["probe"].read_text("utf-8"))
+    for reason in {tensor.reason for tensor in probe_report.tensors}:
+        count = sum(tensor.reason == reason for tensor in probe_report.tensors)
+        noun = "weight" if count == 1 else "weights"
+        assert re.search(rf"<dt>{reason} \({count} {noun}\)</dt><dd>\w.{{20,}}?</dd>", text), reason
+
+
+def test_merged_patterns() -> None:
+    names = ["layers.10.a.weight", "layers.2.a.weight", "b.weight", "layers.2.adaLN.0.weight"]
+    assert merged_pattern(names) == (
+        r"b\.weight|layers\.(2|10)\.a\.weight|layers\.(2)\.adaLN\.0\.weight"
     )
-    text = sensitivity_page(report)
-    assert "Activation peak" in text
-    assert "Drift in time" not in text and "Drift in depth" not in text
-
-
-def test_tags_in_names_of_layers(tmp_path: Path) -> None:
-    """Plotly knows some tags, links among them."""
-    kind = '<a href="http://x">&amp;</a>'
-    save_file({f"layers.{i}.{kind}.weight": torch.ones(2, 2) for i in (0, 1)}, tmp_path / "a")
-    report = zm.compare(tmp_path / "a", any_model=True, low_rank="none")
-    (tmp_path / "c.html").write_text(compare_page(report, 1e-3), "utf-8")
-    seen = look_at(tmp_path / "c.html", tmp_path, PLOTS)
-    assert seen.console == []
-    assert kind in seen.result[1]["texts"]
+    assert merged_pattern([]) is None
+    assert merged_pattern(["a.weight"], whole=True) == r"^(a\.weight)$"
 
 
 def test_the_list_of_formats_finds_its_layers_only(tmp_path: Path) -> None:
@@ -366,8 +658,9 @@ def test_the_list_of_formats_finds_its_layers_only(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "a.safetensors")
     report = zm.compare(tmp_path / "a.safetensors", any_model=True, low_rank="none")
-    shown = re.search(r"<pre>(.*?)</pre>", compare_page(report, 1e-3), re.DOTALL)
-    assert shown is not None
+    text = compare_page(report, 1e-3)
+    shown = re.search(r"<pre>(.*?)</pre>", text, re.DOTALL)
+    assert shown is not None and "No map: these layers are in none" in text
     plan = zm.plan_conversion(
         tmp_path / "a.safetensors",
         zm.ConversionOptions(exclude_layers=[unescape(shown[1])], any_model=True),
@@ -375,31 +668,108 @@ def test_the_list_of_formats_finds_its_layers_only(tmp_path: Path) -> None:
     assert [p.source.name for p in plan.quantized] == ["a.weights.weight", "aa.weight"]
 
 
-def test_a_map_of_gaps() -> None:
-    from zimage_mxfp8.analysis.pages.figures import Grid, heat_map
+def test_pages_of_little(sensitivity_report: zm.SensitivityReport) -> None:
+    """One timestep of blocks that none comes before, and a bound that everything holds."""
+    report = replace(
+        sensitivity_report,
+        layers=tuple(replace(m, by_step=m.by_step[:1]) for m in sensitivity_report.layers),
+        salience={n: replace(s, depth_drift=0.0) for n, s in sensitivity_report.salience.items()},
+        bound=10.0,
+        smallest=sensitivity_report.everything,
+    )
+    text = sensitivity_page(report)
+    assert "Activation peak" in text
+    assert "Drift in time" not in text and "Drift in depth" not in text
+    assert '<output class="count">0</output>' in text and "<pre></pre>" in text
 
-    figure = heat_map(Grid(["0"], ["a"]), [[None]], "x", 2)
-    assert (figure.data[0].zmin, figure.data[0].zmax) == (0, 1)
+
+def test_a_map_without_a_slider() -> None:
+    """As of a file whose layers were kept by a recipe."""
+    layers = {f"layers.{i}.attention.qkv": float(i) for i in range(12)}
+    metrics = [Metric[float]("n", lambda value: value, lambda value: f"{value:.0f}", 0, 11)]
+    text = NetworkMap(layers, metrics, kept=["layers.2.attention.qkv.weight"]).html()
+    assert text.count('class="cell kept" data-i="2"') == text.count("cell kept") == 2  # drawings
+    assert 'type="range"' not in text and "<legend>" not in text
 
 
-def test_a_page_that_is_broken_is_noticed(page: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.html"
-    broken.write_text(page.read_text("utf-8").replace("Plotly.newPlot", "Plotly.oldPlot"), "utf-8")
-    seen: Seen = look_at(broken, tmp_path, PLOTS)
-    assert any("oldPlot" in line for line in seen.console)
-    assert {plot["cells"] + plot["points"] for plot in seen.result} == {0}
+class _Elements(HTMLParser):
+    """Names of the elements of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.found.add(tag)
 
 
-def test_names_are_shown_as_they_are(page: Path, probe_report: zm.ProbeReport) -> None:
-    text = page.read_text("utf-8")
-    assert "<h1>Sensitivity of &lt;b&gt;&amp;.safetensors</h1>" in text
-    assert probe_report.exclude_layers in unescape(text)
-    table = Table([Column("name"), Column("n", 1)], [["</script><i>", 2], ["\n", 0.25]])
+def test_names_of_layers_do_not_command_the_page(browser: Browser, tmp_path: Path) -> None:
+    hostile = [
+        '<a href="http://x">&amp;</a>',
+        "</script><script>window.owned = 1</script>",
+        "\" onpointerover='window.owned = 1' x=\"",
+        "<img src=x onerror=window.owned=1>",
+        "a\n\x1b[31m`${window.owned = 1}`",
+    ]
+    tensors = {f"layers.{i}.{kind}.weight": torch.ones(2, 2) for kind in hostile for i in (0, 1)}
+    save_file(tensors, tmp_path / "a")
+    report = zm.compare(tmp_path / "a", any_model=True, low_rank="none")
+    page = tmp_path / "c.html"
+    page.write_text(compare_page(report, 1e-3, Origin("<script>window.owned=1</script>")), "utf-8")
+    elements = _Elements()
+    elements.feed(page.read_text("utf-8"))
+    assert not {"img"} & elements.found
+    with browser.open(page) as tab:
+        tab.run(SLIDE.replace("COUNTS", "[1, 5]"))
+        cells = "document.querySelectorAll('.cell rect')"
+        tab.run(
+            f"for (const cell of {cells}) cell.dispatchEvent("
+            "new PointerEvent('pointerover', { bubbles: true }));"
+        )
+        assert tab.run("return window.owned ?? 0;") == 0
+        assert tab.console() == []
+        assert tab.run("return document.querySelectorAll('a, img').length;") == 0
+        names = tab.run(
+            "return [...document.querySelectorAll('tbody th')].map((e) => e.textContent);"
+        )
+        assert len(tab.requests()) == 1
+        assert tab.run(CUT)["scroll"] == 0
+    assert f"layers.0.{hostile[0]}.weight" in names
+    assert "layers.1.a\\n\\x1b[31m`${window.owned = 1}`.weight" in names
+
+
+def test_a_request_and_an_error_are_noticed(
+    browser: Browser, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    asking = tmp_path / "asking.html"
+    more = '<img src="http://example.invalid/x.png"><script>broken()</script></main>'
+    asking.write_text(pages["probe"].read_text("utf-8").replace("</main>", more), "utf-8")
+    with browser.open(asking) as tab:
+        assert "http://example.invalid/x.png" in tab.requests()
+        assert any("broken" in message for message in tab.console())
+
+
+def test_a_cut_column_is_noticed(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+    wide = tmp_path / "wide.html"
+    text = pages["probe"].read_text("utf-8")
+    wide.write_text(text.replace("</style>", "td { min-width: 300px }</style>"), "utf-8")
+    with browser.open(wide) as tab:
+        seen = tab.run(CUT)
+    assert any("rows" in element for element in seen["cut"])
+
+
+def test_names_are_shown_as_they_are(pages: dict[str, Path]) -> None:
+    text = pages["probe"].read_text("utf-8")
+    assert "<title>Sensitivity of &lt;b&gt;&amp;.safetensors</title>" in text
+    assert "&#x27;&lt;i&gt;&#x27;" in text
+    table = Table([Column("name"), Column("n", 1)], [["</script><i>", 2], ["\n", 1234.25]], "t")
     blocks = [Paragraph("a < b"), Copyable("<", ">"), table]
-    rendered = render_page("<t>", [Section("&", blocks)])
-    for shown in ("a &lt; b", "&lt;/script&gt;&lt;i&gt;", "<td>\\n</td>", ">2.0<", ">0.2<"):
+    page = Page("probe", "<t>", "?", [], [Tile("<", ">", "&", "good")], [Section("&", blocks)])
+    rendered = render_page(page, styles="/* own */", scripts="// own")
+    for shown in ("a &lt; b", "&lt;/script&gt;&lt;i&gt;", ">\\n</th>", ">2.0<", ">1,234.2<"):
         assert shown in rendered
     assert "<i>" not in rendered.partition("<script>")[0]
+    assert "/* own */</style>" in rendered and "// own</script>" in rendered
 
 
 @pytest.mark.parametrize(
@@ -409,11 +779,13 @@ def test_html_from_the_command_line(
     in_process: Run, small_file: Path, tmp_path: Path, command: str, options: list[str]
 ) -> None:
     arguments = (command, small_file, "--html", "p.html", *options)
-    result = in_process(*arguments, "--json")
+    result = in_process(*arguments)
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "p.html").read_text("utf-8")
     assert text.startswith("<!DOCTYPE html>") and "layers.29.attention.qkv.weight" in text
+    assert f"<code>zimage-mxfp8 {command} " in text and "--html p.html" in text
     again = in_process(*arguments)
     assert again.returncode == 1 and "p.html exists; --overwrite" in again.stderr
-    assert in_process(*arguments, "--overwrite").returncode == 0
+    (tmp_path / "p.html").unlink()
+    assert in_process(*arguments).returncode == 0
     assert (tmp_path / "p.html").read_text("utf-8") == text, "the same input, the same page"

@@ -32,7 +32,6 @@ from zimage_mxfp8.analysis.probe.weight_metrics import (
     moments_of,
     pattern_values,
 )
-from zimage_mxfp8.cli.main import main
 
 Row = dict[str, str]
 REASONS = {
@@ -610,21 +609,6 @@ def test_a_full_disk_leaves_nothing(cli: Run, small_file: Path, tmp_path: Path) 
 
     result = cli("probe", small_file, "--csv", "p.csv", preexec_fn=limit)
     fails(result, 1, "p.csv could not be written")
-    only(tmp_path)
-
-
-def test_html_without_plotly(
-    small_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("zimage_mxfp8.system.optional_packages.find_spec", lambda name: None)
-    assert main(["probe", str(small_file), "--html", str(tmp_path / "a.html")]) == 1
-    assert (
-        '--html needs plotly, which is not installed; run pip install "zimage-mxfp8[plots]"'
-        in capsys.readouterr().err
-    )
     only(tmp_path)
 
 

@@ -137,7 +137,7 @@ def test_probe_commands(small_file: Path, tmp_path: Path) -> None:
     shutil.copy(small_file, tmp_path / "z_image_turbo_bf16.safetensors")
     block = block_with(GUIDE / "probe.md", "sh", "zimage-mxfp8 probe")
     run_in_shell(block[block.index("zimage-mxfp8 probe") :], tmp_path)
-    assert (tmp_path / "p.csv").is_file() and (tmp_path / "p.html").is_file()
+    assert (tmp_path / "p.csv").is_file() and (tmp_path / "probe.html").is_file()
     assert zm.validate(tmp_path / "z_image_turbo-probe.safetensors", small_file).ok
 
 

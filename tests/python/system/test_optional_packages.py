@@ -121,7 +121,6 @@ def test_commands_say_the_same(small_file: Path) -> None:
             ["sensitivity", small_file],
             "sensitivity needs torch, which is not installed; run pip",
         ),
-        ("plotly", ["probe", small_file, "--html", "x.html"], "--html needs plotly, which is not"),
         (
             "torch",
             ["convert", small_file, "x.safetensors", "--bias-correction", "synthetic"],
@@ -138,11 +137,11 @@ def test_extras_that_are_named_exist_with_their_modules() -> None:
     """Those of `needed("torch", ...)` and the like, and what Python calls their packages."""
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
     declared = project["project"]["optional-dependencies"]
-    calls = re.compile(r"\b(?:needed|missing|check_installed)\(\s*\"(\w+)\"")
+    calls = re.compile(r"\b(?:needed|missing)\(\s*\"(\w+)\"")
     sources = Path(optional_packages.__file__).parents[1].rglob("*.py")
     named = {extra for file in sources for extra in calls.findall(file.read_text("utf-8"))}
     named |= set(optional_packages._NEEDED.values())
-    assert {"analysis", "evaluate", "generate", "hub", "plots", "torch"} <= named
+    assert {"analysis", "evaluate", "generate", "hub", "torch"} <= named
     assert named <= declared.keys() & extras.requirements().keys()
     for each in extras.requirements().values():
         for requirement in each:

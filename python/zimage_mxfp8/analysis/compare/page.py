@@ -9,10 +9,11 @@ from ...streaming.error_stats import snr_db
 from ...text import natural_order, plural
 from ...zimage.layers import ZIMAGE
 from ..pages.blocks import Cell, Column, Paragraph, Table
-from ..pages.chart import Choice, SizeChart
+from ..pages.chart import NamedSet, SizeChart
 from ..pages.keep import KeepOrder
 from ..pages.network import Metric, NetworkMap
 from ..pages.page import FROM_PROGRAM, Fact, Origin, Page, Section, Tile, render_page
+from ..pages.units import fitting_unit
 from .formats import BASE_FORMATS, FORMATS
 from .report import MXFP8, CompareReport, LayerComparison, gain_db
 
@@ -38,8 +39,9 @@ def compare_page(report: CompareReport, bound: float, origin: Origin = FROM_PROG
         origin: how the page came to be.
     """
     keep = _keep(report, bound)
+    how_to_read = _HOW_TO_READ if any(map(_in_block, report.layers)) else _WITHOUT_BLOCKS
     sections = [
-        Section("The network", [Paragraph(_HOW_TO_READ), _network(report, keep, bound)]),
+        Section("The network", [Paragraph(how_to_read), _network(report, keep, bound)]),
         Section("Formats", [Paragraph(_formats_text(report)), _formats(report)]),
         Section("Size against error", [Paragraph(_SIZES), SizeChart(keep, _choices(report))]),
         Section("What is said about 8 bits", [_answers(report)]),
@@ -67,6 +69,7 @@ _HOW_TO_READ = (
     "All formats share one range of colours, around the bound. The slider keeps the layers that "
     "lose most in MXFP8; layers outside the blocks are always kept, as in every recipe."
 )
+_WITHOUT_BLOCKS = "The slider keeps the layers that lose most in MXFP8."
 _SIZES = (
     "The relative squared error of all weights, with kept layers counted as 16 bits a weight and "
     "no error."
@@ -169,14 +172,14 @@ def _loss(name: str, harmless: float, harmful: float) -> Metric[LayerComparison]
     )
 
 
-def _choices(report: CompareReport) -> list[Choice]:
+def _choices(report: CompareReport) -> list[NamedSet]:
     card = load_recipe(DEFAULT)
     kept = [x.name for x in report.layers if any(rule.matches(x.name, "") for rule in card.keep)]
     if not 0 < len(kept) < len(report.layers):
         return []
     mix = report.keeping(kept)
     name = f"recipe {DEFAULT} ({plural(mix.kept, 'layer')})"
-    return [Choice(name, mix.size.model_bytes, mix.error.relative_squared_error)]
+    return [NamedSet(name, mix.size.model_bytes, mix.error.relative_squared_error)]
 
 
 def _formats_text(report: CompareReport) -> str:
@@ -189,7 +192,7 @@ def _formats_text(report: CompareReport) -> str:
 
 def _formats(report: CompareReport) -> Table:
     order = sorted(FORMATS, key=lambda name: report.total.formats[name].relative_squared_error)
-    divisor, unit = _unit(max(size.model_bytes for size in report.sizes.values()))
+    divisor, unit = fitting_unit(max(size.model_bytes for size in report.sizes.values()))
     all_in_mxfp8 = report.total.formats[MXFP8].relative_squared_error
     rows: list[list[Cell]] = []
     for name in order:
@@ -204,16 +207,11 @@ def _formats(report: CompareReport) -> Table:
         )
     columns = [
         *(Column("format"), Column("relative squared error (%)", 4, dots=True)),
-        *(Column("standard error (%)", 4), Column("SNR (dB)", 2)),
+        *(Column("standard error (%)", 5), Column("SNR (dB)", 2)),
         *(Column("gain over MXFP8 E4M3 (dB)", 2), Column("bits a weight", 2)),
         Column(f"size ({unit})", 2),
     ]
     return Table(columns, rows, "formats", [order.index(MXFP8)])
-
-
-def _unit(nbytes: int) -> tuple[int, str]:
-    """The unit that fits a size, with its number of bytes."""
-    return (2**30, "GiB") if nbytes >= 2**30 else (2**20, "MiB")
 
 
 def _answers(report: CompareReport) -> Table:
@@ -248,7 +246,7 @@ def _layers(report: CompareReport) -> Table:
             *(layer.tensor, *layer.shape, 100 * _error(layer)),
             *(layer.formats[name].snr_db for name in BASE_FORMATS),
         ]
-        for layer in sorted(report.layers, key=lambda layer: natural_order(layer.tensor))
+        for layer in report.layers
     ]
     return Table(columns, rows, "layers")
 

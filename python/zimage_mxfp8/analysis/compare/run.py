@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from ...streaming.error_stats import ErrorStats, merge_rows
 from ...streaming.jobs import Job, Progress, row_chunks, run_jobs
 from ...streaming.rows import as_matrix, encode_rows, measure_rows, read_rows
 from ...streaming.worker import Worker
+from ...text import natural_order
 from .formats import E4M3, FORMATS, element, measure
 from .low_rank import MAX_ELEMENTS, STEPS, measure_low_rank
 from .report import (
@@ -51,7 +51,6 @@ DEFAULT_SAMPLE: Final = 1 / 8
 DEFAULT_BOUND: Final = 1e-3
 _TILE_ROWS: Final = 128  # that are sampled together
 _FEWEST_TILES: Final = 2  # of which a standard error can be computed
-_MAX_DIGITS: Final = 9  # of a number in a name that is sorted as one
 # Magnitude of a weight, far beyond any model's; near float32's limit, products and MXFP8's own
 # rounding become infinite.
 _LARGEST: Final = 2.0**100
@@ -207,7 +206,7 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
     except ValueError as error:
         raise UsageError("layers", f'"{layers}" is no regular expression: {error}') from None
     linears = []
-    for name in sorted(checkpoint.tensors, key=_natural_order):
+    for name in sorted(checkpoint.tensors, key=natural_order):
         tensor = checkpoint.tensors[name]
         is_matrix = len(tensor.shape) == 2 and tensor.nbytes > 0
         if not (name in scope and name.endswith(markers.WEIGHT_SUFFIX) and is_matrix):
@@ -233,11 +232,6 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
     if not linears:
         raise CheckpointError(f"{checkpoint.path} has no weight matrices")
     return linears
-
-
-def _natural_order(name: str) -> str:
-    """Return a sort key with layers.2 before layers.10."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(_MAX_DIGITS), name)
 
 
 def _with_stage(

@@ -11,6 +11,7 @@ from .colors import PALETTE, Range
 from .markup import breakable, element, text
 
 _FILTERED = 15  # rows up to which a table is seen at a glance
+_SHORT = 24  # characters of words that stay on one line
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,10 @@ class Table:
             search = element("label", "Filter " + element("input", type="search"))
         button = element("button", "Download CSV", type="button", class_="csv")
         tools = element("div", search + count + button, class_="tools")
+        long_names = any(len(str(row[0])) > _SHORT for row in self.rows)
+        kind = "rows named" if long_names else "rows"
         return element(
-            "div",
-            tools + element("div", table, class_="rows"),
-            class_="table",
-            data_name=self.name,
+            "div", tools + element("div", table, class_=kind), class_="table", data_name=self.name
         )
 
     def _cells(self, row: Sequence[Cell], scales: Sequence[Range | None]) -> str:
@@ -150,8 +150,11 @@ def _cell(column: Column, value: Cell, scale: Range | None) -> str:
     if value is None:
         return "<td></td>"
     if column.digits is None or isinstance(value, str):
-        return element("td", breakable(str(value)))
-    shown = f"{value:,.{column.digits}f}"
+        words = str(value)
+        if len(words) <= _SHORT:
+            return element("td", text(words), class_="short")
+        return element("td", breakable(words))
+    shown = f"{round(value, column.digits) + 0.0:,.{column.digits}f}"  # no "-0.00"
     exact = repr(value)
     kept = exact if exact != shown.replace(",", "") else None
     content = shown if scale is None else _dotted(value, shown, scale)
@@ -163,5 +166,7 @@ def _dotted(value: float, shown: str, scale: Range) -> str:
     if value > 0:
         at = math.log10(value)
         share = (at - scale.low) / (scale.high - scale.low) if scale.high > scale.low else 0.0
-        dot = element("i", style=f"left:{100 * share:.1f}%;background:{PALETTE[scale.level(at)]}")
+        dot = element(
+            "i", style=f"left:calc((100% - 14px)*{share:.3f});background:{PALETTE[scale.level(at)]}"
+        )
     return element("span", element("span", dot, class_="track") + shown, class_="dotted")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from .keep import KeepOrder
 from .markup import element, text
+from .units import fitting_unit
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 28, 24, 34  # margins
-_UNITS = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB", 1: "B"}
 
 
 @dataclass(frozen=True)
-class Choice:
+class NamedSet:
     """A set of kept layers with a name.
 
     Attributes:
@@ -39,7 +39,7 @@ class SizeChart:
     """
 
     keep: KeepOrder
-    choices: Sequence[Choice] = ()
+    choices: Sequence[NamedSet] = ()
     bound: float | None = None
 
     def html(self) -> str:
@@ -53,8 +53,9 @@ class SizeChart:
 
     def _svg(self, kind: str, width: int, height: int) -> str:
         keep, axes = self.keep, self._axes(width, height)
-        points = [axes.at(*point) for point in zip(keep.nbytes(), keep.errors(), strict=True)]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        places = (axes.at(*point) for point in zip(keep.nbytes(), keep.errors(), strict=True))
+        points = [(round(x, 1), round(y, 1)) for x, y in places]
+        path = "M" + "L".join(f"{x} {y}" for x, y in points)
         x, y = points[keep.chosen]
         parts = [
             self._grid(axes, 6 if kind == "wide" else 3),
@@ -76,7 +77,7 @@ class SizeChart:
             height=height,
             role="img",
             aria_label=f"{keep.error} against size, for each number of kept layers",
-            data_points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points),
+            data_points=" ".join(f"{x},{y}" for x, y in points),
         )
 
     def _axes(self, width: int, height: int) -> _Axes:
@@ -92,11 +93,11 @@ class SizeChart:
             parts.append(element("line", x1=_LEFT, x2=axes.end, y1=y, y2=y, class_="grid"))
             label = self.keep.error_text(error)
             parts.append(element("text", label, x=_LEFT - 8, y=y, class_="kind"))
-        unit = next((u for u in (2**30, 2**20, 2**10) if axes.most >= u), 1)
+        unit, name = fitting_unit(axes.most)
         for size in _ticks(axes.least / unit, axes.most / unit, columns):
             x, y = axes.at(size * unit, 0.0)
             if _LEFT - 1 <= x <= axes.end + 1:
-                label = f"{size:,.4g} {_UNITS[unit]}"
+                label = f"{size:,.4g} {name}"
                 parts.append(element("line", x1=x, x2=x, y1=y, y2=y + 5, class_="grid"))
                 parts.append(element("text", label, x=x, y=y + 20, text_anchor="middle"))
         return "".join(parts)
@@ -105,7 +106,8 @@ class SizeChart:
         _, y = axes.at(axes.least, bound)
         line = element("line", x1=_LEFT, x2=axes.end, y1=y, y2=y, class_="bound")
         words = f"bound {self.keep.error_text(bound)}"
-        return line + element("text", words, x=axes.end, y=y - 7, class_="bound-name")
+        below = y + 15 if y < axes.height - _BOTTOM - 30 else y - 7
+        return line + element("text", words, x=axes.end, y=below, class_="bound-name")
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,14 @@ class _Axes:
         return _LEFT + share * (self.end - _LEFT), _TOP + (1 - error / self.highest) * inside
 
 
-def _named(axes: _Axes, choice: Choice) -> str:
+def _named(axes: _Axes, choice: NamedSet) -> str:
     x, y = axes.at(choice.nbytes, choice.error)
     end = x > axes.width * 0.55
     name = element(
         "text",
         text(choice.name),
         x=x - 12 if end else x + 12,
-        y=y - 11,
+        y=y - (30 if end else 11),  # the line is higher on the left
         text_anchor="end" if end else "start",
         class_="name",
     )

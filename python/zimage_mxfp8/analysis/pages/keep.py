@@ -85,7 +85,9 @@ def slider(keep: KeepOrder) -> str:
     count, chosen = len(keep.names), keep.chosen
     number = element("output", f"{chosen:,}", class_="count")
     label = element("label", f"Keep {number} of {plural(count, 'layer')} in BF16", for_="keep")
-    bar = element("input", id="keep", type="range", min=0, max=count, value=chosen)
+    bar = element(
+        "input", id="keep", type="range", min=0, max=count, value=chosen, autocomplete="off"
+    )
     reset = element("button", f"Recommended: {chosen:,}", type="button", class_="reset")
     size, error = keep.nbytes()[chosen], keep.errors()[chosen]
     figures = "".join(
@@ -103,4 +105,4 @@ def slider(keep: KeepOrder) -> str:
 
 def _how(keep: KeepOrder) -> str:
     measured = keep.measured is not None and keep.chosen in keep.measured
-    return "measured" if measured else "estimated between measured sets"
+    return "this error was measured" if measured else "this error is estimated"

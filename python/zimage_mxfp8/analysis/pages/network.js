@@ -1,5 +1,10 @@
 // ---- the map of the network
-const rounded = (value) => String(Number(value.toPrecision(3)));
+// Three digits, as Python's format ".3g".
+function rounded(value) {
+  const short = Number(value.toPrecision(3));
+  if (short === 0 || Math.abs(short) >= 1e-4) return String(short);
+  return short.toExponential().replace(/e-(\d)$/, "e-0$1");
+}
 
 function sizeText(bytes) {
   if (bytes < 1024) return `${bytes} B`;
@@ -14,16 +19,17 @@ function sizeText(bytes) {
 function mergedPattern(names, whole) {
   const escaped = (text) => text.replace(/[()[\]{}?*+\-|^$\\.&~# \t\n\r\v\f]/g, "\\$&");
   const groups = new Map();
-  for (const name of names) {
+  for (const name of [...names].sort()) {
     const match = /^(.*?\.)(0|[1-9][0-9]*)(\..+)$/s.exec(name);
     const key = JSON.stringify(match ? [match[1], match[3]] : [name, ""]);
     if (!groups.has(key)) groups.set(key, []);
-    if (match) groups.get(key).push(Number(match[2]));
+    if (match) groups.get(key).push(match[2]);
   }
   const alternatives = [...groups].map(([key, numbers]) => {
     const [head, tail] = JSON.parse(key);
     if (!numbers.length) return escaped(head);
-    return `${escaped(head)}(${numbers.sort((a, b) => a - b).join("|")})${escaped(tail)}`;
+    numbers.sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
+    return `${escaped(head)}(${numbers.join("|")})${escaped(tail)}`;
   });
   const pattern = alternatives.join("|");
   return pattern && whole ? `^(${pattern})$` : pattern;
@@ -74,7 +80,7 @@ for (const network of document.querySelectorAll(".network")) {
   if (!keep) continue;
   // Kept layers
   const bar = find("#keep");
-  const recommended = bar.value;
+  const recommended = bar.defaultValue;
   const show = () => {
     const count = Number(bar.value);
     const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
@@ -86,7 +92,9 @@ for (const network of document.querySelectorAll(".network")) {
     find(".error").textContent = keep.percent ? `${rounded(100 * error)} %` : rounded(error);
     if (keep.measured) {
       const measured = keep.measured.includes(count);
-      find(".how").textContent = measured ? "measured" : "estimated between measured sets";
+      find(".how").textContent = measured
+        ? "this error was measured"
+        : "this error is estimated";
     }
     for (const cell of cells) {
       cell.classList.toggle("kept", ranks.get(layers[cell.dataset.i]) < count);
@@ -106,5 +114,4 @@ for (const network of document.querySelectorAll(".network")) {
     bar.value = recommended;
     show();
   });
-  if (bar.value !== bar.defaultValue) show(); // a browser may restore what a reader chose
 }

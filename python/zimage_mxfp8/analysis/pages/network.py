@@ -29,7 +29,7 @@ _HEAD = 46
 _LEGEND = 64
 _NARROW_WIDTH, _NARROW_LABELS, _NARROW_ROW, _NARROW_HEAD = 350, 84, 22, 138
 
-_EXCLUSIONS = "Exclusion list of these layers for a conversion (--exclude-layers)"
+_EXCLUSIONS = "Exclusion list of these layers for a conversion:"
 _READING = element("output", "Point at a layer for its figures.", class_="reading")
 _DOWNLOAD = element("button", "Download PNG", type="button", class_="png")
 
@@ -105,7 +105,7 @@ class NetworkMap(Generic[Layer]):
         control = pattern = ""
         if self.keep is not None:
             control = slider(self.keep)
-            pattern = Copyable(f"{_EXCLUSIONS}:", self.keep.pattern()).html()
+            pattern = Copyable(_EXCLUSIONS, self.keep.pattern()).html()
         grid, layers = self._grid()
         shown = [_shown(metric, layers) for metric in self.metrics]
         names = [_layer_name(name) for name in self.layers if _place(name)]
@@ -182,7 +182,14 @@ def _choices(metrics: Sequence[_Shown]) -> str:
     radios = "".join(
         element(
             "label",
-            element("input", type="radio", name="metric", value=str(i), checked=i == 0)
+            element(
+                "input",
+                type="radio",
+                name="metric",
+                value=str(i),
+                checked=i == 0,
+                autocomplete="off",
+            )
             + element("span", text(metric.title)),
         )
         for i, metric in enumerate(metrics)

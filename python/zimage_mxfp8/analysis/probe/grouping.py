@@ -85,6 +85,13 @@ class ProbedGroup:
     reason: Reason
     spread_filtered: bool
 
+    @property
+    def effective(self) -> Recommendation:
+        """The recommendation after the spread filter."""
+        if not self.spread_filtered:
+            return self.recommendation
+        return "NVFP4" if self.recommendation == "FP8" else "FP8"
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -154,7 +161,7 @@ def _overruled(
 ) -> tuple[Recommendation, Reason]:
     """Return what a group makes of the recommendation of one of its weights."""
     if group.spread_filtered:
-        return ("NVFP4" if group.recommendation == "FP8" else "FP8"), "spread_demotion"
+        return group.effective, "spread_demotion"
     if group.recommendation == "*KEEP*":
         return own, (reason if own == "*KEEP*" else "group_keep_resolved")
     if own == group.recommendation:

@@ -10,11 +10,11 @@ from ...checkpoint.quantization import WEIGHT_SUFFIX
 from ...printing.screen import size_text
 from ...text import natural_order, plural
 from ..pages.blocks import Cell, Column, Paragraph, Table, Terms
-from ..pages.chart import Choice, SizeChart
+from ..pages.chart import NamedSet, SizeChart
 from ..pages.keep import KeepOrder
 from ..pages.network import Metric, NetworkMap
 from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
-from .grouping import ProbedTensor
+from .grouping import ProbedGroup, ProbedTensor
 from .run import ProbeReport
 from .scoring import ProbeRules, Reason, Recommendation
 
@@ -111,7 +111,8 @@ _HOW_TO_READ = (
 _GROUPS = (
     "Main blocks are split by position. A group's figures are means, and its recommendation "
     "overrules that of its weights; but refiners, and the layer types that are exempt from the "
-    "spread filter, are decided weight by weight."
+    "spread filter, are decided weight by weight. An arrow is a step down, because the scores of "
+    "the layer type differ too little by position."
 )
 
 
@@ -203,7 +204,7 @@ def _network(report: ProbeReport, keep: KeepOrder | None) -> Block:
 def _sizes(report: ProbeReport, keep: KeepOrder) -> list[Block]:
     choices = []
     if report.recipe_bytes is not None:
-        choices = [Choice("recommended", report.recipe_bytes, keep.errors()[keep.chosen])]
+        choices = [NamedSet("recommended", report.recipe_bytes, keep.errors()[keep.chosen])]
     return [
         Paragraph(
             "The share of all scores that quantised weights have. A score is no error of the "
@@ -244,19 +245,26 @@ def _groups(report: ProbeReport) -> Table:
         *(Column("layer type"), Column("position"), Column("blocks"), Column("weights", 0)),
         *(Column("excess kurtosis", 4), Column("largest kurtosis", 4), Column("dynamic range", 4)),
         *(Column("std", 6), Column("outliers (%)", 2), Column("aspect ratio", 2)),
-        *(Column("score", 4), Column("recommended"), Column("reason"), Column("low spread")),
+        *(Column("score", 4), Column("recommended"), Column("reason")),
     ]
     rows: list[list[Cell]] = [
         [
             *(group.layer_type, group.position, f"{group.first_block}-{group.last_block}"),
             *(group.count, group.metrics.excess_kurtosis, group.largest_kurtosis),
             *(group.metrics.dynamic_range, group.metrics.std, group.metrics.outlier_pct),
-            *(group.metrics.aspect_ratio, group.score, _SHOWN[group.recommendation], group.reason),
-            "demoted" if group.spread_filtered else None,
+            *(group.metrics.aspect_ratio, group.score, _recommended(group), group.reason),
         ]
         for group in report.groups
     ]
     return Table(columns, rows, "groups")
+
+
+def _recommended(group: ProbedGroup) -> str:
+    """What a group recommends, and what the spread filter makes of it."""
+    words = _SHOWN[group.recommendation]
+    if not group.spread_filtered:
+        return words
+    return f"{words} → {_SHOWN[group.effective]}"
 
 
 def _weights(report: ProbeReport) -> Table:

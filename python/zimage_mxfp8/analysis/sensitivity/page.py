@@ -10,11 +10,12 @@ from ...checkpoint.file_names import base_name
 from ...checkpoint.quantization import WEIGHT_SUFFIX
 from ...printing.screen import size_text
 from ...text import natural_order, plural
-from ..pages import chart
 from ..pages.blocks import Cell, Column, Paragraph, Table
+from ..pages.chart import NamedSet, SizeChart
 from ..pages.keep import KeepOrder
 from ..pages.network import Metric, NetworkMap
-from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
+from ..pages.page import FROM_PROGRAM, Fact, Origin, Page, Section, Tile, render_page
+from ..pages.units import fitting_unit
 from .measure import OutputError
 from .run import Choice, Measured, SensitivityReport
 from .salience import Salience
@@ -37,15 +38,9 @@ def sensitivity_page(report: SensitivityReport, origin: Origin = FROM_PROGRAM) -
         origin: how the page came to be.
     """
     keep = _keep(report)
-    choices = [
-        chart.Choice(
-            f"{name} ({plural(len(choice.kept), 'layer')} kept)", choice.nbytes, choice.error
-        )
-        for name, choice in (("model card", report.card), ("recommended", report.smallest))
-    ]
     sections = [
         Section("The network", [Paragraph(_HOW_TO_READ), _network(report, keep)]),
-        Section("Size against error", [Paragraph(_SIZES), _chart(report, keep, choices)]),
+        Section("Size against error", [Paragraph(_SIZES), _chart(report, keep)]),
         Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
         Section("Layers", [_layers(report)]),
     ]
@@ -206,8 +201,8 @@ def _error_metric(
         lambda decibel: f"{10 ** (decibel / 10):.1e}",
         fair - _AROUND,
         fair + _AROUND,
-        f"Squared error of the output relative to its energy, {band}. The middle of the colours is "
-        f"an equal share of the bound for each layer, {10 ** (fair / 10):.1e}.",
+        f"Squared error of the output relative to its energy, {band}. With an equal "
+        f"share of the bound each layer would have {10 ** (fair / 10):.1e}.",
     )
 
 
@@ -225,8 +220,12 @@ def _salience_metric(
     return Metric(title, found, words, *ends, note)
 
 
-def _chart(report: SensitivityReport, keep: KeepOrder, choices: list[chart.Choice]) -> Block:
-    return chart.SizeChart(keep, choices, report.bound)
+def _chart(report: SensitivityReport, keep: KeepOrder) -> SizeChart:
+    choices = [
+        NamedSet(f"{name} ({plural(len(choice.kept), 'layer')} kept)", choice.nbytes, choice.error)
+        for name, choice in (("model card", report.card), ("recommended", report.smallest))
+    ]
+    return SizeChart(keep, choices, report.bound)
 
 
 def _groups(report: SensitivityReport) -> Table:
@@ -246,9 +245,10 @@ def _groups(report: SensitivityReport) -> Table:
 
 def _layers(report: SensitivityReport) -> Table:
     kept = set(report.smallest.kept)
+    divisor, unit = fitting_unit(max(layer.saved for layer in report.layers))
     steps = [step for step, _ in report.layers[0].by_step]
     columns = [
-        *(Column("layer"), Column("kept"), Column("MiB saved", 2)),
+        *(Column("layer"), Column("kept"), Column(f"saved ({unit})", 2)),
         *(Column(f"squared error (%), {band}", 5) for band, _, _ in _BANDS),
         *(Column(f"squared error (%), step {step}", 5) for step in steps),
         *(Column("activation peak", 1), Column("activation outliers (%)", 2)),
@@ -267,7 +267,7 @@ def _layers(report: SensitivityReport) -> Table:
             ]
         rows.append(
             [
-                *(m.name, "yes" if m.name in kept else None, m.saved / 2**20),
+                *(m.name, "yes" if m.name in kept else None, m.saved / divisor),
                 *(100 * value(m.error) for _, _, value in _BANDS),
                 *(100 * error.total for _, error in m.by_step),
                 *salience,
