@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ._core import __version__
     from .analysis.compare.report import CompareReport
     from .analysis.compare.run import CompareProgress, compare
+    from .analysis.evaluate.report import EvaluationReport
+    from .analysis.evaluate.run import evaluate
     from .analysis.probe.run import ProbeReport, probe
     from .analysis.probe.scoring import ProbeRules
     from .analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "__version__": "_core",
+    "EvaluationReport": "analysis.evaluate.report",
+    "evaluate": "analysis.evaluate.run",
     "SensitivityReport": "analysis.sensitivity.run",
     "analyse_sensitivity": "analysis.sensitivity.run",
     "ProbeReport": "analysis.probe.run",
@@ -139,6 +143,7 @@ __all__ = [
     "Diagnosis",
     "Error",
     "ErrorStats",
+    "EvaluationReport",
     "FoldStats",
     "GemmCandidate",
     "Generation",
@@ -176,6 +181,7 @@ __all__ = [
     "dequantize",
     "dequantize_checkpoint",
     "diagnose",
+    "evaluate",
     "explain_gemm",
     "fold",
     "from_blocked",

@@ -20,7 +20,7 @@ USES: Final[dict[Use, str]] = {
     "validate": "validate",
     "dequantize": "dequantize",
     "measure": "sensitivity",
-    "run": "generate, ZImageTransformer",
+    "run": "generate, evaluate, ZImageTransformer",
 }
 
 _PLAIN: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse", "measure", "run"))

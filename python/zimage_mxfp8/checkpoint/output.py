@@ -31,17 +31,16 @@ import numpy.typing as npt
 from ..errors import OutputError, UsageError
 
 BLOCK = max(4096, mmap.PAGESIZE)  # bytes; the unit of disks and page caches
-_MAX_NAME_BYTES = 200  # of a target, for its hidden name to stay under the usual 255
+MAX_NAME_BYTES = 200  # of a target, for its hidden name to stay under the usual 255
 _MAX_KEPT = 16 << 20  # bytes of small pieces that a writer keeps
-_SUFFIX = ".zimage-mxfp8-partial"
+PARTIAL_SUFFIX = ".zimage-mxfp8-partial"
 _PATIENCE = 0.25  # seconds: a process that looks for leftovers holds a lock for a moment
 
-# _try_lock: True if this process now holds the lock, False if another does, None if the
-# filesystem has no locks (some network mounts). Closing the file releases it.
 if os.name == "nt":  # pragma: no cover - tested on Linux only
     import msvcrt
 
-    def _try_lock(fd: int) -> bool | None:
+    def try_lock(fd: int) -> bool | None:
+        """Lock an open file, as the function below does."""
         try:
             os.lseek(fd, 1 << 62, os.SEEK_SET)  # a byte that no reader or writer touches
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
@@ -51,7 +50,13 @@ if os.name == "nt":  # pragma: no cover - tested on Linux only
 else:
     import fcntl
 
-    def _try_lock(fd: int) -> bool | None:
+    def try_lock(fd: int) -> bool | None:
+        """Lock an open file; closing it releases the lock.
+
+        Returns:
+            Whether this process now holds the lock (False: another does); None if the filesystem
+            has no locks, as some network mounts.
+        """
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -75,7 +80,7 @@ def check_target(
         OutputError: its folder is missing or not writable, it is a folder, or it exists and
             `overwrite` is not given.
     """
-    _resolved(target)
+    final_path(target)
     for source in sources:
         if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
             raise UsageError(argument, f"{target} is the input", "choose another name")
@@ -89,7 +94,7 @@ def check_target(
     if target.exists() and not target.is_file():
         raise OutputError(f"the output {target} is not a regular file; name a file")
     if target.exists() and not overwrite:
-        raise _exists(target)
+        raise target_exists(target)
 
 
 def check_distinct(targets: Mapping[str, Path | None]) -> None:
@@ -106,7 +111,7 @@ def check_distinct(targets: Mapping[str, Path | None]) -> None:
     for argument, target in targets.items():
         if target is None:
             continue
-        final = _resolved(target)
+        final = final_path(target)
         if final in seen:
             raise UsageError(
                 argument,
@@ -116,7 +121,7 @@ def check_distinct(targets: Mapping[str, Path | None]) -> None:
         seen.add(final)
 
 
-def _resolved(target: Path) -> Path:
+def final_path(target: Path) -> Path:
     """Return the file that `target` names, following links.
 
     Raises:
@@ -128,17 +133,18 @@ def _resolved(target: Path) -> Path:
         raise OutputError(f"the output {target} leads nowhere: {error}") from None
 
 
-def _exists(target: Path) -> OutputError:
+def target_exists(target: Path) -> OutputError:
+    """Return the error for a target that must not be replaced."""
     return OutputError(f"the output {target} exists", "`overwrite=True` replaces it")
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the leftovers of crashed runs in a folder, but not the files of live runs."""
-    for path in folder.glob(f".*{_SUFFIX}"):
+    for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
         with contextlib.suppress(OSError):
             with path.open("r+b") as file:
                 # By now the file may be published, and the name another writer's.
-                abandoned = _try_lock(file.fileno()) and _is_at(path, file)
+                abandoned = try_lock(file.fileno()) and _is_at(path, file)
                 if abandoned and os.name != "nt":
                     path.unlink()  # while the lock keeps a new writer away
             if abandoned and os.name == "nt":  # pragma: no cover - no unlinking of open files there
@@ -154,7 +160,7 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Delay Ctrl-C to the end of the block, and call its handler there.
 
     If Python has no handler for it, or runs the handler in another thread, nothing can be raised in
@@ -279,11 +285,11 @@ class AtomicFile:
         self.target = target
         self.size = size
         self._overwrite = overwrite
-        self._final = _resolved(target)  # a link stays a link, and its target is replaced
+        self._final = final_path(target)  # a link stays a link, and its target is replaced
         name = self._final.name
-        if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        if len(os.fsencode(name)) > MAX_NAME_BYTES:
             name = hashlib.sha256(os.fsencode(name)).hexdigest()
-        self._partial = self._final.with_name(f".{name}{_SUFFIX}")
+        self._partial = self._final.with_name(f".{name}{PARTIAL_SUFFIX}")
         self._file: BinaryIO | None = None
         self._undo: weakref.finalize[[Path, BinaryIO, int], AtomicFile] | None = None
 
@@ -299,7 +305,7 @@ class AtomicFile:
                 f"{self.target} needs {self.size:,} bytes, but {folder} has {free:,} free"
             )
         try:
-            with _interrupts_held():  # an unknown file would stay behind
+            with interrupts_held():  # an unknown file would stay behind
                 self._file = self._create()
                 # Also for Ctrl-C on the way into __exit__, which then does not run.
                 self._undo = weakref.finalize(self, _delete, self._partial, self._file, os.getpid())
@@ -317,7 +323,7 @@ class AtomicFile:
                 file = os.fdopen(os.open(self._partial, flags, 0o666), "r+b", buffering=0)
             except OSError as error:
                 raise self.failure(error) from None
-            locked = _try_lock(file.fileno())
+            locked = try_lock(file.fileno())
             if locked is not False and _is_at(self._partial, file):
                 file.truncate(0)
                 return file
@@ -357,7 +363,7 @@ class AtomicFile:
         assert self._file is not None
         assert self._undo is not None
         os.fsync(self._file.fileno())
-        with _interrupts_held():  # after the renaming the hidden name may be another writer's
+        with interrupts_held():  # after the renaming the hidden name may be another writer's
             if os.name == "nt":  # pragma: no cover - an open file cannot be renamed there
                 self._file.close()
             self._rename()
@@ -377,15 +383,15 @@ class AtomicFile:
                 self._final.hardlink_to(self._partial)
                 self._partial.unlink()
         except FileExistsError:
-            raise _exists(self.target) from None
+            raise target_exists(self.target) from None
         except OSError:  # a filesystem without hard links
             if self._final.exists():
-                raise _exists(self.target) from None
+                raise target_exists(self.target) from None
             self._partial.replace(self._final)
 
     def _discard(self) -> None:
         if self._undo is not None:
-            with _interrupts_held():  # Ctrl-C may be pressed twice
+            with interrupts_held():  # Ctrl-C may be pressed twice
                 self._undo()
 
 

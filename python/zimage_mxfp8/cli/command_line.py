@@ -31,6 +31,7 @@ _COMMANDS = {
     "probe": "find the weights that quantisation would hurt most",
     "compare": "measure the error of 8-bit and 4-bit formats",
     "sensitivity": "measure the effect of quantising each layer on the output",
+    "evaluate": "compare the images of two transformers",
     "recipes": "show the recipes: which layers are kept, and why",
     "doctor": "show versions, devices and their kernels",
     "demo": "make a small Z-Image checkpoint, convert it, check the result and run it",

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
     from ..conversion.recipes import recipe_toml
-    from ..printing.progress import sensitivity_bar
+    from ..printing.progress import analysis_bar
     from . import display
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
@@ -106,20 +106,17 @@ def run(arguments: argparse.Namespace) -> int:
         import torch
 
         from ..analysis.sensitivity.recipe import sensitivity_recipe
-        from ..analysis.sensitivity.run import (
-            SensitivityProgress,
-            analyse_sensitivity,
-            check_settings,
-        )
+        from ..analysis.sensitivity.run import analyse_sensitivity, check_settings
         from ..printing.sensitivity import print_sensitivity
+        from ..streaming.jobs import StageProgress
     size = (arguments.size, arguments.size)
     # Reported now, not after the text encoder was loaded.
     check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
     dtype = getattr(torch, arguments.dtype)
-    with _keeping(arguments.state), sensitivity_bar(report_line) as progress:
+    with _keeping(arguments.state), analysis_bar(report_line) as progress:
         captions = None
         if arguments.prompt:
-            progress(SensitivityProgress("encoding the prompts", "", 0, 0))
+            progress(StageProgress("encoding the prompts", "", 0, 0))
             captions = _captions(arguments, dtype)
         report = analyse_sensitivity(
             arguments.file,

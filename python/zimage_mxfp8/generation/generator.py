@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
@@ -34,11 +33,13 @@ from .limits import PIXELS_PER_TOKEN
 from .loras import use_loras
 from .preview import PreviewCallback, Previews
 from .settings import GenerationSettings
+from .steps import StepCallback, Steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Stage = Literal["text encoder", "transformer", "VAE", "encoding", "denoising", "decoding"]
+Part = Literal["text encoder", "transformer", "VAE"]
+Stage = Literal[Part, "encoding", "denoising", "decoding"]
 _DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -185,19 +186,72 @@ class ZImageGenerator:
         self._turn = threading.RLock() if offload else nullcontext()
         # Weights of adapters belong to the transformer, which one image at a time uses.
         self._adapters = threading.Lock()
-        self._kept: dict[Stage, Any] = {}
+        self._kept: dict[Part, Any] = {}
         if not offload:
             with shown(progress, stage_bar) as callback:
-                for part in ("text encoder", "transformer", "VAE"):
+                for part in get_args(Part):
                     self._part(part, callback)
+
+    @contextmanager
+    def holding(
+        self, *parts: Part, progress: GenerationCallback | bool | None = None
+    ) -> Iterator[None]:
+        """Load parts now, and keep them within the block, with `offload` too.
+
+        For several generations in a row, each of which would load them again.
+
+        Args:
+            parts: "text encoder", "transformer" or "VAE".
+            progress: called while they are loaded; True draws bars on a terminal.
+
+        Raises:
+            CheckpointError: a part cannot be read.
+            CudaError, UnsupportedError: too little memory.
+        """
+        with self._turn:
+            added = [part for part in parts if part not in self._kept]
+            try:
+                with shown(progress, stage_bar) as callback:
+                    for part in added:
+                        self._kept[part] = self._part(part, callback)
+                yield
+            finally:
+                for part in added:
+                    self._kept.pop(part, None)
+                self._free()
+
+    def encode(
+        self,
+        settings: GenerationSettings,
+        progress: GenerationCallback | bool | None = None,
+    ) -> list[torch.Tensor]:
+        """Return the caption features that `generate` takes, of the same prompts and guidance.
+
+        Args:
+            settings: with the prompts.
+            progress: as for `generate`.
+
+        Returns:
+            [tokens, features] of the prompt and, with guidance, of the negative one.
+
+        Raises:
+            CheckpointError: with offloading, the text encoder cannot be read.
+            CudaError, UnsupportedError: too little memory.
+        """
+        with self._turn, shown(progress, stage_bar) as callback:
+            captions = self._encode(settings, callback or (lambda _: None))
+            self._free()
+        return captions
 
     def generate(
         self,
         settings: GenerationSettings,
         progress: GenerationCallback | bool | None = None,
         *,
+        captions: Sequence[torch.Tensor] | None = None,
         preview: PreviewCallback | None = None,
         preview_every: int = 1,
+        on_step: StepCallback | None = None,
     ) -> Generation:
         """Make images.
 
@@ -208,13 +262,18 @@ class ZImageGenerator:
             settings: the settings of the images.
             progress: called as stages begin and advance, and after every step; True draws bars on a
                 terminal.
+            captions: what `encode` returned for these prompts, so that the text encoder need not
+                run again.
             preview: called with the number of finished steps and a small estimate of each image,
                 which the VAE decodes. It does not change the result.
             preview_every: steps from one preview to the next; no preview follows the first and the
                 last step.
+            on_step: called after each step with the number of finished steps and the latents,
+                float32 [batch, 16, height / 8, width / 8] on the device.
 
         Raises:
-            UsageError: `preview_every` is not a whole number from 1 on.
+            UsageError: `preview_every` is not a whole number from 1 on, or the number of captions
+                does not go with the guidance.
             CheckpointError: the init image or an adapter cannot be read, an adapter does not fit,
                 or, with offloading, a part cannot be read.
             GenerationError: an image became NaN or infinite; the sentence says at which step.
@@ -222,24 +281,30 @@ class ZImageGenerator:
         """
         if whole_number("preview_every", preview_every) < 1:
             raise UsageError("preview_every", f"must be 1 or more, not {preview_every}")
+        needed = 2 if settings.guidance else 1
+        if captions is not None and len(captions) != needed:
+            raise UsageError(
+                "captions", f"must be {needed}, not {len(captions)}", "take those of `encode`"
+            )
         image = None if settings.init_image is None else open_init_image(settings.init_image)
         settings = settings.resolved(image.size if image else None)
         with self._turn, shown(progress, stage_bar) as callback:
             report = callback or (lambda _: None)
-            captions = self._encode(settings, report)
+            features = self._encode(settings, report) if captions is None else list(captions)
             self._free()
             latents, steps, notes = self._denoise(
                 settings,
                 image,
-                captions,
+                features,
                 report,
+                on_step,
                 None if preview is None else lambda vae: Previews(vae, preview_every, preview),
             )
             self._free()
             pixels = self._decode(latents, report)
             self._free()
         # The device is read once per generation.
-        finite = [torch.stack([c.isfinite().all() for c in captions]).all().expand(settings.batch)]
+        finite = [torch.stack([c.isfinite().all() for c in features]).all().expand(settings.batch)]
         finite += [*steps.finite, torch.stack([image.isfinite().all() for image in pixels])]
         self._check(settings, torch.stack(finite).cpu())
         return Generation(
@@ -255,12 +320,12 @@ class ZImageGenerator:
             dtype=self._dtype,
             model=hub.name_of(self._folder.path),
             transformer=self._file.name,
-            warnings=(*_warnings(captions), *notes),
+            warnings=(*_warnings(features), *notes),
         )
 
     # ---- Parts
 
-    def _part(self, name: Stage, progress: GenerationCallback | None) -> Any:
+    def _part(self, name: Part, progress: GenerationCallback | None) -> Any:
         """Return a part, loaded if necessary; with offloading only the caller refers to it."""
         if name in self._kept:
             return self._kept[name]
@@ -323,8 +388,9 @@ class ZImageGenerator:
         image: Image | None,
         captions: list[torch.Tensor],
         report: GenerationCallback,
+        on_step: StepCallback | None,
         make_previews: Callable[[VAE], Previews] | None,
-    ) -> tuple[torch.Tensor, _Steps, list[str]]:
+    ) -> tuple[torch.Tensor, Steps, list[str]]:
         """Return latents [batch, 16, height / 8, width / 8], the steps, and notes on adapters."""
         assert settings.seed is not None and settings.height and settings.width  # resolved
         batch = settings.batch
@@ -348,7 +414,12 @@ class ZImageGenerator:
             options = {"image": [resized] * batch, "strength": settings.strength}
         pipeline.set_progress_bar_config(disable=True)
         previews = make_previews(vae) if make_previews and vae else None
-        steps = _Steps(self._device, report, previews)
+        steps = Steps(
+            self._device,
+            lambda *state: report(GenerationProgress("denoising", *state)),
+            previews,
+            on_step,
+        )
         with (
             self._adapters,
             self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"),
@@ -410,72 +481,6 @@ class ZImageGenerator:
             row,
             f"run zimage-mxfp8 validate {self._file} to check the file{remedy}",
         )
-
-
-class _Steps:
-    """An observer of a pipeline's steps that keeps the device busy.
-
-    Attributes:
-        finite: for each step, which images were finite after it: flags [batch] on the device.
-    """
-
-    def __init__(
-        self, device: torch.device, report: GenerationCallback, previews: Previews | None
-    ) -> None:
-        self.finite: list[torch.Tensor] = []
-        self._previews = previews
-        self._device = device
-        self._report = report
-        self._total = 0
-        # When steps begin and end: events of CUDA, or seconds.
-        self._begins = [self._now()]
-        self._ends: list[Any] = []
-
-    def __call__(
-        self, pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Handle diffusers' `callback_on_step_end`; on a CUDA device the step may still run."""
-        self._total = pipeline.num_timesteps
-        self.finite.append(tensors["latents"].isfinite().flatten(1).all(1))
-        self._ends.append(self._now())
-        if self._device.type != "cuda":
-            self._report_step(len(self.finite))
-        elif len(self.finite) > 1:
-            # Wait for the step before, so that the device runs this one in the meantime.
-            self._ends[-2].synchronize()
-            self._report_step(len(self.finite) - 1)
-        if self._previews is not None:
-            done = len(self.finite)
-            self._previews.after_step(done, self._total, pipeline.scheduler, tensors["latents"])
-        self._begins.append(self._now())
-        return {}
-
-    def finish(self) -> None:
-        """Wait for the last step, and free the memory that only steps need."""
-        self._previews = None
-        if self._device.type == "cuda":
-            self._ends[-1].synchronize()
-            self._report_step(len(self.finite))
-
-    def seconds(self) -> list[float]:
-        """Time of each step, after `finish`."""
-        return [self._between(i) for i in range(len(self.finite))]
-
-    def _report_step(self, done: int) -> None:
-        self._report(GenerationProgress("denoising", done, self._total, self._between(done - 1)))
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def _between(self, i: int) -> float:
-        begin, end = self._begins[i], self._ends[i]
-        if self._device.type != "cuda":
-            return float(end - begin)
-        return float(begin.elapsed_time(end)) / 1000
 
 
 def _bytes_read(progress: Progress) -> GenerationProgress:

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
     from ..analysis.compare.run import CompareCallback, CompareProgress
-    from ..analysis.sensitivity.run import SensitivityCallback, SensitivityProgress
     from ..generation.generator import GenerationCallback, GenerationProgress
-    from ..streaming.jobs import Progress, ProgressCallback
+    from ..streaming.jobs import Progress, ProgressCallback, StageCallback, StageProgress
 
 _Callback = TypeVar("_Callback", bound=Callable[..., object])
 
@@ -171,10 +170,10 @@ def _print_line(line: str) -> None:
 
 
 @contextmanager
-def sensitivity_bar(
+def analysis_bar(
     print_line: Callable[[str], None] = _print_line,
-) -> Iterator[SensitivityCallback]:
-    """Yield the callback of a bar for a sensitivity analysis; lines if stderr is not a terminal.
+) -> Iterator[StageCallback]:
+    """Yield the callback of a bar for the stages of an analysis; lines if stderr is not a terminal.
 
     The analysis may take hours: a log must show that it is running.
     """
@@ -191,7 +190,7 @@ def sensitivity_bar(
     ) as bar:
         task = bar.add_task("", total=None)
 
-        def update(progress: SensitivityProgress) -> None:
+        def update(progress: StageProgress) -> None:
             what = printable(progress.what or progress.stage)[:40]
             bar.update(
                 task, description=what, completed=progress.done, total=progress.total or None
@@ -200,11 +199,11 @@ def sensitivity_bar(
         yield update
 
 
-def _stage_lines(print_line: Callable[[str], None]) -> SensitivityCallback:
+def _stage_lines(print_line: Callable[[str], None]) -> StageCallback:
     """Print a line when a stage begins, and after every tenth of all work."""
     last: tuple[str, int] | None = None
 
-    def update(progress: SensitivityProgress) -> None:
+    def update(progress: StageProgress) -> None:
         nonlocal last
         now = (progress.stage, 10 * progress.done // progress.total if progress.total else 0)
         if now != last:

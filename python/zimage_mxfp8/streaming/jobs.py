@@ -43,6 +43,26 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], object]
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """State of an analysis that goes through stages, given to progress callbacks.
+
+    Attributes:
+        stage: the work that goes on.
+        what: the item that was finished last; empty when the stage begins.
+        done: items of all stages that are finished.
+        total: items of all stages; 0 while that is not known.
+    """
+
+    stage: str
+    what: str
+    done: int
+    total: int
+
+
+StageCallback = Callable[[StageProgress], object]
 # Checks a tensor's bytes from a position on, and raises if they are invalid.
 ByteCheck = Callable[[SourceTensor, int, npt.NDArray[np.uint8]], None]
 

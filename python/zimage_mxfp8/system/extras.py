@@ -14,7 +14,7 @@ _REQUIREMENT = re.compile(
     r"""(?P<name>[\w.-]+)\s*(?P<bounds>[^;]*);.*\bextra\s*==\s*["'](?P<extra>[\w.-]+)["']"""
 )
 # The module of a package if its name does not follow from the package's.
-_MODULES: Final = {"pillow": "PIL"}
+_MODULES: Final = {"pillow": "PIL", "scikit-image": "skimage"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from ..errors import MissingExtraError
 
 # The modules of this package that cannot be imported without an extra.
 _NEEDED: Final[dict[str, str]] = {
+    "analysis.evaluate.run": "evaluate",
+    "analysis.evaluate.report": "evaluate",
     "analysis.sensitivity.run": "torch",
     "generation.generator": "generate",
     "transformer.model": "torch",

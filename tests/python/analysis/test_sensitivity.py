@@ -28,6 +28,7 @@ from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error
 from zimage_mxfp8.analysis.sensitivity.search import smallest_prefix
 from zimage_mxfp8.analysis.sensitivity.targets import find_targets, quantized, round_to_mxfp8
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.streaming.jobs import StageProgress
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
 SIZE = (64, 64)
@@ -229,7 +230,7 @@ def stop_after(count: int, folder: Path, state: Path) -> None:
     class StoppedError(Exception):
         pass
 
-    def stop(progress: analysis.SensitivityProgress) -> None:
+    def stop(progress: StageProgress) -> None:
         if progress.done == count:
             raise StoppedError
 

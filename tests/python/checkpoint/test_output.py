@@ -185,13 +185,13 @@ def ctrl_c() -> Iterator[None]:
 
 def lock_with_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Ctrl-C be pressed when the hidden file was created and is about to be locked."""
-    real = output._try_lock
+    real = output.try_lock
 
     def interrupt(fd: int) -> bool | None:
         signal.raise_signal(signal.SIGINT)
         return real(fd)
 
-    monkeypatch.setattr(output, "_try_lock", interrupt)
+    monkeypatch.setattr(output, "try_lock", interrupt)
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -358,7 +358,7 @@ def test_leftovers_that_were_published_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between opening and locking the name may have become another writer's."""
-    partial, lock = tmp_path / ".file.zimage-mxfp8-partial", output._try_lock
+    partial, lock = tmp_path / ".file.zimage-mxfp8-partial", output.try_lock
     partial.write_bytes(b"complete")
 
     def publish(fd: int) -> bool | None:
@@ -366,7 +366,7 @@ def test_leftovers_that_were_published_meanwhile(
         partial.write_bytes(b"begun by another process")
         return lock(fd)
 
-    monkeypatch.setattr(output, "_try_lock", publish)
+    monkeypatch.setattr(output, "try_lock", publish)
     output.remove_leftovers(tmp_path)
     assert (tmp_path / "file").read_bytes() == b"complete"
     assert partial.read_bytes() == b"begun by another process"
@@ -375,8 +375,8 @@ def test_leftovers_that_were_published_meanwhile(
 def test_a_lock_that_is_held_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a process that looks for leftovers."""
     answers = iter([False, False])
-    lock = output._try_lock
-    monkeypatch.setattr(output, "_try_lock", lambda fd: next(answers, None) is None and lock(fd))
+    lock = output.try_lock
+    monkeypatch.setattr(output, "try_lock", lambda fd: next(answers, None) is None and lock(fd))
     write_file(tmp_path / "file", b"content", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -50,14 +50,14 @@ def test_cleaning_up_is_not_disturbed() -> None:
 @pytest.mark.usefixtures("installed")
 def test_while_a_file_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`AtomicFile` puts a handler of its own in its place for a moment."""
-    handler, real = signal.getsignal(signal.SIGINT), output._try_lock
+    handler, real = signal.getsignal(signal.SIGINT), output.try_lock
 
     def lock(fd: int) -> bool | None:
         press()
         press()
         return real(fd)
 
-    monkeypatch.setattr(output, "_try_lock", lock)
+    monkeypatch.setattr(output, "try_lock", lock)
     with pytest.raises(KeyboardInterrupt):
         output.write_file(tmp_path / "file", b"content", overwrite=False)
     assert signal.getsignal(signal.SIGINT) is handler

@@ -34,6 +34,7 @@ from helpers.model_folder import make_pipeline, make_tokenizer
 from helpers.terminal import run_in_terminal
 from zimage_mxfp8.generation import generator as generator_module
 from zimage_mxfp8.generation.images import METADATA_KEY
+from zimage_mxfp8.generation.memory import PeakMemory
 from zimage_mxfp8.generation.sampler import denoise
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
@@ -448,6 +449,64 @@ def test_without_offloading_parts_are_loaded_once(
     first, second = generator.generate(settings), generator.generate(settings)
     assert order == ["text", "transformer", "vae"]
     assert (levels(first.images[0]) == levels(second.images[0])).all()
+
+
+def test_parts_that_are_held_are_loaded_once(
+    zimage_folder: Path, zimage_quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, alive = watch_parts(monkeypatch)
+    generator = zm.ZImageGenerator(
+        zimage_folder, zimage_quantized, "cpu", dtype="float32", offload=True
+    )
+    settings = zm.GenerationSettings("a", steps=1, height=32, width=32, seed=4)
+    captions = generator.encode(settings)
+    with generator.holding("transformer", "VAE"):
+        held = [generator.generate(settings, captions=captions) for _ in range(2)]
+    assert order == ["text", "transformer", "vae"]
+    assert alive == [set(), set(), {"transformer"}]
+    again = generator.generate(settings)  # nothing is held any more
+    assert order[3:] == ["text", "transformer", "vae"]
+    assert alive[3:] == [set(), set(), set()]
+    for made in held:
+        assert (levels(made.images[0]) == levels(again.images[0])).all()
+
+
+def test_captions_stand_for_the_prompts(zimage_folder: Path, zimage_quantized: Path) -> None:
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+    fox, cat = (
+        zm.GenerationSettings(prompt, steps=1, height=32, width=32, seed=4, guidance=2.0)
+        for prompt in ("a fox", "a cat")
+    )
+    captions = generator.encode(fox)
+    assert len(captions) == 2
+    made = generator.generate(cat, captions=captions)
+    assert (levels(made.images[0]) == levels(generator.generate(fox).images[0])).all()
+    with pytest.raises(zm.UsageError, match=r"^captions must be 2, not 1; take those of `encode`"):
+        generator.generate(fox, captions=captions[:1])
+
+
+def test_steps_are_shown_with_their_latents(zimage_folder: Path, zimage_quantized: Path) -> None:
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+    settings = zm.GenerationSettings("a", steps=3, height=32, width=48, seed=4, batch=2)
+    kept: list[tuple[int, torch.Tensor]] = []
+    made = generator.generate(settings, on_step=lambda done, x: kept.append((done, x)))
+    assert [done for done, _ in kept] == [1, 2, 3]
+    assert {tuple(x.shape) for _, x in kept} == {(2, 16, 4, 6)}
+    # The last ones are what the VAE decodes.
+    pixels = generator._kept["VAE"].decode(kept[-1][1][1:])
+    want = (pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) * 255
+    assert np.abs(levels(made.images[1]) - want.numpy()).max() <= 0.51
+
+
+def test_peak_memory_begins_anew() -> None:
+    first = PeakMemory(torch.device("cpu"))
+    block = np.ones(200 << 20, np.uint8)
+    with_block = first.nbytes()
+    if with_block is None:
+        pytest.skip("this system does not tell a peak since a moment")
+    del block
+    without = PeakMemory(torch.device("cpu")).nbytes()
+    assert without is not None and without < with_block - (150 << 20)
 
 
 @pytest.mark.parametrize("offload", [False, True])

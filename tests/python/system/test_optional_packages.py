@@ -32,6 +32,9 @@ def run_without(module: str, code: str, **options: object) -> subprocess.Complet
     [
         ("ZImageTransformer", "torch", "torch", "torch"),
         ("analyse_sensitivity", "torch", "torch", "torch"),
+        ("evaluate", "skimage", "scikit-image", "evaluate"),
+        ("evaluate", "flip_evaluator", "flip-evaluator", "evaluate"),
+        ("EvaluationReport", "scipy", "scipy", "evaluate"),
         ("ZImageGenerator", "torch", "torch", "generate"),
         ("ZImageGenerator", "diffusers", "diffusers", "generate"),
         ("ZImageGenerator", "transformers", "transformers", "generate"),
@@ -138,7 +141,7 @@ def test_extras_that_are_named_exist_with_their_modules() -> None:
     sources = Path(optional_packages.__file__).parents[1].rglob("*.py")
     named = {extra for file in sources for extra in calls.findall(file.read_text("utf-8"))}
     named |= set(optional_packages._NEEDED.values())
-    assert {"analysis", "generate", "hub", "torch"} <= named
+    assert {"analysis", "evaluate", "generate", "hub", "torch"} <= named
     assert named <= declared.keys() & extras.requirements().keys()
     for each in extras.requirements().values():
         for requirement in each:

@@ -161,7 +161,7 @@ def _network(report: CompareReport, keep: KeepOrder, bound: float) -> NetworkMap
 
 
 def _loss(name: str, harmless: float, harmful: float) -> Metric[LayerComparison]:
-    """What a format loses: its SNR with the sign changed, so that more is worse."""
+    """Show the error of a format: its SNR with the sign changed, so that more is worse."""
     return Metric(
         _SHORT_TITLES[name],
         lambda layer: -layer.formats[name].snr_db,

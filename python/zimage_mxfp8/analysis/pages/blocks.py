@@ -139,7 +139,7 @@ class Table:
 
 
 def _scale(column: Column, values: Sequence[Cell]) -> Range | None:
-    """The range of the logarithms of a column with dots."""
+    """Return the range of the logarithms of a column with dots."""
     if not column.dots:
         return None
     logarithms = [math.log10(v) for v in values if isinstance(v, (int, float)) and v > 0]

@@ -179,7 +179,7 @@ def _layer(tensor: ProbedTensor) -> str:
 
 
 def _keep(report: ProbeReport) -> KeepOrder | None:
-    """The order of the slider; None where the recipe would be refused, so that no size is known."""
+    """Return the order of the slider; None if the recipe would be refused."""
     if report.recipe_bytes is None:
         return None
     kept = _kept(report)
@@ -260,7 +260,7 @@ def _groups(report: ProbeReport) -> Table:
 
 
 def _recommended(group: ProbedGroup) -> str:
-    """What a group recommends, and what the spread filter makes of it."""
+    """Return the recommendation of a group, after the spread filter."""
     words = _SHOWN[group.recommendation]
     if not group.spread_filtered:
         return words

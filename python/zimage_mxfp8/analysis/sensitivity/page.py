@@ -131,7 +131,7 @@ def _error_tile(label: str, choice: Choice, bound: float) -> Tile:
 
 
 def _keep(report: SensitivityReport) -> KeepOrder:
-    """The order of the search; what each layer adds is scaled to the sets that were measured."""
+    """Return the order of the search; errors of layers are scaled to the measured sets."""
     count = len(report.layers)
     squares = {len(choice.kept): choice.error**2 for choice in report.tried}
     squares |= {0: report.everything.error**2, count: 0.0}

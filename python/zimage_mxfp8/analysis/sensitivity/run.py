@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from ...checks import number, whole_number
 from ...conversion.recipes import Recipe, load_recipe
 from ...errors import CheckpointError, UsageError
 from ...generation.limits import MAX_PIXELS, PIXELS_PER_TOKEN, SEEDS
-from ...printing.progress import sensitivity_bar, shown
+from ...printing.progress import analysis_bar, shown
+from ...streaming.jobs import StageCallback, StageProgress
 from ...text import plural
 from ...transformer.model import ZImageTransformer
 from ...transformer.weights import ModelFile, open_model
@@ -131,26 +132,6 @@ class SensitivityReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class SensitivityProgress:
-    """Progress of the analysis.
-
-    Attributes:
-        stage: the current stage.
-        what: the last measurement; empty when the stage begins.
-        done: finished measurements.
-        total: measurements to do; 0 while unknown.
-    """
-
-    stage: str
-    what: str
-    done: int
-    total: int
-
-
-SensitivityCallback = Callable[[SensitivityProgress], object]
-
-
 def analyse_sensitivity(
     path: str | os.PathLike[str],
     *,
@@ -162,7 +143,7 @@ def analyse_sensitivity(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     state: str | os.PathLike[str] | None = None,
-    progress: SensitivityCallback | bool | None = None,
+    progress: StageCallback | bool | None = None,
 ) -> SensitivityReport:
     """Measure the effect of quantising each layer to MXFP8 on the transformer's output.
 
@@ -206,11 +187,11 @@ def analyse_sensitivity(
     if state is not None:
         check_target(Path(state), file.checkpoint.inputs, overwrite=True, argument="state")
     memory = State(None if state is None else Path(state), run)
-    with shown(progress, sensitivity_bar) as callback:
+    with shown(progress, analysis_bar) as callback:
         report = callback or (lambda _: None)
-        report(SensitivityProgress("loading the model", "", 0, 0))
+        report(StageProgress("loading the model", "", 0, 0))
         model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
-        report(SensitivityProgress("running the original model", "", 0, 0))
+        report(StageProgress("running the original model", "", 0, 0))
         cases = record_cases(model, captions, size, timesteps, seed)
         _check_outputs(path, cases)
         conditions = Conditions(
@@ -286,7 +267,7 @@ class _Analysis:
         memory: State,
         bound: float,
         conditions: Conditions,
-        progress: SensitivityCallback,
+        progress: StageCallback,
     ) -> None:
         self._path, self._file, self._model, self._cases = path, file, model, cases
         self._memory, self._bound, self._conditions = memory, bound, conditions
@@ -332,12 +313,12 @@ class _Analysis:
 
     def _begin(self, stage: str) -> None:
         self._stage = stage
-        self._progress(SensitivityProgress(stage, "", self._done, self._total))
+        self._progress(StageProgress(stage, "", self._done, self._total))
 
     def _errors(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
         errors = self._memory.errors(name, lambda: self._measure(name, targets))
         self._done = min(self._done + 1, self._total)
-        self._progress(SensitivityProgress(self._stage, name, self._done, self._total))
+        self._progress(StageProgress(self._stage, name, self._done, self._total))
         return errors
 
     def _measure(self, name: str, targets: Sequence[Target]) -> list[OutputError]:

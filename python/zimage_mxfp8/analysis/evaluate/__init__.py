@@ -1,0 +1,1 @@
+"""Images of two transformers at the same seeds, compared."""

@@ -1,0 +1,26 @@
+// Views of pairs of images: a slider, flicker (by itself, or by clicks where motion is unwanted).
+const PERIOD = 600; // ms
+for (const pairs of document.querySelectorAll(".pairs")) {
+  const buttons = [...pairs.querySelectorAll("button[data-mode]")];
+  const flip = () => pairs.classList.toggle("shows-b");
+  let timer = 0;
+  for (const button of buttons) {
+    button.addEventListener("click", () => {
+      pairs.dataset.mode = button.dataset.mode;
+      for (const each of buttons) each.setAttribute("aria-pressed", String(each === button));
+      clearInterval(timer);
+      pairs.classList.remove("shows-b");
+      const isStill = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      if (button.dataset.mode === "flicker" && !isStill) timer = setInterval(flip, PERIOD);
+    });
+  }
+  for (const stage of pairs.querySelectorAll(".stage")) {
+    const slider = stage.querySelector("input");
+    slider.addEventListener("input", () => stage.style.setProperty("--at", `${slider.value}%`));
+    stage.addEventListener("click", () => {
+      if (pairs.dataset.mode !== "flicker") return;
+      clearInterval(timer); // from here on by hand
+      flip();
+    });
+  }
+}

@@ -1,0 +1,322 @@
+"""Both transformers at work: the same prompts, seeds and sampler, one model in memory at a time."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ...checkpoint import hub
+from ...checks import file_or_folder, text, whole_number
+from ...errors import CheckpointError, UsageError
+from ...generation.folder import open_model_folder
+from ...generation.generator import GenerationProgress, ZImageGenerator
+from ...generation.images import png_bytes
+from ...generation.memory import PeakMemory
+from ...generation.settings import GenerationSettings
+from ...printing.progress import analysis_bar, shown
+from ...streaming.jobs import StageCallback, StageProgress
+from ...system.devices import torch_device
+from ...transformer.weights import open_model
+from .metrics import compare_images
+from .report import EvaluationReport, ImagePair, TransformerRun
+from .thresholds import Thresholds
+
+DEFAULT_SEEDS = (0, 1)
+MAX_PAIRS = 1000
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An image, and the latents after each step: float32 [steps, 16, height / 8, width / 8]."""
+
+    png: bytes
+    latents: torch.Tensor
+    step_seconds: float
+    warnings: tuple[str, ...]
+
+
+def evaluate(
+    model_dir: str | os.PathLike[str],
+    transformer: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int] = DEFAULT_SEEDS,
+    steps: int = 8,
+    size: tuple[int, int] = (1024, 1024),
+    guidance: float = 0.0,
+    compute: str = "auto",
+    against_compute: str = "weight-only",
+    min_psnr: float | None = None,
+    min_ssim: float | None = None,
+    max_flip: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "bfloat16",
+    download: bool = False,
+    progress: StageCallback | bool | None = None,
+) -> EvaluationReport:
+    """Compare the images of two transformers at the same prompts and seeds.
+
+    The prompts are encoded once. Then transformer A makes all its images, and after it transformer
+    B, so that only one of them is in memory. The latents of A, about 1 MiB per step and image at
+    1024 x 1024, and the images stay in memory until the end.
+
+    Args:
+        model_dir: as for `ZImageGenerator`.
+        transformer: A, the file to judge; MXFP8 or plain.
+        against: B, the file to compare with; by default the folder's own transformer.
+        prompts: one or more.
+        seeds: of each prompt; all different.
+        steps: forward passes for an image.
+        size: height and width of the images, multiples of 16 up to 8192.
+        guidance: classifier-free guidance, 0 for Turbo.
+        compute: compute mode of A.
+        against_compute: compute mode of B.
+        min_psnr: dB that the mean PSNR has to reach for the report to be `ok`.
+        min_ssim: what the mean SSIM has to reach, 0 to 1.
+        max_flip: what the mean FLIP may reach, 0 to 1.
+        device: as for `ZImageGenerator`.
+        dtype: "bfloat16" or "float32".
+        download: as for `ZImageGenerator`.
+        progress: called as stages begin, and after each step; True draws a bar on a terminal, and
+            prints lines to stderr elsewhere.
+
+    Raises:
+        CheckpointError: a part is missing, damaged or does not go with the others.
+        GenerationError: an image became NaN or infinite.
+        UsageError: arguments that cannot be.
+        UnsupportedError: the device does not have a mode, or the CPU has too little memory.
+        CudaError: the device has too little memory.
+    """
+    thresholds = Thresholds(min_psnr, min_ssim, max_flip)
+    settings = image_settings(prompts, seeds, steps, size, guidance)
+    folder, *paths = _find_files(model_dir, transformer, against, download)
+    generators = [ZImageGenerator(folder, paths[0], device, compute, dtype, offload=True)]
+    with _naming("compute", "against_compute"):
+        generators.append(
+            ZImageGenerator(folder, paths[1], device, against_compute, dtype, offload=True)
+        )
+    with shown(progress, analysis_bar) as callback:
+        work = _Work(torch_device(device), dtype, settings, callback or (lambda _: None))
+        captions = work.encode(generators[0])
+        made_a, run_a = work.make_images("A", generators[0], paths[0], captions)
+        made_b, run_b = work.make_images("B", generators[1], paths[1], captions)
+        work.begin("comparing the images")
+        pairs = tuple(map(_compare, settings, made_a, made_b))
+        work.begin("done")
+    first = settings[0]
+    assert first.height and first.width  # given above
+    return EvaluationReport(
+        model_dir=str(model_dir),
+        a=run_a,
+        b=run_b,
+        pairs=pairs,
+        thresholds=thresholds,
+        steps=first.steps,
+        height=first.height,
+        width=first.width,
+        guidance=first.guidance,
+        device=str(torch_device(device)),
+        dtype=dtype,
+        warnings=tuple(dict.fromkeys(each for made in made_a for each in made.warnings)),
+    )
+
+
+def image_settings(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    size: tuple[int, int],
+    guidance: float,
+) -> list[GenerationSettings]:
+    """Return the settings of all images, by prompt and then by seed.
+
+    Raises:
+        UsageError: an argument of `evaluate` that cannot be.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise UsageError("prompts", f"must be a list of texts, not {repr(prompts)[:80]}")
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not seeds:
+        raise UsageError("seeds", f"must be a list of whole numbers, not {repr(seeds)[:80]}")
+    prompts = [text("prompts", prompt) for prompt in prompts]
+    seeds = [whole_number("seeds", seed) for seed in seeds]
+    _check_different("prompts", prompts)
+    _check_different("seeds", seeds)
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise UsageError("size", f"must be (height, width), not {repr(size)[:80]}")
+    pairs = len(prompts) * len(seeds)
+    if pairs > MAX_PAIRS:
+        raise UsageError(
+            "prompts",
+            f"and seeds make {pairs:,} pairs of images, and {MAX_PAIRS:,} are allowed",
+            "use fewer",
+        )
+    try:
+        return [
+            GenerationSettings(
+                prompt, steps=steps, height=size[0], width=size[1], guidance=guidance, seed=seed
+            )
+            for prompt in prompts
+            for seed in seeds
+        ]
+    except UsageError as error:
+        name = {"height": "size", "width": "size", "seed": "seeds"}.get(error.argument)
+        raise UsageError(name or error.argument, error.problem, error.hint) from None
+
+
+def _check_different(argument: str, values: Sequence[object]) -> None:
+    if len(set(values)) < len(values):
+        repeated = next(value for i, value in enumerate(values) if value in values[:i])
+        raise UsageError(
+            argument, f"must be different, but {repr(repeated)[:80]} is there more than once"
+        )
+
+
+def _find_files(
+    model_dir: str | os.PathLike[str],
+    transformer: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None,
+    download: bool,
+) -> tuple[Path, Path, Path]:
+    """Return the folder, A and B on this machine."""
+    own = () if against is not None else (hub.TRANSFORMER,)
+    file_or_folder("model_dir", model_dir)
+    folder = open_model_folder(hub.resolve(model_dir, (*hub.COMPONENTS, *own), download=download))
+    file_or_folder("transformer", transformer)
+    found = hub.resolve(transformer, (hub.TRANSFORMER,), download=download)
+    if against is not None:
+        file_or_folder("against", against)
+        return folder.path, found, hub.resolve(against, (hub.TRANSFORMER,), download=download)
+    if not folder.transformer.is_dir():
+        raise CheckpointError(
+            f"{model_dir} has no transformer/ to compare with", "name a file with `against`"
+        )
+    return folder.path, found, folder.transformer
+
+
+@contextmanager
+def _naming(argument: str, ours: str) -> Iterator[None]:
+    """Let errors about an argument of the generator name that of `evaluate`."""
+    try:
+        yield
+    except UsageError as error:
+        if error.argument != argument:
+            raise
+        hint = error.hint.replace(f"`{argument}=", f"`{ours}=")
+        raise UsageError(ours, error.problem, hint) from None
+
+
+class _Work:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: str,
+        settings: Sequence[GenerationSettings],
+        progress: StageCallback,
+    ) -> None:
+        self._device, self._dtype = device, dtype
+        self._settings, self._progress = settings, progress
+        self._stage, self._what, self._done = "", "", 0
+        self._total = 2 * sum(each.steps for each in settings)
+
+    def begin(self, stage: str) -> None:
+        """Report a stage."""
+        self._stage, self._what = stage, ""
+        self._report()
+
+    def _report(self) -> None:
+        self._progress(StageProgress(self._stage, self._what, self._done, self._total))
+
+    def encode(self, generator: ZImageGenerator) -> list[list[torch.Tensor]]:
+        """Return the captions of all images; those of a prompt are shared by its seeds."""
+        self.begin("encoding the prompts")
+        found: dict[str, list[torch.Tensor]] = {}
+        with generator.holding("text encoder"):
+            for each in self._settings:
+                if each.prompt not in found:
+                    found[each.prompt] = generator.encode(each)
+        return [found[each.prompt] for each in self._settings]
+
+    def make_images(
+        self,
+        name: str,
+        generator: ZImageGenerator,
+        path: Path,
+        captions: Sequence[list[torch.Tensor]],
+    ) -> tuple[list[_Made], TransformerRun]:
+        """Return all images of a transformer."""
+        self.begin(f"loading transformer {name}")
+        peak, made, compute = PeakMemory(self._device), [], ""
+        with generator.holding("transformer", "VAE"):
+            self.begin(f"making images with {name}")
+            for i, (settings, features) in enumerate(zip(self._settings, captions, strict=True)):
+                self._what = f"{name}: image {i + 1} of {len(self._settings)}"
+                latents: list[torch.Tensor] = []
+                generation = generator.generate(
+                    settings,
+                    self._count_steps,
+                    captions=features,
+                    on_step=partial(_keep, latents),
+                )
+                made.append(
+                    _Made(
+                        png_bytes(generation.images[0], generation.metadata(0)),
+                        torch.stack(latents).cpu(),
+                        generation.step_seconds,
+                        generation.warnings,
+                    )
+                )
+                compute = generation.compute
+        run = TransformerRun(
+            path=str(path),
+            compute=compute,
+            nbytes=open_model(path).nbytes(getattr(torch, self._dtype)),
+            step_seconds=median(each.step_seconds for each in made),
+            peak_nbytes=peak.nbytes(),
+        )
+        return made, run
+
+    def _count_steps(self, progress: GenerationProgress) -> None:
+        if progress.stage == "denoising":
+            self._done += 1
+            self._report()
+
+
+def _keep(latents: list[torch.Tensor], _done: int, after: torch.Tensor) -> None:
+    latents.append(after[0].clone())
+
+
+def _compare(settings: GenerationSettings, a: _Made, b: _Made) -> ImagePair:
+    assert settings.seed is not None
+    metrics = compare_images(_opened(a.png), _opened(b.png))
+    return ImagePair(
+        prompt=settings.prompt,
+        seed=settings.seed,
+        psnr=metrics.psnr,
+        ssim=metrics.ssim,
+        flip=metrics.flip,
+        latent_errors=tuple(_relative_errors(a.latents, b.latents)),
+        image=a.png,
+        against=b.png,
+    )
+
+
+def _opened(png: bytes) -> Any:
+    return Image.open(io.BytesIO(png))
+
+
+def _relative_errors(latents: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """Norm of the difference over that of the reference, for each step."""
+    difference = (latents.double() - reference.double()).flatten(1).norm(dim=1)
+    errors: list[float] = (difference / reference.double().flatten(1).norm(dim=1)).tolist()
+    return errors

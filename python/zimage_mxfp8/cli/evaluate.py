@@ -1,0 +1,199 @@
+"""`zimage-mxfp8 evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..transformer.compute import COMPUTE_MODES
+from .arguments import add_json, add_overwrite, count, spellings
+from .download import add_download, resolve
+from .generate import keep_libraries_quiet
+from .streams import report_line
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
+    """Add this command to the parser."""
+    parser = commands.add_parser(
+        "evaluate",
+        help=line,
+        description="Make images with transformer A and with transformer B at the same prompts and "
+        "seeds, measure how far A's are from B's (PSNR, SSIM, FLIP, latents after each step), and "
+        "write a page with all pairs. Exit code 1 if a threshold is not reached.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        *spellings("--model-dir"),
+        required=True,
+        metavar="DIR",
+        help="diffusers folder of Z-Image, or OWNER/NAME[@REVISION] from the Hugging Face cache",
+    )
+    parser.add_argument(
+        "--transformer",
+        required=True,
+        metavar="FILE",
+        help="A, the file to judge: MXFP8 or plain, or OWNER/NAME[@REVISION][/FILE.safetensors]",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="FILE",
+        help="B, the file to compare with (default: the folder's own transformer)",
+    )
+    add_download(parser)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="text file in UTF-8 with one prompt per line; lines that begin with # are skipped",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for report.html, report.json and the images (default: only the tables)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=count(0),
+        nargs="+",
+        default=[0, 1],
+        metavar="N",
+        help="of the noise, for each prompt (default: 0 1)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=count(1),
+        default=8,
+        metavar="N",
+        help="forward passes of the transformer (default: 8, for Turbo)",
+    )
+    parser.add_argument(
+        "--size",
+        type=count(16),
+        default=1024,
+        metavar="PIXELS",
+        help="side of the images, a multiple of 16 (default: 1024)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=0.0,
+        metavar="SCALE",
+        help="classifier-free guidance, ComfyUI's CFG minus 1 (default: 0, none, for Turbo)",
+    )
+    parser.add_argument(
+        "--compute",
+        choices=("auto", *COMPUTE_MODES),
+        default="auto",
+        help="how MXFP8 layers of A are multiplied (default: the fastest that the device has)",
+    )
+    parser.add_argument(
+        *spellings("--against-compute"),
+        choices=("auto", *COMPUTE_MODES),
+        default="weight-only",
+        help="the same for B (default: weight-only)",
+    )
+    parser.add_argument(
+        *spellings("--min-psnr"),
+        type=float,
+        metavar="DB",
+        help="fail if the mean PSNR is lower",
+    )
+    parser.add_argument(
+        *spellings("--min-ssim"),
+        type=float,
+        metavar="0-1",
+        help="fail if the mean SSIM is lower",
+    )
+    parser.add_argument(
+        *spellings("--max-flip"),
+        type=float,
+        metavar="0-1",
+        help="fail if the mean FLIP is higher",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="cpu|cuda|cuda:N",
+        help="where to run (default: cuda if torch has it)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of everything that is not 8 bits wide (default: bfloat16)",
+    )
+    add_overwrite(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    report_line("checking the model folder, the prompts and the output ...")
+    from ..analysis.evaluate.prompts import read_prompts
+    from ..analysis.evaluate.thresholds import Thresholds
+    from ..checkpoint import hub
+    from ..checkpoint.output_folder import check_target_folder
+    from ..generation.folder import open_model_folder
+    from ..printing.evaluate import print_evaluation
+    from ..printing.progress import analysis_bar
+    from ..system.optional_packages import needed
+    from . import display
+
+    # Wrong names are reported now, and not after seconds of importing and minutes of loading.
+    Thresholds(arguments.min_psnr, arguments.min_ssim, arguments.max_flip)
+    prompts = read_prompts(arguments.prompts)
+    if not arguments.download:
+        keep_libraries_quiet()
+    own = () if arguments.against else (hub.TRANSFORMER,)
+    model_dir = resolve(arguments.model_dir, (*hub.COMPONENTS, *own), download=arguments.download)
+    files = [
+        None if name is None else resolve(name, (hub.TRANSFORMER,), download=arguments.download)
+        for name in (arguments.transformer, arguments.against)
+    ]
+    open_model_folder(model_dir)
+    keep_libraries_quiet()
+    report_line("loading torch and diffusers ...")
+    with needed("evaluate", "evaluate"):
+        from ..analysis.evaluate.folder import OWN_ENTRIES, save_report
+        from ..analysis.evaluate.run import evaluate
+    from ..analysis.pages.page import Origin
+
+    assert files[0] is not None  # a required option
+    if arguments.output is not None:
+        check_target_folder(arguments.output, OWN_ENTRIES, overwrite=arguments.overwrite)
+    with analysis_bar(report_line) as progress:
+        report = evaluate(
+            model_dir,
+            files[0],
+            files[1],
+            prompts=prompts,
+            seeds=arguments.seeds,
+            steps=arguments.steps,
+            size=(arguments.size, arguments.size),
+            guidance=arguments.guidance,
+            compute=arguments.compute,
+            against_compute=arguments.against_compute,
+            min_psnr=arguments.min_psnr,
+            min_ssim=arguments.min_ssim,
+            max_flip=arguments.max_flip,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            progress=progress,
+        )
+    display.warn(report.warnings)
+    if arguments.output is not None:
+        origin = Origin(arguments.command_line)
+        save_report(report, arguments.output, origin, overwrite=arguments.overwrite)
+    if arguments.json:
+        display.print_json(report.to_dict())
+    else:
+        print_evaluation(report, display.screen())
+    if arguments.output is not None:
+        what = "report.html, report.json and the images"
+        display.wrote(arguments.output, what, as_json=arguments.json)
+    if report.failures:
+        report_line(f"error: {', and '.join(report.failures)}")
+        return 1
+    return 0
