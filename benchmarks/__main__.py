@@ -22,6 +22,7 @@ SUITES = {
     "transformer": "the whole transformer and generate on a CUDA device",
     "eager-dispatch": "cost of a call in eager code, and of a registered operation",
     "convert": "conversion of a checkpoint: time and memory of whole processes",
+    "trained": "images of the trained small model under each format, recipe and mode",
     "lora": "error of an adapter on MXFP8 weights: live, merged, added to the file",
     "bias-correction": "error of the modulation layers under each bias correction",
 }

@@ -1,0 +1,278 @@
+"""Images of the trained small model under each format, recipe, compute mode and number of steps.
+
+Reads the folder that `python -m benchmarks.trained` writes (with the BF16 original). Every variant
+draws the same captions from the same noise as the original does in float32. Captions are of scenes
+that the training did not see. PSNR is of the pixels, with a 95 % confidence interval of the mean
+(Student's t over all images), SSIM and FLIP as in `zimage-mxfp8 evaluate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from safetensors.torch import save_file
+from scipy import stats
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8.analysis.compare.formats import BASE_FORMATS, FORMATS, residual
+from zimage_mxfp8.analysis.evaluate.metrics import Summary, compare_images, summarize
+from zimage_mxfp8.analysis.probe.run import probe
+from zimage_mxfp8.analysis.sensitivity.recipe import sensitivity_recipe
+from zimage_mxfp8.analysis.sensitivity.run import analyse_sensitivity
+from zimage_mxfp8.checkpoint.diffusers_layout import to_comfyui_layout
+from zimage_mxfp8.checkpoint.scopes import WHOLE_FILE
+from zimage_mxfp8.checkpoint.source import TensorReader, open_checkpoint
+from zimage_mxfp8.conversion.recipes import Recipe, load_recipe
+from zimage_mxfp8.generation.components import VAE, TextEncoder
+from zimage_mxfp8.generation.folder import open_model_folder
+from zimage_mxfp8.generation.sampler import denoise
+from zimage_mxfp8.transformer.compute import unsupported
+from zimage_mxfp8.transformer.model import ZImageTransformer
+
+from ..report import Report
+from ..trained import scenes
+
+COLUMNS = {
+    "table": "",
+    "variant": "",
+    "bits": "per weight of the quantised layers",
+    "mib": "of the file",
+    "weights": "relative squared error of the quantised layers",
+    "latents": "relative error",
+    "psnr": "dB",
+    "low": "of the interval",
+    "high": "of the interval",
+    "worst": "image",
+    "ssim": "",
+    "flip": "",
+}
+_UNSEEN = 10**6  # the first seed of scenes that the training does not draw
+_LAYERS = (
+    *("attention.qkv", "attention.out"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
+_MODULATION = "adaLN_modulation.0"
+_RANK = 8  # of low-rank branches: 6 % of the width
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder that python -m benchmarks.trained wrote")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--captions", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=2, help="images of each caption")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    latents: torch.Tensor
+    images: list[Image.Image]
+
+
+class Painter:
+    """Draws the same captions and noise with any transformer."""
+
+    def __init__(self, folder: Path, device: str, captions: int, seeds: int) -> None:
+        parts = open_model_folder(folder)
+        self.device = torch.device(device)
+        unseen = (
+            scenes.random_scene(np.random.default_rng(_UNSEEN + i)).caption for i in range(captions)
+        )
+        encoder = TextEncoder(parts, self.device, torch.float32)
+        features = [encoder.encode(caption) for caption in unseen]
+        self._captions = [x for x in features for _ in range(seeds)]
+        self._vae = VAE(parts, self.device, torch.float32)
+        random = torch.Generator().manual_seed(0)
+        shape = (len(self._captions), 16, 1, scenes.SIDE // 8, scenes.SIDE // 8)
+        self._noise = torch.randn(shape, generator=random).to(self.device)
+
+    @torch.no_grad()
+    def draw(self, model: ZImageTransformer, steps: int = 8) -> Drawn:
+        latents = []
+        for first in range(0, len(self._noise), 32):
+            noise = list(self._noise[first : first + 32])
+            captions = [x.to(model.dtype) for x in self._captions[first : first + 32]]
+            latents += denoise(model, noise, captions, steps)
+        stacked = torch.stack(latents)
+        images = []
+        for latent in stacked[:, :, 0].split(1):
+            pixels = self._vae.decode(latent)
+            images += VaeImageProcessor(vae_scale_factor=16).postprocess(pixels)
+        return Drawn(stacked, images)
+
+    def load(
+        self, file: Path, compute: str = "weight-only", dtype: torch.dtype = torch.float32
+    ) -> ZImageTransformer:
+        return ZImageTransformer.from_checkpoint(file, self.device, compute, dtype)
+
+
+class Weights:
+    """The original's tensors in ComfyUI's layout, and files in which some are replaced."""
+
+    def __init__(self, transformer: Path, scratch: Path) -> None:
+        checkpoint = to_comfyui_layout(open_checkpoint(transformer), WHOLE_FILE)
+        self._scratch = scratch
+        with TensorReader() as reader:
+            self.tensors = {
+                name: torch.from_numpy(reader.read(tensor))
+                .view(torch.bfloat16)
+                .reshape(tensor.shape)
+                .float()
+                for name, tensor in checkpoint.tensors.items()
+            }
+
+    def matrices(self, modulations: bool) -> Iterator[str]:
+        endings = (*_LAYERS, _MODULATION) if modulations else _LAYERS
+        return (
+            name
+            for name in self.tensors
+            if name.removesuffix(".weight").endswith(endings) and name.endswith(".weight")
+        )
+
+    def replaced(
+        self, change: Callable[[np.ndarray], np.ndarray], modulations: bool = False
+    ) -> tuple[Path, float]:
+        """Write a file with changed matrices; return it and their relative squared error."""
+        changed, error, energy = dict(self.tensors), 0.0, 0.0
+        for name in self.matrices(modulations):
+            before = self.tensors[name].numpy()
+            after = change(before)
+            error += float(np.square(after - before, dtype=np.float64).sum())
+            energy += float(np.square(before, dtype=np.float64).sum())
+            changed[name] = torch.from_numpy(after)
+        file = self._scratch / "replaced.safetensors"
+        save_file(changed, file)
+        return file, error / energy
+
+
+def decoded(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """A matrix as a format stores it."""
+
+    def change(matrix: np.ndarray) -> np.ndarray:
+        rest = np.empty_like(matrix)
+        residual(matrix, name, float(np.abs(matrix).max()), rest)
+        return matrix - rest
+
+    return change
+
+
+def with_branch(name: str, from_residual: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """A low-rank branch in float32 and a format: of what the format loses, or taken out before."""
+
+    def change(matrix: np.ndarray) -> np.ndarray:
+        quantised = decoded(name)
+        part = matrix - quantised(matrix) if from_residual else matrix
+        u, s, v = np.linalg.svd(part, full_matrices=False)
+        branch = ((u[:, :_RANK] * s[:_RANK]) @ v[:_RANK]).astype(np.float32)
+        return quantised(matrix) + branch if from_residual else quantised(matrix - branch) + branch
+
+    return change
+
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
+    device = arguments.device
+    painter = Painter(arguments.model, device, arguments.captions, arguments.seeds)
+    transformer = arguments.model / "transformer"
+    originals: dict[int, Drawn] = {}
+
+    def original(steps: int) -> Drawn:
+        if steps not in originals:
+            originals[steps] = painter.draw(painter.load(transformer), steps)
+        return originals[steps]
+
+    def add(table: str, variant: str, drawn: Drawn, against: Drawn, **figures: float) -> None:
+        change = (drawn.latents - against.latents).norm() / against.latents.norm()
+        metrics = [compare_images(*pair) for pair in zip(drawn.images, against.images, strict=True)]
+        psnr: Summary = summarize([x.psnr for x in metrics], high_is_good=True)
+        report.add(
+            table=table,
+            variant=variant,
+            bits=figures.get("bits"),
+            mib=figures.get("mib"),
+            weights=figures.get("weights"),
+            latents=float(change),
+            psnr=psnr.mean,
+            low=psnr.low,
+            high=psnr.high,
+            worst=psnr.worst,
+            ssim=float(np.mean([x.ssim for x in metrics])),
+            flip=float(np.mean([x.flip for x in metrics])),
+        )
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        weights = Weights(transformer, folder)
+        bf16 = painter.draw(painter.load(transformer, dtype=torch.bfloat16))
+        add("formats", "BF16 arithmetic, original weights", bf16, original(8), bits=16)
+        for name in BASE_FORMATS:
+            for modulations in (False, True):
+                file, error = weights.replaced(decoded(name), modulations)
+                title = FORMATS[name].title + (", modulations too" if modulations else "")
+                bits = FORMATS[name].bits((128, 128)) / 128**2
+                drawn = painter.draw(painter.load(file))
+                add("formats", title, drawn, original(8), bits=bits, weights=error)
+        for name in ("mxfp8-e4m3", "int8-row", "nvfp4", "mxfp4"):
+            for from_residual in (True, False):
+                file, error = weights.replaced(with_branch(name, from_residual))
+                way = "of the residual" if from_residual else "taken out first (SVDQuant)"
+                title = f"{FORMATS[name].title}, rank {_RANK} {way}"
+                add("branches", title, painter.draw(painter.load(file)), original(8), weights=error)
+
+        sensitivity = analyse_sensitivity(
+            transformer, device=device, size=(scenes.SIDE, scenes.SIDE), timesteps=8
+        )
+        probed = probe(transformer)
+        rules = {rule.name: rule for rule in load_recipe("uniform").keep}
+        small = (rules["embedders"], rules["final layer"])
+        everything = Recipe("everything", "every linear of the blocks", "", small)
+        recipes = {
+            "uniform": "uniform",
+            "zimage": "zimage",
+            "everything": everything,
+            "of probe": probed.recipe,
+            "of sensitivity": sensitivity_recipe(sensitivity),
+        }
+        for name, recipe in recipes.items():
+            file = folder / "recipe.safetensors"
+            zm.convert(transformer, file, recipe=recipe, overwrite=True)
+            mib = file.stat().st_size / 2**20
+            add("recipes", name, painter.draw(painter.load(file)), original(8), mib=mib)
+        uniform = folder / "uniform.safetensors"
+        for mode in ("none", "synthetic", "timesteps"):
+            zm.convert(transformer, uniform, bias_correction=mode, overwrite=True)
+            add("bias", mode, painter.draw(painter.load(uniform)), original(8))
+        index = None if device == "cpu" else torch.device(device).index or 0
+        for compute in ("weight-only", "fp8", "mxfp8-emulated", "mxfp8"):
+            if reason := unsupported(compute, index):
+                print(f"{compute} is left out: {reason}")
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
+                drawn = painter.draw(painter.load(uniform, compute, dtype))
+                title = f"{compute}, {str(dtype).removeprefix('torch.')}"
+                add("modes", title, drawn, original(8))
+        for steps in (4, 8, 20):
+            for compute in ("weight-only", "fp8"):
+                drawn = painter.draw(painter.load(uniform, compute), steps)
+                add("steps", f"{steps} steps, {compute}", drawn, original(steps))
+            add("steps", f"original, {steps} steps against 50", original(steps), original(50))
+
+    errors = {layer.name: layer.error.total for layer in sensitivity.layers}
+    scored = [x for x in probed.tensors if x.name.removesuffix(".weight") in errors]
+    correlation = stats.spearmanr(
+        [x.score for x in scored], [errors[x.name.removesuffix(".weight")] for x in scored]
+    )
+    print(
+        f"rank correlation of probe's score with measured sensitivity over {len(scored)} layers: "
+        f"{correlation.statistic:.2f} (p {correlation.pvalue:.1g})"
+    )
+    salience = list(sensitivity.salience.values())
+    for field in ("weight_outliers", "activation_outliers", "time_drift", "depth_drift"):
+        values = [getattr(x, field) for x in salience]
+        print(f"{field}: mean {np.mean(values):.3f}, largest {max(values):.3f}")
