@@ -86,7 +86,12 @@ def test_extras_exist() -> None:
 
 @pytest.mark.parametrize(
     ("page", "command"),
-    [("convert.md", "convert"), ("generate.md", "generate"), ("compare.md", "compare")],
+    [
+        ("convert.md", "convert"),
+        ("generate.md", "generate"),
+        ("compare.md", "compare"),
+        ("evaluate.md", "evaluate"),
+    ],
 )
 def test_options_of_the_tables_exist(page: str, command: str) -> None:
     table = text_of(GUIDE / page).partition("| option | effect |")[2].partition("\n\n")[0]
