@@ -248,7 +248,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         for mode in ("none", "synthetic", "timesteps"):
             zm.convert(transformer, uniform, bias_correction=mode, overwrite=True)
             add("bias", mode, painter.draw(painter.load(uniform)), original(8))
-        index = None if device == "cpu" else torch.device(device).index or 0
+        index = -1 if device == "cpu" else torch.device(device).index or 0
         for compute in ("weight-only", "fp8", "mxfp8-emulated", "mxfp8"):
             if reason := unsupported(compute, index):
                 print(f"{compute} is left out: {reason}")
