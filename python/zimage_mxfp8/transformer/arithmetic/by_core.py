@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from ... import _core
 from ...ops import codec
 from ...ops import gemm as matmul
+from ...ops.arrays import dtype_name
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import FoldStats, RowScaledArray, gemm
-from ...system.devices import core_index
+from ...system.devices import core_index, native_gemm_unsupported
 from . import scaled_mm
 
 
@@ -64,9 +65,12 @@ def row_scaled_workspace(
     tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
     """Bytes that `multiply_row_scaled` takes on a CUDA device."""
-    if row_scaled_unsupported(core_index(device)):
+    index = core_index(device)
+    if row_scaled_unsupported(index):
         return scaled_mm.workspace(tokens, shape, dtype)
-    return 0
+    name = dtype_name(dtype, "dtype")
+    problem = _core.GemmProblem(tokens, *shape, "row-scaled", "row-scaled", name, False)
+    return _core.gemm_workspace_size(_core.choose_gemm(problem, index), problem, index)
 
 
 def row_scaled_unsupported(device: int) -> str:
@@ -84,8 +88,7 @@ row_scaled_unsupported.__dict__["_dynamo_marked_constant"] = True
 
 @cache
 def _cuda_row_scaled_unsupported(device: int) -> str:
-    problem = _core.GemmProblem(128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False)
-    return _core.gemm_unsupported("fp8_rowwise", problem, device)
+    return native_gemm_unsupported("row-scaled", device)
 
 
 def multiply_mxfp8(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
