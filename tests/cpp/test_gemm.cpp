@@ -207,6 +207,22 @@ TEST_CASE("problems with an epilogue") {
   });
 }
 
+TEST_CASE("the table of epilogues") {
+  const std::vector<GemmEpilogue> all = gemm_epilogues();
+  CHECK(all.front() == GemmEpilogue::kNone);
+  for (const GemmEpilogue one : all) CHECK(find_gemm_epilogue(info(one).name) == one);
+  CHECK_THROWS_WITH_AS(find_gemm_epilogue("fastest"), "unknown epilogue \"fastest\"",
+                       InvalidArgument);
+  const auto problem = [](std::int64_t n, GemmEpilogue epilogue) {
+    constexpr auto format = OperandFormat::kRowScaled;
+    return GemmProblem{4, n, 64, format, format, DType::kBFloat16, false, epilogue, format};
+  };
+  CHECK_THROWS_WITH_AS(choose_gemm(problem(24, GemmEpilogue::kSiluMultiply), kHost),
+                       "N must be a multiple of 16 with silu_multiply, not 24", InvalidArgument);
+  CHECK_THROWS_WITH_AS(choose_gemm(problem(384, GemmEpilogue::kRotateHeads), kHost),
+                       "D is only encoded after silu_multiply", InvalidArgument);
+}
+
 TEST_CASE("host memory is refused where a device's is needed") {
   // Without CUDA, without a device or with one: a typed error each time, and nothing is touched.
   std::vector<float> source(32 * 32, 1.0f), d(32 * 32);
