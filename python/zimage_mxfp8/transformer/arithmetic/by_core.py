@@ -16,6 +16,8 @@ from ...ops.gemm import FoldStats, RowScaledArray, gemm
 from ...system.devices import core_index, native_gemm_unsupported
 from . import scaled_mm
 
+LIBRARY_WORKSPACE = 32 << 20  # bytes of cuBLASLt's workspace, which the model counts once
+
 
 def quantize(matrix: torch.Tensor) -> MXFP8Array:
     """Encode a matrix in MXFP8."""
@@ -64,13 +66,14 @@ def multiply_row_scaled(
 def row_scaled_workspace(
     tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Bytes that `multiply_row_scaled` takes on a CUDA device."""
+    """Bytes that `multiply_row_scaled` takes on a CUDA device, beyond `LIBRARY_WORKSPACE`."""
     index = core_index(device)
     if row_scaled_unsupported(index):
         return scaled_mm.workspace(tokens, shape, dtype)
     name = dtype_name(dtype, "dtype")
     problem = _core.GemmProblem(tokens, *shape, "row-scaled", "row-scaled", name, False)
-    return _core.gemm_workspace_size(_core.choose_gemm(problem, index), problem, index)
+    nbytes = _core.gemm_workspace_size(_core.choose_gemm(problem, index), problem, index)
+    return max(0, nbytes - LIBRARY_WORKSPACE)
 
 
 def row_scaled_unsupported(device: int) -> str:
