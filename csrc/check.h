@@ -73,6 +73,16 @@ inline void check_alignment(const MemoryRange& memory, std::size_t alignment) {
   }
 }
 
+// Throws InvalidArgument unless all rows of a matrix begin at multiples of 16 bytes.
+inline void check_rows(const MemoryRange& matrix, std::int64_t row_stride, std::size_t item) {
+  check_alignment(matrix, 16);
+  // Rows without elements may have any stride: that of torch.zeros(3, 0) is 1.
+  if (matrix.bytes > 0 && static_cast<std::size_t>(row_stride) * item % 16 != 0) {
+    throw InvalidArgument(std::string("the rows of ") + matrix.what +
+                          " must begin at multiples of 16 bytes");
+  }
+}
+
 // Memory that must exist and be aligned.
 inline MemoryRange required_range(const void* data, std::int64_t bytes, std::size_t alignment,
                                   const char* what) {

@@ -13,13 +13,14 @@
 #include "cpu/parallel.h"
 #include "cuda/runtime.h"
 #include "gemm/dispatch/dispatch.h"
+#include "gemm/epilogues.h"
 #include "zimage_mxfp8/quantize.h"
 #include "zimage_mxfp8/row_scaled.h"
 
 namespace zimage_mxfp8 {
 namespace {
 
-using detail::MemoryRange;
+using detail::check_rows, detail::MemoryRange;
 
 void check_sizes(const GemmProblem& problem) {
   const std::int64_t most = std::numeric_limits<std::int32_t>::max();
@@ -35,18 +36,33 @@ void check_sizes(const GemmProblem& problem) {
   }
 }
 
+std::string encoding_epilogues() {
+  std::string names;
+  for (const GemmEpilogue one : gemm_epilogues()) {
+    if (!info(one).encodes) continue;
+    names += names.empty() ? "" : " and ";
+    names += info(one).name;
+  }
+  return names;
+}
+
+std::int64_t columns_of_d(const GemmProblem& problem) {
+  return problem.n / info(problem.epilogue).rows_per_column;
+}
+
 void check_problem(const GemmProblem& problem) {
   check_sizes(problem);
-  const bool is_silu_multiply = problem.epilogue == GemmEpilogue::kSiluMultiply;
-  if (problem.d_format != OperandFormat::kBFloat16 && !is_silu_multiply) {
-    throw InvalidArgument("D is only encoded after silu_multiply");
+  const EpilogueInfo& epilogue = info(problem.epilogue);
+  if (problem.d_format != OperandFormat::kBFloat16 && !epilogue.encodes) {
+    throw InvalidArgument("D is only encoded after " + encoding_epilogues());
   }
   if (problem.epilogue == GemmEpilogue::kNone) return;
   if (problem.bias) throw InvalidArgument("a GEMM with an epilogue has no bias");
   if (problem.d != DType::kBFloat16) throw InvalidArgument("D of an epilogue must be BF16");
-  if (is_silu_multiply && problem.n % 16 != 0) {
-    throw InvalidArgument("N must be a multiple of 16 with silu_multiply, not " +
-                          std::to_string(problem.n));
+  const std::int64_t multiple = 8 * epilogue.rows_per_column;
+  if (problem.n % multiple != 0) {
+    throw InvalidArgument("N must be a multiple of " + std::to_string(multiple) + " with " +
+                          epilogue.name + ", not " + std::to_string(problem.n));
   }
 }
 
@@ -148,16 +164,7 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
       operand);
 }
 
-void check_rows(const detail::MemoryRange& memory, std::int64_t row_stride, std::size_t item) {
-  detail::check_alignment(memory, 16);
-  // Rows without elements may have any stride: that of torch.zeros(3, 0) is 1.
-  if (memory.bytes > 0 && static_cast<std::size_t>(row_stride) * item % 16 != 0) {
-    throw InvalidArgument(std::string("the rows of ") + memory.what +
-                          " must begin at multiples of 16 bytes");
-  }
-}
-
-// D, and the memory of an epilogue.
+// D.
 struct Outputs {
   MatrixView plain;  // D in BF16 or another dtype; its data is null if D is encoded
   std::int64_t rows, cols;
@@ -217,14 +224,13 @@ Checked check(const GemmArguments& arguments) {
   const Checked checked{{a.rows, b.rows, a.cols, a.format, b.format, d.plain.dtype,
                          arguments.bias != nullptr, epilogue, d.format},
                         {a.rows, b.rows, a.cols, a.task, b.task, arguments.bias, d.plain.data,
-                         d.plain.dtype, d.rows > 1 ? d.plain.row_stride : d.cols, epilogue,
-                         std::get_if<RotateHeads>(&arguments.epilogue)},
+                         d.plain.dtype, d.rows > 1 ? d.plain.row_stride : d.cols, nullptr},
                         a,
                         b,
                         {arguments.bias, arguments.bias ? b.rows * 2 : 0, "the bias"},
                         d};
   check_problem(checked.problem);
-  const std::int64_t columns = epilogue == GemmEpilogue::kSiluMultiply ? b.rows / 2 : b.rows;
+  const std::int64_t columns = columns_of_d(checked.problem);
   if (d.rows != a.rows || d.cols != columns) {
     throw InvalidArgument("D is " + detail::shape_text(d.rows, d.cols) + ", and the result is " +
                           detail::shape_text(a.rows, columns));
@@ -234,33 +240,6 @@ Checked check(const GemmArguments& arguments) {
     detail::check_disjoint(written, {a.data, a.scales, b.data, b.scales, checked.bias});
   }
   return checked;
-}
-
-// The memory of a rotation, after the checks that all kernels need.
-struct RotationMemory {
-  MemoryRange q, k, rotations;
-};
-
-RotationMemory check_rotation(const RotateHeads& epilogue, const GemmProblem& problem) {
-  const std::int64_t heads = epilogue.heads;
-  if (heads < 1) throw InvalidArgument("heads must be 1 or more, not " + std::to_string(heads));
-  if (heads > (std::int64_t{1} << 20) || problem.n != 3 * heads * kHeadSize) {
-    throw InvalidArgument("B has " + std::to_string(problem.n) + " rows, which is not 3 * " +
-                          std::to_string(heads) + " heads of " + std::to_string(kHeadSize));
-  }
-  if (!(epilogue.eps >= 0.0f)) throw InvalidArgument("eps must be 0 or more");
-  const ConstMatrixView& rotations = epilogue.rotations;
-  detail::check_matrix(rotations, "rotations");
-  if (rotations.dtype != DType::kFloat32 || rotations.rows != problem.m ||
-      rotations.cols != kHeadSize) {
-    throw InvalidArgument("rotations must be float32 " + detail::shape_text(problem.m, kHeadSize));
-  }
-  const RotationMemory memory{
-      detail::required_range(epilogue.q_weight, kHeadSize * 2, 16, "q_weight"),
-      detail::required_range(epilogue.k_weight, kHeadSize * 2, 16, "k_weight"),
-      detail::range_of(rotations, "rotations")};
-  check_rows(memory.rotations, rotations.row_stride, 4);
-  return memory;
 }
 
 // How a kernel computes a problem: the workspace begins with the data between its launches.
@@ -276,11 +255,12 @@ std::size_t kernel_workspace(const GemmKernel& kernel, const GemmProblem& proble
   return kernel.implementation->workspace(problem);
 }
 
-// Columns of BF16 between the launches of a problem.
+// Columns of BF16 between the launches of a problem: of what the kernel writes, unless that is D.
 std::int64_t columns_between(const GemmProblem& problem, bool fused) {
-  if (problem.epilogue != GemmEpilogue::kSiluMultiply) return 0;
-  if (!fused) return problem.n;
-  return problem.d_format == OperandFormat::kBFloat16 ? 0 : problem.n / 2;
+  const std::int64_t written = fused ? columns_of_d(problem) : problem.n;
+  const bool is_d =
+      problem.d_format == OperandFormat::kBFloat16 && written == columns_of_d(problem);
+  return is_d ? 0 : written;
 }
 
 // The steps of a problem of positive M and N. Throws Unsupported if the kernel does not support it.
@@ -339,8 +319,7 @@ std::vector<std::pair<OperandFormat, OperandFormat>> operand_formats(const GemmK
 
 std::vector<GemmEpilogue> epilogues(const GemmKernel& kernel) {
   std::vector<GemmEpilogue> found;
-  for (const auto one :
-       {GemmEpilogue::kNone, GemmEpilogue::kSiluMultiply, GemmEpilogue::kRotateHeads}) {
+  for (const GemmEpilogue one : gemm_epilogues()) {
     if (kernel.epilogues & detail::epilogue(one)) found.push_back(one);
   }
   return found;
@@ -380,13 +359,16 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
   const GemmProblem& problem = checked.problem;
   const MemoryRange memory{workspace.data, static_cast<std::int64_t>(workspace.bytes),
                            "the workspace"};
-  RotationMemory rotation{
-      {nullptr, 0, "q_weight"}, {nullptr, 0, "k_weight"}, {nullptr, 0, "rotations"}};
-  if (checked.task.rotate_heads) rotation = check_rotation(*checked.task.rotate_heads, problem);
+  const detail::EpilogueRow& epilogue = detail::epilogue_row(problem.epilogue);
+  const std::vector<MemoryRange> of_epilogue = epilogue.check(arguments.epilogue, problem);
   detail::check_disjoint(
       memory, {checked.a.data, checked.a.scales, checked.b.data, checked.b.scales, checked.bias,
-               checked.d.data, checked.d.scales, rotation.q, rotation.k, rotation.rotations});
-  detail::check_disjoint(checked.d.data, {rotation.q, rotation.k, rotation.rotations});
+               checked.d.data, checked.d.scales});
+  for (const MemoryRange& read : of_epilogue) {
+    for (const MemoryRange& written : {memory, checked.d.data, checked.d.scales}) {
+      detail::check_disjoint(written, {read});
+    }
+  }
   detail::check_alignment(memory, 256);
   detail::check_alignment(checked.bias, 16);
   for (const OperandParts* operand : {&checked.a, &checked.b}) {
@@ -398,8 +380,8 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
     check_rows(checked.d.data, checked.task.d_row_stride, element_size(problem.d));
   }
   detail::check_device_memory({checked.a.data, checked.a.scales, checked.b.data, checked.b.scales,
-                               checked.bias, checked.d.data, checked.d.scales, rotation.q,
-                               rotation.k, rotation.rotations, memory});
+                               checked.bias, checked.d.data, checked.d.scales, memory});
+  for (const MemoryRange& read : of_epilogue) detail::check_device_memory({read});
   if (is_empty(problem)) return;
   const Steps steps = steps_of(kernel, problem, detail::current_device());
   if (workspace.bytes < steps.workspace_bytes) {
@@ -414,26 +396,19 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
     task.d_dtype = DType::kBFloat16;
     task.d_row_stride = steps.between;
   }
-  if (!steps.fused) task.epilogue = GemmEpilogue::kNone;
+  if (steps.fused && problem.epilogue != GemmEpilogue::kNone) task.arguments = &arguments;
   // With K = 0 only the bias is left, which the reference handles.
   const detail::GemmImplementation& run =
       problem.k == 0 ? detail::kReference : *kernel.implementation;
   run.run(task, {rest, workspace.bytes - steps.between_bytes}, stream);
 
-  const ConstMatrixView between{task.d, DType::kBFloat16, problem.m, steps.between, steps.between};
-  if (steps.fused) {
-    if (steps.between > 0) encode(between, arguments.d, stream);
-    return;
+  const MatrixView between{task.d, DType::kBFloat16, problem.m, steps.between, steps.between};
+  if (!steps.fused) {
+    epilogue.launch(steps.between > 0 ? between : checked.d.plain, arguments, stream);
+  } else if (steps.between > 0) {
+    encode({task.d, DType::kBFloat16, problem.m, steps.between, steps.between}, arguments.d,
+           stream);
   }
-  if (problem.epilogue == GemmEpilogue::kSiluMultiply) {
-    ConstMatrixView gate = between, up = between;
-    gate.cols = up.cols = problem.n / 2;
-    up.data = static_cast<const std::uint16_t*>(task.d) + problem.n / 2;
-    return silu_multiply(gate, up, arguments.d, stream);
-  }
-  const RotateHeads& epilogue = *checked.task.rotate_heads;
-  rotate_heads(checked.d.plain, epilogue.q_weight, epilogue.k_weight, epilogue.rotations,
-               epilogue.heads, epilogue.eps, stream);
 }
 
 void gemm(const GemmArguments& arguments, int threads) {

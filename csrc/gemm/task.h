@@ -8,8 +8,7 @@
 namespace zimage_mxfp8 {
 
 enum class OperandFormat : uint8_t;
-enum class GemmEpilogue : uint8_t;
-struct RotateHeads;
+struct GemmArguments;
 
 namespace detail {
 
@@ -20,7 +19,7 @@ struct GemmOperandTask {
   int64_t row_stride;  // elements
 };
 
-// D[m, n] = epilogue(A[m, k] B[n, k]^T + bias[n]); with SiluMultiply D is [m, n / 2].
+// D[m, n] = epilogue(A[m, k] B[n, k]^T + bias[n]), or as many columns as the epilogue leaves.
 struct GemmTask {
   int64_t m, n, k;
   GemmOperandTask a, b;
@@ -28,8 +27,7 @@ struct GemmTask {
   void* d;
   DType d_dtype;
   int64_t d_row_stride;
-  GemmEpilogue epilogue;
-  const RotateHeads* rotate_heads;  // of that epilogue; otherwise null
+  const GemmArguments* arguments;  // of the call, for the epilogue to fuse; null without one
 };
 
 }  // namespace detail

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <deque>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -23,25 +24,6 @@ using Operand = FormattedMatrix<ConstMatrixView, ConstMXFP8View, ConstRowScaledV
 
 using Activation = FormattedMatrix<MatrixView, MXFP8View, RowScaledView>;
 
-GemmEpilogue parse_epilogue(const std::string& name) {
-  if (name == "none") return GemmEpilogue::kNone;
-  if (name == "silu_multiply") return GemmEpilogue::kSiluMultiply;
-  if (name == "rotate_heads") return GemmEpilogue::kRotateHeads;
-  throw InvalidArgument("unknown epilogue \"" + name + "\"");
-}
-
-const char* text(GemmEpilogue epilogue) {
-  switch (epilogue) {
-    case GemmEpilogue::kNone:
-      return "none";
-    case GemmEpilogue::kSiluMultiply:
-      return "silu_multiply";
-    case GemmEpilogue::kRotateHeads:
-      return "rotate_heads";
-  }
-  return "";
-}
-
 const char* text(OperandFormat format) {
   switch (format) {
     case OperandFormat::kBFloat16:
@@ -58,6 +40,7 @@ const char* text(OperandFormat format) {
 struct Call {
   Operand a, b;
   std::optional<Array> workspace;
+  std::deque<Array> others;
   std::vector<const Array*> arrays;
 
   Call(const py::tuple& a_parts, const py::tuple& b_parts, const py::object& workspace_array)
@@ -70,6 +53,13 @@ struct Call {
     for (const Operand* operand : {&a, &b}) {
       if (operand->scales) arrays.push_back(&*operand->scales);
     }
+  }
+
+  // An array that the call reads, and keeps until its end.
+  const Array& read(const py::object& array, const char* name) {
+    others.emplace_back(array, name, kRead, kAnywhere);
+    arrays.push_back(&others.back());
+    return others.back();
   }
 
   Workspace space() const {
@@ -102,10 +92,8 @@ void py_gemm(const std::string& kernel, const py::tuple& a, const py::tuple& b,
              const py::object& workspace, int threads, std::uintptr_t stream) {
   Call call(a, b, workspace);
   const Array out(d, "D", kWrite, kAnywhere);
-  std::optional<Array> bias_array;
-  if (!bias.is_none()) bias_array.emplace(bias, "the bias", kRead, kAnywhere);
   call.arrays.push_back(&out);
-  if (bias_array) call.arrays.push_back(&*bias_array);
+  const Array* const bias_array = bias.is_none() ? nullptr : &call.read(bias, "the bias");
   const auto matrix_d = matrix<MatrixView>(out, dtype);
   GemmArguments arguments{call.a.view, call.b.view, nullptr, matrix_d};
   if (bias_array) {
@@ -115,31 +103,35 @@ void py_gemm(const std::string& kernel, const py::tuple& a, const py::tuple& b,
   call.run(kernel, arguments, threads, stream);
 }
 
-void py_gemm_silu_multiply(const std::string& kernel, const py::tuple& a, const py::tuple& b,
-                           const py::tuple& d, const py::object& workspace, std::uintptr_t stream) {
+// The arguments of an epilogue from Python, in the order of its struct in gemm.h.
+EpilogueArguments read_epilogue(GemmEpilogue epilogue, const py::tuple& values, Call& call) {
+  switch (epilogue) {
+    case GemmEpilogue::kNone:
+      return {};
+    case GemmEpilogue::kSiluMultiply:
+      return SiluMultiply{};
+    case GemmEpilogue::kRotateHeads: {
+      const Array& q = call.read(values[0], "q_weight");
+      const Array& k = call.read(values[1], "k_weight");
+      const Array& rotations = call.read(values[2], "rotations");
+      q.require_contiguous(kHeadSize * 2);
+      k.require_contiguous(kHeadSize * 2);
+      return RotateHeads{q.data(), k.data(), matrix<ConstMatrixView>(rotations, "float32"),
+                         values[3].cast<std::int64_t>(), values[4].cast<float>()};
+    }
+  }
+  throw InvalidArgument(std::string("no arguments are read for ") + info(epilogue).name);
+}
+
+void py_gemm_with_epilogue(const std::string& kernel, const py::tuple& a, const py::tuple& b,
+                           const std::string& epilogue, const py::tuple& values, const py::tuple& d,
+                           const py::object& workspace, std::uintptr_t stream) {
   Call call(a, b, workspace);
   const Activation out(d, "D", kWrite);
   call.arrays.push_back(&out.data);
   if (out.scales) call.arrays.push_back(&*out.scales);
-  call.run(kernel, {call.a.view, call.b.view, nullptr, out.view, SiluMultiply{}}, 1, stream);
-}
-
-void py_gemm_rotate_heads(const std::string& kernel, const py::tuple& a, const py::tuple& b,
-                          const py::object& q_weight, const py::object& k_weight,
-                          const py::object& rotations, std::int64_t heads, float eps,
-                          const py::object& d, const py::object& workspace, std::uintptr_t stream) {
-  Call call(a, b, workspace);
-  const Array q(q_weight, "q_weight", kRead, kAnywhere), k(k_weight, "k_weight", kRead, kAnywhere);
-  const Array from(rotations, "rotations", kRead, kAnywhere);
-  const Array out(d, "D", kWrite, kAnywhere);
-  call.arrays.insert(call.arrays.end(), {&q, &k, &from, &out});
-  q.require_contiguous(kHeadSize * 2);
-  k.require_contiguous(kHeadSize * 2);
-  const RotateHeads epilogue{q.data(), k.data(), matrix<ConstMatrixView>(from, "float32"), heads,
-                             eps};
-  call.run(kernel,
-           {call.a.view, call.b.view, nullptr, matrix<MatrixView>(out, "bfloat16"), epilogue}, 1,
-           stream);
+  const EpilogueArguments arguments = read_epilogue(find_gemm_epilogue(epilogue), values, call);
+  call.run(kernel, {call.a.view, call.b.view, nullptr, out.view, arguments}, 1, stream);
 }
 
 void py_quantize_rows(const py::object& source, const std::string& dtype, const py::object& codes,
@@ -207,11 +199,10 @@ struct KernelInfo {
 std::vector<KernelInfo> kernel_infos() {
   std::vector<KernelInfo> infos;
   for (const GemmKernel* kernel : gemm_kernels()) {
-    KernelInfo info{name(*kernel), {}, {}};
-    for (const auto& [a, b] : operand_formats(*kernel))
-      info.operands.emplace_back(text(a), text(b));
-    for (const GemmEpilogue one : epilogues(*kernel)) info.epilogues.emplace_back(text(one));
-    infos.push_back(std::move(info));
+    KernelInfo row{name(*kernel), {}, {}};
+    for (const auto& [a, b] : operand_formats(*kernel)) row.operands.emplace_back(text(a), text(b));
+    for (const GemmEpilogue one : epilogues(*kernel)) row.epilogues.emplace_back(info(one).name);
+    infos.push_back(std::move(row));
   }
   return infos;
 }
@@ -233,11 +224,23 @@ void register_gemm(py::module_& module) {
                                 parse_format(b),
                                 parse_dtype(dtype),
                                 bias,
-                                parse_epilogue(epilogue),
+                                find_gemm_epilogue(epilogue),
                                 parse_format(d_format)};
            }),
            arg("m"), arg("n"), arg("k"), arg("a"), arg("b"), arg("dtype"), arg("bias"),
            arg("epilogue") = "none", arg("d_format") = "bfloat16");
+  py::class_<EpilogueInfo>(module, "GemmEpilogue", "A row of the table of epilogues.")
+      .def_readonly("name", &EpilogueInfo::name)
+      .def_readonly("rows_per_column", &EpilogueInfo::rows_per_column)
+      .def_readonly("encodes", &EpilogueInfo::encodes);
+  module.def(
+      "gemm_epilogues",
+      [] {
+        std::vector<EpilogueInfo> infos;
+        for (const GemmEpilogue one : gemm_epilogues()) infos.push_back(info(one));
+        return infos;
+      },
+      "Return the table of epilogues; the first is none.");
   py::class_<KernelInfo>(module, "GemmKernel", "A kernel of the table.")
       .def_readonly("name", &KernelInfo::name)
       .def_readonly("operands", &KernelInfo::operands)
@@ -277,11 +280,9 @@ void register_gemm(py::module_& module) {
   module.def("gemm", &py_gemm, arg("kernel"), arg("a"), arg("b"), arg("bias"), arg("d"),
              arg("dtype"), arg("workspace"), arg("threads") = 0, arg("stream") = 0,
              "Compute D [M, N] = A [M, K] B [N, K]^T + bias [N] with a kernel of the table.");
-  module.def("gemm_silu_multiply", &py_gemm_silu_multiply, arg("kernel"), arg("a"), arg("b"),
-             arg("d"), arg("workspace"), arg("stream") = 0);
-  module.def("gemm_rotate_heads", &py_gemm_rotate_heads, arg("kernel"), arg("a"), arg("b"),
-             arg("q_weight"), arg("k_weight"), arg("rotations"), arg("heads"), arg("eps"), arg("d"),
-             arg("workspace"), arg("stream") = 0);
+  module.def("gemm_with_epilogue", &py_gemm_with_epilogue, arg("kernel"), arg("a"), arg("b"),
+             arg("epilogue"), arg("arguments"), arg("d"), arg("workspace"), arg("stream") = 0,
+             "Compute a GEMM and an epilogue, with the arguments of its struct in gemm.h.");
   module.def("quantize_rows", &py_quantize_rows, arg("source"), arg("dtype"), arg("codes"),
              arg("scales"), arg("threads") = 0, arg("stream") = 0);
   module.def("fold", &py_fold, arg("codes"), arg("scales"), arg("rows"), arg("cols"),

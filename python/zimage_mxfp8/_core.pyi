@@ -154,6 +154,19 @@ class GemmProblem:
         d_format: str = "bfloat16",
     ) -> None: ...
 
+class GemmEpilogue:
+    """A row of the table of epilogues."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rows_per_column(self) -> int: ...
+    @property
+    def encodes(self) -> bool: ...
+
+def gemm_epilogues() -> list[GemmEpilogue]:
+    """Return the table of epilogues; the first is none."""
+
 class GemmKernel:
     """A kernel of the table."""
 
@@ -192,27 +205,18 @@ def gemm(
 ) -> None:
     """Compute D [M, N] = A [M, K] B [N, K]^T + bias [N] with a kernel of the table."""
 
-def gemm_silu_multiply(
+def gemm_with_epilogue(
     kernel: str,
     a: tuple[Any, ...],
     b: tuple[Any, ...],
+    epilogue: str,
+    arguments: tuple[Any, ...],
     d: tuple[Any, ...],
     workspace: Any,
     stream: int = 0,
-) -> None: ...
-def gemm_rotate_heads(
-    kernel: str,
-    a: tuple[Any, ...],
-    b: tuple[Any, ...],
-    q_weight: Any,
-    k_weight: Any,
-    rotations: Any,
-    heads: int,
-    eps: float,
-    d: Any,
-    workspace: Any,
-    stream: int = 0,
-) -> None: ...
+) -> None:
+    """Compute a GEMM and an epilogue, with the arguments of its struct in gemm.h."""
+
 def quantize_rows(
     source: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0, stream: int = 0
 ) -> None: ...

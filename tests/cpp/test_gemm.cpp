@@ -207,6 +207,50 @@ TEST_CASE("problems with an epilogue") {
   });
 }
 
+TEST_CASE("the table of epilogues") {
+  const std::vector<GemmEpilogue> all = gemm_epilogues();
+  CHECK(all.front() == GemmEpilogue::kNone);
+  for (const GemmEpilogue one : all) CHECK(find_gemm_epilogue(info(one).name) == one);
+  CHECK_THROWS_WITH_AS(find_gemm_epilogue("fastest"), "unknown epilogue \"fastest\"",
+                       InvalidArgument);
+  const auto problem = [](std::int64_t n, GemmEpilogue epilogue) {
+    constexpr auto format = OperandFormat::kRowScaled;
+    return GemmProblem{4, n, 64, format, format, DType::kBFloat16, false, epilogue, format};
+  };
+  CHECK_THROWS_WITH_AS(choose_gemm(problem(24, GemmEpilogue::kSiluMultiply), kHost),
+                       "N must be a multiple of 16 with silu_multiply, not 24", InvalidArgument);
+  CHECK_THROWS_WITH_AS(choose_gemm(problem(384, GemmEpilogue::kRotateHeads), kHost),
+                       "D is only encoded after silu_multiply", InvalidArgument);
+}
+
+TEST_CASE("arguments of an epilogue are checked before memory is touched") {
+  alignas(16) static std::uint8_t codes[384 * 32];
+  alignas(16) static float scales[384], rotations[2 * 128];
+  alignas(16) static std::uint16_t weight[128], d[2 * 384];
+  const ConstRowScaledView a{codes, scales, 2, 32}, b{codes, scales, 384, 32};
+  const ConstMatrixView turns{rotations, DType::kFloat32, 2, 128, 128};
+  const auto reason = [&](const RotateHeads& epilogue, void* target) {
+    try {
+      gemm(find_gemm_kernel("fp8_sm90"),
+           {a, b, nullptr, MatrixView{target, DType::kBFloat16, 2, 384, 384}, epilogue}, {},
+           CudaStream{});
+    } catch (const InvalidArgument& error) {
+      return std::string(error.what());
+    } catch (const Error&) {
+      return std::string("of the device");
+    }
+    return std::string();
+  };
+  CHECK(reason({weight, weight, turns, 2, 1e-5f}, d) ==
+        "B has 384 rows, which is not 3 * 2 heads of 128");
+  CHECK(reason({weight, nullptr, turns, 1, 1e-5f}, d) == "k_weight is a null pointer");
+  CHECK(reason({weight, weight, {rotations, DType::kFloat32, 1, 128, 128}, 1, 1e-5f}, d) ==
+        "rotations must be float32 [2, 128]");
+  alignas(16) static float both[2 * 192];
+  const ConstMatrixView overlapping{both, DType::kFloat32, 2, 128, 128};
+  CHECK(reason({weight, weight, overlapping, 1, 1e-5f}, both) == "D overlaps with rotations");
+}
+
 TEST_CASE("host memory is refused where a device's is needed") {
   // Without CUDA, without a device or with one: a typed error each time, and nothing is touched.
   std::vector<float> source(32 * 32, 1.0f), d(32 * 32);

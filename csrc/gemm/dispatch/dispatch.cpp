@@ -36,18 +36,6 @@ const char* text(DType dtype) {
   return "";
 }
 
-const char* text(GemmEpilogue epilogue) {
-  switch (epilogue) {
-    case GemmEpilogue::kNone:
-      return "no epilogue";
-    case GemmEpilogue::kSiluMultiply:
-      return "silu_multiply";
-    case GemmEpilogue::kRotateHeads:
-      return "rotate_heads";
-  }
-  return "";
-}
-
 // "a", "a or b", "a, b or c".
 std::string joined(const std::vector<std::string>& words) {
   std::string result;
@@ -139,7 +127,7 @@ std::string problem_text(const GemmProblem& problem) {
   if (problem.epilogue == GemmEpilogue::kNone) {
     return result + text(problem.d) + (problem.bias ? " with bias" : "");
   }
-  return result + text(problem.epilogue) + " in " + text(problem.d_format);
+  return result + info(problem.epilogue).name + " in " + text(problem.d_format);
 }
 
 std::string where_text(Where where) {
@@ -176,7 +164,7 @@ Support supports_on(const GemmKernel& kernel, const GemmProblem& problem, Where 
     case Refusal::kEpilogue:
       return no(problem.epilogue == GemmEpilogue::kNone
                     ? name + " computes GEMMs with an epilogue only"
-                    : name + " does not fuse " + text(problem.epilogue));
+                    : name + " does not fuse " + info(problem.epilogue).name);
     case Refusal::kOutput:
       return no(name + " does not write " + text(problem.d));
     case Refusal::kCapability:

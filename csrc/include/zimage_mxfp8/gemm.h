@@ -20,6 +20,19 @@ enum class OperandFormat : std::uint8_t { kBFloat16, kMXFP8, kRowScaled };
 // rows, or rotate_heads() where B is [3 * heads * 128, K].
 enum class GemmEpilogue : std::uint8_t { kNone, kSiluMultiply, kRotateHeads };
 
+// Facts about an epilogue.
+struct EpilogueInfo {
+  const char* name;              // such as "silu_multiply"; "none" for kNone
+  std::int64_t rows_per_column;  // rows of B for each column of D
+  bool encodes;                  // whether D may be encoded
+};
+
+// All epilogues, kNone first.
+std::vector<GemmEpilogue> gemm_epilogues();
+const EpilogueInfo& info(GemmEpilogue epilogue);
+// Throws InvalidArgument for another name.
+GemmEpilogue find_gemm_epilogue(const std::string& name);
+
 // A GEMM to compute, without its data. M has any size, N (rows of B) is a multiple of 8, K a
 // multiple of 32. With an epilogue there is no bias and D is BF16 before it is encoded.
 struct GemmProblem {
@@ -31,7 +44,7 @@ struct GemmProblem {
   DType d;
   bool bias;
   GemmEpilogue epilogue = GemmEpilogue::kNone;
-  // The format of D; 8 bits only with kSiluMultiply.
+  // The format of D; 8 bits only with an epilogue that encodes.
   OperandFormat d_format = OperandFormat::kBFloat16;
 };
 
@@ -130,7 +143,7 @@ struct GemmArguments {
   GemmOperand a;     // [M, K]
   GemmOperand b;     // [N, K]
   const void* bias;  // [N] BF16, or null
-  ActivationView d;  // [M, N], or [M, N / 2] with SiluMultiply
+  ActivationView d;  // [M, N / rows_per_column of the epilogue]
   EpilogueArguments epilogue = {};
 };
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ..checkpoint.adapters import MODULE_PREFIXES
+
 Role = Literal[
     # LoRA
     "down",
@@ -33,18 +35,6 @@ Role = Literal[
     "unsupported",
 ]
 
-# Dotted ones before names of modules, and those where every dot is an underscore.
-_PREFIXES = (
-    "base_model.model.transformer.",
-    "base_model.model.",
-    "transformer.diffusion_model.",
-    "transformer.",
-    "diffusion_model.",
-    "lora_unet__",
-    "lora_unet_",
-    "lora_transformer_",
-    "lycoris_",
-)
 _TEXT_ENCODER = re.compile(r"^(?:base_model\.model\.)?(?:lora_te\d?_|text_encoders?[._])")
 
 _NAME = r"(?:\.[A-Za-z0-9_-]+)?"  # of PEFT's adapter
@@ -104,7 +94,7 @@ def split_key(name: str) -> Key | None:
         match = pattern.search(name)
         if match and match.start() > 0:
             module = name[: match.start()]
-            prefix = next((x for x in _PREFIXES if module.startswith(x)), "")
+            prefix = next((x for x in MODULE_PREFIXES if module.startswith(x)), "")
             return Key(name, prefix, module[len(prefix) :], role)
     return None
 

@@ -23,11 +23,20 @@ _TYPES = (
     ("LoRA", re.compile(r"lora")),
     ("full difference", _DIFFERENCE),
 )
-_PREFIXES = (
-    *("base_model.model.transformer.", "base_model.model.", "transformer.diffusion_model."),
-    *("transformer.", "diffusion_model.", "lora_unet__", "lora_unet_", "lora_transformer_"),
-    *("lycoris_", "lora_te"),
+# What trainers put before the name of a transformer's module: dotted ones first, then those where
+# every dot is an underscore.
+MODULE_PREFIXES = (
+    "base_model.model.transformer.",
+    "base_model.model.",
+    "transformer.diffusion_model.",
+    "transformer.",
+    "diffusion_model.",
+    "lora_unet__",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
 )
+_PREFIXES = (*MODULE_PREFIXES, "lora_te")
 # Without the number of a layer that is the first of a sequence: some trainers drop it.
 _ZIMAGE_LAYERS = [
     name.removesuffix(".0")

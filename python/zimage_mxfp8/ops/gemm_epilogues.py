@@ -12,12 +12,14 @@ and UnsupportedError if the device has no kernel for the operands.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .. import _core
 from ..errors import InvalidArgumentError
 from ..zimage.constants import HEAD_DIM
-from .arrays import aligned, call_core, empty, on_cuda, vector
+from .arrays import aligned, call_core, on_cuda, vector
 from .fused import (
     ActivationFormat,
     ActivationMemory,
@@ -27,7 +29,41 @@ from .fused import (
 )
 from .gemm import Operand, choose, operands
 
-__all__ = ["gemm_rotate_heads", "gemm_silu_multiply", "workspace_nbytes"]
+__all__ = [
+    "EPILOGUES",
+    "GemmEpilogue",
+    "gemm_rotate_heads",
+    "gemm_silu_multiply",
+    "workspace_nbytes",
+]
+
+
+_ROWS = {row.name: row for row in _core.gemm_epilogues()}
+
+
+@dataclass(frozen=True)
+class GemmEpilogue:
+    """An epilogue of the core's table, as Python calls it.
+
+    Attributes:
+        name: in the table.
+        gemm: a function of this module. It takes the operands and the epilogue's arguments, of
+            which the last is the format of the result if the epilogue encodes.
+        schema: these arguments in the language of torch.library.
+        rows_per_column: rows of the weights for each column of the result.
+        encodes: whether the result may be encoded.
+    """
+
+    name: str
+    gemm: Callable[..., Any]
+    schema: str
+    rows_per_column: int
+    encodes: bool
+
+    def output_format(self, arguments: Sequence[Any]) -> ActivationFormat:
+        """Return the format of the result for arguments that `gemm` takes after the operands."""
+        output_format: ActivationFormat = arguments[-1] if self.encodes else "bfloat16"
+        return output_format
 
 
 def _operands(a: Any, b: Any) -> tuple[Operand, Operand]:
@@ -38,12 +74,23 @@ def _operands(a: Any, b: Any) -> tuple[Operand, Operand]:
     return (first[0], aligned(first[1]), *first[2:]), (second[0], aligned(second[1]), *second[2:])
 
 
-def _problem(
-    a: Operand, b: Operand, epilogue: str, output_format: str = "bfloat16"
-) -> _core.GemmProblem:
-    return _core.GemmProblem(
-        a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue=epilogue, d_format=output_format
+def _gemm(
+    epilogue: str,
+    a: Operand,
+    b: Operand,
+    arguments: tuple[Any, ...],
+    output_format: ActivationFormat,
+    kernel: str | None,
+) -> Any:
+    """Run the core, with the arguments of the epilogue's struct in gemm.h."""
+    target = ActivationMemory((a[3], b[3] // _ROWS[epilogue].rows_per_column), output_format, a[1])
+    problem = _core.GemmProblem(
+        a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue, output_format
     )
+    chosen, workspace = choose(problem, a, kernel)
+    call = _core.gemm_with_epilogue
+    call_core(call, chosen, a, b, epilogue, arguments, target.parts, workspace, like=a[1])
+    return target.result()
 
 
 def workspace_nbytes(
@@ -52,7 +99,7 @@ def workspace_nbytes(
     """Return the bytes that a GEMM of row-scaled operands with an epilogue takes.
 
     Args:
-        epilogue: "silu_multiply" or "rotate_heads".
+        epilogue: a key of `EPILOGUES`.
         tokens: M.
         shape: (N, K) of the weights.
         output_format: format of the result.
@@ -79,14 +126,7 @@ def gemm_silu_multiply(
         [M, C] in that format.
     """
     first, second = _operands(a, b)
-    target = ActivationMemory((first[3], second[3] // 2), output_format, like=first[1])
-    chosen, workspace = choose(
-        _problem(first, second, "silu_multiply", output_format), first, kernel
-    )
-    call_core(
-        _core.gemm_silu_multiply, chosen, first, second, target.parts, workspace, like=first[1]
-    )
-    return target.result()
+    return _gemm("silu_multiply", first, second, (), output_format, kernel)
 
 
 def gemm_rotate_heads(
@@ -119,20 +159,19 @@ def gemm_rotate_heads(
     q = vector(q_weight, "bfloat16", HEAD_DIM, "q_weight")
     k = vector(k_weight, "bfloat16", HEAD_DIM, "k_weight")
     pairs = aligned(as_rotations(rotations, first[3]))
-    chosen, workspace = choose(_problem(first, second, "rotate_heads"), first, kernel)
-    target = empty((first[3], second[3]), "bfloat16", like=first[1])
-    call_core(
-        _core.gemm_rotate_heads,
-        chosen,
-        first,
-        second,
-        q,
-        k,
-        pairs,
-        as_heads(heads),
-        as_eps(eps),
-        target,
-        workspace,
-        like=first[1],
-    )
-    return target
+    arguments = (q, k, pairs, as_heads(heads), as_eps(eps))
+    return _gemm("rotate_heads", first, second, arguments, "bfloat16", kernel)
+
+
+# The function and the schema of each.
+_CALLS: dict[str, tuple[Callable[..., Any], str]] = {
+    "silu_multiply": (gemm_silu_multiply, "str output_format"),
+    "rotate_heads": (
+        gemm_rotate_heads,
+        "Tensor q_weight, Tensor k_weight, Tensor rotations, SymInt heads, float eps",
+    ),
+}
+EPILOGUES = {
+    name: GemmEpilogue(name, *call, _ROWS[name].rows_per_column, _ROWS[name].encodes)
+    for name, call in _CALLS.items()
+}

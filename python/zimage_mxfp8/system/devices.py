@@ -45,6 +45,25 @@ def has_fused_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and has_kernels(device.index)
 
 
+def native_gemm_unsupported(operand_format: str, device: int) -> str:
+    """Why a device has no GEMM kernel made for two operands in a format; "" if it has one.
+
+    Kernels that take other operands too, because they decode them, do not count.
+
+    Args:
+        operand_format: "mxfp8" or "row-scaled".
+        device: index of a CUDA device with kernels, or -1 for the CPU.
+    """
+    problem = _core.GemmProblem(128, 128, 128, operand_format, operand_format, "bfloat16", False)
+    native = [
+        kernel.name
+        for kernel in _core.gemm_kernels()
+        if kernel.operands == [(operand_format, operand_format)] and "none" in kernel.epilogues
+    ]
+    reasons = [_core.gemm_unsupported(kernel, problem, device) for kernel in native]
+    return "" if "" in reasons else reasons[0]
+
+
 def why_no_kernels() -> str:
     """Return why a CUDA device has no kernels, as a clause."""
     build = _core.build_info()

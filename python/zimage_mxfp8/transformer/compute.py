@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .. import _core
 from ..errors import UnsupportedError, UsageError
 from ..system import devices
 
@@ -32,10 +31,7 @@ def unsupported(compute: Compute, device: int) -> str:
     if compute == "mxfp8":
         if not devices.has_kernels(device):
             return f"it needs CUDA kernels, and {devices.why_no_kernels()}"
-        problem = _core.GemmProblem(128, 128, 128, "mxfp8", "mxfp8", "bfloat16", False)
-        native = [k.name for k in _core.gemm_kernels() if k.operands == [("mxfp8", "mxfp8")]]
-        reasons = [_core.gemm_unsupported(kernel, problem, device) for kernel in native]
-        return "" if "" in reasons else reasons[0]
+        return devices.native_gemm_unsupported("mxfp8", device)
     if compute == "fp8" and device >= 0:
         try:
             from .arithmetic import by_core, scaled_mm

@@ -1,23 +1,49 @@
 """Operations that can be the epilogue of a linear layer's GEMM.
 
-A layer that cannot fuse one calls `apply` on its result.
+A layer that can fuse one calls `gemm`, any other `apply` on its result.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, ClassVar
 
 import torch
 
 from ..ops.fused import ActivationFormat
-from . import ops
-from .ops import Activation
+from ..ops.gemm import RowScaledArray
+from ..zimage.constants import NORM_EPS
+from . import fused_kernels, ops
+from .ops import PLAIN, Activation
+
+
+class Epilogue(ABC):
+    """An operation that follows a GEMM.
+
+    Attributes:
+        name: in the core's table of epilogues.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def written_format(self) -> ActivationFormat:
+        """The format in which the core writes the result."""
+        return PLAIN
+
+    @abstractmethod
+    def gemm(self, a: RowScaledArray, b: RowScaledArray) -> Any:
+        """Compute a B^T and the operation in one call of the core; what `apply` returns."""
+
+    @abstractmethod
+    def apply(self, result: torch.Tensor) -> Any:
+        """Compute the operation on a GEMM's result [M, N], which it may overwrite."""
 
 
 @dataclass(frozen=True, eq=False)
-class RotateHeads:
+class RotateHeads(Epilogue):
     """Norm and rotary embedding of the heads of q and k, see `ops.rotate_heads`.
 
     Attributes:
@@ -31,15 +57,21 @@ class RotateHeads:
     k_weight: torch.Tensor
     rotations: torch.Tensor
     heads: int
+    name: ClassVar[str] = "rotate_heads"
 
-    def apply(self, qkv: torch.Tensor) -> torch.Tensor:
+    def gemm(self, a: RowScaledArray, b: RowScaledArray) -> Any:
+        """Multiply, norm and rotate: [M, 3 * heads * 128]."""
+        arguments = (self.q_weight, self.k_weight, self.rotations, self.heads, NORM_EPS)
+        return fused_kernels.gemm_with_epilogue(self.name, a, b, *arguments)
+
+    def apply(self, result: torch.Tensor) -> torch.Tensor:
         """Norm and rotate [M, 3 * heads * 128] in place, and return it."""
-        ops.rotate_heads(qkv, self.q_weight, self.k_weight, self.rotations, self.heads)
-        return qkv
+        ops.rotate_heads(result, self.q_weight, self.k_weight, self.rotations, self.heads)
+        return result
 
 
 @dataclass(frozen=True, eq=False)
-class SiluMultiply:
+class SiluMultiply(Epilogue):
     """silu(gate) * up, see `ops.silu_multiply`.
 
     Attributes:
@@ -47,11 +79,22 @@ class SiluMultiply:
     """
 
     output_formats: Set[ActivationFormat]
+    name: ClassVar[str] = "silu_multiply"
 
-    def apply(self, gate_up: torch.Tensor) -> Activation:
+    @property
+    def written_format(self) -> ActivationFormat:
+        """The only format of the result, or the one that others are made of."""
+        return next(iter(self.output_formats)) if len(self.output_formats) == 1 else PLAIN
+
+    def gemm(self, a: RowScaledArray, b: RowScaledArray) -> Activation:
+        """Multiply with gate and up, one above the other [2 * C, K], and multiply the results."""
+        written = self.written_format
+        result = fused_kernels.gemm_with_epilogue(self.name, a, b, written)
+        if self.output_formats == {written}:
+            return {written: result}
+        return ops.encode(result, self.output_formats)
+
+    def apply(self, result: torch.Tensor) -> Activation:
         """Multiply the halves of [M, 2 * C]: gate and up side by side."""
-        gate, up = gate_up.chunk(2, dim=1)
+        gate, up = result.chunk(2, dim=1)
         return ops.silu_multiply(gate, up, self.output_formats)
-
-
-Epilogue: TypeAlias = RotateHeads | SiluMultiply

@@ -86,28 +86,14 @@ def rotate_heads(
     call(qkv, q_weight, k_weight, rotations, heads, eps)
 
 
-def gemm_silu_multiply(
-    a: RowScaledArray, b: RowScaledArray, output_format: ActivationFormat
-) -> Any:
-    """Compute silu(a G^T) * (a U^T), where G is the upper and U the lower half of `b`."""
+def gemm_with_epilogue(epilogue: str, a: RowScaledArray, b: RowScaledArray, *arguments: Any) -> Any:
+    """Compute the GEMM of `ops.gemm_epilogues` with an epilogue and its arguments."""
+    row = gemm_epilogues.EPILOGUES[epilogue]
     if not torch.compiler.is_compiling():
-        return gemm_epilogues.gemm_silu_multiply(a, b, output_format)
-    parts = torch_library.gemm_silu_multiply(a.codes, a.scales, b.codes, b.scales, output_format)
-    return _result(parts, output_format, torch.Size((a.codes.shape[0], b.codes.shape[0] // 2)))
-
-
-def gemm_rotate_heads(
-    a: RowScaledArray,
-    b: RowScaledArray,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    rotations: torch.Tensor,
-    heads: int,
-    eps: float,
-) -> Any:
-    """Compute a B^T, and norm and rotate its heads of q and k."""
-    if not torch.compiler.is_compiling():
-        return gemm_epilogues.gemm_rotate_heads(a, b, q_weight, k_weight, rotations, heads, eps)
-    return torch_library.gemm_rotate_heads(
-        a.codes, a.scales, b.codes, b.scales, q_weight, k_weight, rotations, heads, eps
-    )
+        return row.gemm(a, b, *arguments)
+    call = torch_library.GEMM_EPILOGUES[epilogue]
+    result = call(a.codes, a.scales, b.codes, b.scales, *arguments)
+    if not row.encodes:
+        return result
+    shape = torch.Size((a.codes.shape[0], b.codes.shape[0] // row.rows_per_column))
+    return _result(result, row.output_format(arguments), shape)

@@ -14,11 +14,10 @@ from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
 from ..ops.gemm import FoldStats, RowScaledArray
 from ..system import devices
-from ..zimage.constants import NORM_EPS
-from . import arithmetic, fused_kernels, ops
+from . import arithmetic, ops
 from .adapter import Adapter
 from .compute import Compute
-from .epilogue import Epilogue, RotateHeads
+from .epilogue import Epilogue
 from .ops import PLAIN, Activation, pad_columns
 
 
@@ -241,22 +240,7 @@ class FP8Linear(Linear):
         return multiply(x, self.weights, self.dtype)[:, : self.out_features]
 
     def _gemm_with(self, epilogue: Epilogue, x: RowScaledArray) -> Any:
-        if isinstance(epilogue, RotateHeads):
-            return fused_kernels.gemm_rotate_heads(
-                x,
-                self.weights,
-                epilogue.q_weight,
-                epilogue.k_weight,
-                epilogue.rotations,
-                epilogue.heads,
-                NORM_EPS,
-            )
-        if len(epilogue.output_formats) == 1:
-            (output_format,) = epilogue.output_formats
-            result = fused_kernels.gemm_silu_multiply(x, self.weights, output_format)
-            return {output_format: result}
-        result = fused_kernels.gemm_silu_multiply(x, self.weights, PLAIN)
-        return ops.encode(result, epilogue.output_formats)
+        return epilogue.gemm(x, self.weights)
 
     @property
     def _core_takes_epilogues(self) -> bool:
@@ -270,16 +254,9 @@ class FP8Linear(Linear):
 
     def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
         rows, columns = self.codes.shape
-        if isinstance(epilogue, RotateHeads):
-            name, output_format = "rotate_heads", PLAIN
-        else:
-            formats = epilogue.output_formats
-            name, output_format = (
-                "silu_multiply",
-                next(iter(formats)) if len(formats) == 1 else PLAIN,
-            )
-        index = self.codes.device.index
-        return gemm_epilogues.workspace_nbytes(name, tokens, (rows, columns), output_format, index)
+        shape, index = (rows, columns), self.codes.device.index
+        written = epilogue.written_format
+        return gemm_epilogues.workspace_nbytes(epilogue.name, tokens, shape, written, index)
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         device, (rows, columns) = self.codes.device, self.codes.shape

@@ -33,6 +33,7 @@ from ..zimage.layers import ZIMAGE
 from ..zimage.rows import Stack, TokenKind
 from ..zimage.table import LayerTable
 from . import ops
+from .arithmetic import by_core
 from .attention import has_cudnn_attention
 from .block import Block, Modulation, run_blocks
 from .compute import DESCRIPTIONS, Compute, choose
@@ -53,7 +54,7 @@ _WITHOUT_EFFECT = {
     "low_cpu_mem_usage": (True, False),
     "use_safetensors": (True,),
 }
-_WORKSPACES = 64 << 20  # of cuBLAS's libraries: torch's and ours, 32 MiB each
+_WORKSPACES = 2 * by_core.LIBRARY_WORKSPACE  # of cuBLAS's libraries: torch's and ours
 
 
 class TransformerOutput(NamedTuple):

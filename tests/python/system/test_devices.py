@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,28 @@ def test_without_a_gpu_the_cpu_is_taken() -> None:
         zm.UnsupportedError, match=r"device cuda: the torch .* finds no CUDA device"
     ):
         torch_device("cuda")
+
+
+@pytest.mark.parametrize("works", ["", "new_kernel", "fp8_fused"])
+def test_any_kernel_made_for_a_format_will_do(works: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that decodes, and not one with epilogues only."""
+    row_scaled = ("row-scaled", "row-scaled")
+    table = [
+        SimpleNamespace(name="fp8_fused", operands=[row_scaled], epilogues=["silu_multiply"]),
+        SimpleNamespace(name="fp8_rowwise", operands=[row_scaled], epilogues=["none"]),
+        SimpleNamespace(name="new_kernel", operands=[row_scaled], epilogues=["none", "add"]),
+        SimpleNamespace(
+            name="decoding", operands=[row_scaled, ("mxfp8", "mxfp8")], epilogues=["none"]
+        ),
+    ]
+    monkeypatch.setattr(_core, "gemm_kernels", lambda: table)
+    monkeypatch.setattr(
+        _core,
+        "gemm_unsupported",
+        lambda kernel, *_: "" if kernel in (works, "decoding") else f"not {kernel}",
+    )
+    want = "" if works == "new_kernel" else "not fp8_rowwise"
+    assert devices.native_gemm_unsupported("row-scaled", 0) == want
 
 
 @no_kernels

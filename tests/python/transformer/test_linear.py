@@ -24,6 +24,7 @@ from helpers.diffusers_reference import (
 from helpers.live_bytes import LiveBytes
 from helpers.low_rank_adapter import Branch, LowRankAdapter
 from zimage_mxfp8.ops import gemm_epilogues
+from zimage_mxfp8.transformer import fused_kernels
 from zimage_mxfp8.transformer.block import Block
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 from zimage_mxfp8.transformer.epilogue import RotateHeads, SiluMultiply
@@ -306,8 +307,7 @@ def test_a_layer_with_an_adapter_does_not_fuse(
     silu = SiluMultiply(frozenset({PLAIN}))
     fused = torch.zeros(1)
     monkeypatch.setattr(FP8Linear, "_core_takes_epilogues", True)
-    monkeypatch.setattr(gemm_epilogues, "gemm_rotate_heads", lambda *_: fused)
-    monkeypatch.setattr(gemm_epilogues, "gemm_silu_multiply", lambda *_: fused)
+    monkeypatch.setattr(fused_kernels, "gemm_with_epilogue", lambda *_: fused)
     assert qkv(qkv.encode(x), rotate) is fused
     assert w13(w13.encode(x), silu)[PLAIN] is fused
     attach_adapters(model, stacked.weights)

@@ -116,7 +116,7 @@ def test_opcheck_on_hopper(call: str) -> None:
 def test_every_operation_is_checked() -> None:
     registered = {
         name for name, value in vars(torch_library).items() if hasattr(value, "register_fake")
-    }
+    } | {f"gemm_{name}" for name in torch_library.GEMM_EPILOGUES}
     calls = codec_calls("cpu") | fused_calls("cpu") | gemm_epilogue_calls("cpu")
     assert registered == {call.split()[0] for call in calls}
 
@@ -208,6 +208,16 @@ def assert_traced_equals_eager(compute: Compute, device: str) -> None:
 @pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
 def test_layers_compile_and_export(compute: Compute) -> None:
     assert_traced_equals_eager(compute, "cpu")
+
+
+def test_an_epilogue_that_the_core_takes_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice alone, because the kernels need a device."""
+    monkeypatch.setattr(linear.FP8Linear, "_core_takes_epilogues", True)
+    exported = torch.export.export(TwoLayers("fp8", "cpu"), (random(ROWS, WIDTH),))
+    graph = exported.graph_module.graph
+    calls = [str(node.target) for node in graph.nodes if "zimage" in str(node.target)]
+    names = ["quantize_rows", "gemm_silu_multiply", "gemm_row_scaled"]
+    assert calls == [f"zimage_mxfp8.{name}.default" for name in names]
 
 
 @pytest.mark.gpu

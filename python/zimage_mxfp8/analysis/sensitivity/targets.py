@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...layout import padded_shape, scale_shape
 from ...transformer import arithmetic
-from ...transformer.block import Block
 from ...transformer.linear import PlainLinear
 from ...transformer.model import ZImageTransformer
+from ...transformer.places import linear_places
 from ...zimage.layers import ZIMAGE
 from ...zimage.table import LayerTable
 
@@ -51,42 +50,24 @@ class Target:
 
 def find_targets(model: ZImageTransformer, table: LayerTable = ZIMAGE) -> list[Target]:
     """Return all linear layers of the blocks, in order of the forward pass within each stack."""
+    stacks = {stack.name: getattr(model, stack.name) for stack in table.stacks}
+    places = linear_places(stacks, model.modulation, {}, table)
+    modules = {module: name for name, module in model.named_modules()}
+    modules[model.modulation] = ""
+    linears = [layer for of_slot in table.linears().values() for layer in of_slot]
     targets = []
-    modulated = [stack for stack in table.stacks if stack.modulated]
-    blocks = sum(len(getattr(model, stack.name)) for stack in modulated)
-    each = model.modulation.weight.shape[0] // max(blocks, 1)  # rows of a block's modulation
-    begin = 0
     for stack in table.stacks:
-        for number, block in enumerate(getattr(model, stack.name)):
-            prefix = f"{stack.name}.{number}"
-            targets += [
-                Target(f"{prefix}.{kind}", stack.name, number, kind, shape, module, rows)
-                for kind, shape, module, rows in _layers_of(block, prefix, table)
-            ]
-            for layer in table.modulations() if stack.modulated else ():
-                rows = (begin, begin + each)
-                shape = (each, model.modulation.weight.shape[1])
-                name = f"{prefix}.{layer.name}"
-                targets.append(Target(name, stack.name, number, layer.name, shape, "", rows))
-                begin += each
+        layers = [*linears, *table.modulations()] if stack.modulated else linears
+        for number in range(len(stacks[stack.name])):
+            for layer in layers:
+                name = f"{stack.name}.{number}.{layer.name}"
+                place = places[name]
+                assert isinstance(place.linear, PlainLinear)
+                shape = (place.rows, place.linear.weight.shape[1])
+                rows = (place.first, place.first + place.rows)
+                module = modules[place.linear]
+                targets.append(Target(name, stack.name, number, layer.name, shape, module, rows))
     return targets
-
-
-def _layers_of(
-    block: Block, prefix: str, table: LayerTable
-) -> Iterator[tuple[str, tuple[int, int], str, tuple[int, int]]]:
-    for slot, layers in table.linears().items():
-        module = block.get_submodule(slot)
-        modules = {slot: module}
-        if isinstance(module, nn.ModuleList):
-            modules = {f"{slot}.{i}": linear for i, linear in enumerate(module)}
-        each = len(layers) // len(modules)  # layers stacked in a module
-        for i, (name, linear) in enumerate(modules.items()):
-            assert isinstance(linear.weight, torch.Tensor)
-            rows, columns = linear.weight.shape[0] // each, linear.weight.shape[1]
-            for at, layer in enumerate(layers[i * each : (i + 1) * each]):
-                place = (at * rows, (at + 1) * rows)
-                yield layer.name, (rows, columns), f"{prefix}.{name}", place
 
 
 def round_to_mxfp8(matrix: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from ... import _core
 from ...ops import codec
 from ...ops import gemm as matmul
+from ...ops.arrays import dtype_name
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import FoldStats, RowScaledArray, gemm
-from ...system.devices import core_index
+from ...system.devices import core_index, native_gemm_unsupported
 from . import scaled_mm
+
+LIBRARY_WORKSPACE = 32 << 20  # bytes of cuBLASLt's workspace, which the model counts once
 
 
 def quantize(matrix: torch.Tensor) -> MXFP8Array:
@@ -63,10 +66,14 @@ def multiply_row_scaled(
 def row_scaled_workspace(
     tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Return the bytes that `multiply_row_scaled` takes on a CUDA device."""
-    if row_scaled_unsupported(core_index(device)):
+    """Return the bytes that `multiply_row_scaled` takes on a CUDA device, beyond `LIBRARY_WORKSPACE`."""
+    index = core_index(device)
+    if row_scaled_unsupported(index):
         return scaled_mm.workspace(tokens, shape, dtype)
-    return 0
+    name = dtype_name(dtype, "dtype")
+    problem = _core.GemmProblem(tokens, *shape, "row-scaled", "row-scaled", name, False)
+    nbytes = _core.gemm_workspace_size(_core.choose_gemm(problem, index), problem, index)
+    return max(0, nbytes - LIBRARY_WORKSPACE)
 
 
 def row_scaled_unsupported(device: int) -> str:
@@ -84,8 +91,7 @@ row_scaled_unsupported.__dict__["_dynamo_marked_constant"] = True
 
 @cache
 def _cuda_row_scaled_unsupported(device: int) -> str:
-    problem = _core.GemmProblem(128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False)
-    return _core.gemm_unsupported("fp8_rowwise", problem, device)
+    return native_gemm_unsupported("row-scaled", device)
 
 
 def multiply_mxfp8(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ...layout import padded_shape, scale_shape
 from ...ops import fused, gemm_epilogues
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import RowScaledArray
+from ...ops.gemm_epilogues import GemmEpilogue
 from . import by_core
 
 NAMESPACE = "zimage_mxfp8"
@@ -236,46 +237,30 @@ def rotate_heads(
     fused.rotate_heads(qkv, q_weight, k_weight, rotations, heads, eps)
 
 
-@_register(
-    "(Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales, str output_format)"
-    " -> (Tensor, Tensor)",
-    lambda codes, scales, weight_codes, weight_scales, output_format: _fake_parts(
-        codes, weight_codes.shape[0] // 2, output_format
-    ),
-)
-def gemm_silu_multiply(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    weight_codes: torch.Tensor,
-    weight_scales: torch.Tensor,
-    output_format: fused.ActivationFormat,
-) -> Pair:
-    """Compute `ops.gemm_epilogues.gemm_silu_multiply`: [M, K] and [2 C, K] to [M, C]."""
-    x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
-    return _parts(gemm_epilogues.gemm_silu_multiply(x, weights, output_format))
+def _register_gemm(epilogue: GemmEpilogue) -> Any:
+    """Register a GEMM of row-scaled operands with an epilogue, as `gemm_` and its name."""
+
+    def fake(*parts: Any) -> Any:
+        codes, _, weight_codes, _, *arguments = parts
+        columns = weight_codes.shape[0] // epilogue.rows_per_column
+        result = _fake_parts(codes, columns, epilogue.output_format(arguments))
+        return result if epilogue.encodes else result[0]
+
+    def gemm(
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        weight_codes: torch.Tensor,
+        weight_scales: torch.Tensor,
+        *arguments: Any,
+    ) -> Any:
+        x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+        result = epilogue.gemm(x, weights, *arguments)
+        return _parts(result) if epilogue.encodes else result
+
+    gemm.__name__ = f"gemm_{epilogue.name}"
+    operands = "Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales"
+    returns = "(Tensor, Tensor)" if epilogue.encodes else "Tensor"
+    return _register(f"({operands}, {epilogue.schema}) -> {returns}", fake)(gemm)
 
 
-@_register(
-    "(Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales, Tensor q_weight,"
-    " Tensor k_weight, Tensor rotations, SymInt heads, float eps) -> Tensor",
-    lambda codes, scales, weight_codes, *_: codes.new_empty(
-        (codes.shape[0], weight_codes.shape[0]), dtype=torch.bfloat16
-    ),
-)
-def gemm_rotate_heads(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    weight_codes: torch.Tensor,
-    weight_scales: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    rotations: torch.Tensor,
-    heads: int,
-    eps: float,
-) -> torch.Tensor:
-    """Compute `ops.gemm_epilogues.gemm_rotate_heads`: [M, K] and [3 * heads * 128, K] to [M, N]."""
-    x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
-    result: torch.Tensor = gemm_epilogues.gemm_rotate_heads(
-        x, weights, q_weight, k_weight, rotations, heads, eps
-    )
-    return result
+GEMM_EPILOGUES = {name: _register_gemm(row) for name, row in gemm_epilogues.EPILOGUES.items()}
