@@ -66,7 +66,7 @@ def multiply_row_scaled(
 def row_scaled_workspace(
     tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Return the bytes that `multiply_row_scaled` takes on a CUDA device, beyond `LIBRARY_WORKSPACE`."""
+    """Return bytes that `multiply_row_scaled` takes on CUDA beyond `LIBRARY_WORKSPACE`."""
     index = core_index(device)
     if row_scaled_unsupported(index):
         return scaled_mm.workspace(tokens, shape, dtype)
