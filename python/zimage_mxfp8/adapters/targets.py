@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..zimage.layers import ZIMAGE
 from ..zimage.table import LayerTable
@@ -17,11 +17,13 @@ class Target:
         layer: the layer's name in ComfyUI's layout, without ".weight".
         part: for a layer that diffusers splits along the rows, such as "qkv": which part.
         parts: into how many it splits.
+        diffusers: diffusers' name of it; of each part, for a layer that is split and meant whole.
     """
 
     layer: str
     part: int = 0
     parts: int = 1
+    diffusers: tuple[str, ...] = field(default=(), compare=False)
 
     def rows(self, total: int) -> slice:
         """Return the rows of a layer of `total` rows that this is."""
@@ -55,14 +57,17 @@ def _modules(counts: Mapping[str, int], table: LayerTable) -> Iterator[tuple[str
         for i in range(counts[stack.count]):
             for layer in table.layers_of(stack):
                 name = f"{stack.name}.{i}.{layer.name}"
-                yield name, Target(name)
-                for part, theirs in enumerate(layer.diffusers):
-                    target = Target(name, part, len(layer.diffusers))
-                    yield f"{stack.name}.{i}.{theirs}", target
+                names = tuple(f"{stack.name}.{i}.{theirs}" for theirs in layer.diffusers)
+                yield name, Target(name, diffusers=names)
+                for part, theirs in enumerate(names):
+                    yield theirs, Target(name, part, len(names), (theirs,))
     for layer in table.outside:
         if layer.kind == "token":
             continue
-        yield layer.name, Target(layer.name)
-        for theirs, ours in table.diffusers_modules:
-            if layer.name == ours or layer.name.startswith(f"{ours}."):
-                yield theirs + layer.name[len(ours) :], Target(layer.name)
+        names = tuple(
+            theirs + layer.name[len(ours) :]
+            for theirs, ours in table.diffusers_modules
+            if layer.name == ours or layer.name.startswith(f"{ours}.")
+        )
+        for name in (layer.name, *names):
+            yield name, Target(layer.name, diffusers=names)

@@ -123,7 +123,11 @@ def lora(text: str) -> tuple[Path, float]:
     """
     name, colon, number = text.rpartition(":")
     weight = 1.0
-    if colon and not Path(text).exists():
+    try:
+        whole = Path(text).exists()
+    except OSError:  # too long
+        whole = False
+    if colon and not whole:
         try:
             weight = float(number)
         except ValueError:

@@ -121,6 +121,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="adapter to add to the transformer's layers, which stay as they are; repeatable",
     )
     parser.add_argument(
+        *spellings("--no-lora"),
+        dest="loras",
+        action="store_const",
+        const=[],
+        help="with --settings-from, leave out the adapters that the image was made with",
+    )
+    parser.add_argument(
         "--compute",
         choices=("auto", *COMPUTE_MODES),
         default="auto",

@@ -14,24 +14,42 @@ def use_loras(transformer: ZImageTransformer, loras: Sequence[tuple[Path, float]
     """Let these adapters count, and no others.
 
     A file that comes twice counts with the sum of its weights. Adapters of earlier calls stay
-    loaded, up to four, so that switching between them reads nothing.
+    loaded, up to four, so that switching between them reads nothing; a file that changed since is
+    read again.
 
     Returns:
         What of the files is not used, see `Lora.notes`.
 
     Raises:
-        CheckpointError: a file cannot be read, or does not fit; no adapter changed.
+        CheckpointError: a file cannot be read, or does not fit; the same adapters count as before.
         CudaError: too little memory.
     """
     weights: dict[str, float] = {}
+    files: dict[str, Path] = {}
     for file, weight in loras:
-        name = str(file.resolve())
+        name = _name_of(file)
+        files[name] = file
         weights[name] = weights.get(name, 0.0) + weight
     unused = [name for name in transformer.loras if name not in weights]
     for name in unused[: max(0, len(unused) - _MAX_KEPT)]:
         transformer.unload_lora(name)
-    for name in weights:
-        if name not in transformer.loras:
-            transformer.load_lora(name, name)
+    before = {name: transformer.loras[name].weight for name in transformer.active_adapters()}
+    try:
+        for name, file in files.items():
+            if name not in transformer.loras:
+                transformer.load_lora(file, name)
+    except BaseException:
+        transformer.set_lora(before)
+        raise
     transformer.set_lora(weights)
     return [note for name in weights for note in transformer.loras[name].notes]
+
+
+def _name_of(file: Path) -> str:
+    """Return a name for the content of a file, by its path, size and time."""
+    try:
+        state = file.stat()
+    except OSError:  # reading it will tell
+        return str(file)
+    path = str(file.resolve()).encode("utf-8", "backslashreplace").decode()
+    return f"{path} ({state.st_size} bytes, {state.st_mtime_ns})"

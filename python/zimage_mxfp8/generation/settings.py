@@ -100,6 +100,8 @@ class GenerationSettings:
                 if value is None and name not in _NEVER_NONE:
                     continue
                 object.__setattr__(self, name, check(name, value))
+        if not isinstance(self.loras, (list, tuple)):
+            raise UsageError("loras", "must be a list of pairs of a file and a weight")
         object.__setattr__(self, "loras", tuple(_check_lora(each) for each in self.loras))
 
     def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:

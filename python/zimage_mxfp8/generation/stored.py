@@ -65,7 +65,7 @@ class StoredSettings:
             raise UsageError(
                 "loras",
                 f"are missing: {self.path} was made with {', '.join(self.loras)[:200]}",
-                "name those files, or give none by an empty list",
+                "name those files",
             )
         values = {**self.values, **given}
         if "prompt" not in values:
@@ -145,6 +145,8 @@ def _of_generate(path: Path, text: str) -> StoredSettings:
 
 
 def _lora_texts(loras: Any) -> Iterator[str]:
-    for each in loras if isinstance(loras, list) else ():
+    for each in loras if isinstance(loras, list) else [loras] if loras else []:
         if isinstance(each, dict):
             yield f"{str(each.get('name'))[:80]}:{each.get('weight')}"
+        else:
+            yield str(each)[:80]

@@ -29,6 +29,7 @@ from .low_rank import Addend, LowRankAdapter, dora_norms
 from .places import LinearPlace
 
 Weight = float | Mapping[str, float]
+_MAX_WEIGHT = 1e6  # far beyond any use; far below where float32 overflows
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Lora:
     Attributes:
         name: what `set_lora` and `unload_lora` call it.
         label: the file that it came from.
-        weight: how much of it counts; by part of the blocks' names if it is a mapping, and 1 for
-            layers that no part fits, as in diffusers.
+        weight: how much of it counts. A mapping has weights by part of the layers' names, in
+            ComfyUI's or diffusers' spelling, and layers that no part fits have 1.
         layers: the number of layers that it changes.
         kinds: how many of each kind: "LoRA", "LoHa", "LoKr", "DoRA", "difference".
         dense: names of modules that are added as whole matrices, because their rank is high.
@@ -87,10 +88,23 @@ class Lora:
         return notes
 
     def weight_of(self, layer: str) -> float:
-        """Return the weight for a layer."""
+        """Return the weight for a layer, given as its names with spaces between them."""
         if not isinstance(self.weight, Mapping):
             return self.weight
         return next((value for part, value in self.weight.items() if part in layer), 1.0)
+
+    def check_parts(self, weight: Weight) -> None:
+        """Check that each part of a mapping fits a layer.
+
+        Raises:
+            UsageError: one does not.
+        """
+        names = [addend.layer for _, addend in self._addends] + [name for name, _ in self._norms]
+        for part in weight if isinstance(weight, Mapping) else ():
+            if not any(part in name for name in names):
+                raise UsageError(
+                    "weight", f'has the part "{part}", which is in no layer\'s name', "correct it"
+                )
 
 
 class LoraSet:
@@ -116,6 +130,7 @@ class LoraSet:
         self._loaded: dict[str, Lora] = {}
         self._off: set[str] = set()
         self._fused: dict[str, float] = {}  # with the scale
+        self._kept: set[str] = set()  # fused ones that stay when all are unloaded
         self._parked: set[str] = set()  # on another device than the model
         self._originals: dict[str, torch.Tensor] = {}  # norms that adapters change
         self._enabled = True
@@ -132,8 +147,13 @@ class LoraSet:
 
     @property
     def active(self) -> list[str]:
-        """Names of the adapters that count."""
-        return [name for name in self._loaded if name not in self._off]
+        """Names of the adapters that count, without fused ones that were unloaded since."""
+        return [name for name in self._loaded if name not in self._off | self._kept]
+
+    @property
+    def listed(self) -> dict[str, Lora]:
+        """The adapters by name, without fused ones that were unloaded since."""
+        return {name: x for name, x in self._loaded.items() if name not in self._kept}
 
     @property
     def fused(self) -> list[str]:
@@ -151,12 +171,13 @@ class LoraSet:
         name = self._new_name(name)
         weight = check_weight("weight", weight)
         lora = self._read(open_adapter(source, self._shapes, metadata), name, weight)
+        lora.check_parts(weight)
         self._loaded[name] = lora
         try:
             self._attach(lora)
-        except BaseException:
+        except BaseException as error:
             self.unload(name)
-            raise
+            raise _told(error, lora) from None
         return lora
 
     def replace(
@@ -171,15 +192,24 @@ class LoraSet:
         old = self._loaded[self._known(name)]
         new = self._read(open_adapter(source, self._shapes, metadata), name, old.weight)
         self._loaded[name] = new
-        self._attach(old, new)
+        try:
+            self._attach(old, new)
+        except BaseException as error:
+            self._loaded[name] = old
+            self._attach(old, new)
+            raise _told(error, new) from None
         return new
 
     def set(self, weights: Mapping[str, Weight]) -> None:
         """Set weights; adapters that are not named are switched off, but for fused ones."""
+        if not isinstance(weights, Mapping):
+            raise UsageError("weights", f"must be weights by name, not {repr(weights)[:80]}")
         checked = {
             self._known(name): check_weight(f'weights["{name}"]', weight)
             for name, weight in weights.items()
         }
+        for name, weight in checked.items():
+            self._loaded[name].check_parts(weight)
         self._off = set(self._loaded) - set(checked) - set(self._fused)
         for name, weight in checked.items():
             self._loaded[name] = replace(self._loaded[name], weight=weight)
@@ -188,10 +218,28 @@ class LoraSet:
     def unload(self, name: str) -> None:
         """Take an adapter off."""
         lora = self._loaded.pop(self._known(name))
-        self._off.discard(name)
-        self._parked.discard(name)
+        for names in (self._off, self._kept, self._parked):
+            names.discard(name)
         self._fused.pop(name, None)
         self._attach(lora)
+
+    def unload_all(self) -> None:
+        """Take all adapters off, but let fused ones count on, under a name that is not listed."""
+        for name in list(self.listed):
+            if name not in self._fused:
+                self.unload(name)
+                continue
+            kept = next(x for i in itertools.count() if (x := f"{name} (fused {i})") not in self)
+            self._loaded[kept] = self._rename(self._loaded.pop(name), kept)
+            self._fused[kept] = self._fused.pop(name)
+            self._kept.add(kept)
+        self._enabled = True
+        self.rebuild()
+
+    @staticmethod
+    def _rename(lora: Lora, name: str) -> Lora:
+        addends = tuple((linear, replace(x, adapter=name)) for linear, x in lora._addends)
+        return replace(lora, name=name, _addends=addends)
 
     def enable(self, enabled: bool) -> None:
         """Let adapters count, or none of them."""
@@ -201,13 +249,14 @@ class LoraSet:
     def fuse(self, scale: float, names: Sequence[str] | None = None) -> None:
         """Fix adapters, by default the active ones, at their weights times `scale`."""
         scale = checks.finite_number("lora_scale", scale)
-        for name in self.active if names is None else names:
-            self._fused[self._known(name)] = scale
+        chosen = [self._known(name) for name in (self.active if names is None else names)]
+        self._fused |= dict.fromkeys(chosen, scale)
+        self._off -= set(chosen)
         self._write_weights()
 
     def unfuse(self) -> None:
-        """End what `fuse` did."""
-        self._fused.clear()
+        """End what `fuse` did, but for adapters that were unloaded since."""
+        self._fused = {name: x for name, x in self._fused.items() if name in self._kept}
         self._write_weights()
 
     def place(self, name: str, device: torch.device) -> None:
@@ -247,7 +296,7 @@ class LoraSet:
         return name
 
     def _known(self, name: str) -> str:
-        if name not in self._loaded:
+        if checks.text("name", name) not in self._loaded:
             there = ", ".join(f'"{x}"' for x in self._loaded) or "none"
             raise UsageError("name", f'"{name}" is no adapter that is loaded ({there})')
         return name
@@ -265,7 +314,7 @@ class LoraSet:
                 layer = module.target.layer
                 if layer in norms:
                     assert isinstance(branch.matrix, Dense)
-                    vectors.append((layer, torch.from_numpy(branch.matrix.delta)))
+                    vectors.append((layer, torch.from_numpy(branch.matrix.delta.copy())))
                     continue
                 place = places[layer]
                 addend = _addend(name, module, branch, place)
@@ -313,10 +362,11 @@ class LoraSet:
         self._write_norms()
 
     def _weight(self, name: str, layer: str) -> float | None:
+        if name in self._fused:
+            return self._fused[name] * self._loaded[name].weight_of(layer)
         if not self._enabled or name in self._off or name in self._parked:
             return None
-        scale = self._fused.get(name, self._scale)
-        return scale * self._loaded[name].weight_of(layer)
+        return self._scale * self._loaded[name].weight_of(layer)
 
     def _write_norms(self) -> None:
         changes: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
@@ -342,8 +392,15 @@ def _device(linear: Linear) -> torch.device:
     return next(itertools.chain(linear.parameters(False), linear.buffers(False))).device
 
 
+def _told(error: BaseException, lora: Lora) -> BaseException:
+    """Return the error to raise instead of one that came while an adapter was attached."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return CudaError(f"{lora.label} does not fit into the device's memory; it was not loaded")
+    return error
+
+
 def check_weight(argument: str, weight: Any) -> Weight:
-    """Return a weight, or weights by part of a block's name.
+    """Return a weight, or weights by part of a layer's name.
 
     Raises:
         UsageError: not a finite number, or a mapping of other things.
@@ -351,18 +408,22 @@ def check_weight(argument: str, weight: Any) -> Weight:
     if isinstance(weight, Mapping):
         for part, value in weight.items():
             checks.text(argument, part)
-            checks.finite_number(f'{argument}["{part}"]', value)
+            check_weight(f'{argument}["{part}"]', value)
         return dict(weight)
-    return checks.finite_number(argument, weight)
+    number = checks.finite_number(argument, weight)
+    if abs(number) > _MAX_WEIGHT:
+        raise UsageError(argument, f"must be within {_MAX_WEIGHT:g} of 0, not {number:g}")
+    return number
 
 
 def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Addend:
     """Return a module's branch as tensors in host memory, in the layer's dtype."""
-    layer, matrix, dtype = module.target.layer, branch.matrix, place.linear.dtype
+    layer = " ".join(dict.fromkeys([module.target.layer, *module.target.diffusers]))
+    matrix, dtype = branch.matrix, place.linear.dtype
     rows = place.slice(module.target.rows(place.rows))
 
     def tensor(array: Matrix) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype, copy=True)
 
     bias = None if branch.bias is None else tensor(branch.bias)
     if matrix is None:
@@ -385,5 +446,6 @@ def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Ad
 
 
 def _branch(linear: Linear, addends: list[Addend]) -> LowRankAdapter:
-    like = torch.empty(0, dtype=linear.dtype, device=_device(linear))
-    return LowRankAdapter(addends, getattr(linear, "bias", None), like)
+    with torch.inference_mode(False):  # tensors of that mode cannot be written to outside it
+        like = torch.empty(0, dtype=linear.dtype, device=_device(linear))
+        return LowRankAdapter(addends, getattr(linear, "bias", None), like)

@@ -18,7 +18,7 @@ class Addend:
 
     Attributes:
         adapter: its name.
-        layer: the layer in ComfyUI's layout, for weights by block.
+        layer: names of the layer in both layouts, for weights by layer.
         rows: of the layer as it is loaded, which may stack several.
         down: [rank, K], or None if `up` is dense.
         up: [rows, rank], or a dense [rows, K]; None for a change of the bias alone.
@@ -40,8 +40,9 @@ class LowRankAdapter(Adapter):
 
     An addend with weight w adds w (x down^T) up^T. The `down` of all addends are stacked into one
     GEMM, and the `up` of the same rows into another. With a magnitude m per row, W x becomes
-    f (W + w dW) x where f = m / |W + w dW|, as PEFT computes DoRA; several such changes of the same
-    rows add up. Weights are in buffers, so CUDA graphs see new ones.
+    f (W + w dW) x where f = m / |W + w dW|, as PEFT computes DoRA. Several such changes of the same
+    rows add up, in any order; PEFT rescales what earlier adapters added too. Weights are in
+    buffers, so CUDA graphs see new ones.
     """
 
     down: torch.Tensor

@@ -347,8 +347,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
         Args:
             source: a safetensors file, or tensors by name.
             name: for `set_lora` and `unload_lora`; by default "lora0" and so on.
-            weight: how much of it counts, also negative; or weights by part of the blocks' names,
-                such as `{"layers.0.": 0.5}`.
+            weight: how much of it counts, also negative; or weights by part of the layers' names,
+                such as `{"layers.0.": 0.5}` or `{"attention.to_q": 0.0}`, and 1 for others.
 
         Returns:
             What was loaded, and which tensors were not.
@@ -374,14 +374,19 @@ class ZImageTransformer(PeftMethods, nn.Module):
     @property
     def loras(self) -> dict[str, Lora]:
         """The adapters that are loaded, by name."""
-        return {lora.name: lora for lora in self._loras}
+        return self._loras.listed
 
     def _adapters_change(self) -> None:
         self._graphs.clear()  # they hold layers without the branch
-        if "peft" in sys.modules and "_adapter_marker" not in self._modules:
+
+    def modules(self, *arguments: Any, **options: Any) -> Iterator[nn.Module]:
+        """Return all modules, with the one by which diffusers' pipelines see adapters."""
+        loras = self.__dict__.get("_loras")  # missing while the model is made
+        if loras and "peft" in sys.modules and "_adapter_marker" not in self._modules:
             from .peft_marker import AdapterMarker
 
-            self._adapter_marker = AdapterMarker(self._loras)
+            self._adapter_marker = AdapterMarker(loras)
+        return super().modules(*arguments, **options)
 
     def _linear_places(self) -> dict[str, LinearPlace]:
         outside = {

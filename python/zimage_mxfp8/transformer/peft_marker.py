@@ -31,7 +31,7 @@ class AdapterMarker(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are fused."""
-        return self._loras.fused
+        return [name for name in self._loras.fused if name in self._loras.listed]
 
     def unmerge(self) -> None:
         """End what `fuse_lora` did."""
@@ -56,10 +56,10 @@ class _Movers(Mapping[str, Any]):
         return _Mover(self._loras, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(lora.name for lora in self._loras)
+        return iter(self._loras.listed)
 
     def __len__(self) -> int:
-        return len(self._loras)
+        return len(self._loras.listed)
 
 
 class _Mover:

@@ -75,17 +75,27 @@ class PeftMethods:
 
     @property
     def peft_config(self) -> dict[str, Lora]:
-        """The adapters that are loaded and not fused, by name; missing if there are none."""
-        loaded = {x.name: x for x in self._loras if x.name not in self._loras.fused}
+        """The adapters that are loaded, by name; missing if there are none."""
+        loaded = self._loras.listed
         if not loaded:
             raise MissingAttributeError("the transformer has no peft_config: no adapter is loaded")
         return loaded
 
     def delete_adapters(self, adapter_names: Sequence[str] | str) -> None:
-        """Take adapters off."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        """Take adapters off. If no other one is active, the first that is left becomes active.
+
+        Raises:
+            UsageError: no adapter of a name; none is taken off.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if unknown := [name for name in names if name not in self._loras.listed]:
+            raise UsageError("adapter_names", f"has {unknown[0]!r}, which is not loaded")
         for name in names:
             self._loras.unload(name)
+        left = self._loras.listed
+        if left and not self._loras.active:
+            first = next(iter(left.values()))
+            self._loras.set({first.name: first.weight})
 
     def unload_lora(self, name: str | None = None) -> None:
         """Take one adapter off, or without a name all that are not fused.
@@ -93,9 +103,10 @@ class PeftMethods:
         Raises:
             UsageError: no adapter of that name.
         """
-        names = [x.name for x in self._loras if x.name not in self._loras.fused]
-        for each in names if name is None else [name]:
-            self._loras.unload(each)
+        if name is None:
+            self._loras.unload_all()
+        else:
+            self._loras.unload(name)
 
     def disable_lora(self) -> None:
         """Compute without adapters until `enable_lora`."""

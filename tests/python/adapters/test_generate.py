@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -144,3 +145,35 @@ def test_threads_with_different_adapters(
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(make, range(6)))
     assert all(torch.equal(x, y) for x, y in zip(alone, together, strict=True))
+
+
+def test_a_file_that_changed_is_read_again(
+    zimage_folder: Path, zimage_quantized: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    generator = ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+
+    def make(*loras: tuple[Path, float]) -> torch.Tensor:
+        settings = GenerationSettings("a cat", steps=1, height=48, width=64, seed=7, loras=loras)
+        return torch.tensor(levels(generator.generate(settings).images[0]))
+
+    file = tmp_path / "adapter.safetensors"
+    shutil.copy(adapters[0], file)
+    first = make((file, 1.0))
+    shutil.copy(adapters[1], file)
+    second = make((file, 1.0))
+    assert not torch.equal(first, second)
+    assert torch.equal(second, make((adapters[1], 1.0)))
+    file.write_bytes(b"")
+    with pytest.raises(zm.CheckpointError):
+        make((adapters[0], 1.0), (file, 1.0))
+    assert torch.equal(make((adapters[0], 1.0)), first)
+
+
+def test_an_image_is_made_again_without_its_adapters(
+    generate: Generate, adapters: list[Path], tmp_path: Path
+) -> None:
+    assert generate(*OPTIONS, "-o", "a.png")[0] == 0
+    assert generate(*OPTIONS, "-o", "b.png", "--lora", adapters[0])[0] == 0
+    again = ("--settings-from", "b.png", "--dtype", "float32", "--no-lora", "-o", "c.png")
+    assert generate(*again)[0] == 0
+    assert (levels(tmp_path / "a.png") == levels(tmp_path / "c.png")).all()

@@ -17,6 +17,7 @@ from helpers.diffusers_reference import (
     random_inputs,
     relative_error,
 )
+from zimage_mxfp8.transformer import lora
 
 FLOAT32 = 1e-5
 INPUTS = random_inputs([(8, 12), (4, 4)], [20, 3])
@@ -142,14 +143,14 @@ def test_a_dialect_is_its_dense_change(
     save_file(written.tensors, file, written.metadata)
     model = load(quantized)
     before = model(*INPUTS).sample
-    lora = model.load_lora(file)
-    assert lora.unmatched == ()
-    assert lora.layers > 0
+    loaded = model.load_lora(file)
+    assert loaded.unmatched == ()
+    assert loaded.layers > 0
     after = model(*INPUTS).sample
     want = changed(reference, (1.0, written.deltas))
     assert relative_error(before, want) > 20 * FLOAT32  # the change is seen
     assert relative_error(after, want) < FLOAT32
-    model.unload_lora(lora.name)
+    model.unload_lora(loaded.name)
     assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
 
 
@@ -275,11 +276,11 @@ def test_differences_of_weights_biases_and_norms(quantized: Path, reference) -> 
         tensors[f"diffusion_model.{name}.diff_b"] = delta
         modules[name].bias.data = modules[name].bias + 0.5 * delta
     before = model(*INPUTS).sample
-    lora = model.load_lora(tensors, weight=0.5)
-    assert len(lora.dense) == 2
+    loaded = model.load_lora(tensors, weight=0.5)
+    assert len(loaded.dense) == 2
     want = target(*INPUTS, return_dict=False)[0]
     assert relative_error(model(*INPUTS).sample, want) < FLOAT32
-    model.unload_lora(lora.name)
+    model.unload_lora(loaded.name)
     assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
 
 
@@ -298,8 +299,8 @@ def test_a_layer_in_two_spellings_counts_once(quantized: Path, reference) -> Non
     )
     twice |= {name: x for name, x in fused.tensors.items() if "qkv" in name} | split.tensors
     model = load(quantized)
-    lora = model.load_lora(twice)
-    assert len(lora.redundant) == 2 * len(modules)
+    loaded = model.load_lora(twice)
+    assert len(loaded.redundant) == 2 * len(modules)
     want = changed(reference, (1.0, written.deltas), (1.0, split.deltas))
     assert relative_error(model(*INPUTS).sample, want) < FLOAT32
 
@@ -310,8 +311,8 @@ def test_one_file_may_mix_dialects(quantized: Path, reference) -> None:
     second = af.write_loha(af.modules_of(reference, "to_q"), "lora_unet_", 2, 1.0)
     third = af.write_lokr(af.modules_of(reference, "to_v"), af.dotted(""), "second", 1.0)
     model = load(quantized)
-    lora = model.load_lora(first.tensors | second.tensors | third.tensors)
-    assert lora.kinds == {"LoRA": len(modules), "LoHa": len(modules), "LoKr": len(modules)}
+    loaded = model.load_lora(first.tensors | second.tensors | third.tensors)
+    assert loaded.kinds == {"LoRA": len(modules), "LoHa": len(modules), "LoKr": len(modules)}
     changes = ((1.0, each.deltas) for each in (first, second, third))
     assert relative_error(model(*INPUTS).sample, changed(reference, *changes)) < FLOAT32
 
@@ -324,9 +325,9 @@ def test_unknown_and_text_encoder_tensors_are_listed(quantized: Path, reference)
         "something.else": torch.ones(1),
         "lora_te_layers_0_self_attn_q_proj.lora_down.weight": torch.ones(4, 96),
     }
-    lora = load(quantized).load_lora(written.tensors | others)
-    assert set(lora.unmatched) == set(list(others)[:2])
-    assert lora.text_encoder == tuple(list(others)[2:])
+    loaded = load(quantized).load_lora(written.tensors | others)
+    assert set(loaded.unmatched) == set(list(others)[:2])
+    assert loaded.text_encoder == tuple(list(others)[2:])
 
 
 def test_an_adapter_survives_copies_and_other_dtypes(quantized: Path, reference) -> None:
@@ -342,3 +343,90 @@ def test_an_adapter_survives_copies_and_other_dtypes(quantized: Path, reference)
     there_and_back = model.to(torch.bfloat16)
     assert relative_error(there_and_back(*INPUTS).sample, want) < 0.03
     assert relative_error(model.to(torch.float32)(*INPUTS).sample, want) < 0.03
+
+
+def test_weights_by_part_of_either_spelling(quantized: Path, reference) -> None:
+    written = some_adapters(reference)[0]
+    model = load(quantized)
+    model.load_lora(written.tensors, "a", {"attention.to_q": 0.0, "all_x_embedder": 0.5})
+    scaled = {
+        name: delta * (0.0 if "to_q" in name else 0.5 if "x_embedder" in name else 1.0)
+        for name, delta in written.deltas.items()
+    }
+    want = changed(reference, (1.0, scaled))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+    for call in (
+        lambda: model.set_lora({"a": {"layer.0.": 0.0}}),
+        lambda: model.load_lora(written.tensors, "b", {"layer.0.": 0.0}),
+    ):
+        with pytest.raises(
+            zm.UsageError, match=r'weight has the part "layer\.0\.", which is in no'
+        ):
+            call()
+    assert list(model.loras) == ["a"]
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m: m.set_lora(None), "weights must be weights by name, not None"),
+        (lambda m: m.set_lora({"a": 1e39}), r'weights\["a"\] must be within 1e\+06 of 0'),
+        (lambda m: m.set_lora({"b": 1.0}), r'name "b" is no adapter that is loaded \("a"\)'),
+        (lambda m: m.unload_lora("b"), r'name "b" is no adapter that is loaded \("a"\)'),
+        (lambda m: m.unload_lora(["a"]), "name must be a text"),
+        (lambda m: m.load_lora({}, "a"), 'name "a" is taken by another adapter'),
+    ],
+)
+def test_arguments_are_named(call, sentence: str, quantized: Path, reference) -> None:
+    written = af.write_pairs(
+        af.modules_of(reference, "to_q"), af.dotted(""), ".lora_A.weight", ".lora_B.weight"
+    )
+    model = load(quantized)
+    model.load_lora(written.tensors, "a", 0.5)
+    before = model(*INPUTS).sample
+    with pytest.raises(zm.UsageError, match=f"^{sentence}"):
+        call(model)
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+def test_a_failed_replacement_leaves_the_old_adapter(
+    quantized: Path, reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = some_adapters(reference)[:2]
+    model = load(quantized)
+    model.load_lora(first.tensors, "a", 0.5)
+    before = model(*INPUTS).sample
+    make, calls = lora._branch, []
+
+    def failing(linear, addends):
+        calls.append(linear)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("full")
+        return make(linear, addends)
+
+    monkeypatch.setattr(lora, "_branch", failing)
+    with pytest.raises(zm.CudaError, match="does not fit into the device's memory"):
+        model.load_lora_adapter(second.tensors, hotswap=True, adapter_name="a")
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+def test_an_adapter_of_inference_mode_can_be_changed_outside_it(quantized: Path, reference) -> None:
+    written = some_adapters(reference)[0]
+    model = load(quantized)
+    with torch.inference_mode():
+        model.load_lora(written.tensors, "a")
+    model.set_lora({"a": 0.5})
+    want = changed(reference, (0.5, written.deltas))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+
+
+def test_an_adapter_does_not_share_memory_with_the_tensors(quantized: Path, reference) -> None:
+    written = some_adapters(reference)[0]
+    model = load(quantized)
+    model.load_lora(written.tensors)
+    before = model(*INPUTS).sample
+    for tensor in written.tensors.values():
+        tensor.fill_(3.0)
+    model.to(torch.float32)  # builds the branches anew
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
