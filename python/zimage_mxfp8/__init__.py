@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .checkpoint.inspection import Inspection, inspect
     from .conversion.convert import convert, plan_conversion, run_conversion
     from .conversion.dequantization import dequantize_checkpoint
+    from .conversion.merge_loras import MergeReport, merge_loras
     from .conversion.options import ConversionOptions
     from .conversion.plan import Plan
     from .conversion.recipes import Recipe, load_recipe
@@ -85,6 +86,8 @@ _HOME = {
     "ConversionOptions": "conversion.options",
     "Plan": "conversion.plan",
     "ConversionReport": "conversion.report",
+    "MergeReport": "conversion.merge_loras",
+    "merge_loras": "conversion.merge_loras",
     "dequantize_checkpoint": "conversion.dequantization",
     "Diagnosis": "system.diagnosis",
     "diagnose": "system.diagnosis",
@@ -148,6 +151,7 @@ __all__ = [
     "Inspection",
     "InvalidArgumentError",
     "MXFP8Array",
+    "MergeReport",
     "MissingAttributeError",
     "MissingExtraError",
     "MissingFeatureError",
@@ -183,6 +187,7 @@ __all__ = [
     "gemm_kernel",
     "inspect",
     "load_recipe",
+    "merge_loras",
     "plan_conversion",
     "probe",
     "quantize",

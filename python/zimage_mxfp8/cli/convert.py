@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint import hub
 from ..system.devices import cuda_index
 from ..text import plural
-from . import convert_to_quant, download, dry_run
+from . import convert_to_quant, download, dry_run, loras
 from .arguments import (
     add_json,
     add_overwrite,
@@ -64,6 +64,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="REGEX",
         help="also keep the tensors whose full name this regular expression finds; repeatable",
     )
+    loras.add_lora(parser)
     parser.add_argument(
         *spellings("--any-model"),
         action="store_true",
@@ -137,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tensors and not arguments.dry_run:
         raise CommandLineError("--tensors belongs to --dry-run; add that")
     _resolve_input(arguments)
+    loras.limit_blas(arguments.loras)
     from ..conversion.convert import default_output, plan_conversion, run_conversion
     from ..conversion.options import ConversionOptions
     from ..printing.conversion import print_conversion
