@@ -23,6 +23,7 @@ from .keys import Key, Role, is_text_encoder_key, split_key, unsupported_type
 from .targets import Target, Targets
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+_ARRAY_DTYPES = ("float64", "float32", "float16", "bfloat16")
 # VideoX-Fun's trainer writes alpha 0 for "the rank".
 _ZERO_ALPHA_IS_RANK = "lora_unet__"
 
@@ -270,16 +271,18 @@ def _nothing_fits(
 
 def _of_array(label: str, name: str, array: Any) -> Load:
     def load() -> Matrix:
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype not in _ARRAY_DTYPES:
+            raise _wrong_dtype(label, name, dtype)
         plain = array.detach().cpu().float().numpy() if hasattr(array, "detach") else array
-        try:
-            with np.errstate(over="ignore"):  # infinity is refused
-                result: Matrix = np.ascontiguousarray(plain, np.float32)
-        except (TypeError, ValueError):
-            raise CheckpointError(f'{label} has "{name}", which are not real numbers') from None
-        return result.reshape(array.shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are refused later
+            result: Matrix = np.array(plain, np.float32, order="C")
+        return result
 
-    if not hasattr(array, "shape"):
-        raise CheckpointError(f'{label} has "{name}", which is no tensor')
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise CheckpointError(
+            f'{label} has "{name}", which is no tensor; give arrays of NumPy or torch'
+        )
     return load
 
 
@@ -288,13 +291,17 @@ def _of_file(label: str, tensor: SourceTensor) -> Load:
         with TensorReader() as reader:
             values = read_float32(tensor, reader)
         if values is None:
-            raise CheckpointError(
-                f'{label}: tensor "{tensor.name}" has dtype {tensor.dtype}, and adapters are read '
-                "in F64, F32, BF16 and F16; export it in one of these"
-            )
+            raise _wrong_dtype(label, tensor.name, tensor.dtype)
         return values
 
     return load
+
+
+def _wrong_dtype(label: str, name: str, dtype: str) -> CheckpointError:
+    return CheckpointError(
+        f'{label}: tensor "{name}" has dtype {dtype}, and adapters are read in F64, F32, BF16 and '
+        "F16; export it in one of these"
+    )
 
 
 def read_float32(tensor: SourceTensor, reader: TensorReader) -> Matrix | None:

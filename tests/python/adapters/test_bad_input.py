@@ -204,7 +204,7 @@ def test_what_cannot_be_merged_into_the_weights(folder: Path, tmp_path: Path, ca
     save_file(zero, tmp_path / "zero" / "diffusion_pytorch_model.safetensors")
     for tensors, weight, source, part in (
         (bias, 1, folder, "changes a bias, which the layer does not have"),
-        (pair(), 3e38, folder, "becomes NaN or infinite at row"),
+        (pair(), 1e300, folder, "becomes NaN or infinite at row"),
         (dora, 1, tmp_path / "zero", "becomes NaN or infinite at row 7, column 0"),
     ):
         save_file(tensors, tmp_path / "a.safetensors")
@@ -226,9 +226,8 @@ def test_wrong_usage(folder: Path, tmp_path: Path, capsys) -> None:
         ["merge-lora", str(folder), str(output)],
     ):
         assert main(words) == 2, words
-    assert (
-        main(["merge-lora", str(folder), str(adapter), "--lora", str(adapter), "--overwrite"]) == 1
-    )
+    words = ["merge-lora", str(folder), str(adapter), "--lora", str(adapter), "--overwrite"]
+    assert main(words) == 2
     assert "a.safetensors" in capsys.readouterr().err
     for loras in ("a", 3, [3], [("a", "b")], [("a", float("nan"))], [("a", 1, 2)], None):
         with pytest.raises(zm.UsageError, match="loras"):
