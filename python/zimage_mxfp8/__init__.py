@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__
+    from .adapters.summary import AdapterSummary
     from .analysis.compare.report import CompareReport
     from .analysis.compare.run import CompareProgress, compare
     from .analysis.probe.run import ProbeReport, probe
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "__version__": "_core",
+    "AdapterSummary": "adapters.summary",
     "SensitivityReport": "analysis.sensitivity.run",
     "analyse_sensitivity": "analysis.sensitivity.run",
     "ProbeReport": "analysis.probe.run",
@@ -132,6 +134,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterSummary",
     "CheckpointError",
     "CompareProgress",
     "CompareReport",

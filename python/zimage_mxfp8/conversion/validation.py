@@ -49,6 +49,7 @@ class ValidationReport:
         breaches: broken rules; empty for a sound file.
         notes: things worth knowing that are no breaches.
         errors: per layer's weight, its error against the original; empty without one.
+        loras: adapters that were merged into the original before it was compared.
     """
 
     file: str
@@ -57,6 +58,7 @@ class ValidationReport:
     breaches: list[Breach] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: dict[str, ErrorStats] = field(default_factory=dict)
+    loras: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         layers = plural(self.layers, "MXFP8 layer")
@@ -79,6 +81,7 @@ class ValidationReport:
         return {
             "file": self.file,
             "against": self.against,
+            "loras": self.loras,
             "ok": self.ok,
             "layers": self.layers,
             "breaches": [vars(breach) for breach in self.breaches],
@@ -170,6 +173,7 @@ def _original(
             )
         return found.checkpoint
     merge = Merge(found, adapters)
+    report.loras = [adapter.to_dict() for adapter in merge.adapters]
     if [_identity(adapter) for adapter in merge.adapters] != merged:
         report.notes.append(
             "these are not the adapters and weights that the file's header names, in that order"

@@ -98,7 +98,7 @@ def test_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "ranks: 2 (4), 4 (1), 6 (1)",
         "alphas: 3 (1), inf (1)",
         "trained on: z_image, a/b",
-        "noise_refiner feed_forward.w2 1",
+        "noise_refiner feed_forward.w2",
         'does not fit: "layers.4.attention.out" is OFT, which is not supported',
         "3 tensors belong to nothing in Z-Image",
         "2 tensors are for the text encoder, and not applied",

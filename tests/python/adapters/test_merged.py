@@ -298,6 +298,8 @@ def test_validate_against_the_original(
     options = [word for path, w in loras for word in ("--lora", f"{path}:{w}")]
     capsys.readouterr()
     assert main(["validate", str(output), "--against", str(source), *options]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "equal the original's with 3 adapters merged" in shown
     assert main(["validate", str(output), "--against", str(source)]) == 1
     assert "--lora" in capsys.readouterr().err
     assert main(["validate", str(output), *options]) == 2
