@@ -165,6 +165,8 @@ def _problem(roles: Mapping[Role, SourceTensor], target: Target, shape: Shape) -
         return f"is {_kind(roles)}, which is not supported"
     found = _shape(roles)
     want = (shape[0] // target.parts, *shape[1:])
+    if found is None and not roles.keys() <= {"diff_bias", "up_bias", "alpha"}:
+        return "lacks a matrix, or has one of another number of axes"
     if found is None or found == want:
         return None
     return f"is for a layer of {_times(found)}, not {_times(want)}"

@@ -39,6 +39,7 @@ def others() -> dict[str, torch.Tensor]:
     """What does not fit: too wide, too many blocks, OFT, the text encoder, no adapter's name."""
     tensors = pair("transformer.layers.3.attention.to_q", 3072, 3072)
     tensors |= pair("transformer.layers.30.attention.to_q", 3840, 3840)
+    tensors["layers.5.attention.out.lora_A.weight"] = torch.zeros(2, 3840)
     tensors["layers.4.attention.out.oft_blocks"] = torch.zeros(4, 4, 4)
     tensors |= pair("lora_te_layers_0_self_attn_q_proj", 96, 96, 2, ("lora_down", "lora_up"))
     return tensors | {"something.else": torch.zeros(1)}
@@ -59,16 +60,16 @@ def test_report(file: Path) -> None:
     adapter = found.adapter
     assert adapter is not None
     assert adapter.model == "Z-Image" and adapter.base_model == "z_image, a/b"
-    assert adapter.kinds == {"DoRA": 1, "LoKr": 1, "LoRA": 5, "OFT": 1, "difference": 2}
+    assert adapter.kinds == {"DoRA": 1, "LoKr": 1, "LoRA": 6, "OFT": 1, "difference": 2}
     assert adapter.spellings == {
-        "": 1,
+        "": 2,
         "diffusion_model.": 2,
         "lora_unet_": 1,
         "lycoris_": 1,
         "transformer.": 5,
     }
     assert adapter.dtypes["F16"] == 1
-    assert adapter.ranks == {2: 4, 4: 1, 6: 1}
+    assert adapter.ranks == {2: 5, 4: 1, 6: 1}
     assert adapter.alphas == {3.0: 1, float("inf"): 1}
     assert adapter.targets == {
         "layers attention.q_norm": 1,
@@ -82,6 +83,7 @@ def test_report(file: Path) -> None:
     assert adapter.misfits == {
         "transformer.layers.3.attention.to_q": "is for a layer of 3072 x 3072, not 3840 x 3840",
         "layers.4.attention.out": "is OFT, which is not supported",
+        "layers.5.attention.out": "lacks a matrix, or has one of another number of axes",
     }
     assert len(adapter.unmatched) == 3 and "something.else" in adapter.unmatched
     assert len(adapter.text_encoder) == 2
@@ -93,9 +95,9 @@ def test_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(file)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for part in (
-        "kinds: DoRA (1), LoKr (1), LoRA (5), OFT (1), difference (2)",
-        'names begin with: "" (1), "diffusion_model." (2)',
-        "ranks: 2 (4), 4 (1), 6 (1)",
+        "kinds: DoRA (1), LoKr (1), LoRA (6), OFT (1), difference (2)",
+        'names begin with: "" (2), "diffusion_model." (2)',
+        "ranks: 2 (5), 4 (1), 6 (1)",
         "alphas: 3 (1), inf (1)",
         "trained on: z_image, a/b",
         "noise_refiner feed_forward.w2",

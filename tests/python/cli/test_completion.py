@@ -57,7 +57,7 @@ needs_bash = pytest.mark.skipif(BASH is None, reason="there is no bash")
         ("zimage-mxfp8 completion ", ["bash", "fish", "zsh"]),
         ("zimage-mxfp8 convert --re", ["--recipe", "--report"]),
         ("zimage-mxfp8 convert --exclude", ["--exclude-layers"]),
-        ("zimage-mxfp8 convert --lo", ["--lora"]),
+        ("zimage-mxfp8 convert --lor", ["--lora"]),
         ("zimage-mxfp8 merge", ["merge-lora"]),
         ("zimage-mxfp8 convert --convro", [""]),  # options that are refused
         (
