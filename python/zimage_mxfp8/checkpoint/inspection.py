@@ -17,7 +17,7 @@ from .mxfp8_layers import find_layers
 from .provenance import PROVENANCE_KEY, read_provenance
 from .scopes import group_of
 
-_ADAPTER_USES = ("convert --lora", "merge-lora", "ZImageTransformer.load_lora")
+_ADAPTER_USES = ("convert (as an adapter)", "merge-lora", "ZImageTransformer.load_lora")
 
 
 @dataclass
