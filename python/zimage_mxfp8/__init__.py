@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import __version__
+    from .adapters.summary import AdapterSummary
     from .analysis.compare.report import CompareReport
     from .analysis.compare.run import CompareProgress, compare
     from .analysis.evaluate.report import EvaluationReport
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .checkpoint.inspection import Inspection, inspect
     from .conversion.convert import convert, plan_conversion, run_conversion
     from .conversion.dequantization import dequantize_checkpoint
+    from .conversion.merge_loras import MergeReport, merge_loras
     from .conversion.options import ConversionOptions
     from .conversion.plan import Plan
     from .conversion.recipes import Recipe, load_recipe
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "__version__": "_core",
+    "AdapterSummary": "adapters.summary",
     "EvaluationReport": "analysis.evaluate.report",
     "evaluate": "analysis.evaluate.run",
     "SensitivityReport": "analysis.sensitivity.run",
@@ -89,6 +92,8 @@ _HOME = {
     "ConversionOptions": "conversion.options",
     "Plan": "conversion.plan",
     "ConversionReport": "conversion.report",
+    "MergeReport": "conversion.merge_loras",
+    "merge_loras": "conversion.merge_loras",
     "dequantize_checkpoint": "conversion.dequantization",
     "Diagnosis": "system.diagnosis",
     "diagnose": "system.diagnosis",
@@ -133,6 +138,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterSummary",
     "CheckpointError",
     "CompareProgress",
     "CompareReport",
@@ -153,6 +159,7 @@ __all__ = [
     "Inspection",
     "InvalidArgumentError",
     "MXFP8Array",
+    "MergeReport",
     "MissingAttributeError",
     "MissingExtraError",
     "MissingFeatureError",
@@ -189,6 +196,7 @@ __all__ = [
     "gemm_kernel",
     "inspect",
     "load_recipe",
+    "merge_loras",
     "plan_conversion",
     "probe",
     "quantize",

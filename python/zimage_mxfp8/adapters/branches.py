@@ -17,10 +17,24 @@ import numpy.typing as npt
 from .keys import Role
 
 Matrix = npt.NDArray[np.float32]
+Double = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+
+OTHER_MODEL = "use it with the model that it was trained for"
+_MAX_FACTOR = 1 << 28  # elements of a small factor that is a product itself
 
 
 class BranchError(Exception):
-    """Tensors that do not make an adapter; the message completes a sentence about the layer."""
+    """Tensors that do not make an adapter; the message completes a sentence about the layer.
+
+    Attributes:
+        remedy: what to do instead.
+    """
+
+    def __init__(self, problem: str, remedy: str = "export it again") -> None:
+        super().__init__(problem)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +58,7 @@ class LowRank:
         """Return it as two narrow matrices, which it is."""
         return self
 
-    def dense(self, rows: slice = slice(None)) -> Matrix:
+    def dense(self, rows: slice | Indices = slice(None)) -> Matrix:
         """Return rows of the whole matrix."""
         result: Matrix = self.up[rows] @ self.down
         return result
@@ -112,10 +126,10 @@ class Kronecker:
 
     def dense(self, rows: slice = slice(None)) -> Matrix:
         """Return rows of the whole matrix."""
-        right = self.right.dense() if isinstance(self.right, LowRank) else self.right
-        index = np.arange(self.shape[0])[rows]
-        blocks = self.left[index // len(right), :, None] * right[index % len(right), None]
-        result: Matrix = blocks.reshape(len(index), self.shape[1])
+        block, inner = np.divmod(np.arange(self.shape[0])[rows], self.right.shape[0])
+        right = self.right.dense(inner) if isinstance(self.right, LowRank) else self.right[inner]
+        blocks = self.left[block, :, None] * right[:, None]
+        result: Matrix = blocks.reshape(len(block), self.shape[1])
         return result
 
     def low_rank(self) -> LowRank | None:
@@ -170,7 +184,7 @@ def make_branch(tensors: Tensors, *, rank_scaled: bool = False) -> Branch:
     """
     for role, tensor in tensors.items():
         if role != "alpha" and not np.isfinite(tensor).all():
-            raise BranchError("has NaN or infinite numbers")
+            raise BranchError(f"has NaN or infinite numbers in {role}")
     bias = tensors.get("up_bias", tensors.get("diff_bias"))
     if bias is not None and bias.ndim != 1:
         raise BranchError(f"has a bias of shape {list(bias.shape)}, which is not a vector")
@@ -191,9 +205,9 @@ def make_branch(tensors: Tensors, *, rank_scaled: bool = False) -> Branch:
 def _lora(tensors: Tensors, bias: Matrix | None, rank_scaled: bool) -> Branch:
     down, up = _pair(tensors, "down", "up")
     scale = _scale(tensors, len(down), rank_scaled)
-    branch = LowRank(down, up * np.float32(scale))
+    branch = LowRank(down, _scaled(up, scale))
     if bias is not None and "up_bias" in tensors:
-        bias = bias * np.float32(scale)
+        bias = _scaled(bias, scale)
     magnitude = tensors.get("magnitude")
     if magnitude is None:
         return Branch("LoRA", branch, bias)
@@ -210,7 +224,7 @@ def _lora(tensors: Tensors, bias: Matrix | None, rank_scaled: bool) -> Branch:
 def _loha(tensors: Tensors) -> Hadamard:
     b1, a1 = _pair(tensors, "hada_w1_b", "hada_w1_a")
     b2, a2 = _pair(tensors, "hada_w2_b", "hada_w2_a")
-    first = LowRank(b1, a1 * np.float32(_scale(tensors, len(b1), False)))
+    first = LowRank(b1, _scaled(a1, _scale(tensors, len(b1), False)))
     second = LowRank(b2, a2)
     if first.shape != second.shape:
         raise BranchError("has two products of different shapes")
@@ -222,9 +236,13 @@ def _lokr(tensors: Tensors) -> Kronecker:
     left = _factor(tensors, "lokr_w1", "lokr_w1_a", "lokr_w1_b")
     right = _factor(tensors, "lokr_w2", "lokr_w2_a", "lokr_w2_b")
     of_rank = next((x.rank for x in (right, left) if isinstance(x, LowRank)), None)
-    scale = np.float32(1 if of_rank is None else _scale(tensors, of_rank, False))
-    whole = left.dense() if isinstance(left, LowRank) else left
-    return Kronecker(whole * scale, right)
+    scale = 1.0 if of_rank is None else _scale(tensors, of_rank, False)
+    if isinstance(left, LowRank):
+        if math.prod(left.shape) > _MAX_FACTOR:
+            raise BranchError(f"has a first factor of shape {list(left.shape)}", OTHER_MODEL)
+        with np.errstate(over="ignore", invalid="ignore"):
+            left = left.dense()
+    return Kronecker(_scaled(left, scale), right)
 
 
 def _factor(tensors: Tensors, whole: Role, a: Role, b: Role) -> Matrix | LowRank:
@@ -258,6 +276,14 @@ def _check_matrix(tensor: Matrix, role: str) -> None:
         raise BranchError(f"has {role} of shape {list(tensor.shape)}, which is not a matrix")
 
 
+def _scaled(matrix: Matrix, scale: float) -> Matrix:
+    with np.errstate(over="ignore"):
+        result: Matrix = matrix * np.float32(scale)
+    if not np.isfinite(result).all():
+        raise BranchError("becomes infinite with its alpha")
+    return result
+
+
 def _scale(tensors: Tensors, rank: int, rank_scaled: bool) -> float:
     alpha = tensors.get("alpha")
     if alpha is None:
@@ -268,24 +294,3 @@ def _scale(tensors: Tensors, rank: int, rank_scaled: bool) -> float:
     if not math.isfinite(value):
         raise BranchError(f"has alpha {value}")
     return value / (math.sqrt(rank) if rank_scaled else rank)
-
-
-def merged(weight: Matrix, branch: Branch, scale: float, rows: slice = slice(None)) -> Matrix:
-    """Return rows of a layer's weight with a branch at a weight.
-
-    With a magnitude: m * (W + scale * dW) / norm(W + scale * dW), as PEFT computes it.
-
-    Args:
-        weight: float32, those rows; all of them for a magnitude per column.
-        branch: with a matrix.
-        scale: the adapter's weight.
-        rows: of the branch.
-    """
-    assert branch.matrix is not None
-    result: Matrix = weight + np.float32(scale) * branch.matrix.dense(rows)
-    if branch.magnitude is None:
-        return result
-    by_column = branch.magnitude.shape[0] == 1
-    norms: Matrix = np.linalg.norm(result, axis=0 if by_column else 1, keepdims=True)
-    result *= (branch.magnitude if by_column else branch.magnitude[rows]) / norms
-    return result

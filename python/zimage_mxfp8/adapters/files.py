@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +18,12 @@ from ..checkpoint.source import SourceTensor, TensorReader, open_checkpoint
 from ..errors import CheckpointError
 from ..zimage.layers import ZIMAGE
 from ..zimage.rows import Shape
-from .branches import Branch, BranchError, Matrix, make_branch
+from .branches import OTHER_MODEL, Branch, BranchError, Matrix, make_branch
 from .keys import Key, Role, is_text_encoder_key, split_key, unsupported_type
 from .targets import Target, Targets
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+_ARRAY_DTYPES = ("float64", "float32", "float16", "bfloat16")
 # VideoX-Fun's trainer writes alpha 0 for "the rank".
 _ZERO_ALPHA_IS_RANK = "lora_unet__"
 
@@ -76,13 +78,13 @@ class AdapterFile:
         try:
             tensors = {role: load() for role, load in module.roles.items()}
             if module.alpha is not None:
-                tensors.setdefault("alpha", np.float32(module.alpha).reshape(1))
+                with np.errstate(over="ignore"):
+                    tensors.setdefault("alpha", np.array([module.alpha]).astype(np.float32))
             branch = make_branch(tensors, rank_scaled=module.rank_scaled)
             self._check_shape(module.target, branch)
         except BranchError as error:
             raise CheckpointError(
-                f'{self.label}: the adapter of "{module.name}" {error}; '
-                "it was not loaded; export it again"
+                f'{self.label}: the adapter of "{module.name}" {error}; {error.remedy}'
             ) from None
         return branch
 
@@ -95,9 +97,13 @@ class AdapterFile:
         want = (shape[0] // target.parts, *shape[1:])
         if branch.matrix is not None and branch.matrix.shape != want:
             found = " x ".join(map(str, branch.matrix.shape))
-            raise BranchError(f"is for a layer of {found}, not {' x '.join(map(str, want))}")
+            raise BranchError(
+                f"is for a layer of {found}, not {' x '.join(map(str, want))}", OTHER_MODEL
+            )
         if branch.bias is not None and len(branch.bias) != want[0]:
-            raise BranchError(f"has a bias of {len(branch.bias)} elements, not {want[0]}")
+            raise BranchError(
+                f"has a bias of {len(branch.bias)} elements, not {want[0]}", OTHER_MODEL
+            )
 
 
 def open_adapter(
@@ -127,6 +133,11 @@ def open_adapter(
         loads = {name: _of_file(label, tensor) for name, tensor in checkpoint.tensors.items()}
         found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     targets = Targets(ZIMAGE.count_blocks(shapes))
+
+    def find(module: str) -> Target | None:
+        target = targets.find(module)
+        return target if target and f"{target.layer}.weight" in shapes else None
+
     settings = _Settings(metadata or {})
     names: dict[tuple[str, str], dict[Role, str]] = {}
     unmatched, text_encoder = [], []
@@ -134,7 +145,7 @@ def open_adapter(
         key = split_key(name)
         if is_text_encoder_key(name):
             text_encoder.append(name)
-        elif key is None or targets.find(key.module) is None:
+        elif key is None or find(key.module) is None:
             unmatched.append(name)
         else:
             _add(names.setdefault((key.prefix, key.module), {}), key, label)
@@ -147,13 +158,15 @@ def open_adapter(
             {
                 role: loads[tensor]
                 for role, tensor in roles.items()
-                if not (role == "alpha" and prefix == _ZERO_ALPHA_IS_RANK and not loads[tensor]())
+                if not (
+                    role == "alpha" and prefix == _ZERO_ALPHA_IS_RANK and _is_zero(loads[tensor]())
+                )
             },
             settings.rank_scaled,
             settings.alpha(name),
         )
         for (prefix, name), roles in names.items()
-        if (target := targets.find(name)) is not None
+        if (target := find(name)) is not None
     ]
     kept, redundant = _once(modules)
     return AdapterFile(label, kept, tuple(unmatched), tuple(text_encoder), redundant, dict(shapes))
@@ -210,7 +223,14 @@ class _Settings:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+    try:
+        return float(value) if isinstance(value, (int, float)) else None
+    except OverflowError:  # JSON has integers of any size
+        return math.inf
+
+
+def _is_zero(alpha: Matrix) -> bool:
+    return alpha.size == 1 and not alpha.any()
 
 
 def _peft_settings(label: str, metadata: Mapping[str, str]) -> Mapping[str, Any]:
@@ -233,14 +253,15 @@ def _nothing_fits(
     label: str, shapes: Mapping[str, Shape], text_encoder: Sequence[str]
 ) -> CheckpointError:
     if not is_adapter(shapes):
+        first = f'it has no LoRA tensors (its first is "{min(shapes, default="")}")'
+        problem = first if shapes else "it is empty"
         return CheckpointError(
-            f'{label} is not an adapter: it has no LoRA tensors (its first is "{min(shapes)}")'
-            if shapes
-            else f"{label} has no tensors"
+            f"{label} is not an adapter: {problem}; give the file that a trainer of adapters wrote"
         )
     if len(text_encoder) == len(shapes):
         return CheckpointError(
-            f"{label} changes the text encoder alone, and adapters are applied to the transformer"
+            f'{label} changes the text encoder alone (tensor "{min(shapes)}"), and adapters are '
+            "applied to the transformer; use one that was trained on it"
         )
     return CheckpointError(
         f"{label} does not fit this model: it is {describe_adapter(shapes)}; "
@@ -250,33 +271,50 @@ def _nothing_fits(
 
 def _of_array(label: str, name: str, array: Any) -> Load:
     def load() -> Matrix:
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype not in _ARRAY_DTYPES:
+            raise _wrong_dtype(label, name, dtype)
         plain = array.detach().cpu().float().numpy() if hasattr(array, "detach") else array
-        result: Matrix = np.ascontiguousarray(plain, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are refused later
+            result: Matrix = np.array(plain, np.float32, order="C")
         return result
 
-    if not hasattr(array, "shape"):
-        raise CheckpointError(f'{label} has "{name}", which is no tensor')
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise CheckpointError(
+            f'{label} has "{name}", which is no tensor; give arrays of NumPy or torch'
+        )
     return load
 
 
 def _of_file(label: str, tensor: SourceTensor) -> Load:
-    if tensor.dtype != "BF16" and tensor.dtype not in _FLOATS:
-
-        def refuse() -> Matrix:
-            raise CheckpointError(
-                f'{label}: tensor "{tensor.name}" has dtype {tensor.dtype}, and adapters are read '
-                "in F64, F32, BF16 and F16"
-            )
-
-        return refuse
-
     def load() -> Matrix:
         with TensorReader() as reader:
-            data = reader.read(tensor)
-        if tensor.dtype == "BF16":
-            wide = data.view(np.uint16).astype(np.uint32) << 16
-            return wide.view(np.float32).reshape(tensor.shape)
-        result: Matrix = data.view(_FLOATS[tensor.dtype]).astype(np.float32).reshape(tensor.shape)
-        return result
+            values = read_float32(tensor, reader)
+        if values is None:
+            raise _wrong_dtype(label, tensor.name, tensor.dtype)
+        return values
 
     return load
+
+
+def _wrong_dtype(label: str, name: str, dtype: str) -> CheckpointError:
+    return CheckpointError(
+        f'{label}: tensor "{name}" has dtype {dtype}, and adapters are read in F64, F32, BF16 and '
+        "F16; export it in one of these"
+    )
+
+
+def read_float32(tensor: SourceTensor, reader: TensorReader) -> Matrix | None:
+    """Read a tensor; None if it is of a dtype that adapters are not read in.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if tensor.dtype == "BF16":
+        wide = reader.read(tensor).view(np.uint16).astype(np.uint32) << 16
+        return wide.view(np.float32).reshape(tensor.shape)
+    if tensor.dtype not in _FLOATS:
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):  # F64 out of range, signalling NaN
+        result: Matrix = reader.read(tensor).view(_FLOATS[tensor.dtype]).astype(np.float32)
+    return result.reshape(tensor.shape)

@@ -47,6 +47,12 @@ _ZIMAGE_LAYERS = [
 _MODELS = (
     ("Flux", re.compile(r"double_blocks|single_blocks|single_transformer_blocks")),
     ("Qwen-Image", re.compile(r"transformer_blocks[._]\d+[._](?:img_m|txt_m)")),
+    (
+        "Stable Diffusion XL",
+        re.compile(
+            r"lora_te2_|(?:down|up|input|output|middle|mid)_blocks?[._].*former_blocks[._][1-9]"
+        ),
+    ),
     ("Stable Diffusion", re.compile(r"(?:down|up|input|output|middle|mid)_blocks?[._]")),
     ("Wan", re.compile(r"blocks[._]\d+[._](?:self_attn|cross_attn)[._]")),
     ("Z-Image", re.compile("|".join(name.replace(".", "[._]") for name in _ZIMAGE_LAYERS))),
@@ -66,6 +72,11 @@ def is_adapter(names: Collection[str]) -> bool:
     )
 
 
+def adapted_model(names: Collection[str]) -> str | None:
+    """Return the model whose modules an adapter names; None if unknown."""
+    return next((title for title, p in _MODELS if any(p.search(n) for n in names)), None)
+
+
 def describe_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Describe an adapter file: type, rank, model, spelling of the names.
 
@@ -79,7 +90,7 @@ def describe_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
         if len(shape) == 2 and any(suffix in name for suffix in _RANK_SUFFIXES)
     }
     rank = f" of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}" if ranks else ""
-    model = next((title for title, p in _MODELS if any(p.search(n) for n in names)), None)
+    model = adapted_model(names)
     prefix = next((p for p in _PREFIXES if names[0].startswith(p)), None)
     spelled = f'names begin with "{prefix}"' if prefix else f'such as "{names[0]}"'
     return f"{kind}{rank}{f' for {model}' if model else ''}, {spelled}"

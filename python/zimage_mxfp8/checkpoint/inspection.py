@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..adapters.summary import AdapterSummary, summarise
 from ..checks import file_or_folder
 from ..errors import CheckpointError, WrongKindError
 from . import kinds
@@ -15,6 +16,8 @@ from .identify import Identified, identify
 from .mxfp8_layers import find_layers
 from .provenance import PROVENANCE_KEY, read_provenance
 from .scopes import group_of
+
+_ADAPTER_USES = ("convert (as an adapter)", "merge-lora", "ZImageTransformer.load_lora")
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Inspection:
         accepted_by: the commands that take it.
         refusal: why no command takes it, and what to do instead, as a clause; "" if one does.
         provenance: details of the conversion that `convert` wrote; None without them.
+        adapter: changes that an adapter makes; None for other files.
     """
 
     path: str
@@ -62,6 +66,7 @@ class Inspection:
     accepted_by: list[str]
     refusal: str
     provenance: dict[str, Any] | None = None
+    adapter: AdapterSummary | None = None
 
     def __repr__(self) -> str:
         return f"Inspection({self.path!r}, {self.kind}, {self.parameters:,} parameters)"
@@ -86,6 +91,7 @@ class Inspection:
         """Return the values for JSON."""
         return vars(self) | {
             "groups": [vars(group) for group in self.groups],
+            "adapter": self.adapter.to_dict() if self.adapter else None,
             "parameters": self.parameters,
             "nbytes": self.nbytes,
         }
@@ -93,6 +99,8 @@ class Inspection:
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Sum up a safetensors file or a diffusers folder; reads no weights.
+
+    Of adapters it also returns their changes, and which of them fit Z-Image.
 
     Other kinds of files, such as pickles and web pages, are described by their kind, and damaged
     safetensors files by the damage.
@@ -128,6 +136,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         shape = weights[name].shape if name in weights else tensor.shape
         group.parameters += math.prod(shape)
     hidden = (markers.HEADER_KEY, PROVENANCE_KEY)
+    adapter = summarise(checkpoint) if found.kind is kinds.ADAPTER else None
+    fits = adapter is not None and adapter.fitting > 0
     return Inspection(
         path=str(path),
         kind=_describe(found),
@@ -136,9 +146,12 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         metadata={k: v for k, v in checkpoint.metadata.items() if k not in hidden},
         groups=sorted(groups.values(), key=lambda group: -group.nbytes),
         breaches=[str(breach) for breach in mxfp8.breaches] if mxfp8 else [],
-        accepted_by=[commands for use, commands in kinds.USES.items() if _accepts(found, use)],
-        refusal=_refusal(found),
+        accepted_by=list(_ADAPTER_USES)
+        if fits
+        else [commands for use, commands in kinds.USES.items() if _accepts(found, use)],
+        refusal="" if fits else _refusal(found),
         provenance=read_provenance(checkpoint.metadata),
+        adapter=adapter,
     )
 
 

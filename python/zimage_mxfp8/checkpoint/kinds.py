@@ -145,7 +145,7 @@ OTHER_FORMAT = _format("ComfyUI quantised")
 ADAPTER = Kind(
     "adapter",
     "is an adapter, not a model: {0}",
-    "merge it into a BF16 checkpoint, then convert that",
+    "merge it into a BF16 checkpoint with convert and `loras`, or with merge-lora",
 )
 ZIMAGE_CONTROLNET = Kind(
     "ControlNet for Z-Image",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..dtypes import SAFETENSORS_BITS
 from ..errors import CheckpointError
 from .foreign_files import check_file, no_weights
 from .header import read_header, unreadable
@@ -44,6 +46,50 @@ class SourceTensor:
         """Bytes of the tensor's data."""
         return sum(segment.nbytes for segment in self.segments)
 
+    @property
+    def stored(self) -> SourceTensor:
+        """The tensor as the file has it."""
+        return self
+
+
+@dataclass(frozen=True)
+class ComputedTensor(SourceTensor):
+    """A tensor that is computed from one in a file, whenever rows of it are read.
+
+    `segments` are those of the tensor in the file.
+
+    Attributes:
+        origin: the tensor in the file, of the same shape.
+        block: the number of rows that are computed at once, from multiples of it on, so that the
+            result does not depend on which rows are read together.
+        compute: returns the bytes of rows [begin, end).
+    """
+
+    origin: SourceTensor
+    block: int
+    compute: Callable[[TensorReader, int, int], npt.NDArray[np.uint8]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data in its own dtype."""
+        return math.prod(self.shape) * SAFETENSORS_BITS[self.dtype] // 8
+
+    @property
+    def stored(self) -> SourceTensor:
+        """The tensor as the file has it."""
+        return self.origin
+
+    def read_into(self, reader: TensorReader, begin: int, target: npt.NDArray[np.uint8]) -> None:
+        """Compute the bytes [begin, begin + target.size)."""
+        rows, end = self.shape[0], begin + target.size
+        row_bytes = self.nbytes // rows
+        first = begin // row_bytes // self.block * self.block
+        for row in range(first, -(-end // row_bytes), self.block):
+            data = self.compute(reader, row, min(row + self.block, rows))
+            at = row * row_bytes
+            low, high = max(begin, at), min(end, at + data.size)
+            target[low - begin : high - begin] = data[low - at : high - at]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -68,8 +114,8 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes of all tensors in the files."""
+        return sum(tensor.stored.nbytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -185,6 +231,9 @@ class TensorReader:
         Raises:
             CheckpointError: the file cannot be read, or has become shorter.
         """
+        if isinstance(tensor, ComputedTensor):
+            tensor.read_into(self, begin, target)
+            return
         view = target.data
         for path, position, count in _pieces(tensor, begin, target.size):
             try:

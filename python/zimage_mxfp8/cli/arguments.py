@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -114,31 +113,6 @@ def file_path(text: str) -> Path:
     if text.endswith(("/", os.sep)) or path.name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
     return path
-
-
-def lora(text: str) -> tuple[Path, float]:
-    """Return an adapter's file and weight from FILE[:WEIGHT], for `type=`.
-
-    A colon without a number behind it belongs to the name.
-    """
-    name, colon, number = text.rpartition(":")
-    weight = 1.0
-    try:
-        whole = Path(text).exists()
-    except OSError:  # too long
-        whole = False
-    if colon and not whole:
-        try:
-            weight = float(number)
-        except ValueError:
-            name = text
-    else:
-        name = text
-    if not name:
-        raise argparse.ArgumentTypeError("the name is empty; name a file")
-    if not math.isfinite(weight):
-        raise argparse.ArgumentTypeError(f"the weight {number} is not a finite number")
-    return Path(name), weight
 
 
 def checkpoint_path(text: str) -> Path:

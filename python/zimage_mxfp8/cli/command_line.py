@@ -27,6 +27,7 @@ _COMMANDS = {
     "inspect": "show the contents of a checkpoint",
     "validate": "check an MXFP8 file, and compare it with its original",
     "dequantize": "decode an MXFP8 file to a plain BF16 checkpoint",
+    "merge-lora": "merge adapters into a plain checkpoint",
     "generate": "make images from a prompt",
     "probe": "find the weights that quantisation would hurt most",
     "compare": "measure the error of 8-bit and 4-bit formats",
@@ -62,7 +63,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     for name, line in _COMMANDS.items():
         if command in (None, name):
-            import_module(f".{name}", __package__).add_parser(commands, line)
+            import_module(f".{name.replace('-', '_')}", __package__).add_parser(commands, line)
         else:
             commands.add_parser(name, help=line)
     return parser

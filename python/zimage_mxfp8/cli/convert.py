@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ..text import plural
-from . import convert_to_quant, download
+from . import convert_to_quant, download, loras
 from .arguments import (
     add_json,
     add_overwrite,
@@ -61,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         metavar="REGEX",
         help="also keep tensors with a full name that this regular expression finds; repeatable",
     )
+    loras.add_lora(parser)
     parser.add_argument(
         *spellings("--any-model"),
         action="store_true",
@@ -136,6 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     _resolve_input(arguments)
     from dataclasses import fields
 
+    loras.limit_blas(arguments.loras)
     from ..conversion.convert import default_output, plan_conversion, run_conversion
     from ..conversion.options import ConversionOptions
     from ..printing.conversion import print_conversion

@@ -43,6 +43,12 @@ def show(plan: Plan, output: Path, arguments: argparse.Namespace) -> int:
         _print_tensors(plan, screen)
     for note in plan.notes:
         screen.text(note)
+    for adapter in plan.adapters:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in adapter.kinds.items())
+        screen.text(
+            f"{adapter.path} would be merged at weight {adapter.weight:g}: "
+            f"{plural(adapter.layers, 'layer')} ({kinds})"
+        )
     before = plan.checkpoint.nbytes
     screen.text(
         f"{output} would have exactly {plan.size:,} bytes ({size_text(plan.size)}), "
@@ -57,11 +63,12 @@ def _print_tensors(plan: Plan, screen: Screen) -> None:
     """Print two lines per tensor: names may be as long as a terminal is wide."""
     screen.text("Tensors", style="bold")
     for name, planned in plan.tensors.items():
-        shape = "x".join(map(str, planned.source.shape)) or "scalar"
+        stored = planned.source.stored
+        shape = "x".join(map(str, stored.shape)) or "scalar"
         becomes = f"{_becomes(plan, name)}, {plan.output_nbytes(name):,} bytes"
         why = f", kept: {planned.reason}" if planned.reason else ""
         screen.line(name)
-        screen.text(f"    {shape} {planned.source.dtype} -> {becomes}{why}", indent=" " * 6)
+        screen.text(f"    {shape} {stored.dtype} -> {becomes}{why}", indent=" " * 6)
 
 
 def _becomes(plan: Plan, name: str) -> str:
@@ -75,7 +82,7 @@ def _group_rows(plan: Plan) -> list[list[str]]:
     for name, planned in plan.tensors.items():
         row = groups.setdefault(planned.group, [0, 0, 0, 0])
         row[0 if planned.action == "quantize" else 1] += 1
-        row[2] += planned.source.nbytes
+        row[2] += planned.source.stored.nbytes
         row[3] += plan.output_nbytes(name)
     ordered = sorted(groups.items(), key=lambda item: -item[1][2])
     return [
@@ -95,9 +102,10 @@ def _plan_document(plan: Plan, output: Path) -> dict[str, object]:
         "file_bytes": plan.size,
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),
+        "loras": [adapter.to_dict() for adapter in plan.adapters],
         "tensors": {
             name: {
-                "dtype": planned.source.dtype,
+                "dtype": planned.source.stored.dtype,
                 "shape": list(planned.source.shape),
                 "becomes": _becomes(plan, name),
                 "bytes": plan.output_nbytes(name),

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from ..errors import OutputError
 from ..generation.limits import DEFAULT_SIZE, DEFAULT_STRENGTH, MAX_GUIDANCE, MAX_IMAGES
 from ..transformer.compute import COMPUTE_MODES
-from .arguments import add_overwrite, count, file_path, lora, spellings
+from .arguments import add_overwrite, count, file_path, spellings
 from .download import add_download, resolve
+from .loras import weighted_file
 from .streams import report_line
 from .wording import CommandLineError
 
@@ -116,7 +117,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--lora",
         dest="loras",
         action="append",
-        type=lora,
+        type=weighted_file,
         metavar="FILE[:WEIGHT]",
         help="adapter to add to the transformer's layers, which stay as they are; repeatable",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import loras
 from .arguments import add_json, add_threads
 
 
@@ -24,17 +25,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="the checkpoint that it was converted from: checks codes, scales and their order, "
         "and measures errors",
     )
+    loras.add_lora(
+        parser, text="with --against: an adapter that was merged, at its weight; repeatable"
+    )
     add_threads(parser)
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    loras.limit_blas(arguments.loras)
     from ..conversion.validation import validate
     from ..printing.validation import print_validation
     from . import display
 
-    report = validate(arguments.file, arguments.against, threads=arguments.threads, progress=True)
+    report = validate(
+        arguments.file,
+        arguments.against,
+        loras=arguments.loras,
+        threads=arguments.threads,
+        progress=True,
+    )
     if arguments.json:
         display.print_json(report.to_dict())
     else:

@@ -36,6 +36,7 @@ from ..system.devices import cuda_index
 from ..text import plural
 from ..zimage.sampling import Vector
 from .bias_correction import correction_inputs
+from .merging import Merge
 from .options import ConversionKeywords, ConversionOptions
 from .plan import Plan, make_plan
 from .report import ConversionReport
@@ -58,8 +59,8 @@ def plan_conversion(
 ) -> Plan:
     """Plan a conversion, without writing anything.
 
-    Reads the header only, or, with `nonfinite="keep"`, every weight that the recipe would
-    quantise.
+    Reads the header only; with `nonfinite="keep"` also every weight that the recipe would
+    quantise, and with `loras` the adapters.
 
     Args:
         source: a ComfyUI single file (names under any prefix or none, alone or with other models
@@ -73,7 +74,7 @@ def plan_conversion(
     Raises:
         UsageError: an argument of the wrong type.
         CheckpointError: the input is unreadable, malformed, not a whole Z-Image, quantised
-            already, or the recipe keeps all of it.
+            already, or the recipe keeps all of it; or an adapter is unreadable or does not fit.
     """
     options = ConversionOptions() if options is None else options
     if not isinstance(options, ConversionOptions):
@@ -82,10 +83,20 @@ def plan_conversion(
     path = file_or_folder("source", source)
     found = open_for(path, "convert", any_model=options.any_model)
     plan = make_plan(found, options)
-    if options.nonfinite == "keep" and (names := _find_nonfinite(plan, threads)):
+    names = _find_nonfinite(plan, threads) if options.nonfinite == "keep" else set()
+    if names:
         plan = make_plan(found, options, keep_names=names)
-        plan = replace(plan, warnings=(*_kept_nonfinite(names), *plan.warnings))
-    return plan
+    if options.loras:
+        merge = Merge(found, options.weighted_loras)
+        checkpoint = merge.apply({planned.source.name for planned in plan.quantized}, names)
+        found = replace(found, checkpoint=checkpoint)
+        plan = make_plan(found, options, keep_names=names, adapters=merge.adapters)
+        plan = replace(
+            plan,
+            warnings=(*merge.warnings, *plan.warnings),
+            notes=(*plan.notes, *merge.notes),
+        )
+    return replace(plan, warnings=(*_kept_nonfinite(names), *plan.warnings))
 
 
 def run_conversion(
@@ -136,6 +147,7 @@ def run_conversion(
     sources = list(plan.checkpoint.inputs)
     if Path(plan.recipe.name).is_file():
         sources.append(Path(plan.recipe.name))
+    sources += [path for path, _ in plan.options.weighted_loras]
     check_target(target, sources, overwrite=overwrite)
     if report_file is not None:
         check_target(report_file, sources, overwrite=overwrite, argument="report")
@@ -168,6 +180,7 @@ def run_conversion(
         seconds=time.perf_counter() - started,
         warnings=_warnings(plan, jobs.kept.found, uncorrected),
         notes=list(plan.notes),
+        loras=[adapter.to_dict() for adapter in plan.adapters],
         errors=merge_rows(jobs.errors) if error_stats or report_file is not None else None,
     )
     if report_file is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from .. import _core
-from ..checks import whole_number
+from .. import _core, checks
 from ..errors import UsageError
 from ..zimage.sampling import sampler_timesteps
 from .bias_correction import MODES, Mode
@@ -17,6 +17,7 @@ from .recipes import DEFAULT, Recipe, builtin_names, load_recipe
 NonFinite = Literal["error", "keep"]
 ModulationMatmul = Literal["quantised", "full"]
 MAX_SAMPLES = 1_000_000  # of random input, drawn at once
+AnyPath = str | os.PathLike[str]
 
 
 class ConversionKeywords(TypedDict, total=False):
@@ -32,6 +33,7 @@ class ConversionKeywords(TypedDict, total=False):
     seed: int
     modulation_matmul: ModulationMatmul
     hash_source: bool
+    loras: Iterable[AnyPath | tuple[AnyPath, float]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class ConversionOptions:
         hash_source: write the SHA-256 of the source's files into the header, which reads them once
             more. Version, recipe and correction are always written, unless the recipe reproduces
             convert_to_quant's files.
+        loras: adapters to merge into the weights before they are quantised: files, or pairs of a
+            file and a weight (1 by default, may be negative). `W + sum(weight * dW)` is rounded
+            once. A tuple of pairs, whatever was given.
         rules: the recipe, loaded, with the patterns to exclude.
 
     Raises:
@@ -76,6 +81,7 @@ class ConversionOptions:
     seed: int = 42
     modulation_matmul: ModulationMatmul = "quantised"
     hash_source: bool = False
+    loras: Iterable[AnyPath | tuple[AnyPath, float]] = ()
     rules: Recipe = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -85,10 +91,10 @@ class ConversionOptions:
             raise UsageError("bias_correction", f"must be one of {', '.join(MODES)}")
         if self.bias_correction == "timesteps":
             sampler_timesteps(self.timesteps)  # refuse invalid values even if no layer needs them
-        samples = whole_number("calibration_samples", self.calibration_samples)
+        samples = checks.whole_number("calibration_samples", self.calibration_samples)
         if not 1 <= samples <= MAX_SAMPLES:
             raise UsageError("calibration_samples", f"must be 1 to {MAX_SAMPLES:,}, not {samples}")
-        if not 0 <= whole_number("seed", self.seed) < 2**63:
+        if not 0 <= checks.whole_number("seed", self.seed) < 2**63:
             raise UsageError("seed", "must be 0 or more, and below 2^63")
         if self.modulation_matmul not in ("quantised", "full"):
             raise UsageError(
@@ -99,6 +105,7 @@ class ConversionOptions:
         rules = recipe if isinstance(recipe, Recipe) else load_recipe(os.fspath(recipe))
         if isinstance(self.exclude_layers, str):  # an iterable too, of letters
             raise UsageError("exclude_layers", "must be a list of patterns, not a single text")
+        object.__setattr__(self, "loras", weighted_files(self.loras))
         patterns = tuple(self.exclude_layers)
         object.__setattr__(self, "exclude_layers", patterns)
         object.__setattr__(self, "rules", rules.excluding(patterns))
@@ -106,6 +113,7 @@ class ConversionOptions:
             for argument, given in (
                 ("modulation_matmul", self.modulation_matmul == "full"),
                 ("hash_source", self.hash_source),
+                ("loras", bool(self.loras)),
             ):
                 if given:
                     raise UsageError(
@@ -115,13 +123,21 @@ class ConversionOptions:
                         "choose another `recipe`, or drop it",
                     )
 
-    def provenance(self, source_hashes: Sequence[str]) -> dict[str, Any] | None:
+    @property
+    def weighted_loras(self) -> tuple[tuple[Path, float], ...]:
+        """The pairs that `loras` is after the checks."""
+        return weighted_files(self.loras)
+
+    def provenance(
+        self, source_hashes: Sequence[str], lora_hashes: Sequence[str] = ()
+    ) -> dict[str, Any] | None:
         """Return the metadata about the file's origin; None if it must equal convert_to_quant's.
 
         There are neither names nor times in it: the same input and options give the same bytes.
 
         Args:
             source_hashes: SHA-256 of each file of the source, with `hash_source`.
+            lora_hashes: SHA-256 of each adapter.
         """
         if self.rules.reproduces_convert_to_quant:
             return None
@@ -139,4 +155,30 @@ class ConversionOptions:
             made["modulation_matmul"] = "full"
         if self.hash_source:
             made["source_sha256"] = list(source_hashes)
+        if lora_hashes:
+            made["loras"] = [
+                {"sha256": digest, "weight": weight}
+                for digest, (_, weight) in zip(lora_hashes, self.weighted_loras, strict=True)
+            ]
         return made
+
+
+def weighted_files(loras: Any) -> tuple[tuple[Path, float], ...]:
+    """Return adapters as pairs of a file and a weight.
+
+    Args:
+        loras: files, or pairs of a file and a weight.
+
+    Raises:
+        UsageError: it is something else, or a weight is not finite.
+    """
+    if isinstance(loras, (str, bytes, os.PathLike)) or not isinstance(loras, Iterable):
+        raise UsageError(
+            "loras", f"must be a list of files, or of (file, weight), not {repr(loras)[:80]}"
+        )
+    pairs = []
+    for lora in loras:
+        is_pair = isinstance(lora, (tuple, list)) and len(lora) == 2
+        path, weight = lora if is_pair else (lora, 1.0)
+        pairs.append((checks.path("loras", path), checks.finite_number("loras", weight)))
+    return tuple(pairs)

@@ -25,6 +25,7 @@ from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
 from ..layout import padded_shape, scale_shape
 from ..text import plural
+from .merging import MergedAdapter
 from .options import ConversionOptions
 from .recipes import Recipe
 
@@ -76,6 +77,7 @@ class Plan:
         nonfinite: names of weights that are kept because they have NaN or Inf.
         warnings: sentences that the user should see.
         notes: facts about the input and its parts.
+        adapters: those merged into the weights of `source`.
     """
 
     source: Identified
@@ -88,6 +90,7 @@ class Plan:
     nonfinite: frozenset[str]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    adapters: tuple[MergedAdapter, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -114,9 +117,13 @@ class Plan:
     def with_source_hashes(self, hashes: Sequence[str]) -> Plan:
         """Return the same plan with the SHA-256 of each file of the source in the header."""
         planned = make_plan(
-            self.source, self.options, keep_names=self.nonfinite, source_hashes=hashes
+            self.source,
+            self.options,
+            keep_names=self.nonfinite,
+            source_hashes=hashes,
+            adapters=self.adapters,
         )
-        return replace(planned, warnings=self.warnings)
+        return replace(planned, warnings=self.warnings, notes=self.notes)
 
     @property
     def quantized(self) -> list[PlannedTensor]:
@@ -138,6 +145,7 @@ def make_plan(
     *,
     keep_names: Collection[str] = (),
     source_hashes: Sequence[str] | None = None,
+    adapters: Sequence[MergedAdapter] = (),
 ) -> Plan:
     """Plan the conversion of a checkpoint.
 
@@ -145,6 +153,7 @@ def make_plan(
         source: a plain checkpoint, as `open_for(..., "convert")` gives it.
         options: the options of the conversion.
         keep_names: tensors to keep although the recipe would quantise them (they have NaN or Inf).
+        adapters: those that are merged into `source`.
         source_hashes: SHA-256 of each file of the source, for `hash_source`. By default text of the
             same length takes their place, and the layout is the same.
 
@@ -186,7 +195,7 @@ def make_plan(
         metadata[markers.HEADER_KEY] = markers.header_value(described)
     if source_hashes is None:
         source_hashes = ["0" * 64 for _ in checkpoint.files]
-    provenance = options.provenance(source_hashes)
+    provenance = options.provenance(source_hashes, [adapter.sha256 for adapter in adapters])
     if provenance is not None:
         metadata[PROVENANCE_KEY] = json.dumps(provenance)
     header, places = layout_header(outputs, metadata)
@@ -201,6 +210,7 @@ def make_plan(
         frozenset(keep_names),
         (*_warnings(tensors, recipe, scope), *_unknown(source)),
         _notes(source, tensors),
+        tuple(adapters),
     )
 
 

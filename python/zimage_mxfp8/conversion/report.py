@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..streaming.error_stats import ErrorStats, total
@@ -27,6 +27,8 @@ class ConversionReport:
         seconds: wall time of `run_conversion`.
         warnings: sentences that the user should see.
         notes: facts about the input and its parts, such as tensors copied unchanged.
+        loras: the merged adapters: path, weight, SHA-256, number of layers, kinds, and names of
+            tensors that fit nothing.
         errors: per quantised weight, if error statistics were requested.
     """
 
@@ -43,6 +45,7 @@ class ConversionReport:
     seconds: float
     warnings: list[str]
     notes: list[str]
+    loras: list[dict[str, Any]] = field(default_factory=list)
     errors: dict[str, ErrorStats] | None = None
 
     def __repr__(self) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,12 @@ from .. import _core
 from ..checkpoint import quantization as markers
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.mxfp8_layers import AGAIN, Breach, MXFP8Layer, find_layers
-from ..checkpoint.provenance import PROVENANCE_KEY
+from ..checkpoint.provenance import PROVENANCE_KEY, read_provenance
 from ..checkpoint.scopes import COMFYUI_PREFIXES
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.structure import missing_or_misshapen, unknown_weights
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
-from ..errors import NonFiniteError
+from ..errors import CheckpointError, NonFiniteError, UsageError
 from ..layout import padded_shape, scale_shape
 from ..printing.progress import byte_bar, shown
 from ..streaming.error_stats import ErrorStats, merge_rows
@@ -29,7 +31,9 @@ from ..streaming.rows import encode_rows, measure_rows, read_encoded, round_to_b
 from ..streaming.worker import Worker
 from ..text import plural
 from .bias_correction import to_float64
+from .merging import Merge, MergedAdapter
 from .nonfinite import can_be_nonfinite, first_nonfinite
+from .options import AnyPath, weighted_files
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -45,6 +49,7 @@ class ValidationReport:
         breaches: broken rules; empty for a sound file.
         notes: remarks that are not breaches.
         errors: per layer's weight, its error against the original; empty without one.
+        loras: adapters that were merged into the original before it was compared.
     """
 
     file: str
@@ -53,6 +58,7 @@ class ValidationReport:
     breaches: list[Breach] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: dict[str, ErrorStats] = field(default_factory=dict)
+    loras: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         layers = plural(self.layers, "MXFP8 layer")
@@ -75,6 +81,7 @@ class ValidationReport:
         return {
             "file": self.file,
             "against": self.against,
+            "loras": self.loras,
             "ok": self.ok,
             "layers": self.layers,
             "breaches": [vars(breach) for breach in self.breaches],
@@ -87,6 +94,7 @@ def validate(
     file: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     *,
+    loras: Iterable[AnyPath | tuple[AnyPath, float]] = (),
     threads: int = 0,
     progress: ProgressCallback | bool | None = None,
 ) -> ValidationReport:
@@ -100,13 +108,19 @@ def validate(
     Args:
         file: the MXFP8 file.
         against: the checkpoint that it was converted from (file or diffusers folder).
+        loras: the adapters that were merged when it was converted, as in `ConversionOptions`: they
+            are merged into the original again, and all of the above is compared with that.
         threads: cores to use; 0 means all.
         progress: called with a `Progress` from this thread; True draws a bar on a terminal.
 
     Raises:
-        CheckpointError: a file is unreadable or malformed, `file` is not an MXFP8 file, or
-            `against` is not a plain checkpoint.
+        UsageError: `loras` without `against`.
+        CheckpointError: a file is unreadable or malformed, `file` is not an MXFP8 file, `against`
+            is not a plain checkpoint, or adapters were merged and `loras` does not name them.
     """
+    adapters = weighted_files(loras)
+    if adapters and against is None:
+        raise UsageError("loras", "need the original too", "give `against`")
     found = open_for(file, "validate")
     checkpoint = found.checkpoint
     mxfp8 = find_layers(checkpoint, found.scope)
@@ -122,7 +136,7 @@ def validate(
     jobs: list[Job] = []
     scanned: set[str] = set()
     if against is not None:
-        original = open_for(against, "original", any_model=True).checkpoint
+        original = _original(against, adapters, checkpoint, layers, report)
         comparison = _Comparison(checkpoint, layers, original, report, scan)
         jobs = comparison.jobs()
         scanned = comparison.compared
@@ -138,6 +152,38 @@ def validate(
     if comparison is not None:
         comparison.finish()
     return report
+
+
+def _original(
+    against: str | os.PathLike[str],
+    adapters: Sequence[tuple[Path, float]],
+    checkpoint: Checkpoint,
+    layers: Sequence[MXFP8Layer],
+    report: ValidationReport,
+) -> Checkpoint:
+    """Open the original, with the adapters in it that were merged into the file."""
+    found = open_for(against, "original", any_model=True)
+    merged = (read_provenance(checkpoint.metadata) or {}).get("loras") or []
+    if not adapters:
+        if merged:
+            raise CheckpointError(
+                f"{checkpoint.path} was converted with {plural(len(merged), 'adapter')} merged in, "
+                "so that its weights are not the original's",
+                "name them and their weights with `loras`, or leave out `against`",
+            )
+        return found.checkpoint
+    merge = Merge(found, adapters)
+    report.loras = [adapter.to_dict() for adapter in merge.adapters]
+    if [_identity(adapter) for adapter in merge.adapters] != merged:
+        report.notes.append(
+            "these are not the adapters and weights that the file's header names, in that order"
+        )
+    return merge.apply({layer.weight.name for layer in layers})
+
+
+def _identity(adapter: MergedAdapter) -> dict[str, Any]:
+    """Return what the header says of an adapter."""
+    return {"sha256": adapter.sha256, "weight": adapter.weight}
 
 
 def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) -> None:

@@ -13,6 +13,10 @@ def print_conversion(report: ConversionReport, screen: Screen) -> None:
     rows += [[f"kept: {reason}", str(number)] for reason, number in report.kept.items()]
     if report.corrected_biases:
         rows.append([f"biases corrected ({report.bias_correction})", str(report.corrected_biases)])
+    rows += [
+        [f"layers changed by {lora['path']} at weight {lora['weight']:g}", str(lora["layers"])]
+        for lora in report.loras
+    ]
     screen.table(f"{report.output} (recipe {report.recipe})", ["what", "tensors>"], rows)
     speed = report.input_bytes / report.seconds / 1e9 if report.seconds else 0.0
     screen.text(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..adapters.summary import AdapterSummary
 from ..checkpoint.inspection import Inspection
 from .screen import Screen, size_text
 
 _LONGEST_VALUE = 200  # characters of metadata
+_MAX_SHOWN = 5  # modules that do not fit
 
 
 def print_inspection(found: Inspection, screen: Screen) -> None:
@@ -28,9 +32,15 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
         return
     screen.table(title, ["group", "tensors", "parameters>", "size>"], rows)
     screen.text(f"{found.parameters:,} parameters, {size_text(found.nbytes)}")
+    if found.adapter:
+        _print_adapter(found.adapter, screen)
     if found.provenance:
         version = found.provenance.get("version", "of an unknown version")
-        made = (f"{k.replace('_', ' ')} {v}" for k, v in found.provenance.items() if k != "version")
+        made = [
+            f"{key.replace('_', ' ')} {_merged(value) if key == 'loras' else value}"
+            for key, value in found.provenance.items()
+            if key != "version"
+        ]
         screen.text(f"converted by zimage-mxfp8 {version}: {', '.join(made)}")
     if found.accepted_by:
         screen.text(f"accepted by {', '.join(found.accepted_by)}")
@@ -39,3 +49,38 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
     for key, value in found.metadata.items():
         end = "..." if len(value) > _LONGEST_VALUE else ""
         screen.text(f"metadata {key}: {value[:_LONGEST_VALUE]}{end}")
+
+
+def _print_adapter(adapter: AdapterSummary, screen: Screen) -> None:
+    for what, counts in (
+        ("kinds", adapter.kinds),
+        ("names begin with", {f'"{x}"': count for x, count in adapter.spellings.items()}),
+        ("tensors", adapter.dtypes),
+        ("ranks", adapter.ranks),
+        ("alphas", {f"{alpha:g}": count for alpha, count in adapter.alphas.items()}),
+    ):
+        if counts:
+            listed = ", ".join(f"{key} ({count:,})" for key, count in counts.items())
+            screen.text(f"{what}: {listed}")
+    if adapter.base_model:
+        screen.text(f"trained on: {adapter.base_model}")
+    if adapter.targets:
+        rows = [[title, f"{count:,}"] for title, count in adapter.targets.items()]
+        screen.table("Fits Z-Image", ["layer", "modules>"], rows)
+    for name, problem in list(adapter.misfits.items())[:_MAX_SHOWN]:
+        screen.text(f'does not fit: "{name}" {problem}')
+    for names, what in (
+        (list(adapter.misfits)[_MAX_SHOWN:], "more modules do not fit"),
+        (adapter.unmatched, "tensors belong to nothing in Z-Image"),
+        (adapter.text_encoder, "tensors are for the text encoder, and not applied"),
+    ):
+        if names:
+            screen.text(f'{len(names):,} {what} ("{names[0]}" is one)')
+
+
+def _merged(loras: Any) -> str:
+    """Return the adapters of a file's origin: the beginning of each SHA-256, and its weight."""
+    try:
+        return ", ".join(f"{str(lora['sha256'])[:12]} at {lora['weight']}" for lora in loras)
+    except (TypeError, KeyError):  # other programs may write there what they like
+        return str(loras)

@@ -22,6 +22,8 @@ def print_validation(report: ValidationReport, screen: Screen) -> None:
     if report.errors:
         print_errors(report.errors, screen)
     compared = "; codes, scales and their order equal the original's" if report.against else ""
+    if report.loras:
+        compared += f" with {plural(len(report.loras), 'adapter')} merged"
     if report.ok:
         screen.text(f"{report.file}: sound, {plural(report.layers, 'MXFP8 layer')}{compared}")
     else:

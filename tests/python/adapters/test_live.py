@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from helpers import adapter_files as af
+from helpers.adapter_dialects import NAMES, dialects
 from helpers.diffusers_reference import (
     load_reference,
     make_reference,
@@ -58,80 +59,6 @@ def changed(reference, *changes: tuple[float, af.Deltas]):
             parameter = modules[name].weight
             parameter.data = (parameter.double() + weight * delta).float()
     return model(*INPUTS, return_dict=False)[0]
-
-
-def dialects(model) -> dict[str, af.Written]:
-    every = af.modules_of(model)
-    blocks = {name: layer for name, layer in every.items() if "adaLN" not in name}
-    blocks = {name: layer for name, layer in blocks.items() if "layers" in name or "ref" in name}
-    attention = {name: layer for name, layer in blocks.items() if "attention" in name}
-    half = lambda stem: stem  # noqa: E731
-    a, down = ".lora_A.weight", ".lora_down.weight"
-    b, up = ".lora_B.weight", ".lora_up.weight"
-    return {
-        "diffusers": af.write_pairs(every, af.dotted("transformer."), a, b),
-        "diffusers, header": af.write_peft(model, 6.0, False),
-        "diffusers, rsLoRA": af.write_peft(model, 6.0, True),
-        "ai-toolkit": af.write_pairs(every, af.dotted("diffusion_model."), a, b),
-        "musubi": af.write_pairs(blocks, af.underscored("lora_unet_"), down, up, 1.0),
-        "musubi, every layer": af.write_pairs(every, af.underscored("lora_unet_"), down, up, 3.0),
-        "VideoX-Fun": af.write_pairs(blocks, af.underscored("lora_unet__"), down, up, 4.0),
-        "DiffSynth": af.write_pairs(
-            blocks, half, ".lora_A.default.weight", ".lora_B.default.weight"
-        ),
-        "OneTrainer, legacy": af.write_pairs(blocks, af.dotted("transformer."), down, up, 2.0),
-        "OneTrainer, original": af.write_pairs(blocks, half, a, b, 2.0),
-        "PEFT": af.write_pairs(blocks, af.dotted("base_model.model."), a, b),
-        "PEFT of a pipeline": af.write_pairs(
-            blocks, af.dotted("base_model.model.transformer."), a, b
-        ),
-        "old diffusers": af.write_pairs(
-            attention, af.dotted("transformer."), ".lora.down.weight", ".lora.up.weight"
-        ),
-        "old diffusers, linear layer": af.write_pairs(
-            attention,
-            af.dotted("transformer."),
-            ".lora_linear_layer.down.weight",
-            ".lora_linear_layer.up.weight",
-        ),
-        "underscore before lora": af.write_pairs(
-            attention, half, "_lora.down.weight", "_lora.up.weight"
-        ),
-        "no .weight": af.write_pairs(attention, half, ".lora_A", ".lora_B"),
-        "lora_transformer": af.write_pairs(
-            blocks, af.underscored("lora_transformer_"), down, up, 4.0
-        ),
-        "lycoris": af.write_pairs(blocks, af.underscored("lycoris_"), down, up, 4.0),
-        "two prefixes": af.write_pairs(blocks, af.dotted("transformer.diffusion_model."), a, b),
-        "ComfyUI, fused": af.write_fused_qkv(model, af.dotted("diffusion_model."), a, b),
-        "kohya, fused": af.write_fused_qkv(model, af.underscored("lora_unet_"), down, up),
-        "native names": af.write_pairs(
-            {
-                n: x
-                for n, x in every.items()
-                if ".to_q" not in n and ".to_k" not in n and ".to_v" not in n
-            },
-            lambda module: f"diffusion_model.{af.native(module)}",
-            a,
-            b,
-        ),
-        "LoHa": af.write_loha(attention, "lora_unet_", 2, 1.0),
-        "LoHa of high rank": af.write_loha(attention, "lora_unet_", 12, 6.0),
-        "LoKr, whole": af.write_lokr(
-            attention, af.dotted("diffusion_model."), "none", float("inf")
-        ),
-        "LoKr, split": af.write_lokr(attention, af.underscored("lycoris_"), "second", 1.0),
-        "LoKr, both split": af.write_lokr(attention, af.dotted("transformer."), "both", 1.0),
-        "DoRA, PEFT": af.write_dora(model, af.dotted("transformer."), ".lora_magnitude_vector"),
-        "DoRA, PEFT's weight": af.write_dora(
-            model, af.dotted("transformer."), ".lora_magnitude_vector.weight"
-        ),
-        "DoRA, OneTrainer": af.write_dora(model, af.dotted("transformer."), ".dora_scale"),
-        "DoRA, ai-toolkit": af.write_dora(model, af.dotted("diffusion_model."), ".magnitude"),
-    }
-
-
-NAMES = list(dialects(make_reference(dim=256)))
 
 
 @pytest.mark.parametrize("dialect", NAMES)

@@ -57,6 +57,8 @@ needs_bash = pytest.mark.skipif(BASH is None, reason="there is no bash")
         ("zimage-mxfp8 completion ", ["bash", "fish", "zsh"]),
         ("zimage-mxfp8 convert --re", ["--recipe", "--report"]),
         ("zimage-mxfp8 convert --exclude", ["--exclude-layers"]),
+        ("zimage-mxfp8 convert --lor", ["--lora"]),
+        ("zimage-mxfp8 merge", ["merge-lora"]),
         ("zimage-mxfp8 convert --convro", [""]),  # options that are refused
         (
             "zimage-mxfp8 convert m.safetensors --bias-correction ",
@@ -80,6 +82,8 @@ def test_words(folder: Path, line: str, expected: list[str]) -> None:
         ("zimage-mxfp8 convert -i Z", ["Z-Image/"]),
         ("zimage-mxfp8 validate m", ["model.safetensors"]),
         ("zimage-mxfp8 generate --model-dir Z", ["Z-Image/"]),
+        ("zimage-mxfp8 merge-lora model.safetensors w", [r"with\ space.safetensors"]),
+        ("zimage-mxfp8 convert m --lora m", ["model.safetensors"]),
         ("zimage-mxfp8 convert m --recipe z", ["zimage", "zimage-refiner"]),
         ("zimage-mxfp8 convert m --recipe o", ["own.toml"]),
         ("zimage-mxfp8 recipes u", ["uniform"]),

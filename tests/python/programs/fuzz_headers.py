@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import zimage_mxfp8 as zm
+from zimage_mxfp8.adapters.files import open_adapter
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.transformer.weights import open_model
@@ -142,6 +143,9 @@ def readers(folder: Path) -> dict[str, Callable[[Path], object]]:
         "probe": lambda path: zm.probe(path, threads=1),
         "compare": lambda path: zm.compare(path, low_rank="none", threads=1),
         "load": open_model,
+        "adapter": lambda path: list(
+            open_adapter(path, zimage_shapes(128, 1, 1, 64, 96)).branches()
+        ),
     }
 
 

@@ -1,0 +1,288 @@
+"""Bad adapters in every use: one sentence, the right exit code, nothing written or changed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zimage_mxfp8 as zm
+from helpers import adapter_files as af
+from helpers.commands import only
+from helpers.diffusers_reference import make_reference, random_inputs
+from programs.fuzz_headers import mutated
+from zimage_mxfp8.adapters.files import open_adapter
+from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.zimage.layers import zimage_shapes
+
+Tensors = dict[str, torch.Tensor]
+INPUTS = random_inputs([(4, 4)], [5])
+STEM = "diffusion_model.layers.0.attention.out"
+A, B, ALPHA = f"{STEM}.lora_A.weight", f"{STEM}.lora_B.weight", f"{STEM}.alpha"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "transformer"
+    make_reference(dim=256, layers=1).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> zm.ZImageTransformer:
+    return zm.ZImageTransformer.from_checkpoint(folder, "cpu", dtype=torch.float32)
+
+
+def pair(rank: int = 4, rows: int = 256, columns: int = 256, stem: str = STEM) -> Tensors:
+    return {
+        f"{stem}.lora_A.weight": af.random(rank, columns),
+        f"{stem}.lora_B.weight": af.random(rows, rank),
+    }
+
+
+def with_nan(tensors: Tensors) -> Tensors:
+    tensors[B][3, 1] = float("nan")
+    return tensors
+
+
+# What the adapter has -> its tensors, and what the sentence says of them.
+BAD: dict[str, tuple[Tensors, tuple[str, ...]]] = {
+    "NaN": (with_nan(pair()), ("layers.0.attention.out", "has NaN or infinite numbers in up")),
+    "rank 0": (pair(0), ("layers.0.attention.out", "of shape [0, 256]")),
+    "two ranks": (pair() | {B: af.random(256, 8)}, ("down of rank 4 and up of rank 8",)),
+    "no up": ({A: af.random(4, 256)}, ("has down without up", "export it again")),
+    "alpha alone": ({ALPHA: torch.tensor(4.0)}, ("layers.0.attention.out", "has alpha alone")),
+    "alpha inf": (pair() | {ALPHA: torch.tensor(float("inf"))}, ("has alpha inf",)),
+    "alpha NaN": (pair() | {ALPHA: torch.tensor(float("nan"))}, ("has alpha nan",)),
+    "two alphas": (pair() | {ALPHA: torch.ones(2)}, ("an alpha of shape [2]",)),
+    "huge alpha": (
+        pair(1) | {ALPHA: torch.tensor(3e38), B: torch.full((256, 1), 9.0)},
+        ("becomes infinite with its alpha",),
+    ),
+    "rows": (pair(rows=128), ("is for a layer of 128 x 256, not 256 x 256", "trained for")),
+    "columns": (pair(columns=3840), ("256 x 3840, not 256 x 256", "trained for")),
+    "three axes": (pair() | {A: af.random(4, 256, 1)}, ("of shape [4, 256, 1]", "not a matrix")),
+    "bias": (pair() | {f"{STEM}.lora_B.bias": torch.ones(7)}, ("a bias of 7 elements",)),
+    "magnitude": (pair() | {f"{STEM}.dora_scale": torch.ones(5)}, ("a magnitude of shape [5]",)),
+    "two names of one role": (
+        {
+            name.replace(".weight", f".{own}.weight"): tensor
+            for own in ("default", "other")
+            for name, tensor in pair().items()
+        },
+        ("two tensors for one place", ".default.weight", ".other.weight"),
+    ),
+    "integers": (pair() | {A: torch.ones(4, 256, dtype=torch.int32)}, (A, "dtype I32", "F16")),
+    "FP8": (pair() | {A: torch.ones(4, 256).to(torch.float8_e4m3fn)}, (A, "dtype F8_E4M3")),
+    "OFT": ({f"{STEM}.oft_blocks": torch.zeros(4, 64, 64)}, ("is OFT", "oft_blocks")),
+    "GLoRA": ({f"{STEM}.a1.weight": torch.ones(4, 256)} | pair(), ("is GLoRA", "a1.weight")),
+    "Tucker": (pair() | {f"{STEM}.lora_mid.weight": torch.ones(4, 4)}, ("Tucker",)),
+    "Flux": (
+        pair(stem="lora_unet_double_blocks_0_img_attn_qkv"),
+        ("does not fit this model", "LoRA of rank 4 for Flux", "trained for"),
+    ),
+    "SDXL": (
+        pair(stem="lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"),
+        ("for Stable Diffusion XL",),
+    ),
+    "text encoder": (
+        pair(stem="lora_te_layers_0_self_attn_q_proj"),
+        ("changes the text encoder alone",),
+    ),
+    "10,000 keys": (
+        {f"x.{i}.lora_A.weight": torch.ones(1, 1) for i in range(10_000)},
+        ("does not fit this model",),
+    ),
+    "one bad of many": (
+        pair(stem="layers.0.feed_forward.w2", columns=682) | with_nan(pair()),
+        ("has NaN",),
+    ),
+}  # fmt: skip
+FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "missing": (lambda path: None, ("does not exist",)),
+    "empty file": (lambda path: path.write_bytes(b""), ("is empty",)),
+    "no tensors": (lambda path: save_file({}, path), ("has no tensors",)),
+    "folder": (lambda path: path.mkdir(), ("is no diffusers folder",)),
+    "pickle": (lambda path: torch.save({"a": torch.ones(1)}, path), ("PyTorch pickle",)),
+    "text": (lambda path: path.write_text("Entry not found"), ("is a text file",)),
+    "truncated": (
+        lambda path: (save_file(pair(), path), path.write_bytes(path.read_bytes()[:-1])),
+        ("in.safetensors",),
+    ),
+    "header that is no JSON": (
+        lambda path: save_file(pair(), path, {"lora_adapter_metadata": "{"}),
+        ("lora_adapter_metadata", "not a JSON object"),
+    ),
+    "alpha in the header": (
+        lambda path: save_file(
+            pair(), path, {"lora_adapter_metadata": json.dumps({"lora_alpha": 10**400})}
+        ),
+        ("has alpha inf",),
+    ),
+}  # fmt: skip
+
+
+def check(path: Path, parts: tuple[str, ...], folder: Path, model, capsys) -> None:
+    """Every use of an adapter says the same, and leaves everything as it was."""
+    before = model(*INPUTS).sample
+    names = sorted(x.name for x in path.parent.iterdir())
+    for command in (
+        ["convert", str(folder), "-o", str(path.parent / "out.safetensors")],
+        ["convert", str(folder), "-o", str(path.parent / "out.safetensors"), "--dry-run"],
+        ["merge-lora", str(folder), str(path.parent / "out.safetensors")],
+    ):
+        capsys.readouterr()
+        assert main([*command, "--lora", str(path)]) == 1, command
+        out, err = capsys.readouterr()
+        (line,) = err.splitlines()
+        assert out == "" and len(line) < 600
+        for part in ("in.safetensors", *parts):
+            assert part in line, (part, line)
+        only(path.parent, *names)
+    with pytest.raises(zm.CheckpointError) as caught:
+        model.load_lora(path)
+    for part in parts:
+        assert part in str(caught.value)
+    assert model.loras == {}
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_tensors(what: str, folder: Path, model, tmp_path: Path, capsys) -> None:
+    tensors, parts = BAD[what]
+    save_file({name: x.clone() for name, x in tensors.items()}, tmp_path / "in.safetensors")
+    check(tmp_path / "in.safetensors", parts, folder, model, capsys)
+    assert main(["inspect", str(tmp_path / "in.safetensors")]) == 0
+    with pytest.raises(zm.CheckpointError) as caught:
+        model.load_lora(tensors)
+    assert "\n" not in str(caught.value)
+    assert model.loras == {}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_bad_files(what: str, folder: Path, model, tmp_path: Path, capsys) -> None:
+    make, parts = FILES[what]
+    make(tmp_path / "in.safetensors")
+    check(tmp_path / "in.safetensors", parts, folder, model, capsys)
+
+
+def test_a_checkpoint_as_adapter(folder: Path, model, tmp_path: Path, capsys) -> None:
+    content = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "in.safetensors").write_bytes(content)
+    parts = ("is not an adapter", "no LoRA tensors", "give the file that a trainer")
+    check(tmp_path / "in.safetensors", parts, folder, model, capsys)
+
+
+def test_an_adapter_as_checkpoint(folder: Path, tmp_path: Path, capsys) -> None:
+    save_file(pair(), tmp_path / "a.safetensors")
+    adapter = str(tmp_path / "a.safetensors")
+    for command in (
+        ["convert", adapter, "-o", str(tmp_path / "out.safetensors"), "--lora", adapter],
+        ["merge-lora", adapter, str(tmp_path / "out.safetensors"), "--lora", adapter],
+    ):
+        capsys.readouterr()
+        assert main(command) == 1
+        error = capsys.readouterr().err
+        assert "is an adapter, not a model: LoRA of rank 4 for Z-Image" in error
+        assert "merge it into a BF16 checkpoint with convert and --lora" in error
+    only(tmp_path, "a.safetensors")
+
+
+def test_what_cannot_be_merged_into_the_weights(folder: Path, tmp_path: Path, capsys) -> None:
+    """A bias for a layer without one, an overflow, DoRA of rows of zeros."""
+    bias = pair() | {f"{STEM}.lora_B.bias": torch.ones(256)}
+    dora = pair() | {f"{STEM}.dora_scale": torch.ones(256, 1), B: torch.zeros(256, 4)}
+    zero = load_file(folder / "diffusion_pytorch_model.safetensors")
+    zero["layers.0.attention.to_out.0.weight"][7] = 0
+    (tmp_path / "zero").mkdir()
+    save_file(zero, tmp_path / "zero" / "diffusion_pytorch_model.safetensors")
+    for tensors, weight, source, part in (
+        (bias, 1, folder, "changes a bias, which the layer does not have"),
+        (pair(), 1e300, folder, "becomes NaN or infinite at row"),
+        (dora, 1, tmp_path / "zero", "becomes NaN or infinite at row 7, column 0"),
+    ):
+        save_file(tensors, tmp_path / "a.safetensors")
+        for command in ("convert", "merge-lora"):
+            words = [command, str(source), str(tmp_path / "out.safetensors")]
+            capsys.readouterr()
+            assert main([*words, "--lora", f"{tmp_path / 'a.safetensors'}:{weight}"]) == 1
+            assert part in capsys.readouterr().err
+            only(tmp_path, "a.safetensors", "zero")
+
+
+def test_wrong_usage(folder: Path, tmp_path: Path, capsys) -> None:
+    save_file(pair(), tmp_path / "a.safetensors")
+    adapter, output = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
+    for words in (
+        ["convert", str(folder), str(output), "--lora", ""],
+        ["convert", str(folder), str(output), "--lora", f"{adapter}:inf"],
+        ["convert", str(folder), str(output), "--zimage", "--lora", str(adapter)],
+        ["merge-lora", str(folder), str(output)],
+    ):
+        assert main(words) == 2, words
+    words = ["merge-lora", str(folder), str(adapter), "--lora", str(adapter), "--overwrite"]
+    assert main(words) == 2
+    assert "a.safetensors" in capsys.readouterr().err
+    for loras in ("a", 3, [3], [("a", "b")], [("a", float("nan"))], [("a", 1, 2)], None):
+        with pytest.raises(zm.UsageError, match="loras"):
+            zm.ConversionOptions(loras=loras)  # type: ignore[arg-type]
+        with pytest.raises(zm.UsageError, match="loras"):
+            zm.merge_loras(folder, output, loras)  # type: ignore[arg-type]
+    with pytest.raises(zm.UsageError, match="loras"):
+        zm.merge_loras(folder, output, [])
+    other = {"blocks.0.self_attn.q.weight": torch.ones(64, 64)}
+    save_file(other, tmp_path / "wan.safetensors")
+    with pytest.raises(zm.UsageError, match="loras need a Z-Image"):
+        zm.convert(tmp_path / "wan.safetensors", output, any_model=True, loras=[adapter])
+    only(tmp_path, "a.safetensors", "wan.safetensors")
+
+
+def test_mutated_files(tmp_path: Path) -> None:
+    """A result or one sentence, whatever the header says."""
+    shapes = zimage_shapes(256, 1, 1, 96)
+    tensors = pair() | pair(stem="lora_unet_layers_0_feed_forward_w1", rows=682)
+    tensors |= {ALPHA: torch.tensor(2.0), f"{STEM}.dora_scale": torch.ones(256, 1)}
+    tensors |= {"layers.0.attention.to_q.lokr_w1": torch.ones(4, 4)}
+    tensors |= {"layers.0.attention.to_q.lokr_w2": torch.ones(64, 64)}
+    tensors |= {f"layers.0.attention.to_k.hada_w{i}_a": torch.ones(256, 2) for i in (1, 2)}
+    tensors |= {f"layers.0.attention.to_k.hada_w{i}_b": torch.ones(2, 256) for i in (1, 2)}
+    tensors |= {"layers.0.ffn_norm1.diff": torch.ones(256), "x_embedder.diff_b": torch.ones(256)}
+    save_file(tensors, tmp_path / "good.safetensors")
+    content, path = (tmp_path / "good.safetensors").read_bytes(), tmp_path / "in.safetensors"
+    outcomes = {True: 0, False: 0}
+    for seed in range(400):
+        path.write_bytes(mutated(content, seed))
+        try:
+            list(open_adapter(path, shapes).branches())
+            outcomes[True] += 1
+        except zm.Error as error:
+            outcomes[False] += 1
+            assert "\n" not in str(error) and str(error)
+        zm.inspect(path)
+    assert min(outcomes.values()) > 20
+
+
+def test_any_arrays_as_an_adapter() -> None:
+    shapes = zimage_shapes(256, 1, 1, 96)
+    rng = random.Random(0)
+    arrays = (
+        *(np.zeros(()), np.zeros(0), np.ones((4, 256)), np.ones((256, 4)), np.full(3, np.inf)),
+        *(np.array("x"), np.array([None]), np.ones(2, np.complex64), np.ones(4, bool), "x", None),
+    )
+    endings = (".lora_A.weight", ".lora_B.weight", ".alpha", ".dora_scale", ".lokr_w1", ".diff")
+    stems = (STEM, "lora_unet__layers_0_attention_out", "x_embedder")
+    for _ in range(500):
+        made = {
+            rng.choice(stems) + rng.choice(endings): rng.choice(arrays)
+            for _ in range(rng.randrange(4))
+        }
+        try:
+            list(open_adapter(made, shapes).branches())
+        except zm.Error as error:
+            assert "\n" not in str(error)

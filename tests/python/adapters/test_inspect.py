@@ -1,0 +1,145 @@
+"""`inspect` of adapters: what they are, what they change, and what fits Z-Image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8.cli.main import main
+
+
+def pair(stem: str, rows: int, columns: int, rank: int = 2, ends=("lora_A", "lora_B")):
+    down, up = torch.zeros(rank, columns), torch.zeros(rows, rank)
+    return {f"{stem}.{ends[0]}.weight": down, f"{stem}.{ends[1]}.weight": up}
+
+
+def mixed() -> dict[str, torch.Tensor]:
+    """A file of many dialects, for the real widths."""
+    kohya = "lora_unet_layers_1_attention_qkv"
+    tensors = pair("transformer.layers.0.attention.to_q", 3840, 3840)
+    tensors |= pair("transformer.layers.29.attention.to_q", 3840, 3840, 4)
+    tensors |= pair(kohya, 11520, 3840, 6, ("lora_down", "lora_up"))
+    tensors[f"{kohya}.alpha"] = torch.tensor(3.0, dtype=torch.float16)
+    tensors |= pair("transformer.noise_refiner.1.feed_forward.w2", 3840, 10240)
+    tensors["transformer.noise_refiner.1.feed_forward.w2.dora_scale"] = torch.ones(3840, 1)
+    tensors["lycoris_layers_2_feed_forward_w1.lokr_w1"] = torch.zeros(16, 16)
+    tensors["lycoris_layers_2_feed_forward_w1.lokr_w2"] = torch.zeros(640, 240)
+    tensors["lycoris_layers_2_feed_forward_w1.alpha"] = torch.tensor(float("inf"))
+    tensors["diffusion_model.layers.0.attention.norm_q.diff"] = torch.zeros(128)
+    tensors["diffusion_model.x_embedder.diff_b"] = torch.zeros(3840)
+    return tensors
+
+
+def others() -> dict[str, torch.Tensor]:
+    """What does not fit: too wide, too many blocks, OFT, the text encoder, no adapter's name."""
+    tensors = pair("transformer.layers.3.attention.to_q", 3072, 3072)
+    tensors |= pair("transformer.layers.30.attention.to_q", 3840, 3840)
+    tensors["layers.5.attention.out.lora_A.weight"] = torch.zeros(2, 3840)
+    tensors["layers.4.attention.out.oft_blocks"] = torch.zeros(4, 4, 4)
+    tensors |= pair("lora_te_layers_0_self_attn_q_proj", 96, 96, 2, ("lora_down", "lora_up"))
+    return tensors | {"something.else": torch.zeros(1)}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    metadata = {
+        "ss_base_model_version": "z_image",
+        "lora_adapter_metadata": json.dumps({"transformer.base_model_name_or_path": "a/b"}),
+    }
+    save_file(mixed() | others(), tmp_path / "a.safetensors", metadata)
+    return tmp_path / "a.safetensors"
+
+
+def test_report(file: Path) -> None:
+    found = zm.inspect(file)
+    adapter = found.adapter
+    assert adapter is not None
+    assert adapter.model == "Z-Image" and adapter.base_model == "z_image, a/b"
+    assert adapter.kinds == {"DoRA": 1, "LoKr": 1, "LoRA": 6, "OFT": 1, "difference": 2}
+    assert adapter.spellings == {
+        "": 2,
+        "diffusion_model.": 2,
+        "lora_unet_": 1,
+        "lycoris_": 1,
+        "transformer.": 5,
+    }
+    assert adapter.dtypes["F16"] == 1
+    assert adapter.ranks == {2: 5, 4: 1, 6: 1}
+    assert adapter.alphas == {3.0: 1, float("inf"): 1}
+    assert adapter.targets == {
+        "layers attention.q_norm": 1,
+        "layers attention.qkv": 1,
+        "layers attention.qkv (to_q)": 2,
+        "layers feed_forward.w1": 1,
+        "noise_refiner feed_forward.w2": 1,
+        "x_embedder": 1,
+    }
+    assert adapter.fitting == 7
+    assert adapter.misfits == {
+        "transformer.layers.3.attention.to_q": "is for a layer of 3072 x 3072, not 3840 x 3840",
+        "layers.4.attention.out": "is OFT, which is not supported",
+        "layers.5.attention.out": "lacks a matrix, or has one of another number of axes",
+    }
+    assert len(adapter.unmatched) == 3 and "something.else" in adapter.unmatched
+    assert len(adapter.text_encoder) == 2
+    assert found.accepted_by == [
+        "convert (as an adapter)",
+        "merge-lora",
+        "ZImageTransformer.load_lora",
+    ]
+    assert found.refusal == ""
+
+
+def test_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(file)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "kinds: DoRA (1), LoKr (1), LoRA (6), OFT (1), difference (2)",
+        'names begin with: "" (2), "diffusion_model." (2)',
+        "ranks: 2 (5), 4 (1), 6 (1)",
+        "alphas: 3 (1), inf (1)",
+        "trained on: z_image, a/b",
+        "noise_refiner feed_forward.w2",
+        'does not fit: "layers.4.attention.out" is OFT, which is not supported',
+        "3 tensors belong to nothing in Z-Image",
+        "2 tensors are for the text encoder, and not applied",
+        "accepted by convert (as an adapter), merge-lora, ZImageTransformer.load_lora",
+    ):
+        assert part in shown, (part, shown)
+    assert main(["inspect", str(file), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["adapter"]["fitting"] == 7 and document["adapter"]["alphas"]["inf"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stem", "model"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_qkv", "Flux"),
+        ("transformer.single_transformer_blocks.3.attn.to_q", "Flux"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_7_attn1_to_q", "Stable Diffusion XL"),
+        (
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+            "Stable Diffusion",
+        ),
+        ("transformer.transformer_blocks.0.img_mlp.net.0.proj", "Qwen-Image"),
+        ("diffusion_model.blocks.0.self_attn.q", "Wan"),
+    ],
+)
+def test_adapters_of_other_models_are_named(stem: str, model: str, tmp_path: Path, capsys) -> None:
+    save_file(pair(stem, 64, 64), tmp_path / "a.safetensors")
+    found = zm.inspect(tmp_path / "a.safetensors")
+    assert found.adapter is not None
+    assert (found.adapter.model, found.adapter.fitting) == (model, 0)
+    assert f"for {model}" in found.kind
+    assert found.accepted_by == [] and "is an adapter, not a model" in found.refusal
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    assert "no command takes it" in capsys.readouterr().out
+
+
+def test_other_files_have_no_adapter(small_file: Path) -> None:
+    assert zm.inspect(small_file).adapter is None
