@@ -55,7 +55,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--recipe",
         metavar="NAME|FILE",
         help="which layers stay as they are: a built-in recipe (see 'zimage-mxfp8 recipes') or a "
-        "TOML file (default: uniform)",
+        "TOML file (default: uniform; controlnet for a ControlNet)",
     )
     parser.add_argument(
         *spellings("--exclude-layers"),

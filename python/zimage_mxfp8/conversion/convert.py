@@ -81,6 +81,7 @@ def plan_conversion(
     check_threads(threads)
     path = file_or_folder("source", source)
     found = open_for(path, "convert", any_model=options.any_model)
+    options = options.for_kind(found.kind)
     plan = make_plan(found, options)
     if options.nonfinite == "keep" and (names := _find_nonfinite(plan, threads)):
         plan = make_plan(found, options, keep_names=names)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
 from .. import _core
+from ..checkpoint import kinds
+from ..checkpoint.kinds import Kind
 from ..checks import whole_number
 from ..errors import UsageError
 from ..zimage.sampling import sampler_timesteps
 from .bias_correction import MODES, Mode
-from .recipes import DEFAULT, Recipe, builtin_names, load_recipe
+from .recipes import CONTROLNET, DEFAULT, Recipe, builtin_names, load_recipe
 
 NonFinite = Literal["error", "keep"]
 ModulationMatmul = Literal["quantised", "full"]
@@ -41,7 +43,8 @@ class ConversionOptions:
         options = ConversionOptions(recipe="zimage", exclude_layers=[r"layers\.29\."])
 
     Attributes:
-        recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`.
+        recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`. For a ControlNet the
+            default stands for the recipe "controlnet".
         exclude_layers: regular expressions, searched in the tensors' full names; what they match
             stays as it is, besides what the recipe keeps. A tuple, whatever was given.
         any_model: accept a checkpoint that is not Z-Image, and quantise every 2-D weight that no
@@ -114,6 +117,16 @@ class ConversionOptions:
                         "byte for byte",
                         "choose another `recipe`, or drop it",
                     )
+
+    def for_kind(self, kind: Kind) -> ConversionOptions:
+        """Return these options, with the default recipe of a kind of file in place of the default.
+
+        Args:
+            kind: of the source.
+        """
+        if kind is kinds.ZIMAGE_CONTROLNET and self.recipe == DEFAULT:
+            return replace(self, recipe=CONTROLNET)
+        return self
 
     def provenance(self, source_hashes: Sequence[str]) -> dict[str, Any] | None:
         """Return what the file says of its origin; None if it is to equal another program's.
