@@ -133,12 +133,15 @@ class Identified:
             what = "another model" if self.kind is kinds.UNKNOWN else self.kind.title
             raise refuse(self.checkpoint.path, kinds.NOT_A_CONTROLNET, what)
         by_kind = self.kind.accepts(use, any_model=any_model)
-        if self.format is None:
+        decoding = use in ("validate", "dequantize")
+        if self.format is None and self.kind is kinds.ZIMAGE_CONTROLNET and decoding:
+            refused: Kind | None = kinds.PLAIN_CONTROLNET
+        elif self.format is None:
             refused = None if by_kind else self.kind
         elif self.kind is kinds.ZIMAGE or by_kind:
             refused = None if self.format.accepts(use) else self.format
         else:  # another model in MXFP8, or part of one, can be validated and decoded
-            decodable = use in ("validate", "dequantize") and self.kind.holds_layers
+            decodable = decoding and self.kind.holds_layers
             refused = None if decodable and self.format.accepts(use) else self.kind
         if refused is not None:
             evidence = self.evidence if refused is self.kind else self.format_evidence

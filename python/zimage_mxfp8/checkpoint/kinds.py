@@ -159,6 +159,11 @@ ZIMAGE_CONTROLNET = Kind(
     _CONTROLNET,
     holds_layers=True,
 )
+PLAIN_CONTROLNET = Kind(
+    "ControlNet for Z-Image, not quantised",
+    ZIMAGE.problem,
+    ZIMAGE.remedy,
+)
 NOT_A_CONTROLNET = Kind(
     "no ControlNet for Z-Image",
     "is not a ControlNet for Z-Image ({0})",

@@ -7,7 +7,6 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -451,7 +450,10 @@ class ZImageTransformer(nn.Module):
             tuple(caption.to(self._dtype) for caption in cap_feats),
             tuple(control.inputs(self.device, self._dtype) for control in controls),
         )
-        compute = partial(self._compute, nets=nets)
+
+        def compute(inputs: ForwardInputs) -> list[torch.Tensor]:
+            return self._compute(inputs, nets)
+
         try:
             with torch.autocast(self.device.type, enabled=False):
                 if self.device.type == "cuda" and self._cuda_graphs:

@@ -162,7 +162,7 @@ class ControlConfig:
             )
         if self.refiner == "main" and self.n_layers < model.n_refiner_layers:
             return (
-                f"its {plural(self.n_layers, 'block')} are fewer than the "
+                f"it has {plural(self.n_layers, 'block')}, fewer than the "
                 f"{model.n_refiner_layers} of the model's noise refiner"
             )
         return ""
