@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,18 +26,23 @@ from ..streaming.jobs import Progress
 from ..system.device_notes import report_line
 from ..system.devices import core_index, memory_for, torch_device
 from ..transformer.compute import Compute, choose
+from ..transformer.control import ZImageControlNet
 from ..transformer.model import ZImageTransformer
-from ..transformer.weights import open_model
+from ..transformer.weights import ModelFile, open_control, open_model
+from ..zimage.config import ZImageConfig
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
+from .controlled import ControlledTransformer
 from .folder import open_model_folder
-from .images import open_init_image
+from .images import open_image
 from .preview import PreviewCallback, Previews
 from .settings import PIXELS_PER_TOKEN, GenerationSettings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Stage = Literal["text encoder", "transformer", "VAE", "encoding", "denoising", "decoding"]
+Stage = Literal[
+    "text encoder", "transformer", "ControlNet", "VAE", "encoding", "denoising", "decoding"
+]
 _DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -46,8 +52,8 @@ class GenerationProgress:
 
     Attributes:
         stage: what goes on: the name of a part while it is loaded, else the work.
-        done: what is finished of the stage: bytes of "transformer", steps of "denoising", images
-            of "decoding", 0 or 1 of the others.
+        done: what is finished of the stage: bytes of "transformer" and "ControlNet", steps of
+            "denoising", images of "decoding", 0 or 1 of the others.
         total: of how many.
         seconds: time of the last step of "denoising", else 0.
     """
@@ -75,6 +81,7 @@ class Generation:
         dtype: of everything that is not 8 bits wide.
         model: name of the model's folder or, from the Hugging Face cache, of its repository.
         transformer: name of the transformer's file or folder.
+        controlnet: name of the ControlNet's file; empty without one.
         warnings: sentences for the user.
     """
 
@@ -87,6 +94,7 @@ class Generation:
     dtype: str
     model: str
     transformer: str
+    controlnet: str
     warnings: tuple[str, ...]
 
     def seed(self, i: int) -> int:
@@ -97,6 +105,15 @@ class Generation:
     def metadata(self, i: int) -> dict[str, Any]:
         """Return what makes image i again, as JSON-compatible values; names of files only."""
         settings = self.settings
+        control: dict[str, Any] = {}
+        if settings.control_image is not None:
+            control = {
+                "controlnet": self.controlnet,
+                "control_image": settings.control_image.name,
+                "control_strength": settings.control_strength,
+                "control_start": settings.control_start,
+                "control_end": settings.control_end,
+            }
         return {
             "prompt": settings.prompt,
             "negative_prompt": settings.negative_prompt,
@@ -112,6 +129,7 @@ class Generation:
             "compute": self.compute,
             "dtype": self.dtype,
             "version": _core.__version__,
+            **control,
         }
 
 
@@ -125,6 +143,8 @@ class ZImageGenerator:
             local cache. Its own transformer is needed only without `transformer`.
         transformer: an MXFP8 or plain file or folder, or the name of one on the hub, see
             `ZImageTransformer.from_pretrained`.
+        controlnet: an MXFP8 or plain file of a ControlNet, or the name of one on the hub; for
+            settings with a control image.
         device: by default the current CUDA device if torch has one, else the CPU.
         compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
         dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
@@ -150,6 +170,7 @@ class ZImageGenerator:
         compute: str = "auto",
         dtype: str = "bfloat16",
         *,
+        controlnet: str | os.PathLike[str] | None = None,
         offload: bool = False,
         download: bool = False,
         progress: GenerationCallback | bool | None = None,
@@ -174,6 +195,11 @@ class ZImageGenerator:
         headers = open_model(self._file)
         self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
         self._compute = choose(compute, core_index(self._device), bool(headers.layers))
+        self._control_file: Path | None = None
+        if controlnet is not None:
+            file_or_folder("controlnet", controlnet)
+            self._control_file = hub.resolve(controlnet, (), download=download)
+            self._control_compute = self._check_controlnet(self._control_file, headers, compute)
         report_line(self._device, device)
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
@@ -183,7 +209,8 @@ class ZImageGenerator:
         self._kept: dict[Stage, Any] = {}
         if not offload:
             with shown(progress, stage_bar) as callback:
-                for part in ("text encoder", "transformer", "VAE"):
+                parts_now: list[Stage] = ["text encoder", "transformer", "VAE"]
+                for part in parts_now + (["ControlNet"] if self._control_file else []):
                     self._part(part, callback)
 
     def generate(
@@ -216,15 +243,21 @@ class ZImageGenerator:
         """
         if whole_number("preview_every", preview_every) < 1:
             raise UsageError("preview_every", f"must be 1 or more, not {preview_every}")
-        image = None if settings.init_image is None else open_init_image(settings.init_image)
-        settings = settings.resolved(image.size if image else None)
+        image = None if settings.init_image is None else open_image(settings.init_image)
+        control_image = self._open_control_image(settings)
+        shown_size = image or control_image
+        settings = settings.resolved(shown_size.size if shown_size else None)
+        _check_shape(settings, control_image)
         with self._turn, shown(progress, stage_bar) as callback:
             report = callback or (lambda _: None)
             captions = self._encode(settings, report)
             self._free()
+            control = self._encode_control(settings, control_image, report)
+            self._free()
             latents, steps = self._denoise(
                 settings,
                 image,
+                control,
                 captions,
                 report,
                 None if preview is None else lambda vae: Previews(vae, preview_every, preview),
@@ -249,6 +282,7 @@ class ZImageGenerator:
             dtype=self._dtype,
             model=hub.name_of(self._folder.path),
             transformer=self._file.name,
+            controlnet=self._control_file.name if self._control_file else "",
             warnings=tuple(_warnings(captions)),
         )
 
@@ -266,13 +300,22 @@ class ZImageGenerator:
                 part: Any = TextEncoder(self._folder, self._device, dtype)
             elif name == "VAE":
                 part = VAE(self._folder, self._device, dtype)
+            elif name == "ControlNet":
+                assert self._control_file is not None
+                part = ZImageControlNet.from_checkpoint(
+                    self._control_file,
+                    self._device,
+                    self._control_compute,
+                    dtype,
+                    progress=lambda p: report(_bytes_read(p, "ControlNet")),
+                )
             else:
                 part = ZImageTransformer.from_checkpoint(
                     self._file,
                     self._device,
                     self._compute,
                     dtype,
-                    progress=lambda p: report(_bytes_read(p)),
+                    progress=lambda p: report(_bytes_read(p, "transformer")),
                 )
         if not self._offload:
             self._kept[name] = part
@@ -311,10 +354,49 @@ class ZImageGenerator:
         report(GenerationProgress("encoding", 1, 1))
         return captions
 
+    def _check_controlnet(
+        self, file: Path, model: ModelFile[ZImageConfig], compute: str
+    ) -> Compute:
+        """Return the compute mode of a ControlNet.
+
+        Raises:
+            CheckpointError: it is none, or for another model.
+        """
+        headers = open_control(file)
+        if problem := headers.config.misfit(model.config):
+            raise CheckpointError(
+                f"the ControlNet {file} does not fit the transformer {self._file}: {problem}"
+            )
+        # A mode for MXFP8 is meant for the files that have such layers.
+        mode = compute if headers.layers else "auto"
+        return choose(mode, core_index(self._device), bool(headers.layers))
+
+    def _open_control_image(self, settings: GenerationSettings) -> Image | None:
+        if settings.control_image is None:
+            return None
+        if self._control_file is None:
+            raise UsageError(
+                "control_image", "has no effect without a ControlNet", "add `controlnet` or drop it"
+            )
+        return open_image(settings.control_image, "control image")
+
+    def _encode_control(
+        self, settings: GenerationSettings, image: Image | None, report: GenerationCallback
+    ) -> torch.Tensor | None:
+        """Latent of the control image, [1, 16, height / 8, width / 8]."""
+        if image is None:
+            return None
+        vae: VAE = self._part("VAE", report)
+        processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
+        assert settings.height and settings.width  # resolved
+        with self._memory_for("the control image"):
+            return vae.encode(processor.preprocess(image, settings.height, settings.width))
+
     def _denoise(
         self,
         settings: GenerationSettings,
         image: Image | None,
+        control: torch.Tensor | None,
         captions: list[torch.Tensor],
         report: GenerationCallback,
         make_previews: Callable[[VAE], Previews] | None,
@@ -322,8 +404,12 @@ class ZImageGenerator:
         """Latents [batch, 16, height / 8, width / 8]."""
         assert settings.seed is not None and settings.height and settings.width  # resolved
         batch = settings.batch
+        transformer = self._part("transformer", report)
+        if control is not None:
+            net = self._part("ControlNet", report)
+            transformer = ControlledTransformer(transformer, net, control, settings)
         parts = {
-            "transformer": self._part("transformer", report),
+            "transformer": transformer,
             # It counts the steps: a new one, so that threads may use one generator.
             "scheduler": type(self._scheduler).from_config(self._scheduler.config),
             "text_encoder": None,
@@ -339,6 +425,8 @@ class ZImageGenerator:
             resized = pipeline.image_processor.resize(image, settings.height, settings.width)
             # One for each image: otherwise the first one's random numbers serve all of them.
             options = {"image": [resized] * batch, "strength": settings.strength}
+        if isinstance(transformer, ControlledTransformer):
+            transformer.count_steps = lambda: pipeline.num_timesteps
         pipeline.set_progress_bar_config(disable=True)
         previews = make_previews(vae) if make_previews and vae else None
         steps = _Steps(self._device, report, previews)
@@ -466,8 +554,23 @@ class _Steps:
         return float(begin.elapsed_time(end)) / 1000
 
 
-def _bytes_read(progress: Progress) -> GenerationProgress:
-    return GenerationProgress("transformer", progress.done, progress.total)
+def _bytes_read(progress: Progress, stage: Stage) -> GenerationProgress:
+    return GenerationProgress(stage, progress.done, progress.total)
+
+
+def _check_shape(settings: GenerationSettings, control_image: Image | None) -> None:
+    """Raise if a control image would be distorted."""
+    if control_image is None:
+        return
+    width, height = control_image.size
+    assert settings.height and settings.width  # resolved
+    if abs(settings.height * width / height - settings.width) >= PIXELS_PER_TOKEN:
+        raise UsageError(
+            "control_image",
+            f"has {width} x {height} pixels, and the image {settings.width} x {settings.height}, "
+            "which is another shape",
+            "scale or crop it, or leave out `width` and `height`",
+        )
 
 
 def _warnings(captions: list[torch.Tensor]) -> Iterator[str]:

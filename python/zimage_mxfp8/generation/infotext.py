@@ -35,6 +35,11 @@ def write_infotext(metadata: Mapping[str, Any]) -> str:
     }
     if metadata["strength"] is not None:
         pairs["Denoising strength"] = metadata["strength"]
+    if metadata.get("controlnet") is not None:
+        pairs["ControlNet 0"] = (
+            f"Model: {Path(metadata['controlnet']).stem}, Weight: {metadata['control_strength']}, "
+            f"Guidance Start: {metadata['control_start']}, Guidance End: {metadata['control_end']}"
+        )
     pairs["Version"] = f"zimage-mxfp8 {metadata['version']}"
     lines = [metadata["prompt"]]
     if metadata["negative_prompt"]:

@@ -12,6 +12,8 @@ from ..zimage.constants import ROPE_LENGTHS
 PIXELS_PER_TOKEN = 16  # a side: 8 pixels to a latent, 2 latents to a patch
 DEFAULT_SIZE = 1024
 DEFAULT_STRENGTH = 0.6
+DEFAULT_CONTROL_STRENGTH = 0.75  # what diffusers' pipelines have, and the authors recommend for 1.0
+MAX_CONTROL_STRENGTH = 10
 MAX_PIXELS = min(ROPE_LENGTHS[1:]) * PIXELS_PER_TOKEN  # a side
 _MAX_STEPS = 1000
 MAX_IMAGES = 64  # of a batch, far beyond what a device's memory holds in 1024 x 1024
@@ -30,7 +32,7 @@ class GenerationSettings:
         negative_prompt: what not to show; only with `guidance`.
         steps: forward passes of the transformer, from noise to image (twice as wide with
             `guidance`). With an init image, `strength` of them.
-        height: pixels, a multiple of 16; None: 1024, or that of the init image.
+        height: pixels, a multiple of 16; None: 1024, or that of the init or control image.
         width: likewise.
         guidance: classifier-free guidance s, 0 to 100: positive + s * (positive - negative), which
             is a CFG scale of s + 1 in ComfyUI. 0: without, as Turbo needs it.
@@ -38,6 +40,11 @@ class GenerationSettings:
         batch: number of images, which are made together; 1 to 64.
         init_image: file of an image to start from; a str becomes a Path.
         strength: how much of the init image is replaced by noise, 0.01 to 1; None: 0.6.
+        control_image: file of an image for a ControlNet, as large as the image or of the same
+            shape; a str becomes a Path.
+        control_strength: what the hints of the ControlNet are multiplied by, -10 to 10; None: 0.75.
+        control_start: fraction of the steps before the ControlNet begins, 0 to 1; None: 0.
+        control_end: fraction of the steps after which it ends; None: 1.
 
     Raises:
         UsageError: a value of the wrong type, one that cannot be, or two that do not go together.
@@ -53,6 +60,10 @@ class GenerationSettings:
     batch: int = 1
     init_image: Path | None = None
     strength: float | None = None
+    control_image: Path | None = None
+    control_strength: float | None = None
+    control_start: float | None = None
+    control_end: float | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -84,14 +95,35 @@ class GenerationSettings:
             )
         if self.strength is not None and not 0.01 <= self.strength <= 1:
             raise UsageError("strength", f"must be 0.01 to 1, not {self.strength}")
+        self._check_control()
+
+    def _check_control(self) -> None:
+        strength, start, end = self.control_strength, self.control_start, self.control_end
+        given = {"control_strength": strength, "control_start": start, "control_end": end}
+        for name, value in given.items():
+            if value is not None and self.control_image is None:
+                raise UsageError(
+                    name, "has no effect without a control image", "add `control_image` or drop it"
+                )
+        most = MAX_CONTROL_STRENGTH
+        if strength is not None and not -most <= strength <= most:
+            raise UsageError("control_strength", f"must be -{most} to {most}, not {strength}")
+        for name, value in (("control_start", start), ("control_end", end)):
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(name, f"must be 0 to 1, not {value}")
+        if (start or 0.0) >= (1.0 if end is None else end):
+            raise UsageError("control_start", "must be less than the end", "see `control_end`")
 
     def _check_types(self) -> None:
         """Numbers and paths of other types become Python's own, so that they go into JSON."""
         for names, check in (
             (("prompt", "negative_prompt"), text),
             (("steps", "height", "width", "seed", "batch"), whole_number),
-            (("guidance", "strength"), finite_number),
-            (("init_image",), path),
+            (
+                ("guidance", "strength", "control_strength", "control_start", "control_end"),
+                finite_number,
+            ),
+            (("init_image", "control_image"), path),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -103,8 +135,9 @@ class GenerationSettings:
         """Return these settings with every open value filled in.
 
         Args:
-            image_size: width and height of the init image.
+            image_size: width and height of the init image or, without one, of the control image.
         """
+        controlled = self.control_image is not None
         width, height = image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
         return replace(
             self,
@@ -114,6 +147,11 @@ class GenerationSettings:
             strength=DEFAULT_STRENGTH
             if self.init_image and self.strength is None
             else self.strength,
+            control_strength=DEFAULT_CONTROL_STRENGTH
+            if controlled and self.control_strength is None
+            else self.control_strength,
+            control_start=0.0 if controlled and self.control_start is None else self.control_start,
+            control_end=1.0 if controlled and self.control_end is None else self.control_end,
         )
 
 

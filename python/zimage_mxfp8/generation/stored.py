@@ -14,6 +14,7 @@ from .images import METADATA_KEY
 from .png_text import read_texts
 from .settings import GenerationSettings
 
+_CONTROL = ("control_strength", "control_start", "control_end")
 _SETTINGS = (
     "prompt",
     "negative_prompt",
@@ -23,8 +24,10 @@ _SETTINGS = (
     "guidance",
     "seed",
     "strength",
+    *_CONTROL,
 )
-_CIRCUMSTANCES = ("model", "transformer", "compute", "dtype")
+_CIRCUMSTANCES = ("model", "transformer", "controlnet", "compute", "dtype")
+_IMAGES = ("init_image", "control_image")
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,14 @@ class StoredSettings:
     Attributes:
         path: the file.
         values: arguments of `GenerationSettings`; those that were left out or None are missing.
-        init_image: name of the image that it was made from, if it was.
+        images: names of the images that it was made from, by the argument of `GenerationSettings`.
         circumstances: what else the image depends on, by its name in `Generation.metadata`; empty
             for an image of another program.
     """
 
     path: Path
     values: Mapping[str, Any]
-    init_image: str | None
+    images: Mapping[str, str]
     circumstances: Mapping[str, Any]
 
     def with_options(self, given: Mapping[str, Any]) -> GenerationSettings:
@@ -51,14 +54,15 @@ class StoredSettings:
 
         Raises:
             CheckpointError: a value of the file cannot be used.
-            UsageError: one that is given cannot; or the init image is missing.
+            UsageError: one that is given cannot; or an image is missing.
         """
-        if self.init_image is not None and "init_image" not in given:
-            raise UsageError(
-                "init_image",
-                f"is missing: {self.path} was made from the image {self.init_image[:80]!r}",
-                "name that image",
-            )
+        for argument, image in self.images.items():
+            if argument not in given:
+                raise UsageError(
+                    argument,
+                    f"is missing: {self.path} was made from the image {image[:80]!r}",
+                    "name that image",
+                )
         values = {**self.values, **given}
         if "prompt" not in values:
             raise CheckpointError(f"the settings of {self.path} have no prompt", "give `prompt`")
@@ -82,9 +86,9 @@ class StoredSettings:
         if not self.circumstances:
             yield f"{self.path} is from another program: the same settings give another image"
         changes = [
-            f"{name} {str(self.circumstances[name])[:80]} (now {metadata[name]})"
+            f"{name} {str(self.circumstances[name])[:80]} (now {metadata.get(name)})"
             for name in _CIRCUMSTANCES
-            if name in self.circumstances and self.circumstances[name] != metadata[name]
+            if name in self.circumstances and self.circumstances[name] != metadata.get(name)
         ]
         if changes:
             yield f"{self.path} was made with {', '.join(changes)}: the image differs"
@@ -113,7 +117,7 @@ def read_settings(path: Path) -> StoredSettings:
             f"{path} has a CFG scale below 1, which has no counterpart here",
             "`guidance` is the CFG scale minus 1, and at least 0",
         )
-    return StoredSettings(path, values, None, {})
+    return StoredSettings(path, values, {}, {})
 
 
 def _of_generate(path: Path, text: str) -> StoredSettings:
@@ -124,12 +128,14 @@ def _of_generate(path: Path, text: str) -> StoredSettings:
     if not isinstance(document, dict):
         raise CheckpointError(f'the text "{METADATA_KEY}" of {path} is not a JSON object')
     values = {name: document[name] for name in _SETTINGS if document.get(name) is not None}
-    image = document.get("init_image")
-    if image is None:
-        values.pop("strength", None)
+    images = {name: str(document[name]) for name in _IMAGES if document.get(name) is not None}
+    for image, names in (("init_image", ("strength",)), ("control_image", _CONTROL)):
+        if image not in images:
+            for name in names:
+                values.pop(name, None)
     return StoredSettings(
         path,
         values,
-        None if image is None else str(image),
+        images,
         {name: document[name] for name in _CIRCUMSTANCES if name in document},
     )

@@ -272,6 +272,11 @@ class _ControlStack(nn.Module):
         """The blocks."""
         return list(self.blocks)  # type: ignore[arg-type]
 
+    @property
+    def after_list(self) -> list[PlainLinear]:
+        """The projections of the blocks' results."""
+        return list(self.after)  # type: ignore[arg-type]
+
 
 def _projection(parts: LoadedWeights, name: str) -> PlainLinear:
     return PlainLinear(parts.others[f"{name}.weight"], parts.others[f"{name}.bias"])
@@ -307,7 +312,7 @@ class _StackHints:
 
     def add_next(self, x: torch.Tensor) -> None:
         self._run_block()
-        after = self._stack.after[self._done - 1]
+        after = self._stack.after_list[self._done - 1]
         hint = after(after.encode(self._state.x))
         x.add_(hint.float() * self._strength)
 
