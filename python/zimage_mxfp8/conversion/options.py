@@ -43,8 +43,8 @@ class ConversionOptions:
         options = ConversionOptions(recipe="zimage", exclude_layers=[r"layers\.29\."])
 
     Attributes:
-        recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`. For a ControlNet the
-            default stands for the recipe "controlnet".
+        recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`. For a ControlNet
+            "uniform" stands for the recipe "controlnet".
         exclude_layers: regular expressions, searched in the tensors' full names; what they match
             stays as it is, besides what the recipe keeps. A tuple, whatever was given.
         any_model: accept a checkpoint that is not Z-Image, and quantise every 2-D weight that no
@@ -124,7 +124,7 @@ class ConversionOptions:
         Args:
             kind: of the source.
         """
-        if kind is kinds.ZIMAGE_CONTROLNET and self.recipe == DEFAULT:
+        if kind is kinds.ZIMAGE_CONTROLNET and self.rules.name == DEFAULT:
             return replace(self, recipe=CONTROLNET)
         return self
 

@@ -116,6 +116,22 @@ def test_another_recipe_can_be_named(file: Path, tmp_path: Path) -> None:
     assert net.config.control_in_dim == 33  # from an embedder that is padded to 160 columns
 
 
+def test_biases_that_cannot_be_corrected_are_told(file: Path, tmp_path: Path) -> None:
+    """Of a recipe that quantises modulations, whose input is in the transformer's file."""
+    report = zm.convert(file, tmp_path / "out.safetensors", recipe="convert-to-quant")
+    (warning,) = report.warnings
+    assert "biases cannot be corrected" in warning and report.corrected_biases == 0
+
+
+def test_the_command_takes_the_recipe_too(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.safetensors"
+    assert main(["convert", str(file), str(output), "--exclude-layers", r"\.w3\."]) == 0
+    assert "16 layers in MXFP8" in capsys.readouterr().out
+    assert zm.inspect(output).provenance["recipe"] == "controlnet"
+
+
 def test_under_a_prefix(tmp_path: Path) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in small("1.0").items()}
     path = write_controlnet(tmp_path / "in.safetensors", tensors)

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import zimage_mxfp8 as zm
+from helpers.control_reference import file_tensors, make_controlnet, write_controlnet
 from helpers.documents import (
     GUIDE,
     PAGES,
@@ -24,6 +26,7 @@ from helpers.documents import (
     run_in_shell,
     text_of,
 )
+from helpers.images import init_image, settings_of
 from zimage_mxfp8.cli.command_line import build_parser
 
 if sys.version_info >= (3, 11):
@@ -31,7 +34,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PYTHON_BLOCKS = {"README.md": 1, "diffusers.md": 1, "python.md": 2}  # which the tests run
+PYTHON_BLOCKS = {  # which the tests run
+    "README.md": 1,
+    "controlnet.md": 1,
+    "diffusers.md": 1,
+    "python.md": 2,
+}
 
 
 def help_of(*command: str) -> str:
@@ -106,6 +114,21 @@ def test_diffusers_image_to_image(turbo: Path) -> None:
     run_in_python(example.replace("1024", "64"), turbo)
     with Image.open(turbo / "night.png") as image:
         assert image.size == (64, 64)
+
+
+def test_controlnet(turbo: Path) -> None:
+    model = make_controlnet("1.0", (0, 1), refiners=1)
+    name = "Z-Image-Turbo-Fun-Controlnet-Union.safetensors"
+    write_controlnet(turbo / name, file_tensors("1.0", model), torch.bfloat16)
+    init_image(turbo / "edges.png", (64, 64))
+    page = GUIDE / "controlnet.md"
+    (commands,), (example,) = blocks(page, "sh"), blocks(page, "python")
+    run_in_shell(commands, turbo)
+    assert settings_of(turbo / "fox.png")["controlnet"] == name.replace(".", "-mxfp8.")
+    assert example.count("1024") == 2
+    run_in_python(example.replace("1024", "64"), turbo)
+    with Image.open(turbo / "fox.png") as image:
+        assert image.size == (64, 64) and "zimage-mxfp8" not in image.info
 
 
 def test_generate_has_the_commands_of_the_readme() -> None:
