@@ -26,7 +26,7 @@ from ..zimage.control import EMBEDDER, LAYERS, REFINER, ControlConfig
 from . import ops
 from .block import Block, BlockState, Hints, Modulation, run_blocks, split_modulations
 from .compute import Compute, choose
-from .diffusers_class import class_for_pipelines
+from .diffusers_class import class_for_pipelines, new_object
 from .inputs import ControlInputs
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
@@ -171,6 +171,9 @@ class ZImageControlNet(nn.Module):
             f"dim {self.config.dim}, {self.device}, {str(self._dtype).removeprefix('torch.')}, "
             f"{self.nbytes / 2**30:.2f} GiB, compute={self.compute})"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return new_object, (type(self),), {**self.__dict__, "_graph_token": object()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, but for the transformer's modules that diffusers' pipelines set."""

@@ -35,7 +35,7 @@ from .attention import has_cudnn_attention
 from .block import Block, Hints, Modulation, run_blocks, split_modulations
 from .compute import DESCRIPTIONS, Compute, choose
 from .control import CONTROLLED_STACKS, ControlRun, ZImageControlNet, check_controls
-from .diffusers_class import class_for_pipelines
+from .diffusers_class import class_for_pipelines, new_object
 from .graphs import GraphCache
 from .inputs import ForwardInputs, check_arguments
 from .linear import Linear, PlainLinear
@@ -69,10 +69,6 @@ class TransformerOutput(NamedTuple):
     """What `forward` returns: a tuple whose only element has a name."""
 
     sample: list[torch.Tensor]
-
-
-def _new_object(cls: Any) -> Any:
-    return cls.__new__(cls)
 
 
 class ZImageTransformer(nn.Module):
@@ -308,8 +304,7 @@ class ZImageTransformer(nn.Module):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickling by default compares type(self) with __class__.
-        return _new_object, (type(self),), {**self.__dict__, "_graphs": None}
+        return new_object, (type(self),), {**self.__dict__, "_graphs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a copy; graphs are captured again."""

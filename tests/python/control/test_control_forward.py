@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,18 @@ def test_quantised_layers_equal_their_decoded_weights(
     )
     assert relative_error(found, exact) < TOLERANCE
     assert 0.001 < relative_error(found, before) < 0.1  # the rounding of MXFP8
+
+
+def test_a_copy_computes_the_same(transformer: zm.ZImageTransformer, tmp_path: Path) -> None:
+    net, _ = load("1.0", make_controlnet("1.0", EVERY_OTHER), tmp_path)
+    copied = pickle.loads(pickle.dumps(net))
+    assert copied.graph_key != net.graph_key  # a CUDA graph of the one is not for the other
+    inputs, images = random_inputs(SIZES, CAPTIONS), control_images(SIZES, 16)
+    want, found = (
+        transformer(*inputs, controlnet_block_samples=each.control(images)).sample
+        for each in (net, copied)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
 
 
 @pytest.mark.parametrize("compute", ["fp8", "mxfp8-emulated"])
