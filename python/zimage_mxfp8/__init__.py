@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .streaming.error_stats import ErrorStats
     from .streaming.jobs import Progress
     from .system.diagnosis import Diagnosis, diagnose
+    from .transformer.control import Control, ZImageControlNet
     from .transformer.model import ZImageTransformer
     from .zimage.config import ZImageConfig
 
@@ -132,6 +133,8 @@ _HOME = {
     "Recipe": "conversion.recipes",
     "load_recipe": "conversion.recipes",
     "ZImageConfig": "zimage.config",
+    "Control": "transformer.control",
+    "ZImageControlNet": "transformer.control",
     "ZImageTransformer": "transformer.model",
     "ValidationReport": "conversion.validation",
     "validate": "conversion.validation",
@@ -142,6 +145,7 @@ __all__ = [
     "CheckpointError",
     "CompareProgress",
     "CompareReport",
+    "Control",
     "ConversionOptions",
     "ConversionReport",
     "CudaError",
@@ -179,6 +183,7 @@ __all__ = [
     "ValidationReport",
     "WrongKindError",
     "ZImageConfig",
+    "ZImageControlNet",
     "ZImageGenerator",
     "ZImageTransformer",
     "__version__",

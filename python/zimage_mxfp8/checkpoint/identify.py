@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..checks import file_or_folder
+from ..zimage.control import control_table
 from ..zimage.layers import ZIMAGE
 from ..zimage.table import LayerTable
 from . import kinds
@@ -128,13 +129,19 @@ class Identified:
         Raises:
             WrongKindError: one sentence with the file's kind and a remedy.
         """
+        if use == "control" and self.kind is not kinds.ZIMAGE_CONTROLNET:
+            what = "another model" if self.kind is kinds.UNKNOWN else self.kind.title
+            raise refuse(self.checkpoint.path, kinds.NOT_A_CONTROLNET, what)
         by_kind = self.kind.accepts(use, any_model=any_model)
-        if self.format is None:
+        decoding = use in ("validate", "dequantize")
+        if self.format is None and self.kind is kinds.ZIMAGE_CONTROLNET and decoding:
+            refused: Kind | None = kinds.PLAIN_CONTROLNET
+        elif self.format is None:
             refused = None if by_kind else self.kind
         elif self.kind is kinds.ZIMAGE or by_kind:
             refused = None if self.format.accepts(use) else self.format
         else:  # another model in MXFP8, or part of one, can be validated and decoded
-            decodable = use in ("validate", "dequantize") and self.kind.holds_layers
+            decodable = decoding and self.kind.holds_layers
             refused = None if decodable and self.format.accepts(use) else self.kind
         if refused is not None:
             evidence = self.evidence if refused is self.kind else self.format_evidence
@@ -153,6 +160,8 @@ def identify(path: str | os.PathLike[str]) -> Identified:
     scopes = find_scopes(names)
     if not scopes:
         kind, evidence = _kind_without_zimage(checkpoint)
+        if kind is kinds.ZIMAGE_CONTROLNET:
+            return _controlnet(checkpoint, evidence)
         quantization, shown_by = find_format(checkpoint, WHOLE_FILE) or (None, "")
         return Identified(checkpoint, kind, evidence, quantization, shown_by, WHOLE_FILE)
     scope, *others = scopes
@@ -185,6 +194,20 @@ def open_for(path: str | os.PathLike[str], use: Use, *, any_model: bool = False)
     found = identify(path)
     found.check_use(use, any_model=any_model)
     return found
+
+
+def _controlnet(checkpoint: Checkpoint, evidence: str) -> Identified:
+    names = checkpoint.tensors.keys()
+    table = control_table(names)
+    scope = next(iter(find_scopes(names, table)), Scope("", zimage=True, table=table))
+    diffusers = is_diffusers_layout(names, scope)
+    form, shown_by = find_format(checkpoint, scope) or (None, "")
+    kind = kinds.ZIMAGE_CONTROLNET
+    if diffusers and form:
+        kind, evidence = kinds.DIFFUSERS_QUANTISED, shown_by
+    else:
+        checkpoint = to_comfyui_layout(checkpoint, scope)
+    return Identified(checkpoint, kind, evidence, form, shown_by, scope, (), diffusers)
 
 
 def _obstacle(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None:

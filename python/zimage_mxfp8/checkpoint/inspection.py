@@ -12,6 +12,7 @@ from ..checks import file_or_folder
 from ..errors import CheckpointError, WrongKindError
 from . import kinds
 from . import quantization as markers
+from .controlnets import control_config
 from .identify import Identified, identify
 from .mxfp8_layers import find_layers
 from .provenance import PROVENANCE_KEY, read_provenance
@@ -100,7 +101,8 @@ class Inspection:
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Sum up a safetensors file or a diffusers folder; reads no weights.
 
-    Of adapters it also returns their changes, and which of them fit Z-Image.
+    Of a ControlNet it reads one bias, which tells the generation. Of adapters it also returns their
+    changes, and which of them fit Z-Image.
 
     Other kinds of files, such as pickles and web pages, are described by their kind, and damaged
     safetensors files by the damage.
@@ -168,11 +170,14 @@ def _describe(found: Identified) -> str:
     """Return kind and layout, such as "Z-Image, ComfyUI layout"."""
     if found.kind is kinds.ADAPTER:
         return found.evidence
-    if found.kind is not kinds.ZIMAGE:
+    if found.kind not in (kinds.ZIMAGE, kinds.ZIMAGE_CONTROLNET):
         return found.kind.title
+    title = found.kind.title
+    if found.kind is kinds.ZIMAGE_CONTROLNET:
+        title += f", Fun-Controlnet-Union {control_config(found).generation}"
     layout = "diffusers" if found.diffusers else "ComfyUI"
     prefix = f', prefix "{found.scope.prefix}"' if found.scope.prefix else ""
-    return f"{found.kind.title}, {layout} layout{prefix}"
+    return f"{title}, {layout} layout{prefix}"
 
 
 def _accepts(found: Identified, use: kinds.Use) -> bool:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 # Uses that a file is opened for. "original" is the file that `validate` compares with.
-Use = Literal["convert", "original", "analyse", "measure", "validate", "dequantize", "run"]
+Use = Literal[
+    "convert", "original", "analyse", "measure", "validate", "dequantize", "run", "control"
+]
 
 # The commands and calls of each use, as users know them.
 USES: Final[dict[Use, str]] = {
@@ -21,10 +23,12 @@ USES: Final[dict[Use, str]] = {
     "dequantize": "dequantize",
     "measure": "sensitivity",
     "run": "generate, evaluate, ZImageTransformer",
+    "control": "generate --controlnet, ZImageControlNet",
 }
 
 _PLAIN: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse", "measure", "run"))
-_MXFP8: Final[frozenset[Use]] = frozenset(("validate", "dequantize", "run"))
+_MXFP8: Final[frozenset[Use]] = frozenset(("validate", "dequantize", "run", "control"))
+_CONTROLNET: Final[frozenset[Use]] = frozenset(("convert", "original", "control"))
 _OTHER_MODEL: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse"))
 
 
@@ -151,6 +155,18 @@ ZIMAGE_CONTROLNET = Kind(
     "ControlNet for Z-Image",
     'is a ControlNet for Z-Image, not the model itself (see "{0}")',
     "use the checkpoint of the Z-Image transformer",
+    _CONTROLNET,
+    holds_layers=True,
+)
+PLAIN_CONTROLNET = Kind(
+    "ControlNet for Z-Image, not quantised",
+    ZIMAGE.problem,
+    ZIMAGE.remedy,
+)
+NOT_A_CONTROLNET = Kind(
+    "no ControlNet for Z-Image",
+    "is not a ControlNet for Z-Image ({0})",
+    "give a Z-Image-Fun-Controlnet-Union file or one of its kin",
 )
 CONTROLNET = Kind(
     "ControlNet",

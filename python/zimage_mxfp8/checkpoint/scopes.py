@@ -59,7 +59,8 @@ def find_scopes(names: Collection[str], table: LayerTable = ZIMAGE) -> list[Scop
         for name in names
         if name.endswith(anchor) and (name == anchor or name[-len(anchor) - 1] in "._")
     }
-    whole = [p for p in prefixes if any(p + token in names for token in table.tokens)]
+    tokens = table.tokens
+    whole = [p for p in prefixes if not tokens or any(p + token in names for token in tokens)]
 
     def rank(prefix: str) -> tuple[bool, bool, int, str]:
         return "ema" in prefix.lower(), prefix not in COMFYUI_PREFIXES, len(prefix), prefix

@@ -40,9 +40,7 @@ def missing_or_misshapen(
     if anchor is None:
         return [(scope.prefix + scope.table.anchor, "is missing")]
     if len(anchor) != 2 or 0 in anchor:
-        return [
-            (scope.prefix + scope.table.anchor, f"is {list(anchor)}, not [dim, caption features]")
-        ]
+        return [(scope.prefix + scope.table.anchor, f"is {list(anchor)}, not [dim, features]")]
     expected = scope.table.expected_shapes(inner)
     problems = [
         (scope.prefix + name, _UNRECOGNISED)
@@ -77,8 +75,9 @@ def unknown_weights(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
 def unknown_parameters(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
     """Return weights and biases that would change the model's results, in name order."""
     known = _known(checkpoint, scope)
+    part = f"is no part of a {scope.table.title}, and would change what it computes"
     return sorted(
-        (name, "is not part of a Z-Image transformer, and would change its results")
+        (name, part)
         for name, tensor in checkpoint.tensors.items()
         if name in scope
         and name.endswith((".weight", ".bias"))
@@ -94,12 +93,14 @@ def _known(checkpoint: Checkpoint, scope: Scope) -> Collection[str]:
     return scope.table.expected_shapes(inner) if len(inner.get(scope.table.anchor, ())) == 2 else ()
 
 
-def structure_error(checkpoint: Checkpoint, problems: Sequence[Problem]) -> CheckpointError:
-    """Return the error for structural problems of a Z-Image; it names up to five of them."""
+def structure_error(
+    checkpoint: Checkpoint, scope: Scope, problems: Sequence[Problem]
+) -> CheckpointError:
+    """Return the error for structural problems of a model; it names up to five of them."""
     named = "; ".join(f'"{tensor}" {problem}' for tensor, problem in problems[:MAX_NAMED])
     rest = len(problems) - MAX_NAMED
     more = f"; and {rest:,} more" if rest > 0 else ""
     return CheckpointError(
-        f"{checkpoint.path} is not a whole Z-Image transformer: {named}{more}; download or export "
+        f"{checkpoint.path} is not a whole {scope.table.title}: {named}{more}; download or export "
         "the checkpoint again"
     )

@@ -52,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--recipe",
         metavar="NAME|FILE",
         help="which layers are kept: a built-in recipe (see 'zimage-mxfp8 recipes') or a "
-        "TOML file (default: uniform)",
+        "TOML file (default: uniform; controlnet for a ControlNet)",
     )
     parser.add_argument(
         *spellings("--exclude-layers"),

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError
-from ..generation.limits import DEFAULT_SIZE, DEFAULT_STRENGTH, MAX_GUIDANCE, MAX_IMAGES
+from ..generation.limits import (
+    DEFAULT_CONTROL_STRENGTH,
+    DEFAULT_SIZE,
+    DEFAULT_STRENGTH,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+)
 from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, spellings
 from .download import add_download, resolve
@@ -129,6 +135,30 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="with --settings-from, leave out the adapters that the image was made with",
     )
     parser.add_argument(
+        "--controlnet",
+        metavar="FILE",
+        help="MXFP8 or plain ControlNet for Z-Image (Fun-Controlnet-Union), with --control-image",
+    )
+    parser.add_argument(
+        *spellings("--control-image"),
+        type=Path,
+        metavar="FILE",
+        help="what the ControlNet follows (edges, depth, a pose), as large as the image",
+    )
+    parser.add_argument(
+        *spellings("--control-strength"),
+        type=float,
+        metavar="NUMBER",
+        help=f"how much it counts (default: {DEFAULT_CONTROL_STRENGTH})",
+    )
+    for end, default in (("start", 0), ("end", 1)):
+        parser.add_argument(
+            *spellings(f"--control-{end}"),
+            type=float,
+            metavar="0-1",
+            help=f"fraction of the steps at which it {end}s (default: {default})",
+        )
+    parser.add_argument(
         "--compute",
         choices=("auto", *COMPUTE_MODES),
         default="auto",
@@ -164,18 +194,22 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     begin = time.perf_counter()
     stored, settings = _settings(arguments)
+    if (arguments.controlnet is None) != (settings.control_image is None):
+        raise CommandLineError("--controlnet and --control-image go together; give both or neither")
     report_line("checking the model folder and the output ...")  # before the slow imports
     from ..checkpoint import hub
     from ..checkpoint.output import check_target, write_file
     from ..generation.folder import open_model_folder
-    from ..generation.images import open_init_image, png_bytes, preview_path, write_new
+    from ..generation.images import open_image, png_bytes, preview_path, write_new
     from ..printing.progress import stage_bar_or_lines
     from ..system.optional_packages import needed
     from . import display
 
     outputs = _outputs(arguments.output, settings)
     previews = [preview_path(output) for output in outputs] if arguments.preview else []
-    inputs = [settings.init_image, arguments.settings_from, *(x for x, _ in settings.loras)]
+    inputs = [settings.init_image, settings.control_image, arguments.settings_from]
+    inputs += [file for file, _ in settings.loras]
+    inputs += [Path(arguments.controlnet)] if arguments.controlnet else []
     inputs += [Path(arguments.transformer)] if arguments.transformer else []
     for target in (*outputs, *previews):
         check_target(target, filter(None, inputs), overwrite=arguments.overwrite)
@@ -189,12 +223,17 @@ def run(arguments: argparse.Namespace) -> int:
         transformer = resolve(
             arguments.transformer, (hub.TRANSFORMER,), download=arguments.download
         )
+    controlnet = None
+    if arguments.controlnet:
+        controlnet = resolve(arguments.controlnet, (), download=arguments.download)
     open_model_folder(model_dir)
     keep_libraries_quiet()
     report_line("loading torch and diffusers ...")
     with needed("generate", "generate"):
         if settings.init_image is not None:
-            open_init_image(settings.init_image)
+            open_image(settings.init_image)
+        if settings.control_image is not None:
+            open_image(settings.control_image, "control image")
         from ..generation.generator import ZImageGenerator
 
     with stage_bar_or_lines(report_line) as progress, PreviewFiles(previews) as preview_files:
@@ -204,6 +243,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.device,
             arguments.compute,
             arguments.dtype,
+            controlnet=controlnet,
             offload=arguments.offload,
             progress=progress,
         )

@@ -98,7 +98,10 @@ def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
     if options.bias_correction == "synthetic":
         means = _random_means(plan.checkpoint, options.calibration_samples, options.seed)
         return {layer: -means[weight.shape[1]] for layer, weight in layers.items()}, []
-    known = {n: t for n, t in layers.items() if plan.scope.table.is_modulation(plan.scope.inner(n))}
+    table = plan.scope.table
+    known = {n: t for n, t in layers.items() if table.is_modulation(plan.scope.inner(n))}
+    if not table.time_embedder:  # it is in another file
+        known = {}
     if not known:
         return {}, sorted(layers)
     timesteps = sampler_timesteps(options.timesteps)

@@ -82,6 +82,7 @@ def plan_conversion(
     check_threads(threads)
     path = file_or_folder("source", source)
     found = open_for(path, "convert", any_model=options.any_model)
+    options = options.for_kind(found.kind)
     plan = make_plan(found, options)
     names = _find_nonfinite(plan, threads) if options.nonfinite == "keep" else set()
     if names:

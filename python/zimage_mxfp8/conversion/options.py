@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from .. import _core, checks
+from ..checkpoint import kinds
+from ..checkpoint.kinds import Kind
 from ..errors import UsageError
 from ..zimage.sampling import sampler_timesteps
 from .bias_correction import MODES, Mode
-from .recipes import DEFAULT, Recipe, builtin_names, load_recipe
+from .recipes import CONTROLNET, DEFAULT, Recipe, builtin_names, load_recipe
 
 NonFinite = Literal["error", "keep"]
 ModulationMatmul = Literal["quantised", "full"]
@@ -43,7 +45,8 @@ class ConversionOptions:
         options = ConversionOptions(recipe="zimage", exclude_layers=[r"layers\.29\."])
 
     Attributes:
-        recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`.
+        recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`. For a ControlNet
+            "uniform" means the recipe "controlnet".
         exclude_layers: regular expressions, searched in the tensors' full names; matching tensors
             are kept in addition to the recipe's. Stored as a tuple.
         any_model: accept a checkpoint that is not Z-Image, and quantise every 2-D weight that no
@@ -127,6 +130,16 @@ class ConversionOptions:
     def weighted_loras(self) -> tuple[tuple[Path, float], ...]:
         """The pairs that `loras` is after the checks."""
         return weighted_files(self.loras)
+
+    def for_kind(self, kind: Kind) -> ConversionOptions:
+        """Return these options, with the default recipe of a kind of file in place of the default.
+
+        Args:
+            kind: of the source.
+        """
+        if kind is kinds.ZIMAGE_CONTROLNET and self.rules.name == DEFAULT:
+            return replace(self, recipe=CONTROLNET)
+        return self
 
     def provenance(
         self, source_hashes: Sequence[str], lora_hashes: Sequence[str] = ()

@@ -223,7 +223,7 @@ def check_structure(source: Identified) -> None:
     checkpoint, scope = source.checkpoint, source.scope
     problems = missing_or_misshapen(checkpoint, scope) or unknown_weights(checkpoint, scope)
     if problems:
-        raise structure_error(checkpoint, problems)
+        raise structure_error(checkpoint, scope, problems)
 
 
 def _plan_tensor(

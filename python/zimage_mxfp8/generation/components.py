@@ -93,6 +93,14 @@ class VAE:
         self.model = model.eval().to(device)
 
     @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[1, 3, 8 H, 8 W], -1 to 1 -> [1, 16, H, W], the most likely latents."""
+        config = self.model.config
+        encoded = self.model.encode(pixels.to(self.model.device, self.model.dtype))
+        latents: torch.Tensor = encoded.latent_dist.mode() - config.shift_factor
+        return latents * float(config.scaling_factor)
+
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents [1, 16, H, W] to an image [1, 3, 8 H, 8 W], -1 to 1."""
         config = self.model.config

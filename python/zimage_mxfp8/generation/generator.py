@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -24,11 +25,14 @@ from ..streaming.jobs import Progress
 from ..system.device_notes import report_line
 from ..system.devices import core_index, memory_for, torch_device
 from ..transformer.compute import Compute, choose
+from ..transformer.control import ZImageControlNet
 from ..transformer.model import ZImageTransformer
-from ..transformer.weights import open_model
+from ..transformer.weights import ModelFile, open_control, open_model
+from ..zimage.config import ZImageConfig
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
+from .controlled import ControlledTransformer
 from .folder import open_model_folder
-from .images import open_init_image
+from .images import open_image
 from .limits import PIXELS_PER_TOKEN
 from .loras import use_loras
 from .preview import PreviewCallback, Previews
@@ -38,7 +42,7 @@ from .steps import StepCallback, Steps
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Part = Literal["text encoder", "transformer", "VAE"]
+Part = Literal["text encoder", "transformer", "ControlNet", "VAE"]
 Stage = Literal[Part, "encoding", "denoising", "decoding"]
 _DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -49,8 +53,8 @@ class GenerationProgress:
 
     Attributes:
         stage: the name of a part while it is loaded, else the work in progress.
-        done: finished bytes of "transformer", steps of "denoising", images of "decoding", 0 or 1
-            for other stages.
+        done: finished bytes of "transformer" and "ControlNet", steps of
+            "denoising", images of "decoding", 0 or 1 for other stages.
         total: total of the same unit.
         seconds: time of the last step of "denoising", else 0.
     """
@@ -78,6 +82,7 @@ class Generation:
         dtype: dtype of everything that is not 8 bits wide.
         model: name of the model's folder or, from the Hugging Face cache, of its repository.
         transformer: name of the transformer's file or folder.
+        controlnet: name of the ControlNet's file; empty without one.
         warnings: sentences for the user.
     """
 
@@ -90,6 +95,7 @@ class Generation:
     dtype: str
     model: str
     transformer: str
+    controlnet: str
     warnings: tuple[str, ...]
 
     def seed(self, i: int) -> int:
@@ -100,6 +106,15 @@ class Generation:
     def metadata(self, i: int) -> dict[str, Any]:
         """Return all settings of image i as JSON-compatible values; of paths only file names."""
         settings = self.settings
+        control: dict[str, Any] = {}
+        if settings.control_image is not None:
+            control = {
+                "controlnet": self.controlnet,
+                "control_image": settings.control_image.name,
+                "control_strength": settings.control_strength,
+                "control_start": settings.control_start,
+                "control_end": settings.control_end,
+            }
         return {
             "prompt": settings.prompt,
             "negative_prompt": settings.negative_prompt,
@@ -116,6 +131,7 @@ class Generation:
             "compute": self.compute,
             "dtype": self.dtype,
             "version": _core.__version__,
+            **control,
         }
 
 
@@ -129,6 +145,8 @@ class ZImageGenerator:
             local cache. Its own transformer is only needed without `transformer`.
         transformer: an MXFP8 or plain file or folder, or the name of one on the hub, see
             `ZImageTransformer.from_pretrained`.
+        controlnet: an MXFP8 or plain file of a ControlNet, or the name of one on the hub; for
+            settings with a control image.
         device: by default the current CUDA device if torch has one, else the CPU.
         compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
         dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
@@ -154,6 +172,7 @@ class ZImageGenerator:
         compute: str = "auto",
         dtype: str = "bfloat16",
         *,
+        controlnet: str | os.PathLike[str] | None = None,
         offload: bool = False,
         download: bool = False,
         progress: GenerationCallback | bool | None = None,
@@ -178,6 +197,11 @@ class ZImageGenerator:
         headers = open_model(self._file)
         self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
         self._compute = choose(compute, core_index(self._device), bool(headers.layers))
+        self._control_file: Path | None = None
+        if controlnet is not None:
+            file_or_folder("controlnet", controlnet)
+            self._control_file = hub.resolve(controlnet, (), download=download)
+            self._control_compute = self._check_controlnet(self._control_file, headers, compute)
         report_line(self._device, device)
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
@@ -190,6 +214,8 @@ class ZImageGenerator:
         if not offload:
             with shown(progress, stage_bar) as callback:
                 for part in get_args(Part):
+                    if part == "ControlNet" and not self._control_file:
+                        continue
                     self._part(part, callback)
 
     @contextmanager
@@ -286,15 +312,21 @@ class ZImageGenerator:
             raise UsageError(
                 "captions", f"must be {needed}, not {len(captions)}", "take those of `encode`"
             )
-        image = None if settings.init_image is None else open_init_image(settings.init_image)
-        settings = settings.resolved(image.size if image else None)
+        image = None if settings.init_image is None else open_image(settings.init_image)
+        control_image = self._open_control_image(settings)
+        shown_size = image or control_image
+        settings = settings.resolved(shown_size.size if shown_size else None)
+        _check_shape(settings, control_image)
         with self._turn, shown(progress, stage_bar) as callback:
             report = callback or (lambda _: None)
             features = self._encode(settings, report) if captions is None else list(captions)
             self._free()
+            control = self._encode_control(settings, control_image, report)
+            self._free()
             latents, steps, notes = self._denoise(
                 settings,
                 image,
+                control,
                 features,
                 report,
                 on_step,
@@ -320,6 +352,7 @@ class ZImageGenerator:
             dtype=self._dtype,
             model=hub.name_of(self._folder.path),
             transformer=self._file.name,
+            controlnet=self._control_file.name if self._control_file else "",
             warnings=(*_warnings(features), *notes),
         )
 
@@ -337,13 +370,22 @@ class ZImageGenerator:
                 part: Any = TextEncoder(self._folder, self._device, dtype)
             elif name == "VAE":
                 part = VAE(self._folder, self._device, dtype)
+            elif name == "ControlNet":
+                assert self._control_file is not None
+                part = ZImageControlNet.from_checkpoint(
+                    self._control_file,
+                    self._device,
+                    self._control_compute,
+                    dtype,
+                    progress=lambda p: report(_bytes_read(p, "ControlNet")),
+                )
             else:
                 part = ZImageTransformer.from_checkpoint(
                     self._file,
                     self._device,
                     self._compute,
                     dtype,
-                    progress=lambda p: report(_bytes_read(p)),
+                    progress=lambda p: report(_bytes_read(p, "transformer")),
                 )
         if not self._offload:
             self._kept[name] = part
@@ -382,10 +424,49 @@ class ZImageGenerator:
         report(GenerationProgress("encoding", 1, 1))
         return captions
 
+    def _check_controlnet(
+        self, file: Path, model: ModelFile[ZImageConfig], compute: str
+    ) -> Compute:
+        """Return the compute mode of a ControlNet.
+
+        Raises:
+            CheckpointError: it is none, or for another model.
+        """
+        headers = open_control(file)
+        if problem := headers.config.misfit(model.config):
+            raise CheckpointError(
+                f"the ControlNet {file} does not fit the transformer {self._file}: {problem}"
+            )
+        # A mode for MXFP8 is meant for the files that have such layers.
+        mode = compute if headers.layers else "auto"
+        return choose(mode, core_index(self._device), bool(headers.layers))
+
+    def _open_control_image(self, settings: GenerationSettings) -> Image | None:
+        if settings.control_image is None:
+            return None
+        if self._control_file is None:
+            raise UsageError(
+                "control_image", "has no effect without a ControlNet", "add `controlnet` or drop it"
+            )
+        return open_image(settings.control_image, "control image")
+
+    def _encode_control(
+        self, settings: GenerationSettings, image: Image | None, report: GenerationCallback
+    ) -> torch.Tensor | None:
+        """Latent of the control image, [1, 16, height / 8, width / 8]."""
+        if image is None:
+            return None
+        vae: VAE = self._part("VAE", report)
+        processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
+        assert settings.height and settings.width  # resolved
+        with self._memory_for("the control image"):
+            return vae.encode(processor.preprocess(image, settings.height, settings.width))
+
     def _denoise(
         self,
         settings: GenerationSettings,
         image: Image | None,
+        control: torch.Tensor | None,
         captions: list[torch.Tensor],
         report: GenerationCallback,
         on_step: StepCallback | None,
@@ -395,8 +476,12 @@ class ZImageGenerator:
         assert settings.seed is not None and settings.height and settings.width  # resolved
         batch = settings.batch
         transformer: ZImageTransformer = self._part("transformer", report)
+        model: ZImageTransformer | ControlledTransformer = transformer
+        if control is not None:
+            net = self._part("ControlNet", report)
+            model = ControlledTransformer(transformer, net, control, settings)
         parts = {
-            "transformer": transformer,
+            "transformer": model,
             # The scheduler counts steps: a new one per call, so that threads may share a generator.
             "scheduler": type(self._scheduler).from_config(self._scheduler.config),
             "text_encoder": None,
@@ -412,6 +497,8 @@ class ZImageGenerator:
             resized = pipeline.image_processor.resize(image, settings.height, settings.width)
             # One per image: otherwise all images get the first one's random numbers.
             options = {"image": [resized] * batch, "strength": settings.strength}
+        if isinstance(model, ControlledTransformer):
+            model.count_steps = lambda: pipeline.num_timesteps
         pipeline.set_progress_bar_config(disable=True)
         previews = make_previews(vae) if make_previews and vae else None
         steps = Steps(
@@ -483,8 +570,23 @@ class ZImageGenerator:
         )
 
 
-def _bytes_read(progress: Progress) -> GenerationProgress:
-    return GenerationProgress("transformer", progress.done, progress.total)
+def _bytes_read(progress: Progress, stage: Stage) -> GenerationProgress:
+    return GenerationProgress(stage, progress.done, progress.total)
+
+
+def _check_shape(settings: GenerationSettings, control_image: Image | None) -> None:
+    """Raise if a control image would be distorted."""
+    if control_image is None:
+        return
+    width, height = control_image.size
+    assert settings.height and settings.width  # resolved
+    if abs(settings.height * width / height - settings.width) >= PIXELS_PER_TOKEN:
+        raise UsageError(
+            "control_image",
+            f"has {width} x {height} pixels, and the image {settings.width} x {settings.height}, "
+            "which is another shape",
+            "scale or crop it, or leave out `width` and `height`",
+        )
 
 
 def _warnings(captions: list[torch.Tensor]) -> Iterator[str]:

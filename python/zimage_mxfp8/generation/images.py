@@ -1,4 +1,4 @@
-"""Image files: the init image and generated images."""
+"""Image files: those of the input and generated images."""
 
 from __future__ import annotations
 
@@ -114,8 +114,12 @@ def plain_png_bytes(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def open_init_image(path: Path) -> Image:
+def open_image(path: Path, what: str = "init image") -> Image:
     """Read an image, upright and in RGB: transparent pixels on white, 16 bits as 8.
+
+    Args:
+        path: the file.
+        what: the image, for the sentences of errors.
 
     Raises:
         CheckpointError: the file does not exist, Pillow cannot read it, or its pixels have an
@@ -125,27 +129,25 @@ def open_init_image(path: Path) -> Image:
 
     try:
         if path.exists() and not path.is_file():  # opening a pipe waits for its other end
-            raise CheckpointError(
-                f"the init image {path} is not a regular file; name an image file"
-            )
+            raise CheckpointError(f"the {what} {path} is not a regular file; name an image file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 image = ImageOps.exif_transpose(opened)
         if image.mode in ("I", "F"):
             raise CheckpointError(
-                f"the init image {path} has 32-bit pixels of unknown range; "
+                f"the {what} {path} has 32-bit pixels of unknown range; "
                 "save it with 8 or 16 bits per channel"
             )
         return _as_rgb(image)
     except FileNotFoundError:
-        raise CheckpointError(f"the init image {path} does not exist") from None
+        raise CheckpointError(f"the {what} {path} does not exist") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise CheckpointError(f"the init image {path} is too large; scale it down") from None
+        raise CheckpointError(f"the {what} {path} is too large; scale it down") from None
     except UnidentifiedImageError:
-        raise CheckpointError(f"the init image {path} has a format unknown to Pillow") from None
+        raise CheckpointError(f"the {what} {path} has a format unknown to Pillow") from None
     except (OSError, SyntaxError, ValueError) as error:  # any error of a damaged file
-        raise CheckpointError(f"the init image {path} cannot be read: {error}") from None
+        raise CheckpointError(f"the {what} {path} cannot be read: {error}") from None
 
 
 def _as_rgb(image: Image) -> Image:

@@ -38,6 +38,11 @@ def write_infotext(metadata: Mapping[str, Any]) -> str:
     if metadata["loras"]:
         loras = (f"{Path(x['name']).stem}:{x['weight']}" for x in metadata["loras"])
         pairs["Loras"] = ", ".join(loras)
+    if metadata.get("controlnet") is not None:
+        pairs["ControlNet 0"] = (
+            f"Model: {Path(metadata['controlnet']).stem}, Weight: {metadata['control_strength']}, "
+            f"Guidance Start: {metadata['control_start']}, Guidance End: {metadata['control_end']}"
+        )
     pairs["Version"] = f"zimage-mxfp8 {metadata['version']}"
     lines = [metadata["prompt"]]
     if metadata["negative_prompt"]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from ..checks import finite_number, path, text, whole_number
 from ..errors import UsageError
 from .limits import (
+    DEFAULT_CONTROL_STRENGTH,
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
+    MAX_CONTROL_STRENGTH,
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_PIXELS,
@@ -30,7 +32,7 @@ class GenerationSettings:
         negative_prompt: description of what to avoid; only with `guidance`.
         steps: forward passes of the transformer, from noise to image (twice as wide with
             `guidance`). With an init image, `strength` of them.
-        height: pixels, a multiple of 16; None: 1024, or that of the init image.
+        height: pixels, a multiple of 16; None: 1024, or that of the init or control image.
         width: likewise.
         guidance: classifier-free guidance s, 0 to 100: positive + s * (positive - negative), which
             is a CFG scale of s + 1 in ComfyUI. 0: without, as Turbo needs it.
@@ -39,6 +41,11 @@ class GenerationSettings:
         init_image: file of an image to start from; a str becomes a Path.
         strength: share of the init image that noise replaces, 0.01 to 1; None: 0.6.
         loras: adapter files, each with its weight (see `ZImageTransformer.load_lora`).
+        control_image: file of an image for a ControlNet, as large as the image or of the same
+            shape; a str becomes a Path.
+        control_strength: what the hints of the ControlNet are multiplied by, -10 to 10; None: 0.75.
+        control_start: fraction of the steps before the ControlNet begins, 0 to 1; None: 0.
+        control_end: fraction of the steps after which it ends; None: 1.
 
     Raises:
         UsageError: if a value has the wrong type or is invalid, or two contradict each other.
@@ -55,6 +62,10 @@ class GenerationSettings:
     init_image: Path | None = None
     strength: float | None = None
     loras: tuple[tuple[Path, float], ...] = ()
+    control_image: Path | None = None
+    control_strength: float | None = None
+    control_start: float | None = None
+    control_end: float | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -86,14 +97,35 @@ class GenerationSettings:
             )
         if self.strength is not None and not 0.01 <= self.strength <= 1:
             raise UsageError("strength", f"must be 0.01 to 1, not {self.strength}")
+        self._check_control()
+
+    def _check_control(self) -> None:
+        strength, start, end = self.control_strength, self.control_start, self.control_end
+        given = {"control_strength": strength, "control_start": start, "control_end": end}
+        for name, value in given.items():
+            if value is not None and self.control_image is None:
+                raise UsageError(
+                    name, "has no effect without a control image", "add `control_image` or drop it"
+                )
+        most = MAX_CONTROL_STRENGTH
+        if strength is not None and not -most <= strength <= most:
+            raise UsageError("control_strength", f"must be -{most} to {most}, not {strength}")
+        for name, value in (("control_start", start), ("control_end", end)):
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(name, f"must be 0 to 1, not {value}")
+        if (start or 0.0) >= (1.0 if end is None else end):
+            raise UsageError("control_start", "must be less than the end", "see `control_end`")
 
     def _check_types(self) -> None:
         """Convert numbers and paths of other types to Python's own, so that they fit into JSON."""
         for names, check in (
             (("prompt", "negative_prompt"), text),
             (("steps", "height", "width", "seed", "batch"), whole_number),
-            (("guidance", "strength"), finite_number),
-            (("init_image",), path),
+            (
+                ("guidance", "strength", "control_strength", "control_start", "control_end"),
+                finite_number,
+            ),
+            (("init_image", "control_image"), path),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -108,8 +140,9 @@ class GenerationSettings:
         """Return these settings with every open value filled in.
 
         Args:
-            image_size: width and height of the init image.
+            image_size: width and height of the init image or, without one, of the control image.
         """
+        controlled = self.control_image is not None
         width, height = image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
         return replace(
             self,
@@ -119,6 +152,11 @@ class GenerationSettings:
             strength=DEFAULT_STRENGTH
             if self.init_image and self.strength is None
             else self.strength,
+            control_strength=DEFAULT_CONTROL_STRENGTH
+            if controlled and self.control_strength is None
+            else self.control_strength,
+            control_start=0.0 if controlled and self.control_start is None else self.control_start,
+            control_end=1.0 if controlled and self.control_end is None else self.control_end,
         )
 
 

@@ -14,6 +14,7 @@ from .images import METADATA_KEY
 from .png_text import read_texts
 from .settings import GenerationSettings
 
+_CONTROL = ("control_strength", "control_start", "control_end")
 _SETTINGS = (
     "prompt",
     "negative_prompt",
@@ -23,8 +24,10 @@ _SETTINGS = (
     "guidance",
     "seed",
     "strength",
+    *_CONTROL,
 )
-_CIRCUMSTANCES = ("model", "transformer", "compute", "dtype")
+_CIRCUMSTANCES = ("model", "transformer", "controlnet", "compute", "dtype")
+_IMAGES = ("init_image", "control_image")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class StoredSettings:
     Attributes:
         path: the file.
         values: arguments of `GenerationSettings`; omitted ones and None are missing.
-        init_image: name of the init image, if it had one.
+        images: names of the images that it was made from, by the argument of `GenerationSettings`.
         loras: names of the adapters, each with its weight.
         circumstances: other values that the image depends on, by name in `Generation.metadata`;
             empty for an image of another program.
@@ -42,7 +45,7 @@ class StoredSettings:
 
     path: Path
     values: Mapping[str, Any]
-    init_image: str | None
+    images: Mapping[str, str]
     loras: tuple[str, ...]
     circumstances: Mapping[str, Any]
 
@@ -53,14 +56,15 @@ class StoredSettings:
 
         Raises:
             CheckpointError: a value of the file cannot be used.
-            UsageError: a given value cannot be used, or the init image is missing.
+            UsageError: a given value cannot be used, or an image or an adapter is missing.
         """
-        if self.init_image is not None and "init_image" not in given:
-            raise UsageError(
-                "init_image",
-                f"is missing: {self.path} was made from the image {self.init_image[:80]!r}",
-                "name that image",
-            )
+        for argument, image in self.images.items():
+            if argument not in given:
+                raise UsageError(
+                    argument,
+                    f"is missing: {self.path} was made from the image {image[:80]!r}",
+                    "name that image",
+                )
         if self.loras and "loras" not in given:
             raise UsageError(
                 "loras",
@@ -90,9 +94,9 @@ class StoredSettings:
         if not self.circumstances:
             yield f"{self.path} is from another program: the same settings give another image"
         changes = [
-            f"{name} {str(self.circumstances[name])[:80]} (now {metadata[name]})"
+            f"{name} {str(self.circumstances[name])[:80]} (now {metadata.get(name)})"
             for name in _CIRCUMSTANCES
-            if name in self.circumstances and self.circumstances[name] != metadata[name]
+            if name in self.circumstances and self.circumstances[name] != metadata.get(name)
         ]
         if changes:
             yield f"{self.path} was made with {', '.join(changes)}: the image differs"
@@ -121,7 +125,7 @@ def read_settings(path: Path) -> StoredSettings:
             f"{path} has a CFG scale below 1, which has no counterpart here",
             "`guidance` is the CFG scale minus 1, and at least 0",
         )
-    return StoredSettings(path, values, None, (), {})
+    return StoredSettings(path, values, {}, (), {})
 
 
 def _of_generate(path: Path, text: str) -> StoredSettings:
@@ -132,13 +136,15 @@ def _of_generate(path: Path, text: str) -> StoredSettings:
     if not isinstance(document, dict):
         raise CheckpointError(f'the text "{METADATA_KEY}" of {path} is not a JSON object')
     values = {name: document[name] for name in _SETTINGS if document.get(name) is not None}
-    image = document.get("init_image")
-    if image is None:
-        values.pop("strength", None)
+    images = {name: str(document[name]) for name in _IMAGES if document.get(name) is not None}
+    for image, names in (("init_image", ("strength",)), ("control_image", _CONTROL)):
+        if image not in images:
+            for name in names:
+                values.pop(name, None)
     return StoredSettings(
         path,
         values,
-        None if image is None else str(image),
+        images,
         tuple(_lora_texts(document.get("loras"))),
         {name: document[name] for name in _CIRCUMSTANCES if name in document},
     )

@@ -152,7 +152,7 @@ def stage_bar_or_lines(print_line: Callable[[str], None]) -> Iterator[Generation
 
 
 def _generation_stage(progress: GenerationProgress) -> str:
-    loading = progress.stage in ("text encoder", "transformer", "VAE")
+    loading = progress.stage in ("text encoder", "transformer", "ControlNet", "VAE")
     return f"loading the {progress.stage}" if loading else progress.stage
 
 

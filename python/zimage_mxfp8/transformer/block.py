@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -205,13 +206,49 @@ class Block(nn.Module):
         return given + max(first, between, last)
 
 
+class Hints(Protocol):
+    """What a ControlNet adds between the blocks of a stack."""
+
+    @property
+    def places(self) -> Collection[int]:
+        """Numbers of the blocks that a hint is added after, in order."""
+
+    def add_next(self, x: torch.Tensor) -> None:
+        """Add the next hint to x [tokens, dim], in place."""
+
+
+def split_modulations(stacked: torch.Tensor, dim: int) -> list[Modulation]:
+    """Return the modulation of each block from those of all blocks, [items, blocks * 4 * dim]."""
+    parts = stacked.unflatten(1, (stacked.shape[1] // (4 * dim), 4, dim)).unbind(1)
+    return [Modulation(*block.unbind(1)) for block in parts]
+
+
 def run_blocks(
     blocks: Sequence[Block],
     x: torch.Tensor,
     modulations: Sequence[Modulation],
     part: Segment,
+    hints: Sequence[Hints] = (),
 ) -> torch.Tensor:
     """Run blocks one after another on x [tokens, dim], which they write to, and return it."""
+    begin = 0
+    for place in sorted({place for each in hints for place in each.places}):
+        end = place + 1
+        x = _run_fused(blocks[begin:end], x, modulations[begin:end], part)
+        for each in hints:
+            if place in each.places:
+                each.add_next(x)
+        begin = end
+    return _run_fused(blocks[begin:], x, modulations[begin:], part)
+
+
+def _run_fused(
+    blocks: Sequence[Block],
+    x: torch.Tensor,
+    modulations: Sequence[Modulation],
+    part: Segment,
+) -> torch.Tensor:
+    """Run blocks with each one's input norm fused with the end of the one before."""
     norms = [block.input_norm(m) for block, m in zip(blocks, modulations, strict=True)]
     if not norms:
         return x

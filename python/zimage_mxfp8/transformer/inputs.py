@@ -16,6 +16,28 @@ from .sequence import MAX_LATENTS, Shape, max_caption_tokens
 
 
 @dataclass(frozen=True, eq=False)
+class ControlInputs:
+    """The tensors of one ControlNet that differ from call to call.
+
+    Attributes:
+        images: its input for each item, [16 or 33, F, H, W].
+        strength: of its hints, float32 [].
+    """
+
+    images: tuple[torch.Tensor, ...]
+    strength: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them."""
+        return (*self.images, self.strength)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ControlInputs:
+        """Apply a function to each tensor."""
+        return ControlInputs(tuple(map(function, self.images)), function(self.strength))
+
+
+@dataclass(frozen=True, eq=False)
 class ForwardInputs:
     """The tensors that a forward reads and that differ from call to call.
 
@@ -23,11 +45,13 @@ class ForwardInputs:
         images: latent image of each item, [16, F, H, W].
         times: float32 [items], 0 for noise to 1 for an image.
         captions: caption features of each item, [tokens, cap_feat_dim].
+        controls: of each ControlNet.
     """
 
     images: tuple[torch.Tensor, ...]
     times: torch.Tensor
     captions: tuple[torch.Tensor, ...]
+    controls: tuple[ControlInputs, ...] = ()
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -40,7 +64,8 @@ class ForwardInputs:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All tensors, in one order for all inputs of the same shapes."""
-        return (*self.images, self.times, *self.captions)
+        controls = (tensor for control in self.controls for tensor in control.tensors)
+        return (*self.images, self.times, *self.captions, *controls)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ForwardInputs:
         """Apply a function to each tensor."""
@@ -48,6 +73,7 @@ class ForwardInputs:
             tuple(map(function, self.images)),
             function(self.times),
             tuple(map(function, self.captions)),
+            tuple(control.map(function) for control in self.controls),
         )
 
     def copy_(self, others: ForwardInputs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class LoadedWeights:
         blocks: by the name of the stack.
         modulation: weight and bias of all modulated blocks' modulations, stacked in the order of
             the table's stacks.
-        others: embedders, pad tokens and the final layer, by tensor name.
+        others: embedders, pad tokens, the final layer and projections, by tensor name.
         max_fold_error: the largest relative error that folding added to a layer.
     """
 
@@ -49,7 +50,7 @@ class LoadedWeights:
 
 
 def load_parts(
-    file: ModelFile,
+    file: ModelFile[Any],
     device: torch.device,
     compute: Compute,
     dtype: torch.dtype,
@@ -71,7 +72,7 @@ def load_parts(
         CudaError, UnsupportedError: the device has too little memory; nothing is left on it.
     """
     if device.type == "cuda":
-        _check_memory(file, device, dtype)
+        _check_memory(file, device, dtype, table)
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     total += sum(layer.scale.nbytes for layer in file.layers.values())
     try:
@@ -81,18 +82,20 @@ def load_parts(
         if not is_out_of_host_memory(error):
             raise
         raise UnsupportedError(
-            f"the transformer needs {file.nbytes(dtype) / 2**30:.1f} GiB of memory, which this "
+            f"the {table.title} needs {file.nbytes(dtype) / 2**30:.1f} GiB of memory, which this "
             "machine does not have free; convert the checkpoint to MXFP8 if it is not"
         ) from None
 
 
-def _check_memory(file: ModelFile, device: torch.device, dtype: torch.dtype) -> None:
+def _check_memory(
+    file: ModelFile[Any], device: torch.device, dtype: torch.dtype, table: LayerTable
+) -> None:
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     needed = file.nbytes(dtype) + _HEADROOM
     if needed > free:
         raise CudaError(
-            f"the transformer needs {needed / 2**30:.1f} GiB on {device} with what a forward "
+            f"the {table.title} needs {needed / 2**30:.1f} GiB on {device} with what a forward "
             f"takes, and {free / 2**30:.1f} GiB are free; close other programs, run it with "
             'device="cpu", or convert the checkpoint to MXFP8 if it is not'
         )
@@ -103,7 +106,7 @@ class _Loader:
 
     def __init__(
         self,
-        file: ModelFile,
+        file: ModelFile[Any],
         stream: TensorStream,
         compute: Compute,
         dtype: torch.dtype,
@@ -119,7 +122,7 @@ class _Loader:
     def load(self) -> LoadedWeights:
         counts = self._table.count_blocks(self._file.tensors)
         stacks = self._table.stacks
-        names = [(s, f"{s.name}.{i}.") for s in stacks for i in range(counts[s.count])]
+        names = [(s, i) for s in stacks for i in range(counts[s.count])]
         outside = [tensor for layer in self._table.outside for tensor in layer.tensors]
         groups = [self._plain_sources(outside), *(self._block_sources(*name) for name in names)]
         blocks: dict[str, list[Block]] = {stack.name: [] for stack in stacks}
@@ -131,16 +134,18 @@ class _Loader:
             if i == 0:
                 others = self._plain(raw, outside)
                 continue
-            stack, name = names[i - 1]
+            stack, number = names[i - 1]
+            name = f"{stack.name}.{number}."
             blocks[stack.name].append(self._block(raw, name))
+            others |= self._plain(raw, self._projections(stack, number))
             if stack.modulated:
                 modulations.append(self._modulation(raw, name))
         return LoadedWeights(blocks, self._stacked(modulations, others), others, self._worst)
 
     # ---- Tensors to read
 
-    def _block_sources(self, stack: Stack, name: str) -> Sources:
-        layers = self._table.layers_of(stack)
+    def _block_sources(self, stack: Stack, number: int) -> Sources:
+        name, layers = f"{stack.name}.{number}.", self._table.layers_of(stack, number)
         sources = self._plain_sources(
             [name + tensor for x in layers if x.kind != "linear" for tensor in x.tensors]
         )
@@ -149,6 +154,14 @@ class _Loader:
             if names[0] in self._file.layers:
                 sources[key + _SCALES] = [self._file.layers[layer].scale for layer in names]
         return sources
+
+    def _projections(self, stack: Stack, number: int) -> list[str]:
+        return [
+            f"{stack.name}.{number}.{tensor}"
+            for layer in self._table.layers_of(stack, number)
+            if layer.kind == "projection"
+            for tensor in layer.tensors
+        ]
 
     def _plain_sources(self, names: Sequence[str]) -> Sources:
         sources = {name: [self._file.tensors[name]] for name in names}
@@ -216,9 +229,10 @@ class _Loader:
         self, modulations: Sequence[tuple[torch.Tensor, torch.Tensor]], others: Raw
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stack all modulations along the rows; there are no rows in a model without blocks."""
-        weight = others[self._table.time_embedding()[-1].weight]
-        none = weight.new_empty(0, weight.shape[0]), weight.new_empty(0)
-        weights, biases = zip(none, *modulations, strict=True)
+        if not modulations:
+            weight = others[self._table.time_embedding()[-1].weight]
+            return weight.new_empty(0, weight.shape[0]), weight.new_empty(0)
+        weights, biases = zip(*modulations, strict=True)
         return torch.cat(weights), torch.cat(biases)
 
     def _quantized(

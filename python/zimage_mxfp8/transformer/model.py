@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +34,10 @@ from ..zimage.table import LayerTable
 from . import ops
 from .arithmetic import by_core
 from .attention import has_cudnn_attention
-from .block import Block, Modulation, run_blocks
+from .block import Block, Hints, Modulation, run_blocks, split_modulations
 from .compute import DESCRIPTIONS, Compute, choose
+from .control import CONTROLLED_STACKS, ControlRun, ZImageControlNet, check_controls
+from .diffusers_class import class_for_pipelines, new_object
 from .graphs import GraphCache
 from .inputs import ForwardInputs, check_arguments, lora_scale
 from .linear import Linear, PlainLinear
@@ -44,7 +45,17 @@ from .loading import LoadedWeights, load_parts
 from .lora import Lora, LoraSet, Weight
 from .peft_methods import PeftMethods
 from .places import LinearPlace, linear_places, norm_places
-from .sequence import Segment, Shape, fill_up, image_tokens, layout_of, padded, patchify, unpatchify
+from .sequence import (
+    Segment,
+    Shape,
+    fill_up,
+    image_tokens,
+    joined,
+    layout_of,
+    padded,
+    patchify,
+    unpatchify,
+)
 from .unsupported import alternative_to
 from .weights import open_model
 
@@ -63,17 +74,6 @@ class TransformerOutput(NamedTuple):
     sample: list[torch.Tensor]
 
 
-@cache
-def _with_diffusers_base(cls: type) -> type:
-    from diffusers.models.modeling_utils import ModelMixin
-
-    return type(cls.__name__, (cls, ModelMixin), {"__module__": cls.__module__})
-
-
-def _new_object(cls: Any) -> Any:
-    return cls.__new__(cls)
-
-
 class ZImageTransformer(PeftMethods, nn.Module):
     """Z-Image's transformer, made with `from_checkpoint`.
 
@@ -89,6 +89,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
     cap_embedder_norm: torch.Tensor
     cap_pad_token: torch.Tensor
     x_pad_token: torch.Tensor
+
+    # Diffusers' ControlNet pipelines hand these to the ControlNet; ours has no need of them.
+    t_scale = t_embedder = all_x_embedder = rope_embedder = None
 
     def __init__(
         self,
@@ -132,13 +135,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """A subclass of diffusers' model if diffusers is in use, for its pipelines.
-
-        Deriving the model itself would import diffusers, which takes longer than everything else
-        until the first image.
-        """
-        cls: Any = type(self)
-        return _with_diffusers_base(cls) if "diffusers" in sys.modules else cls
+        """Where diffusers is in use, a class that its pipelines take."""
+        return class_for_pipelines(type(self))
 
     @classmethod
     def from_checkpoint(
@@ -310,8 +308,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickling by default compares type(self) with __class__.
-        return _new_object, (type(self),), {**self.__dict__, "_graphs": None}
+        return new_object, (type(self),), {**self.__dict__, "_graphs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a copy; graphs are captured again."""
@@ -432,9 +429,10 @@ class ZImageTransformer(PeftMethods, nn.Module):
             t: [batch], 0 for noise to 1 for an image.
             cap_feats: caption features, [tokens, cap_feat_dim] each, 1504 tokens at most.
             return_dict: name the result's only element `sample`.
-            others: arguments of diffusers' model for features that this one lacks (several images
-                per item, ControlNet), which must be None. `joint_attention_kwargs={"scale": s}`
-                multiplies the weights of adapters.
+            others: `controlnet_block_samples`, the result of a `ZImageControlNet`, or a list of
+                several. `joint_attention_kwargs={"scale": s}` multiplies the weights of adapters.
+                Arguments of diffusers' model for features that this one lacks (several images per
+                item) must be None.
 
         Returns:
             `(sample,)`: a list of [16, 1, H, W] in `dtype`.
@@ -443,12 +441,20 @@ class ZImageTransformer(PeftMethods, nn.Module):
             InvalidArgumentError: an argument has another shape or device; the sentence names it.
             CudaError: the device ran out of memory.
         """
+        given = others.pop("controlnet_block_samples", None)
         check_arguments(x, t, cap_feats, others, self.config, self.device)
+        controls = check_controls(given, x, self.config, self.device, self._dtype)
+        nets = tuple(control.net for control in controls)
         inputs = ForwardInputs(
             tuple(image.to(self._dtype) for image in x),
             t.to(self.device, torch.float32),
             tuple(caption.to(self._dtype) for caption in cap_feats),
+            tuple(control.inputs(self.device, self._dtype) for control in controls),
         )
+
+        def compute(inputs: ForwardInputs) -> list[torch.Tensor]:
+            return self._compute(inputs, nets)
+
         try:
             with (
                 torch.autocast(self.device.type, enabled=False),
@@ -456,10 +462,11 @@ class ZImageTransformer(PeftMethods, nn.Module):
             ):
                 if self.device.type == "cuda" and self._cuda_graphs:
                     adapters = tuple(layer.adapter for layer in self._captured_linears)
+                    key = inputs.shapes, adapters, tuple(net.graph_key for net in nets)
                     with torch.cuda.device(self.device):
-                        sample = self._graphs.run((inputs.shapes, adapters), self._compute, inputs)
+                        sample = self._graphs.run(key, compute, inputs)
                 else:
-                    sample = self._compute(inputs)
+                    sample = compute(inputs)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the activations of the forward
             raise CudaError(self._out_of_memory(inputs.shapes)) from None
@@ -499,7 +506,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
 
     # ---- The model itself, all of which a CUDA graph can hold
 
-    def _compute(self, inputs: ForwardInputs) -> list[torch.Tensor]:
+    def _compute(
+        self, inputs: ForwardInputs, nets: Sequence[ZImageControlNet] = ()
+    ) -> list[torch.Tensor]:
         shapes = inputs.shapes
         layout = layout_of(shapes, self.device)
         time = self._embed_time(inputs.times)
@@ -509,7 +518,12 @@ class ZImageTransformer(PeftMethods, nn.Module):
         x = _run(self.x_embedder, patches)
         counts = [image_tokens(size) for size, _ in shapes]
         x = fill_up(x, counts, layout.images.lengths, self.x_pad_token)
-        x = self._run_stacks("image", x, modulations, layout.images)
+        runs = [
+            ControlRun(net, control, self.config, time, self.x_pad_token, layout)
+            for net, control in zip(nets, inputs.controls, strict=True)
+        ]
+        hints = [hints for run in runs if (hints := run.image_hints(x)) is not None]
+        x = self._run_stacks("image", x, modulations, layout.images, hints)
 
         features = ops.norm_modulate(
             torch.cat(inputs.captions),
@@ -522,13 +536,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
         c = fill_up(c, [n for _, n in shapes], layout.captions.lengths, self.cap_pad_token)
         c = self._run_stacks("caption", c, modulations, layout.captions)
 
-        parts = zip(
-            x.split(list(layout.images.lengths)),
-            c.split(list(layout.captions.lengths)),
-            strict=True,
-        )
-        joint = torch.cat([tokens for pair in parts for tokens in pair])
-        joint = self._run_stacks("joint", joint, modulations, layout.joint)
+        joint = joined(x, c, layout)
+        hints = [run.joint_hints(joint, c) for run in runs]
+        joint = self._run_stacks("joint", joint, modulations, layout.joint, hints)
         items = joint.split(list(layout.joint.lengths))
         return [
             unpatchify(self._final(tokens[:count], time[i]), size)
@@ -541,11 +551,14 @@ class ZImageTransformer(PeftMethods, nn.Module):
         x: torch.Tensor,
         modulations: dict[str, list[Modulation]],
         part: Segment,
+        hints: Sequence[Hints] = (),
     ) -> torch.Tensor:
         """Run the stacks of some tokens on x [tokens, dim], which they write to, and return it."""
         for stack in self._stacks:
             if stack.tokens == tokens:
-                x = run_blocks(self._blocks(stack), x, modulations[stack.name], part)
+                controlled = hints if stack.name in CONTROLLED_STACKS else ()
+                blocks = self._blocks(stack)
+                x = run_blocks(blocks, x, modulations[stack.name], part, controlled)
         return x
 
     def _embed_time(self, t: torch.Tensor) -> torch.Tensor:
@@ -561,15 +574,12 @@ class ZImageTransformer(PeftMethods, nn.Module):
 
     def _modulations(self, time: torch.Tensor) -> dict[str, list[Modulation]]:
         """Compute the modulations of all blocks, by stack, in one GEMM: their input is the time."""
-        stacked = _run(self.modulation, time)
-        blocks = sum(len(self._blocks(stack)) for stack in self._stacks if stack.modulated)
-        parts = stacked.unflatten(1, (blocks, 4, self.config.dim)).unbind(1)
+        all_blocks = split_modulations(_run(self.modulation, time), self.config.dim)
         modulations, begin = {}, 0
         for stack in self._stacks:
             count = len(self._blocks(stack))
             if stack.modulated:
-                of_stack = parts[begin : begin + count]
-                modulations[stack.name] = [Modulation(*block.unbind(1)) for block in of_stack]
+                modulations[stack.name] = all_blocks[begin : begin + count]
                 begin += count
             else:
                 modulations[stack.name] = [Modulation()] * count

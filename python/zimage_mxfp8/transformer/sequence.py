@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from ..zimage.constants import (
     LATENT_CHANNELS,
-    PATCH_FEATURES,
     PATCH_SIZE,
     ROPE_AXES,
     ROPE_LENGTHS,
@@ -118,12 +117,12 @@ def _rotations(positions: torch.Tensor) -> torch.Tensor:
 
 
 def patchify(image: torch.Tensor) -> torch.Tensor:
-    """Split [16, F, H, W] into [tokens, 64], the (row, column, channel) of each patch."""
+    """Split [C, F, H, W] into [tokens, 4 C], the (row, column, channel) of each patch."""
     channels, frames, height, width = image.shape
     patches = image.reshape(
         channels, frames, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE
     )
-    return patches.permute(1, 2, 4, 3, 5, 0).reshape(-1, PATCH_FEATURES)
+    return patches.permute(1, 2, 4, 3, 5, 0).reshape(-1, PATCH_SIZE * PATCH_SIZE * channels)
 
 
 def unpatchify(tokens: torch.Tensor, size: Size) -> torch.Tensor:
@@ -157,3 +156,19 @@ def fill_up(
     for item, length in zip(tokens.split(list(counts)), lengths, strict=True):
         parts += [item, filler.expand(length - len(item), -1)]
     return torch.cat(parts)
+
+
+def joined(images: torch.Tensor, captions: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Put each item's caption tokens behind its image tokens.
+
+    Args:
+        images: [tokens of all images, C].
+        captions: [tokens of all captions, C].
+        layout: of the batch.
+    """
+    parts = zip(
+        images.split(list(layout.images.lengths)),
+        captions.split(list(layout.captions.lengths)),
+        strict=True,
+    )
+    return torch.cat([tokens for pair in parts for tokens in pair])

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .. import _core
-from ..checkpoint.identify import open_for
+from ..checkpoint.controlnets import control_config
+from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.kinds import Use
 from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
@@ -24,7 +26,7 @@ from ..streaming.jobs import Progress, ProgressCallback
 from ..text import plural
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import HEAD_DIM
-from ..zimage.layers import ZIMAGE
+from ..zimage.control import REFINER, ControlConfig
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -39,17 +41,21 @@ _WORKERS = 8
 _BUFFERS = 2  # of pinned memory per worker
 
 
+Config = TypeVar("Config", ZImageConfig, ControlConfig)
+
+
 @dataclass(frozen=True)
-class ModelFile:
-    """A checkpoint that holds a whole Z-Image transformer.
+class ModelFile(Generic[Config]):
+    """A checkpoint that holds a whole Z-Image transformer, or a ControlNet for one.
 
     Attributes:
+        config: the sizes of the model.
         tensors: the model's tensors, by name without prefix, in the ComfyUI layout.
         layers: the MXFP8 layers, by name without prefix.
     """
 
     checkpoint: Checkpoint
-    config: ZImageConfig
+    config: Config
     tensors: dict[str, SourceTensor]
     layers: dict[str, MXFP8Layer]
 
@@ -64,7 +70,7 @@ class ModelFile:
         return total + sum(layer.scale.nbytes for layer in self.layers.values())
 
 
-def open_model(path: str | os.PathLike[str], use: Use = "run") -> ModelFile:
+def open_model(path: str | os.PathLike[str], use: Use = "run") -> ModelFile[ZImageConfig]:
     """Check a checkpoint's headers and markers, and open it.
 
     Args:
@@ -75,15 +81,50 @@ def open_model(path: str | os.PathLike[str], use: Use = "run") -> ModelFile:
         CheckpointError: unreadable, not Z-Image, incomplete, or quantised in a way that cannot be
             run; the sentence names the tensor.
     """
-    found = open_for(path, use)
-    checkpoint, scope = found.checkpoint, found.scope
+    parts = _read_structure(path, open_for(path, use))
+    return ModelFile(
+        parts.checkpoint, ZImageConfig.of_shapes(parts.shapes), parts.tensors, parts.layers
+    )
+
+
+def open_control(path: str | os.PathLike[str]) -> ModelFile[ControlConfig]:
+    """Look at a ControlNet's headers and markers; reads one bias.
+
+    Args:
+        path: an MXFP8 or plain file.
+
+    Raises:
+        CheckpointError: unreadable, not a ControlNet for Z-Image, incomplete, or quantised in a way
+            that cannot be run; the sentence names the tensor.
+    """
+    found = open_for(path, "control")
+    parts = _read_structure(path, found)
+    config = control_config(found, parts.shapes)
+    unused = () if config.n_refiner_layers else (f"{REFINER}.",)
+    return ModelFile(
+        parts.checkpoint,
+        config,
+        {name: x for name, x in parts.tensors.items() if not name.startswith(unused)},
+        {name: x for name, x in parts.layers.items() if not name.startswith(unused)},
+    )
+
+
+class _Structure(NamedTuple):
+    checkpoint: Checkpoint
+    shapes: dict[str, tuple[int, ...]]  # before padding, by name without prefix
+    tensors: dict[str, SourceTensor]
+    layers: dict[str, MXFP8Layer]
+
+
+def _read_structure(path: str | os.PathLike[str], found: Identified) -> _Structure:
+    checkpoint, scope, table = found.checkpoint, found.scope, found.scope.table
     mxfp8 = find_layers(checkpoint, scope)
     if mxfp8.breaches:
         count = plural(len(mxfp8.breaches), "problem")
         raise CheckpointError(f"{path}: {mxfp8.breaches[0]} ({count} in all)")
-    shapes = {layer.weight.name: layer.shape for layer in mxfp8.layers}
-    if problems := missing_or_misshapen(checkpoint, scope, shapes, for_comfyui=False):
-        raise structure_error(checkpoint, problems)
+    padded = {layer.weight.name: layer.shape for layer in mxfp8.layers}
+    if problems := missing_or_misshapen(checkpoint, scope, padded, for_comfyui=False):
+        raise structure_error(checkpoint, scope, problems)
     if problems := unknown_parameters(checkpoint, scope):
         tensor, problem = problems[0]
         raise CheckpointError(
@@ -93,22 +134,22 @@ def open_model(path: str | os.PathLike[str], use: Use = "run") -> ModelFile:
     inner = {
         i: checkpoint.tensors[name] for i, name in scope.inner_names(checkpoint.tensors).items()
     }
-    inner_shapes = {name: tensor.shape for name, tensor in inner.items()}
-    inner_shapes |= {scope.inner(name): shape for name, shape in shapes.items()}
-    anchor = inner_shapes[ZIMAGE.anchor]
+    shapes = {name: tensor.shape for name, tensor in inner.items()}
+    shapes |= {scope.inner(name): shape for name, shape in padded.items()}
+    anchor = shapes[table.anchor]
     if anchor[0] % HEAD_DIM:
         raise CheckpointError(
-            f'{path}: "{scope.prefix}{ZIMAGE.anchor}" is {list(anchor)}, not [dim, caption '
-            f"features] with dim a multiple of {HEAD_DIM}"
+            f'{path}: "{scope.prefix}{table.anchor}" is {list(anchor)}, not [dim, features] with '
+            f"dim a multiple of {HEAD_DIM}"
         )
-    tensors = {name: inner[name] for name in ZIMAGE.expected_shapes(inner_shapes)}
+    tensors = {name: inner[name] for name in table.expected_shapes(shapes)}
     for source in tensors.values():
-        if source.dtype not in FLOAT_NAMES and source.name not in shapes:
+        if source.dtype not in FLOAT_NAMES and source.name not in padded:
             raise CheckpointError(
                 f'{path}: "{source.name}" is {source.dtype}, which this package cannot run; '
                 "convert the original checkpoint"
             )
-    return ModelFile(checkpoint, ZImageConfig.of_shapes(inner_shapes), tensors, layers)
+    return _Structure(checkpoint, shapes, tensors, layers)
 
 
 @dataclass(frozen=True)

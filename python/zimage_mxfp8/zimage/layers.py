@@ -128,6 +128,7 @@ ZIMAGE = LayerTable(
         "noise_refiner.0.attention.k_norm.weight",
     ),
     time_embedder="t_embedder",
+    title="Z-Image transformer",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 Sizes = Mapping[str, int]  # by name, such as "dim"
 Shape = tuple[int, ...]
-LayerKind = Literal["linear", "modulation", "norm", "token"]
+LayerKind = Literal["linear", "modulation", "projection", "norm", "token"]
 TokenKind = Literal["image", "caption", "joint"]
 
 
@@ -29,36 +29,14 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Blocks that run one after another.
-
-    Attributes:
-        name: the beginning of its tensors' names.
-        count: field of `ZImageConfig` with the number of its blocks. Stacks with the same field
-            have the same number; a new field is to be added there.
-        tokens: what its blocks run on: the "image" or the "caption" tokens, each after its
-            embedder, or "joint" ones, each item's image before its caption.
-        modulated: whether the timestep modulates its blocks.
-        main: whether it holds the main blocks. One stack of a table does.
-        title: the text before a block's number in figures.
-    """
-
-    name: str
-    count: str
-    tokens: TokenKind
-    modulated: bool
-    main: bool = False
-    title: str = ""
-
-
-@dataclass(frozen=True)
 class Layer:
     """A layer of a block, or one outside the stacks.
 
     Attributes:
         name: its name in ComfyUI's layout; for a layer of a block, within the block.
         kind: "linear": a matrix; "modulation": one that only modulated blocks have; "norm": a
-            vector; "token": a tensor named like the layer, which has no bias.
+            vector; "token": a tensor named like the layer, which has no bias; "projection": a
+            matrix that is no part of `Block`.
         shape: shape of the weight, from the sizes.
         bias: whether it has a bias, of as many elements as the weight has rows.
         diffusers: diffusers' names in a block, if they are others; several are stacked along the
@@ -79,7 +57,7 @@ class Layer:
     @property
     def is_matrix(self) -> bool:
         """Whether the weight is a matrix that a recipe can quantise."""
-        return self.kind in ("linear", "modulation")
+        return self.kind in ("linear", "modulation", "projection")
 
     @property
     def weight(self) -> str:
@@ -95,3 +73,30 @@ class Layer:
         """Name -> shape of the weight and the bias."""
         shape = self.shape(sizes)
         return dict(zip(self.tensors, (shape, shape[:1]), strict=False))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after another.
+
+    Attributes:
+        name: what its tensors' names begin with.
+        count: field of `ZImageConfig` with the number of its blocks. Stacks with the same field
+            have the same number; a new field is to be added there.
+        tokens: what its blocks run on: the "image" or the "caption" tokens, each after its
+            embedder, or "joint" ones, each item's image before its caption.
+        modulated: whether the timestep modulates its blocks.
+        main: whether it holds the main blocks. One stack of a table does.
+        title: what stands before a block's number in figures.
+        extra: layers of its blocks in addition to those of `LayerTable.block`.
+        first: layers of its first block in addition.
+    """
+
+    name: str
+    count: str
+    tokens: TokenKind
+    modulated: bool
+    main: bool = False
+    title: str = ""
+    extra: tuple[Layer, ...] = ()
+    first: tuple[Layer, ...] = ()

@@ -33,10 +33,12 @@ class LayerTable:
         outside: the layers outside the stacks.
         diffusers_modules: the beginnings of names outside the stacks, in diffusers' layout (with
             the patch size) and in ComfyUI's.
-        anchor: a matrix [dim, caption features] that is in every model of the family and has the
+        anchor: a matrix [dim, features] that is in every model of the family and has the
             same name in ComfyUI's and diffusers' layouts.
         signature: tensors that ComfyUI recognises the model by.
-        time_embedder: the beginning of the names of the layers that embed the timestep.
+        time_embedder: the beginning of the names of the layers that embed the timestep;
+            empty for a model that is given the embedded timestep.
+        title: the name of the model.
     """
 
     sizes: tuple[Size, ...] = field(repr=False)
@@ -47,6 +49,7 @@ class LayerTable:
     anchor: str
     signature: tuple[str, ...]
     time_embedder: str
+    title: str
 
     # ---- Rows
 
@@ -66,9 +69,10 @@ class LayerTable:
         outside = (layer.name.partition(".")[0] for layer in self.outside)
         return frozenset((*outside, *(stack.name for stack in self.stacks)))
 
-    def layers_of(self, stack: Stack) -> list[Layer]:
-        """Return the layers of a stack's blocks."""
-        return [layer for layer in self.block if stack.modulated or layer.kind != "modulation"]
+    def layers_of(self, stack: Stack, block: int = 1) -> list[Layer]:
+        """Return the layers of a stack's block; the first one may have more than the others."""
+        layers = [layer for layer in self.block if stack.modulated or layer.kind != "modulation"]
+        return [*layers, *stack.extra, *(stack.first if block == 0 else ())]
 
     def linears(self) -> dict[str, list[Layer]]:
         """Return the linear layers of all blocks by slot, in the order of the forward pass."""
@@ -161,7 +165,7 @@ class LayerTable:
             shapes |= layer.shapes(sizes)
         for stack in self.stacks:
             for i in range(counts[stack.count]):
-                for layer in self.layers_of(stack):
+                for layer in self.layers_of(stack, i):
                     for name, shape in layer.shapes(sizes).items():
                         shapes[f"{stack.name}.{i}.{name}"] = shape
         return shapes
@@ -263,6 +267,8 @@ class LayerTable:
     def is_diffusers_layout(self, names: Iterable[str]) -> bool:
         """Return whether names have the modules of diffusers' layout."""
         modules = tuple(f"{module}." for module, _ in self._patch_sizes)
+        if not modules:  # what is outside the stacks has the same name in both layouts
+            return any(self.from_diffusers(name)[0] != name for name in names)
         return any(name.startswith(modules) for name in names)
 
     def other_patch_size(self, names: Iterable[str]) -> str | None:

@@ -146,11 +146,6 @@ KINDS: dict[str, tuple[Make, str, str]] = {
         "is a vision encoder, not a transformer",
         "use the checkpoint of the Z-Image transformer",
     ),
-    "ControlNet of Z-Image": (
-        named("control_layers.0.attention.to_q.weight", "control_all_x_embedder.2-1.weight"),
-        "is a ControlNet for Z-Image, not the model itself",
-        "use the checkpoint of the Z-Image transformer",
-    ),
     "ControlNet": (
         named("control_model.input_blocks.0.0.weight"),
         "is a ControlNet, not a model",
@@ -214,11 +209,6 @@ KINDS: dict[str, tuple[Make, str, str]] = {
     "Llama": (
         named("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"),
         "is a text encoder, not a transformer",
-        "use the checkpoint of the Z-Image transformer",
-    ),
-    "ControlNet of Z-Image under a prefix": (
-        named("model.control_layers.0.attention.to_q.weight"),
-        "is a ControlNet for Z-Image, not the model itself",
         "use the checkpoint of the Z-Image transformer",
     ),
     "unknown": (

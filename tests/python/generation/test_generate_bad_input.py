@@ -23,7 +23,7 @@ import zimage_mxfp8 as zm
 from helpers.images import STAGES, Generate, fails, init_image
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.generation.components import VAE, TextEncoder
-from zimage_mxfp8.generation.images import image_paths, open_init_image
+from zimage_mxfp8.generation.images import image_paths, open_image
 from zimage_mxfp8.generation.limits import MAX_IMAGES
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
@@ -222,13 +222,13 @@ def test_init_image(generate: Generate, tmp_path: Path, monkeypatch: pytest.Monk
     fails(generate(*options), 1, "the init image i.png cannot be read: ")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)
     with pytest.raises(zm.CheckpointError, match="too large; scale it down"):
-        open_init_image(tmp_path / "whole.png")
+        open_image(tmp_path / "whole.png")
     assert not (tmp_path / "o.png").exists()
 
 
 def pixels_of(path: Path) -> list[tuple[int, int, int]]:
     """The first row."""
-    image = open_init_image(path)
+    image = open_image(path)
     assert image.mode == "RGB"
     return [image.getpixel((x, 0)) for x in range(image.width)]
 

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from helpers.adapter_files import dotted, modules_of, write_pairs
+from helpers.control_reference import file_tensors, make_controlnet, write_controlnet
 from helpers.diffusers_reference import make_reference
 from helpers.documents import (
     GUIDE,
@@ -27,6 +29,7 @@ from helpers.documents import (
     run_in_shell,
     text_of,
 )
+from helpers.images import init_image, settings_of
 from zimage_mxfp8.cli.command_line import build_parser
 
 if sys.version_info >= (3, 11):
@@ -36,6 +39,7 @@ else:
 
 PYTHON_BLOCKS = {
     "README.md": 1,
+    "controlnet.md": 1,
     "diffusers.md": 1,
     "lora.md": 2,
     "python.md": 2,
@@ -134,6 +138,21 @@ def test_lora(turbo: Path) -> None:
     clean = "for name in list(model.loras): model.unload_lora(name)"
     result = run_in_python("\n".join([quiet, on_its_own, clean, small, "print(image.size)"]), turbo)
     assert result.stdout.splitlines()[-1] == "(64, 64)"
+
+
+def test_controlnet(turbo: Path) -> None:
+    model = make_controlnet("1.0", (0, 1), refiners=1)
+    name = "Z-Image-Turbo-Fun-Controlnet-Union.safetensors"
+    write_controlnet(turbo / name, file_tensors("1.0", model), torch.bfloat16)
+    init_image(turbo / "edges.png", (64, 64))
+    page = GUIDE / "controlnet.md"
+    (commands,), (example,) = blocks(page, "sh"), blocks(page, "python")
+    run_in_shell(commands, turbo)
+    assert settings_of(turbo / "fox.png")["controlnet"] == name.replace(".", "-mxfp8.")
+    assert example.count("1024") == 2
+    run_in_python(example.replace("1024", "64"), turbo)
+    with Image.open(turbo / "fox.png") as image:
+        assert image.size == (64, 64) and "zimage-mxfp8" not in image.info
 
 
 def test_generate_has_the_commands_of_the_readme() -> None:

@@ -21,6 +21,7 @@ from ...streaming.jobs import StageCallback, StageProgress
 from ...text import plural
 from ...transformer.model import ZImageTransformer
 from ...transformer.weights import ModelFile, open_model
+from ...zimage.config import ZImageConfig
 from ...zimage.layers import ZIMAGE
 from ...zimage.table import LayerTable
 from .cases import Case, chosen_steps, record_cases
@@ -261,7 +262,7 @@ class _Analysis:
     def __init__(
         self,
         path: str,
-        file: ModelFile,
+        file: ModelFile[ZImageConfig],
         model: ZImageTransformer,
         cases: Sequence[Case],
         memory: State,
@@ -380,7 +381,7 @@ def _synthetic_captions(features: int, seed: int) -> list[torch.Tensor]:
     return [torch.randn(tokens, features, generator=generator) for tokens in (32, 77)]
 
 
-def _fingerprint(file: ModelFile) -> list[Any]:
+def _fingerprint(file: ModelFile[ZImageConfig]) -> list[Any]:
     """Return the identity of a checkpoint: names, sizes and times of its files."""
     stats = [(path.name, path.stat()) for path in file.checkpoint.files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -36,6 +36,7 @@ else:
 
 _FOLDER = Path(__file__).parent
 DEFAULT = "uniform"
+CONTROLNET = "controlnet"  # the default for ControlNets
 
 
 @dataclass(frozen=True)
