@@ -203,7 +203,7 @@ def test_bad_images(options: tuple[Any, ...], generate: Generate, tmp_path: Path
     edges.write_bytes(whole[: len(whole) // 2])
     fails(generate(*options, "-o", "o.png"), 1, "the control image edges.png cannot be read: ")
     edges.write_text("no image")
-    fails(generate(*options, "-o", "o.png"), 1, "edges.png is in no format that Pillow reads")
+    fails(generate(*options, "-o", "o.png"), 1, "edges.png has a format unknown to Pillow")
     init_image(edges, (64, 64))
     fails(
         generate(*options, "-o", "o.png"),
