@@ -23,7 +23,7 @@ USES: Final[dict[Use, str]] = {
     "dequantize": "dequantize",
     "measure": "sensitivity",
     "run": "generate, evaluate, ZImageTransformer",
-    "control": "generate --controlnet, ZImageControlNet",
+    "control": "generate with a ControlNet, ZImageControlNet",
 }
 
 _PLAIN: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse", "measure", "run"))

@@ -75,7 +75,7 @@ def unknown_weights(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
 def unknown_parameters(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
     """Return weights and biases that would change the model's results, in name order."""
     known = _known(checkpoint, scope)
-    part = f"is no part of a {scope.table.title}, and would change what it computes"
+    part = f"is not part of a {scope.table.title}, and would change its results"
     return sorted(
         (name, part)
         for name, tensor in checkpoint.tensors.items()

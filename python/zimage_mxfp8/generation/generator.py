@@ -310,7 +310,9 @@ class ZImageGenerator:
         needed = 2 if settings.guidance else 1
         if captions is not None and len(captions) != needed:
             raise UsageError(
-                "captions", f"must be {needed}, not {len(captions)}", "take those of `encode`"
+                "captions",
+                f"must be {needed}, not {len(captions)}",
+                "take the result of ZImageGenerator.encode",
             )
         image = None if settings.init_image is None else open_image(settings.init_image)
         control_image = self._open_control_image(settings)

@@ -77,7 +77,7 @@ def test_generations_are_told_before_and_after_conversion(
         assert found.kind == (
             f"ControlNet for Z-Image, Fun-Controlnet-Union {title}, {layout} layout"
         )
-        assert "generate --controlnet, ZImageControlNet" in found.accepted_by
+        assert "generate with a ControlNet, ZImageControlNet" in found.accepted_by
         assert found.breaches == []
     assert zm.inspect(output).quantization == "MXFP8"
 
@@ -193,7 +193,7 @@ def broken(edit) -> Tensors:
         ),
         (
             broken(lambda t: t.update({"control_layers.1.before_proj.weight": torch.ones(9, 9)})),
-            '"control_layers.1.before_proj.weight" is no part of a ControlNet for Z-Image',
+            '"control_layers.1.before_proj.weight" is not part of a ControlNet for Z-Image',
         ),
         (
             broken(lambda t: t.update({f"{EMBEDDER}.weight": torch.ones(100, 132)})),

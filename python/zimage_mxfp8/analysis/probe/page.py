@@ -61,7 +61,7 @@ _METRICS: tuple[Metric[ProbedTensor], ...] = (
         lambda value: f"{value:.2f} %",
         0,
         1,
-        "Elements further from the mean than a number of standard deviations (--outlier-sigma).",
+        "Elements further from the mean than a number of standard deviations, 3 by default.",
     ),
     Metric(
         "Aspect ratio",
