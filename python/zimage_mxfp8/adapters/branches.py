@@ -169,6 +169,13 @@ class Branch:
 
 
 Tensors = Mapping[Role, Matrix]
+# The tensors of each kind, without alpha and biases.
+_ROLES: dict[str, frozenset[Role]] = {
+    "LoRA": frozenset({"down", "up", "magnitude"}),
+    "LoHa": frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+    "LoKr": frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}),
+    "difference": frozenset({"diff"}),
+}
 
 
 def make_branch(tensors: Tensors, *, rank_scaled: bool = False) -> Branch:
@@ -188,18 +195,21 @@ def make_branch(tensors: Tensors, *, rank_scaled: bool = False) -> Branch:
     bias = tensors.get("up_bias", tensors.get("diff_bias"))
     if bias is not None and bias.ndim != 1:
         raise BranchError(f"has a bias of shape {list(bias.shape)}, which is not a vector")
-    roles = set(tensors)
-    if "down" in roles or "up" in roles:
-        return _lora(tensors, bias, rank_scaled)
-    if any(role.startswith("hada") for role in roles):
-        return Branch("LoHa", _loha(tensors), bias)
-    if any(role.startswith("lokr") for role in roles):
-        return Branch("LoKr", _lokr(tensors), bias)
-    if "diff" in roles:
-        return Branch("difference", Dense(tensors["diff"]), bias)
-    if bias is not None:
+    roles = set(tensors) - {"alpha", "up_bias", "diff_bias"}
+    kind = next((kind for kind, own in _ROLES.items() if roles & own - {"magnitude"}), None)
+    if kind is None and bias is not None and not roles:
         return Branch("difference", None, bias)
-    raise BranchError(f"has {' and '.join(sorted(roles))} alone")
+    if kind is None:
+        raise BranchError(f"has {' and '.join(sorted(tensors))} alone")
+    if others := sorted(roles - _ROLES[kind]):
+        raise BranchError(f"is {kind} with {' and '.join(others)}, which is not supported")
+    if kind == "LoRA":
+        return _lora(tensors, bias, rank_scaled)
+    if kind == "LoHa":
+        return Branch(kind, _loha(tensors), bias)
+    if kind == "LoKr":
+        return Branch(kind, _lokr(tensors), bias)
+    return Branch(kind, Dense(tensors["diff"]), bias)
 
 
 def _lora(tensors: Tensors, bias: Matrix | None, rank_scaled: bool) -> Branch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ class AdapterFile:
             raise BranchError(
                 f"is for a layer of {found}, not {' x '.join(map(str, want))}", OTHER_MODEL
             )
+        if branch.bias is not None and len(shape) == 1:
+            raise BranchError("has a bias, and the layer is a norm, which has none")
         if branch.bias is not None and len(branch.bias) != want[0]:
             raise BranchError(
                 f"has a bias of {len(branch.bias)} elements, not {want[0]}", OTHER_MODEL
@@ -204,6 +207,10 @@ def _once(modules: Sequence[Module]) -> tuple[tuple[Module, ...], tuple[str, ...
     return tuple(by_target.values()), tuple(redundant)
 
 
+# Regular expressions without repetition, which a file cannot make run for long.
+_HARMLESS = re.compile(r"[\w.\\\[\]()|^$-]{1,200}")
+
+
 class _Settings:
     """PEFT's settings in a header: alpha and how it scales."""
 
@@ -217,9 +224,19 @@ class _Settings:
         """Return the alpha of a module that has no tensor of that name."""
         patterns = self._values.get("alpha_pattern")
         for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
-            if module == pattern or module.endswith(f".{pattern}"):
+            if _fits(str(pattern), module):
                 return _number(value)
         return _number(self._values.get("lora_alpha"))
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """Match as PEFT does: the pattern is a regular expression for the end of the name."""
+    if not _HARMLESS.fullmatch(pattern):
+        return False
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error:
+        return False
 
 
 def _number(value: Any) -> float | None:

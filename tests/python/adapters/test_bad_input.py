@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -286,3 +287,70 @@ def test_any_arrays_as_an_adapter() -> None:
             list(open_adapter(made, shapes).branches())
         except zm.Error as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        (
+            {"lokr_w1": (16, 16), "lokr_w2": (16, 16), "dora_scale": (256, 1)},
+            "is LoKr with magnitude, which is not supported",
+        ),
+        (
+            {
+                "hada_w1_a": (256, 2),
+                "hada_w1_b": (2, 256),
+                "hada_w2_a": (256, 2),
+                "hada_w2_b": (2, 256),
+                "dora_scale": (256, 1),
+            },
+            "is LoHa with magnitude, which is not supported",
+        ),
+        (
+            {"lora_A.weight": (4, 256), "lora_B.weight": (256, 4), "diff": (256, 256)},
+            "is LoRA with diff, which is not supported",
+        ),
+        ({"dora_scale": (256, 1)}, "has magnitude alone"),
+    ],
+)
+def test_parts_that_would_be_dropped_are_refused(tensors, sentence: str) -> None:
+    module = "layers.0.attention.to_q"
+    adapter = {f"{module}.{name}": np.ones(shape, np.float32) for name, shape in tensors.items()}
+    file = open_adapter(adapter, zimage_shapes(256))
+    with pytest.raises(zm.CheckpointError, match=f'"{module}" {sentence}'):
+        list(file.branches())
+
+
+def test_a_norm_has_no_bias() -> None:
+    adapter = {"layers.0.attention_norm1.b_norm": np.ones(256, np.float32)}
+    file = open_adapter(adapter, zimage_shapes(256))
+    with pytest.raises(zm.CheckpointError, match="has a bias, and the layer is a norm"):
+        list(file.branches())
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "to_q",
+        r"layers\.[01]\.attention\.to_q",
+        "^layers.0.attention.to_q",
+        "(a+)+$",
+        "[",
+        "x" * 300,
+    ],
+)
+def test_patterns_of_alpha_are_those_of_peft(pattern: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    module = "layers.0.attention.to_q"
+    adapter = {
+        f"{module}.lora_A.weight": np.ones((4, 256), np.float32),
+        f"{module}.lora_B.weight": np.ones((256, 4), np.float32),
+    }
+    settings = {"lora_alpha": 4, "alpha_pattern": {pattern: 16}}
+    ((_, branch),) = open_adapter(adapter, zimage_shapes(256), settings).branches()
+    try:
+        fits = get_pattern_key([pattern], module) == pattern
+    except re.error:
+        fits = False
+    assert branch.matrix.up.max() == (4.0 if fits else 1.0)
