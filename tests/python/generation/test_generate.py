@@ -481,7 +481,10 @@ def test_captions_stand_for_the_prompts(zimage_folder: Path, zimage_quantized: P
     assert len(captions) == 2
     made = generator.generate(cat, captions=captions)
     assert (levels(made.images[0]) == levels(generator.generate(fox).images[0])).all()
-    with pytest.raises(zm.UsageError, match=r"^captions must be 2, not 1; take the result of ZImageGenerator.encode"):
+    with pytest.raises(
+        zm.UsageError,
+        match=r"^captions must be 2, not 1; take the result of ZImageGenerator.encode",
+    ):
         generator.generate(fox, captions=captions[:1])
 
 
