@@ -24,6 +24,7 @@ from .keys import Key, Role, is_text_encoder_key, split_key, unsupported_type
 from .targets import Target, Targets
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+_INTEGERS = {"I64": "int64", "I32": "int32"}
 _ARRAY_DTYPES = ("float64", "float32", "float16", "bfloat16")
 # VideoX-Fun's trainer writes alpha 0 for "the rank".
 _ZERO_ALPHA_IS_RANK = "lora_unet__"
@@ -289,8 +290,13 @@ def _nothing_fits(
 def _of_array(label: str, name: str, array: Any) -> Load:
     def load() -> Matrix:
         dtype = str(array.dtype).removeprefix("torch.")
-        if dtype not in _ARRAY_DTYPES:
+        number = dtype in _INTEGERS.values() and tuple(array.shape) in ((), (1,))  # an alpha
+        if dtype not in _ARRAY_DTYPES and not number:
             raise _wrong_dtype(label, name, dtype)
+        if getattr(array, "is_meta", False) or getattr(array, "is_sparse", False):
+            raise CheckpointError(
+                f'{label}: tensor "{name}" has no dense data; give it as a dense tensor'
+            )
         plain = array.detach().cpu().float().numpy() if hasattr(array, "detach") else array
         with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are refused later
             result: Matrix = np.array(plain, np.float32, order="C")
@@ -330,6 +336,9 @@ def read_float32(tensor: SourceTensor, reader: TensorReader) -> Matrix | None:
     if tensor.dtype == "BF16":
         wide = reader.read(tensor).view(np.uint16).astype(np.uint32) << 16
         return wide.view(np.float32).reshape(tensor.shape)
+    if tensor.dtype in _INTEGERS and tensor.shape in ((), (1,)):  # an alpha
+        data = reader.read(tensor).view(_INTEGERS[tensor.dtype])
+        return data.astype(np.float32).reshape(tensor.shape)
     if tensor.dtype not in _FLOATS:
         return None
     with np.errstate(over="ignore", invalid="ignore"):  # F64 out of range, signalling NaN

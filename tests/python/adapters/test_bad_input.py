@@ -354,3 +354,21 @@ def test_patterns_of_alpha_are_those_of_peft(pattern: str) -> None:
     except re.error:
         fits = False
     assert branch.matrix.up.max() == (4.0 if fits else 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_an_alpha_may_be_an_integer(dtype: torch.dtype, in_file: bool, tmp_path: Path) -> None:
+    adapter = pair() | {f"{STEM}.alpha": torch.tensor(8, dtype=dtype)}
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    source = tmp_path / "adapter.safetensors" if in_file else adapter
+    ((_, branch),) = open_adapter(source, zimage_shapes(256)).branches()
+    ((_, plain),) = open_adapter(pair(), zimage_shapes(256)).branches()
+    np.testing.assert_array_equal(branch.matrix.up, 2 * plain.matrix.up)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.to("meta"), lambda x: x.to_sparse()])
+def test_tensors_without_dense_data(change) -> None:
+    file = open_adapter(pair() | {A: change(pair()[A])}, zimage_shapes(256))
+    with pytest.raises(zm.CheckpointError, match=f'"{A}" has no dense data'):
+        list(file.branches())
