@@ -170,14 +170,16 @@ class LoraSet:
         """Load an adapter; nothing changes if it fails (see `ZImageTransformer.load_lora`)."""
         name = self._new_name(name)
         weight = check_weight("weight", weight)
-        lora = self._read(open_adapter(source, self._shapes, metadata), name, weight)
-        lora.check_parts(weight)
-        self._loaded[name] = lora
-        try:
-            self._attach(lora)
-        except BaseException as error:
-            self.unload(name)
-            raise _told(error, lora) from None
+        file = open_adapter(source, self._shapes, metadata)
+        with _short_of_memory(file):
+            lora = self._read(file, name, weight)
+            lora.check_parts(weight)
+            self._loaded[name] = lora
+            try:
+                self._attach(lora)
+            except BaseException:
+                self.unload(name)
+                raise
         return lora
 
     def replace(
@@ -190,14 +192,16 @@ class LoraSet:
         if name is None:
             raise UsageError("adapter_name", "is missing", "name the adapter to replace")
         old = self._loaded[self._known(name)]
-        new = self._read(open_adapter(source, self._shapes, metadata), name, old.weight)
-        self._loaded[name] = new
-        try:
-            self._attach(old, new)
-        except BaseException as error:
-            self._loaded[name] = old
-            self._attach(old, new)
-            raise _told(error, new) from None
+        file = open_adapter(source, self._shapes, metadata)
+        with _short_of_memory(file):
+            new = self._read(file, name, old.weight)
+            self._loaded[name] = new
+            try:
+                self._attach(old, new)
+            except BaseException:
+                self._loaded[name] = old
+                self._attach(old, new)
+                raise
         return new
 
     def set(self, weights: Mapping[str, Weight]) -> None:
@@ -217,24 +221,28 @@ class LoraSet:
 
     def unload(self, name: str) -> None:
         """Take an adapter off."""
-        lora = self._loaded.pop(self._known(name))
-        for names in (self._off, self._kept, self._parked):
-            names.discard(name)
-        self._fused.pop(name, None)
-        self._attach(lora)
+        self._attach(self._forget(self._known(name)))
 
     def unload_all(self) -> None:
         """Take all adapters off, but let fused ones count on, under a name that is not listed."""
-        for name in list(self.listed):
+        before = list(self)
+        for name in self.listed:
             if name not in self._fused:
-                self.unload(name)
+                self._forget(name)
                 continue
             kept = next(x for i in itertools.count() if (x := f"{name} (fused {i})") not in self)
             self._loaded[kept] = self._rename(self._loaded.pop(name), kept)
             self._fused[kept] = self._fused.pop(name)
             self._kept.add(kept)
         self._enabled = True
-        self.rebuild()
+        if before:
+            self._attach(*before)
+
+    def _forget(self, name: str) -> Lora:
+        for names in (self._off, self._kept, self._parked):
+            names.discard(name)
+        self._fused.pop(name, None)
+        return self._loaded.pop(name)
 
     @staticmethod
     def _rename(lora: Lora, name: str) -> Lora:
@@ -308,23 +316,18 @@ class LoraSet:
         vectors: list[tuple[str, torch.Tensor]] = []
         kinds: Counter[str] = Counter()
         dense = []
-        try:
-            for module, branch in file.branches():
-                kinds[branch.kind] += 1
-                layer = module.target.layer
-                if layer in norms:
-                    assert isinstance(branch.matrix, Dense)
-                    vectors.append((layer, torch.from_numpy(branch.matrix.delta.copy())))
-                    continue
-                place = places[layer]
-                addend = _addend(name, module, branch, place)
-                addends.append((place.linear, addend))
-                if addend.down is None and addend.up is not None:
-                    dense.append(module.name)
-        except torch.OutOfMemoryError:
-            raise CudaError(
-                f"{file.label} does not fit into the device's memory; it was not loaded"
-            ) from None
+        for module, branch in file.branches():
+            kinds[branch.kind] += 1
+            layer = module.target.layer
+            if layer in norms:
+                assert isinstance(branch.matrix, Dense)
+                vectors.append((layer, torch.from_numpy(branch.matrix.delta.copy())))
+                continue
+            place = places[layer]
+            addend = _addend(name, module, branch, place)
+            addends.append((place.linear, addend))
+            if addend.down is None and addend.up is not None:
+                dense.append(module.name)
         nbytes = sum(x.nbytes for _, a in addends for x in (a.down, a.up, a.bias) if x is not None)
         return Lora(
             name=name,
@@ -392,11 +395,15 @@ def _device(linear: Linear) -> torch.device:
     return next(itertools.chain(linear.parameters(False), linear.buffers(False))).device
 
 
-def _told(error: BaseException, lora: Lora) -> BaseException:
-    """Return the error to raise instead of one that came while an adapter was attached."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return CudaError(f"{lora.label} does not fit into the device's memory; it was not loaded")
-    return error
+@contextmanager
+def _short_of_memory(file: AdapterFile) -> Iterator[None]:
+    """Name the adapter where loading it takes more memory than the device has."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise CudaError(
+            f"{file.label} does not fit into the device's memory; it was not loaded"
+        ) from None
 
 
 def check_weight(argument: str, weight: Any) -> Weight:
