@@ -8,7 +8,7 @@ from pathlib import Path
 from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_json, add_overwrite, count, spellings
 from .download import add_download, resolve
-from .generate import keep_libraries_quiet
+from .models import add_device_and_dtype, add_model_dir, keep_libraries_quiet
 from .streams import report_line
 
 
@@ -22,12 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "write a page with all pairs. Exit code 1 if a threshold is not reached.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        *spellings("--model-dir"),
-        required=True,
-        metavar="DIR",
-        help="diffusers folder of Z-Image, or OWNER/NAME[@REVISION] from the Hugging Face cache",
-    )
+    add_model_dir(parser)
     parser.add_argument(
         "--transformer",
         required=True,
@@ -113,17 +108,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         metavar="0-1",
         help="fail if the mean FLIP is higher",
     )
-    parser.add_argument(
-        "--device",
-        metavar="cpu|cuda|cuda:N",
-        help="where to run (default: cuda if torch has it)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of everything that is not 8 bits wide (default: bfloat16)",
-    )
+    add_device_and_dtype(parser)
     add_overwrite(parser)
     add_json(parser)
 

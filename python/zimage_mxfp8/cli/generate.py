@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +21,7 @@ from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, spellings
 from .download import add_download, resolve
 from .loras import weighted_file
+from .models import add_device_and_dtype, add_model_dir, keep_libraries_quiet
 from .streams import report_line
 from .wording import CommandLineError
 
@@ -43,12 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--download.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        *spellings("--model-dir"),
-        required=True,
-        metavar="DIR",
-        help="diffusers folder of Z-Image, or OWNER/NAME[@REVISION] from the Hugging Face cache",
-    )
+    add_model_dir(parser)
     parser.add_argument(
         "--transformer",
         metavar="FILE",
@@ -164,17 +158,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         default="auto",
         help="how MXFP8 layers are multiplied (default: the fastest that the device has)",
     )
-    parser.add_argument(
-        "--device",
-        metavar="cpu|cuda|cuda:N",
-        help="where to run (default: cuda if torch has it)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of everything that is not 8 bits wide (default: bfloat16)",
-    )
+    add_device_and_dtype(parser)
     parser.add_argument(
         "--offload",
         action="store_true",
@@ -357,21 +341,3 @@ class PreviewFiles:
             except OutputError as error:
                 report_line(f"warning: no more previews: {error}")
                 self._failed = True
-
-
-def keep_libraries_quiet() -> None:
-    """Disable network access, and the libraries' progress bars and notes.
-
-    Libraries read these variables when they are imported; the hub's library may be imported
-    already.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    if "huggingface_hub" in sys.modules:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import disable_progress_bars
-
-        constants.HF_HUB_OFFLINE = True
-        disable_progress_bars()

@@ -12,8 +12,8 @@ from ..checks import text
 from ..system.optional_packages import needed
 from ..text import plural
 from .arguments import add_json, add_overwrite, count, file_path, spellings
-from .generate import keep_libraries_quiet
 from .interrupts import Interrupted, is_interrupt
+from .models import add_device_and_dtype, keep_libraries_quiet
 from .next_commands import convert_with_recipe
 from .streams import report_line
 from .wording import CommandLineError
@@ -78,8 +78,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         metavar="FILE.html",
         help="write a page with a map of the network and tables",
     )
-    parser.add_argument("--device", metavar="cpu|cuda|cuda:N", help="default: cuda if torch has it")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_device_and_dtype(parser)
     add_overwrite(parser)
     add_json(parser)
 

@@ -1,0 +1,52 @@
+"""Options of the commands that run a model, and the libraries that load it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from .arguments import spellings
+
+
+def add_model_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--model-dir`."""
+    parser.add_argument(
+        *spellings("--model-dir"),
+        required=True,
+        metavar="DIR",
+        help="diffusers folder of Z-Image, or OWNER/NAME[@REVISION] from the Hugging Face cache",
+    )
+
+
+def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` and `--dtype`."""
+    parser.add_argument(
+        "--device",
+        metavar="cpu|cuda|cuda:N",
+        help="where to run (default: cuda if torch has it)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of everything that is not 8 bits wide (default: bfloat16)",
+    )
+
+
+def keep_libraries_quiet() -> None:
+    """Disable network access, and the libraries' progress bars and notes.
+
+    Libraries read these variables when they are imported; the hub's library may be imported
+    already.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import disable_progress_bars
+
+        constants.HF_HUB_OFFLINE = True
+        disable_progress_bars()
