@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..checks import file_or_folder, finite_number
-from ..errors import InvalidArgumentError, UnsupportedError, UsageError
+from ..errors import InvalidArgumentError, UnsupportedError
 from ..printing.progress import byte_bar, shown
 from ..streaming.jobs import ProgressCallback
 from ..system.device_notes import report_line
@@ -27,6 +27,7 @@ from . import ops
 from .block import Block, BlockState, Hints, Modulation, run_blocks, split_modulations
 from .compute import Compute, choose
 from .diffusers_class import class_for_pipelines, new_object
+from .floating_dtype import check_dtype, dtype_after
 from .inputs import ControlInputs
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
@@ -133,10 +134,7 @@ class ZImageControlNet(nn.Module):
             UnsupportedError: the device does not have the mode.
             CudaError: the device has too little memory.
         """
-        if dtype is not torch.bfloat16 and dtype is not torch.float32:
-            raise UsageError(
-                "dtype", f"must be torch.bfloat16 or torch.float32, not {repr(dtype)[:80]}"
-            )
+        check_dtype(dtype)
         file = open_control(file_or_folder("path", path))
         place = torch_device(device)
         mode = choose(compute, core_index(place), bool(file.layers))
@@ -181,11 +179,7 @@ class ZImageControlNet(nn.Module):
             super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ZImageControlNet:
-        dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise UsageError("dtype", f"must be bfloat16 or float32, not {dtype}")
-        if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).dtype != torch.uint8:
-            raise UsageError("dtype", "cannot change for 8-bit weights", "use .to(dtype)")
+        dtype = dtype_after(fn, self._dtype, self.device)
         super()._apply(fn, recurse)
         self._graph_token = object()  # graphs hold the old addresses
         self._dtype = dtype

@@ -38,6 +38,7 @@ from .block import Block, Hints, Modulation, run_blocks, split_modulations
 from .compute import DESCRIPTIONS, Compute, choose
 from .control import CONTROLLED_STACKS, ControlRun, ZImageControlNet, check_controls
 from .diffusers_class import class_for_pipelines, new_object
+from .floating_dtype import check_dtype, dtype_after
 from .graphs import GraphCache
 from .inputs import ForwardInputs, check_arguments, lora_scale
 from .linear import Linear, PlainLinear
@@ -190,10 +191,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
             DeviceWarning: once per process, if no device was named and a GPU is not used, or this
                 build has no kernels for it.
         """
-        if dtype is not torch.bfloat16 and dtype is not torch.float32:
-            raise UsageError(
-                "dtype", f"must be torch.bfloat16 or torch.float32, not {repr(dtype)[:80]}"
-            )
+        check_dtype(dtype)
         file = open_model(file_or_folder("path", path))
         place = torch_device(device)
         mode = choose(compute, core_index(place), bool(file.layers))
@@ -317,11 +315,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ZImageTransformer:
         # .to() and similar calls: graphs hold the old addresses, and dtype may change.
-        dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise UsageError("dtype", f"must be bfloat16 or float32, not {dtype}")
-        if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).dtype != torch.uint8:
-            raise UsageError("dtype", "cannot change for 8-bit weights", "use .to(dtype)")
+        dtype = dtype_after(fn, self._dtype, self.device)
         self._graphs.clear()
         super()._apply(fn, recurse)
         self._dtype = dtype
