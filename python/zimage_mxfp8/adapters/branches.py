@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,6 @@ import numpy.typing as npt
 from .keys import Role
 
 Matrix = npt.NDArray[np.float32]
-Double = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
 
@@ -63,6 +63,10 @@ class LowRank:
         result: Matrix = self.up[rows] @ self.down
         return result
 
+    def in_double(self) -> LowRank:
+        """Return it in float64, so that the product is rounded only once, with the weight."""
+        return LowRank(_double(self.down), _double(self.up))
+
 
 @dataclass(frozen=True, eq=False)
 class Dense:
@@ -83,6 +87,10 @@ class Dense:
         """Return rows of the whole matrix."""
         return self.delta[rows]
 
+    def in_double(self) -> Dense:
+        """Return it as it is: there is no product in it."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Hadamard:
@@ -99,6 +107,10 @@ class Hadamard:
     def dense(self, rows: slice = slice(None)) -> Matrix:
         """Return rows of the whole matrix."""
         return self.first.dense(rows) * self.second.dense(rows)
+
+    def in_double(self) -> Hadamard:
+        """Return it in float64, so that the product is rounded only once, with the weight."""
+        return Hadamard(self.first.in_double(), self.second.in_double())
 
     def low_rank(self) -> LowRank | None:
         """Return the same of rank r1 r2, the products of all pairs of rows, if that is low."""
@@ -131,6 +143,12 @@ class Kronecker:
         blocks = self.left[block, :, None] * right[:, None]
         result: Matrix = blocks.reshape(len(block), self.shape[1])
         return result
+
+    def in_double(self) -> Kronecker:
+        """Return it in float64, so that the product is rounded only once, with the weight."""
+        right = self.right
+        wide = right.in_double() if isinstance(right, LowRank) else _double(right)
+        return Kronecker(_double(self.left), wide)
 
     def low_rank(self) -> LowRank | None:
         """Return the same as a product of two narrow matrices, if they are narrow.
@@ -265,6 +283,10 @@ def _factor(tensors: Tensors, whole: Role, a: Role, b: Role) -> Matrix | LowRank
 def _is_low(rank: int, rows: int, columns: int) -> bool:
     """Whether two narrow GEMMs do less than half the work of the dense one."""
     return 2 * rank * (rows + columns) <= rows * columns
+
+
+def _double(matrix: Matrix) -> Any:
+    return matrix.astype(np.float64)
 
 
 def _pair(tensors: Tensors, down: Role, up: Role) -> tuple[Matrix, Matrix]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .branches import Branch, Delta, Dense, Hadamard, Kronecker, LowRank
+from .branches import Branch, Delta, Dense
 
 Double = npt.NDArray[np.float64]
 
@@ -82,33 +81,9 @@ def weight_change(branch: Branch, scale: float, rows: slice) -> Change | None:
     if branch.matrix is None:
         return None
     magnitude = None if branch.magnitude is None else branch.magnitude.astype(np.float64)
-    return Change(rows, _in_double(branch.matrix), scale, magnitude)
+    return Change(rows, branch.matrix.in_double(), scale, magnitude)
 
 
 def bias_change(branch: Branch, scale: float, rows: slice) -> Change | None:
     """Return what a branch does to a bias; None if nothing."""
     return None if branch.bias is None else Change(rows, Dense(branch.bias), scale)
-
-
-def _in_double(delta: Delta) -> Delta:
-    """Return factors in float64, so that their product is rounded once only, with the weight."""
-    if isinstance(delta, LowRank):
-        return LowRank(_wide(delta.down), _wide(delta.up))
-    if isinstance(delta, Hadamard):
-        return Hadamard(
-            LowRank(_wide(delta.first.down), _wide(delta.first.up)),
-            LowRank(_wide(delta.second.down), _wide(delta.second.up)),
-        )
-    if isinstance(delta, Kronecker):
-        right = delta.right
-        wide = (
-            LowRank(_wide(right.down), _wide(right.up))
-            if isinstance(right, LowRank)
-            else _wide(right)
-        )
-        return Kronecker(_wide(delta.left), wide)
-    return delta  # there is no product in it
-
-
-def _wide(matrix: npt.NDArray[Any]) -> Any:
-    return matrix.astype(np.float64)
