@@ -2,7 +2,7 @@
 
 The model is synthetic. Adapters of rank 16 are on every linear of its blocks, at three sizes
 relative to the weights. `weights` is the error of the change of the weights over the change itself:
-(W' - W'0) - dW, where W'0 is what the file decodes to without the adapter. `change` is the same of
+(W' - W'0) - dW, where W'0 is the decoded weight without the adapter. `change` is the same of
 the model's output: how far the change that the adapter makes to the file's output is from the one
 that it makes to the original's, over the latter. `output` is how far the output is from that of the
 original weights with the adapter, over the same; it includes the format's own error.

@@ -194,7 +194,7 @@ def make_model_folder(path: Path) -> None:
 def measure_generate(file: Path, report: Report) -> None:
     """Return seconds from the process's start to each stage's first report and to the PNG.
 
-    The first report of "denoising" comes after its first step; those of others at the beginning.
+    "denoising" is first reported after its first step, other stages when they begin.
     """
     with tempfile.TemporaryDirectory() as folder:
         model, image = Path(folder) / "model", Path(folder) / "o.png"

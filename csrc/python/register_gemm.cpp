@@ -240,7 +240,7 @@ void register_gemm(py::module_& module) {
         for (const GemmEpilogue one : gemm_epilogues()) infos.push_back(info(one));
         return infos;
       },
-      "Return the table of epilogues; the first is none.");
+      "Return the epilogues in the order of their table; the first is \"none\".");
   py::class_<KernelInfo>(module, "GemmKernel", "A kernel of the table.")
       .def_readonly("name", &KernelInfo::name)
       .def_readonly("operands", &KernelInfo::operands)

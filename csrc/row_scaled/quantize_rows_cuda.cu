@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How a row is divided: among `threads` threads, each of which keeps `kept` chunks of 16 bytes in
+// Work per row: `threads` threads share it, and each keeps up to `kept` chunks of 16 bytes in
 // registers between the two passes over the row; the rest of a longer row is read again.
 template <int threads_, int kept_>
 struct Division {

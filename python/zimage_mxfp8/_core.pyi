@@ -165,7 +165,7 @@ class GemmEpilogue:
     def encodes(self) -> bool: ...
 
 def gemm_epilogues() -> list[GemmEpilogue]:
-    """Return the table of epilogues; the first is none."""
+    """Return the epilogues in the order of their table; the first is "none"."""
 
 class GemmKernel:
     """A kernel of the table."""

@@ -2,8 +2,8 @@
 // and writes activations in the format that the next GEMM takes.
 //
 // Matrices are BF16, the arithmetic is float32, and every result is rounded to BF16 once. The 8-bit
-// formats encode the rounded value: the bytes are those of quantize() or quantize_rows() over the
-// BF16 result.
+// formats encode the rounded value: the bytes equal quantize() or quantize_rows() of the BF16
+// result.
 //
 // All run on the current CUDA device (see CudaStream in device.h). Elements need no alignment, but
 // codes and block scales are aligned to 16 bytes; matrices with rows, and vectors, that begin at
