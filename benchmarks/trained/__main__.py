@@ -54,6 +54,8 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
     device, quick = arguments.device, arguments.quick
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # Every value is written before it is read; filling memory first would take half of the time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = True
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     log(f"torch {torch.__version__} on {name}, {arguments.dim} channels")
@@ -63,7 +65,7 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
     images = torch.from_numpy(np.stack([image for _, image in drawn]))
     log(f"drew {len(images)} scenes, {len(set(captions))} different captions")
 
-    codec = vae.train_vae(images, 5 if quick else 2000, device, log)
+    codec = vae.train_vae(images, 5 if quick else 1500, device, log)
     codec = codec.to("cpu", torch.bfloat16).to(device)
     latents = vae.encode(codec, images, device)
     scale, shift = codec.config.scaling_factor, codec.config.shift_factor
@@ -72,7 +74,7 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
 
     tokenizer = text.make_tokenizer()
     encoder = text.make_text_encoder(tokenizer)
-    encode = text.CaptionEncoder(tokenizer, encoder)
+    encode = text.CaptionEncoder(tokenizer, encoder.to(device))
     features = [x for i in range(0, len(captions), 512) for x in encode(captions[i : i + 512])]
     padded = transformer.pad_captions(features, device)
 

@@ -76,7 +76,7 @@ class CaptionEncoder:
             )
             for caption in captions
         ]
-        batch = self.tokenizer(prompts, padding=True, return_tensors="pt")
+        batch = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.encoder.device)
         mask = batch["attention_mask"]
         states = self.encoder(
             input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=True
