@@ -29,6 +29,7 @@ REQUIRED = (
     r"zimage_mxfp8/analysis/pages/downloads\.js",
     r"zimage_mxfp8/analysis/pages/network\.js",
     r"zimage_mxfp8/analysis/pages/tables\.js",
+    r"zimage_mxfp8/small_model/transformer\.safetensors",
     r"zimage_mxfp8/include/zimage_mxfp8/gemm\.h",
     re.escape(LIBRARY),
     r"zimage_mxfp8/lib/cmake/zimage_mxfp8/zimage_mxfp8Config\.cmake",
@@ -38,6 +39,7 @@ REQUIRED = (
 # The module is the only shared library: nothing of CUDA's is in a wheel.
 ALLOWED = (
     rf"{MODULE}|zimage_mxfp8/([a-z_]+/)*[^/]*\.(py|pyi|typed|toml|css|js)|"
+    r"zimage_mxfp8/small_model/.*|"
     r"zimage_mxfp8/(include|lib)/.*\.(h|a|lib|cmake)|[^/]*\.dist-info/.*"
 )
 # CUDA's runtime is inside the module; the rest of CUDA is loaded on first use.

@@ -3,7 +3,8 @@
 Reads the folder that `python -m benchmarks.trained` writes (with the BF16 original). Every variant
 draws the same captions from the same noise as the original does in float32. Captions are of scenes
 that the training did not see. PSNR is of the pixels, with a 95 % confidence interval of the mean
-(Student's t over all images), SSIM and FLIP as in `zimage-mxfp8 evaluate`.
+(Student's t over all images), SSIM and FLIP as in `zimage-mxfp8 evaluate`. `gain` is the mean
+difference of PSNR to the first row of the same table, image by image, with its interval.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,9 @@ from scipy import stats
 import zimage_mxfp8 as zm
 from zimage_mxfp8.analysis.compare.formats import BASE_FORMATS, FORMATS, residual
 from zimage_mxfp8.analysis.evaluate.metrics import Summary, compare_images, summarize
-from zimage_mxfp8.analysis.probe.run import probe
+from zimage_mxfp8.analysis.probe.run import ProbeReport, probe
 from zimage_mxfp8.analysis.sensitivity.recipe import sensitivity_recipe
-from zimage_mxfp8.analysis.sensitivity.run import analyse_sensitivity
+from zimage_mxfp8.analysis.sensitivity.run import SensitivityReport, analyse_sensitivity
 from zimage_mxfp8.checkpoint.diffusers_layout import to_comfyui_layout
 from zimage_mxfp8.checkpoint.scopes import WHOLE_FILE
 from zimage_mxfp8.checkpoint.source import TensorReader, open_checkpoint
@@ -51,8 +52,12 @@ COLUMNS = {
     "low": "of the interval",
     "high": "of the interval",
     "worst": "image",
+    "gain": "dB over the first row",
+    "gain_low": "of the interval",
+    "gain_high": "of the interval",
     "ssim": "",
     "flip": "",
+    "value": "of a statistic",
 }
 _UNSEEN = 10**6  # the first seed of scenes that the training does not draw
 _LAYERS = (
@@ -87,10 +92,10 @@ class Painter:
         )
         encoder = TextEncoder(parts, self.device, torch.float32)
         features = [encoder.encode(caption) for caption in unseen]
-        self._captions = [x for x in features for _ in range(seeds)]
+        self.captions = [x for x in features for _ in range(seeds)]
         self._vae = VAE(parts, self.device, torch.float32)
         random = torch.Generator().manual_seed(0)
-        shape = (len(self._captions), 16, 1, scenes.SIDE // 8, scenes.SIDE // 8)
+        shape = (len(self.captions), 16, 1, scenes.SIDE // 8, scenes.SIDE // 8)
         self._noise = torch.randn(shape, generator=random).to(self.device)
 
     @torch.no_grad()
@@ -98,7 +103,7 @@ class Painter:
         latents = []
         for first in range(0, len(self._noise), 32):
             noise = list(self._noise[first : first + 32])
-            captions = [x.to(model.dtype) for x in self._captions[first : first + 32]]
+            captions = [x.to(model.dtype) for x in self.captions[first : first + 32]]
             latents += denoise(model, noise, captions, steps)
         stacked = torch.stack(latents)
         images = []
@@ -176,11 +181,16 @@ def with_branch(name: str, from_residual: bool) -> Callable[[np.ndarray], np.nda
     return change
 
 
+def vars_of(gain: Summary) -> dict[str, float | None]:
+    return {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
+
+
 def run(arguments: argparse.Namespace, report: Report) -> None:
     device = arguments.device
     painter = Painter(arguments.model, device, arguments.captions, arguments.seeds)
     transformer = arguments.model / "transformer"
     originals: dict[int, Drawn] = {}
+    firsts: dict[str, list[float]] = {}  # PSNR of the images of each table's first row
 
     def original(steps: int) -> Drawn:
         if steps not in originals:
@@ -190,7 +200,10 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
     def add(table: str, variant: str, drawn: Drawn, against: Drawn, **figures: float) -> None:
         change = (drawn.latents - against.latents).norm() / against.latents.norm()
         metrics = [compare_images(*pair) for pair in zip(drawn.images, against.images, strict=True)]
-        psnr: Summary = summarize([x.psnr for x in metrics], high_is_good=True)
+        levels = [x.psnr for x in metrics]
+        psnr: Summary = summarize(levels, high_is_good=True)
+        first = firsts.setdefault(table, levels)
+        gain = summarize([a - b for a, b in zip(levels, first, strict=True)], high_is_good=True)
         report.add(
             table=table,
             variant=variant,
@@ -202,6 +215,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             low=psnr.low,
             high=psnr.high,
             worst=psnr.worst,
+            **({} if first is levels else vars_of(gain)),
             ssim=float(np.mean([x.ssim for x in metrics])),
             flip=float(np.mean([x.flip for x in metrics])),
         )
@@ -210,7 +224,7 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
         folder = Path(scratch)
         weights = Weights(transformer, folder)
         bf16 = painter.draw(painter.load(transformer, dtype=torch.bfloat16))
-        add("formats", "BF16 arithmetic, original weights", bf16, original(8), bits=16)
+        add("arithmetic", "BF16, original weights", bf16, original(8), bits=16)
         for name in BASE_FORMATS:
             for modulations in (False, True):
                 file, error = weights.replaced(decoded(name), modulations)
@@ -226,7 +240,11 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                 add("branches", title, painter.draw(painter.load(file)), original(8), weights=error)
 
         sensitivity = analyse_sensitivity(
-            transformer, device=device, size=(scenes.SIDE, scenes.SIDE), timesteps=8
+            transformer,
+            captions=painter.captions[: 4 * arguments.seeds : arguments.seeds],
+            device=device,
+            size=(scenes.SIDE, scenes.SIDE),
+            timesteps=8,
         )
         probed = probe(transformer)
         rules = {rule.name: rule for rule in load_recipe("uniform").keep}
@@ -263,16 +281,34 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                 add("steps", f"{steps} steps, {compute}", drawn, original(steps))
             add("steps", f"original, {steps} steps against 50", original(steps), original(50))
 
-    errors = {layer.name: layer.error.total for layer in sensitivity.layers}
+    for name, value in statistics(sensitivity, probed).items():
+        report.add(table="statistics", variant=name, value=value)
+
+
+def statistics(sensitivity: SensitivityReport, probed: ProbeReport) -> dict[str, float]:
+    """Return the figures that claims of others are about."""
+    errors = {layer.name: layer.error for layer in sensitivity.layers}
     scored = [x for x in probed.tensors if x.name.removesuffix(".weight") in errors]
-    correlation = stats.spearmanr(
-        [x.score for x in scored], [errors[x.name.removesuffix(".weight")] for x in scored]
+    ranks = stats.spearmanr(
+        [x.score for x in scored], [errors[x.name.removesuffix(".weight")].total for x in scored]
     )
-    print(
-        f"rank correlation of probe's score with measured sensitivity over {len(scored)} layers: "
-        f"{correlation.statistic:.2f} (p {correlation.pvalue:.1g})"
-    )
-    salience = list(sensitivity.salience.values())
-    for field in ("weight_outliers", "activation_outliers", "time_drift", "depth_drift"):
-        values = [getattr(x, field) for x in salience]
-        print(f"{field}: mean {np.mean(values):.3f}, largest {max(values):.3f}")
+    found = {
+        "rank correlation of probe's score with the squared error": float(ranks.statistic),
+        "its p value": float(ranks.pvalue),
+    }
+    for part in ("attention", "feed_forward"):
+        chosen = [error for name, error in errors.items() if f".{part}." in name]
+        found[f"{part}, squared error of low frequencies"] = sum(x.low for x in chosen)
+        found[f"{part}, squared error of high frequencies"] = sum(x.high for x in chosen)
+    by_step: dict[int, float] = {}
+    for layer in sensitivity.layers:
+        for step, error in layer.by_step:
+            by_step[step] = by_step.get(step, 0.0) + error.total
+    found |= {f"squared error at step {step}": error for step, error in sorted(by_step.items())}
+    saliences = list(sensitivity.salience.values())
+    for field in fields(saliences[0]):
+        values = [getattr(each, field.name) for each in saliences]
+        if all(isinstance(value, float) for value in values):
+            found[f"{field.name}, mean of the layers"] = float(np.mean(values))
+            found[f"{field.name}, largest"] = max(values)
+    return found

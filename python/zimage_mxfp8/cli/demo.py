@@ -10,11 +10,16 @@ from pathlib import Path
 from ..errors import MissingExtraError
 from ..system.optional_packages import needed
 from .arguments import add_overwrite
+from .models import keep_libraries_quiet
 
 _ORIGINAL, _CONVERTED = "z-image-demo.safetensors", "z-image-demo-mxfp8.safetensors"
+_SHEET = "z-image-demo.png"
 _DIM, _CAPTION_DIM = 256, 128
-_CAPTION_TOKENS = 20
-_LATENT_SIDE = 8  # 64 pixels
+_MODES = {
+    "weight-only": "not quantised",
+    "fp8": "FP8 with a scale per token, as on Hopper",
+    "mxfp8-emulated": "MXFP8, as on Blackwell",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -23,8 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "demo",
         help=line,
         description="Make a small checkpoint with Z-Image's 30 layers and random weights, convert "
-        "it to MXFP8, validate it against its original, let both denoise the same latents and "
-        "print the tables. No network.",
+        "it to MXFP8, validate it against its original and print the tables; then draw with the "
+        "small trained model of the package in each compute mode, next to its BF16 original. No "
+        "network.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -45,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         temporary = tempfile.TemporaryDirectory(prefix="zimage-mxfp8-demo-")
         try:
             with temporary as folder:
-                code = _demo(Path(folder), overwrite=False)
+                code, _ = _demo(Path(folder), overwrite=False)
         finally:
             temporary.cleanup()  # once more: Ctrl-C may have ended the first time
         print("\nThe files were temporary; zimage-mxfp8 demo -o FOLDER keeps them.")
@@ -54,11 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
     from . import display
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    code = _demo(arguments.output, arguments.overwrite)
+    code, drawn = _demo(arguments.output, arguments.overwrite)
     original, converted = arguments.output / _ORIGINAL, arguments.output / _CONVERTED
     print()
     display.wrote(original, "a small Z-Image with random weights")
     display.wrote(converted, "the same in MXFP8")
+    if drawn:
+        display.wrote(arguments.output / _SHEET, "images of the small trained model")
     _print_next(str(original), str(converted))
     return code
 
@@ -72,7 +80,8 @@ def _print_next(original: str, converted: str) -> None:
     print(f"zimage-mxfp8 inspect {converted}")
 
 
-def _demo(folder: Path, overwrite: bool) -> int:
+def _demo(folder: Path, overwrite: bool) -> tuple[int, bool]:
+    """Run the demo; return the exit code, and whether images were drawn."""
     from ..checkpoint.output import check_target
     from ..checkpoint.synthetic import write_synthetic_checkpoint
     from ..conversion.convert import convert
@@ -82,8 +91,8 @@ def _demo(folder: Path, overwrite: bool) -> int:
     from ..zimage.layers import zimage_shapes
     from . import display
 
-    original, converted = folder / _ORIGINAL, folder / _CONVERTED
-    for path in (original, converted):
+    original, converted, sheet = (folder / name for name in (_ORIGINAL, _CONVERTED, _SHEET))
+    for path in (original, converted, sheet):
         check_target(path, (), overwrite=overwrite)
     shapes = zimage_shapes(dim=_DIM, caption_dim=_CAPTION_DIM)
     write_synthetic_checkpoint(original, shapes, overwrite=overwrite, progress=True)
@@ -95,44 +104,47 @@ def _demo(folder: Path, overwrite: bool) -> int:
     checked = validate(converted, original, progress=True)
     print(f"\n3. zimage-mxfp8 validate {converted.name} --against {original.name}", flush=True)
     print_validation(checked, display.screen())
-    print(f"\n4. Turbo's eight steps with {converted.name}, on the CPU", flush=True)
-    _run_both(original, converted)
-    return 0 if checked.ok else 1
+    print(
+        "\n4. The small trained model of the package draws in eight steps, on the CPU", flush=True
+    )
+    drawn = _draw(sheet, overwrite)
+    return 0 if checked.ok else 1, drawn
 
 
-def _run_both(original: Path, converted: Path) -> None:
-    """Denoise the same noise with both checkpoints and print how far apart the results are."""
+def _draw(sheet: Path, overwrite: bool) -> bool:
+    """Draw in each compute mode next to the BF16 original; return whether that was possible."""
+    keep_libraries_quiet()
     try:
-        with needed("torch", "denoising"):
-            import torch
+        with needed("generate", "drawing"):
+            from ..generation.example_images import ExamplePainter, psnr
     except MissingExtraError as problem:
         print(f"skipped: {problem}")
-        return
-    from ..generation.sampler import denoise
-    from ..transformer.model import ZImageTransformer
-    from ..zimage.constants import LATENT_CHANNELS
+        return False
+    from ..checkpoint.output import write_file
+    from ..generation.contact_sheet import contact_sheet
+    from ..generation.images import open_image, plain_png_bytes
+    from ..generation.small_model import examples
     from . import display
+    from .inline_image import show
 
-    random = torch.Generator().manual_seed(0)
-    noise = torch.randn(LATENT_CHANNELS, 1, _LATENT_SIDE, _LATENT_SIDE, generator=random)
-    caption = torch.randn(_CAPTION_TOKENS, _CAPTION_DIM, generator=random)
-    results, rows = [], []
-    for name, file, compute in (
-        ("BF16, the original", original, "weight-only"),
-        ("MXFP8, weight-only", converted, "weight-only"),
-        ("MXFP8, mxfp8-emulated", converted, "mxfp8-emulated"),
-    ):
-        # Sums in float32, so that the differences are those of the 8 bits.
-        model = ZImageTransformer.from_checkpoint(file, "cpu", compute, torch.float32)
+    side, shown = examples()
+    painter = ExamplePainter(shown, side)
+    originals = [open_image(example.image, "image of the original") for example in shown]
+    columns, rows = {"BF16, the original": originals}, []
+    for compute, meaning in _MODES.items():
         begin = time.perf_counter()
-        (latents,) = denoise(model, [noise], [caption])
+        columns[f"MXFP8, {compute}"] = images = painter.draw(compute)
         seconds = time.perf_counter() - begin
-        results.append(latents)
-        error = float((latents - results[0]).norm() / results[0].norm())
-        rows.append([name, f"{error:.2%}" if error else "-", f"{seconds:.1f}"])
+        found = [psnr(*pair) for pair in zip(images, originals, strict=True)]
+        mean, worst = sum(found) / len(found), min(found)
+        rows.append([compute, meaning, f"{mean:.1f}", f"{worst:.1f}", f"{seconds:.1f}"])
     display.print_table(
-        "Denoised latents against those of the original (random weights): norm of the difference "
-        "over that of the original",
-        ["weights, compute mode", "relative error>", "seconds>"],
+        "Images of the MXFP8 file against those that the original drew in BF16",
+        ["compute mode", "activations", "PSNR, mean (dB)>", "worst>", "seconds>"],
         rows,
     )
+    picture = contact_sheet(columns, [example.prompt for example in shown])
+    content = plain_png_bytes(picture)
+    write_file(sheet, content, overwrite=overwrite)
+    show(content)
+    return True

@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="folder for report.html, report.json and the images (default: only the tables)",
+        help="folder for evaluate.html, evaluate.json and the images (default: only the tables)",
     )
     parser.add_argument(
         "--seeds",
@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
     with needed("evaluate", "evaluate"):
         from ..analysis.evaluate.folder import OWN_ENTRIES, save_report
         from ..analysis.evaluate.run import evaluate
-    from ..analysis.pages.page import Origin
+    from ..analysis.pages.page import Origin, links_above
 
     assert files[0] is not None  # a required option
     if arguments.output is not None:
@@ -169,14 +169,14 @@ def run(arguments: argparse.Namespace) -> int:
         )
     display.warn(report.warnings)
     if arguments.output is not None:
-        origin = Origin(arguments.command_line)
+        origin = Origin(arguments.command_line, links_above(arguments.output))
         save_report(report, arguments.output, origin, overwrite=arguments.overwrite)
     if arguments.json:
         display.print_json(report.to_dict())
     else:
         print_evaluation(report, display.screen())
     if arguments.output is not None:
-        what = "report.html, report.json and the images"
+        what = "evaluate.html, evaluate.json and the images"
         display.wrote(arguments.output, what, as_json=arguments.json)
     if report.failures:
         report_line(f"error: {', and '.join(report.failures)}")

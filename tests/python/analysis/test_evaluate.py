@@ -278,8 +278,8 @@ def saved(report: zm.EvaluationReport, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_the_folder_holds_everything(saved: Path, report: zm.EvaluationReport) -> None:
-    only(saved, "images", "report.html", "report.json")
-    document = json.loads((saved / "report.json").read_text("utf-8"))
+    only(saved, "images", "evaluate.html", "evaluate.json")
+    document = json.loads((saved / "evaluate.json").read_text("utf-8"))
     assert len(list((saved / "images").iterdir())) == 8
     for entry, pair in zip(document["pairs"], report.pairs, strict=True):
         assert (saved / entry["image"]).read_bytes() == pair.image
@@ -324,7 +324,7 @@ def test_the_page_in_a_browser(
     saved: Path, report: zm.EvaluationReport, tmp_path: Path, width: int, dark: bool
 ) -> None:
     page = tmp_path / "alone.html"  # without the images' files
-    shutil.copy(saved / "report.html", page)
+    shutil.copy(saved / "evaluate.html", page)
     browser = Browser(tmp_path)
     try:
         with browser.open(page, width=width, dark=dark) as tab:
@@ -370,7 +370,7 @@ def test_equal_transformers_pass(evaluate: Run, zimage_quantized: Path, tmp_path
     result = evaluate(*files, *limits, "-o", "out")
     assert result.returncode == 0, result.stderr
     assert "All pairs are equal." in result.stdout
-    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    document = json.loads((tmp_path / "out" / "evaluate.json").read_text())
     assert document["equal_pairs"] == 1 and document["metrics"]["psnr"]["mean"] is None
     assert document["ok"] and document["pairs"][0]["latent_errors"] == [0.0]
 
@@ -395,7 +395,7 @@ def test_damaged_files_fail(
         result.stderr.splitlines()[-1],
     )
     assert "Failed: the mean PSNR" in result.stdout
-    only(tmp_path / "out", "images", "report.html", "report.json")  # needed most then
+    only(tmp_path / "out", "images", "evaluate.html", "evaluate.json")  # needed most then
     if damage is corrupt_scales:  # which nothing but the images or the original can show
         assert zm.validate(tmp_path / "bad.safetensors").ok
 

@@ -37,6 +37,7 @@ from zimage_mxfp8.analysis.pages.page import (
     Page,
     Section,
     Tile,
+    links_above,
     links_beside,
     render_page,
 )
@@ -602,10 +603,14 @@ def test_links_lead_to_pages_that_are_there(
     (tmp_path / "evaluate.html").touch()
     (tmp_path / "probe.html").touch()
     assert links_beside(tmp_path / "probe.html") == {"evaluate": "evaluate.html"}
+    (tmp_path / "evaluate.html").unlink()
+    (tmp_path / "images of b").mkdir()
+    (tmp_path / "images of b" / "evaluate.html").touch()
     assert links_beside(tmp_path / "p.html") == {
         "probe": "probe.html",
-        "evaluate": "evaluate.html",
+        "evaluate": "images of b/evaluate.html",
     }
+    assert links_above(tmp_path / "images of b") == {"probe": "../probe.html"}
 
 
 def test_a_layer_shows_its_figures(browser: Browser, pages: dict[str, Path]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
@@ -369,11 +370,15 @@ def test_demo_proposes_commands_that_run(in_process: Run, tmp_path: Path) -> Non
         assert done.returncode == 0, (command, done.stderr)
     assert {shlex.split(command)[1] for command in commands} == {"convert", "probe", "inspect"}
     folder = tmp_path / "my demo"
-    only(folder, "z-image-demo-mxfp8.safetensors", "z-image-demo.safetensors")
-    assert "wrote my demo/z-image-demo.safetensors: " in result.stdout
+    names = ("z-image-demo-mxfp8.safetensors", "z-image-demo.png", "z-image-demo.safetensors")
+    only(folder, *names)
+    for name in names:
+        assert f"wrote my demo/{name}: " in result.stdout
+    with Image.open(folder / "z-image-demo.png") as sheet:  # four columns of images of 128 pixels
+        assert sheet.format == "PNG" and sheet.width == 4 * (128 + 8) + 8
     for path in folder.iterdir():
         path.unlink()
-    for name in ("z-image-demo.safetensors", "z-image-demo-mxfp8.safetensors"):
+    for name in names:
         (folder / name).write_bytes(b"mine")
         fails(
             in_process("demo", "-o", "my demo"),
@@ -382,7 +387,7 @@ def test_demo_proposes_commands_that_run(in_process: Run, tmp_path: Path) -> Non
         )
         assert (folder / name).read_bytes() == b"mine"
         only(folder, name)
-        if name == "z-image-demo.safetensors":
+        if name != names[-1]:
             (folder / name).unlink()
     assert in_process("demo", "-o", "my demo", "--overwrite").returncode == 0
     assert min(path.stat().st_size for path in folder.iterdir()) > 1000

@@ -673,9 +673,10 @@ def test_demo_without_torch_says_how_to_get_it() -> None:
     result = without("torch", "demo")
     assert result.returncode == 0, result.stderr
     sentence = (
-        'denoising needs torch, which is not installed; run pip install "zimage-mxfp8[torch]"'
+        'drawing needs torch, which is not installed; run pip install "zimage-mxfp8[generate]"'
     )
     assert f"skipped: {sentence}\n" in result.stdout
+    assert "sound, 185 MXFP8 layers" in result.stdout
 
 
 def test_wrong_names_are_told_before_anything_is_imported(

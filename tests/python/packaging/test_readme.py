@@ -83,4 +83,5 @@ def test_links_of_the_package_page_lead_to_the_repository() -> None:
     images = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", page)
     links = re.findall(r"\]\(([^)]*)\)", page)
     assert len(links) >= 30 and all(link.startswith("https://") for link in links)
-    assert len(images) == 1 and images[0].startswith("https://raw.githubusercontent.com/")
+    assert len(images) == 2
+    assert all(image.startswith("https://raw.githubusercontent.com/") for image in images)

@@ -12,7 +12,7 @@ from ..pages.page import Origin
 from .page import evaluation_page
 from .report import EvaluationReport
 
-OWN_ENTRIES = ("report.html", "report.json", "images")
+OWN_ENTRIES = ("evaluate.html", "evaluate.json", "images")
 
 
 def save_report(
@@ -35,13 +35,13 @@ def save_report(
 
 def _files(report: EvaluationReport, origin: Origin) -> Iterator[tuple[str, bytes]]:
     names = _image_names(report)
-    yield "report.html", evaluation_page(report, names, origin).encode()
+    yield "evaluate.html", evaluation_page(report, names, origin).encode()
     document = report.to_dict()
     for pair, entry, (a, b) in zip(report.pairs, document["pairs"], names, strict=True):
         entry["image"], entry["against"] = a, b
         yield a, pair.image
         yield b, pair.against
-    yield "report.json", json.dumps(document, indent=2, ensure_ascii=False).encode()
+    yield "evaluate.json", json.dumps(document, indent=2, ensure_ascii=False).encode()
 
 
 def _image_names(report: EvaluationReport) -> list[tuple[str, str]]:

@@ -140,7 +140,7 @@ class EvaluationReport:
         return sorted(self.pairs, key=lambda pair: pair.psnr)
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write report.html, report.json and the images to a folder, which appears whole or not.
+        """Write evaluate.html, evaluate.json and images to a folder, which appears whole or not.
 
         Args:
             folder: a new or empty folder.

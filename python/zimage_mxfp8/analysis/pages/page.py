@@ -15,6 +15,7 @@ from typing import Final, Literal, Protocol
 from ..._core import __version__
 from .markup import breakable, element, text
 
+_WITH_FOLDER = "evaluate"  # the report that is a folder
 REPORTS: Final = ("probe", "compare", "sensitivity", "evaluate")  # commands that write a page
 _FOLDER = Path(__file__).parent
 _MARKS = {"none": "", "good": "✓", "bad": "!"}  # so that colour is not all that tells
@@ -113,15 +114,26 @@ class Page:
 def links_beside(page: Path) -> dict[str, str]:
     """Return the default names of the reports' pages that are in a page's folder, by report.
 
+    The page of `evaluate` is in a folder of its own, which is looked for beside the page.
+
     Args:
         page: the page that will be written; it is not linked itself.
     """
     names = {report: f"{report}.html" for report in REPORTS}
+    folders = sorted(page.absolute().parent.glob(f"*/{names[_WITH_FOLDER]}"))
+    if folders:
+        names[_WITH_FOLDER] = f"{folders[0].parent.name}/{names[_WITH_FOLDER]}"
     return {
         report: name
         for report, name in names.items()
-        if name != page.name and page.with_name(name).is_file()
+        if name != page.name and (page.parent / name).is_file()
     }
+
+
+def links_above(folder: Path) -> dict[str, str]:
+    """Return the addresses of the reports' pages beside the folder of `evaluate`, by report."""
+    beside = links_beside(folder.absolute())
+    return {report: f"../{name}" for report, name in beside.items() if report != _WITH_FOLDER}
 
 
 def render_page(page: Page, *, styles: str = "", scripts: str = "") -> str:
@@ -178,7 +190,7 @@ def _navigation(page: Page) -> str:
         elif link := page.origin.links.get(report):
             items.append(element("a", text(report), href=link))
         else:
-            why = f"{report}.html was not in this folder when this page was written"
+            why = f"{report}.html was not beside this page when it was written"
             items.append(element("span", text(report), title=why))
     brand = element("span", "zimage-mxfp8", class_="brand")
     return element("nav", brand + "".join(items), aria_label="Reports")
