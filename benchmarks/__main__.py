@@ -1,7 +1,7 @@
 """Run one suite of benchmarks, or bring the documentation's tables up to date.
 
 python -m benchmarks SUITE [--json FILE] ...   # SUITE --help lists the options of a suite
-python -m benchmarks tables [--check]          # results/*.json to docs/performance.md
+python -m benchmarks tables [--check]          # results/*.json to the documentation
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
             module = importlib.import_module(f".suites.{name.replace('-', '_')}", __package__)
             suite.description = module.__doc__
             module.add_arguments(suite)
-    generated = commands.add_parser("tables", help="write the tables of docs/performance.md")
+    generated = commands.add_parser("tables", help="write the tables of the documentation")
     generated.add_argument("--check", action="store_true", help="change nothing; fail if outdated")
     arguments = parser.parse_args()
     if arguments.suite == "tables":

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md: made from benchmarks/results/, and nothing else."""
+"""The tables of the documentation: made from benchmarks/results/, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
-from benchmarks.report import Report
-
-DOCUMENT = tables.DOCUMENT.read_text("utf-8")
-
-
-def test_document_equals_the_results() -> None:
-    assert tables.with_tables(DOCUMENT) == DOCUMENT
+from benchmarks.report import ROOT, Report
+from benchmarks.tables import columns
 
 
-def test_every_table_is_generated() -> None:
-    assert re.findall(r"<!-- table: (\S+) -->", DOCUMENT) == list(tables.TABLES)
-    assert "| ---" not in tables.MARKED.sub("", DOCUMENT)
+@pytest.mark.parametrize("name", tables.DOCUMENTS)
+def test_document_equals_the_results(name: str) -> None:
+    text, made = (ROOT / name).read_text("utf-8"), tables.DOCUMENTS[name]
+    assert tables.with_tables(text, made) == text
+    assert re.findall(r"<!-- table: (\S+) -->", text) == list(made)
+
+
+def test_every_table_of_the_performance_is_generated() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    assert "| ---" not in tables.MARKED.sub("", text)
 
 
 def test_other_results_give_another_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = shutil.copytree(tables.RESULTS, tmp_path / "results")
+    results = shutil.copytree(columns.RESULTS, tmp_path / "results")
     content = json.loads((results / "codec.json").read_text())
     (row,) = (row for row in content["rows"] if row.get("us") == 404.5)
     row["us"] = 17.25
     (results / "codec.json").write_text(json.dumps(content))
-    monkeypatch.setattr(tables, "RESULTS", results)
+    monkeypatch.setattr(columns, "RESULTS", results)
     assert tables.update(check=True) == 1
     changed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("+|")]
     assert changed == [
@@ -40,7 +42,7 @@ def test_other_results_give_another_document(
     ]
 
 
-@pytest.mark.parametrize("file", sorted(tables.RESULTS.glob("*.json")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(columns.RESULTS.glob("*.json")), ids=lambda f: f.stem)
 def test_result_files_tell_their_origin(file: Path) -> None:
     content = json.loads(file.read_text("utf-8"))
     assert re.fullmatch(

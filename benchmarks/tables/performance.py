@@ -1,84 +1,14 @@
-"""Tables of docs/performance.md, from the committed results.
-
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; a function here makes it.
-"""
+"""The tables of docs/performance.md."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .report import ROOT
+from .columns import Column, Row, Rows, cell, label, one, rows_of, table
 
-DOCUMENT = ROOT / "docs" / "performance.md"
-RESULTS = Path(__file__).with_name("results")
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PEAK_TFLOPS = {"FP8": 1979, "BF16": 989}  # of an H100 SXM
 LINEARS = {"qkv": (11520, 3840), "out": (3840, 3840), "w1": (10240, 3840), "w2": (3840, 10240)}
-
-Row = dict[str, Any]
-Rows = Sequence[Row]
-
-
-def rows_of(name: str, **where: Any) -> list[Row]:
-    """Return the rows of a result file that have these values."""
-    rows = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["rows"]
-    return [row for row in rows if where.items() <= row.items()]
-
-
-def one(rows: Rows, **where: Any) -> Row | None:
-    """Return the row that has these values, or None. ValueError if there are more."""
-    found = [row for row in rows if where.items() <= row.items()]
-    if len(found) > 1:
-        raise ValueError(f"{len(found)} rows have {where}")
-    return found[0] if found else None
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: its title, and its text for the rows that share a line."""
-
-    title: str
-    cell: Callable[[Rows], str]
-    right: bool = True
-
-
-def cell(pattern: str, **where: Any) -> Callable[[Rows], str]:
-    """Show the row that has these values by a format such as "{us:.1f}", or "-" without one."""
-
-    def show(rows: Rows) -> str:
-        row = one(rows, **where)
-        return "-" if row is None else pattern.format_map(row)
-
-    return show
-
-
-def label(pattern: str) -> Callable[[Rows], str]:
-    """Show a value that the rows of a line share."""
-    return lambda rows: pattern.format_map(rows[0])
-
-
-def table(rows: Iterable[Row], by: Sequence[str], columns: Sequence[Column]) -> str:
-    """Build a table with one line for each combination of the columns `by`."""
-    lines: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        lines.setdefault(tuple(row.get(name) for name in by), []).append(row)
-    text = [
-        "| " + " | ".join(column.title for column in columns) + " |",
-        "| " + " | ".join("---:" if column.right else "---" for column in columns) + " |",
-    ]
-    text += [
-        "| " + " | ".join(column.cell(members) for column in columns) + " |"
-        for members in lines.values()
-    ]
-    return "\n".join(re.sub(" {2,}", " ", line) for line in text) + "\n"
-
 
 FORWARD = ("image", "images", "caption_tokens")
 
@@ -395,20 +325,3 @@ TABLES: dict[str, Callable[[], str]] = {
     "analyses": analyses,
     "lora": lora,
 }
-
-
-def with_tables(text: str) -> str:
-    """Return a document with its tables rebuilt; KeyError if one has an unknown name."""
-    return MARKED.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
-
-
-def update(*, check: bool) -> int:
-    """Write the document's tables, or only compare them; return 1 if that finds a difference."""
-    before = DOCUMENT.read_text("utf-8")
-    after = with_tables(before)
-    if not check:
-        DOCUMENT.write_text(after, "utf-8")
-        return 0
-    lines = (text.splitlines(keepends=True) for text in (before, after))
-    sys.stdout.writelines(difflib.unified_diff(*lines, "docs/performance.md", "the results"))
-    return int(before != after)

@@ -1,0 +1,79 @@
+"""The tables of docs/methodology.md that show the trained small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .columns import Column, Row, Rows, label, one, rows_of, table
+
+_TOO = ", modulations too"
+
+
+def _rows(name: str) -> list[Row]:
+    return rows_of("trained", table=name)
+
+
+def _interval(mean: str, low: str, high: str) -> Callable[[Rows], str]:
+    def show(rows: Rows) -> str:
+        row = rows[0]
+        return f"{row[mean]:.1f} ({row[low]:.1f} to {row[high]:.1f})" if mean in row else ""
+
+    return show
+
+
+_NAME = Column("", label("{variant}"), right=False)
+_WEIGHTS = Column("weights, relative squared error", label("{weights:.1e}"))
+_LATENTS = Column("latents, relative error", label("{latents:.3f}"))
+_PSNR = Column("PSNR (dB)", _interval("psnr", "low", "high"))
+_WORST = Column("worst", label("{worst:.1f}"))
+_GAIN = Column("difference, paired", _interval("gain", "gain_low", "gain_high"))
+_IMAGES = (_PSNR, _WORST, Column("SSIM", label("{ssim:.4f}")), Column("FLIP", label("{flip:.3f}")))
+
+
+def _table(name: str, *columns: Column) -> str:
+    return table(_rows(name), ["variant"], [_NAME, *columns])
+
+
+def formats() -> str:
+    def too(rows: Rows) -> str:
+        row = one(_rows("formats"), variant=rows[0]["variant"] + _TOO)
+        assert row is not None
+        return f"{row['psnr']:.1f}"
+
+    rows = [row for row in _rows("formats") if not row["variant"].endswith(_TOO)]
+    columns = [
+        Column("format", label("{variant}"), right=False),
+        Column("bits", label("{bits:.2f}")),
+        *(_WEIGHTS, _LATENTS, *_IMAGES, _GAIN),
+        Column("PSNR with modulations in it too", too),
+    ]
+    return table(rows, ["variant"], columns)
+
+
+def recipes() -> str:
+    size = Column("MiB", label("{mib:.1f}"))
+    return _table("recipes", size, _LATENTS, *_IMAGES, _GAIN)
+
+
+def modes() -> str:
+    rows: Sequence[Row] = [*_rows("arithmetic"), *_rows("modes")]
+    return table(rows, ["variant"], [_NAME, _LATENTS, *_IMAGES, _GAIN])
+
+
+def statistics() -> str:
+    columns = [
+        Column("", lambda rows: rows[0]["variant"].replace("_", " "), right=False),
+        Column("measured", label("{value:.2g}")),
+    ]
+    return table(_rows("statistics"), ["variant"], columns)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "trained-formats": formats,
+    "trained-branches": lambda: _table("branches", _WEIGHTS, _LATENTS, *_IMAGES),
+    "trained-recipes": recipes,
+    "trained-bias": lambda: _table("bias", _LATENTS, *_IMAGES, _GAIN),
+    "trained-modes": modes,
+    "trained-steps": lambda: _table("steps", _LATENTS, *_IMAGES),
+    "trained-statistics": statistics,
+}
