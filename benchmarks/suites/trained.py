@@ -1,18 +1,20 @@
 """Images of the trained small model under each format, recipe, compute mode and number of steps.
 
 Reads the folder that `python -m benchmarks.trained` writes (with the BF16 original). Every variant
-draws the same captions from the same noise as the original does in float32. Captions are of scenes
-that the training did not see. PSNR is of the pixels, with a 95 % confidence interval of the mean
-(Student's t over all images), SSIM and FLIP as in `zimage-mxfp8 evaluate`. `gain` is the mean
-difference of PSNR to the first row of the same table, image by image, with its interval.
+draws the same captions from the same noise as the original does in float32. The training saw none
+of these captions. PSNR is of the pixels, with a 95 % confidence interval of the mean (Student's t
+over all images), SSIM and FLIP as in `zimage-mxfp8 evaluate`. `gain` is the mean difference of PSNR
+to another row, image by image, with its interval: to MXFP8 for formats, to the same format without
+a branch, to `uniform` for recipes, to no correction, to mode weight-only.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +54,15 @@ COLUMNS = {
     "low": "of the interval",
     "high": "of the interval",
     "worst": "image",
-    "gain": "dB over the first row",
+    "gain": "dB over another row",
     "gain_low": "of the interval",
     "gain_high": "of the interval",
     "ssim": "",
     "flip": "",
+    "weights_gain": "dB of the weights by the branch",
+    "noise_gain": "dB by the branch on normal noise of the same shapes",
     "value": "of a statistic",
 }
-_UNSEEN = 10**6  # the first seed of scenes that the training does not draw
 _LAYERS = (
     *("attention.qkv", "attention.out"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -71,7 +74,7 @@ _RANK = 8  # of low-rank branches: 6 % of the width
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="folder that python -m benchmarks.trained wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--captions", type=int, default=64)
+    parser.add_argument("--captions", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=2, help="images of each caption")
 
 
@@ -87,11 +90,8 @@ class Painter:
     def __init__(self, folder: Path, device: str, captions: int, seeds: int) -> None:
         parts = open_model_folder(folder)
         self.device = torch.device(device)
-        unseen = (
-            scenes.random_scene(np.random.default_rng(_UNSEEN + i)).caption for i in range(captions)
-        )
         encoder = TextEncoder(parts, self.device, torch.float32)
-        features = [encoder.encode(caption) for caption in unseen]
+        features = [encoder.encode(caption) for caption in scenes.unseen_captions(captions)]
         self.captions = [x for x in features for _ in range(seeds)]
         self._vae = VAE(parts, self.device, torch.float32)
         random = torch.Generator().manual_seed(0)
@@ -156,6 +156,26 @@ class Weights:
         save_file(changed, file)
         return file, error / energy
 
+    def error(self, change: Callable[[np.ndarray], np.ndarray]) -> float:
+        """Return the relative squared error of changed matrices."""
+        return _relative_error(
+            [self.tensors[name].numpy() for name in self.matrices(False)], change
+        )
+
+    def noise_error(self, change: Callable[[np.ndarray], np.ndarray]) -> float:
+        """Return the same of normal noise with the shapes of the matrices."""
+        random = np.random.default_rng(0)
+        shapes = [tuple(self.tensors[name].shape) for name in self.matrices(False)]
+        noise = [random.standard_normal(shape, np.float32) for shape in shapes]
+        return _relative_error(noise, change)
+
+
+def _relative_error(
+    matrices: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]
+) -> float:
+    error = sum(float(np.square(change(x) - x, dtype=np.float64).sum()) for x in matrices)
+    return error / sum(float(np.square(x, dtype=np.float64).sum()) for x in matrices)
+
 
 def decoded(name: str) -> Callable[[np.ndarray], np.ndarray]:
     """A matrix as a format stores it."""
@@ -181,43 +201,45 @@ def with_branch(name: str, from_residual: bool) -> Callable[[np.ndarray], np.nda
     return change
 
 
-def vars_of(gain: Summary) -> dict[str, float | None]:
-    return {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
-
-
 def run(arguments: argparse.Namespace, report: Report) -> None:
     device = arguments.device
     painter = Painter(arguments.model, device, arguments.captions, arguments.seeds)
     transformer = arguments.model / "transformer"
     originals: dict[int, Drawn] = {}
-    firsts: dict[str, list[float]] = {}  # PSNR of the images of each table's first row
+    drawn_levels: dict[tuple[str, str], list[float]] = {}  # PSNR of each image, by row
 
     def original(steps: int) -> Drawn:
         if steps not in originals:
             originals[steps] = painter.draw(painter.load(transformer), steps)
         return originals[steps]
 
-    def add(table: str, variant: str, drawn: Drawn, against: Drawn, **figures: float) -> None:
+    def add(
+        table: str,
+        variant: str,
+        drawn: Drawn,
+        against: Drawn,
+        base: tuple[str, str] | None = None,
+        **figures: float,
+    ) -> None:
         change = (drawn.latents - against.latents).norm() / against.latents.norm()
         metrics = [compare_images(*pair) for pair in zip(drawn.images, against.images, strict=True)]
-        levels = [x.psnr for x in metrics]
+        levels = drawn_levels[table, variant] = [x.psnr for x in metrics]
         psnr: Summary = summarize(levels, high_is_good=True)
-        first = firsts.setdefault(table, levels)
-        gain = summarize([a - b for a, b in zip(levels, first, strict=True)], high_is_good=True)
+        if base is not None and base != (table, variant):
+            pairs = zip(levels, drawn_levels[base], strict=True)
+            gain = summarize([a - b for a, b in pairs], high_is_good=True)
+            figures |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
         report.add(
             table=table,
             variant=variant,
-            bits=figures.get("bits"),
-            mib=figures.get("mib"),
-            weights=figures.get("weights"),
             latents=float(change),
             psnr=psnr.mean,
             low=psnr.low,
             high=psnr.high,
             worst=psnr.worst,
-            **({} if first is levels else vars_of(gain)),
             ssim=float(np.mean([x.ssim for x in metrics])),
             flip=float(np.mean([x.flip for x in metrics])),
+            **figures,
         )
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -231,27 +253,45 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                 title = FORMATS[name].title + (", modulations too" if modulations else "")
                 bits = FORMATS[name].bits((128, 128)) / 128**2
                 drawn = painter.draw(painter.load(file))
-                add("formats", title, drawn, original(8), bits=bits, weights=error)
+                base = ("formats", FORMATS["mxfp8-e4m3"].title)
+                add("formats", title, drawn, original(8), base, bits=bits, weights=error)
         for name in ("mxfp8-e4m3", "int8-row", "nvfp4", "mxfp4"):
             for from_residual in (True, False):
-                file, error = weights.replaced(with_branch(name, from_residual))
+                branch = with_branch(name, from_residual)
+                file, error = weights.replaced(branch)
+                plain = weights.error(decoded(name))
                 way = "of the residual" if from_residual else "taken out first (SVDQuant)"
-                title = f"{FORMATS[name].title}, rank {_RANK} {way}"
-                add("branches", title, painter.draw(painter.load(file)), original(8), weights=error)
+                add(
+                    "branches",
+                    f"{FORMATS[name].title}, {way}",
+                    painter.draw(painter.load(file)),
+                    original(8),
+                    ("formats", FORMATS[name].title),
+                    bits=FORMATS[name].bits((128, 128)) / 128**2 + 16 * _RANK * 2 / 128,
+                    weights=error,
+                    weights_gain=10 * math.log10(plain / error),
+                    noise_gain=10
+                    * math.log10(weights.noise_error(decoded(name)) / weights.noise_error(branch)),
+                )
 
-        sensitivity = analyse_sensitivity(
+        sensitivity = analyse_sensitivity(  # in float32: BF16's own rounding hides single layers
             transformer,
             captions=painter.captions[: 4 * arguments.seeds : arguments.seeds],
             device=device,
             size=(scenes.SIDE, scenes.SIDE),
             timesteps=8,
+            dtype=torch.float32,
         )
         probed = probe(transformer)
         rules = {rule.name: rule for rule in load_recipe("uniform").keep}
         small = (rules["embedders"], rules["final layer"])
         everything = Recipe("everything", "every linear of the blocks", "", small)
+        uniform = load_recipe("uniform")
         recipes = {
-            "uniform": "uniform",
+            "uniform": uniform,
+            "uniform, and all modulations kept": replace(
+                uniform, keep=(*uniform.keep, modulations)
+            ),
             "zimage": "zimage",
             "everything": everything,
             "of probe": probed.recipe,
@@ -261,23 +301,24 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             file = folder / "recipe.safetensors"
             zm.convert(transformer, file, recipe=recipe, overwrite=True)
             mib = file.stat().st_size / 2**20
-            add("recipes", name, painter.draw(painter.load(file)), original(8), mib=mib)
-        uniform = folder / "uniform.safetensors"
+            drawn = painter.draw(painter.load(file))
+            add("recipes", name, drawn, original(8), ("recipes", "uniform"), mib=mib)
+        file = folder / "uniform.safetensors"
         for mode in ("none", "synthetic", "timesteps"):
-            zm.convert(transformer, uniform, bias_correction=mode, overwrite=True)
-            add("bias", mode, painter.draw(painter.load(uniform)), original(8))
+            zm.convert(transformer, file, bias_correction=mode, overwrite=True)
+            add("bias", mode, painter.draw(painter.load(file)), original(8), ("bias", "none"))
         index = -1 if device == "cpu" else torch.device(device).index or 0
         for compute in ("weight-only", "fp8", "mxfp8-emulated", "mxfp8"):
             if reason := unsupported(compute, index):
                 print(f"{compute} is left out: {reason}")
                 continue
             for dtype in (torch.float32, torch.bfloat16):
-                drawn = painter.draw(painter.load(uniform, compute, dtype))
+                drawn = painter.draw(painter.load(file, compute, dtype))
                 title = f"{compute}, {str(dtype).removeprefix('torch.')}"
-                add("modes", title, drawn, original(8))
+                add("modes", title, drawn, original(8), ("modes", "weight-only, float32"))
         for steps in (4, 8, 20):
             for compute in ("weight-only", "fp8"):
-                drawn = painter.draw(painter.load(uniform, compute), steps)
+                drawn = painter.draw(painter.load(file, compute), steps)
                 add("steps", f"{steps} steps, {compute}", drawn, original(steps))
             add("steps", f"original, {steps} steps against 50", original(steps), original(50))
 
@@ -298,13 +339,20 @@ def statistics(sensitivity: SensitivityReport, probed: ProbeReport) -> dict[str,
     }
     for part in ("attention", "feed_forward"):
         chosen = [error for name, error in errors.items() if f".{part}." in name]
-        found[f"{part}, squared error of low frequencies"] = sum(x.low for x in chosen)
-        found[f"{part}, squared error of high frequencies"] = sum(x.high for x in chosen)
+        found[f"{part}: squared error of low frequencies, sum of the layers"] = sum(
+            x.low for x in chosen
+        )
+        found[f"{part}: squared error of high frequencies, sum of the layers"] = sum(
+            x.high for x in chosen
+        )
     by_step: dict[int, float] = {}
     for layer in sensitivity.layers:
         for step, error in layer.by_step:
             by_step[step] = by_step.get(step, 0.0) + error.total
-    found |= {f"squared error at step {step}": error for step, error in sorted(by_step.items())}
+    found |= {
+        f"squared error at step {step + 1}, sum of the layers": error
+        for step, error in sorted(by_step.items())
+    }
     saliences = list(sensitivity.salience.values())
     for field in fields(saliences[0]):
         values = [getattr(each, field.name) for each in saliences]

@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     log(f"torch {torch.__version__} on {name}, {arguments.dim} channels")
 
-    drawn = scenes.draw_many(512 if quick else 40960)
+    drawn = scenes.draw_many(512 if quick else scenes.TRAINING_SCENES)
     captions = [scene.caption for scene, _ in drawn]
     images = torch.from_numpy(np.stack([image for _, image in drawn]))
     log(f"drew {len(images)} scenes, {len(set(captions))} different captions")
@@ -102,7 +102,7 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
 
 
 def show(pipeline: ZImagePipeline, out: Path, log: Callable[[str], None]) -> None:
-    """Draw scenes that the training did not see, in 4, 8 and 20 steps, under the true ones."""
+    """Draw scenes of other seeds than the training's in 4, 8 and 20 steps, under the true ones."""
     unseen = [scenes.random_scene(np.random.default_rng(10**6 + i)) for i in range(_SHOWN)]
     rows = [np.concatenate([scenes.to_bytes(scenes.draw(scene)) for scene in unseen], 1)]
     for steps in (4, 8, 20):

@@ -7,6 +7,7 @@ machine. No data of others is used.
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE = 128  # pixels
+TRAINING_SCENES = 40960  # the seeds from 0 on
 
 COLOURS = {
     "red": (0.85, 0.13, 0.12),
@@ -39,6 +41,7 @@ RELATIONS = {
 _SHADOW_OFFSET, _SHADOW_BLUR, _SHADOW_STRENGTH = 4.0, 8.0, 0.35
 _STRIPE, _CHECK = 16, 16  # pixels
 _PER_TASK = 256  # scenes
+_FIRST_UNSEEN = 10**6  # seed
 
 Image = NDArray[np.float32]
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + np.float32(0.5)
@@ -178,6 +181,19 @@ def draw_many(count: int) -> list[tuple[Scene, NDArray[np.uint8]]]:
 def _draw_seeds(seeds: range) -> list[tuple[Scene, NDArray[np.uint8]]]:
     drawn = [random_scene(np.random.default_rng(seed)) for seed in seeds]
     return [(scene, to_bytes(draw(scene)).transpose(2, 0, 1)) for scene in drawn]
+
+
+def unseen_captions(count: int) -> list[str]:
+    """Return captions that no scene of the training has, always the same ones."""
+    seen = {random_scene(np.random.default_rng(seed)).caption for seed in range(TRAINING_SCENES)}
+    found: dict[str, None] = {}
+    for seed in itertools.count(_FIRST_UNSEEN):
+        if len(found) == count:
+            return list(found)
+        caption = random_scene(np.random.default_rng(seed)).caption
+        if caption not in seen:
+            found[caption] = None
+    raise AssertionError
 
 
 def words() -> list[str]:

@@ -33,6 +33,7 @@ _COMMANDS = {
     "compare": "measure the error of 8-bit and 4-bit formats",
     "sensitivity": "measure the effect of quantising each layer on the output",
     "evaluate": "compare the images of two transformers",
+    "comfyui": "install the nodes in ComfyUI",
     "recipes": "show the recipes: which layers are kept, and why",
     "doctor": "show versions, devices and their kernels",
     "demo": "make a small Z-Image checkpoint, convert it, check the result and run it",

@@ -77,7 +77,7 @@ def load_parts(
     total += sum(layer.scale.nbytes for layer in file.layers.values())
     try:
         with TensorStream(device, total, progress) as stream:
-            return _Loader(file, stream, compute, dtype, table).load()
+            return PartsLoader(file, stream, compute, dtype, table).load()
     except RuntimeError as error:
         if not is_out_of_host_memory(error):
             raise
@@ -101,13 +101,16 @@ def _check_memory(
         )
 
 
-class _Loader:
-    """A builder of blocks from a stream of tensors, while the stream loads the next ones."""
+class PartsLoader:
+    """A builder of blocks from a stream of tensors, while the stream loads the next ones.
+
+    The file and the stream may stand for tensors in memory, see `adoption.py`.
+    """
 
     def __init__(
         self,
-        file: ModelFile[Any],
-        stream: TensorStream,
+        file: Any,
+        stream: Any,
         compute: Compute,
         dtype: torch.dtype,
         table: LayerTable,
@@ -120,6 +123,7 @@ class _Loader:
         self._worst = 0.0
 
     def load(self) -> LoadedWeights:
+        """Build all parts."""
         counts = self._table.count_blocks(self._file.tensors)
         stacks = self._table.stacks
         names = [(s, i) for s in stacks for i in range(counts[s.count])]
@@ -245,7 +249,7 @@ class _Loader:
             linear, stats = quantized_linear(codes, scales, rows, compute, self._dtype)
         except InvalidArgumentError as error:  # NaN among the codes or scales
             raise CheckpointError(
-                f'{self._file.checkpoint.path}: layer "{" and ".join(layers)}" is damaged: '
+                f'{self._file.path}: layer "{" and ".join(layers)}" is damaged: '
                 f"{error}; zimage-mxfp8 validate says more"
             ) from None
         if stats is not None:

@@ -59,6 +59,11 @@ class ModelFile(Generic[Config]):
     tensors: dict[str, SourceTensor]
     layers: dict[str, MXFP8Layer]
 
+    @property
+    def path(self) -> str:
+        """The file or folder."""
+        return str(self.checkpoint.path)
+
     def nbytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of the weights in memory, floating-point ones in `dtype`."""
         total = 0

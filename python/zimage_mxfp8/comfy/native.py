@@ -1,0 +1,198 @@
+"""Our blocks in place of the forward of ComfyUI's Z-Image, on the same weights.
+
+Nothing of ComfyUI is imported: its objects are used through the attributes that they have in 0.33
+(`_forward` of NextDiT, QuantizedTensor of comfy-kitchen).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import Error
+from ..system.devices import core_index
+from ..transformer.adoption import AdoptedLayer, adopt
+from ..transformer.compute import choose
+from ..transformer.model import ZImageTransformer
+from ..zimage.constants import PATCH_SIZE
+from .patches import AdapterTensors
+
+_log = logging.getLogger(__name__)
+_LAYOUT = "TensorCoreMXFP8Layout"
+# Values of transformer_options that change what happens between the layers.
+_HOOKED = ("patches_replace", "optimized_attention_override")
+_EXTRA_INPUTS = ("ref_latents", "ref_contexts", "siglip_feats")
+
+Forward = Callable[..., torch.Tensor]
+
+
+class NativeForward:
+    """A `_forward` for ComfyUI's NextDiT that runs a `ZImageTransformer` on its weights.
+
+    A call that this package does not compute goes to ComfyUI's own forward; the reason is logged
+    once.
+
+    Attributes:
+        native_calls: how many calls ran here.
+        fallback_calls: how many went to ComfyUI's forward, by reason.
+    """
+
+    def __init__(self, module: Any, compute: str, adapters: Mapping[str, AdapterTensors]) -> None:
+        """Take the model.
+
+        Args:
+            module: ComfyUI's NextDiT.
+            compute: a compute mode, or "auto".
+            adapters: by name.
+        """
+        self._module, self._compute, self._adapters = module, compute, adapters
+        self._transformer: ZImageTransformer | None = None
+        self._made_of: tuple[Any, ...] = ()
+        self.native_calls = 0
+        self.fallback_calls: Counter[str] = Counter()
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        num_tokens: int,
+        attention_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Compute the velocity, with NextDiT's arguments and sign."""
+        _stop_if_cancelled()
+        reason = self._reason(x, attention_mask, options)
+        if not reason:
+            try:
+                found = self._native(x, timesteps, context)
+            except Error as error:
+                reason = str(error)
+            else:
+                self.native_calls += 1
+                return found
+        if not self.fallback_calls[reason]:
+            _log.warning("Z-Image MXFP8: ComfyUI's own forward runs, because %s", reason)
+        self.fallback_calls[reason] += 1
+        own: Forward = type(self._module)._forward
+        return own(self._module, x, timesteps, context, num_tokens, attention_mask, **options)
+
+    def forget(self) -> None:
+        """Drop the transformer, and with it the references to the weights."""
+        self._transformer, self._made_of = None, ()
+
+    def _reason(
+        self, x: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> str:
+        """Return why a call cannot run here, as a clause; "" if it can."""
+        hooks = options.get("transformer_options") or {}
+        patches = [name for name, each in (hooks.get("patches") or {}).items() if each]
+        patches += [name for name in _HOOKED if hooks.get(name)]
+        if patches:
+            return f'a node patches "{patches[0]}"'
+        for name in _EXTRA_INPUTS:
+            if len(options.get(name) or ()):
+                return f"the input {name} is not supported"
+        if options.get("control"):
+            return "a ControlNet of this kind is not supported"
+        if attention_mask is not None:
+            return "captions with masked tokens are not supported"
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            return f"it computes in {str(x.dtype).removeprefix('torch.')}"
+        elsewhere = next((each for each in self._weights() if each.device != x.device), None)
+        if elsewhere is not None:
+            return f"a part of the weights is on {elsewhere.device} (low VRAM)"
+        return ""
+
+    def _native(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
+        height, width = x.shape[-2:]
+        wrapped = (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE)
+        if any(wrapped):  # as ComfyUI pads odd sizes
+            x = F.pad(x, wrapped, mode="circular")
+        transformer = self._current(x.dtype)
+        captions = [each.to(x.dtype) for each in context]
+        samples = transformer(
+            [image[:, None] for image in x], 1 - timesteps.float(), captions, return_dict=False
+        )[0]
+        return -torch.stack([sample[:, 0] for sample in samples])[..., :height, :width]
+
+    def _current(self, dtype: torch.dtype) -> ZImageTransformer:
+        """Return the transformer of the weights as they are now."""
+        made_of = (dtype, *(each.data_ptr() for each in self._weights()))
+        if self._transformer is None or made_of != self._made_of:
+            self.forget()
+            self._transformer = self._make(dtype)
+            # Making it may have moved w1 and w3 together.
+            self._made_of = (dtype, *(each.data_ptr() for each in self._weights()))
+        return self._transformer
+
+    def _make(self, dtype: torch.dtype) -> ZImageTransformer:
+        for block in self._blocks():
+            _put_together(block.feed_forward.w1, block.feed_forward.w3)
+        plain, layers = _tensors_of(self._module)
+        mode = choose(self._compute, core_index(next(iter(plain.values())).device), bool(layers))
+        transformer = adopt(plain, layers, mode, dtype)
+        for name, adapter in self._adapters.items():
+            transformer.load_lora(adapter.tensors, name, adapter.strength)
+        return transformer
+
+    def _blocks(self) -> Iterator[Any]:
+        for stack in ("noise_refiner", "context_refiner", "layers"):
+            yield from getattr(self._module, stack)
+
+    def _weights(self) -> Iterator[torch.Tensor]:
+        for parameter in self._module.parameters():
+            yield parameter._qdata if _is_mxfp8(parameter) else parameter
+
+
+def _stop_if_cancelled() -> None:
+    """Raise ComfyUI's exception if the user has cancelled, as its own operations do."""
+    if management := sys.modules.get("comfy.model_management"):
+        management.throw_exception_if_processing_interrupted()
+
+
+def _is_mxfp8(weight: Any) -> bool:
+    return getattr(weight, "_layout_cls", None) == _LAYOUT
+
+
+def _tensors_of(module: Any) -> tuple[dict[str, torch.Tensor], dict[str, AdoptedLayer]]:
+    """Return a NextDiT's tensors and its MXFP8 layers by name."""
+    plain, layers = {}, {}
+    for name, parameter in module.named_parameters():
+        if _is_mxfp8(parameter):
+            layer = name.removesuffix(".weight")
+            marked = getattr(module.get_submodule(layer), "_full_precision_mm_config", False)
+            params = parameter._params
+            layers[layer] = AdoptedLayer(
+                parameter._qdata, params.scale, tuple(params.orig_shape), bool(marked)
+            )
+        else:
+            plain[name] = parameter.detach()
+    return plain, layers
+
+
+def _put_together(first: Any, second: Any) -> None:
+    """Move two MXFP8 weights into one piece of memory, first before second."""
+    pair = [first.weight, second.weight]
+    if not all(map(_is_mxfp8, pair)) or first.weight._qdata.device != second.weight._qdata.device:
+        return
+    codes, scales = [x._qdata for x in pair], [x._params.scale for x in pair]
+    if codes[0].untyped_storage().data_ptr() == codes[1].untyped_storage().data_ptr():
+        return
+    together = [torch.cat([x.view(torch.uint8) for x in each]) for each in (codes, scales)]
+    for i, weight in enumerate(pair):
+        new_codes, new_scales = (
+            whole[i * len(each[i]) : (i + 1) * len(each[i])].view(each[i].dtype)
+            for whole, each in zip(together, (codes, scales), strict=True)
+        )
+        weight._qdata = new_codes
+        weight._params = dataclasses.replace(weight._params, scale=new_scales)

@@ -1,0 +1,123 @@
+"""The nodes of ComfyUI's node package, see integrations/comfyui."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..transformer.compute import COMPUTE_MODES
+from .native import NativeForward
+from .patches import take_adapters
+
+_KEY = "zimage_mxfp8"
+_CATEGORY = "Z-Image MXFP8"
+_FORWARD = "diffusion_model._forward"
+_RECIPES = ("uniform", "zimage")
+# When ComfyUI has loaded or unloaded weights (names of comfy.patcher_extension.CallbacksMP).
+_WEIGHTS_CHANGE = ("on_load_after", "on_detach_after")
+
+
+def speed_up(model: Any, compute: str = "auto") -> Any:
+    """Return a copy of a ComfyUI MODEL that runs on this package's blocks.
+
+    The weights are the MODEL's own. LoRA, LoHa and LoKr patches that it has by now become live
+    branches; other patches stay ComfyUI's.
+
+    Args:
+        model: a ModelPatcher of Z-Image.
+        compute: a compute mode, or "auto" for the device's fastest.
+
+    Raises:
+        ValueError: the MODEL is not Z-Image.
+    """
+    module = model.model.diffusion_model
+    if not all(hasattr(module, name) for name in ("noise_refiner", "cap_pad_token", "layers")):
+        raise ValueError(
+            f"the model is {type(model.model).__name__}, not Z-Image; connect a Z-Image model"
+        )
+    patched = model.clone()
+    adapters, patched.patches = take_adapters(patched.patches)
+    patched.patches_uuid = uuid.uuid4()  # otherwise ComfyUI takes the weights for patched ones
+    forward = NativeForward(module, compute, adapters)
+    patched.add_object_patch(_FORWARD, forward)
+    for event in _WEIGHTS_CHANGE:
+        patched.add_callback_with_key(event, _KEY, lambda *_: forward.forget())
+    return patched
+
+
+class SpeedUp:
+    """MODEL to MODEL: run Z-Image on this package's blocks."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply"
+    CATEGORY = _CATEGORY
+    DESCRIPTION = (
+        "Runs the whole transformer of Z-Image on MXFP8 blocks. Put it behind Load Diffusion Model "
+        "and behind the LoRA nodes, whose LoRAs then stay exact."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
+        """Return the inputs."""
+        return {"required": {"model": ("MODEL",), "compute": (["auto", *COMPUTE_MODES],)}}
+
+    def apply(self, model: Any, compute: str) -> tuple[Any]:
+        """Run the node."""
+        return (speed_up(model, compute),)
+
+
+class Convert:
+    """A file in models/diffusion_models to an MXFP8 file beside it."""
+
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("file",)
+    FUNCTION = "convert"
+    CATEGORY = _CATEGORY
+    OUTPUT_NODE = True
+    DESCRIPTION = (
+        "Converts a Z-Image file of models/diffusion_models to MXFP8, beside it. Refresh ComfyUI "
+        "to see the file in Load Diffusion Model."
+    )
+    _FOLDER: ClassVar[str] = "diffusion_models"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
+        """Return the inputs."""
+        import folder_paths
+
+        files = folder_paths.get_filename_list(cls._FOLDER)
+        return {
+            "required": {
+                "file": (files,),
+                "recipe": (list(_RECIPES),),
+                "overwrite": ("BOOLEAN", {"default": False}),
+            }
+        }
+
+    def convert(self, file: str, recipe: str, overwrite: bool) -> dict[str, Any]:
+        """Run the node; the result is the name of the new file."""
+        import folder_paths
+        from comfy.utils import ProgressBar
+
+        from ..conversion.convert import convert
+
+        source = Path(folder_paths.get_full_path_or_raise(self._FOLDER, file))
+        target = source.with_name(f"{source.stem}-mxfp8.safetensors")
+        bar = ProgressBar(1)
+        report = convert(
+            source,
+            target,
+            recipe=recipe,
+            overwrite=overwrite,
+            progress=lambda done: bar.update_absolute(done.done, done.total),
+        )
+        name = str(Path(file).with_name(target.name))
+        return {"ui": {"text": [*report.warnings, f"wrote {name}"]}, "result": (name,)}
+
+
+NODE_CLASS_MAPPINGS = {"ZImageMXFP8SpeedUp": SpeedUp, "ZImageMXFP8Convert": Convert}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "ZImageMXFP8SpeedUp": "Z-Image MXFP8 speed-up",
+    "ZImageMXFP8Convert": "Convert to MXFP8 (Z-Image)",
+}

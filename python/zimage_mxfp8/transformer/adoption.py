@@ -1,0 +1,137 @@
+"""A transformer around weights that another program has loaded, without copying the 8-bit ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CheckpointError
+from ..layout import MXFP8_BLOCK
+from ..ops.codec import to_blocked
+from ..ops.gemm import RowScaledArray
+from ..zimage.config import ZImageConfig
+from ..zimage.layers import ZIMAGE
+from .compute import Compute
+from .linear import FP8Linear, Linear
+from .loading import PartsLoader
+from .model import ZImageTransformer
+
+_BIAS_OF_E8M0 = 127
+
+
+@dataclass(frozen=True)
+class AdoptedLayer:
+    """An MXFP8 layer in memory.
+
+    Attributes:
+        codes: float8_e4m3fn or bytes [roundup(N, 32), roundup(K, 32)], contiguous.
+        scales: E8M0 bytes in the 128x4 blocked layout, contiguous.
+        shape: [N, K] before padding.
+        full_precision: whether its input must not be quantised.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    shape: tuple[int, int]
+    full_precision: bool = False
+
+
+def adopt(
+    plain: Mapping[str, torch.Tensor],
+    layers: Mapping[str, AdoptedLayer],
+    compute: Compute,
+    dtype: torch.dtype,
+    *,
+    cuda_graphs: bool = True,
+) -> ZImageTransformer:
+    """Return a transformer that computes with the given tensors.
+
+    It shares the memory of the 8-bit weights. In mode "fp8" they are folded in place: codes and
+    scales stay valid MXFP8 and stand for the folded weights from then on. w1 and w3 of a block are
+    stacked without a copy if one follows the other in memory.
+
+    Args:
+        plain: tensors that are not quantised, by name in ComfyUI's layout, on one device.
+        layers: MXFP8 layers by name, on that device.
+        compute: the mode, which the device has.
+        dtype: bfloat16 or float32, of everything that is not 8 bits wide.
+        cuda_graphs: see `ZImageTransformer.from_checkpoint`.
+
+    Raises:
+        CheckpointError: a tensor of Z-Image's is missing, or a layer to fold has NaN.
+    """
+    model = _Model(plain, layers)
+    parts = _Loader(model, _Adopted(), compute, dtype, ZIMAGE).load()
+    return ZImageTransformer(model.config, parts, compute, dtype, cuda_graphs)
+
+
+class _Model:
+    """The tensors, as a `PartsLoader` sees those of a file."""
+
+    path = "the loaded model"
+
+    def __init__(
+        self, plain: Mapping[str, torch.Tensor], layers: Mapping[str, AdoptedLayer]
+    ) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in plain.items()}
+        shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
+        self.config = ZImageConfig.of_shapes(shapes)
+        self.layers = {name: _Layer(layer) for name, layer in layers.items()}
+        present = {**plain, **{f"{name}.weight": layer.codes for name, layer in layers.items()}}
+        wanted = ZIMAGE.expected_shapes(shapes)
+        if lacking := [name for name in wanted if name not in present]:
+            raise CheckpointError(f'{self.path} has no "{lacking[0]}"')
+        self.tensors = {name: present[name] for name in wanted}
+
+
+class _Layer:
+    def __init__(self, layer: AdoptedLayer) -> None:
+        self.scale, self.shape = layer.scales, layer.shape
+        self.full_precision = layer.full_precision
+
+
+class _Adopted:
+    """A stream of tensors that are there already."""
+
+    def start(self, stacks: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {key: _joined([_bytes_or_floats(x) for x in parts]) for key, parts in stacks.items()}
+
+    def finish(self, loading: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return loading
+
+
+class _Loader(PartsLoader):
+    def _quantized(
+        self, codes: torch.Tensor, scales: torch.Tensor, layers: Sequence[str]
+    ) -> Linear:
+        linear = super()._quantized(codes, scales, layers)
+        if not isinstance(linear, FP8Linear):
+            return linear
+        folded = linear.weights
+        codes.copy_(folded.codes.view(torch.uint8))
+        exponents = torch.log2(folded.scales).to(torch.int32) + _BIAS_OF_E8M0
+        blocks = exponents.to(torch.uint8)[:, None].expand(-1, codes.shape[1] // MXFP8_BLOCK)
+        scales.copy_(to_blocked(blocks.cpu().contiguous()).view(scales.shape))
+        return FP8Linear(RowScaledArray(codes, folded.scales), linear.out_features, linear.dtype)
+
+
+def _bytes_or_floats(tensor: torch.Tensor) -> torch.Tensor:
+    eight_bits = tensor.element_size() == 1
+    return tensor.detach().view(torch.uint8) if eight_bits else tensor.detach()
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack along axis 0; a view if each follows the one before in memory."""
+    first = tensors[0]
+    ends = [tensor.data_ptr() + tensor.nbytes for tensor in tensors]
+    begins = [tensor.data_ptr() for tensor in tensors]
+    if ends[:-1] == begins[1:] and all(
+        tensor.is_contiguous()
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for tensor in tensors
+    ):
+        rows = sum(len(tensor) for tensor in tensors)
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    return torch.cat(list(tensors))

@@ -1,0 +1,262 @@
+"""The speed-up node in the real ComfyUI, against its own forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import zimage_mxfp8 as zm
+from helpers.adapter_files import random
+from helpers.comfyui_sizes import CAPTION, DIM
+from zimage_mxfp8.comfy.nodes import NODE_CLASS_MAPPINGS, speed_up
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("ignore")]
+
+
+def load(comfy: SimpleNamespace, path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype})
+
+
+def inputs(height: int = 16, width: int = 24, items: int = 2, tokens: int = 21) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(height + tokens)
+    x = torch.randn(items, 16, height, width, generator=generator)
+    context = torch.randn(items, tokens, CAPTION, generator=generator)
+    return x, torch.linspace(0.9, 0.2, items), context
+
+
+def run(
+    comfy: SimpleNamespace, model: Any, given: tuple[Any, ...], dtype=torch.float32, **options: Any
+) -> torch.Tensor:
+    comfy.management.load_models_gpu([model], force_patch_weights=True)
+    x, times, context = given
+    with torch.inference_mode():
+        found = model.model.diffusion_model(
+            x.to(dtype), times, context.to(dtype), context.shape[1], transformer_options=options
+        )
+    return found.float().clone()
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def forward_of(model: Any) -> Any:
+    return model.object_patches["diffusion_model._forward"]
+
+
+@pytest.fixture(scope="module")
+def stock(comfy: SimpleNamespace, quantized: Path) -> Any:
+    return load(comfy, quantized)
+
+
+@pytest.mark.parametrize(
+    "given", [inputs(), inputs(15, 17), inputs(8, 8, 1, 32), inputs(16, 16, 3, 60)]
+)
+def test_the_same_output(comfy: SimpleNamespace, stock: Any, given: tuple[Any, ...]) -> None:
+    fast = speed_up(stock, "weight-only")
+    # The epsilon of the norms of q and k differs: 1.2e-7 there, 1e-5 here and in diffusers.
+    assert error(run(comfy, fast, given), run(comfy, stock, given)) < 5e-5
+    bfloat16 = torch.bfloat16
+    assert error(run(comfy, fast, given, bfloat16), run(comfy, stock, given, bfloat16)) < 0.03
+    assert forward_of(fast).native_calls == 2 and not forward_of(fast).fallback_calls
+
+
+@pytest.mark.parametrize("compute", ["fp8", "mxfp8-emulated", "auto"])
+def test_every_mode(comfy: SimpleNamespace, quantized: Path, compute: str) -> None:
+    stock, given = load(comfy, quantized), inputs()
+    wanted = run(comfy, stock, given)
+    fast = speed_up(stock, compute)
+    found = run(comfy, fast, given)
+    assert error(found, wanted) < (5e-5 if compute == "auto" else 0.2)
+    assert forward_of(fast).native_calls == 1
+    # In mode fp8 the weights are folded where they are, and still what they stand for.
+    assert error(run(comfy, stock, given), wanted) < 0.02
+    assert error(run(comfy, fast, given), found) == 0
+
+
+def test_the_weights_are_not_copied(comfy: SimpleNamespace, quantized: Path) -> None:
+    stock = load(comfy, quantized)
+    fast = speed_up(stock, "weight-only")
+    run(comfy, fast, inputs())
+    theirs = {
+        parameter._qdata.untyped_storage().data_ptr()
+        for parameter in stock.model.diffusion_model.parameters()
+        if hasattr(parameter, "_qdata")
+    }
+    transformer = forward_of(fast)._transformer
+    ours = [buffer for name, buffer in transformer.named_buffers() if name.endswith("codes")]
+    assert len(ours) >= 20
+    assert {buffer.untyped_storage().data_ptr() for buffer in ours} <= theirs
+
+
+# ---- adapters
+
+RANK = 4
+
+
+def lora_file(original: Path, kind: str, size: float = 0.1) -> dict[str, torch.Tensor]:
+    """In ComfyUI's names: split q, k and v, or fused."""
+    tensors = {}
+    for name, weight in load_file(original).items():
+        layer = name.removesuffix(".weight")
+        if not name.startswith("layers.") or not layer.endswith(
+            ("qkv", "attention.out", "w1", "w2")
+        ):
+            continue
+        parts = {layer: weight}
+        if kind == "split" and layer.endswith("qkv"):
+            whole = zip("qkv", weight.chunk(3), strict=True)
+            parts = {layer.replace("qkv", f"to_{part}"): piece for part, piece in whole}
+        for part, piece in parts.items():
+            up, down = random(len(piece), RANK, seed=1), random(RANK, piece.shape[1], seed=2)
+            up *= size * float(piece.float().norm() / (up @ down).norm())
+            tensors[f"diffusion_model.{part}.lora_A.weight"] = down
+            tensors[f"diffusion_model.{part}.lora_B.weight"] = up
+    return tensors
+
+
+def with_lora(comfy: SimpleNamespace, model: Any, file: dict[str, Any], strength: float) -> Any:
+    return comfy.sd.load_lora_for_models(model, None, dict(file), strength, 0)[0]
+
+
+@pytest.fixture(scope="module")
+def exact(comfy: SimpleNamespace, quantized: Path) -> Any:
+    """The decoded weights, to which ComfyUI adds adapters without rounding to 8 bits."""
+    plain = quantized.with_name("decoded.safetensors")
+    zm.dequantize_checkpoint(quantized, plain)
+    return load(comfy, plain)
+
+
+@pytest.mark.parametrize("kind", ["split", "fused"])
+def test_adapters_are_exact(
+    comfy: SimpleNamespace, stock: Any, exact: Any, original: Path, kind: str
+) -> None:
+    given, file = inputs(), lora_file(original, kind)
+    without = run(comfy, exact, given)
+    for strengths in ((0.7,), (1.0, -0.4)):
+        theirs, patched = exact, stock
+        for strength in strengths:
+            theirs = with_lora(comfy, theirs, file, strength)
+            patched = with_lora(comfy, patched, file, strength)
+        wanted, fast = run(comfy, theirs, given), speed_up(patched, "weight-only")
+        found = run(comfy, fast, given)
+        assert not fast.patches and forward_of(fast).native_calls == 1
+        effect = float((wanted - without).norm())
+        assert effect > 0.05 * float(without.norm())
+        assert float((found - wanted).norm()) < 2e-3 * effect
+        # ComfyUI's own way, which quantises again.
+        requantized = run(comfy, patched, given)
+        assert float((requantized - wanted).norm()) > 0.05 * effect
+
+
+def test_strength_0_is_none(comfy: SimpleNamespace, stock: Any, original: Path) -> None:
+    given = inputs()
+    plain = run(comfy, speed_up(stock, "weight-only"), given)
+    patched = with_lora(comfy, stock, lora_file(original, "fused"), 0.0)
+    assert torch.equal(run(comfy, speed_up(patched, "weight-only"), given), plain)
+
+
+def test_other_patches_stay_comfyuis(comfy: SimpleNamespace, stock: Any) -> None:
+    patched, given = stock.clone(), inputs()
+    weight = "diffusion_model.layers.0.attention.out.weight"
+    difference = random(DIM, DIM, seed=3) * 0.05
+    patched.add_patches({weight: ("diff", (difference,))}, 1.0)
+    fast = speed_up(patched, "weight-only")
+    assert list(fast.patches) == [weight]
+    wanted = run(comfy, patched, given)
+    assert error(run(comfy, fast, given), wanted) < 0.01  # rounded stochastically in both
+    assert error(run(comfy, stock, given), wanted) > 0.05
+
+
+# ---- what cannot run here
+
+
+def test_calls_that_fall_back(
+    comfy: SimpleNamespace, stock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    given, fast = inputs(), speed_up(stock, "weight-only")
+    hooked = {"patches": {"double_block": [lambda given: {}]}}
+    for _ in range(2):
+        found = run(comfy, fast, given, **hooked)
+    assert torch.equal(found, run(comfy, stock, given, **hooked))
+    assert forward_of(fast).fallback_calls == {'a node patches "double_block"': 2}
+    assert forward_of(fast).native_calls == 0
+    lines = [record.message for record in caplog.records if "own forward runs" in record.message]
+    assert len(lines) == 1 and 'because a node patches "double_block"' in lines[0]
+    run(comfy, fast, given)
+    assert forward_of(fast).native_calls == 1
+
+
+def test_another_model(comfy: SimpleNamespace, stock: Any) -> None:
+    other = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="not Z-Image; connect a Z-Image model"):
+        speed_up(other)
+
+
+# ---- ComfyUI around it
+
+
+def test_unload_and_load_again(comfy: SimpleNamespace, stock: Any) -> None:
+    given, fast = inputs(), speed_up(stock, "weight-only")
+    before = run(comfy, fast, given)
+    comfy.management.unload_all_models()
+    comfy.management.soft_empty_cache()
+    assert torch.equal(run(comfy, fast, given), before)
+
+
+def test_a_sampler_draws_the_same(comfy: SimpleNamespace, stock: Any) -> None:
+    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    positive, negative = ([[random(1, n, CAPTION, seed=n), {}]] for n in (21, 33))
+    fast, seen = speed_up(stock, "weight-only"), []
+    settings = (4, 2.0, "euler", "simple", positive, negative, torch.zeros_like(noise))
+
+    def draw(model: Any) -> torch.Tensor:
+        latents = comfy.sample.sample(
+            model, noise, *settings, seed=1, callback=lambda step, *_: seen.append(step)
+        )
+        return latents.float()
+
+    wanted, found = draw(stock), draw(fast)
+    assert error(found, wanted) < 0.03
+    assert forward_of(fast).native_calls == 8 and not forward_of(fast).fallback_calls
+    assert seen == [0, 1, 2, 3] * 2
+
+
+def test_it_can_be_cancelled(comfy: SimpleNamespace, stock: Any) -> None:
+    noise = torch.randn(1, 16, 16, 16)
+    caption = [[random(1, 21, CAPTION, seed=1), {}]]
+    fast = speed_up(stock, "weight-only")
+
+    def interrupt(*_: Any) -> None:
+        comfy.management.interrupt_current_processing()
+
+    with pytest.raises(comfy.management.InterruptProcessingException):
+        comfy.sample.sample(
+            fast,
+            noise,
+            *(8, 1.0, "euler", "simple", caption, caption, torch.zeros_like(noise)),
+            callback=interrupt,
+        )
+    comfy.management.interrupt_current_processing(False)
+    assert forward_of(fast).native_calls < 8
+
+
+def test_the_convert_node(
+    comfy: SimpleNamespace, original: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = NODE_CLASS_MAPPINGS["ZImageMXFP8Convert"]
+    paths = ([str(original.parent)], {".safetensors"})
+    monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "diffusion_models", paths)
+    (files,) = node.INPUT_TYPES()["required"]["file"]
+    assert "z.safetensors" in files
+    before = quantized.read_bytes()
+    result = node().convert("z.safetensors", "uniform", overwrite=True)
+    assert result["result"] == ("z-mxfp8.safetensors",)
+    assert quantized.read_bytes() == before
+    with pytest.raises(zm.Error, match="exists"):
+        node().convert("z.safetensors", "uniform", overwrite=False)
