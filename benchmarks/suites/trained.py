@@ -5,7 +5,7 @@ draws the same captions from the same noise as the original does in float32. The
 of these captions. PSNR is of the pixels, with a 95 % confidence interval of the mean (Student's t
 over all images), SSIM and FLIP as in `zimage-mxfp8 evaluate`. `gain` is the mean difference of PSNR
 to another row, image by image, with its interval: to MXFP8 for formats, to the same format without
-a branch, to `uniform` for recipes, to no correction, to mode weight-only.
+a branch, to recipe `uniform`, to no correction.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,13 @@ from zimage_mxfp8.conversion.recipes import Recipe, load_recipe
 from zimage_mxfp8.generation.components import VAE, TextEncoder
 from zimage_mxfp8.generation.folder import open_model_folder
 from zimage_mxfp8.generation.sampler import denoise
-from zimage_mxfp8.transformer.compute import unsupported
+from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
 from ..report import Report
 from ..trained import scenes
 
+TABLES = ("formats", "branches", "recipes", "bias", "modes", "steps", "statistics")
 COLUMNS = {
     "table": "",
     "variant": "",
@@ -76,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--captions", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=2, help="images of each caption")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
 
 
 @dataclass(frozen=True)
@@ -156,12 +159,6 @@ class Weights:
         save_file(changed, file)
         return file, error / energy
 
-    def error(self, change: Callable[[np.ndarray], np.ndarray]) -> float:
-        """Return the relative squared error of changed matrices."""
-        return _relative_error(
-            [self.tensors[name].numpy() for name in self.matrices(False)], change
-        )
-
     def noise_error(self, change: Callable[[np.ndarray], np.ndarray]) -> float:
         """Return the same of normal noise with the shapes of the matrices."""
         random = np.random.default_rng(0)
@@ -201,35 +198,149 @@ def with_branch(name: str, from_residual: bool) -> Callable[[np.ndarray], np.nda
     return change
 
 
-def run(arguments: argparse.Namespace, report: Report) -> None:
-    device = arguments.device
-    painter = Painter(arguments.model, device, arguments.captions, arguments.seeds)
-    transformer = arguments.model / "transformer"
-    originals: dict[int, Drawn] = {}
-    drawn_levels: dict[tuple[str, str], list[float]] = {}  # PSNR of each image, by row
+class Evidence:
+    """Measures one table per method."""
 
-    def original(steps: int) -> Drawn:
-        if steps not in originals:
-            originals[steps] = painter.draw(painter.load(transformer), steps)
-        return originals[steps]
+    def __init__(self, arguments: argparse.Namespace, report: Report, folder: Path) -> None:
+        self._device, self._seeds = arguments.device, arguments.seeds
+        self._painter = Painter(arguments.model, self._device, arguments.captions, self._seeds)
+        self._transformer, self._report = arguments.model / "transformer", report
+        self._file = folder / "converted.safetensors"
+        self._weights = Weights(self._transformer, folder)
+        self._originals: dict[int, Drawn] = {}
+        self._levels: dict[tuple[str, str], list[float]] = {}  # PSNR of each image, by row
 
-    def add(
+    def formats(self) -> None:
+        for name in BASE_FORMATS:
+            for modulations in (False, True):
+                file, error = self._weights.replaced(decoded(name), modulations)
+                self._add(
+                    "formats",
+                    FORMATS[name].title + (", modulations too" if modulations else ""),
+                    self._draw(file),
+                    base=FORMATS["mxfp8-e4m3"].title,
+                    bits=_bits(name),
+                    weights=error,
+                )
+
+    def branches(self) -> None:
+        for name in ("mxfp8-e4m3", "int8-row", "nvfp4", "mxfp4"):
+            title, plain = FORMATS[name].title, decoded(name)
+            file, before = self._weights.replaced(plain)
+            self._add("branches", title, self._draw(file), bits=_bits(name), weights=before)
+            noise = self._weights.noise_error(plain)
+            for from_residual in (True, False):
+                branch = with_branch(name, from_residual)
+                file, error = self._weights.replaced(branch)
+                way = "of the residual" if from_residual else "taken out first (SVDQuant)"
+                self._add(
+                    "branches",
+                    f"{title}, branch {way}",
+                    self._draw(file),
+                    base=title,
+                    bits=_bits(name) + 16 * _RANK * 2 / 128,
+                    weights=error,
+                    weights_gain=10 * math.log10(before / error),
+                    noise_gain=10 * math.log10(noise / self._weights.noise_error(branch)),
+                )
+
+    def recipes(self) -> None:
+        uniform, zimage = load_recipe("uniform"), load_recipe("zimage")
+        rules = {rule.name: rule for rule in uniform.keep}
+        small = (rules["embedders"], rules["final layer"])
+        recipes = {
+            "uniform": uniform,
+            "uniform, and all modulations kept": replace(
+                uniform, keep=(*uniform.keep, *zimage.keep)
+            ),
+            "zimage": zimage,
+            "everything": Recipe("everything", "every linear of the blocks", "", small),
+            "of probe": self._probed.recipe,
+            "of sensitivity": sensitivity_recipe(self._sensitivity),
+        }
+        for name, recipe in recipes.items():
+            zm.convert(self._transformer, self._file, recipe=recipe, overwrite=True)
+            mib = self._file.stat().st_size / 2**20
+            self._add("recipes", name, self._draw(self._file), base="uniform", mib=mib)
+
+    def bias(self) -> None:
+        for mode in ("none", "synthetic", "timesteps"):
+            zm.convert(self._transformer, self._file, bias_correction=mode, overwrite=True)
+            self._add("bias", mode, self._draw(self._file), base="none")
+
+    def modes(self) -> None:
+        zm.convert(self._transformer, self._file, overwrite=True)
+        index = -1 if self._device == "cpu" else torch.device(self._device).index or 0
+        for compute in COMPUTE_MODES:
+            if reason := unsupported(compute, index):
+                print(f"{compute} is left out: {reason}")
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
+                title = f"{compute}, {str(dtype).removeprefix('torch.')}"
+                self._add("modes", title, self._draw(self._file, compute, dtype))
+        bfloat16 = self._painter.load(self._transformer, dtype=torch.bfloat16)
+        self._add("modes", "original weights, bfloat16", self._painter.draw(bfloat16))
+
+    def steps(self) -> None:
+        zm.convert(self._transformer, self._file, overwrite=True)
+        for steps in (4, 8, 20):
+            for compute in ("weight-only", "fp8"):
+                drawn = self._painter.draw(self._painter.load(self._file, compute), steps)
+                self._add("steps", f"{steps} steps, {compute}", drawn, steps=steps)
+            title = f"original, {steps} steps against 50"
+            self._add("steps", title, self._original(steps), steps=50)
+
+    def statistics(self) -> None:
+        for name, value in statistics(self._sensitivity, self._probed).items():
+            self._report.add(table="statistics", variant=name, value=value)
+
+    @cached_property
+    def _sensitivity(self) -> SensitivityReport:
+        return analyse_sensitivity(
+            self._transformer,
+            captions=self._painter.captions[: 4 * self._seeds : self._seeds],
+            device=self._device,
+            size=(scenes.SIDE, scenes.SIDE),
+            timesteps=8,
+            dtype=torch.float32,  # the rounding of BF16 hides single layers
+        )
+
+    @cached_property
+    def _probed(self) -> ProbeReport:
+        return probe(self._transformer)
+
+    def _original(self, steps: int) -> Drawn:
+        if steps not in self._originals:
+            model = self._painter.load(self._transformer)
+            self._originals[steps] = self._painter.draw(model, steps)
+        return self._originals[steps]
+
+    def _draw(
+        self, file: Path, compute: str = "weight-only", dtype: torch.dtype = torch.float32
+    ) -> Drawn:
+        return self._painter.draw(self._painter.load(file, compute, dtype))
+
+    def _add(
+        self,
         table: str,
         variant: str,
         drawn: Drawn,
-        against: Drawn,
-        base: tuple[str, str] | None = None,
-        **figures: float,
+        *,
+        base: str = "",
+        steps: int = 8,
+        **figures: float | None,
     ) -> None:
+        """Report a variant, against the original in so many steps and another row."""
+        against = self._original(steps)
         change = (drawn.latents - against.latents).norm() / against.latents.norm()
         metrics = [compare_images(*pair) for pair in zip(drawn.images, against.images, strict=True)]
-        levels = drawn_levels[table, variant] = [x.psnr for x in metrics]
+        levels = self._levels[table, variant] = [x.psnr for x in metrics]
         psnr: Summary = summarize(levels, high_is_good=True)
-        if base is not None and base != (table, variant):
-            pairs = zip(levels, drawn_levels[base], strict=True)
+        if base and base != variant:
+            pairs = zip(levels, self._levels[table, base], strict=True)
             gain = summarize([a - b for a, b in pairs], high_is_good=True)
             figures |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
-        report.add(
+        self._report.add(
             table=table,
             variant=variant,
             latents=float(change),
@@ -242,88 +353,16 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             **figures,
         )
 
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        weights = Weights(transformer, folder)
-        bf16 = painter.draw(painter.load(transformer, dtype=torch.bfloat16))
-        add("arithmetic", "BF16, original weights", bf16, original(8), bits=16)
-        for name in BASE_FORMATS:
-            for modulations in (False, True):
-                file, error = weights.replaced(decoded(name), modulations)
-                title = FORMATS[name].title + (", modulations too" if modulations else "")
-                bits = FORMATS[name].bits((128, 128)) / 128**2
-                drawn = painter.draw(painter.load(file))
-                base = ("formats", FORMATS["mxfp8-e4m3"].title)
-                add("formats", title, drawn, original(8), base, bits=bits, weights=error)
-        for name in ("mxfp8-e4m3", "int8-row", "nvfp4", "mxfp4"):
-            for from_residual in (True, False):
-                branch = with_branch(name, from_residual)
-                file, error = weights.replaced(branch)
-                plain = weights.error(decoded(name))
-                way = "of the residual" if from_residual else "taken out first (SVDQuant)"
-                add(
-                    "branches",
-                    f"{FORMATS[name].title}, {way}",
-                    painter.draw(painter.load(file)),
-                    original(8),
-                    ("formats", FORMATS[name].title),
-                    bits=FORMATS[name].bits((128, 128)) / 128**2 + 16 * _RANK * 2 / 128,
-                    weights=error,
-                    weights_gain=10 * math.log10(plain / error),
-                    noise_gain=10
-                    * math.log10(weights.noise_error(decoded(name)) / weights.noise_error(branch)),
-                )
 
-        sensitivity = analyse_sensitivity(  # in float32: BF16's own rounding hides single layers
-            transformer,
-            captions=painter.captions[: 4 * arguments.seeds : arguments.seeds],
-            device=device,
-            size=(scenes.SIDE, scenes.SIDE),
-            timesteps=8,
-            dtype=torch.float32,
-        )
-        probed = probe(transformer)
-        rules = {rule.name: rule for rule in load_recipe("uniform").keep}
-        small = (rules["embedders"], rules["final layer"])
-        everything = Recipe("everything", "every linear of the blocks", "", small)
-        uniform = load_recipe("uniform")
-        recipes = {
-            "uniform": uniform,
-            "uniform, and all modulations kept": replace(
-                uniform, keep=(*uniform.keep, modulations)
-            ),
-            "zimage": "zimage",
-            "everything": everything,
-            "of probe": probed.recipe,
-            "of sensitivity": sensitivity_recipe(sensitivity),
-        }
-        for name, recipe in recipes.items():
-            file = folder / "recipe.safetensors"
-            zm.convert(transformer, file, recipe=recipe, overwrite=True)
-            mib = file.stat().st_size / 2**20
-            drawn = painter.draw(painter.load(file))
-            add("recipes", name, drawn, original(8), ("recipes", "uniform"), mib=mib)
-        file = folder / "uniform.safetensors"
-        for mode in ("none", "synthetic", "timesteps"):
-            zm.convert(transformer, file, bias_correction=mode, overwrite=True)
-            add("bias", mode, painter.draw(painter.load(file)), original(8), ("bias", "none"))
-        index = -1 if device == "cpu" else torch.device(device).index or 0
-        for compute in ("weight-only", "fp8", "mxfp8-emulated", "mxfp8"):
-            if reason := unsupported(compute, index):
-                print(f"{compute} is left out: {reason}")
-                continue
-            for dtype in (torch.float32, torch.bfloat16):
-                drawn = painter.draw(painter.load(file, compute, dtype))
-                title = f"{compute}, {str(dtype).removeprefix('torch.')}"
-                add("modes", title, drawn, original(8), ("modes", "weight-only, float32"))
-        for steps in (4, 8, 20):
-            for compute in ("weight-only", "fp8"):
-                drawn = painter.draw(painter.load(file, compute), steps)
-                add("steps", f"{steps} steps, {compute}", drawn, original(steps))
-            add("steps", f"original, {steps} steps against 50", original(steps), original(50))
+def _bits(name: str) -> float:
+    return FORMATS[name].bits((128, 128)) / 128**2
 
-    for name, value in statistics(sensitivity, probed).items():
-        report.add(table="statistics", variant=name, value=value)
+
+def run(arguments: argparse.Namespace, report: Report) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        evidence = Evidence(arguments, report, Path(folder))
+        for table in arguments.tables:
+            getattr(evidence, table)()
 
 
 def statistics(sensitivity: SensitivityReport, probed: ProbeReport) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from .columns import Column, Row, Rows, label, one, rows_of, table
 
@@ -16,7 +16,8 @@ def _rows(name: str) -> list[Row]:
 def _interval(mean: str, low: str, high: str) -> Callable[[Rows], str]:
     def show(rows: Rows) -> str:
         row = rows[0]
-        return f"{row[mean]:.1f} ({row[low]:.1f} to {row[high]:.1f})" if mean in row else ""
+        text = f"{row[mean]:.1f} ({row[low]:.1f} to {row[high]:.1f})" if mean in row else ""
+        return text.replace("-0.0", "0.0")
 
     return show
 
@@ -55,9 +56,18 @@ def recipes() -> str:
     return _table("recipes", size, _LATENTS, *_IMAGES, _GAIN)
 
 
-def modes() -> str:
-    rows: Sequence[Row] = [*_rows("arithmetic"), *_rows("modes")]
-    return table(rows, ["variant"], [_NAME, _LATENTS, *_IMAGES, _GAIN])
+def branches() -> str:
+    def gain(name: str) -> Callable[[Rows], str]:
+        return lambda rows: f"{rows[0][name]:.1f}" if name in rows[0] else ""
+
+    return _table(
+        "branches",
+        Column("bits", label("{bits:.2f}")),
+        _WEIGHTS,
+        Column("SNR of the weights, gain", gain("weights_gain")),
+        Column("the same on noise", gain("noise_gain")),
+        *(_PSNR, _GAIN),
+    )
 
 
 def statistics() -> str:
@@ -70,10 +80,10 @@ def statistics() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "trained-formats": formats,
-    "trained-branches": lambda: _table("branches", _WEIGHTS, _LATENTS, *_IMAGES),
+    "trained-branches": branches,
     "trained-recipes": recipes,
     "trained-bias": lambda: _table("bias", _LATENTS, *_IMAGES, _GAIN),
-    "trained-modes": modes,
+    "trained-modes": lambda: _table("modes", _LATENTS, *_IMAGES),
     "trained-steps": lambda: _table("steps", _LATENTS, *_IMAGES),
     "trained-statistics": statistics,
 }

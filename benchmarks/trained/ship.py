@@ -2,8 +2,9 @@
 
 python -m benchmarks.trained.ship TRAINED python/zimage_mxfp8/small_model
 
-The transformer is in MXFP8; the rest is copied. `examples.json` has captions with seeds, and
-`examples/` what the original with BF16 weights draws for them, computed in float32.
+Run it in the repository: it also replaces the training's log and picture in benchmarks/results and
+docs/images. The transformer is in MXFP8; the rest is copied. `examples.json` has captions with
+seeds, and `examples/` what the original with BF16 weights draws for them, computed in float32.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from safetensors import safe_open
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8.generation.generator import ZImageGenerator
 from zimage_mxfp8.generation.settings import GenerationSettings
 
+from ..report import ROOT
 from . import scenes
 
 EXAMPLES = 3
+_LOG = ROOT / "benchmarks" / "results" / "trained" / "training.log"
+_SAMPLES = ROOT / "docs" / "images" / "small-model.png"
 _PAGE = """# A small Z-Image that draws
 
 All of Z-Image Turbo's blocks (30 + 2 + 2), 128 channels wide instead of 3840: {parameters:,}
@@ -33,12 +38,14 @@ No data and no weights of others are in it. Licence: Apache-2.0, as the package'
 
 `transformer.safetensors` is the MXFP8 file that `zimage-mxfp8 convert` makes of the original, whose
 SHA-256 is {sha256}.
-It draws scenes of 128 x 128 pixels in 8 steps without guidance, from captions such as:
+Give it to diffusers as `ZImagePipeline.from_pretrained(FOLDER, transformer=...)` with a
+`ZImageTransformer` that was loaded from it. It draws scenes of 128 x 128 pixels in 8 steps without
+guidance, from captions such as:
 
 > {caption}
 
-Backgrounds, colours and places are as the captions say; outlines of the shapes are rough. It is
-here to test the package and to compare formats on trained weights, not for its images.
+Backgrounds, colours and places mostly follow the captions; the shapes are rough. It is here to
+test the package and to compare formats on trained weights, not for its images.
 """
 _FIRST_UNSEEN = 10**6 + 100  # seed of a scene that the training did not draw
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler", "model_index.json")
@@ -57,7 +64,19 @@ def main() -> None:
 
 
 def ship(trained: Path, out: Path) -> None:
-    """Write the folder."""
+    """Write the folder, in place of an older one."""
+    new = out.with_name(f"{out.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    _write(trained, new)
+    shutil.rmtree(out, ignore_errors=True)
+    new.rename(out)
+    shutil.copy(trained / "training.log", _LOG)
+    with Image.open(trained / "samples.png") as samples:
+        shown = samples.convert("RGB").crop((0, 0, samples.width // 2, samples.height))
+    shown.quantize(256, dither=Image.Dither.NONE).save(_SAMPLES, optimize=True)
+
+
+def _write(trained: Path, out: Path) -> None:
     (out / "examples").mkdir(parents=True)
     for name in _PARTS:
         copy = shutil.copytree if (trained / name).is_dir() else shutil.copy

@@ -51,10 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
         temporary = tempfile.TemporaryDirectory(prefix="zimage-mxfp8-demo-")
         try:
             with temporary as folder:
-                code, _ = _demo(Path(folder), overwrite=False)
+                code, drawn = _demo(Path(folder), overwrite=False)
         finally:
             temporary.cleanup()  # once more: Ctrl-C may have ended the first time
-        print("\nThe files were temporary; zimage-mxfp8 demo -o FOLDER keeps them.")
+        kept = f"them and the picture {_SHEET}" if drawn else "them"
+        print(f"\nThe files were temporary; zimage-mxfp8 demo -o FOLDER keeps {kept}.")
         _print_next("your.safetensors", "your-mxfp8.safetensors")
         return code
     from . import display
@@ -130,7 +131,7 @@ def _draw(sheet: Path, overwrite: bool) -> bool:
     side, shown = examples()
     painter = ExamplePainter(shown, side)
     originals = [open_image(example.image, "image of the original") for example in shown]
-    columns, rows = {"BF16, the original": originals}, []
+    columns, rows = {"BF16 weights": originals}, []
     for compute, meaning in _MODES.items():
         begin = time.perf_counter()
         columns[f"MXFP8, {compute}"] = images = painter.draw(compute)
@@ -139,7 +140,7 @@ def _draw(sheet: Path, overwrite: bool) -> bool:
         mean, worst = sum(found) / len(found), min(found)
         rows.append([compute, meaning, f"{mean:.1f}", f"{worst:.1f}", f"{seconds:.1f}"])
     display.print_table(
-        "Images of the MXFP8 file against those that the original drew in BF16",
+        "Images of the MXFP8 file against those of the original's BF16 weights",
         ["compute mode", "activations", "PSNR, mean (dB)>", "worst>", "seconds>"],
         rows,
     )

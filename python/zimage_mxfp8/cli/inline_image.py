@@ -1,6 +1,6 @@
 """Pictures inside a terminal, where it can show them.
 
-Protocols: Kitty's graphics protocol (kitty, Ghostty, Konsole) and iTerm2's inline images (iTerm2,
+Protocols: Kitty's graphics protocol (kitty, Ghostty) and iTerm2's inline images (iTerm2,
 WezTerm).
 """
 
@@ -14,8 +14,11 @@ _CHUNK = 4096  # characters of Kitty's protocol
 
 
 def show(png: bytes) -> None:
-    """Print a PNG file if stdout is a terminal that is known to show it."""
-    if not sys.stdout.isatty():
+    """Print a PNG file if stdout is a terminal that is known to show it.
+
+    Nothing inside tmux and screen: they pass on the terminal's variables, but not the image.
+    """
+    if not sys.stdout.isatty() or "TMUX" in os.environ or "STY" in os.environ:
         return
     program, term = os.environ.get("TERM_PROGRAM", ""), os.environ.get("TERM", "")
     text = base64.b64encode(png).decode()

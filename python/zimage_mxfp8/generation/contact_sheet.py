@@ -18,12 +18,14 @@ def contact_sheet(
         columns: title -> images of the same size, one per row.
         captions: of the rows.
     """
+    font = ImageFont.load_default(size=_FONT_SIZE)
     width, height = next(iter(columns.values()))[0].size
-    cell, row = width + _GAP, height + _GAP + _TEXT
+    cell = _GAP + max(width, *(round(font.getlength(title)) for title in columns))
+    row = height + _GAP + _TEXT
     sheet = Image.new(
         "RGB", (_GAP + cell * len(columns), _GAP + _TEXT + row * len(captions)), "white"
     )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=_FONT_SIZE)
+    draw = ImageDraw.Draw(sheet)
     for i, (title, images) in enumerate(columns.items()):
         draw.text((_GAP + i * cell, _GAP), title, "black", font)
         for j, image in enumerate(images):

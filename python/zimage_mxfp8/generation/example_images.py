@@ -36,7 +36,19 @@ class ExamplePainter:
         ]
 
     def draw(self, compute: str) -> list[Image]:
-        """Return the images of all examples with the shipped transformer."""
+        """Return the images of all examples with the shipped transformer.
+
+        One thread of torch draws: its matrices are small, and on a busy machine several threads
+        wait for each other, which took five times as long.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._draw(compute)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _draw(self, compute: str) -> list[Image]:
         model = ZImageTransformer.from_checkpoint(TRANSFORMER, "cpu", compute, torch.float32)
         latents = denoise(model, self._noise, self._captions)
         decoded = [self._vae.decode(each[None, :, 0]) for each in latents]
