@@ -9,7 +9,7 @@ from .arguments import add_overwrite
 
 _NAME = "zimage-mxfp8"
 _FILES = ("__init__.py", "pyproject.toml")
-_OF_PYTHON = "__pycache__"
+_OTHERS = ("README.md", "__pycache__")  # of a copy of the repository's folder, and of Python
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -41,9 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.directory} has no folder custom_nodes",
             "name the folder that ComfyUI's main.py is in",
         )
+    target = nodes / _NAME
+    if target.is_symlink():
+        raise UsageError(
+            "directory", f"{target} is a link to another folder", "remove the link, then install"
+        )
     package = files("zimage_mxfp8.comfy") / "node_package"
     contents = ((name, (package / name).read_bytes()) for name in _FILES)
-    target = nodes / _NAME
-    write_folder(target, contents, (*_FILES, _OF_PYTHON), overwrite=arguments.overwrite)
+    write_folder(target, contents, (*_FILES, *_OTHERS), overwrite=arguments.overwrite)
     display.wrote(target, "the node package; start ComfyUI again")
     return 0

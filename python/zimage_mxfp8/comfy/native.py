@@ -11,6 +11,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,16 +19,20 @@ import torch.nn.functional as F
 
 from ..errors import Error
 from ..system.devices import core_index
-from ..transformer.adoption import AdoptedLayer, adopt
+from ..transformer.adoption import AdoptedLayer, adopt, follow
 from ..transformer.compute import choose
 from ..transformer.model import ZImageTransformer
 from ..zimage.constants import PATCH_SIZE
+from .branches import Branches
 from .patches import AdapterTensors
 
 _log = logging.getLogger(__name__)
 _LAYOUT = "TensorCoreMXFP8Layout"
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# What nodes put on single modules of the model.
+_ON_MODULES = ("_forward_hooks", "_forward_pre_hooks", "weight_function", "bias_function")
 # Values of transformer_options that change what happens between the layers.
-_HOOKED = ("patches_replace", "optimized_attention_override")
+_HOOKED = ("patches_replace", "optimized_attention_override", "rope_options")
 _EXTRA_INPUTS = ("ref_latents", "ref_contexts", "siglip_feats")
 
 Forward = Callable[..., torch.Tensor]
@@ -36,10 +41,11 @@ Forward = Callable[..., torch.Tensor]
 class NativeForward:
     """A `_forward` for ComfyUI's NextDiT that runs a `ZImageTransformer` on its weights.
 
-    A call that this package does not compute goes to ComfyUI's own forward; the reason is logged
-    once.
+    A call that this package does not compute goes to ComfyUI's own forward, with the adapters
+    beside its layers; the reason is logged once.
 
     Attributes:
+        adapters: by name.
         native_calls: how many calls ran here.
         fallback_calls: how many went to ComfyUI's forward, by reason.
     """
@@ -52,9 +58,11 @@ class NativeForward:
             compute: a compute mode, or "auto".
             adapters: by name.
         """
-        self._module, self._compute, self._adapters = module, compute, adapters
+        self._module, self._compute, self.adapters = module, compute, dict(adapters)
         self._transformer: ZImageTransformer | None = None
+        self._branches: Branches | None = None
         self._made_of: tuple[Any, ...] = ()
+        self._refused: tuple[tuple[Any, ...], str] = ((), "")
         self.native_calls = 0
         self.fallback_calls: Counter[str] = Counter()
 
@@ -67,12 +75,18 @@ class NativeForward:
         attention_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Compute the velocity, with NextDiT's arguments and sign."""
+        """Compute the velocity, with NextDiT's arguments and sign.
+
+        Like NextDiT it does not look at `attention_mask`.
+        """
         _stop_if_cancelled()
-        reason = self._reason(x, attention_mask, options)
+        reason = self._reason(x, options)
+        transformer = None
         if not reason:
+            transformer, reason = self._current(x.dtype)
+        if transformer is not None:
             try:
-                found = self._native(x, timesteps, context)
+                found = _run(transformer, x, timesteps, context)
             except Error as error:
                 reason = str(error)
             else:
@@ -82,19 +96,19 @@ class NativeForward:
             _log.warning("Z-Image MXFP8: ComfyUI's own forward runs, because %s", reason)
         self.fallback_calls[reason] += 1
         own: Forward = type(self._module)._forward
-        return own(self._module, x, timesteps, context, num_tokens, attention_mask, **options)
+        with self._adapted():
+            return own(self._module, x, timesteps, context, num_tokens, attention_mask, **options)
 
     def forget(self) -> None:
         """Drop the transformer, and with it the references to the weights."""
         self._transformer, self._made_of = None, ()
 
-    def _reason(
-        self, x: torch.Tensor, attention_mask: torch.Tensor | None, options: Mapping[str, Any]
-    ) -> str:
+    def _reason(self, x: torch.Tensor, options: Mapping[str, Any]) -> str:
         """Return why a call cannot run here, as a clause; "" if it can."""
         hooks = options.get("transformer_options") or {}
         patches = [name for name, each in (hooks.get("patches") or {}).items() if each]
         patches += [name for name in _HOOKED if hooks.get(name)]
+        patches += [name for name, each in self._module.named_modules() if name and _changed(each)]
         if patches:
             return f'a node patches "{patches[0]}"'
         for name in _EXTRA_INPUTS:
@@ -102,38 +116,56 @@ class NativeForward:
                 return f"the input {name} is not supported"
         if options.get("control"):
             return "a ControlNet of this kind is not supported"
-        if attention_mask is not None:
-            return "captions with masked tokens are not supported"
         if x.dtype not in (torch.bfloat16, torch.float32):
             return f"it computes in {str(x.dtype).removeprefix('torch.')}"
+        for parameter in self._module.parameters():
+            layout = getattr(parameter, "_layout_cls", None)
+            if layout not in (None, _LAYOUT):
+                return f"its weights are in {layout}, not in MXFP8"
+            if layout is None and parameter.dtype not in _FLOATS:
+                return f"its weights are in {str(parameter.dtype).removeprefix('torch.')}"
         elsewhere = next((each for each in self._weights() if each.device != x.device), None)
         if elsewhere is not None:
-            return f"a part of the weights is on {elsewhere.device} (low VRAM)"
+            self.forget()  # so that the memory of weights that were moved away is free
+            return (
+                f"a part of the weights is on {elsewhere.device}: low or dynamic VRAM "
+                "(--disable-dynamic-vram turns the latter off)"
+            )
         return ""
 
-    def _native(
-        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor
-    ) -> torch.Tensor:
-        height, width = x.shape[-2:]
-        wrapped = (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE)
-        if any(wrapped):  # as ComfyUI pads odd sizes
-            x = F.pad(x, wrapped, mode="circular")
-        transformer = self._current(x.dtype)
-        captions = [each.to(x.dtype) for each in context]
-        samples = transformer(
-            [image[:, None] for image in x], 1 - timesteps.float(), captions, return_dict=False
-        )[0]
-        return -torch.stack([sample[:, 0] for sample in samples])[..., :height, :width]
-
-    def _current(self, dtype: torch.dtype) -> ZImageTransformer:
-        """Return the transformer of the weights as they are now."""
-        made_of = (dtype, *(each.data_ptr() for each in self._weights()))
+    def _current(self, dtype: torch.dtype) -> tuple[ZImageTransformer | None, str]:
+        """Return the transformer of the weights as they are now, or why there is none."""
+        made_of = self._made_of_now(dtype)
+        if self._refused[0] == made_of:
+            return None, self._refused[1]
         if self._transformer is None or made_of != self._made_of:
             self.forget()
-            self._transformer = self._make(dtype)
-            # Making it may have moved w1 and w3 together.
-            self._made_of = (dtype, *(each.data_ptr() for each in self._weights()))
-        return self._transformer
+            try:
+                self._transformer = self._make(dtype)
+            except Exception as error:  # of any kind: ComfyUI's own forward still works
+                reason = str(error) if isinstance(error, Error) else repr(error)
+                self._refused = (self._made_of_now(dtype), reason)
+                return None, reason
+            self._made_of = self._made_of_now(dtype)  # making it may have moved w1 and w3 together
+        return self._transformer, ""
+
+    def _made_of_now(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (dtype, *(each.data_ptr() for each in self._weights()))
+
+    @contextmanager
+    def _adapted(self) -> Iterator[None]:
+        """Run ComfyUI's forward with the adapters."""
+        if not self.adapters:
+            yield
+            return
+        if self._branches is None:
+            shapes = {
+                name: tuple(getattr(getattr(each, "_params", each), "orig_shape", each.shape))
+                for name, each in self._module.named_parameters()
+            }
+            self._branches = Branches(self.adapters, shapes)
+        with self._branches.beside(self._module):
+            yield
 
     def _make(self, dtype: torch.dtype) -> ZImageTransformer:
         for block in self._blocks():
@@ -141,7 +173,7 @@ class NativeForward:
         plain, layers = _tensors_of(self._module)
         mode = choose(self._compute, core_index(next(iter(plain.values())).device), bool(layers))
         transformer = adopt(plain, layers, mode, dtype)
-        for name, adapter in self._adapters.items():
+        for name, adapter in self.adapters.items():
             transformer.load_lora(adapter.tensors, name, adapter.strength)
         return transformer
 
@@ -152,6 +184,28 @@ class NativeForward:
     def _weights(self) -> Iterator[torch.Tensor]:
         for parameter in self._module.parameters():
             yield parameter._qdata if _is_mxfp8(parameter) else parameter
+
+
+def _run(
+    transformer: ZImageTransformer,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    context: torch.Tensor,
+) -> torch.Tensor:
+    height, width = x.shape[-2:]
+    wrapped = (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE)
+    if any(wrapped):  # as ComfyUI pads odd sizes
+        x = F.pad(x, wrapped, mode="circular")
+    captions = [each.to(x.dtype) for each in context]
+    samples = transformer(
+        [image[:, None] for image in x], 1 - timesteps.float(), captions, return_dict=False
+    )[0]
+    return -torch.stack([sample[:, 0] for sample in samples])[..., :height, :width]
+
+
+def _changed(module: Any) -> bool:
+    """Return whether a node has put something on a module."""
+    return "forward" in vars(module) or any(getattr(module, name, None) for name in _ON_MODULES)
 
 
 def _stop_if_cancelled() -> None:
@@ -186,7 +240,7 @@ def _put_together(first: Any, second: Any) -> None:
     if not all(map(_is_mxfp8, pair)) or first.weight._qdata.device != second.weight._qdata.device:
         return
     codes, scales = [x._qdata for x in pair], [x._params.scale for x in pair]
-    if codes[0].untyped_storage().data_ptr() == codes[1].untyped_storage().data_ptr():
+    if all(map(follow, (codes, scales))):
         return
     together = [torch.cat([x.view(torch.uint8) for x in each]) for each in (codes, scales)]
     for i, weight in enumerate(pair):

@@ -15,7 +15,7 @@ _CATEGORY = "Z-Image MXFP8"
 _FORWARD = "diffusion_model._forward"
 _RECIPES = ("uniform", "zimage")
 # When ComfyUI has loaded or unloaded weights (names of comfy.patcher_extension.CallbacksMP).
-_WEIGHTS_CHANGE = ("on_load_after", "on_detach_after")
+_WEIGHTS_CHANGE = ("on_load_after", "on_detach_after", "on_apply_hooks")
 
 
 def speed_up(model: Any, compute: str = "auto") -> Any:
@@ -38,10 +38,14 @@ def speed_up(model: Any, compute: str = "auto") -> Any:
         )
     patched = model.clone()
     adapters, patched.patches = take_adapters(patched.patches)
+    earlier = patched.object_patches.get(_FORWARD)
+    if isinstance(earlier, NativeForward):  # the node stands behind another one
+        adapters |= {f"earlier {name}": each for name, each in earlier.adapters.items()}
     patched.patches_uuid = uuid.uuid4()  # otherwise ComfyUI takes the weights for patched ones
     forward = NativeForward(module, compute, adapters)
     patched.add_object_patch(_FORWARD, forward)
     for event in _WEIGHTS_CHANGE:
+        patched.remove_callbacks_with_key(event, _KEY)
         patched.add_callback_with_key(event, _KEY, lambda *_: forward.forget())
     return patched
 

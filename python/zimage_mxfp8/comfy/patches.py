@@ -6,6 +6,7 @@ The change of a LoRA node is an object with `name` and `weights`, those of comfy
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,25 +35,37 @@ def take_adapters(
 ) -> tuple[dict[str, AdapterTensors], dict[str, list[tuple[Any, ...]]]]:
     """Split patches into adapters, by name, and those that are left to ComfyUI.
 
-    Patches of one weight that come one after another belong to different adapters; the first of all
-    weights with the same strength are one, and so on.
+    Patches of one weight belong to different adapters; the first of all weights with the same
+    strength are one, and so on. What comes before a merge of models or a replaced weight is left
+    with it, because the order matters.
     """
     adapters: dict[str, AdapterTensors] = {}
     left: dict[str, list[tuple[Any, ...]]] = {}
     for key, changes in patches.items():
-        turns: dict[tuple[str, float], int] = {}
-        for change in changes:
-            strength, what, of_weight, offset, function = change
-            layer = _layer(key, offset)
-            written = _tensors(what)
-            if layer is None or written is None or of_weight != 1.0 or function is not None:
-                left.setdefault(key, []).append(change)
+        begin = 1 + max((i for i, x in enumerate(changes) if _replaces(x)), default=-1)
+        rest = list(changes[:begin])
+        turns: Counter[tuple[Any, ...]] = Counter()
+        for change in changes[begin:]:
+            strength, what, _, offset, function = change
+            layer, written = _layer(key, offset), _tensors(what)
+            if layer is None or written is None or function is not None:
+                rest.append(change)
                 continue
-            turn = turns[layer, strength] = turns.get((layer, strength), 0) + 1
-            name = f"{strength:g}, number {turn}"
+            turns[strength, layer] += 1
+            # A file that names both qkv and its parts would count them once.
+            kind = "parts of qkv" if offset is not None else "whole"
+            name = f"{strength!r}, {kind}, number {turns[strength, layer]}"
             adapter = adapters.setdefault(name, AdapterTensors(float(strength)))
             adapter.tensors |= {f"{_PREFIX}{layer}.{end}": x for end, x in written.items()}
+        if rest:
+            left[key] = rest
     return adapters, left
+
+
+def _replaces(change: tuple[Any, ...]) -> bool:
+    """Return whether a patch weighs or replaces what comes before it."""
+    _, what, of_weight, *_ = change
+    return of_weight != 1.0 or (isinstance(what, tuple) and what[:1] == ("set",))
 
 
 def _layer(key: str, offset: tuple[int, int, int] | None) -> str | None:

@@ -48,9 +48,9 @@ def adopt(
 ) -> ZImageTransformer:
     """Return a transformer that computes with the given tensors.
 
-    It shares the memory of the 8-bit weights. In mode "fp8" they are folded in place: codes and
-    scales stay valid MXFP8 and stand for the folded weights from then on. w1 and w3 of a block are
-    stacked without a copy if one follows the other in memory.
+    It shares the memory of the 8-bit weights. w1 and w3 of a block are stacked without a copy if
+    one follows the other in memory, codes and scales. In mode "fp8" weights that are shared are
+    folded in place: codes and scales stay valid MXFP8, of the folded weights from then on.
 
     Args:
         plain: tensors that are not quantised, by name in ComfyUI's layout, on one device.
@@ -63,7 +63,8 @@ def adopt(
         CheckpointError: a tensor of Z-Image's is missing, or a layer to fold has NaN.
     """
     model = _Model(plain, layers)
-    parts = _Loader(model, _Adopted(), compute, dtype, ZIMAGE).load()
+    shared = {x.data_ptr() for layer in layers.values() for x in (layer.codes, layer.scales)}
+    parts = _Loader(model, _Adopted(), compute, dtype, shared).load()
     return ZImageTransformer(model.config, parts, compute, dtype, cuda_graphs)
 
 
@@ -79,7 +80,8 @@ class _Model:
         shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
         self.config = ZImageConfig.of_shapes(shapes)
         self.layers = {name: _Layer(layer) for name, layer in layers.items()}
-        present = {**plain, **{f"{name}.weight": layer.codes for name, layer in layers.items()}}
+        codes = {f"{name}.weight": x.codes.view(torch.uint8) for name, x in layers.items()}
+        present = {**plain, **codes}
         wanted = ZIMAGE.expected_shapes(shapes)
         if lacking := [name for name in wanted if name not in present]:
             raise CheckpointError(f'{self.path} has no "{lacking[0]}"')
@@ -88,7 +90,7 @@ class _Model:
 
 class _Layer:
     def __init__(self, layer: AdoptedLayer) -> None:
-        self.scale, self.shape = layer.scales, layer.shape
+        self.scale, self.shape = layer.scales.view(torch.uint8), layer.shape
         self.full_precision = layer.full_precision
 
 
@@ -96,18 +98,30 @@ class _Adopted:
     """A stream of tensors that are there already."""
 
     def start(self, stacks: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {key: _joined([_bytes_or_floats(x) for x in parts]) for key, parts in stacks.items()}
+        return {key: _joined([x.detach() for x in parts]) for key, parts in stacks.items()}
 
     def finish(self, loading: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return loading
 
 
 class _Loader(PartsLoader):
+    def __init__(
+        self,
+        model: _Model,
+        stream: _Adopted,
+        compute: Compute,
+        dtype: torch.dtype,
+        shared: set[int],
+    ) -> None:
+        super().__init__(model, stream, compute, dtype, ZIMAGE)
+        self._shared = shared  # addresses of codes and scales
+
     def _quantized(
         self, codes: torch.Tensor, scales: torch.Tensor, layers: Sequence[str]
     ) -> Linear:
         linear = super()._quantized(codes, scales, layers)
-        if not isinstance(linear, FP8Linear):
+        in_place = {codes.data_ptr(), scales.data_ptr()} <= self._shared
+        if not isinstance(linear, FP8Linear) or not in_place:
             return linear
         folded = linear.weights
         codes.copy_(folded.codes.view(torch.uint8))
@@ -117,21 +131,19 @@ class _Loader(PartsLoader):
         return FP8Linear(RowScaledArray(codes, folded.scales), linear.out_features, linear.dtype)
 
 
-def _bytes_or_floats(tensor: torch.Tensor) -> torch.Tensor:
-    eight_bits = tensor.element_size() == 1
-    return tensor.detach().view(torch.uint8) if eight_bits else tensor.detach()
+def follow(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether each tensor follows the one before in the same piece of memory."""
+    first = tensors[0].untyped_storage().data_ptr()
+    ends = [tensor.data_ptr() + tensor.nbytes for tensor in tensors[:-1]]
+    return ends == [tensor.data_ptr() for tensor in tensors[1:]] and all(
+        tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == first
+        for tensor in tensors
+    )
 
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Stack along axis 0; a view if each follows the one before in memory."""
-    first = tensors[0]
-    ends = [tensor.data_ptr() + tensor.nbytes for tensor in tensors]
-    begins = [tensor.data_ptr() for tensor in tensors]
-    if ends[:-1] == begins[1:] and all(
-        tensor.is_contiguous()
-        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for tensor in tensors
-    ):
-        rows = sum(len(tensor) for tensor in tensors)
-        return first.as_strided((rows, *first.shape[1:]), first.stride())
-    return torch.cat(list(tensors))
+    if not follow(tensors):
+        return torch.cat(list(tensors))
+    first, rows = tensors[0], sum(len(tensor) for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())

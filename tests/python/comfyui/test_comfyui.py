@@ -173,6 +173,54 @@ def test_other_patches_stay_comfyuis(comfy: SimpleNamespace, stock: Any) -> None
     assert error(run(comfy, stock, given), wanted) > 0.05
 
 
+@pytest.mark.parametrize("kind", ["split", "fused"])
+def test_adapters_stay_in_calls_that_fall_back(
+    comfy: SimpleNamespace, stock: Any, exact: Any, original: Path, kind: str
+) -> None:
+    given, file = inputs(), lora_file(original, kind)
+    wanted = run(comfy, with_lora(comfy, exact, file, 0.7), given)
+    fast = speed_up(with_lora(comfy, stock, file, 0.7), "weight-only")
+    found = run(comfy, fast, given, patches={"double_block": [lambda given: {}]})
+    assert forward_of(fast).native_calls == 0
+    effect = float((wanted - run(comfy, exact, given)).norm())
+    assert float((found - wanted).norm()) < 2e-3 * effect
+    assert float((run(comfy, fast, given) - wanted).norm()) < 2e-3 * effect
+    assert forward_of(fast).native_calls == 1
+
+
+def test_adapters_of_one_strength_stay_apart(
+    comfy: SimpleNamespace, stock: Any, exact: Any, original: Path
+) -> None:
+    """Of strengths that print alike, and of one that names qkv and one that names its parts."""
+    given = inputs()
+    split, fused = (lora_file(original, kind) for kind in ("split", "fused"))
+    for first, second in ((0.3, 0.1 + 0.2), (0.5, 0.5)):
+        theirs, ours = exact, stock
+        for file, strength in ((split, first), (fused, second)):
+            theirs = with_lora(comfy, theirs, file, strength)
+            ours = with_lora(comfy, ours, file, strength)
+        wanted = run(comfy, theirs, given)
+        assert error(run(comfy, speed_up(ours, "weight-only"), given), wanted) < 2e-4
+
+
+def test_a_node_behind_another_keeps_its_adapters(
+    comfy: SimpleNamespace, stock: Any, exact: Any, original: Path
+) -> None:
+    given, file = inputs(), lora_file(original, "fused")
+    wanted = run(comfy, with_lora(comfy, exact, file, 0.7), given)
+    once = speed_up(with_lora(comfy, stock, file, 0.7), "weight-only")
+    assert error(run(comfy, speed_up(once, "weight-only"), given), wanted) < 2e-4
+
+
+def test_merges_are_left_whole(comfy: SimpleNamespace, exact: Any, original: Path) -> None:
+    merged = with_lora(comfy, exact, lora_file(original, "fused"), 0.7).clone()
+    patches = exact.get_key_patches("diffusion_model.")
+    for key, patch in patches.items():
+        merged.add_patches({key: patch}, 0.5, 0.5)
+    given = inputs()
+    assert error(run(comfy, speed_up(merged), given), run(comfy, merged, given)) < 2e-4
+
+
 # ---- what cannot run here
 
 
@@ -190,6 +238,55 @@ def test_calls_that_fall_back(
     assert len(lines) == 1 and 'because a node patches "double_block"' in lines[0]
     run(comfy, fast, given)
     assert forward_of(fast).native_calls == 1
+
+
+def replaced_forward(module: Any) -> Any:
+    return lambda x: type(module).forward(module, x) + x
+
+
+def test_what_nodes_put_on_modules_is_kept(comfy: SimpleNamespace, quantized: Path) -> None:
+    given, model = inputs(), load(comfy, quantized)
+    layer = model.model.diffusion_model.layers[0].feed_forward
+    patched = model.clone()
+    name = "diffusion_model.layers.0.feed_forward.forward"
+    patched.add_object_patch(name, replaced_forward(layer))
+    fast = speed_up(patched, "weight-only")
+    wanted = run(comfy, patched, given)
+    assert error(wanted, run(comfy, model, given)) > 0.01
+    assert torch.equal(run(comfy, fast, given), wanted)
+    assert list(forward_of(fast).fallback_calls) == ['a node patches "layers.0.feed_forward"']
+
+
+def test_scaled_positions_are_kept(comfy: SimpleNamespace, stock: Any) -> None:
+    patched, given = stock.clone(), inputs()
+    options = {"rope_options": {"scale_x": 0.5, "scale_y": 0.5}}
+    fast = speed_up(patched, "weight-only")
+    assert torch.equal(run(comfy, fast, given, **options), run(comfy, stock, given, **options))
+    assert forward_of(fast).native_calls == 0
+
+
+def test_other_formats_fall_back(comfy: SimpleNamespace, original: Path) -> None:
+    model, given = load(comfy, original, torch.float8_e4m3fn), inputs()
+    fast = speed_up(model)
+    found = run(comfy, fast, given)
+    assert torch.isfinite(found).all() and torch.equal(found, run(comfy, model, given))
+    assert list(forward_of(fast).fallback_calls) == ["its weights are in float8_e4m3fn"]
+
+
+def test_a_plain_file_runs_too(comfy: SimpleNamespace, original: Path) -> None:
+    model, given = load(comfy, original), inputs()
+    fast = speed_up(model)
+    assert error(run(comfy, fast, given), run(comfy, model, given)) < 5e-5
+    assert forward_of(fast).native_calls == 1
+
+
+def test_modes_in_turn_on_one_model(comfy: SimpleNamespace, quantized: Path) -> None:
+    model, given = load(comfy, quantized), inputs()
+    wanted = run(comfy, model, given)
+    for compute in ("weight-only", "fp8", "weight-only", "fp8"):
+        found = run(comfy, speed_up(model, compute), given)
+        assert error(found, wanted) < (0.2 if compute == "fp8" else 0.02)
+        assert error(run(comfy, model, given), wanted) < 0.02
 
 
 def test_another_model(comfy: SimpleNamespace, stock: Any) -> None:

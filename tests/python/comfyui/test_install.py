@@ -23,7 +23,9 @@ def test_the_command_writes_the_folder_for_copying(in_process: Run, tmp_path: Pa
         assert (written / name).read_bytes() == for_copying.read_bytes()
     assert "start ComfyUI again" in result.stdout
     fails(in_process("comfyui", "install", "ComfyUI"), 1, "exists; --overwrite replaces it")
+    (written / "README.md").write_text("of a copy of the folder")
     assert in_process("comfyui", "install", "ComfyUI", "--overwrite").returncode == 0
+    only(written, *FILES)
 
 
 def test_the_package_exports_what_comfyui_looks_for() -> None:
@@ -41,6 +43,14 @@ def test_the_package_exports_what_comfyui_looks_for() -> None:
     folder = str(ROOT / "integrations" / "comfyui")
     result = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert result.stdout == "zimage_mxfp8\n", result.stderr
+
+
+def test_a_link(in_process: Run, tmp_path: Path) -> None:
+    nodes = tmp_path / "ComfyUI" / "custom_nodes"
+    nodes.mkdir(parents=True)
+    (nodes / "zimage-mxfp8").symlink_to(tmp_path / "nowhere")
+    fails(in_process("comfyui", "install", "ComfyUI"), 2, "is a link to another folder")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_another_folder(in_process: Run, tmp_path: Path) -> None:
