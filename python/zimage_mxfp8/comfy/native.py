@@ -128,8 +128,8 @@ class NativeForward:
         if elsewhere is not None:
             self.forget()  # so that the memory of weights that were moved away is free
             return (
-                f"a part of the weights is on {elsewhere.device}: low or dynamic VRAM "
-                "(--disable-dynamic-vram turns the latter off)"
+                f"a part of the weights is on {elsewhere.device}: low VRAM, or ComfyUI's dynamic "
+                "VRAM, which the guide says how to turn off"
             )
         return ""
 

@@ -53,7 +53,7 @@ needs_bash = pytest.mark.skipif(BASH is None, reason="there is no bash")
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("zimage-mxfp8 co", ["compare", "completion", "convert"]),
+        ("zimage-mxfp8 co", ["comfyui", "compare", "completion", "convert"]),
         ("zimage-mxfp8 completion ", ["bash", "fish", "zsh"]),
         ("zimage-mxfp8 convert --re", ["--recipe", "--report"]),
         ("zimage-mxfp8 convert --exclude", ["--exclude-layers"]),
