@@ -45,20 +45,16 @@ class NativeForward:
     beside its layers; the reason is logged once.
 
     Attributes:
+        module: ComfyUI's NextDiT.
+        compute: a compute mode, or "auto".
         adapters: by name.
         native_calls: how many calls ran here.
         fallback_calls: how many went to ComfyUI's forward, by reason.
     """
 
     def __init__(self, module: Any, compute: str, adapters: Mapping[str, AdapterTensors]) -> None:
-        """Take the model.
-
-        Args:
-            module: ComfyUI's NextDiT.
-            compute: a compute mode, or "auto".
-            adapters: by name.
-        """
-        self._module, self._compute, self.adapters = module, compute, dict(adapters)
+        """Take the model, see the attributes."""
+        self.module, self.compute, self.adapters = module, compute, dict(adapters)
         self._transformer: ZImageTransformer | None = None
         self._branches: Branches | None = None
         self._made_of: tuple[Any, ...] = ()
@@ -95,9 +91,9 @@ class NativeForward:
         if not self.fallback_calls[reason]:
             _log.warning("Z-Image MXFP8: ComfyUI's own forward runs, because %s", reason)
         self.fallback_calls[reason] += 1
-        own: Forward = type(self._module)._forward
+        own: Forward = type(self.module)._forward
         with self._adapted():
-            return own(self._module, x, timesteps, context, num_tokens, attention_mask, **options)
+            return own(self.module, x, timesteps, context, num_tokens, attention_mask, **options)
 
     def forget(self) -> None:
         """Drop the transformer, and with it the references to the weights."""
@@ -108,7 +104,7 @@ class NativeForward:
         hooks = options.get("transformer_options") or {}
         patches = [name for name, each in (hooks.get("patches") or {}).items() if each]
         patches += [name for name in _HOOKED if hooks.get(name)]
-        patches += [name for name, each in self._module.named_modules() if name and _changed(each)]
+        patches += [name for name, each in self.module.named_modules() if name and _changed(each)]
         if patches:
             return f'a node patches "{patches[0]}"'
         for name in _EXTRA_INPUTS:
@@ -118,7 +114,7 @@ class NativeForward:
             return "a ControlNet of this kind is not supported"
         if x.dtype not in (torch.bfloat16, torch.float32):
             return f"it computes in {str(x.dtype).removeprefix('torch.')}"
-        for parameter in self._module.parameters():
+        for parameter in self.module.parameters():
             layout = getattr(parameter, "_layout_cls", None)
             if layout not in (None, _LAYOUT):
                 return f"its weights are in {layout}, not in MXFP8"
@@ -127,10 +123,7 @@ class NativeForward:
         elsewhere = next((each for each in self._weights() if each.device != x.device), None)
         if elsewhere is not None:
             self.forget()  # so that the memory of weights that were moved away is free
-            return (
-                f"a part of the weights is on {elsewhere.device}: low VRAM, or ComfyUI's dynamic "
-                "VRAM, which the guide says how to turn off"
-            )
+            return f"a part of the weights is on {elsewhere.device} (low VRAM)"
         return ""
 
     def _current(self, dtype: torch.dtype) -> tuple[ZImageTransformer | None, str]:
@@ -161,17 +154,17 @@ class NativeForward:
         if self._branches is None:
             shapes = {
                 name: tuple(getattr(getattr(each, "_params", each), "orig_shape", each.shape))
-                for name, each in self._module.named_parameters()
+                for name, each in self.module.named_parameters()
             }
             self._branches = Branches(self.adapters, shapes)
-        with self._branches.beside(self._module):
+        with self._branches.beside(self.module):
             yield
 
     def _make(self, dtype: torch.dtype) -> ZImageTransformer:
         for block in self._blocks():
             _put_together(block.feed_forward.w1, block.feed_forward.w3)
-        plain, layers = _tensors_of(self._module)
-        mode = choose(self._compute, core_index(next(iter(plain.values())).device), bool(layers))
+        plain, layers = _tensors_of(self.module)
+        mode = choose(self.compute, core_index(next(iter(plain.values())).device), bool(layers))
         transformer = adopt(plain, layers, mode, dtype)
         for name, adapter in self.adapters.items():
             transformer.load_lora(adapter.tensors, name, adapter.strength)
@@ -179,10 +172,10 @@ class NativeForward:
 
     def _blocks(self) -> Iterator[Any]:
         for stack in ("noise_refiner", "context_refiner", "layers"):
-            yield from getattr(self._module, stack)
+            yield from getattr(self.module, stack)
 
     def _weights(self) -> Iterator[torch.Tensor]:
-        for parameter in self._module.parameters():
+        for parameter in self.module.parameters():
             yield parameter._qdata if _is_mxfp8(parameter) else parameter
 
 

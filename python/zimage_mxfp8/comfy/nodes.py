@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..transformer.compute import COMPUTE_MODES
 from .native import NativeForward
-from .patches import take_adapters
+from .patches import AdapterTensors, take_adapters
 
 _KEY = "zimage_mxfp8"
 _CATEGORY = "Z-Image MXFP8"
 _FORWARD = "diffusion_model._forward"
 _RECIPES = ("uniform", "zimage")
 # When ComfyUI has loaded or unloaded weights (names of comfy.patcher_extension.CallbacksMP).
+_CLONE = "on_clone"
 _WEIGHTS_CHANGE = ("on_load_after", "on_detach_after", "on_apply_hooks")
 
 
@@ -36,18 +38,46 @@ def speed_up(model: Any, compute: str = "auto") -> Any:
         raise ValueError(
             f"the model is {type(model.model).__name__}, not Z-Image; connect a Z-Image model"
         )
-    patched = model.clone()
+    patched = _clone(model)
     adapters, patched.patches = take_adapters(patched.patches)
     earlier = patched.object_patches.get(_FORWARD)
     if isinstance(earlier, NativeForward):  # the node stands behind another one
         adapters |= {f"earlier {name}": each for name, each in earlier.adapters.items()}
     patched.patches_uuid = uuid.uuid4()  # otherwise ComfyUI takes the weights for patched ones
-    forward = NativeForward(module, compute, adapters)
-    patched.add_object_patch(_FORWARD, forward)
-    for event in _WEIGHTS_CHANGE:
-        patched.remove_callbacks_with_key(event, _KEY)
-        patched.add_callback_with_key(event, _KEY, lambda *_: forward.forget())
+    _attach(patched, compute, adapters)
     return patched
+
+
+def _clone(model: Any) -> Any:
+    """Copy a MODEL, as one whose weights are on the device as a whole.
+
+    With dynamic VRAM, weights are streamed; ComfyUI then loads the file again without it, as for
+    its compiling nodes. Never run on a GPU.
+    """
+    if not model.is_dynamic():
+        return model.clone()
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError:  # of a loader that does not say how; its calls will fall back
+        return model.clone()
+
+
+def _attach(model: Any, compute: str, adapters: Mapping[str, AdapterTensors]) -> None:
+    forward = NativeForward(model.model.diffusion_model, compute, adapters)
+    model.add_object_patch(_FORWARD, forward)
+    for event in (*_WEIGHTS_CHANGE, _CLONE):
+        model.remove_callbacks_with_key(event, _KEY)
+    for event in _WEIGHTS_CHANGE:
+        model.add_callback_with_key(event, _KEY, lambda *_: forward.forget())
+    model.add_callback_with_key(_CLONE, _KEY, _follow)
+
+
+def _follow(_: Any, clone: Any) -> None:
+    """Give a copy with weights of its own a forward on these."""
+    forward = clone.object_patches.get(_FORWARD)
+    module = clone.model.diffusion_model
+    if isinstance(forward, NativeForward) and forward.module is not module:
+        _attach(clone, forward.compute, forward.adapters)
 
 
 class SpeedUp:

@@ -306,6 +306,33 @@ def test_unload_and_load_again(comfy: SimpleNamespace, stock: Any) -> None:
     assert torch.equal(run(comfy, fast, given), before)
 
 
+def test_dynamic_vram_is_left(
+    comfy: SimpleNamespace, stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI loads the file again. Its class for dynamic VRAM cannot run here, so it is claimed."""
+    given = inputs()
+    wanted = run(comfy, stock, given)
+    dynamic = stock.clone()
+    monkeypatch.setattr(dynamic, "is_dynamic", lambda: True)
+    fast = speed_up(dynamic, "weight-only")
+    assert fast.model is not stock.model and not fast.is_dynamic()
+    assert error(run(comfy, fast, given), wanted) < 5e-5
+    assert forward_of(fast).native_calls == 1
+
+
+def test_a_copy_with_weights_of_its_own(
+    comfy: SimpleNamespace, stock: Any, quantized: Path
+) -> None:
+    given, fast = inputs(), speed_up(stock, "weight-only")
+    wanted = run(comfy, fast, given)
+    other = load(comfy, quantized)
+    copy = fast.clone(model_override=other.get_clone_model_override())
+    assert forward_of(copy) is not forward_of(fast)
+    assert forward_of(copy).module is other.model.diffusion_model
+    assert torch.equal(run(comfy, copy, given), wanted)
+    assert forward_of(fast.clone()) is forward_of(fast)
+
+
 def test_a_sampler_draws_the_same(comfy: SimpleNamespace, stock: Any) -> None:
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     positive, negative = ([[random(1, n, CAPTION, seed=n), {}]] for n in (21, 33))
