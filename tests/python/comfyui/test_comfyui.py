@@ -309,7 +309,7 @@ def test_unload_and_load_again(comfy: SimpleNamespace, stock: Any) -> None:
 def test_dynamic_vram_is_left(
     comfy: SimpleNamespace, stock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ComfyUI loads the file again. Its class for dynamic VRAM cannot run here, so it is claimed."""
+    """ComfyUI loads the file again. Its class for dynamic VRAM cannot run here: it is claimed."""
     given = inputs()
     wanted = run(comfy, stock, given)
     dynamic = stock.clone()
