@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..errors import Error
+from ..errors import Error, UnsupportedError
 from ..system.devices import core_index
 from ..transformer.adoption import AdoptedLayer, adopt, follow
 from ..transformer.compute import choose
@@ -79,7 +79,7 @@ class NativeForward:
         reason = self._reason(x, options)
         transformer = None
         if not reason:
-            transformer, reason = self._current(x.dtype)
+            transformer, reason = self._current(x)
         if transformer is not None:
             try:
                 found = _run(transformer, x, timesteps, context)
@@ -114,36 +114,41 @@ class NativeForward:
             return "a ControlNet of this kind is not supported"
         if x.dtype not in (torch.bfloat16, torch.float32):
             return f"it computes in {str(x.dtype).removeprefix('torch.')}"
-        for parameter in self.module.parameters():
-            layout = getattr(parameter, "_layout_cls", None)
-            if layout not in (None, _LAYOUT):
-                return f"its weights are in {layout}, not in MXFP8"
-            if layout is None and parameter.dtype not in _FLOATS:
-                return f"its weights are in {str(parameter.dtype).removeprefix('torch.')}"
-        elsewhere = next((each for each in self._weights() if each.device != x.device), None)
-        if elsewhere is not None:
-            self.forget()  # so that the memory of weights that were moved away is free
-            return f"a part of the weights is on {elsewhere.device} (low VRAM)"
         return ""
 
-    def _current(self, dtype: torch.dtype) -> tuple[ZImageTransformer | None, str]:
+    def _current(self, x: torch.Tensor) -> tuple[ZImageTransformer | None, str]:
         """Return the transformer of the weights as they are now, or why there is none."""
-        made_of = self._made_of_now(dtype)
+        made_of, elsewhere = self._made_of_now(x)
+        if elsewhere is not None:
+            self.forget()  # so that the memory of weights that were moved away is free
+            return None, f"a part of the weights is on {elsewhere} (low VRAM)"
         if self._refused[0] == made_of:
             return None, self._refused[1]
         if self._transformer is None or made_of != self._made_of:
             self.forget()
             try:
-                self._transformer = self._make(dtype)
+                self._transformer, reason = self._make(x.dtype), ""
             except Exception as error:  # of any kind: ComfyUI's own forward still works
                 reason = str(error) if isinstance(error, Error) else repr(error)
-                self._refused = (self._made_of_now(dtype), reason)
+            made_of, _ = self._made_of_now(x)  # making it may have moved w1 and w3 together
+            if self._transformer is None:
+                self._refused = (made_of, reason)
                 return None, reason
-            self._made_of = self._made_of_now(dtype)  # making it may have moved w1 and w3 together
+            self._made_of = made_of
         return self._transformer, ""
 
-    def _made_of_now(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        return (dtype, *(each.data_ptr() for each in self._weights()))
+    def _made_of_now(self, x: torch.Tensor) -> tuple[tuple[Any, ...], torch.device | None]:
+        """Return what a transformer for x depends on, and where weights are that are not with x.
+
+        Every step asks for it, so it looks at each weight once.
+        """
+        addresses, elsewhere = [], None
+        for parameter in self.module.parameters():
+            weight = parameter._qdata if _is_mxfp8(parameter) else parameter
+            addresses.append(weight.data_ptr())
+            if weight.device != x.device:
+                elsewhere = weight.device
+        return (x.dtype, *addresses), elsewhere
 
     @contextmanager
     def _adapted(self) -> Iterator[None]:
@@ -161,6 +166,13 @@ class NativeForward:
             yield
 
     def _make(self, dtype: torch.dtype) -> ZImageTransformer:
+        for parameter in self.module.parameters():
+            layout = getattr(parameter, "_layout_cls", None)
+            if layout not in (None, _LAYOUT):
+                raise UnsupportedError(f"its weights are in {layout}, not in MXFP8")
+            if layout is None and parameter.dtype not in _FLOATS:
+                name = str(parameter.dtype).removeprefix("torch.")
+                raise UnsupportedError(f"its weights are in {name}")
         for block in self._blocks():
             _put_together(block.feed_forward.w1, block.feed_forward.w3)
         plain, layers = _tensors_of(self.module)
@@ -173,10 +185,6 @@ class NativeForward:
     def _blocks(self) -> Iterator[Any]:
         for stack in ("noise_refiner", "context_refiner", "layers"):
             yield from getattr(self.module, stack)
-
-    def _weights(self) -> Iterator[torch.Tensor]:
-        for parameter in self.module.parameters():
-            yield parameter._qdata if _is_mxfp8(parameter) else parameter
 
 
 def _run(
@@ -198,7 +206,8 @@ def _run(
 
 def _changed(module: Any) -> bool:
     """Return whether a node has put something on a module."""
-    return "forward" in vars(module) or any(getattr(module, name, None) for name in _ON_MODULES)
+    own = vars(module)
+    return "forward" in own or any(own.get(name) for name in _ON_MODULES)
 
 
 def _stop_if_cancelled() -> None:

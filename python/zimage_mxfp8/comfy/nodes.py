@@ -15,7 +15,7 @@ _KEY = "zimage_mxfp8"
 _CATEGORY = "Z-Image MXFP8"
 _FORWARD = "diffusion_model._forward"
 _RECIPES = ("uniform", "zimage")
-# When ComfyUI has loaded or unloaded weights (names of comfy.patcher_extension.CallbacksMP).
+# Names of comfy.patcher_extension.CallbacksMP: of copies, and when weights have changed.
 _CLONE = "on_clone"
 _WEIGHTS_CHANGE = ("on_load_after", "on_detach_after", "on_apply_hooks")
 
@@ -134,10 +134,10 @@ class Convert:
         import folder_paths
         from comfy.utils import ProgressBar
 
-        from ..conversion.convert import convert
+        from ..conversion.convert import convert, default_output
 
         source = Path(folder_paths.get_full_path_or_raise(self._FOLDER, file))
-        target = source.with_name(f"{source.stem}-mxfp8.safetensors")
+        target = default_output(source)
         bar = ProgressBar(1)
         report = convert(
             source,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,13 +27,13 @@ class AdoptedLayer:
 
     Attributes:
         codes: float8_e4m3fn or bytes [roundup(N, 32), roundup(K, 32)], contiguous.
-        scales: E8M0 bytes in the 128x4 blocked layout, contiguous.
+        scale: E8M0 bytes in the 128x4 blocked layout, contiguous.
         shape: [N, K] before padding.
         full_precision: whether its input must not be quantised.
     """
 
     codes: torch.Tensor
-    scales: torch.Tensor
+    scale: torch.Tensor
     shape: tuple[int, int]
     full_precision: bool = False
 
@@ -63,7 +63,7 @@ def adopt(
         CheckpointError: a tensor of Z-Image's is missing, or a layer to fold has NaN.
     """
     model = _Model(plain, layers)
-    shared = {x.data_ptr() for layer in layers.values() for x in (layer.codes, layer.scales)}
+    shared = {x.data_ptr() for layer in layers.values() for x in (layer.codes, layer.scale)}
     parts = _Loader(model, _Adopted(), compute, dtype, shared).load()
     return ZImageTransformer(model.config, parts, compute, dtype, cuda_graphs)
 
@@ -79,19 +79,15 @@ class _Model:
         shapes = {name: tuple(tensor.shape) for name, tensor in plain.items()}
         shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
         self.config = ZImageConfig.of_shapes(shapes)
-        self.layers = {name: _Layer(layer) for name, layer in layers.items()}
-        codes = {f"{name}.weight": x.codes.view(torch.uint8) for name, x in layers.items()}
-        present = {**plain, **codes}
+        self.layers = {
+            name: replace(x, codes=x.codes.view(torch.uint8), scale=x.scale.view(torch.uint8))
+            for name, x in layers.items()
+        }
+        present = {**plain, **{f"{name}.weight": x.codes for name, x in self.layers.items()}}
         wanted = ZIMAGE.expected_shapes(shapes)
         if lacking := [name for name in wanted if name not in present]:
             raise CheckpointError(f'{self.path} has no "{lacking[0]}"')
         self.tensors = {name: present[name] for name in wanted}
-
-
-class _Layer:
-    def __init__(self, layer: AdoptedLayer) -> None:
-        self.scale, self.shape = layer.scales.view(torch.uint8), layer.shape
-        self.full_precision = layer.full_precision
 
 
 class _Adopted:

@@ -64,7 +64,7 @@ def test_nothing_of_8_bits_is_copied_and_stacks_are_views(file: Path) -> None:
         if name.endswith(".w1") and other is not None:
             pair = [layer, other]
             codes = torch.cat([x.codes.view(torch.uint8) for x in pair])
-            scales = torch.cat([x.scales for x in pair])
+            scales = torch.cat([x.scale for x in pair])
             halves = zip(codes.chunk(2), scales.chunk(2), ("w1", "w3"), strict=True)
             for half, half_scales, part in halves:
                 key = name.replace(".w1", f".{part}")
@@ -91,7 +91,7 @@ def test_folding_in_place_leaves_valid_mxfp8(file: Path) -> None:
     linear = adopted.layers[0].qkv
     layer = layers["layers.0.attention.qkv"]
     padded = (layer.codes.shape[0], layer.codes.shape[1])
-    decoded = zm.dequantize(zm.MXFP8Array(layer.codes, layer.scales, padded), "float32")
+    decoded = zm.dequantize(zm.MXFP8Array(layer.codes, layer.scale, padded), "float32")
     assert torch.equal(decoded[: len(linear.decode())], linear.decode())
     kept = {name: layer.codes.view(torch.uint8).clone() for name, layer in layers.items()}
     again = adopt(plain, layers, "fp8", torch.float32)
