@@ -22,6 +22,7 @@ from zimage_mxfp8.transformer.model import ZImageTransformer
 from zimage_mxfp8.zimage.control import CONTROLNET, INPAINT_CHANNELS
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
+from ..layers import LINEARS, MODULATIONS
 from ..report import Report
 from .transformer import MODES, Inputs, free, modes, random_inputs
 
@@ -34,10 +35,6 @@ COLUMNS = {
     "change": "of the output, relative",
 }
 ADAPTERS = {"1 adapter of rank 32": (1, 32), "2 adapters of rank 64": (2, 64)}
-_LAYERS = (
-    *("attention.qkv", "attention.out", "adaLN_modulation.0"),
-    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-)
 _CONTROL_BLOCKS, _CONTROL_REFINER_BLOCKS = 15, 2  # of Fun-Controlnet-Union 2.1
 
 
@@ -48,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def random_adapter(rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """Return an adapter of 2 % of the usual norm of a weight on every linear of the blocks."""
+    """Return an adapter on every linear of the blocks, neither factor of which is zero."""
     random = torch.Generator("cuda").manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -57,7 +54,7 @@ def random_adapter(rank: int, seed: int) -> dict[str, torch.Tensor]:
     adapter = {}
     for name, shape in zimage_shapes().items():
         layer = name.removesuffix(".weight")
-        if not (name.endswith(".weight") and layer.endswith(_LAYERS)):
+        if not (name.endswith(".weight") and layer.endswith((*LINEARS, *MODULATIONS))):
             continue
         adapter[f"diffusion_model.{layer}.lora_A.weight"] = randn(rank, shape[1]) * shape[1] ** -0.5
         adapter[f"diffusion_model.{layer}.lora_B.weight"] = randn(shape[0], rank) * 0.02

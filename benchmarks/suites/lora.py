@@ -29,6 +29,7 @@ from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 from zimage_mxfp8.transformer.model import ZImageTransformer
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
+from ..layers import LINEARS
 from ..report import Report
 
 COLUMNS = {
@@ -40,10 +41,6 @@ COLUMNS = {
 }
 SIZES = (0.005, 0.02, 0.1)
 RANK = 16
-_LAYERS = (
-    *("attention.qkv", "attention.out"),
-    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -58,7 +55,7 @@ def random_adapter(weights: Tensors, size: float) -> Tensors:
     adapter = {}
     for name, weight in weights.items():
         layer = name.removesuffix(".weight")
-        if not layer.endswith(_LAYERS):
+        if not layer.endswith(LINEARS):
             continue
         down = torch.randn(RANK, weight.shape[1], generator=random)
         up = torch.randn(weight.shape[0], RANK, generator=random)

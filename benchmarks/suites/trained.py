@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ from zimage_mxfp8.generation.sampler import denoise
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
+from ..layers import LINEARS, MODULATIONS
 from ..report import Report
 from ..trained import scenes
 
@@ -65,11 +66,6 @@ COLUMNS = {
     "noise_gain": "dB by the branch on normal noise of the same shapes",
     "value": "of a statistic",
 }
-_LAYERS = (
-    *("attention.qkv", "attention.out"),
-    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-)
-_MODULATION = "adaLN_modulation.0"
 _RANK = 8  # of low-rank branches: 6 % of the width
 
 
@@ -137,7 +133,7 @@ class Weights:
             }
 
     def matrices(self, modulations: bool) -> Iterator[str]:
-        endings = (*_LAYERS, _MODULATION) if modulations else _LAYERS
+        endings = (*LINEARS, *MODULATIONS) if modulations else LINEARS
         return (
             name
             for name in self.tensors
@@ -148,30 +144,26 @@ class Weights:
         self, change: Callable[[np.ndarray], np.ndarray], modulations: bool = False
     ) -> tuple[Path, float]:
         """Write a file with changed matrices; return it and their relative squared error."""
-        changed, error, energy = dict(self.tensors), 0.0, 0.0
-        for name in self.matrices(modulations):
-            before = self.tensors[name].numpy()
-            after = change(before)
-            error += float(np.square(after - before, dtype=np.float64).sum())
-            energy += float(np.square(before, dtype=np.float64).sum())
-            changed[name] = torch.from_numpy(after)
+        before = {name: self.tensors[name].numpy() for name in self.matrices(modulations)}
+        after = {name: change(matrix) for name, matrix in before.items()}
         file = self._scratch / "replaced.safetensors"
-        save_file(changed, file)
-        return file, error / energy
+        save_file(self.tensors | {name: torch.from_numpy(x) for name, x in after.items()}, file)
+        return file, _relative_error(before.values(), after.values())
 
     def noise_error(self, change: Callable[[np.ndarray], np.ndarray]) -> float:
-        """Return the same of normal noise with the shapes of the matrices."""
+        """Return the relative squared error of normal noise in the shapes of the matrices."""
         random = np.random.default_rng(0)
         shapes = [tuple(self.tensors[name].shape) for name in self.matrices(False)]
         noise = [random.standard_normal(shape, np.float32) for shape in shapes]
-        return _relative_error(noise, change)
+        return _relative_error(noise, [change(matrix) for matrix in noise])
 
 
-def _relative_error(
-    matrices: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]
-) -> float:
-    error = sum(float(np.square(change(x) - x, dtype=np.float64).sum()) for x in matrices)
-    return error / sum(float(np.square(x, dtype=np.float64).sum()) for x in matrices)
+def _relative_error(before: Collection[np.ndarray], after: Collection[np.ndarray]) -> float:
+    def energy(matrix: np.ndarray) -> float:
+        return float(np.square(matrix, dtype=np.float64).sum())
+
+    error = sum(energy(y - x) for x, y in zip(before, after, strict=True))
+    return error / sum(map(energy, before))
 
 
 def decoded(name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -330,7 +322,7 @@ class Evidence:
         steps: int = 8,
         **figures: float | None,
     ) -> None:
-        """Report a variant, against the original in so many steps and another row."""
+        """Report a variant, compared with the original in `steps` steps and with row `base`."""
         against = self._original(steps)
         change = (drawn.latents - against.latents).norm() / against.latents.norm()
         metrics = [compare_images(*pair) for pair in zip(drawn.images, against.images, strict=True)]
