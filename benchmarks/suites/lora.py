@@ -2,10 +2,10 @@
 
 The model is synthetic. Adapters of rank 16 are on every linear of its blocks, at three sizes
 relative to the weights. `weights` is the error of the change of the weights over the change itself:
-(W' - W'0) - dW, where W'0 is the decoded weight without the adapter. `change` is the same of
-the model's output: how far the change that the adapter makes to the file's output is from the one
-that it makes to the original's, over the latter. `output` is how far the output is from that of the
-original weights with the adapter, over the same; it includes the format's own error.
+(W' - W'0) - dW, where W'0 is the decoded weight without the adapter. `change` is the same figure
+for the model's output: how far the change that the adapter makes to the file's output is from the
+one that it makes to the original's, over the latter. `output` is how far the output is from that
+of the original weights with the adapter, over the same; it includes the format's own error.
 
 - live: this package's branch beside the MXFP8 GEMM, in BF16 and in float32.
 - merged: `convert` of the original weights with the adapter added.
