@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import save_file
 from scipy import stats
@@ -35,9 +34,7 @@ from zimage_mxfp8.checkpoint.diffusers_layout import to_comfyui_layout
 from zimage_mxfp8.checkpoint.scopes import WHOLE_FILE
 from zimage_mxfp8.checkpoint.source import TensorReader, open_checkpoint
 from zimage_mxfp8.conversion.recipes import Recipe, load_recipe
-from zimage_mxfp8.generation.components import VAE, TextEncoder
-from zimage_mxfp8.generation.folder import open_model_folder
-from zimage_mxfp8.generation.sampler import denoise
+from zimage_mxfp8.generation.example_images import Painter
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
@@ -81,40 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Drawn:
     latents: torch.Tensor
     images: list[Image.Image]
-
-
-class Painter:
-    """Draws the same captions and noise with any transformer."""
-
-    def __init__(self, folder: Path, device: str, captions: int, seeds: int) -> None:
-        parts = open_model_folder(folder)
-        self.device = torch.device(device)
-        encoder = TextEncoder(parts, self.device, torch.float32)
-        features = [encoder.encode(caption) for caption in scenes.unseen_captions(captions)]
-        self.captions = [x for x in features for _ in range(seeds)]
-        self._vae = VAE(parts, self.device, torch.float32)
-        random = torch.Generator().manual_seed(0)
-        shape = (len(self.captions), 16, 1, scenes.SIDE // 8, scenes.SIDE // 8)
-        self._noise = torch.randn(shape, generator=random).to(self.device)
-
-    @torch.no_grad()
-    def draw(self, model: ZImageTransformer, steps: int = 8) -> Drawn:
-        latents = []
-        for first in range(0, len(self._noise), 32):
-            noise = list(self._noise[first : first + 32])
-            captions = [x.to(model.dtype) for x in self.captions[first : first + 32]]
-            latents += denoise(model, noise, captions, steps)
-        stacked = torch.stack(latents)
-        images = []
-        for latent in stacked[:, :, 0].split(1):
-            pixels = self._vae.decode(latent)
-            images += VaeImageProcessor(vae_scale_factor=16).postprocess(pixels)
-        return Drawn(stacked, images)
-
-    def load(
-        self, file: Path, compute: str = "weight-only", dtype: torch.dtype = torch.float32
-    ) -> ZImageTransformer:
-        return ZImageTransformer.from_checkpoint(file, self.device, compute, dtype)
 
 
 class Weights:
@@ -195,7 +158,11 @@ class Evidence:
 
     def __init__(self, arguments: argparse.Namespace, report: Report, folder: Path) -> None:
         self._device, self._seeds = arguments.device, arguments.seeds
-        self._painter = Painter(arguments.model, self._device, arguments.captions, self._seeds)
+        unseen = scenes.unseen_captions(arguments.captions)
+        captions = [caption for caption in unseen for _ in range(self._seeds)]
+        shape = (len(captions), 16, 1, scenes.SIDE // 8, scenes.SIDE // 8)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._device)
+        self._painter = Painter(arguments.model, captions, list(noise), self._device)
         self._transformer, self._report = arguments.model / "transformer", report
         self._file = folder / "converted.safetensors"
         self._weights = Weights(self._transformer, folder)
@@ -270,14 +237,14 @@ class Evidence:
             for dtype in (torch.float32, torch.bfloat16):
                 title = f"{compute}, {str(dtype).removeprefix('torch.')}"
                 self._add("modes", title, self._draw(self._file, compute, dtype))
-        bfloat16 = self._painter.load(self._transformer, dtype=torch.bfloat16)
-        self._add("modes", "original weights, bfloat16", self._painter.draw(bfloat16))
+        bfloat16 = self._draw(self._transformer, dtype=torch.bfloat16)
+        self._add("modes", "original weights, bfloat16", bfloat16)
 
     def steps(self) -> None:
         zm.convert(self._transformer, self._file, overwrite=True)
         for steps in (4, 8, 20):
             for compute in ("weight-only", "fp8"):
-                drawn = self._painter.draw(self._painter.load(self._file, compute), steps)
+                drawn = self._draw(self._file, compute, steps=steps)
                 self._add("steps", f"{steps} steps, {compute}", drawn, steps=steps)
             title = f"original, {steps} steps against 50"
             self._add("steps", title, self._original(steps), steps=50)
@@ -303,14 +270,19 @@ class Evidence:
 
     def _original(self, steps: int) -> Drawn:
         if steps not in self._originals:
-            model = self._painter.load(self._transformer)
-            self._originals[steps] = self._painter.draw(model, steps)
+            self._originals[steps] = self._draw(self._transformer, steps=steps)
         return self._originals[steps]
 
     def _draw(
-        self, file: Path, compute: str = "weight-only", dtype: torch.dtype = torch.float32
+        self,
+        file: Path,
+        compute: str = "weight-only",
+        dtype: torch.dtype = torch.float32,
+        steps: int = 8,
     ) -> Drawn:
-        return self._painter.draw(self._painter.load(file, compute, dtype))
+        model = ZImageTransformer.from_checkpoint(file, self._device, compute, dtype)
+        latents, images = self._painter.draw(model, steps)
+        return Drawn(torch.stack(latents), images)
 
     def _add(
         self,

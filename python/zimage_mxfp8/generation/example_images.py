@@ -1,8 +1,9 @@
-"""The examples of the small model, drawn together in one batch."""
+"""Images of the same captions and noise by several transformers; the small model's examples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,23 +21,62 @@ from .small_model import FOLDER, TRANSFORMER, Example
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_BATCH = 32  # images that the transformer computes together
+
+
+class Painter:
+    """Draws the same captions from the same noise with any transformer, in float32.
+
+    Attributes:
+        captions: features of each image's caption, [tokens, features].
+    """
+
+    def __init__(
+        self, folder: Path, captions: Sequence[str], noise: Sequence[torch.Tensor], device: str
+    ) -> None:
+        """Load all parts but the transformer.
+
+        Args:
+            folder: a diffusers folder.
+            captions: of each image.
+            noise: float32 [16, 1, H, W] of each image, on the device.
+            device: where to draw.
+        """
+        parts, place = open_model_folder(folder), torch.device(device)
+        encoder = TextEncoder(parts, place, torch.float32)
+        features = {caption: encoder.encode(caption) for caption in dict.fromkeys(captions)}
+        self.captions = [features[caption] for caption in captions]
+        self._vae = VAE(parts, place, torch.float32)
+        self._noise = noise
+
+    @torch.no_grad()
+    def draw(
+        self, model: ZImageTransformer, sampler: str | int = "turbo"
+    ) -> tuple[list[torch.Tensor], list[Image]]:
+        """Return the latents and images of a transformer; `sampler` as in `denoise`."""
+        latents: list[torch.Tensor] = []
+        for first in range(0, len(self._noise), _BATCH):
+            batch = slice(first, first + _BATCH)
+            captions = [x.to(model.dtype) for x in self.captions[batch]]
+            latents += denoise(model, self._noise[batch], captions, sampler)
+        processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
+        decoded = (self._vae.decode(each[None, :, 0]) for each in latents)
+        return latents, [processor.postprocess(pixels)[0] for pixels in decoded]
+
 
 class ExamplePainter:
-    """Draws examples on the CPU, in float32 but for the 8 bits of a compute mode."""
+    """Draws examples with the shipped transformer on the CPU, in float32 but for the 8 bits."""
 
     def __init__(self, examples: Sequence[Example], side: int) -> None:
-        folder, device = open_model_folder(FOLDER), torch.device("cpu")
-        encoder = TextEncoder(folder, device, torch.float32)
-        self._captions = [encoder.encode(example.prompt) for example in examples]
-        self._vae = VAE(folder, device, torch.float32)
         shape = (LATENT_CHANNELS, 1, side // 8, side // 8)
-        self._noise = [
+        noise = [
             torch.randn(shape, generator=torch.Generator().manual_seed(example.seed))
             for example in examples
         ]
+        self._painter = Painter(FOLDER, [example.prompt for example in examples], noise, "cpu")
 
     def draw(self, compute: str) -> list[Image]:
-        """Return the images of all examples with the shipped transformer.
+        """Return the images of all examples in a compute mode.
 
         One thread of torch draws: its matrices are small, and on a busy machine several threads
         wait for each other, which took five times as long.
@@ -44,16 +84,10 @@ class ExamplePainter:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return self._draw(compute)
+            model = ZImageTransformer.from_checkpoint(TRANSFORMER, "cpu", compute, torch.float32)
+            return self._painter.draw(model)[1]
         finally:
             torch.set_num_threads(threads)
-
-    def _draw(self, compute: str) -> list[Image]:
-        model = ZImageTransformer.from_checkpoint(TRANSFORMER, "cpu", compute, torch.float32)
-        latents = denoise(model, self._noise, self._captions)
-        decoded = [self._vae.decode(each[None, :, 0]) for each in latents]
-        processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_TOKEN)
-        return [processor.postprocess(pixels)[0] for pixels in decoded]
 
 
 def psnr(image: Image, reference: Image) -> float:
