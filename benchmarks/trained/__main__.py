@@ -65,6 +65,7 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
     images = torch.from_numpy(np.stack([image for _, image in drawn]))
     log(f"drew {len(images)} scenes, {len(set(captions))} different captions")
 
+    images = images.to(device)
     codec = vae.train_vae(images, 5 if quick else 1500, device, log)
     codec = codec.to("cpu", torch.bfloat16).to(device)
     latents = vae.encode(codec, images, device)

@@ -37,7 +37,7 @@ def train_vae(
     """Train the VAE, and measure the scale and shift of its latents.
 
     Args:
-        images: [N, 3, 128, 128], bytes.
+        images: [N, 3, 128, 128], bytes, on the device.
         steps: of 32 random images each.
         device: where to train.
         log: takes a line of progress.
@@ -50,8 +50,8 @@ def train_vae(
         rate = min(1, (step + 1) / 100) * max(0.02, 1 - step / steps)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * rate
-        chosen = torch.from_numpy(random.integers(len(images), size=_BATCH))
-        batch = _load(images[chosen], device)
+        chosen = torch.from_numpy(random.integers(len(images), size=_BATCH)).to(device)
+        batch = _load(images[chosen])
         with torch.autocast(device, torch.bfloat16):
             posterior = vae.encode(batch).latent_dist
             decoded = vae.decode(posterior.sample()).sample
@@ -80,16 +80,16 @@ def train_vae(
 def encode(vae: AutoencoderKL, images: torch.Tensor, device: str) -> torch.Tensor:
     """Return the means of the posterior, float32 [N, 16, 16, 16], without scale and shift.
 
-    `images` are bytes [N, 3, 128, 128].
+    `images` are bytes [N, 3, 128, 128], on the device.
     """
     parts = []
     for batch in images.split(64):
-        batch = _load(batch, device)
+        batch = _load(batch)
         with torch.autocast(device, torch.bfloat16):
             parts.append(vae.encode(batch).latent_dist.mean.float().cpu())
     return torch.cat(parts)
 
 
-def _load(images: torch.Tensor, device: str) -> torch.Tensor:
-    moved = images.to(device, memory_format=torch.channels_last)
-    return moved.float().div_(127.5).sub_(1)
+def _load(images: torch.Tensor) -> torch.Tensor:
+    images = images.contiguous(memory_format=torch.channels_last)
+    return images.float().div_(127.5).sub_(1)
