@@ -52,6 +52,14 @@ std::int64_t columns_of_d(const GemmProblem& problem) {
 
 void check_problem(const GemmProblem& problem) {
   check_sizes(problem);
+  if (problem.addend_rank != 0) {
+    if (problem.addend_rank < 0 || problem.addend_rank % 8 != 0) {
+      throw InvalidArgument("the addend's rank must be a multiple of 8, not " +
+                            std::to_string(problem.addend_rank));
+    }
+    if (problem.bias) throw InvalidArgument("a GEMM with an addend has no bias");
+    if (problem.k == 0) throw InvalidArgument("a GEMM with an addend needs a K of 32 or more");
+  }
   const EpilogueInfo& epilogue = info(problem.epilogue);
   if (problem.d_format != OperandFormat::kBFloat16 && !epilogue.encodes) {
     throw InvalidArgument("D is only encoded after " + encoding_epilogues());
@@ -205,12 +213,30 @@ Outputs outputs_of(const ActivationView& d) {
       d);
 }
 
+// The memory of X and U.
+std::vector<MemoryRange> check_addend(const LowRankAddend& addend, std::int64_t m, std::int64_t n) {
+  std::vector<MemoryRange> memory;
+  const auto check_one = [&](const ConstMatrixView& view, const char* name, std::int64_t rows) {
+    detail::check_matrix(view, name);
+    if (view.dtype != DType::kBFloat16 || view.rows != rows || view.cols != addend.x.cols ||
+        view.cols < 1) {
+      throw InvalidArgument(std::string(name) + " must be BF16 " +
+                            detail::shape_text(rows, addend.x.cols) + ", not empty");
+    }
+    memory.push_back(detail::range_of(view, name));
+  };
+  check_one(addend.x, "the addend's X", m);
+  check_one(addend.u, "the addend's U", n);
+  return memory;
+}
+
 struct Checked {
   GemmProblem problem;
   detail::GemmTask task;
   OperandParts a, b;
   MemoryRange bias;
   Outputs d;
+  std::vector<MemoryRange> addend;  // of X and U; empty without one
 };
 
 Checked check(const GemmArguments& arguments) {
@@ -221,14 +247,17 @@ Checked check(const GemmArguments& arguments) {
                           detail::shape_text(b.rows, b.cols) + ": their widths differ");
   }
   const auto epilogue = static_cast<GemmEpilogue>(arguments.epilogue.index());
-  const Checked checked{{a.rows, b.rows, a.cols, a.format, b.format, d.plain.dtype,
-                         arguments.bias != nullptr, epilogue, d.format},
-                        {a.rows, b.rows, a.cols, a.task, b.task, arguments.bias, d.plain.data,
-                         d.plain.dtype, d.rows > 1 ? d.plain.row_stride : d.cols, nullptr},
-                        a,
-                        b,
-                        {arguments.bias, arguments.bias ? b.rows * 2 : 0, "the bias"},
-                        d};
+  const LowRankAddend* const addend = arguments.addend ? &*arguments.addend : nullptr;
+  const Checked checked{
+      {a.rows, b.rows, a.cols, a.format, b.format, d.plain.dtype, arguments.bias != nullptr,
+       epilogue, d.format, addend ? addend->x.cols : 0},
+      {a.rows, b.rows, a.cols, a.task, b.task, arguments.bias, d.plain.data, d.plain.dtype,
+       d.rows > 1 ? d.plain.row_stride : d.cols, nullptr, addend},
+      a,
+      b,
+      {arguments.bias, arguments.bias ? b.rows * 2 : 0, "the bias"},
+      d,
+      addend ? check_addend(*addend, a.rows, b.rows) : std::vector<MemoryRange>{}};
   check_problem(checked.problem);
   const std::int64_t columns = columns_of_d(checked.problem);
   if (d.rows != a.rows || d.cols != columns) {
@@ -360,11 +389,17 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
   const MemoryRange memory{workspace.data, static_cast<std::int64_t>(workspace.bytes),
                            "the workspace"};
   const detail::EpilogueRow& epilogue = detail::epilogue_row(problem.epilogue);
-  const std::vector<MemoryRange> of_epilogue = epilogue.check(arguments.epilogue, problem);
+  // What is read apart from the operands.
+  std::vector<MemoryRange> others = epilogue.check(arguments.epilogue, problem);
+  if (arguments.addend) {
+    check_rows(checked.addend[0], arguments.addend->x.row_stride, 2);
+    check_rows(checked.addend[1], arguments.addend->u.row_stride, 2);
+    others.insert(others.end(), checked.addend.begin(), checked.addend.end());
+  }
   detail::check_disjoint(
       memory, {checked.a.data, checked.a.scales, checked.b.data, checked.b.scales, checked.bias,
                checked.d.data, checked.d.scales});
-  for (const MemoryRange& read : of_epilogue) {
+  for (const MemoryRange& read : others) {
     for (const MemoryRange& written : {memory, checked.d.data, checked.d.scales}) {
       detail::check_disjoint(written, {read});
     }
@@ -381,7 +416,7 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
   }
   detail::check_device_memory({checked.a.data, checked.a.scales, checked.b.data, checked.b.scales,
                                checked.bias, checked.d.data, checked.d.scales, memory});
-  for (const MemoryRange& read : of_epilogue) detail::check_device_memory({read});
+  for (const MemoryRange& read : others) detail::check_device_memory({read});
   if (is_empty(problem)) return;
   const Steps steps = steps_of(kernel, problem, detail::current_device());
   if (workspace.bytes < steps.workspace_bytes) {
@@ -413,8 +448,8 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
 
 void gemm(const GemmArguments& arguments, int threads) {
   const Checked checked = check(arguments);
-  if (checked.problem.epilogue != GemmEpilogue::kNone) {
-    throw Unsupported("GEMMs with an epilogue need a CUDA device");
+  if (checked.problem.epilogue != GemmEpilogue::kNone || checked.problem.addend_rank > 0) {
+    throw Unsupported("GEMMs with an epilogue or an addend need a CUDA device");
   }
   detail::check_alignment(checked.d.data, element_size(checked.problem.d));
   const detail::GemmTask& task = checked.task;

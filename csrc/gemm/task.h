@@ -9,6 +9,7 @@ namespace zimage_mxfp8 {
 
 enum class OperandFormat : uint8_t;
 struct GemmArguments;
+struct LowRankAddend;
 
 namespace detail {
 
@@ -28,6 +29,7 @@ struct GemmTask {
   DType d_dtype;
   int64_t d_row_stride;
   const GemmArguments* arguments;  // of the call, for the epilogue to fuse; null without one
+  const LowRankAddend* addend;     // null without one
 };
 
 }  // namespace detail

@@ -123,15 +123,44 @@ EpilogueArguments read_epilogue(GemmEpilogue epilogue, const py::tuple& values, 
   throw InvalidArgument(std::string("no arguments are read for ") + info(epilogue).name);
 }
 
+// X and U of a low-rank addend from Python: a tuple of both, or None.
+std::optional<LowRankAddend> read_addend(const py::object& parts, Call& call) {
+  if (parts.is_none()) return std::nullopt;
+  const py::tuple both = parts.cast<py::tuple>();
+  const Array& x = call.read(both[0], "the addend's X");
+  const Array& u = call.read(both[1], "the addend's U");
+  return LowRankAddend{matrix<ConstMatrixView>(x, "bfloat16"),
+                       matrix<ConstMatrixView>(u, "bfloat16")};
+}
+
 void py_gemm_with_epilogue(const std::string& kernel, const py::tuple& a, const py::tuple& b,
-                           const std::string& epilogue, const py::tuple& values, const py::tuple& d,
-                           const py::object& workspace, std::uintptr_t stream) {
+                           const py::object& addend, const std::string& epilogue,
+                           const py::tuple& values, const py::tuple& d, const py::object& workspace,
+                           std::uintptr_t stream) {
   Call call(a, b, workspace);
   const Activation out(d, "D", kWrite);
   call.arrays.push_back(&out.data);
   if (out.scales) call.arrays.push_back(&*out.scales);
   const EpilogueArguments arguments = read_epilogue(find_gemm_epilogue(epilogue), values, call);
-  call.run(kernel, {call.a.view, call.b.view, nullptr, out.view, arguments}, 1, stream);
+  const std::optional<LowRankAddend> low_rank = read_addend(addend, call);
+  call.run(kernel, {call.a.view, call.b.view, nullptr, out.view, arguments, low_rank}, 1, stream);
+}
+
+void py_narrow_gemm(const py::object& a_codes, const py::object& a_scales, const py::object& b,
+                    const py::object& factors, const py::object& d, std::uintptr_t stream) {
+  const Array codes(a_codes, "codes of A", kRead, kAnywhere);
+  const Array scales(a_scales, "scales of A", kRead, kAnywhere);
+  const Array weights(b, "B", kRead, kAnywhere), of_rows(factors, "the factors", kRead, kAnywhere);
+  const Array out(d, "D", kWrite, kAnywhere);
+  const auto first = row_scaled<ConstRowScaledView>(codes, scales);
+  const auto second = matrix<ConstMatrixView>(weights, "float16");
+  const auto target = matrix<MatrixView>(out, "bfloat16");
+  of_rows.require_contiguous(second.rows * 4);
+  const int device = common_device({&codes, &scales, &weights, &of_rows, &out});
+  const py::gil_scoped_release release;
+  const detail::DeviceGuard guard(device);
+  narrow_gemm(first, second, reinterpret_cast<const float*>(of_rows.data()), target,
+              cuda_stream(stream));
 }
 
 void py_quantize_rows(const py::object& source, const std::string& dtype, const py::object& codes,
@@ -216,7 +245,8 @@ void register_gemm(py::module_& module) {
   py::class_<GemmProblem>(module, "GemmProblem", "A GEMM to compute, without its data.")
       .def(py::init([](std::int64_t m, std::int64_t n, std::int64_t k, const std::string& a,
                        const std::string& b, const std::string& dtype, bool bias,
-                       const std::string& epilogue, const std::string& d_format) {
+                       const std::string& epilogue, const std::string& d_format,
+                       std::int64_t addend_rank) {
              return GemmProblem{m,
                                 n,
                                 k,
@@ -225,10 +255,11 @@ void register_gemm(py::module_& module) {
                                 parse_dtype(dtype),
                                 bias,
                                 find_gemm_epilogue(epilogue),
-                                parse_format(d_format)};
+                                parse_format(d_format),
+                                addend_rank};
            }),
            arg("m"), arg("n"), arg("k"), arg("a"), arg("b"), arg("dtype"), arg("bias"),
-           arg("epilogue") = "none", arg("d_format") = "bfloat16");
+           arg("epilogue") = "none", arg("d_format") = "bfloat16", arg("addend_rank") = 0);
   py::class_<EpilogueInfo>(module, "GemmEpilogue", "A row of the table of epilogues.")
       .def_readonly("name", &EpilogueInfo::name)
       .def_readonly("rows_per_column", &EpilogueInfo::rows_per_column)
@@ -281,8 +312,12 @@ void register_gemm(py::module_& module) {
              arg("dtype"), arg("workspace"), arg("threads") = 0, arg("stream") = 0,
              "Compute D [M, N] = A [M, K] B [N, K]^T + bias [N] with a kernel of the table.");
   module.def("gemm_with_epilogue", &py_gemm_with_epilogue, arg("kernel"), arg("a"), arg("b"),
-             arg("epilogue"), arg("arguments"), arg("d"), arg("workspace"), arg("stream") = 0,
-             "Compute a GEMM and an epilogue, with the arguments of its struct in gemm.h.");
+             arg("addend"), arg("epilogue"), arg("arguments"), arg("d"), arg("workspace"),
+             arg("stream") = 0,
+             "Compute a GEMM, a low-rank addend (X, U) or None, and an epilogue of gemm.h.");
+  module.def("narrow_gemm", &py_narrow_gemm, arg("a_codes"), arg("a_scales"), arg("b"),
+             arg("factors"), arg("d"), arg("stream") = 0,
+             "Compute D [M, R] = factors [R] * (codes of A [M, K]) (float16 B [R, K])^T.");
   module.def("quantize_rows", &py_quantize_rows, arg("source"), arg("dtype"), arg("codes"),
              arg("scales"), arg("threads") = 0, arg("stream") = 0);
   module.def("fold", &py_fold, arg("codes"), arg("scales"), arg("rows"), arg("cols"),

@@ -152,6 +152,7 @@ class GemmProblem:
         bias: bool,
         epilogue: str = "none",
         d_format: str = "bfloat16",
+        addend_rank: int = 0,
     ) -> None: ...
 
 class GemmEpilogue:
@@ -209,13 +210,17 @@ def gemm_with_epilogue(
     kernel: str,
     a: tuple[Any, ...],
     b: tuple[Any, ...],
+    addend: Any,
     epilogue: str,
     arguments: tuple[Any, ...],
     d: tuple[Any, ...],
     workspace: Any,
     stream: int = 0,
 ) -> None:
-    """Compute a GEMM and an epilogue, with the arguments of its struct in gemm.h."""
+    """Compute a GEMM, a low-rank addend (X, U) or None, and an epilogue of gemm.h."""
+
+def narrow_gemm(a_codes: Any, a_scales: Any, b: Any, factors: Any, d: Any, stream: int = 0) -> None:
+    """Compute D [M, R] = factors [R] * (codes of A [M, K]) (float16 B [R, K])^T."""
 
 def quantize_rows(
     source: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0, stream: int = 0

@@ -207,6 +207,21 @@ TEST_CASE("problems with an epilogue") {
   });
 }
 
+TEST_CASE("problems with a low-rank addend") {
+  constexpr auto format = OperandFormat::kRowScaled;
+  GemmProblem problem{4, 32, 64, format, format, DType::kBFloat16, false};
+  problem.addend_rank = 12;
+  CHECK_THROWS_WITH_AS(choose_gemm(problem, kHost),
+                       "the addend's rank must be a multiple of 8, not 12", InvalidArgument);
+  problem.addend_rank = 16;
+  CHECK(supports(find_gemm_kernel("reference"), problem, kHost).reason ==
+        "reference adds no low-rank addend");
+  CHECK_THROWS_AS(choose_gemm(problem, kHost), Unsupported);
+  problem.bias = true;
+  CHECK_THROWS_WITH_AS(choose_gemm(problem, kHost), "a GEMM with an addend has no bias",
+                       InvalidArgument);
+}
+
 TEST_CASE("the table of epilogues") {
   const std::vector<GemmEpilogue> all = gemm_epilogues();
   CHECK(all.front() == GemmEpilogue::kNone);
@@ -249,6 +264,38 @@ TEST_CASE("arguments of an epilogue are checked before memory is touched") {
   alignas(16) static float both[2 * 192];
   const ConstMatrixView overlapping{both, DType::kFloat32, 2, 128, 128};
   CHECK(reason({weight, weight, overlapping, 1, 1e-5f}, both) == "D overlaps with rotations");
+}
+
+TEST_CASE("an addend is checked before memory is touched") {
+  alignas(16) static std::uint8_t codes[32 * 32];
+  alignas(16) static float scales[32];
+  alignas(16) static std::uint16_t x[8 * 16], u[32 * 16], d[8 * 32];
+  const ConstRowScaledView a{codes, scales, 8, 32}, b{codes, scales, 32, 32};
+  const auto reason = [&](const LowRankAddend& addend, void* target) {
+    try {
+      const MatrixView result{target, DType::kBFloat16, 8, 32, 32};
+      gemm(find_gemm_kernel("fp8_sm90"), {a, b, nullptr, result, {}, addend}, {}, CudaStream{});
+    } catch (const InvalidArgument& error) {
+      return std::string(error.what());
+    } catch (const Error&) {
+      return std::string("of the device");
+    }
+    return std::string();
+  };
+  const auto bf16 = [](const void* data, std::int64_t rows, std::int64_t cols) {
+    return ConstMatrixView{data, DType::kBFloat16, rows, cols, cols};
+  };
+  CHECK(reason({bf16(x, 7, 16), bf16(u, 32, 16)}, d) ==
+        "the addend's X must be BF16 [8, 16], not empty");
+  CHECK(reason({bf16(x, 8, 16), bf16(u, 32, 8)}, d) ==
+        "the addend's U must be BF16 [32, 16], not empty");
+  CHECK(reason({bf16(x, 8, 0), bf16(u, 32, 0)}, d) ==
+        "the addend's X must be BF16 [8, 0], not empty");
+  CHECK(reason({bf16(d, 8, 16), bf16(u, 32, 16)}, d) == "D overlaps with the addend's X");
+  CHECK(reason({bf16(x, 8, 16), bf16(u, 32, 16)}, d) == "of the device");
+  CHECK_THROWS_AS(narrow_gemm(a, bf16(u, 32, 32), scales,
+                              MatrixView{d, DType::kBFloat16, 8, 32, 32}, CudaStream{}),
+                  InvalidArgument);
 }
 
 TEST_CASE("host memory is refused where a device's is needed") {

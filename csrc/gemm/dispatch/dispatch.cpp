@@ -95,7 +95,8 @@ enum class Refusal { kNo, kCpu, kOperands, kEpilogue, kOutput, kCapability, kUna
 Refusal refusal(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
   if (!where && !kernel.on_cpu) return Refusal::kCpu;
   if (!(kernel.operands & operands(problem.a, problem.b))) return Refusal::kOperands;
-  if (!(kernel.epilogues & epilogue(problem.epilogue))) return Refusal::kEpilogue;
+  const std::uint32_t fused = problem.addend_rank > 0 ? kernel.addend_epilogues : kernel.epilogues;
+  if (!(fused & epilogue(problem.epilogue))) return Refusal::kEpilogue;
   if (!(kernel.outputs & output(problem.d))) return Refusal::kOutput;
   if (!where) return Refusal::kNo;
   if (!has_capability(kernel, *where)) return Refusal::kCapability;
@@ -125,9 +126,12 @@ std::string problem_text(const GemmProblem& problem) {
   std::string result = std::to_string(problem.m) + "x" + std::to_string(problem.n) + "x" +
                        std::to_string(problem.k) + " " + operands_text(problem) + " -> ";
   if (problem.epilogue == GemmEpilogue::kNone) {
-    return result + text(problem.d) + (problem.bias ? " with bias" : "");
+    result += std::string(text(problem.d)) + (problem.bias ? " with bias" : "");
+  } else {
+    result += std::string(info(problem.epilogue).name) + " in " + text(problem.d_format);
   }
-  return result + info(problem.epilogue).name + " in " + text(problem.d_format);
+  if (problem.addend_rank == 0) return result;
+  return result + " with an addend of rank " + std::to_string(problem.addend_rank);
 }
 
 std::string where_text(Where where) {
@@ -162,8 +166,9 @@ Support supports_on(const GemmKernel& kernel, const GemmProblem& problem, Where 
     case Refusal::kOperands:
       return no(name + " multiplies " + operands_text(kernel) + ", not " + operands_text(problem));
     case Refusal::kEpilogue:
+      if (problem.addend_rank > 0) return no(name + " adds no low-rank addend");
       return no(problem.epilogue == GemmEpilogue::kNone
-                    ? name + " computes GEMMs with an epilogue only"
+                    ? name + " computes GEMMs with an epilogue or an addend only"
                     : name + " does not fuse " + info(problem.epilogue).name);
     case Refusal::kOutput:
       return no(name + " does not write " + text(problem.d));

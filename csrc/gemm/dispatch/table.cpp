@@ -19,19 +19,20 @@ constexpr std::uint32_t kToBF16 = output(DType::kBFloat16),
 
 constexpr std::uint32_t kPlain = epilogue(GemmEpilogue::kNone),
                         kFused = epilogue(GemmEpilogue::kSiluMultiply) |
-                                 epilogue(GemmEpilogue::kRotateHeads);
+                                 epilogue(GemmEpilogue::kRotateHeads),
+                        kNoAddend = 0;
 
 // Kernels of equal cost are preferred in this order.
 constexpr GemmKernel kTable[] = {
     // clang-format off
-    {"mxfp8_sm100", kMXFP8Pair,     kToAny,  kPlain, {100, 103},  false, &kMXFP8SM100, cost_mxfp8_sm100},
-    {"mxfp8_sm120", kMXFP8Pair,     kToAny,  kPlain, {120, 121},  false, &kMXFP8SM120, cost_mxfp8_sm120},
-    {"fp8_sm90",    kRowScaledPair, kToBF16, kFused, {90},        false, &kFP8SM90,    cost_fp8_sm90},
-    {"fp8_rowwise", kRowScaledPair, kToAny,  kPlain, {90},        false, &kFP8Rowwise, cost_fp8_rowwise},
-    {"mixed_sm90",  kMixedPair,     kToBF16, kPlain, {90},        false, &kMixedSM90,  cost_mixed_sm90},
-    {"dequantize",  kDecodable,     kToAny,  kPlain, {80, 86, 87, 89, 90, 100, 103, 120, 121},
-                                                                  false, &kDequantize, cost_dequantize},
-    {"reference",   kAllOperands,   kToAny,  kPlain, {-80},       true,  &kReference,  cost_reference},
+    {"mxfp8_sm100", kMXFP8Pair,     kToAny,  kPlain, kNoAddend,       {100, 103},  false, &kMXFP8SM100, cost_mxfp8_sm100},
+    {"mxfp8_sm120", kMXFP8Pair,     kToAny,  kPlain, kNoAddend,       {120, 121},  false, &kMXFP8SM120, cost_mxfp8_sm120},
+    {"fp8_sm90",    kRowScaledPair, kToBF16, kFused, kPlain | kFused, {90},        false, &kFP8SM90,    cost_fp8_sm90},
+    {"fp8_rowwise", kRowScaledPair, kToAny,  kPlain, kNoAddend,       {90},        false, &kFP8Rowwise, cost_fp8_rowwise},
+    {"mixed_sm90",  kMixedPair,     kToBF16, kPlain, kNoAddend,       {90},        false, &kMixedSM90,  cost_mixed_sm90},
+    {"dequantize",  kDecodable,     kToAny,  kPlain, kNoAddend,       {80, 86, 87, 89, 90, 100, 103, 120, 121},
+                                                                                    false, &kDequantize, cost_dequantize},
+    {"reference",   kAllOperands,   kToAny,  kPlain, kNoAddend,       {-80},       true,  &kReference,  cost_reference},
     // clang-format on
 };
 

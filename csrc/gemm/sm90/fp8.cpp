@@ -4,6 +4,7 @@
 #include "gemm/dispatch/table.h"
 #include "gemm/sm90/fp8_fused.h"
 #include "zimage_mxfp8/error.h"
+#include "zimage_mxfp8/gemm.h"
 
 namespace zimage_mxfp8::detail {
 namespace {
@@ -30,17 +31,20 @@ void run(const GemmTask& task, Workspace, CudaStream stream) {
   const ConstRowScaledView a = view(task.a, task.m, task.k), b = view(task.b, task.n, task.k);
   MatrixView d{task.d, task.d_dtype, task.m, task.n, task.d_row_stride};
   const Overloads launch{
-      [](const std::monostate&) { throw Unsupported("fp8_sm90 needs an epilogue"); },
+      [&](const std::monostate&) {
+        if (!task.addend) throw Unsupported("fp8_sm90 needs an epilogue or an addend");
+        gemm_low_rank_sm90(a, b, *task.addend, d, stream);
+      },
       [&](const SiluMultiply&) {
         d.cols = task.n / 2;
-        gemm_silu_multiply_sm90(a, b, d, stream);
+        gemm_silu_multiply_sm90(a, b, task.addend, d, stream);
       },
       [&](const RotateHeads& epilogue) {
         gemm_rotate_heads_sm90(a, b, epilogue.q_weight, epilogue.k_weight, epilogue.rotations,
-                               epilogue.heads, epilogue.eps, d, stream);
+                               epilogue.heads, epilogue.eps, task.addend, d, stream);
       },
   };
-  std::visit(launch, task.arguments->epilogue);
+  std::visit(launch, task.arguments ? task.arguments->epilogue : EpilogueArguments{});
 }
 
 }  // namespace

@@ -7,6 +7,10 @@
 //   whole tile, while the tensor cores work on the next one.
 //
 // Two blocks with rows of B of their own share the tiles of A.
+//
+// With a low-rank addend, D = (A B^T + X U^T) scaled: X and U are BF16, and their stages of 64
+// columns, which have as many bytes as those of A and B, follow in the same ring. X is divided by
+// A's scales and U by B's beforehand, because sums are scaled at the end.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -135,6 +139,31 @@ struct Operands {
 // time, so that their loads overlap.
 
 constexpr int kTogether = 4;
+
+// The scales alone, for GEMMs with an addend and without another operation.
+struct Scale {
+  static constexpr int kColumns = kRows;
+
+  __device__ int row_of_b(int tile, int half) const { return tile * kRows + half * kRows / 2; }
+
+  __device__ void operator()(SmemTile boxes, const Operands& operands, int first_token,
+                             int tile) const {
+    const int lane = threadIdx.x % 32, box = lane / 8, piece = lane % 8;
+    const float a_scales = operands.a_scales16(first_token);
+    const Vec8 b_scales = operands.b_scales8(tile * kRows + lane * 8);
+#pragma unroll 1
+    for (int first = 0; first < kWarpTokens; first += kTogether) {
+      Vec8 values[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) values[i].load(boxes.piece(first + i, box, piece));
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        values[i].scale(__shfl_sync(~0u, a_scales, first + i), b_scales);
+        values[i].store(boxes.piece(first + i, box, piece));
+      }
+    }
+  }
+};
 
 // Half of a tile of B belongs to the gate, half to the factor that the gate multiplies.
 struct SiluMultiply {
@@ -286,6 +315,7 @@ struct Parameters {
   Epilogue epilogue;
   Operands operands;
   int m_tiles, n_tiles;
+  int addend_steps;  // stages of the addend
 };
 
 // Multiplies half of a stage and adds to the sums, which a tile's first stage begins.
@@ -294,6 +324,16 @@ __device__ void multiply(float (&sums)[kRows / 2], uint64_t a, uint64_t b, int h
 #pragma unroll
   for (int i = 2 * half; i < 2 * half + 2; ++i) {
     WgmmaFP8<kRows>::multiply(sums, a + i * step_of_32, b + i * step_of_32, !(first && i == 0));
+  }
+  wgmma_commit();
+}
+
+// The same of the addend, half of 64 columns of BF16.
+__device__ void multiply_addend(float (&sums)[kRows / 2], uint64_t a, uint64_t b, int half) {
+  constexpr uint64_t step_of_16 = 32 / 16;
+#pragma unroll
+  for (int i = 2 * half; i < 2 * half + 2; ++i) {
+    WgmmaShared<kRows>::multiply(sums, a + i * step_of_16, b + i * step_of_16);
   }
   wgmma_commit();
 }
@@ -311,10 +351,12 @@ __device__ void store_sums(const float (&sums)[kRows / 2], SmemTile boxes) {
   }
 }
 
-template <class Epilogue>
+template <class Epilogue, bool has_addend>
 __global__ void __launch_bounds__(kThreads, 1)
     fused_gemm_kernel(const __grid_constant__ CUtensorMap a_map,
                       const __grid_constant__ CUtensorMap b_map,
+                      const __grid_constant__ CUtensorMap x_map,
+                      const __grid_constant__ CUtensorMap u_map,
                       const __grid_constant__ CUtensorMap d_map, const Parameters<Epilogue> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   launch_dependents();
@@ -349,20 +391,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (const TileIndex at : scheduler) {
       float sums[kRows / 2];
       int previous = 0;
-      for (int step = 0; step < steps; ++step) {
+      // Multiplies a stage. The one before is released as soon as it has been read, while the
+      // tensor cores have work.
+      const auto multiply_stage = [&](bool first, auto multiply_half) {
         pipeline.wait(state);
         const uint64_t a =
             wgmma_descriptor(a_tiles + state.stage * kABytes + warpgroup * kGroupTokens * kDepth);
         const uint64_t b = wgmma_descriptor(b_tiles + state.stage * kBBytes);
         wgmma_fence();
-        multiply(sums, a, b, 0, step == 0);
-        // The stage before is released as soon as it has been read, while the tensor cores have
-        // work.
+        multiply_half(a, b, 0);
         wgmma_wait_pending<1>();
-        if (step > 0) pipeline.release(previous, thread);
-        multiply(sums, a, b, 1, false);
+        if (!first) pipeline.release(previous, thread);
+        multiply_half(a, b, 1);
         previous = state.stage;
         state.advance();
+      };
+      for (int step = 0; step < steps; ++step) {
+        multiply_stage(step == 0, [&](uint64_t a, uint64_t b, int half) {
+          multiply(sums, a, b, half, step == 0 && half == 0);
+        });
+      }
+      if constexpr (has_addend) {
+        for (int step = 0; step < p.addend_steps; ++step) {
+          multiply_stage(
+              false, [&](uint64_t a, uint64_t b, int half) { multiply_addend(sums, a, b, half); });
+        }
       }
       wgmma_wait(sums);
       pipeline.release(previous, thread);
@@ -409,15 +462,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (const TileIndex at : scheduler) {
         const int token = at.m * kTokens, b_tile = at.n * kCluster + block;
         const int b_rows[2] = {p.epilogue.row_of_b(b_tile, 0), p.epilogue.row_of_b(b_tile, 1)};
-        for (int step = 0; step < steps; ++step) {
+        const auto load = [&](const CUtensorMap& of_a, const CUtensorMap& of_b, int column) {
           const uint32_t full = pipeline.acquire(state, kABytes + kBBytes);
           const uint32_t a = a_tiles + state.stage * kABytes, b = b_tiles + state.stage * kBBytes;
           constexpr int part = kTokens / kCluster;
-          tma_load_2d_multicast(a_map, full, a + block * part * kDepth, step * kDepth,
-                                token + block * part, (1 << kCluster) - 1);
-          tma_load_2d(b_map, full, b, step * kDepth, b_rows[0]);
-          tma_load_2d(b_map, full, b + kBBytes / 2, step * kDepth, b_rows[1]);
+          tma_load_2d_multicast(of_a, full, a + block * part * kDepth, column, token + block * part,
+                                (1 << kCluster) - 1);
+          tma_load_2d(of_b, full, b, column, b_rows[0]);
+          tma_load_2d(of_b, full, b + kBBytes / 2, column, b_rows[1]);
           state.advance();
+        };
+        for (int step = 0; step < steps; ++step) load(a_map, b_map, step * kDepth);
+        if constexpr (has_addend) {
+          for (int step = 0; step < p.addend_steps; ++step) load(x_map, u_map, step * kDepth / 2);
         }
       }
     }
@@ -435,7 +492,7 @@ CUtensorMap code_map(const ConstRowScaledView& matrix, int box_rows) {
 
 template <class Epilogue>
 void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogue& epilogue,
-         const MatrixView& target, CudaStream stream) {
+         const LowRankAddend* addend, const MatrixView& target, CudaStream stream) {
   Parameters<Epilogue> p{};
   p.epilogue = epilogue;
   p.operands = {a.scales, b.scales, static_cast<int>(a.rows), static_cast<int>(b.rows),
@@ -446,29 +503,50 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
   const int64_t clusters =
       std::min<int64_t>(checked_count(tiles), multiprocessors(current_device()) / kCluster);
   const int64_t row_stride = target.rows > 1 ? target.row_stride : target.cols;
-  launch_clusters(fused_gemm_kernel<Epilogue>, static_cast<uint32_t>(clusters), kCluster, kThreads,
-                  kSharedBytes, stream, code_map(a, kTokens / kCluster), code_map(b, kRows / 2),
-                  bf16_map(target.data, target.rows, target.cols, row_stride, kWarpTokens), p);
+  const CUtensorMap a_map = code_map(a, kTokens / kCluster), b_map = code_map(b, kRows / 2);
+  const CUtensorMap d_map =
+      bf16_map(target.data, target.rows, target.cols, row_stride, kWarpTokens);
+  const auto start = [&](auto kernel, const CUtensorMap& x_map, const CUtensorMap& u_map) {
+    launch_clusters(kernel, static_cast<uint32_t>(clusters), kCluster, kThreads, kSharedBytes,
+                    stream, a_map, b_map, x_map, u_map, d_map, p);
+  };
+  if (!addend) {
+    start(fused_gemm_kernel<Epilogue, false>, a_map, b_map);
+    return;
+  }
+  p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kDepth / 2));
+  const auto map_of = [](const ConstMatrixView& matrix, int box_rows) {
+    return bf16_map(matrix.data, matrix.rows, matrix.cols, matrix.row_stride, box_rows);
+  };
+  start(fused_gemm_kernel<Epilogue, true>, map_of(addend->x, kTokens / kCluster),
+        map_of(addend->u, kRows / 2));
 }
 
 }  // namespace
 
+void gemm_low_rank_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
+                        const LowRankAddend& addend, const MatrixView& target, CudaStream stream) {
+  run(a, b, Scale{}, &addend, target, stream);
+}
+
 void gemm_silu_multiply_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
-                             const MatrixView& target, CudaStream stream) {
-  run(a, b, SiluMultiply{static_cast<int>(target.cols)}, target, stream);
+                             const LowRankAddend* addend, const MatrixView& target,
+                             CudaStream stream) {
+  run(a, b, SiluMultiply{static_cast<int>(target.cols)}, addend, target, stream);
 }
 
 void gemm_rotate_heads_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
                             const void* q_weight, const void* k_weight,
                             const ConstMatrixView& rotations, int64_t heads, float eps,
-                            const MatrixView& target, CudaStream stream) {
+                            const LowRankAddend* addend, const MatrixView& target,
+                            CudaStream stream) {
   const RotateHeads epilogue{static_cast<const uint4*>(q_weight),
                              static_cast<const uint4*>(k_weight),
                              static_cast<const float4*>(rotations.data),
                              rotations.row_stride / 4,
                              static_cast<int>(heads),
                              eps};
-  run(a, b, epilogue, target, stream);
+  run(a, b, epilogue, addend, target, stream);
 }
 
 }  // namespace zimage_mxfp8::detail

@@ -2,15 +2,20 @@
 // column and element of K.
 #pragma once
 
-#include "zimage_mxfp8/fused.h"
+#include "zimage_mxfp8/gemm.h"
 
 namespace zimage_mxfp8::detail {
 
+void gemm_low_rank_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
+                        const LowRankAddend& addend, const MatrixView& target, CudaStream stream);
+// `addend` may be null.
 void gemm_silu_multiply_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
-                             const MatrixView& target, CudaStream stream);
+                             const LowRankAddend* addend, const MatrixView& target,
+                             CudaStream stream);
 void gemm_rotate_heads_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
                             const void* q_weight, const void* k_weight,
                             const ConstMatrixView& rotations, std::int64_t heads, float eps,
-                            const MatrixView& target, CudaStream stream);
+                            const LowRankAddend* addend, const MatrixView& target,
+                            CudaStream stream);
 
 }  // namespace zimage_mxfp8::detail

@@ -2,6 +2,7 @@
 #include "gemm/dispatch/missing.h"
 
 #include "gemm/dispatch/table.h"
+#include "gemm/sm90/narrow.h"
 
 namespace zimage_mxfp8::detail {
 namespace {
@@ -15,5 +16,10 @@ struct Reason {
 
 const GemmImplementation kMixedSM90 = missing_kernel<Reason>();
 const GemmImplementation kFP8SM90 = missing_kernel<Reason>();
+
+void narrow_gemm_sm90(const ConstRowScaledView&, const ConstMatrixView&, const float*,
+                      const MatrixView&, CudaStream) {
+  throw Unsupported(Reason::text);
+}
 
 }  // namespace zimage_mxfp8::detail

@@ -1,8 +1,10 @@
-// GEMM with 8-bit operands: D[M, N] = epilogue(A[M, K] B[N, K]^T + bias[N]).
+// GEMM with 8-bit operands: D[M, N] = epilogue(A[M, K] B[N, K]^T + bias[N]), or with a low-rank
+// addend in place of the bias.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
@@ -46,6 +48,8 @@ struct GemmProblem {
   GemmEpilogue epilogue = GemmEpilogue::kNone;
   // The format of D; 8 bits only with an epilogue that encodes.
   OperandFormat d_format = OperandFormat::kBFloat16;
+  // Columns of the low-rank addend; 0 without one. With one there is no bias, and K is positive.
+  std::int64_t addend_rank = 0;
 };
 
 // A kernel of the table, which all builds have. All accumulate in float32.
@@ -57,9 +61,9 @@ struct GemmProblem {
 //                then cuBLASLt's BF16 GEMM. Compute capability 8.0 to 9.0, 10.x, 12.x.
 //   fp8_rowwise  Row-scaled operands, cuBLASLt's FP8 GEMM with row and column scales and fast
 //                accumulation. Compute capability 9.0.
-//   fp8_sm90     The same with a fused epilogue: sums over all of K ("fast accumulation") are
-//                rounded to BF16, then scaled, then comes the epilogue, both in float32; the result
-//                is rounded once more. Compute capability 9.0.
+//   fp8_sm90     The same with a fused epilogue, a low-rank addend or both: sums over all of K
+//                ("fast accumulation") are rounded to BF16, then scaled, then comes the epilogue,
+//                both in float32; the result is rounded once more. Compute capability 9.0.
 //   mixed_sm90   BF16 activations and MXFP8 weights, which are decoded to BF16 (exact for scale
 //                bytes of 3 and more) on their way to the tensor cores. A block with scale 255 is
 //                NaN, but codes 0x7F and 0xFF under another scale, which no encoder writes, count
@@ -139,12 +143,20 @@ struct RotateHeads {
 // In the order of GemmEpilogue.
 using EpilogueArguments = std::variant<std::monostate, SiluMultiply, RotateHeads>;
 
+// X U^T, which is added to the codes' products before they are scaled: to add Y Z^T to D, X is Y
+// divided by A's scales (see narrow_gemm) and U is Z divided by B's.
+struct LowRankAddend {
+  ConstMatrixView x;  // [M, rank] BF16
+  ConstMatrixView u;  // [N, rank] BF16
+};
+
 struct GemmArguments {
   GemmOperand a;     // [M, K]
   GemmOperand b;     // [N, K]
   const void* bias;  // [N] BF16, or null
   ActivationView d;  // [M, N / rows_per_column of the epilogue]
   EpilogueArguments epilogue = {};
+  std::optional<LowRankAddend> addend = {};
 };
 
 struct Workspace {
@@ -166,6 +178,16 @@ GemmProblem problem_of(const GemmArguments& arguments);
 // does not support the problem.
 void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace workspace,
           CudaStream stream);
+
+// D[m, r] = factors[r] * sum over k of code(A[m, k]) * B[r, k]: A without its scales, for the X of
+// a LowRankAddend. Sums are in float32 and do not depend on M; D is rounded once. For few rows of
+// B: A is read once for every 32 of them. Compute capability 9.0.
+//
+// `a` [M, K] and `b` [R, K] float16 have a K that is a multiple of 32, `factors` [R], and `d` [M,
+// R] BF16 an R that is a multiple of 32. Rows are aligned to 16 bytes. Throws InvalidArgument for
+// arguments that break these rules, Unsupported on other devices.
+void narrow_gemm(const ConstRowScaledView& a, const ConstMatrixView& b, const float* factors,
+                 const MatrixView& d, CudaStream stream);
 
 // The reference in host memory, without an epilogue, on `threads` threads (0: one per core). Bias
 // and matrices need only the alignment of their elements.

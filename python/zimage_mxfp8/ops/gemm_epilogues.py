@@ -1,4 +1,4 @@
-"""GEMMs with an epilogue of Z-Image's DiT, silu_multiply or rotate_heads; CUDA only.
+"""GEMMs with an epilogue of Z-Image's DiT, a low-rank addend, or both; CUDA only.
 
 If a kernel of the device fuses the epilogue and has the least cost, the sums stay on the
 chip: they are rounded to bfloat16, then scaled, then comes the operation of `fused`, both in
@@ -28,10 +28,12 @@ from .fused import (
     as_rotations,
 )
 from .gemm import Operand, choose, operands
+from .low_rank import LowRankAddend
 
 __all__ = [
     "EPILOGUES",
     "GemmEpilogue",
+    "gemm_low_rank",
     "gemm_rotate_heads",
     "gemm_silu_multiply",
     "workspace_nbytes",
@@ -80,39 +82,77 @@ def _gemm(
     b: Operand,
     arguments: tuple[Any, ...],
     output_format: ActivationFormat,
+    addend: LowRankAddend | None,
     kernel: str | None,
 ) -> Any:
     """Run the core, with the arguments of the epilogue's struct in gemm.h."""
+    low_rank = None if addend is None else addend.parts()
+    rank = 0 if low_rank is None else low_rank[0].shape[1]
     target = ActivationMemory((a[3], b[3] // _ROWS[epilogue].rows_per_column), output_format, a[1])
     problem = _core.GemmProblem(
-        a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue, output_format
+        a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue, output_format, rank
     )
     chosen, workspace = choose(problem, a, kernel)
     call = _core.gemm_with_epilogue
-    call_core(call, chosen, a, b, epilogue, arguments, target.parts, workspace, like=a[1])
+    call_core(call, chosen, a, b, low_rank, epilogue, arguments, target.parts, workspace, like=a[1])
     return target.result()
 
 
 def workspace_nbytes(
-    epilogue: str, tokens: int, shape: tuple[int, int], output_format: ActivationFormat, device: int
+    epilogue: str,
+    tokens: int,
+    shape: tuple[int, int],
+    output_format: ActivationFormat,
+    device: int,
+    addend_rank: int = 0,
 ) -> int:
     """Return the bytes that a GEMM of row-scaled operands with an epilogue takes.
 
     Args:
-        epilogue: a key of `EPILOGUES`.
+        epilogue: a key of `EPILOGUES`, or "none".
         tokens: M.
         shape: (N, K) of the weights.
         output_format: format of the result.
         device: index of a CUDA device that has a kernel for it.
+        addend_rank: of the addend; 0 without one.
     """
     problem = _core.GemmProblem(
-        tokens, *shape, "row-scaled", "row-scaled", "bfloat16", False, epilogue, output_format
+        tokens,
+        *shape,
+        "row-scaled",
+        "row-scaled",
+        "bfloat16",
+        False,
+        epilogue,
+        output_format,
+        addend_rank,
     )
     return _core.gemm_workspace_size(_core.choose_gemm(problem, device), problem, device)
 
 
+def gemm_low_rank(a: Any, b: Any, addend: LowRankAddend, *, kernel: str | None = None) -> Any:
+    """Compute a b^T with a low-rank addend.
+
+    Args:
+        a: [M, K], a `RowScaledArray` on CUDA. K is a multiple of 32.
+        b: [N, K], likewise. N is a multiple of 8.
+        addend: what is added before the scales.
+        kernel: name of the kernel; by default the one of least cost.
+
+    Returns:
+        [M, N] of bfloat16.
+    """
+    first, second = _operands(a, b)
+    return _gemm("none", first, second, (), "bfloat16", addend, kernel)
+
+
 def gemm_silu_multiply(
-    a: Any, b: Any, output_format: ActivationFormat = "bfloat16", *, kernel: str | None = None
+    a: Any,
+    b: Any,
+    output_format: ActivationFormat = "bfloat16",
+    *,
+    addend: LowRankAddend | None = None,
+    kernel: str | None = None,
 ) -> Any:
     """Compute silu(a G^T) * (a U^T), where G is the upper and U the lower half of `b`.
 
@@ -120,13 +160,14 @@ def gemm_silu_multiply(
         a: [M, K] on CUDA, an operand of `gemm`. K is a multiple of 32.
         b: [2 C, K], likewise. C is a multiple of 8.
         output_format: format of the result.
+        addend: what is added to both products before the scales, [M, rank] and [2 C, rank].
         kernel: name of the kernel; by default the one of least cost.
 
     Returns:
         [M, C] in that format.
     """
     first, second = _operands(a, b)
-    return _gemm("silu_multiply", first, second, (), output_format, kernel)
+    return _gemm("silu_multiply", first, second, (), output_format, addend, kernel)
 
 
 def gemm_rotate_heads(
@@ -138,6 +179,7 @@ def gemm_rotate_heads(
     heads: int,
     eps: float = 1e-5,
     *,
+    addend: LowRankAddend | None = None,
     kernel: str | None = None,
 ) -> Any:
     """Compute a B^T, and norm and rotate its heads of q and k (see `fused.rotate_heads`).
@@ -150,6 +192,7 @@ def gemm_rotate_heads(
         rotations: [M, 64, 2] of float32: cosine and sine for each pair.
         heads: number of heads of each of q, k and v.
         eps: added to the mean of the squares.
+        addend: what is added to the product before the scales.
         kernel: name of the kernel; by default the one of least cost.
 
     Returns:
@@ -160,7 +203,7 @@ def gemm_rotate_heads(
     k = vector(k_weight, "bfloat16", HEAD_DIM, "k_weight")
     pairs = aligned(as_rotations(rotations, first[3]))
     arguments = (q, k, pairs, as_heads(heads), as_eps(eps))
-    return _gemm("rotate_heads", first, second, arguments, "bfloat16", kernel)
+    return _gemm("rotate_heads", first, second, arguments, "bfloat16", addend, kernel)
 
 
 # The function and the schema of each.

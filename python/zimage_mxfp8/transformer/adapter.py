@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from ..ops.fused import ActivationFormat
+from ..ops.gemm import RowScaledArray
+from ..ops.low_rank import LowRankAddend
 from .ops import PLAIN, Activation
 
 
@@ -43,3 +45,21 @@ class Adapter(nn.Module):
     def workspace_nbytes(self, tokens: int) -> int:  # noqa: ARG002 - for subclasses
         """Return the bytes that `forward` takes on a CUDA device in addition to its arguments."""
         return 0
+
+
+class FusedAdapter(Adapter):
+    """Base class of adapters that the GEMM of an `FP8Linear` adds.
+
+    Such a layer keeps its fused epilogue, and its input needs no other format. A layer takes them
+    if `takes_fused_adapters`; `forward` is not called.
+
+    Attributes:
+        rank: of the addend.
+    """
+
+    input_formats: Set[ActivationFormat] = frozenset()
+    rank: int
+
+    def addend(self, x: RowScaledArray) -> LowRankAddend:
+        """Return the branch for the layer's input [M, K]."""
+        raise NotImplementedError

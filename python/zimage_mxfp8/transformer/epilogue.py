@@ -14,6 +14,7 @@ import torch
 
 from ..ops.fused import ActivationFormat
 from ..ops.gemm import RowScaledArray
+from ..ops.low_rank import LowRankAddend
 from ..zimage.constants import NORM_EPS
 from . import fused_kernels, ops
 from .ops import PLAIN, Activation
@@ -34,8 +35,11 @@ class Epilogue(ABC):
         return PLAIN
 
     @abstractmethod
-    def gemm(self, a: RowScaledArray, b: RowScaledArray) -> Any:
-        """Compute a B^T and the operation in one call of the core; what `apply` returns."""
+    def gemm(self, a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend | None) -> Any:
+        """Compute a B^T, the addend and the operation in one call of the core.
+
+        Returns what `apply` returns.
+        """
 
     @abstractmethod
     def apply(self, result: torch.Tensor) -> Any:
@@ -59,10 +63,10 @@ class RotateHeads(Epilogue):
     heads: int
     name: ClassVar[str] = "rotate_heads"
 
-    def gemm(self, a: RowScaledArray, b: RowScaledArray) -> Any:
+    def gemm(self, a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend | None) -> Any:
         """Multiply, norm and rotate: [M, 3 * heads * 128]."""
         arguments = (self.q_weight, self.k_weight, self.rotations, self.heads, NORM_EPS)
-        return fused_kernels.gemm_with_epilogue(self.name, a, b, *arguments)
+        return fused_kernels.gemm_with_epilogue(self.name, a, b, addend, *arguments)
 
     def apply(self, result: torch.Tensor) -> torch.Tensor:
         """Norm and rotate [M, 3 * heads * 128] in place, and return it."""
@@ -86,10 +90,12 @@ class SiluMultiply(Epilogue):
         """The only format of the result, or the one that others are made of."""
         return next(iter(self.output_formats)) if len(self.output_formats) == 1 else PLAIN
 
-    def gemm(self, a: RowScaledArray, b: RowScaledArray) -> Activation:
+    def gemm(
+        self, a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend | None
+    ) -> Activation:
         """Multiply with gate and up, one above the other [2 * C, K], and multiply the results."""
         written = self.written_format
-        result = fused_kernels.gemm_with_epilogue(self.name, a, b, written)
+        result = fused_kernels.gemm_with_epilogue(self.name, a, b, addend, written)
         if self.output_formats == {written}:
             return {written: result}
         return ops.encode(result, self.output_formats)

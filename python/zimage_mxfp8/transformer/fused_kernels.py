@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from ..ops import fused, gemm_epilogues
+from ..ops import fused, gemm_epilogues, low_rank
 from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
 from ..ops.gemm import RowScaledArray
+from ..ops.low_rank import LowRankAddend
 from .arithmetic import torch_library
 
 
@@ -86,13 +87,42 @@ def rotate_heads(
     call(qkv, q_weight, k_weight, rotations, heads, eps)
 
 
-def gemm_with_epilogue(epilogue: str, a: RowScaledArray, b: RowScaledArray, *arguments: Any) -> Any:
+def narrow_gemm(a: RowScaledArray, down: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Compute factors * (codes of `a`) down^T."""
+    tracing = torch.compiler.is_compiling()
+    result: torch.Tensor = (
+        torch_library.narrow_gemm(a.codes, a.scales, down, factors)
+        if tracing
+        else low_rank.narrow_gemm(a, down, factors)
+    )
+    return result
+
+
+def gemm_low_rank(a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend) -> torch.Tensor:
+    """Compute a b^T with a low-rank addend."""
+    tracing = torch.compiler.is_compiling()
+    result: torch.Tensor = (
+        torch_library.gemm_low_rank(a.codes, a.scales, b.codes, b.scales, addend.x, addend.u)
+        if tracing
+        else gemm_epilogues.gemm_low_rank(a, b, addend)
+    )
+    return result
+
+
+def gemm_with_epilogue(
+    epilogue: str,
+    a: RowScaledArray,
+    b: RowScaledArray,
+    addend: LowRankAddend | None,
+    *arguments: Any,
+) -> Any:
     """Compute the GEMM of `ops.gemm_epilogues` with an epilogue and its arguments."""
     row = gemm_epilogues.EPILOGUES[epilogue]
     if not torch.compiler.is_compiling():
-        return row.gemm(a, b, *arguments)
+        return row.gemm(a, b, *arguments, addend=addend)
     call = torch_library.GEMM_EPILOGUES[epilogue]
-    result = call(a.codes, a.scales, b.codes, b.scales, *arguments)
+    x, u = (None, None) if addend is None else (addend.x, addend.u)
+    result = call(a.codes, a.scales, b.codes, b.scales, x, u, *arguments)
     if not row.encodes:
         return result
     shape = torch.Size((a.codes.shape[0], b.codes.shape[0] // row.rows_per_column))

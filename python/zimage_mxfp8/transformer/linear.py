@@ -14,8 +14,8 @@ from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
 from ..ops.gemm import FoldStats, RowScaledArray
 from ..system import devices
-from . import arithmetic, ops
-from .adapter import Adapter
+from . import arithmetic, fused_kernels, ops
+from .adapter import Adapter, FusedAdapter
 from .compute import Compute
 from .epilogue import Epilogue
 from .ops import PLAIN, Activation, pad_columns
@@ -74,7 +74,13 @@ class Linear(nn.Module):
     @property
     def takes_epilogues(self) -> bool:
         """Whether `forward` computes GEMM and epilogue in one call of the core."""
-        return self.adapter is None and self._core_takes_epilogues
+        is_fused = self.adapter is None or isinstance(self.adapter, FusedAdapter)
+        return is_fused and self._core_takes_epilogues
+
+    @property
+    def takes_fused_adapters(self) -> bool:
+        """Whether the layer's GEMM can add a low-rank addend."""
+        return False
 
     def workspace_nbytes(self, tokens: int, epilogue: Epilogue | None = None) -> int:
         """Return the bytes that `forward` takes on CUDA in addition to its input and result.
@@ -235,12 +241,28 @@ class FP8Linear(Linear):
         decoded: torch.Tensor = codes * weights.scales[:, None]
         return decoded[: self.out_features]
 
+    def forward(self, activation: Activation, epilogue: Epilogue | None = None) -> Any:
+        """Multiply, add a fused adapter, and apply an epilogue (see `Linear.forward`)."""
+        if epilogue is None and isinstance(self.adapter, FusedAdapter):
+            x = activation[self._input_format]
+            return fused_kernels.gemm_low_rank(x, self.weights, self.adapter.addend(x))
+        return super().forward(activation, epilogue)
+
+    @property
+    def takes_fused_adapters(self) -> bool:
+        """Whether the layer's GEMM can add a low-rank addend: on Hopper, in bfloat16."""
+        return self._core_takes_epilogues and arithmetic.by_core.takes_addends(
+            self.codes.device.index
+        )
+
     def _gemm(self, x: RowScaledArray) -> torch.Tensor:
         multiply = arithmetic.on(self.codes.device).multiply_row_scaled
         return multiply(x, self.weights, self.dtype)[:, : self.out_features]
 
     def _gemm_with(self, epilogue: Epilogue, x: RowScaledArray) -> Any:
-        return epilogue.gemm(x, self.weights)
+        adapter = self.adapter
+        addend = adapter.addend(x) if isinstance(adapter, FusedAdapter) else None
+        return epilogue.gemm(x, self.weights, addend)
 
     @property
     def _core_takes_epilogues(self) -> bool:
@@ -255,10 +277,16 @@ class FP8Linear(Linear):
     def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
         rows, columns = self.codes.shape
         shape, index = (rows, columns), self.codes.device.index
-        written = epilogue.written_format
-        return gemm_epilogues.workspace_nbytes(epilogue.name, tokens, shape, written, index)
+        written, nbytes, rank = epilogue.written_format, 0, 0
+        if isinstance(self.adapter, FusedAdapter):
+            nbytes, rank = self.adapter.workspace_nbytes(tokens), self.adapter.rank
+        return nbytes + gemm_epilogues.workspace_nbytes(
+            epilogue.name, tokens, shape, written, index, rank
+        )
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        if isinstance(self.adapter, FusedAdapter):
+            return self.adapter.workspace_nbytes(tokens)
         device, (rows, columns) = self.codes.device, self.codes.shape
         of_device = arithmetic.on(device)
         return of_device.row_scaled_workspace(tokens, (rows, columns), self.dtype, device)

@@ -24,8 +24,9 @@ from ..errors import CheckpointError, CudaError, UsageError
 from ..printing.screen import size_text
 from ..text import plural
 from ..zimage.rows import Shape
-from .linear import Linear
-from .low_rank import Addend, LowRankAdapter, dora_norms
+from .fused_low_rank import FusedLowRankAdapter, can_fuse
+from .linear import FP8Linear, Linear
+from .low_rank import Addend, LowRankAdapter, SharedAdapter, WeightTable, dora_norms
 from .places import LinearPlace
 
 Weight = float | Mapping[str, float]
@@ -128,6 +129,7 @@ class LoraSet:
         self._shapes, self._linears, self._norms = shapes, linears, norms
         self._changed = changed
         self._loaded: dict[str, Lora] = {}
+        self._tables: list[WeightTable] = []
         self._off: set[str] = set()
         self._fused: dict[str, float] = {}  # with the scale
         self._kept: set[str] = set()  # fused ones that stay when all are unloaded
@@ -355,13 +357,17 @@ class LoraSet:
         for linear in _linears_of(changed):
             addends = of_linear[id(linear)]
             linear.adapter = _branch(linear, addends) if addends else None
+        of_device: dict[torch.device, list[SharedAdapter]] = defaultdict(list)
+        for linear in _linears_of(self):
+            if isinstance(linear.adapter, SharedAdapter):
+                of_device[_device(linear)].append(linear.adapter)
+        with torch.inference_mode(False):
+            self._tables = [WeightTable(adapters) for adapters in of_device.values()]
         self._write_weights()
 
     def _write_weights(self) -> None:
-        for linear in _linears_of(self):
-            if linear.adapter is not None:
-                assert isinstance(linear.adapter, LowRankAdapter)
-                linear.adapter.set_weights(self._weight)
+        for table in self._tables:
+            table.set(self._weight)
         self._write_norms()
 
     def _weight(self, name: str, layer: str) -> float | None:
@@ -452,7 +458,11 @@ def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Ad
     return Addend(name, layer, rows, down, up, bias, norms)
 
 
-def _branch(linear: Linear, addends: list[Addend]) -> LowRankAdapter:
+def _branch(linear: Linear, addends: list[Addend]) -> SharedAdapter:
     with torch.inference_mode(False):  # tensors of that mode cannot be written to outside it
+        if isinstance(linear, FP8Linear) and linear.takes_fused_adapters and can_fuse(addends):
+            fused = FusedLowRankAdapter(addends, linear.weights)
+            if fused.is_finite:
+                return fused
         like = torch.empty(0, dtype=linear.dtype, device=_device(linear))
         return LowRankAdapter(addends, getattr(linear, "bias", None), like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,22 +36,81 @@ class Addend:
     norms: torch.Tensor | None = None
 
 
-class LowRankAdapter(Adapter):
+class SharedAdapter(Adapter):
+    """Base class of the branches that all loaded adapters share, with their weights.
+
+    Weights are in buffers, so CUDA graphs see new ones. `WeightTable` sets them.
+
+    Attributes:
+        names: of each addend, those of its adapter and layer.
+        weights: of each addend, float32: 0.7 is not a bfloat16.
+        active: 1 for addends that are on, else 0.
+        scales: of each column of the stacked `down`: its addend's weight times its power.
+        members: int64, the addend of each column.
+        powers: constant factors of the columns.
+    """
+
+    weights: torch.Tensor
+    active: torch.Tensor
+    scales: torch.Tensor
+    members: torch.Tensor
+    powers: torch.Tensor
+
+    def __init__(self, addends: Sequence[Addend]) -> None:
+        super().__init__()
+        self.names = tuple((x.adapter, x.layer) for x in addends)
+
+    def _register_weights(self, members: Sequence[int], powers: torch.Tensor) -> None:
+        """Make the buffers from the addends and the powers of the columns."""
+        device, count = powers.device, len(self.names)
+        self.register_buffer("weights", torch.zeros(count, device=device))
+        self.register_buffer("active", torch.zeros(count, device=device))
+        self.register_buffer("scales", torch.zeros(len(members), device=device))
+        self.register_buffer("members", torch.tensor(members, dtype=torch.int64, device=device))
+        self.register_buffer("powers", powers)
+
+
+class WeightTable:
+    """The weights of several branches in one tensor, so that setting all of them is one copy."""
+
+    def __init__(self, adapters: Sequence[SharedAdapter]) -> None:
+        """Give the branches, which are on one device, parts of new tensors."""
+        self._names = [name for adapter in adapters for name in adapter.names]
+        ends = list(itertools.accumulate(len(adapter.names) for adapter in adapters))
+        firsts = [0, *ends[:-1]]
+        parts = zip(firsts, adapters, strict=True)
+        self._members = torch.cat([adapter.members + first for first, adapter in parts])
+        self._powers = torch.cat([adapter.powers for adapter in adapters])
+        self._values = torch.zeros(2, len(self._names), device=self._powers.device)
+        self._scales = torch.zeros_like(self._powers)
+        counts = [len(adapter.scales) for adapter in adapters]
+        columns = self._scales.split(counts)
+        for first, end, of_columns, adapter in zip(firsts, ends, columns, adapters, strict=True):
+            adapter.weights, adapter.active = self._values[:, first:end]
+            adapter.scales = of_columns
+
+    def set(self, weight_of: Callable[[str, str], float | None]) -> None:
+        """Set the weight of each addend from the names of its adapter and layer; None for off.
+
+        A magnitude with weight 0 still rescales rows, and one that is off does not.
+        """
+        given = [weight_of(*each) for each in self._names]
+        values = torch.tensor([[w or 0.0 for w in given], [w is not None for w in given]])
+        self._values.copy_(values, non_blocking=True)
+        torch.mul(self._values[0][self._members], self._powers, out=self._scales)
+
+
+class LowRankAdapter(SharedAdapter):
     """Adds the addends of all loaded adapters to a linear layer's result.
 
     An addend with weight w adds w (x down^T) up^T. The `down` of all addends are stacked into one
     GEMM, and the `up` of the same rows into another. With a magnitude m per row, W x becomes
     f (W + w dW) x where f = m / |W + w dW|, as PEFT computes DoRA. Several such changes of the same
-    rows add up, in any order; PEFT rescales what earlier adapters added too. Weights are in
-    buffers, so CUDA graphs see new ones.
+    rows add up, in any order; PEFT rescales what earlier adapters added too.
     """
 
     down: torch.Tensor
-    weights: torch.Tensor
-    active: torch.Tensor
-    scales: torch.Tensor
     base_bias: torch.Tensor | None
-    _members: torch.Tensor
 
     def __init__(
         self, addends: Sequence[Addend], base_bias: torch.Tensor | None, like: torch.Tensor
@@ -62,8 +122,7 @@ class LowRankAdapter(Adapter):
             base_bias: the layer's bias [N], if it has one.
             like: has the model's device and dtype.
         """
-        super().__init__()
-        self.addends = tuple((x.adapter, x.layer) for x in addends)
+        super().__init__(addends)
         self._groups: list[_Group] = []
         self._dense: list[tuple[str, slice, int]] = []
         self._biases: list[tuple[str, slice, int]] = []
@@ -96,24 +155,7 @@ class LowRankAdapter(Adapter):
                 self._biases.append((f"bias{i}", x.rows, i))
         dora = any(group.is_dora for group in self._groups)
         self.register_buffer("base_bias", base_bias if dora else None)
-        device = like.device
-        # Per addend, and per column of the stack. In float32: 0.7 is not a bfloat16.
-        self.register_buffer("weights", torch.zeros(len(addends), device=device))
-        self.register_buffer("active", torch.zeros(len(addends), device=device))
-        self.register_buffer("scales", torch.zeros(len(members), device=device))
-        self.register_buffer("_members", torch.tensor(members, dtype=torch.int64, device=device))
-
-    def set_weights(self, weight_of: Callable[[str, str], float | None]) -> None:
-        """Set the weight of each addend from the names of its adapter and layer; None for off.
-
-        A magnitude with weight 0 still rescales rows, and one that is off does not.
-        """
-        given = [weight_of(*each) for each in self.addends]
-        values = torch.tensor([[w or 0.0 for w in given], [w is not None for w in given]])
-        weights, active = values.to(self.weights.device, non_blocking=True)
-        self.weights.copy_(weights)
-        self.active.copy_(active)
-        self.scales.copy_(self.weights[self._members])
+        self._register_weights(members, torch.ones(len(members), device=like.device))
 
     def forward(self, activation: Activation, result: torch.Tensor) -> torch.Tensor:
         """Add the addends (see the class)."""

@@ -28,7 +28,7 @@ import torch
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
-from zimage_mxfp8.ops import fused, gemm_epilogues
+from zimage_mxfp8.ops import fused, gemm_epilogues, low_rank
 
 TOLERANCE = {"reference": 1e-6, "dequantize": 5e-3, "fp8_rowwise": 1e-2, "mixed_sm90": 5e-3}
 # M, N and K: every kernel's number of tokens, and weights enough for every multiprocessor.
@@ -125,6 +125,20 @@ def check_fused_products(tokens: int, columns: int, heads: int, depth: int) -> N
     check_close(result, qkv.float(), tokens, 384 * heads)
 
 
+def check_addend(tokens: int, rows: int, depth: int, rank: int) -> None:
+    """A low-rank addend whose x comes from a narrow GEMM, against the dense matrix."""
+    x = zm.quantize_rows(torch.randn(tokens, depth, device="cuda"))
+    weights = zm.quantize_rows(torch.randn(rows, depth, device="cuda"))
+    down = torch.randn(rank, depth, device="cuda").half()
+    up = (torch.randn(rows, rank, device="cuda") / weights.scales[:, None]).bfloat16()
+    narrow = low_rank.narrow_gemm(x, down, torch.ones(rank, device="cuda"))
+    addend = low_rank.LowRankAddend(narrow, up)
+    decoded = x.codes.float() * x.scales[:, None]
+    want = zm.gemm(x, weights, dtype=torch.float32, kernel="reference")
+    want += decoded @ down.float().T @ (up.float() * weights.scales[:, None]).T
+    check_close(gemm_epilogues.gemm_low_rank(x, weights, addend), want, tokens, rows)
+
+
 def check_products(m: int, n: int, k: int, skipped: list[str]) -> None:
     a, b = torch.randn(m, k), torch.randn(n, k)
     bias = torch.randn(n).bfloat16()
@@ -190,6 +204,12 @@ def main() -> None:
         for tokens, columns, heads, depth in ((5, 8, 1, 32), (130, 72, 3, 416), (300, 1000, 7, 96)):
             check_fused_products(tokens, columns, heads, depth)
         check_fused_products(4100, 1024, 2, 64)  # several tiles for each block
+        for tokens, rows, depth, rank in (
+            (1, 8, 32, 32),
+            (130, 520, 416, 96),
+            (4100, 1024, 64, 64),
+        ):
+            check_addend(tokens, rows, depth, rank)
     quantizer = _core.StagedQuantizer(0)
     matrix = torch.randn(100, 70)
     want = zm.quantize(matrix)

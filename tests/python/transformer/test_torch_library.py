@@ -82,9 +82,15 @@ def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
     weights = zm.quantize_rows(random(3 * HEADS * 128, WIDTH, seed=1, device=device))
     operands = (*parts(x), *parts(weights))
     head, rotations = random(128, seed=4, device=device), torch.ones(ROWS, 64, 2, device=device)
+    down = random(32, WIDTH, seed=6, device=device).half()
+    narrow, up = random(ROWS, 32, seed=7, device=device), random(len(weights.codes), 32, seed=8)
+    addend = (narrow, up.to(device))
     return {
-        **{f"gemm_silu_multiply {form}": (*operands, form) for form in SHAPES},
-        "gemm_rotate_heads": (*operands, head, head, rotations, HEADS, 1e-5),
+        **{f"gemm_silu_multiply {form}": (*operands, None, None, form) for form in SHAPES},
+        "gemm_silu_multiply with an addend": (*operands, *addend, "row-scaled"),
+        "gemm_rotate_heads": (*operands, None, None, head, head, rotations, HEADS, 1e-5),
+        "gemm_low_rank": (*operands, *addend),
+        "narrow_gemm": (*parts(x), down, torch.ones(32, device=device)),
     }
 
 

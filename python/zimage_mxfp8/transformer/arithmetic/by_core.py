@@ -13,6 +13,7 @@ from ...ops import gemm as matmul
 from ...ops.arrays import dtype_name
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import FoldStats, RowScaledArray, gemm
+from ...ops.low_rank import NARROW_ROWS
 from ...system.devices import core_index, native_gemm_unsupported
 from . import scaled_mm
 
@@ -83,6 +84,17 @@ def row_scaled_unsupported(device: int) -> str:
         device: its index, or -1 for the CPU, which has no fast way and uses the core.
     """
     return "" if device < 0 else _cuda_row_scaled_unsupported(device)
+
+
+@cache
+def takes_addends(device: int) -> bool:
+    """Return whether row-scaled GEMMs of a CUDA device add a low-rank addend."""
+    problem = _core.GemmProblem(
+        128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False, addend_rank=NARROW_ROWS
+    )
+    return any(
+        not _core.gemm_unsupported(kernel.name, problem, device) for kernel in _core.gemm_kernels()
+    )
 
 
 # A constant to torch.compile, see `devices.has_kernels`.

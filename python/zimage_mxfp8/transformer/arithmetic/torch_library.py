@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from ...layout import padded_shape, scale_shape
-from ...ops import fused, gemm_epilogues
+from ...ops import fused, gemm_epilogues, low_rank
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import RowScaledArray
 from ...ops.gemm_epilogues import GemmEpilogue
+from ...ops.low_rank import LowRankAddend
 from . import by_core
 
 NAMESPACE = "zimage_mxfp8"
@@ -237,11 +238,49 @@ def rotate_heads(
     fused.rotate_heads(qkv, q_weight, k_weight, rotations, heads, eps)
 
 
+@_register(
+    "(Tensor codes, Tensor scales, Tensor down, Tensor factors) -> Tensor",
+    lambda codes, scales, down, factors: codes.new_empty(
+        (codes.shape[0], down.shape[0]), dtype=torch.bfloat16
+    ),
+)
+def narrow_gemm(
+    codes: torch.Tensor, scales: torch.Tensor, down: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
+    """Compute `ops.low_rank.narrow_gemm`."""
+    result: torch.Tensor = low_rank.narrow_gemm(RowScaledArray(codes, scales), down, factors)
+    return result
+
+
+@_register(
+    "(Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales, Tensor x, Tensor u)"
+    " -> Tensor",
+    lambda codes, scales, weight_codes, weight_scales, x, u: codes.new_empty(
+        (codes.shape[0], weight_codes.shape[0]), dtype=torch.bfloat16
+    ),
+)
+def gemm_low_rank(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight_codes: torch.Tensor,
+    weight_scales: torch.Tensor,
+    x: torch.Tensor,
+    u: torch.Tensor,
+) -> torch.Tensor:
+    """Compute `ops.gemm_epilogues.gemm_low_rank`."""
+    a, b = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+    result: torch.Tensor = gemm_epilogues.gemm_low_rank(a, b, LowRankAddend(x, u))
+    return result
+
+
 def _register_gemm(epilogue: GemmEpilogue) -> Any:
-    """Register a GEMM of row-scaled operands with an epilogue, as `gemm_` and its name."""
+    """Register a GEMM of row-scaled operands with an epilogue, as `gemm_` and its name.
+
+    Its `x` and `u` are the low-rank addend; both are None without one.
+    """
 
     def fake(*parts: Any) -> Any:
-        codes, _, weight_codes, _, *arguments = parts
+        codes, _, weight_codes, _, _, _, *arguments = parts
         columns = weight_codes.shape[0] // epilogue.rows_per_column
         result = _fake_parts(codes, columns, epilogue.output_format(arguments))
         return result if epilogue.encodes else result[0]
@@ -251,14 +290,20 @@ def _register_gemm(epilogue: GemmEpilogue) -> Any:
         scales: torch.Tensor,
         weight_codes: torch.Tensor,
         weight_scales: torch.Tensor,
+        x: torch.Tensor | None,
+        u: torch.Tensor | None,
         *arguments: Any,
     ) -> Any:
-        x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
-        result = epilogue.gemm(x, weights, *arguments)
+        a, b = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+        addend = None if x is None else LowRankAddend(x, u)
+        result = epilogue.gemm(a, b, *arguments, addend=addend)
         return _parts(result) if epilogue.encodes else result
 
     gemm.__name__ = f"gemm_{epilogue.name}"
-    operands = "Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales"
+    operands = (
+        "Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales,"
+        " Tensor? x, Tensor? u"
+    )
     returns = "(Tensor, Tensor)" if epilogue.encodes else "Tensor"
     return _register(f"({operands}, {epilogue.schema}) -> {returns}", fake)(gemm)
 

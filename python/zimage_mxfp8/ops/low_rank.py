@@ -1,0 +1,86 @@
+"""Low-rank addends of row-scaled GEMMs on Hopper: A B^T + (A D^T) E^T in one GEMM and a narrow one.
+
+`narrow_gemm` computes A D^T for a small rank, and the GEMMs of `gemm_epilogues` add its product
+with E before they scale their sums. Arguments are torch tensors on one CUDA device; the work goes
+to torch's current stream and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _core
+from ..errors import InvalidArgumentError
+from .arrays import aligned, call_core, empty, on_cuda, plain, require_2d, vector
+from .gemm import RowScaledArray, row_scaled_parts
+
+__all__ = ["NARROW_ROWS", "LowRankAddend", "narrow_gemm"]
+
+NARROW_ROWS = 32  # the rank of a narrow GEMM is a multiple of it
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
+class LowRankAddend:
+    """X U^T, which a GEMM of row-scaled A and B adds to the products of their codes.
+
+    The sum is scaled afterwards: to add Y Z^T, X is Y divided by A's scales and U is Z divided by
+    B's.
+
+    Attributes:
+        x: [M, rank] of bfloat16.
+        u: [N, rank] of bfloat16. The rank is a multiple of 8.
+    """
+
+    x: Any
+    u: Any
+
+    def parts(self) -> tuple[Any, Any]:
+        """Return X and U as the core takes them.
+
+        Raises:
+            InvalidArgumentError: not two matrices of bfloat16 on CUDA with one width.
+        """
+        matrices = []
+        for array, name in ((self.x, "x of the addend"), (self.u, "u of the addend")):
+            matrix, dtype = plain(array, name)
+            if dtype != "bfloat16" or not on_cuda(matrix):
+                raise InvalidArgumentError(f"{name} must be bfloat16 on a CUDA device, not {dtype}")
+            require_2d(matrix, name)
+            matrices.append(aligned(matrix))
+        x, u = matrices
+        if x.shape[1] != u.shape[1]:
+            raise InvalidArgumentError(
+                f"the addend's x is {list(x.shape)} and u is {list(u.shape)}: their widths differ"
+            )
+        return x, u
+
+
+def narrow_gemm(a: RowScaledArray, down: Any, factors: Any) -> Any:
+    """Compute factors * (codes of `a`) down^T for a small rank, for the x of a `LowRankAddend`.
+
+    Sums are in float32 and do not depend on M; the result is rounded once.
+
+    Args:
+        a: [M, K] on CUDA, of which the scales are not used. K is a multiple of 32.
+        down: [rank, K] of float16. The rank is a multiple of 32.
+        factors: [rank] of float32.
+
+    Returns:
+        [M, rank] of bfloat16.
+
+    Raises:
+        InvalidArgumentError: shapes, dtypes or devices that do not fit together.
+        UnsupportedError: the device is not of compute capability 9.0, or the build lacks 90a.
+    """
+    codes, scales, rows, _ = row_scaled_parts(a, "a")
+    matrix, dtype = plain(down, "down")
+    if dtype != "float16" or not on_cuda(matrix):
+        raise InvalidArgumentError(f"down must be float16 on a CUDA device, not {dtype}")
+    rank, _ = require_2d(matrix, "down")
+    of_rank = vector(factors, "float32", rank, "factors")
+    result = empty((rows, rank), "bfloat16", like=codes)
+    call_core(
+        _core.narrow_gemm, aligned(codes), scales, aligned(matrix), of_rank, result, like=codes
+    )
+    return result

@@ -1,0 +1,142 @@
+"""Low-rank addends of row-scaled GEMMs on a Hopper GPU, against torch in float64.
+
+pytest -m gpu
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8.ops import fused
+from zimage_mxfp8.ops.gemm_epilogues import gemm_low_rank, gemm_rotate_heads, gemm_silu_multiply
+from zimage_mxfp8.ops.low_rank import LowRankAddend, narrow_gemm
+from zimage_mxfp8.transformer.arithmetic import by_core
+
+pytestmark = pytest.mark.gpu
+
+ROUNDING = 2.0**-8  # half a unit in the last place of BF16
+SUMS = 2.0**-9  # of the tensor cores' sums in FP8, see test_gemm_epilogues_cuda.py
+
+
+@pytest.fixture(autouse=True)
+def _hopper() -> None:
+    if not by_core.takes_addends(torch.cuda.current_device()):
+        pytest.skip("no kernel of this device adds a low-rank addend")
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda")
+
+
+def operand(rows: int, depth: int, seed: int) -> zm.RowScaledArray:
+    return zm.quantize_rows(random(rows, depth, seed=seed) / depth**0.5)
+
+
+def codes(array: zm.RowScaledArray) -> torch.Tensor:
+    values: torch.Tensor = array.codes.view(torch.float8_e4m3fn).double()
+    return values
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 100, 4224])
+@pytest.mark.parametrize(("rank", "depth"), [(32, 3840), (128, 10240), (64, 352), (32, 32)])
+def test_narrow_gemm(tokens: int, rank: int, depth: int) -> None:
+    a, down = operand(tokens, depth, 1), random(rank, depth, seed=2).half()
+    factors = random(rank, seed=3)
+    result = narrow_gemm(a, down, factors)
+    exact = codes(a) @ down.double().T * factors
+    size = codes(a).square().sum(1).sqrt()[:, None] * down.double().square().sum(1).sqrt()
+    allowed = 1.01 * ROUNDING * exact.abs() + 1e-6 * size * factors.abs()
+    assert result.dtype == torch.bfloat16 and result.shape == exact.shape
+    assert ((result.double() - exact).abs() <= allowed).all()
+    few = zm.RowScaledArray(a.codes[:1].contiguous(), a.scales[:1].contiguous())
+    assert torch.equal(narrow_gemm(few, down, factors), result[:1])
+
+
+def addend_of(tokens: int, rows: int, rank: int) -> LowRankAddend:
+    # The products of codes have some thousands.
+    x, u = random(tokens, rank, seed=4) * 500, random(rows, rank, seed=5)
+    return LowRankAddend(x.bfloat16(), u.bfloat16())
+
+
+def exact_sums(
+    a: zm.RowScaledArray, b: zm.RowScaledArray, addend: LowRankAddend
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scaled sums in float64, and the bound of their error in the tensor cores."""
+    scales = a.scales.double()[:, None] * b.scales.double()
+    sums = codes(a) @ codes(b).T + addend.x.double() @ addend.u.double().T
+    sizes = codes(a).square().sum(1).sqrt()[:, None] * codes(b).square().sum(1).sqrt()
+    sizes += addend.x.double().norm(dim=1)[:, None] * addend.u.double().norm(dim=1)
+    return sums * scales, (sizes * SUMS + sums.abs() * ROUNDING) * scales
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 129, 4224])
+@pytest.mark.parametrize(
+    ("rows", "depth", "rank"), [(3840, 3840, 32), (3840, 10240, 128), (8, 32, 8), (520, 160, 200)]
+)
+def test_gemm_low_rank(tokens: int, rows: int, depth: int, rank: int) -> None:
+    a, b, addend = operand(tokens, depth, 6), operand(rows, depth, 7), addend_of(tokens, rows, rank)
+    result = gemm_low_rank(a, b, addend).double()
+    exact, allowed = exact_sums(a, b, addend)
+    assert ((result - exact).abs() <= allowed + ROUNDING * exact.abs()).all()
+    assert ((result - exact).norm() / exact.norm()).item() < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 129, 4224])
+@pytest.mark.parametrize(("columns", "depth", "rank"), [(10240, 3840, 64), (200, 128, 32)])
+def test_silu_multiply(tokens: int, columns: int, depth: int, rank: int) -> None:
+    a, b = operand(tokens, depth, 8), operand(2 * columns, depth, 9)
+    addend = addend_of(tokens, 2 * columns, rank)
+    result = gemm_silu_multiply(a, b, addend=addend).double()
+    gate, up = exact_sums(a, b, addend)[0].chunk(2, dim=1)
+    exact = torch.nn.functional.silu(gate) * up
+    assert ((result - exact).norm() / exact.norm()).item() < 6e-3
+    encoded = gemm_silu_multiply(a, b, "row-scaled", addend=addend)
+    want = zm.quantize_rows(gemm_silu_multiply(a, b, addend=addend))
+    assert torch.equal(encoded.codes.view(torch.uint8), want.codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("tokens", [1, 129, 4224])
+def test_rotate_heads(tokens: int) -> None:
+    a, b = operand(tokens, 3840, 10), operand(11520, 3840, 11)
+    angles = random(tokens, 64, seed=12)
+    rotations = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    weight = torch.ones(128, device="cuda", dtype=torch.bfloat16)
+    addend = addend_of(tokens, 11520, 96)
+    result = gemm_rotate_heads(a, b, weight, weight, rotations, 30, addend=addend)
+    exact = exact_sums(a, b, addend)[0].bfloat16()
+    fused.rotate_heads(exact, weight, weight, rotations, 30)
+    assert ((result.double() - exact.double()).norm() / exact.double().norm()).item() < 8e-3
+
+
+def test_an_addend_of_zeros_changes_nothing() -> None:
+    a, b = operand(300, 3840, 13), operand(2 * 1024, 3840, 14)
+    zeros = LowRankAddend(
+        *(torch.zeros(n, 32, device="cuda", dtype=torch.bfloat16) for n in (300, 2048))
+    )
+    with_zeros = gemm_silu_multiply(a, b, addend=zeros)
+    assert torch.equal(with_zeros, gemm_silu_multiply(a, b, kernel="fp8_sm90"))
+
+
+def test_views_and_wrong_arguments() -> None:
+    a, b, addend = operand(40, 64, 15), operand(256, 64, 16), addend_of(40, 256, 32)
+    wide = torch.cat([addend.x, addend.x], 1)[:, :32]
+    want = gemm_low_rank(a, b, addend)
+    assert torch.equal(gemm_low_rank(a, b, LowRankAddend(wide, addend.u)), want)
+
+    def refused(x: Any, u: Any, words: str) -> None:
+        with pytest.raises(zm.InvalidArgumentError, match=words):
+            gemm_low_rank(a, b, LowRankAddend(x, u))
+
+    refused(addend.x[:39], addend.u, r"X must be BF16 \[40, 32\]")
+    refused(addend.x, addend.u[:, :24], "widths differ")
+    refused(addend.x[:, :12], addend.u[:, :12], "multiple of 8")
+    refused(addend.x.float(), addend.u, "must be bfloat16")
+    with pytest.raises(zm.InvalidArgumentError, match="float16"):
+        narrow_gemm(a, torch.zeros(32, 64, device="cuda"), torch.zeros(32, device="cuda"))
+    with pytest.raises(zm.UnsupportedError, match="adds no low-rank addend"):
+        gemm_low_rank(a, b, addend, kernel="fp8_rowwise")
