@@ -1,9 +1,10 @@
 """Forwards with adapters and with a ControlNet on a CUDA device, next to those without.
 
 All weights are synthetic, of the full size, which needs 30 GB of disk. Adapters are on every linear
-of all blocks; their weights change between the timed forwards. `ratio` is the median of the forward
-over that of the forward without, measured in turns. `change` is how far the output is from the one
-without, relative to it: not 0, so the branch did run. The ControlNet has the tensors of 2.1.
+of all blocks; their weights change between the timed forwards, outside the time. `ratio` is the
+median of the forward over that of the forward without, measured in turns. `change` is how far the
+output is from the one without, relative to it: not 0, so the branch did run. The ControlNet has the
+tensors of 2.1.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "zimage-mxfp8")
     parser.add_argument("--sides", type=int, nargs="+", default=[1024, 512])
     parser.add_argument("--repeats", type=int, default=10, help="timed forwards")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--only", choices=("adapters", "controlnet"), help="one kind of addition")
 
 
 def random_adapter(rank: int, seed: int) -> dict[str, torch.Tensor]:
@@ -61,12 +64,19 @@ def random_adapter(rank: int, seed: int) -> dict[str, torch.Tensor]:
     return adapter
 
 
-def in_turns(calls: dict[str, Callable[[int], object]], repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of each call, which gets the number of its turn."""
+def in_turns(
+    calls: dict[str, Callable[[int], object]], repeats: int, prepare: Callable[[int], object]
+) -> dict[str, float]:
+    """Return the median milliseconds of each call, which gets the number of its turn.
+
+    `prepare` gets it before each call, and is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 3):
         for name, call in calls.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            prepare(turn)
+            torch.cuda.synchronize()
             begin.record()
             call(turn)
             end.record()
@@ -83,14 +93,19 @@ class Turns:
         self.plain, self.report = plain, report
         self.sides, self.repeats = arguments.sides, arguments.repeats
 
-    def measure(self, name: str, forward: Callable[[Inputs, int], torch.Tensor]) -> None:
+    def measure(
+        self,
+        name: str,
+        forward: Callable[[Inputs, int], torch.Tensor],
+        prepare: Callable[[int], object] = lambda _: None,
+    ) -> None:
         for side in self.sides:
             inputs = random_inputs(side, 1, 128)
             calls = {
                 "nothing": lambda _, i=inputs: self.plain(*i, return_dict=False)[0][0],
                 name: lambda turn, i=inputs: forward(i, turn),
             }
-            ms = in_turns(calls, self.repeats)
+            ms = in_turns(calls, self.repeats, prepare)
             before, after = (call(0).float() for call in calls.values())
             change = float((after - before).norm() / before.norm())
             for each, figures in (
@@ -108,11 +123,13 @@ def measure_adapters(turns: Turns, file: Path) -> None:
         for i, each in enumerate(names):
             model.load_lora(random_adapter(rank, i), each)
 
-        def forward(inputs: Inputs, turn: int, names: list[str] = names) -> torch.Tensor:
-            model.set_lora(dict.fromkeys(names, 1 - 0.01 * turn))
+        def forward(inputs: Inputs, _: int) -> torch.Tensor:
             return model(*inputs, return_dict=False)[0][0]
 
-        turns.measure(name, forward)
+        def prepare(turn: int, names: list[str] = names) -> None:
+            model.set_lora(dict.fromkeys(names, 1 - 0.01 * turn))
+
+        turns.measure(name, forward, prepare)
         for each in names:
             model.unload_lora(each)
 
@@ -134,15 +151,20 @@ def measure_controlnet(turns: Turns, file: Path) -> None:
 def run(arguments: argparse.Namespace, report: Report) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     file = _converted(arguments.folder, "mxfp8-30", zimage_shapes())
-    sizes = {"dim": 3840, "patch": 4 * INPAINT_CHANNELS}
-    counts = {"n_layers": _CONTROL_BLOCKS, "n_refiner_layers": _CONTROL_REFINER_BLOCKS}
-    control_file = _converted(arguments.folder, "mxfp8-control", CONTROLNET.shapes(sizes, counts))
-    for mode in modes(MODES):
+    for mode in modes(arguments.modes):
         free()
         turns = Turns(ZImageTransformer.from_checkpoint(file, "cuda", mode), arguments, report)
-        measure_adapters(turns, file)
-        free()
-        measure_controlnet(turns, control_file)
+        if arguments.only != "controlnet":
+            measure_adapters(turns, file)
+            free()
+        if arguments.only != "adapters":
+            measure_controlnet(turns, _controlnet(arguments.folder))
+
+
+def _controlnet(folder: Path) -> Path:
+    sizes = {"dim": 3840, "patch": 4 * INPAINT_CHANNELS}
+    counts = {"n_layers": _CONTROL_BLOCKS, "n_refiner_layers": _CONTROL_REFINER_BLOCKS}
+    return _converted(folder, "mxfp8-control", CONTROLNET.shapes(sizes, counts))
 
 
 def _converted(folder: Path, name: str, shapes: dict[str, tuple[int, ...]]) -> Path:

@@ -308,6 +308,23 @@ def lora() -> str:
     )
 
 
+def additions() -> str:
+    fused = [{**row, "way": "added by the GEMM"} for row in rows_of("adapters-fused")]
+    apart = [{**row, "way": "apart"} for row in rows_of("additions")]
+    measured = [row for row in [*fused, *apart] if "ratio" in row]
+    return table(
+        measured,
+        ["with", "mode", "way"],
+        [
+            Column("addition", label("{with}"), right=False),
+            Column("mode", label("{mode}"), right=False),
+            Column("branch", label("{way}"), right=False),
+            Column("ms", label("{ms:.1f}")),
+            Column("of the forward without", label("{ratio:.2f}")),
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "transformer": transformer,
     "goals": goals,
@@ -324,4 +341,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "convert": convert,
     "analyses": analyses,
     "lora": lora,
+    "additions": additions,
 }
