@@ -340,6 +340,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm-between": gemm_between,
     "convert": convert,
     "analyses": analyses,
-    "lora": lora,
     "additions": additions,
+    "lora": lora,
 }

@@ -44,7 +44,7 @@ guidance, from captions such as:
 
 > {caption}
 
-Backgrounds, colours and places mostly follow the captions; the shapes are rough. It is here to
+Its images follow the captions in colours, places and shapes; corners are a little round. It is here to
 test the package and to compare formats on trained weights, not for its images.
 """
 _FIRST_UNSEEN = 10**6 + 100  # seed of a scene that the training did not draw

@@ -150,6 +150,7 @@ TEST_CASE("a made-up kernel is chosen, refused with its reason, and listed") {
       detail::operands(kRows, kRows),
       detail::output(DType::kBFloat16),
       detail::epilogue(kNone) | detail::epilogue(kSilu),
+      detail::epilogue(kNone),
       {90},
       false,
       &nothing,
@@ -182,6 +183,13 @@ TEST_CASE("a made-up kernel is chosen, refused with its reason, and listed") {
   GemmProblem wide = few;
   wide.d = DType::kFloat32;
   CHECK(reason(wide, &kH100) == "made_up does not write F32");
+  GemmProblem sum = few;
+  sum.addend_rank = 32;
+  CHECK(built.choice(sum, kH100) == "made_up");
+  sum.m = 4224;
+  CHECK(built.choice(sum, kH100) == "fp8_sm90");
+  CHECK(detail::problem_text(sum) ==
+        "4224x20480x3840 row-scaled FP8 x row-scaled FP8 -> BF16 with an addend of rank 32");
 
   const std::string line =
       detail::log_line(few, &kH100, detail::explain(built.table(), few, &kH100, ""));
