@@ -44,8 +44,8 @@ guidance, from captions such as:
 
 > {caption}
 
-Its images follow the captions in colours, places and shapes; corners are a little round. It is here to
-test the package and to compare formats on trained weights, not for its images.
+Its images follow the captions in colours, places and shapes; corners are a little round. It is
+here to test the package and to compare formats on trained weights, not for its images.
 """
 _FIRST_UNSEEN = 10**6 + 100  # seed of a scene that the training did not draw
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler", "model_index.json")

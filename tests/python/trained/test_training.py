@@ -77,6 +77,39 @@ def test_the_batched_forward_is_the_models_own() -> None:
     assert transformer.check_batched(model, captions, "cpu") < 1e-5
 
 
+def test_padded_feed_forwards_compute_the_same_and_are_cut_again() -> None:
+    model = transformer.make_transformer(128)
+    del model.layers[1:]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    captions = transformer.pad_captions([torch.randn(5, text.FEATURES)], "cpu")
+    x = torch.randn(1, 64, 64)
+
+    def forward() -> torch.Tensor:
+        batched = transformer.BatchedModel(model, "cpu")
+        result: torch.Tensor = batched(x, torch.tensor([0.3]), captions)
+        return result
+
+    want = forward()
+    transformer.pad_feed_forward(model)
+    assert model.layers[0].feed_forward.w2.weight.shape == (128, 344)
+    found = forward()
+    assert torch.allclose(found, want, atol=1e-5 * want.abs().max().item())
+    found.square().sum().backward()
+    for name, parameter in model.named_parameters():  # so that training leaves them zero
+        if name.endswith((".w1.weight", ".w3.weight")) and parameter.grad is not None:
+            assert not parameter.grad[341:].any()
+        elif name.endswith(".w2.weight") and parameter.grad is not None:
+            assert not parameter.grad[:, 341:].any()
+    transformer.cut_feed_forward(model, 341)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    transformer.pad_feed_forward(model)
+    model.layers[0].feed_forward.w1.weight.data[343, 0] = 1
+    with pytest.raises(ValueError, match="not zero"):
+        transformer.cut_feed_forward(model, 341)
+
+
 def test_patches_are_of_the_latents() -> None:
     latents = torch.arange(2 * 16 * 16 * 16.0).view(2, 16, 16, 16)
     patches = transformer.to_patches(latents)
