@@ -425,8 +425,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
             return_dict: name the result's only element `sample`.
             others: `controlnet_block_samples`, the result of a `ZImageControlNet`, or a list of
                 several. `joint_attention_kwargs={"scale": s}` multiplies the weights of adapters;
-                calls from threads with different scales wait for each other. Arguments of diffusers' model for features that this one lacks (several images per
-                item) must be None.
+                calls from threads with different scales wait for each other. Arguments of
+                diffusers' model for features that this one lacks (several images per item) must be
+                None.
 
         Returns:
             `(sample,)`: a list of [16, 1, H, W] in `dtype`.
