@@ -80,7 +80,8 @@ def check_threads(threads: Any) -> None:
 
 
 def _path(value: Any) -> Path:
-    if "\0" in (text := os.fspath(value)):
+    text = os.fspath(value)
+    if not text or b"\0" in os.fsencode(text):  # an empty path would be the current folder
         raise ValueError
     return Path(text)
 

@@ -28,9 +28,16 @@ def checkpoint_beside(source: Path, ending: str) -> Path:
     place = _absolute(source) if source.name in ("", "..") else source
     if not place.name:
         raise UsageError("output", f"must be given: there is no name to make one from in {place}")
-    stem = place.stem if place.suffix in _SUFFIXES and not place.is_dir() else place.name
+    stem = place.stem if place.suffix in _SUFFIXES and not _is_folder(place) else place.name
     return place.with_name(f"{stem}{ending}.safetensors")
 
 
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - keeps links, unlike resolve()
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a folder without permission, which reading the file tells
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import zipfile
 from pathlib import Path
@@ -16,10 +17,22 @@ _PICKLE_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 _FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
 
 
-def refuse(path: Path, kind: Kind, evidence: str = "") -> WrongKindError:
-    """Return the error for a file that an operation does not take: one sentence with a remedy."""
-    problem, remedy = (text.replace("{0}", evidence) for text in (kind.problem, kind.remedy))
-    return WrongKindError(f"{path} {problem}", kind, remedy)
+def refuse(
+    path: Path, kind: Kind, evidence: str = "", *, quantised: bool = False, shard: bool = False
+) -> WrongKindError:
+    """Return the error for a file that an operation does not take: one sentence with a remedy.
+
+    Args:
+        path: the file.
+        kind: its kind, or the format that it is quantised with.
+        evidence: the name that shows the kind.
+        quantised: whether a file of this kind is quantised too.
+        shard: whether it is one shard of several, which the kind does not say.
+    """
+    remedy = (quantised and kind.quantised_remedy) or kind.remedy
+    problem, remedy = (text.replace("{0}", evidence) for text in (kind.problem, remedy))
+    beginning = "is one shard of several and " if shard else ""
+    return WrongKindError(f"{path} {beginning}{problem}", kind, remedy)
 
 
 def check_file(path: Path) -> None:
@@ -29,8 +42,16 @@ def check_file(path: Path) -> None:
         WrongKindError: with the kind.
         OSError: the file cannot be read.
     """
-    if path.is_symlink() and not path.exists():
-        raise refuse(path, kinds.DANGLING_LINK, str(path.readlink()))
+    try:
+        path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise refuse(path, kinds.DANGLING_LINK, str(path.readlink())) from None
+        raise
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise refuse(path, kinds.LINK_LOOP, str(path.readlink())) from None
+        raise
     if not path.is_file():  # opening a pipe would wait for its writer
         return
     size = path.stat().st_size

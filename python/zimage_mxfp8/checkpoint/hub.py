@@ -114,13 +114,23 @@ def parse(text: str | os.PathLike[str]) -> Reference | None:
     if match is None:
         return None
     repo = match["repo"]
-    if ".." in text or "--" in repo or len(repo) > _MAX_REPO or Path(text).exists():
+    if ".." in text or "--" in repo or len(repo) > _MAX_REPO or _is_there(text):
         return None
     if repo.endswith(".safetensors"):  # a file in a folder that does not exist
         return None
     if any(part.endswith((".", "-", ".git")) for part in repo.split("/")):  # no names on the hub
         return None
     return Reference(repo, match["revision"], match["file"])
+
+
+def _is_there(text: str) -> bool:
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # in a folder without permission
+        return True
+    return True
 
 
 def resolve(

@@ -123,6 +123,11 @@ class Identified:
     others: tuple[Scope, ...] = ()
     diffusers: bool = False
 
+    @property
+    def is_shard_of_another(self) -> bool:
+        """Whether this is one shard of a model other than Z-Image, by its name."""
+        return bool(self.kind.uses_as_other_model) and _is_shard(self.checkpoint)
+
     def check_use(self, use: Use, *, any_model: bool = False) -> None:
         """Raise if the checkpoint cannot be used this way.
 
@@ -144,8 +149,15 @@ class Identified:
             decodable = decoding and self.kind.holds_layers
             refused = None if decodable and self.format.accepts(use) else self.kind
         if refused is not None:
-            evidence = self.evidence if refused is self.kind else self.format_evidence
-            raise refuse(self.checkpoint.path, refused, evidence)
+            if refused is not self.kind:
+                raise refuse(self.checkpoint.path, refused, self.format_evidence)
+            raise refuse(
+                self.checkpoint.path,
+                refused,
+                self.evidence,
+                quantised=self.format is not None,
+                shard=self.is_shard_of_another,
+            )
 
 
 def identify(path: str | os.PathLike[str]) -> Identified:

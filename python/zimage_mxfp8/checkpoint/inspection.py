@@ -117,7 +117,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     except WrongKindError as error:
         return _unusable(path, error.kind.title, error)
     except CheckpointError as error:
-        if not (path.is_file() and os.access(path, os.R_OK)):
+        if not (os.access(path, os.R_OK) and path.is_file()):
             raise
         return _unusable(path, "a damaged or unknown file", error)
     checkpoint, scope = found.checkpoint, found.scope
@@ -171,7 +171,7 @@ def _describe(found: Identified) -> str:
     if found.kind is kinds.ADAPTER:
         return found.evidence
     if found.kind not in (kinds.ZIMAGE, kinds.ZIMAGE_CONTROLNET):
-        return found.kind.title
+        return found.kind.title + (", one shard of several" if found.is_shard_of_another else "")
     title = found.kind.title
     if found.kind is kinds.ZIMAGE_CONTROLNET:
         title += f", Fun-Controlnet-Union {control_config(found).generation}"

@@ -44,6 +44,7 @@ class Kind:
         uses: the uses that accept it.
         uses_as_other_model: the uses that accept it with `any_model` in addition.
         holds_layers: whether MXFP8 layers in it can be validated and decoded.
+        quantised_remedy: the remedy for such a file that is quantised; "" if it is the same.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Kind:
     uses: frozenset[Use] = frozenset()
     uses_as_other_model: frozenset[Use] = frozenset()
     holds_layers: bool = False
+    quantised_remedy: str = ""
 
     def accepts(self, use: Use, *, any_model: bool = False) -> bool:
         """Return whether a file of this kind can be used this way."""
@@ -74,6 +76,8 @@ def _other_model(title: str, problem: str | None = None) -> Kind:
         "use a Z-Image checkpoint, or give `any_model=True` to convert or compare this one",
         uses_as_other_model=_OTHER_MODEL,
         holds_layers=True,
+        quantised_remedy="use a Z-Image checkpoint; this one is quantised, so that it cannot be "
+        "converted or compared either",
     )
 
 
@@ -203,6 +207,11 @@ TEXT_FILE = _not_safetensors("a text file", "download the model's file again")
 EMPTY_FILE = Kind("an empty file", "is empty", "download it again")
 DANGLING_LINK = Kind(
     "a link to a missing file", "is a link to {0}, which does not exist", "restore that file"
+)
+LINK_LOOP = Kind(
+    "a link that leads back to itself",
+    "is a link to {0}, which leads back to it",
+    "link to the file itself",
 )
 NO_WEIGHTS = Kind(
     "a folder without a checkpoint",

@@ -81,14 +81,18 @@ def check_target(
             `overwrite` is not given.
     """
     final_path(target)
-    for source in sources:
-        if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
-            raise UsageError(argument, f"{target} is the input", "choose another name")
     folder = target.absolute().parent
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError:
+        raise OutputError(f"the output folder {folder} is not writable") from None
+    if not is_folder:
         raise OutputError(f"the output folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the output folder {folder} is not writable")
+    for source in sources:
+        if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
+            raise UsageError(argument, f"{target} is the input", "choose another name")
     if target.is_dir():
         raise OutputError(f"the output {target} is a folder; name a file")
     if target.exists() and not target.is_file():
@@ -129,8 +133,10 @@ def final_path(target: Path) -> Path:
     """
     try:
         return target.resolve()
-    except (OSError, RuntimeError) as error:
-        raise OutputError(f"the output {target} leads nowhere: {error}") from None
+    except (OSError, RuntimeError):
+        raise OutputError(
+            f"the output {target} is a link that leads back to itself; name another file"
+        ) from None
 
 
 def target_exists(target: Path) -> OutputError:

@@ -199,7 +199,8 @@ def find_format(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None
     if scope.prefix + _SCALED_FP8 in checkpoint.tensors:
         return kinds.SCALED_FP8, scope.prefix + _SCALED_FP8
     for name in names:
-        if (by_dtype := _format_by_dtype(checkpoint, name)) is not None:
+        is_token = scope.inner(name) in scope.table.tokens
+        if (by_dtype := _format_by_dtype(checkpoint, name, is_token)) is not None:
             return by_dtype, name
     return None
 
@@ -209,14 +210,14 @@ def _has_block_scales(checkpoint: Checkpoint, layer: str) -> bool:
     return scale is not None and scale.dtype in ("U8", "F8_E8M0") and len(scale.shape) == 2
 
 
-def _format_by_dtype(checkpoint: Checkpoint, name: str) -> Kind | None:
+def _format_by_dtype(checkpoint: Checkpoint, name: str, is_token: bool) -> Kind | None:
     dtype = checkpoint.tensors[name].dtype
     layer = name.removesuffix(WEIGHT_SUFFIX)
     if name.endswith(".scale_weight"):
         return kinds.SCALED_FP8
     if name.endswith((".absmax", ".qweight", ".wscales")):
         return kinds.FOUR_BIT
-    if dtype in _FLOAT8 and name.endswith((WEIGHT_SUFFIX, ".bias")):
+    if dtype in _FLOAT8 and (is_token or name.endswith((WEIGHT_SUFFIX, ".bias"))):
         if _has_block_scales(checkpoint, layer):
             return kinds.MXFP8
         scales = (layer + SCALE_SUFFIX, layer + ".scale_weight")

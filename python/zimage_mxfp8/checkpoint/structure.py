@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from ..dtypes import FLOAT_NAMES
+from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS
 from ..errors import CheckpointError
 from .scopes import Scope
 from .source import Checkpoint
 
 MAX_NAMED = 5
-_INTEGERS = ("U64", "I64", "U32", "I32", "U16", "I16", "I8", "U8", "BOOL", "C64")
+# Dtypes of no weight, plain or in a format of quantised models (`quantization.py`).
+_NO_WEIGHT = {
+    dtype
+    for dtype in SAFETENSORS_BITS
+    if dtype not in (*FLOAT_NAMES, "F64", "F4") and not dtype.startswith("F8_")
+}
 _UNRECOGNISED = "is missing, without which ComfyUI does not recognise Z-Image"
 
 Problem = tuple[str, str]  # a tensor, and its problem
@@ -53,8 +58,8 @@ def missing_or_misshapen(
                 problems.append((scope.prefix + name, "is missing"))
         elif inner[name] != shape:
             problems.append((scope.prefix + name, f"is {list(inner[name])}, not {list(shape)}"))
-        elif for_comfyui and (dtype := checkpoint.tensors[scope.prefix + name].dtype) in _INTEGERS:
-            problems.append((scope.prefix + name, f"is {dtype}, not floating point"))
+        elif for_comfyui and (dtype := checkpoint.tensors[scope.prefix + name].dtype) in _NO_WEIGHT:
+            problems.append((scope.prefix + name, f"is {dtype}, not BF16, F16, F32 or F64"))
     return sorted(problems)
 
 
@@ -81,8 +86,18 @@ def unknown_parameters(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
         for name, tensor in checkpoint.tensors.items()
         if name in scope
         and name.endswith((".weight", ".bias"))
-        and tensor.dtype in FLOAT_NAMES
+        and tensor.dtype not in _NO_WEIGHT
         and scope.inner(name) not in known
+    )
+
+
+def double_precision(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
+    """Return the model's tensors in F64, in name order: ComfyUI takes them, the loader does not."""
+    known = _known(checkpoint, scope)
+    return sorted(
+        (name, "is F64, which generate does not take")
+        for name, tensor in checkpoint.tensors.items()
+        if name in scope and tensor.dtype == "F64" and scope.inner(name) in known
     )
 
 

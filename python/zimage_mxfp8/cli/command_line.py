@@ -128,6 +128,8 @@ def _sentence(error: Error | MemoryError | OSError, arguments: argparse.Namespac
     if isinstance(error, MemoryError):
         return f"out of memory; {_remedy_for_memory(arguments)}"
     place, reason = error.filename, error.strerror or str(error)
+    if place and isinstance(error, PermissionError):
+        return f"{place} cannot be used: no permission; allow this user to use it"
     # Text that print could not write stays in the buffer, if there is one, and fails again. Without
     # a buffer this is a full disk: errors of other files name the file.
     if not place and (streams.flush_stdout() or error.errno in _FULL):

@@ -46,9 +46,10 @@ def embedder_outputs(checkpoint: Checkpoint, prefix: str, timesteps: Vector) -> 
         name = f"{prefix}{part}"
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.dtype not in FLOAT_NAMES:
+            problem = "is missing" if tensor is None else f"is {tensor.dtype}, not BF16, F16 or F32"
             raise CheckpointError(
-                f'{checkpoint.path} has no BF16, F16 or F32 tensor "{name}", which the '
-                "bias correction over timesteps needs",
+                f'{checkpoint.path}: tensor "{name}" {problem}, and the bias correction over '
+                "timesteps needs it",
                 remedy,
             )
         tensors.append(tensor)

@@ -105,7 +105,7 @@ class ConversionOptions:
                 f'must be "quantised" or "full", not "{self.modulation_matmul}"',
             )
         recipe = self.recipe
-        rules = recipe if isinstance(recipe, Recipe) else load_recipe(os.fspath(recipe))
+        rules = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         if isinstance(self.exclude_layers, str):  # an iterable too, of letters
             raise UsageError("exclude_layers", "must be a list of patterns, not a single text")
         object.__setattr__(self, "loras", weighted_files(self.loras))

@@ -16,6 +16,7 @@ from ..checkpoint.scopes import COMFYUI_PREFIXES, NOT_TRANSFORMER, Scope, group_
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.structure import (
     MAX_NAMED,
+    double_precision,
     missing_or_misshapen,
     structure_error,
     unknown_parameters,
@@ -208,7 +209,7 @@ def make_plan(
         places,
         file_size(header, places),
         frozenset(keep_names),
-        (*_warnings(tensors, recipe, scope), *_unknown(source)),
+        (*_warnings(tensors, recipe, scope), *_refused_later(source), *_other_shards(source)),
         _notes(source, tensors),
         tuple(adapters),
     )
@@ -327,15 +328,22 @@ def _warnings(
     return tuple(warnings)
 
 
-def _unknown(source: Identified) -> list[str]:
-    """Return warnings about vectors that ComfyUI ignores and that `generate` refuses."""
+def _refused_later(source: Identified) -> list[str]:
+    """Return warnings about tensors that ComfyUI takes or ignores, and that `generate` refuses."""
     if not source.scope.zimage:
         return []
-    unknown = unknown_parameters(source.checkpoint, source.scope)
+    problems = unknown_parameters(source.checkpoint, source.scope)
+    problems += double_precision(source.checkpoint, source.scope)
     return [
         f'"{name}" {problem}: it is copied, and generate refuses the converted file'
-        for name, problem in unknown[:MAX_NAMED]
-    ] + ([f"{len(unknown) - MAX_NAMED} more of such tensors"] if unknown[MAX_NAMED:] else [])
+        for name, problem in problems[:MAX_NAMED]
+    ] + ([f"{len(problems) - MAX_NAMED} more of such tensors"] if problems[MAX_NAMED:] else [])
+
+
+def _other_shards(source: Identified) -> list[str]:
+    if not source.is_shard_of_another:
+        return []
+    return [f"{source.checkpoint.path} is one shard of several: the others are not converted"]
 
 
 def _notes(source: Identified, tensors: Mapping[str, PlannedTensor]) -> tuple[str, ...]:

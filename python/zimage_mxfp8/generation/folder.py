@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.header import unreadable
+from ..checks import path as path_argument
 from ..errors import CheckpointError
 from ..zimage.constants import LATENT_CHANNELS
 
@@ -78,8 +79,16 @@ def open_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
     Raises:
         CheckpointError: not a folder, not in diffusers' layout, of another model, or incomplete;
             the sentence names the part.
+        UsageError: not a path.
     """
-    folder = Path(path)
+    folder = path_argument("model_dir", path)
+    try:
+        return _open(folder)
+    except OSError as error:  # a folder without permission
+        raise unreadable(Path(error.filename or folder), error) from None
+
+
+def _open(folder: Path) -> ModelFolder:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(

@@ -7,10 +7,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
+from ..checkpoint.header import unreadable
 from ..errors import CheckpointError
 
 MAX_TEXT = 1 << 20  # bytes; settings take a few hundred
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_REMEDY = "copy or download it again"
 _MAX_KEY = 79  # bytes, by the PNG specification
 
 
@@ -25,9 +27,9 @@ def read_texts(path: Path, keys: Collection[str]) -> dict[str, str]:
         CheckpointError: if the file cannot be read or is not a PNG file, or a text is damaged or
             longer than `MAX_TEXT`.
     """
-    if path.exists() and not path.is_file():  # opening a pipe waits for its other end
-        raise CheckpointError(f"{path} is not a regular file; name a PNG file")
     try:
+        if path.exists() and not path.is_file():  # opening a pipe waits for its other end
+            raise CheckpointError(f"{path} is not a regular file; name a PNG file")
         with path.open("rb") as file:
             if file.read(len(_SIGNATURE)) != _SIGNATURE:
                 raise CheckpointError(f"{path} is not a PNG file; settings are in PNG files only")
@@ -35,7 +37,7 @@ def read_texts(path: Path, keys: Collection[str]) -> dict[str, str]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; name a PNG file made by generate") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
 
 
 def _read_chunks(path: Path, file: BinaryIO, keys: Collection[str]) -> dict[str, str]:
@@ -44,9 +46,7 @@ def _read_chunks(path: Path, file: BinaryIO, keys: Collection[str]) -> dict[str,
         if len(head) < 8 or not head[4:].isalpha():
             if texts:
                 break
-            raise CheckpointError(
-                f"{path} is a damaged or incomplete PNG file; copy or download it again"
-            )
+            raise CheckpointError(f"{path} is a damaged or incomplete PNG file", _REMEDY)
         size, kind = int.from_bytes(head[:4], "big"), head[4:]
         begin = file.tell()
         if kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -65,11 +65,13 @@ def _read_text(path: Path, file: BinaryIO, key: str, kind: bytes, size: int) -> 
         )
     data, checksum = file.read(size), file.read(4)
     if zlib.crc32(kind + data) != int.from_bytes(checksum, "big") or len(checksum) < 4:
-        raise CheckpointError(f'the text "{key}" of {path} is damaged')
+        raise CheckpointError(f'the text "{key}" of {path} is damaged', _REMEDY)
     try:
         return _decode(kind, data.partition(b"\0")[2])
     except (zlib.error, ValueError, IndexError):
-        raise CheckpointError(f'the text "{key}" of {path} is damaged, or too long') from None
+        raise CheckpointError(
+            f'the text "{key}" of {path} is damaged, or too long', _REMEDY
+        ) from None
 
 
 def _decode(kind: bytes, data: bytes) -> str:

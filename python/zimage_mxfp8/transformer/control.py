@@ -187,6 +187,20 @@ class ZImageControlNet(nn.Module):
             layer.dtype = dtype
         return self
 
+    def working_nbytes(self, tokens: int, ragged: bool) -> int:
+        """Return the peak bytes of its blocks on a CUDA device, see `Block.working_nbytes`."""
+        blocks = self.layers.block_list
+        return max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
+
+    def kept_nbytes(self, tokens: int) -> int:
+        """Return the bytes of the tokens that it keeps while the transformer's blocks run.
+
+        They are those of its main blocks, also normalised.
+        """
+        count = tokens * self.config.dim
+        formats = self.layers.block_list[0].qkv.input_formats
+        return count * self._dtype.itemsize + ops.activation_nbytes(formats, count, self._dtype)
+
     def control(
         self, images: Sequence[torch.Tensor] | torch.Tensor, strength: float = 1.0
     ) -> Control:
@@ -264,6 +278,12 @@ class _ControlStack(nn.Module):
             _projection(parts, f"{name}.{i}.after_proj") for i in range(len(blocks) * has_hints)
         )
 
+    def begin(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return its input from the control tokens c and the transformer's x, [tokens, dim]."""
+        assert self.before is not None
+        start: torch.Tensor = self.before(self.before.encode(c))
+        return start.add_(x)
+
     @property
     def block_list(self) -> list[Block]:
         """The blocks."""
@@ -286,14 +306,12 @@ class _StackHints:
         self,
         stack: _ControlStack,
         places: tuple[int, ...],
-        c: torch.Tensor,
-        x: torch.Tensor,
+        start: torch.Tensor,
         modulations: Sequence[Modulation],
         part: Segment,
         strength: torch.Tensor,
     ) -> None:
-        """Begin with the control tokens c and the transformer's x, [tokens, dim] each."""
-        assert stack.before is not None
+        """Begin with tokens of `_ControlStack.begin`, [tokens, dim]."""
         self.places = places
         self._stack = stack
         self._modulations = modulations
@@ -302,7 +320,6 @@ class _StackHints:
         blocks = stack.block_list
         self._norms = [b.input_norm(m) for b, m in zip(blocks, modulations, strict=True)]
         first = self._norms[0]
-        start = stack.before(stack.before.encode(c)) + x
         normed = ops.norm_modulate(start, first.weight, first.scale, part.items, first.formats)
         self._state = BlockState(start, normed)
         self._done = 0
@@ -372,11 +389,11 @@ class ControlRun:
             self._c = run_blocks(net.refiner.block_list, self._c, self._of_refiner, part)
             return None
         own = net.config.refiner == "hints"
+        stack = net.refiner if own else net.layers
         self._hints = _StackHints(
-            net.refiner if own else net.layers,
+            stack,
             net.config.refiner_places(self._model),
-            self._c,
-            x,
+            stack.begin(self._c, x),
             self._of_refiner if own else self._of_layers,
             part,
             self._strength,
@@ -384,18 +401,21 @@ class ControlRun:
         return self._hints
 
     def joint_hints(self, joint: torch.Tensor, captions: torch.Tensor) -> Hints:
-        """Return the hints of the main blocks, once those of the noise refiner were added.
+        """Return the hints of the main blocks, after which this object is of no more use.
+
+        Those of the noise refiner must have been added before.
 
         Args:
             joint: input of the transformer's main blocks, [tokens of all items, dim].
             captions: the refined captions, [tokens of captions, dim].
         """
         c = self._c if self._hints is None else self._hints.finish()
+        start = self._net.layers.begin(joined(c, captions, self._layout), joint)
+        del self._c, self._hints  # memory that the main blocks need
         return _StackHints(
             self._net.layers,
             self._net.config.places(self._model),
-            joined(c, captions, self._layout),
-            joint,
+            start,
             self._of_layers,
             self._layout.joint,
             self._strength,

@@ -28,6 +28,7 @@ from .fused_low_rank import FusedLowRankAdapter, can_fuse
 from .linear import FP8Linear, Linear
 from .low_rank import Addend, LowRankAdapter, SharedAdapter, WeightTable, dora_norms
 from .places import LinearPlace
+from .turns import Turns
 
 Weight = float | Mapping[str, float]
 _MAX_WEIGHT = 1e6  # far beyond any use; far below where float32 overflows
@@ -136,7 +137,7 @@ class LoraSet:
         self._parked: set[str] = set()  # on another device than the model
         self._originals: dict[str, torch.Tensor] = {}  # norms that adapters change
         self._enabled = True
-        self._scale = 1.0
+        self._scales = Turns()
 
     def __len__(self) -> int:
         return len(self._loaded)
@@ -280,17 +281,12 @@ class LoraSet:
 
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
-        """Multiply all weights by a number for a while."""
-        if scale == 1.0 or not self._loaded:
+        """Multiply all weights by a number for a while; threads with other numbers wait."""
+        if not self._loaded:
             yield
             return
-        self._scale = checks.finite_number("scale", scale)
-        self._write_weights()
-        try:
+        with self._scales.turn(checks.finite_number("scale", scale), self._write_weights):
             yield
-        finally:
-            self._scale = 1.0
-            self._write_weights()
 
     def rebuild(self) -> None:
         """Make the branches anew, after the model changed its device or dtype."""
@@ -375,7 +371,7 @@ class LoraSet:
             return self._fused[name] * self._loaded[name].weight_of(layer)
         if not self._enabled or name in self._off or name in self._parked:
             return None
-        return self._scale * self._loaded[name].weight_of(layer)
+        return self._scales.value * self._loaded[name].weight_of(layer)
 
     def _write_norms(self) -> None:
         changes: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)

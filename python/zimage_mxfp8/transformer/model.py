@@ -424,9 +424,10 @@ class ZImageTransformer(PeftMethods, nn.Module):
             cap_feats: caption features, [tokens, cap_feat_dim] each, 1504 tokens at most.
             return_dict: name the result's only element `sample`.
             others: `controlnet_block_samples`, the result of a `ZImageControlNet`, or a list of
-                several. `joint_attention_kwargs={"scale": s}` multiplies the weights of adapters.
-                Arguments of diffusers' model for features that this one lacks (several images per
-                item) must be None.
+                several. `joint_attention_kwargs={"scale": s}` multiplies the weights of adapters;
+                calls from threads with different scales wait for each other. Arguments of
+                diffusers' model for features that this one lacks (several images per item) must be
+                None.
 
         Returns:
             `(sample,)`: a list of [16, 1, H, W] in `dtype`.
@@ -463,7 +464,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
                     sample = compute(inputs)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the activations of the forward
-            raise CudaError(self._out_of_memory(inputs.shapes)) from None
+            raise CudaError(self._out_of_memory(inputs.shapes, nets)) from None
         except RuntimeError as error:
             if not is_out_of_host_memory(error):
                 raise
@@ -473,30 +474,37 @@ class ZImageTransformer(PeftMethods, nn.Module):
             ) from None
         return TransformerOutput(sample) if return_dict else (sample,)
 
-    def _out_of_memory(self, shapes: Sequence[Shape]) -> str:
+    def _out_of_memory(self, shapes: Sequence[Shape], nets: Sequence[ZImageControlNet]) -> str:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
+        needed = self._working_nbytes(shapes, nets)
+        control = sum(net.nbytes for net in nets)
+        of_nets = f", those of ControlNets {control / 2**30:.1f}" if control else ""
         return (
             f"{self.device} ran out of memory in a forward over {_tokens(shapes)} tokens, which "
-            f"needs about {self._working_nbytes(shapes) / 2**30:.1f} GiB: {free / 2**30:.1f} of "
+            f"needs about {needed / 2**30:.1f} GiB: {free / 2**30:.1f} of "
             f"{total / 2**30:.1f} GiB are free, and the transformer's weights take "
-            f"{self.nbytes / 2**30:.1f}; use a smaller size or batch"
+            f"{self.nbytes / 2**30:.1f}{of_nets}; use a smaller size or batch"
         )
 
-    def _working_nbytes(self, shapes: Sequence[Shape]) -> int:
+    def _working_nbytes(
+        self, shapes: Sequence[Shape], nets: Sequence[ZImageControlNet] = ()
+    ) -> int:
         """Return the approximate bytes that a forward takes on CUDA in addition to the weights.
 
-        The peak is in a block. In addition there are the tokens, separate and joined, and the
-        rotations of both.
+        The peak is in a block, of the transformer or of a ControlNet. In addition there are the
+        tokens, separate and joined, the rotations of both, and the tokens of ControlNets.
         """
         lengths = [padded(image_tokens(size)) + padded(caption) for size, caption in shapes]
         tokens, ragged = sum(lengths), len(set(lengths)) > 1
         kept = 2 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
         blocks = self._blocks_on("joint") or self._blocks_on("image")
         block = max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
+        block = max([block, *(net.working_nbytes(tokens, ragged) for net in nets)])
+        kept_by_nets = sum(net.kept_nbytes(tokens) for net in nets)
         widest = max(self.config.dim, self.config.hidden_dim)
         temporaries = ops.temporaries_nbytes(tokens * widest, self._dtype, self.device)
-        return _WORKSPACES + tokens * kept + block + temporaries
+        return _WORKSPACES + tokens * kept + kept_by_nets + block + temporaries
 
     # ---- The model itself, all of which a CUDA graph can hold
 

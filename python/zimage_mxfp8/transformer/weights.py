@@ -152,7 +152,7 @@ def _read_structure(path: str | os.PathLike[str], found: Identified) -> _Structu
         if source.dtype not in FLOAT_NAMES and source.name not in padded:
             raise CheckpointError(
                 f'{path}: "{source.name}" is {source.dtype}, which this package cannot run; '
-                "convert the original checkpoint"
+                "save it as BF16, F16 or F32"
             )
     return _Structure(checkpoint, shapes, tensors, layers)
 

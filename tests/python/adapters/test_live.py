@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -336,6 +339,59 @@ def test_a_failed_replacement_leaves_the_old_adapter(
     with pytest.raises(zm.CudaError, match="does not fit into the device's memory"):
         model.load_lora_adapter(second.tensors, hotswap=True, adapter_name="a")
     assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+def test_threads_with_different_scales(quantized: Path, reference) -> None:
+    """The second begins while the first is inside, and neither sees the other's weights."""
+    model = load(quantized)
+    model.load_lora(some_adapters(reference)[0].tensors)
+    scales = (0.5, -1.0, 1.0)
+    wanted = {scale: sample_at(model, scale) for scale in scales}
+    for scale, other in itertools.permutations(scales, 2):
+        for sample, each in zip(overlapping(model, scale, other), (scale, other), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(sample, wanted[each], strict=True))
+    last = model(*INPUTS).sample
+    assert all(torch.equal(x, y) for x, y in zip(last, wanted[1.0], strict=True))
+
+
+def overlapping(
+    model: zm.ZImageTransformer, scale: float, other: float
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The samples of two threads, of which the second begins after the first's embedder."""
+    second: list[Future[list[torch.Tensor]]] = []
+    second_is_inside = threading.Event()
+
+    def begin_second(*_: object) -> None:
+        if second:
+            second_is_inside.set()
+            return
+        second.append(pool.submit(sample_at, model, other))
+        second_is_inside.wait(0.2)  # it never is, unless calls disturb each other
+
+    with ThreadPoolExecutor(1) as pool:
+        handle = model.x_embedder.register_forward_hook(begin_second)
+        samples = sample_at(model, scale), second[0].result()
+        handle.remove()
+    return samples
+
+
+def test_threads_with_the_same_scale_run_together(quantized: Path, reference) -> None:
+    model = load(quantized)
+    model.load_lora(some_adapters(reference)[0].tensors)
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet(*_: object) -> None:
+        meeting.wait()
+
+    model.layers[0].register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        samples = list(pool.map(lambda scale: sample_at(model, scale), (0.5, 0.5)))
+    assert all(torch.equal(x, y) for x, y in zip(*samples, strict=True))
+
+
+def sample_at(model: zm.ZImageTransformer, scale: float) -> list[torch.Tensor]:
+    sample: list[torch.Tensor] = model(*INPUTS, joint_attention_kwargs={"scale": scale}).sample
+    return sample
 
 
 def test_an_adapter_of_inference_mode_can_be_changed_outside_it(quantized: Path, reference) -> None:

@@ -244,6 +244,23 @@ KINDS: dict[str, tuple[Make, str, str]] = {
         "is quantised already (FP8, see",
         "BF16, F16 or F32",
     ),
+    "a token in FP8": (
+        zimage(lambda t: t.update({"x_pad_token": t["x_pad_token"].to(torch.float8_e5m2)})),
+        'is quantised already (FP8, see "x_pad_token")',
+        "BF16, F16 or F32",
+    ),
+    "Flux in FP8": (
+        lambda path: save_file(
+            {"double_blocks.0.img_attn.qkv.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)}, path
+        ),
+        "is Flux, not Z-Image",
+        "this one is quantised, so that it cannot be converted or compared either",
+    ),
+    "unknown in FP8": (
+        lambda path: save_file({"a.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)}, path),
+        'is not a Z-Image checkpoint (its first tensor is "a.weight")',
+        "this one is quantised, so that it cannot be converted or compared either",
+    ),
     "plain FP8": (zimage(as_float8), "is quantised already (FP8, see", "BF16, F16 or F32"),
     "scaled FP8": (
         zimage(
@@ -315,6 +332,11 @@ KINDS: dict[str, tuple[Make, str, str]] = {
     ),
     "empty file": (written(b""), "is empty", "download it again"),
     "dangling link": (linked, "is a link to gone.safetensors, which does not exist", "restore"),
+    "link to itself": (
+        lambda path: path.symlink_to(path.name),
+        "is a link to in.safetensors, which leads back to it",
+        "link to the file itself",
+    ),
     "empty folder": (
         lambda path: path.mkdir(),
         "is not a diffusers folder",
@@ -438,6 +460,28 @@ def test_one_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "-i", str(tmp_path), "-o", str(tmp_path / "o.safetensors")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", "Flux, one shard of several"),
+        ("model.layers.0.self_attn.q_proj.weight", "text encoder, one shard of several"),
+        ("a.weight", "not Z-Image, one shard of several"),
+    ],
+)
+def test_one_shard_of_another_model(
+    name: str, title: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard, output = tmp_path / "model-00001-of-00003.safetensors", tmp_path / "o.safetensors"
+    named(name)(shard)
+    command = ["convert", str(shard), str(output)]
+    assert main(command) == 1
+    assert f"{shard} is one shard of several and is " in capsys.readouterr().err
+    assert not output.exists()
+    assert zm.inspect(shard).kind == title
+    assert main([*command, "--any-model"]) == 0
+    assert f"{shard} is one shard of several: the others are not" in capsys.readouterr().err
+
+
 def test_two_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ZImageTransformer2DModel(
         all_patch_size=(2, 4),
@@ -469,7 +513,11 @@ def test_two_patch_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ),
         (
             lambda t: t.update({"layers.1.attention.out.weight": torch.zeros(40, 40).long()}),
-            ['"layers.1.attention.out.weight" is I64, not floating point'],
+            ['"layers.1.attention.out.weight" is I64, not BF16, F16, F32 or F64'],
+        ),
+        (
+            lambda t: t.update({"layers.1.attention_norm1.weight": torch.ones(40).bool()}),
+            ['"layers.1.attention_norm1.weight" is BOOL, not BF16, F16, F32 or F64'],
         ),
         (
             lambda t: t.update({"layers.1.feed_forward.w9.weight": torch.zeros(8, 8).double()}),

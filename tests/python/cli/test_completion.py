@@ -93,6 +93,13 @@ def test_files_and_recipes(folder: Path, line: str, expected: list[str]) -> None
     assert completions(line, folder) == expected
 
 
+@needs_bash
+def test_a_name_that_is_not_utf8(folder: Path) -> None:
+    (folder / os.fsdecode(b"m\xff.safetensors")).touch()
+    completions("zimage-mxfp8 convert m", folder)  # without a traceback
+    assert "zimage" in completions("zimage-mxfp8 convert m --recipe z", folder)
+
+
 def test_other_shells_get_descriptions(folder: Path) -> None:
     (line,) = completions("zimage-mxfp8 dequ", folder, "zsh")
     assert line == "dequantize:decode an MXFP8 file to a plain BF16 checkpoint"

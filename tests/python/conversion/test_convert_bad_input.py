@@ -34,6 +34,7 @@ from helpers.commands import Run, drop_the_right_to_ignore_permissions, fails, o
 from zimage_mxfp8.checkpoint.output import AtomicFile
 from zimage_mxfp8.errors import OutputError
 from zimage_mxfp8.transformer.weights import open_model
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 # ---- what the input can be
 
@@ -412,7 +413,7 @@ def test_what_is_no_regular_file(in_process: Run, small_file: Path, tmp_path: Pa
     fails(result, 1, "pipe.safetensors is not a regular file")
     assert (tmp_path / pipe).is_fifo()
     result = in_process("convert", "-i", small_file, "-o", "loop.safetensors")
-    fails(result, 1, "loop.safetensors leads nowhere")
+    fails(result, 1, "loop.safetensors is a link that leads back to itself; name another")
     fails(in_process("convert", "-i", "/"), 2, "--output must be given")
 
 
@@ -449,6 +450,22 @@ def test_permissions(cli: Run, small_file: Path, tmp_path: Path) -> None:
     (tmp_path / "closed" / "transformer").mkdir(parents=True)
     (tmp_path / "closed").chmod(0)
     fails(cli("inspect", "closed", **drop), 1, "closed cannot be read: no permission; allow")
+    inside = "closed/transformer/m.safetensors"
+    for command in (["convert", inside], ["inspect", inside], ["validate", inside]):
+        fails(cli(*command, **drop), 1, f"{inside} cannot be read: no permission; allow")
+    for command in (
+        ["convert", "closed/transformer"],
+        ["generate", "--prompt", "a", "--model-dir", "closed/transformer"],
+        ["generate", "--model-dir", "a", "--settings-from", "closed/transformer/i.png"],
+    ):
+        result = cli(*command, **drop)
+        assert (result.returncode, result.stdout) == (1, "")
+        last = result.stderr.splitlines()[-1]
+        assert "closed/transformer" in last and "no permission; allow" in last, result.stderr
+    result = cli("convert", "in.safetensors", "closed/transformer/o.safetensors", **drop)
+    fails(result, 1, "closed/transformer is not writable")
+    result = cli("recipes", "closed/transformer/r.toml", **drop)
+    fails(result, 1, "recipe closed/transformer/r.toml cannot be read: Permission denied")
     result = cli("convert", "-i", "in.safetensors", "-o", "locked/o.safetensors", **drop)
     fails(result, 1, "locked is not writable")
     # Writable but not listable: cleaning up and flushing the folder fail, the conversion does not.
@@ -671,9 +688,17 @@ def test_header_decides_how_much_memory_is_used(tmp_path: Path, cli: Run) -> Non
     fails(cli("convert", "-i", path, preexec_fn=limit_memory), 1, "truncated or not a safetensors")
 
 
-@pytest.mark.parametrize("value", [5, "a\0b", b"a\0b", ["a"]])
+@pytest.mark.parametrize("value", [5, "a\0b", b"a\0b", ["a"], "", "\ud800"])
 def test_paths_of_wrong_types(small_file: Path, value: Any) -> None:
     calls: tuple[Callable[[], object], ...] = (
+        lambda: zm.convert(small_file, recipe=value),
+        lambda: zm.load_recipe(value),
+        lambda: zm.GenerationSettings("a", init_image=value),
+        lambda: zm.ZImageTransformer.from_checkpoint(value),
+        lambda: zm.ZImageTransformer.from_pretrained(value),
+        lambda: zm.ZImageControlNet.from_checkpoint(value),
+        lambda: zm.ZImageGenerator(value),
+        lambda: zm.evaluate(value, small_file, prompts=["a"]),
         lambda: zm.convert(value),
         lambda: zm.convert(small_file, value),
         lambda: zm.convert(small_file, report=value),
@@ -685,6 +710,43 @@ def test_paths_of_wrong_types(small_file: Path, value: Any) -> None:
         with pytest.raises(zm.UsageError, match=r"must be .*path"):
             call()
     only(small_file.parent, small_file.name)
+
+
+def test_tensors_in_f64(in_process: Run, tmp_path: Path) -> None:
+    """ComfyUI takes them where they are kept; `generate` does not, and `convert` says so."""
+    norm, extra = "layers.0.attention_norm1.weight", "layers.0.attention.out.bias"
+    model = random_tensors(zimage_shapes(dim=128, layers=1, caption_dim=32, hidden=64))
+    changes = {norm: model[norm].double(), extra: torch.zeros(128, dtype=torch.float64)}
+    save_file(model | changes, tmp_path / "in.safetensors")
+    result = in_process("convert", "in.safetensors", "out.safetensors")
+    assert result.returncode == 0, result.stderr
+    refused = "it is copied, and generate refuses the converted file"
+    assert f'"{norm}" is F64, which generate does not take: {refused}' in result.stderr
+    assert f'"{extra}" is not part of a Z-Image transformer, and would' in result.stderr
+    for name in (norm, extra):
+        save_file(model | {name: changes[name]}, tmp_path / "in.safetensors")
+        zm.convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", overwrite=True)
+        with pytest.raises(zm.CheckpointError, match=re.escape(name)):
+            open_model(tmp_path / "out.safetensors")
+
+
+def test_an_embedder_in_f64(in_process: Run, small_model: Tensors, tmp_path: Path) -> None:
+    name = "t_embedder.mlp.0.weight"
+    save_file(small_model | {name: small_model[name].double()}, tmp_path / "in.safetensors")
+    result = in_process("convert", "in.safetensors", "out.safetensors")
+    problem = f'in.safetensors: tensor "{name}" is F64, not BF16, F16 or F32, and the bias'
+    fails(result, 1, problem, "--bias-correction none does without")
+    only(tmp_path, "in.safetensors")
+
+
+def test_a_kept_nan_is_told_once(in_process: Run, small_model: Tensors, tmp_path: Path) -> None:
+    changed = dict(small_model)
+    for name in ("layers.0.attention.qkv.weight", "layers.0.attention_norm1.weight"):
+        changed[name] = torch.full_like(small_model[name], torch.nan)
+    save_file(changed, tmp_path / "in.safetensors")
+    result = in_process("convert", "in.safetensors", "out.safetensors", "--nonfinite", "keep")
+    assert result.returncode == 0
+    assert result.stderr.count("has NaN or Inf and is kept") == 2, result.stderr
 
 
 def test_vectors_that_the_model_does_not_have(

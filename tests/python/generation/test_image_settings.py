@@ -196,6 +196,7 @@ def test_bad_texts_are_sentences(
     write_png(tmp_path / "i.png", data)
     result = generate("--settings-from", "i.png")
     fails(result, 1, 'the text "parameters" of i.png ', sentence)
+    assert ("copy or download it again" in result[2]) == ("is damaged" in sentence)
     assert len(result[2]) < 200
     assert [path.name for path in tmp_path.iterdir()] == ["i.png"]
 
@@ -346,6 +347,11 @@ def test_cfg_1_is_no_guidance(tmp_path: Path) -> None:
         ({"parameters": "a\nSteps: 1, Seed: 1, CFG scale: 0.5"}, "has a CFG scale below 1"),
         ({"parameters": "a\nSteps: 1, Seed: 1, CFG scale: NaN"}, "must be a finite number"),
         ({"parameters": "a\nSteps: 1, Seed: 1, Size: 72x64"}, "width must be a multiple of 16"),
+        (
+            {"parameters": "a\nSteps: 1, Seed: 1, CFG scale: 1e999999999"},
+            'text "parameters" of i.png has a number that cannot be read',
+        ),
+        ({"parameters": "a\n" + "word " * 50_000}, 'text "parameters" of i.png does not end with'),
     ],
 )
 def test_bad_settings_are_sentences(
@@ -364,6 +370,11 @@ def test_bad_options_are_not_the_files_fault(generate: Generate, tmp_path: Path)
     fails(result, 2, "--output i.png is the input")
 
 
+def cut_off(path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(path, "PNG")
+    path.write_bytes(path.read_bytes()[:-20])
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -371,6 +382,8 @@ def test_bad_options_are_not_the_files_fault(generate: Generate, tmp_path: Path)
         (lambda path: path.mkdir(), "i.png is not a regular file; name a PNG file"),
         (lambda path: path.touch(), "i.png is not a PNG file"),
         (lambda path: Image.new("RGB", (8, 8)).save(path, "JPEG"), "i.png is not a PNG file"),
+        (lambda path: path.symlink_to("i.png"), "i.png cannot be read: "),
+        (cut_off, "i.png is a damaged or incomplete PNG file; copy or download it again"),
     ],
 )
 def test_files_without_settings(

@@ -9,6 +9,12 @@ import torch
 
 import zimage_mxfp8 as zm
 from helpers.checkpoints import change
+from helpers.control_reference import (
+    control_images,
+    file_tensors,
+    make_controlnet,
+    write_controlnet,
+)
 from helpers.diffusers_reference import make_reference, random_inputs, relative_error
 from helpers.live_bytes import LiveBytes
 from zimage_mxfp8.analysis.sensitivity.targets import round_to_mxfp8
@@ -149,6 +155,21 @@ def test_memory_of_a_forward(compute: str, tmp_path: Path, monkeypatch: pytest.M
     told = model._working_nbytes([((1, 128, 128), 32)])
     workspaces = 64 << 20  # of cuBLAS
     assert told - workspaces == pytest.approx(live.peak, rel=0.25)
+    write_controlnet(
+        tmp_path / "net.safetensors",
+        file_tensors("2.1", make_controlnet("2.1", (0, 1), dim=384, refiners=1)),
+        torch.bfloat16,
+    )
+    zm.convert(tmp_path / "net.safetensors", tmp_path / "net-mxfp8.safetensors")
+    net = zm.ZImageControlNet.from_checkpoint(tmp_path / "net-mxfp8.safetensors", "cpu", compute)
+    images = [image.to(torch.bfloat16) for image in control_images([(128, 128)], 33)]
+    layout_of.cache_clear()
+    with LiveBytes() as controlled:
+        inputs = random_inputs([(128, 128)], [32])
+        model(*inputs, controlnet_block_samples=net.control(images))
+    told_with_net = model._working_nbytes([((1, 128, 128), 32)], [net])
+    assert told_with_net - workspaces == pytest.approx(controlled.peak, rel=0.25)
+    assert told_with_net - told > (controlled.peak - live.peak) / 2
 
 
 def test_modes_by_the_rule() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ...checkpoint.header import unreadable
+from ...checks import path as path_argument
 from ...errors import CheckpointError
 
 _MAX_BYTES = 16 << 20
@@ -22,11 +22,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
         CheckpointError: the file cannot be read, is not UTF-8, has no prompts, or has a line that
             is too long for one.
     """
-    file = Path(path)
-    if not file.is_file():
-        what = "is not a regular file" if file.exists() else "does not exist"
-        raise CheckpointError(f"the prompts file {file} {what}")
+    file = path_argument("path", path)
     try:
+        if not file.is_file():
+            what = "is not a regular file" if file.exists() else "does not exist"
+            raise CheckpointError(f"the prompts file {file} {what}")
         with file.open("rb") as opened:
             content = opened.read(_MAX_BYTES + 1)
     except OSError as error:

@@ -16,6 +16,7 @@ Names are matched without the transformer's prefix, such as `model.diffusion_mod
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import warnings
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...checks import path as path_argument
 from ...errors import RecipeError, UsageError
 from ...text import did_you_mean
 from ...zimage.layers import ZIMAGE
@@ -128,18 +130,22 @@ def builtin_names() -> list[str]:
     return sorted((path.stem for path in _FOLDER.glob("*.toml")), key=lambda n: (n != DEFAULT, n))
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
+def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
     """Return a built-in recipe by name, or a recipe from a TOML file by path.
 
     Raises:
-        UsageError: no built-in recipe or file of that name.
+        UsageError: no built-in recipe or file of that name, or not a name or path.
         RecipeError: the file is not a valid recipe; the sentence names the problem and its place.
     """
-    text = str(name_or_path)
+    path = path_argument("recipe", name_or_path)
+    text = os.fspath(name_or_path)
     if text in builtin_names():
         return _read(_FOLDER / f"{text}.toml", text)
-    path = Path(name_or_path)
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not is_file:
         if path.suffix == ".toml":
             raise UsageError("recipe", f"{path} does not exist")
         raise UsageError(
@@ -176,11 +182,15 @@ def _toml_text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def _unreadable(path: Path, error: OSError) -> RecipeError:
+    return RecipeError(f"recipe {path} cannot be read: {error.strerror or error}")
+
+
 def _read(path: Path, name: str) -> Recipe:
     try:
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror or error}") from None
+        raise _unreadable(path, error) from None
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"recipe {path} is not TOML: byte {error.start} is not UTF-8; save it as UTF-8 text"
