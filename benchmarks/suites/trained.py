@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from zimage_mxfp8.checkpoint.scopes import WHOLE_FILE
 from zimage_mxfp8.checkpoint.source import TensorReader, open_checkpoint
 from zimage_mxfp8.conversion.recipes import Recipe, load_recipe
 from zimage_mxfp8.generation.example_images import Painter
+from zimage_mxfp8.transformer.arithmetic import int8
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
@@ -237,6 +239,9 @@ class Evidence:
             for dtype in (torch.float32, torch.bfloat16):
                 title = f"{compute}, {str(dtype).removeprefix('torch.')}"
                 self._add("modes", title, self._draw(self._file, compute, dtype))
+        for title, block in (("int8 in blocks of 32", 32), ("int8 without a rotation", 1)):
+            with patch.object(int8, "MAX_BLOCK", block):
+                self._add("modes", f"{title}, float32", self._draw(self._file, "int8"))
         bfloat16 = self._draw(self._transformer, dtype=torch.bfloat16)
         self._add("modes", "original weights, bfloat16", bfloat16)
 

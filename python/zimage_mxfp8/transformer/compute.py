@@ -7,18 +7,20 @@ from typing import Literal
 from ..errors import UnsupportedError, UsageError
 from ..system import devices
 
-Compute = Literal["mxfp8", "fp8", "weight-only", "mxfp8-emulated"]
-COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "mxfp8-emulated")
+Compute = Literal["mxfp8", "fp8", "weight-only", "int8", "mxfp8-emulated"]
+COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "int8", "mxfp8-emulated")
 
 DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",
     "fp8": "scales folded to one per row, FP8 tensor cores",
     "weight-only": "weights decoded exactly, activations not quantised",
+    "int8": "weights and activations rotated and rounded to INT8 (never run on a GPU yet)",
     "mxfp8-emulated": "Blackwell's numerics: activations in MXFP8 too, GEMMs of decoded numbers",
 }
 
 _NATIVE_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
 _FP8_CAPABILITY = (8, 9)
+_INT8_CAPABILITY = (7, 5)
 
 
 def unsupported(compute: Compute, device: int) -> str:
@@ -40,6 +42,12 @@ def unsupported(compute: Compute, device: int) -> str:
         if devices.has_kernels(device) and not by_core.row_scaled_unsupported(device):
             return ""
         return scaled_mm.unsupported(device)
+    if compute == "int8" and device >= 0:
+        try:
+            from .arithmetic import int8
+        except ImportError:
+            return "torch is not installed"
+        return int8.unsupported(device)
     return ""
 
 
@@ -53,11 +61,13 @@ def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
         modes.remove("mxfp8")
     if capability < _FP8_CAPABILITY:
         modes.remove("fp8")
+    if capability < _INT8_CAPABILITY:
+        modes.remove("int8")
     return modes
 
 
 def supported(device: int) -> list[Compute]:
-    """Return the modes that a device has; on the GPU in order of speed."""
+    """Return the modes that a device has, in the order in which "auto" prefers them on a GPU."""
     return [mode for mode in COMPUTE_MODES if not unsupported(mode, device)]
 
 

@@ -16,6 +16,7 @@ from ..ops.gemm import FoldStats, RowScaledArray
 from ..system import devices
 from . import arithmetic, fused_kernels, ops
 from .adapter import Adapter, FusedAdapter
+from .arithmetic import int8
 from .compute import Compute
 from .epilogue import Epilogue
 from .ops import PLAIN, Activation, pad_columns
@@ -292,6 +293,46 @@ class FP8Linear(Linear):
         return of_device.row_scaled_workspace(tokens, (rows, columns), self.dtype, device)
 
 
+class Int8Linear(Linear):
+    """A layer with rotated weights in INT8 and one scale per row; so are activations, per token.
+
+    See `arithmetic.int8`.
+    """
+
+    weight_format = "int8 (rotated)"
+    codes: torch.Tensor
+    scale_bits: torch.Tensor
+    rotation: torch.Tensor
+
+    def __init__(self, weights: MXFP8Array, n: int, dtype: torch.dtype) -> None:
+        """Take weights in MXFP8 [N, K], with padding to multiples of 32 of both."""
+        super().__init__(n, dtype)
+        signs = int8.hadamard(int8.rotation_block(weights.shape[1])).to(weights.codes.device)
+        encoded = int8.encode_weights(weights, signs)
+        self.register_buffer("codes", encoded.codes)
+        # As integers, which nn.Module.to(dtype) leaves alone.
+        self.register_buffer("scale_bits", encoded.scales.view(torch.int32))
+        self.register_buffer("rotation", signs)
+
+    @property
+    def _weights(self) -> int8.Int8Matrix:
+        return int8.Int8Matrix(self.codes, self.scale_bits.view(torch.float32))
+
+    def decode(self) -> torch.Tensor:
+        """Return the weights as float32 [N, K], rotated back, with K padded to a multiple of 32."""
+        weights = self._weights
+        decoded = int8.rotate(weights.codes.float() * weights.scales[:, None], self.rotation)
+        return decoded[: self.out_features]
+
+    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
+        encoded = int8.encode(pad_columns(x, self.codes.shape[1]), self.rotation)
+        return int8.multiply(encoded, self._weights, self.dtype)[:, : self.out_features]
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        rows, columns = self.codes.shape
+        return int8.workspace(tokens, (rows, columns))
+
+
 def quantized_linear(
     codes: torch.Tensor, scales: torch.Tensor, n: int, compute: Compute, dtype: torch.dtype
 ) -> tuple[Linear, FoldStats | None]:
@@ -308,6 +349,9 @@ def quantized_linear(
     """
     if compute == "weight-only":
         return WeightOnlyLinear(codes, scales, n, dtype), None
+    if compute == "int8":
+        rows, columns = codes.shape
+        return Int8Linear(MXFP8Array(codes, scales, (rows, columns)), n, dtype), None
     if compute != "fp8":
         return BlockScaledLinear(codes, scales, n, dtype, compute == "mxfp8-emulated"), None
     rows, columns = codes.shape

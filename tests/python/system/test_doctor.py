@@ -85,7 +85,7 @@ def test_the_processor(cli: Run) -> None:
             assert reason == "GEMMs with an epilogue need a CUDA device"
             continue
         assert refusal(kernel, matrix).startswith(f"{reason}; ")
-    assert found["cpu"]["compute"] == ["weight-only", "fp8", "mxfp8-emulated"]
+    assert found["cpu"]["compute"] == ["weight-only", "fp8", "int8", "mxfp8-emulated"]
 
 
 def test_what_people_read(cli: Run) -> None:
@@ -99,7 +99,7 @@ def test_what_people_read(cli: Run) -> None:
         ("CUDA kernels", re.escape(kernels)),
         ("torch", re.escape(torch.__version__)),
         ("BF16 x MXFP8", "reference"),
-        ("transformer's compute modes", r"weight-only \(auto\), fp8, mxfp8-emulated"),
+        ("transformer's compute modes", r"weight-only \(auto\), fp8, int8, mxfp8-emulated"),
         ("mixed_sm90", "mixed_sm90 needs a CUDA device"),
     ):
         assert re.search(rf"│ {what} +│ {value}", result.stdout), what
@@ -118,7 +118,12 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
     assert "built" in found["no_cuda"]
     ada, blackwell = found["devices"]
     assert (ada["name"], ada["capability"], ada["memory"]) == ("Fake RTX 4090", "8.9", 24 << 30)
-    assert not ada["kernels"] and ada["with_kernels"] == ["fp8", "weight-only", "mxfp8-emulated"]
+    assert not ada["kernels"] and ada["with_kernels"] == [
+        "fp8",
+        "weight-only",
+        "int8",
+        "mxfp8-emulated",
+    ]
     assert blackwell["with_kernels"] == ["mxfp8", *ada["with_kernels"]]
     assert blackwell["without_kernels"] == ada["without_kernels"] == ada["with_kernels"]
     assert ada["gemm"]["compute"] == []
@@ -129,7 +134,8 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
     assert "Fake RTX 5090, compute capability 12.0, 32.00 GiB" in shown.stdout
     assert re.search(r"compute modes +│ none ", shown.stdout)
     assert re.search(
-        r"compute modes with kernels +│ mxfp8, fp8, weight-only, mxfp8-emulated ", shown.stdout
+        r"compute modes with kernels +│ mxfp8, fp8, weight-only, int8, mxfp8-emulated ",
+        shown.stdout,
     )
     assert "To get CUDA kernels, install nvcc 12.8" in shown.stdout
     assert "No CUDA device" not in shown.stdout

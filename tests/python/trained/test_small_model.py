@@ -30,7 +30,7 @@ SIDE, EXAMPLES = examples()
 ORIGINALS = [np.asarray(Image.open(example.image)) for example in EXAMPLES]
 # Lowest PSNR of an image against the original's; 43 to 50 dB were measured.
 MIN_PSNR = 40
-MODES = ("weight-only", "fp8", "mxfp8-emulated")
+MODES = ("weight-only", "fp8", "int8", "mxfp8-emulated")
 # The gate compares with the decoded weights, which a sound file has exactly. With the scales of two
 # layers swapped the images had 38 to 49 dB, because neighbours' scales are alike; with NVFP4's
 # error 39 to 45 dB.

@@ -410,7 +410,7 @@ def test_modes_of_plain_checkpoints(compute: str, folder: Path) -> None:
 def test_native_mxfp8_needs_its_device(quantized: Path) -> None:
     assert unsupported("mxfp8", -1)
     with pytest.raises(
-        zm.UnsupportedError, match=r"compute mode mxfp8: .*the CPU has fp8, weight-only, mxfp8-emul"
+        zm.UnsupportedError, match=r"compute mode mxfp8: .*the CPU has fp8, weight-only, int8, mxfp8"
     ):
         float32(quantized, "mxfp8")
 
@@ -426,7 +426,7 @@ def test_native_mxfp8_needs_its_device(quantized: Path) -> None:
         ),
         (
             {"compute": "fp4"},
-            "compute must be auto, mxfp8, fp8, weight-only, mxfp8-emulated, not 'fp4'",
+            "compute must be auto, mxfp8, fp8, weight-only, int8, mxfp8-emulated, not 'fp4'",
         ),
         ({"compute": None}, "compute must be auto, .*, not None"),
         ({"compute": ["weight-only"]}, r"compute must be auto, .*, not \['weight-only'\]"),

@@ -1,0 +1,147 @@
+"""INT8 GEMMs of rotated operands by torch, on the CPU and on CUDA devices with INT8 tensor cores.
+
+Both operands are multiplied along K by the same orthonormal matrix, a Hadamard matrix per block of
+columns, which leaves their product as it is and spreads outliers over the block (QuaRot, Ashkboos
+et al., 2024, arXiv:2404.00456). Then each row is rounded to -127..127 with one scale. Sums are in
+int32, so they are exact on every device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ...layout import SCALE_TILE_ROWS
+from ...ops.codec import MXFP8Array
+from . import tiles, torch_codec
+from .torch_codec import dequantize
+
+LARGEST = 127  # of the codes; -128 is not used
+MAX_BLOCK = 256  # columns that are rotated together
+_FIRST = (7, 5)  # compute capability with INT8 tensor cores
+_FEWEST_ROWS = 32  # that torch's GEMM takes on CUDA
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Matrix:
+    """A rotated matrix in INT8 with one scale per row.
+
+    Attributes:
+        codes: int8 [rows, K].
+        scales: float32 [rows].
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+
+def rotation_block(columns: int) -> int:
+    """Return the columns that are rotated together: the largest power of two up to 256."""
+    return min(columns & -columns, MAX_BLOCK)
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """Return Sylvester's Hadamard matrix of a power of two, int8 [size, size] of 1 and -1."""
+    matrix = torch.ones(1, 1, dtype=torch.int8)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def rotate(matrix: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Rotate blocks of columns; a second time rotates back.
+
+    Args:
+        matrix: [rows, K].
+        signs: a Hadamard matrix, int8 [block, block], with a block that divides K.
+
+    Returns:
+        float32 [rows, K].
+    """
+    size = len(signs)
+    blocks = matrix.float().unflatten(1, (-1, size))
+    rotated: torch.Tensor = (blocks @ signs.float()).flatten(1).mul_(size**-0.5)
+    return rotated
+
+
+def quantize(matrix: torch.Tensor) -> Int8Matrix:
+    """Round each row of a float32 matrix; one with NaN or infinity gets such a scale."""
+    scales = matrix.abs().amax(1) / LARGEST
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    codes = (matrix * inverse[:, None]).nan_to_num_(0, 0, 0).round_().clamp_(-LARGEST, LARGEST)
+    return Int8Matrix(codes.to(torch.int8), scales)
+
+
+def encode(matrix: torch.Tensor, signs: torch.Tensor) -> Int8Matrix:
+    """Rotate and round a matrix [rows, K], some rows at a time."""
+    codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
+    scales = torch.empty(len(matrix), device=matrix.device)
+    for rows in tiles.row_tiles(len(matrix), matrix.shape[1], tiles.TILE):
+        part = quantize(rotate(matrix[rows], signs))
+        codes[rows], scales[rows] = part.codes, part.scales
+    return Int8Matrix(codes, scales)
+
+
+def encode_weights(weights: MXFP8Array, signs: torch.Tensor) -> Int8Matrix:
+    """Decode MXFP8 weights [N, K], rotate and round them, some rows at a time."""
+    rows, columns = weights.shape
+    device = weights.codes.device
+    codes = torch.empty((rows, columns), dtype=torch.int8, device=device)
+    scales = torch.empty(rows, device=device)
+    for tile in tiles.row_tiles(rows, columns, tiles.TILE, SCALE_TILE_ROWS):
+        decoded = dequantize(torch_codec.rows_of(weights, tile), torch.float32)
+        part = quantize(rotate(decoded, signs))
+        codes[tile], scales[tile] = part.codes, part.scales
+    return Int8Matrix(codes, scales)
+
+
+def multiply(x: Int8Matrix, weights: Int8Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply x [M, K] with weights [N, K]: [M, N] of `dtype`, some rows at a time."""
+    tokens, rows = len(x.codes), len(weights.codes)
+    out = torch.empty((tokens, rows), dtype=dtype, device=x.codes.device)
+    for tile in tiles.row_tiles(tokens, rows, tiles.TILE, _FEWEST_ROWS):
+        sums = integer_sums(x.codes[tile], weights.codes)
+        out[tile] = sums.float().mul_(x.scales[tile, None]).mul_(weights.scales)
+    return out
+
+
+def integer_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply int8 [M, K] with int8 [N, K]: int32 [M, N]."""
+    rows = len(a)
+    if a.is_cuda and rows < _FEWEST_ROWS:
+        a = torch.nn.functional.pad(a, (0, 0, 0, _FEWEST_ROWS - rows))
+    sums: torch.Tensor = torch._int_mm(a, b.t())
+    return sums[:rows]
+
+
+def workspace(tokens: int, shape: tuple[int, int]) -> int:
+    """Return the bytes that `encode` and `multiply` take for x [tokens, K] and weights [N, K]."""
+    rows, columns = shape
+    encoding = 3 * min(tokens * columns, tiles.TILE) * torch.float32.itemsize
+    multiplying = 2 * min(tokens * rows, tiles.TILE) * torch.float32.itemsize
+    return tokens * (columns + torch.float32.itemsize) + max(encoding, multiplying)
+
+
+@cache
+def unsupported(device: int) -> str:
+    """Return why torch does not multiply INT8 on a device; "" if it does.
+
+    Args:
+        device: index of a CUDA device, or -1 for the CPU.
+    """
+    if device < 0:
+        return ""
+    if device >= torch.cuda.device_count():
+        return f"the torch that is installed ({torch.__version__}) finds no CUDA device {device}"
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
+    if capability < _FIRST:
+        return f"INT8 tensor cores need compute capability 7.5 or newer, and this is {name}"
+    ones = torch.ones((64, 64), dtype=torch.int8, device=torch.device("cuda", device))
+    try:
+        is_right = bool((integer_sums(ones, ones) == 64).all())
+    except (RuntimeError, AttributeError) as error:
+        return f"torch {torch.__version__} has no INT8 GEMM on {name}: {error}".splitlines()[0]
+    return "" if is_right else f"the INT8 GEMM of torch {torch.__version__} is wrong on {name}"
