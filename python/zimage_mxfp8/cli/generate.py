@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import OutputError
 from ..generation.limits import (
     DEFAULT_CONTROL_STRENGTH,
+    DEFAULT_MASKED_STRENGTH,
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
     MAX_GUIDANCE,
@@ -107,11 +108,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         *spellings("--init-image"), type=Path, metavar="FILE", help="image to start from"
     )
     parser.add_argument(
+        *spellings("--mask-image"),
+        type=Path,
+        metavar="FILE",
+        help="what of the init image is drawn anew (white); the rest stays (black)",
+    )
+    parser.add_argument(
         "--strength",
         type=float,
         metavar="0.01-1",
         help="how much of the init image turns into noise, and of the steps is made "
-        f"(default: {DEFAULT_STRENGTH})",
+        f"(default: {DEFAULT_STRENGTH}, with a mask {DEFAULT_MASKED_STRENGTH:g})",
     )
     parser.add_argument(
         "--lora",
@@ -191,7 +198,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     outputs = _outputs(arguments.output, settings)
     previews = [preview_path(output) for output in outputs] if arguments.preview else []
-    inputs = [settings.init_image, settings.control_image, arguments.settings_from]
+    images = {
+        "init image": arguments.init_image,
+        "mask image": arguments.mask_image,
+        "control image": arguments.control_image,
+    }
+    inputs = [*images.values(), arguments.settings_from]
     inputs += [file for file, _ in settings.loras]
     inputs += [Path(arguments.controlnet)] if arguments.controlnet else []
     inputs += [Path(arguments.transformer)] if arguments.transformer else []
@@ -214,10 +226,9 @@ def run(arguments: argparse.Namespace) -> int:
     keep_libraries_quiet()
     report_line("loading torch and diffusers ...")
     with needed("generate", "generate"):
-        if settings.init_image is not None:
-            open_image(settings.init_image)
-        if settings.control_image is not None:
-            open_image(settings.control_image, "control image")
+        for what, path in images.items():
+            if path is not None:
+                open_image(path, what)
         from ..generation.generator import ZImageGenerator
 
     with stage_bar_or_lines(report_line) as progress, PreviewFiles(previews) as preview_files:
