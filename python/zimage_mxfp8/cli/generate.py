@@ -18,11 +18,16 @@ from ..generation.limits import (
     MAX_GUIDANCE,
     MAX_IMAGES,
 )
-from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, spellings
 from .download import add_download, resolve
 from .loras import weighted_file
-from .models import add_device_and_dtype, add_model_dir, keep_libraries_quiet
+from .models import (
+    add_compute,
+    add_device_and_dtype,
+    add_model_dir,
+    add_offload,
+    keep_libraries_quiet,
+)
 from .streams import report_line
 from .wording import CommandLineError
 
@@ -159,18 +164,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
             metavar="0-1",
             help=f"fraction of the steps at which it {end}s (default: {default})",
         )
-    parser.add_argument(
-        "--compute",
-        choices=("auto", *COMPUTE_MODES),
-        default="auto",
-        help="how MXFP8 layers are multiplied (default: the fastest that the device has)",
-    )
+    add_compute(parser)
     add_device_and_dtype(parser)
-    parser.add_argument(
-        "--offload",
-        action="store_true",
-        help="load text encoder, transformer and VAE one after another, so that memory holds one",
-    )
+    add_offload(parser)
     parser.add_argument(
         "--preview",
         type=count(1),
