@@ -34,7 +34,7 @@ from .controlled import ControlledTransformer
 from .folder import open_model_folder
 from .images import open_image
 from .limits import PIXELS_PER_TOKEN
-from .loras import use_loras
+from .loras import LoraCache
 from .preview import PreviewCallback, Previews
 from .settings import GenerationSettings
 from .steps import StepCallback, Steps
@@ -215,6 +215,7 @@ class ZImageGenerator:
         self._turn = threading.RLock() if offload else nullcontext()
         # Weights of adapters belong to the transformer, which one image at a time uses.
         self._adapters = threading.Lock()
+        self._loras = LoraCache()
         self._kept: dict[Part, Any] = {}
         if not offload:
             with shown(progress, stage_bar) as callback:
@@ -524,7 +525,7 @@ class ZImageGenerator:
             self._adapters,
             self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"),
         ):
-            notes = use_loras(transformer, settings.loras)
+            notes = self._loras.use(transformer, settings.loras)
             (latents,) = pipeline(
                 prompt_embeds=captions[:1] * batch,
                 negative_prompt_embeds=captions[1:] * batch or None,

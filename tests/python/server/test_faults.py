@@ -6,6 +6,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -188,9 +189,9 @@ def test_a_failure_before_the_first_step_keeps_its_status(serve: Serve, engine: 
 
 
 def test_a_lora_that_does_not_fit_is_named_without_its_path(
-    serve: Serve, engine: StubEngine, tmp_path: object
+    serve: Serve, engine: StubEngine, tmp_path: Path
 ) -> None:
-    file = tmp_path / "ink.safetensors"  # type: ignore[operator]
+    file = tmp_path / "ink.safetensors"
     file.touch()
     engine.failure = zm.CheckpointError(f"{file} is for another model")
     answer = serve(lora_dir=tmp_path).post(GENERATIONS, json={"prompt": "a", "lora": "ink"})

@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from helpers.serving import events_of, image_file, serving
@@ -26,10 +29,24 @@ def generator() -> zm.ZImageGenerator:
 
 
 @pytest.fixture(scope="module")
-def client(generator: zm.ZImageGenerator) -> Iterator[openai.OpenAI]:
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter, and with one of another model."""
+    folder = tmp_path_factory.mktemp("loras")
+    for file, width in (("ink", 128), ("other", 64)):
+        a, b = (torch.randn(4, width), torch.randn(width, 4))
+        keys = [f"diffusion_model.layers.{i}.attention.out.lora_{{}}.weight" for i in range(30)]
+        tensors = {
+            key.format(name): x for key in keys for name, x in (("A", a.clone()), ("B", b.clone()))
+        }
+        save_file(tensors, folder / f"{file}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(generator: zm.ZImageGenerator, loras: Path) -> Iterator[openai.OpenAI]:
     engine = GeneratorEngine(generator, "small", (128, 128), "cpu")
     with (
-        serving(engine) as address,
+        serving(engine, lora_dir=loras) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
     ):
         yield client
@@ -68,6 +85,28 @@ def test_edits_are_those_of_the_generator(
         zm.GenerationSettings(PROMPT, steps=3, seed=7, init_image=image, mask_image=mask)
     )
     assert files_of(made) == [png_bytes(want.images[0], want.metadata(0))]
+
+
+def test_loras_are_those_of_the_generator(
+    client: openai.OpenAI, generator: zm.ZImageGenerator, loras: Path
+) -> None:
+    fields = {"seed": 7, "steps": 2}
+    lora = {"name": "ink", "scale": 0.05}
+    with_it, without = (
+        files_of(client.images.generate(prompt=PROMPT, extra_body={**fields, **more}))
+        for more in ({"lora": lora}, {})
+    )
+    for files, used in ((with_it, ((loras / "ink.safetensors", 0.05),)), (without, ())):
+        want = generator.generate(
+            zm.GenerationSettings(PROMPT, steps=2, width=128, height=128, seed=7, loras=used)
+        )
+        assert files == [png_bytes(want.images[0], want.metadata(0))]
+    images = [np.asarray(Image.open(io.BytesIO(files[0])), int) for files in (with_it, without)]
+    assert abs(images[0] - images[1]).max() > 10
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.images.generate(prompt=PROMPT, extra_body={**fields, "lora": "other"})
+    assert (refused.value.param, refused.value.code) == ("lora", "invalid_lora")
+    assert "other.safetensors" in str(refused.value) and str(loras) not in str(refused.value)
 
 
 def test_stream_shows_what_comes(client: openai.OpenAI) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,15 @@ from typing import Any
 import openai
 import pytest
 
+import zimage_mxfp8 as zm
 from helpers.commands import Run
 from helpers.images import fails
+from helpers.serving import Log, StubEngine
 from zimage_mxfp8.cli import serve as command
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.server.options import ServerOptions
+from zimage_mxfp8.server.request_log import LogWriter
+from zimage_mxfp8.server.run import run_server
 
 Start = Callable[..., "tuple[subprocess.Popen[str], str]"]
 
@@ -157,3 +163,45 @@ def test_a_missing_package_is_named(cli: Run, tmp_path: Path) -> None:
     result = cli("serve", env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
     assert 'run pip install "zimage-mxfp8[serve]"' in result.stderr.splitlines()[-1]
+
+
+# ---- the server of the command, in this process
+
+
+def test_an_engine_that_cannot_be_warmed_up_ends_the_server(engine: StubEngine, log: Log) -> None:
+    def fail() -> None:
+        raise zm.CudaError("cuda:0 ran out of memory")
+
+    engine.on_warm_up = fail
+    writer = LogWriter(log)
+    ready: list[bool] = []
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(zm.CudaError, match="ran out of memory"),
+    ):
+        run_server(engine, ServerOptions(), listener, writer, lambda: ready.append(True))
+    writer.close()
+    assert not ready
+    assert [line["detail"] for line in log.lines()] == ["cuda:0 ran out of memory"]
+
+
+def test_what_uvicorn_says_is_in_the_log(engine: StubEngine, log: Log) -> None:
+    writer = LogWriter(log)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def disturb() -> None:
+            with socket.create_connection(listener.getsockname()) as connection:
+                connection.sendall(b"\x16\x03\x01\r\n\r\n")  # TLS
+                connection.recv(1000)
+            signal.raise_signal(signal.SIGTERM)
+
+        run_server(
+            engine,
+            ServerOptions(),
+            listener,
+            writer,
+            lambda: threading.Thread(target=disturb).start(),
+        )
+    writer.close()
+    (line,) = log.lines()
+    assert line["event"] == "warning" and "Invalid HTTP request" in line["detail"]
