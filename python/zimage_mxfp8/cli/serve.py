@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import socket
 import sys
@@ -109,15 +108,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.transformer and not arguments.model_dir:
         raise CommandLineError("--transformer needs --model-dir with the other parts of the model")
     with needed("serve", "serve"):
-        import fastapi  # noqa: F401 - for the error, before the model is loaded
-        import prometheus_client  # noqa: F401
-        import python_multipart  # noqa: F401
-        import uvicorn  # noqa: F401
-    with _listener(arguments.host, arguments.port) as listener:
-        engine = _engine(arguments)
+        import python_multipart  # noqa: F401 - starlette imports it with the first form
+
         from ..server.request_log import LogWriter
         from ..server.run import run_server
-
+    with _listener(arguments.host, arguments.port) as listener:
+        engine = _engine(arguments)
         log = LogWriter(sys.stderr)
         address = _address(arguments.host, listener)
         report_line("warming up ...")
@@ -135,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> ServerOptions:
-    from ..server.options import ServerOptions
+    from ..server.options import ServerOptions, is_loopback
 
     key = os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key
     if key is not None and not (
@@ -144,7 +140,7 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
         raise CommandLineError(
             f"--api-key (or {_KEY}) must be printable ASCII characters, without spaces around them"
         )
-    if key is None and not _is_loopback(arguments.host):
+    if key is None and not is_loopback(arguments.host):
         raise CommandLineError(
             f"--host {arguments.host} lets other machines in, which needs an API key; set {_KEY} "
             "or --api-key"
@@ -158,13 +154,6 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
         max_image_pixels=arguments.max_image_pixels,
         lora_dir=arguments.lora_dir,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listener(host: str, port: int) -> socket.socket:

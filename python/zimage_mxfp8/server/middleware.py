@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import request_errors
 from .metrics import Metrics
+from .options import is_loopback
 from .request_errors import ClientGoneError, RequestError, request_error
 from .request_log import LogWriter
 
 _OPEN = ("/", "/healthz", "/readyz")  # without a key
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _CLIENT_GONE = 499  # in the log, as nginx has it
 
 
@@ -211,11 +211,11 @@ class Limits:
 
 def _check_origin(headers: Headers) -> None:
     host = _host(f"//{headers.get('host', '')}")
-    if host[0] not in _LOOPBACK:
+    if not is_loopback(host[0]):
         raise RequestError(
             403,
             "foreign_host",
-            "without an API key the server answers to localhost and 127.0.0.1 only",
+            "without an API key the server answers to localhost and addresses like 127.0.0.1 only",
         )
     origin = headers.get("origin")
     if origin is not None and _host(origin) != host:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,3 +40,11 @@ class ServerOptions:
     def max_sent_pixels(self) -> int:
         """Most pixels of an image that a client sends."""
         return 4 * self.max_image_pixels
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host's name or address is that of this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

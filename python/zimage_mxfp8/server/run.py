@@ -18,7 +18,7 @@ from .engine import Engine
 from .options import ServerOptions
 from .request_log import LogHandler, LogWriter
 
-_MAX_CONNECTIONS = 512  # more are answered with 503
+_MAX_CONNECTIONS = 128  # more are answered with 503
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
