@@ -62,7 +62,7 @@ def run_server(
         timeout_graceful_shutdown=round(options.transfer_timeout),
         ws="none",
     )
-    server = _Server(config, lambda: bool(broken), on_ready)
+    server = _Server(config, log, lambda: bool(broken), on_ready)
     asyncio.run(server.serve([listener]))
     if broken:
         raise broken[0]
@@ -72,10 +72,15 @@ class _Server(uvicorn.Server):
     """Uvicorn, which ends only when the drawing has."""
 
     def __init__(
-        self, config: uvicorn.Config, is_broken: Callable[[], bool], on_ready: Callable[[], object]
+        self,
+        config: uvicorn.Config,
+        log: LogWriter,
+        is_broken: Callable[[], bool],
+        on_ready: Callable[[], object],
     ) -> None:
         super().__init__(config)
         self._queue = config.app.state.queue  # type: ignore[union-attr]
+        self._log = log
         self._is_broken = is_broken
         self._on_ready = on_ready
         self._signals = self._seen = 0
@@ -101,7 +106,10 @@ class _Server(uvicorn.Server):
             self._on_ready()
         if self._signals > self._seen:
             self._seen = self._signals
+            waits = self._queue.running is not None and self._signals == 1
+            detail = "until the image is drawn; a second signal stops it" if waits else "now"
             self._queue.stop(now=self._signals > 1)
+            self._log.write({"event": "stopping", "detail": detail})
         if self._is_broken() or (self._signals and self._queue.running is None):
             self.should_exit = True
         return await super().on_tick(counter)

@@ -68,6 +68,7 @@ def test_an_image_and_its_settings(browser: Browser, address: str, engine: StubE
         ready(tab)
         assert tab.run("return $('model').textContent") == "stub"
         assert tab.run("return [$('width').value, $('height').value]") == ["64", "48"]
+        wait(tab, "document.querySelector('.lora')")
         fill(tab, prompt="a <b>fox</b>", seed=7, steps=5, n=2, width=96)
         tab.run("document.querySelector('.lora input').click()")
         tab.run("document.querySelector('.lora input[type=number]').value = 0.5")
