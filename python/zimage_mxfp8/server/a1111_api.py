@@ -190,10 +190,10 @@ async def _answer(
         drawing = await service.drawing(http, job, _FIELDS)
     finally:
         jobs.remove(job)
-    return JSONResponse(await run_in_threadpool(_document, service.engine.name, body, drawing))
+    return await run_in_threadpool(_response, service.engine.name, body, drawing)
 
 
-def _document(model: str, body: TextBody, drawing: Drawing) -> dict[str, Any]:
+def _response(model: str, body: TextBody, drawing: Drawing) -> Response:
     first = drawing.metadata[0]
     seeds = [metadata["seed"] for metadata in drawing.metadata]
     prompts = [metadata["prompt"] for metadata in drawing.metadata]
@@ -217,14 +217,12 @@ def _document(model: str, body: TextBody, drawing: Drawing) -> dict[str, Any]:
         "extra_generation_params": {},
         "version": first["version"],
     }
-    return {
-        "images": [
-            base64_text(encode(image, "png", 100, metadata))
-            for image, metadata in zip(drawing.images, drawing.metadata, strict=True)
-        ],
-        "parameters": body.model_dump(exclude={"init_images", "mask"}),
-        "info": json.dumps(info),
-    }
+    images = [
+        base64_text(encode(image, "png", 100, metadata))
+        for image, metadata in zip(drawing.images, drawing.metadata, strict=True)
+    ]
+    parameters = body.model_dump(exclude={"init_images", "mask"})
+    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
 
 
 def _progress(jobs: _Jobs) -> dict[str, Any]:
@@ -258,8 +256,8 @@ def _without_loras(service: Service, prompt: str) -> tuple[str, list[Any]]:
             number = float(weight or 1)
         except ValueError:
             raise invalid("prompt", f'has a LoRA with the weight "{weight}"') from None
-        loras.append((service.loras.find(name.strip()), number))
-    return _LORA.sub("", prompt).strip() if loras else prompt, loras
+        loras.append((name.strip(), number))
+    return _LORA.sub("", prompt).strip() if loras else prompt, service.loras.find(loras)
 
 
 def _bytes(text: str, field: str) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..text import did_you_mean, printable
-from .request_errors import RequestError
+from .request_errors import RequestError, invalid
 
 _SUFFIX = ".safetensors"
+_MAX_LORAS = 16  # of a request
 
 
 class LoraFolder:
@@ -24,13 +26,21 @@ class LoraFolder:
         """Return the adapters' names: files of the folder itself, without the suffix."""
         return sorted(self._files())
 
-    def find(self, name: str) -> Path:
-        """Return the file of an adapter, named with or without the suffix.
+    def find(self, named: Sequence[tuple[str, float]]) -> list[tuple[Path, float]]:
+        """Return the files of adapters with their weights.
+
+        Args:
+            named: names, with or without the suffix, and weights.
 
         Raises:
-            RequestError: there is none of this name.
+            RequestError: there are too many, or there is none of a name.
         """
-        files = self._files()
+        if len(named) > _MAX_LORAS:
+            raise invalid("lora", f"must be at most {_MAX_LORAS} LoRAs, not {len(named)}")
+        files = self._files() if named else {}
+        return [(self._one(name, files), weight) for name, weight in named]
+
+    def _one(self, name: str, files: Mapping[str, Path]) -> Path:
         stem = name.removesuffix(_SUFFIX)
         if stem not in files:
             advice = did_you_mean([stem], list(files)) or (

@@ -198,11 +198,11 @@ async def _answer(
     if body.stream:
         return await _stream(service, http, answer)
     drawing = await service.drawing(http, job, _FIELDS)
-    return JSONResponse(await run_in_threadpool(_document, answer, drawing))
+    return await run_in_threadpool(_whole, answer, drawing)
 
 
-def _document(answer: _Answer, drawing: Drawing) -> dict[str, Any]:
-    """Return the response that is not a stream."""
+def _whole(answer: _Answer, drawing: Drawing) -> Response:
+    """Return the response that is not a stream; large images take a while to encode."""
     data = []
     for image, metadata in zip(drawing.images, drawing.metadata, strict=True):
         content = answer.encode(image, metadata)
@@ -214,7 +214,7 @@ def _document(answer: _Answer, drawing: Drawing) -> dict[str, Any]:
     document = {"created": int(time.time()), "data": data, "usage": _NO_USAGE, **answer.common()}
     if drawing.warnings:
         document["warnings"] = list(drawing.warnings)
-    return document
+    return JSONResponse(document)
 
 
 async def _stream(service: Service, http: Request, answer: _Answer) -> Response:
@@ -347,7 +347,7 @@ def _loras(service: Service, given: str | LoraField | list[str | LoraField]) -> 
         for each in loras
         if each
     ]
-    return [(service.loras.find(each.name), each.scale) for each in named]
+    return service.loras.find([(each.name, each.scale) for each in named])
 
 
 async def _one_file(sent: list[Any], field: str) -> bytes:

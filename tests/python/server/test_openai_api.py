@@ -136,6 +136,7 @@ def test_compression_makes_files_smaller(serve: Serve, engine: StubEngine) -> No
         ({"lora": "../../etc/passwd"}, "lora", "there is no LoRA"),
         ({"lora": {"name": "x", "scale": 1000}}, "lora", "less than or equal to 100"),
         ({"lora": 5}, "lora", "lora: "),
+        ({"lora": ["x"] * 17}, "lora", "lora must be at most 16 LoRAs, not 17"),
     ],
 )
 def test_refused_fields(
