@@ -21,7 +21,7 @@ from .options import is_loopback
 from .request_errors import ClientGoneError, RequestError, request_error
 from .request_log import LogWriter
 
-_OPEN = ("/", "/healthz", "/readyz")  # without a key
+_OPEN = ("/", "/healthz", "/readyz")  # to everyone: they tell nothing, and draw nothing
 _CLIENT_GONE = 499  # in the log, as nginx has it
 
 
@@ -120,11 +120,11 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
-        if scope["type"] == "http":
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
             headers = Headers(scope=scope)
             if self._key is None:
                 _check_origin(headers)
-            elif scope["path"] not in _OPEN and not self._fits(headers.get("authorization", "")):
+            elif not self._fits(headers.get("authorization", "")):
                 raise RequestError(
                     401,
                     "invalid_api_key",

@@ -59,7 +59,9 @@ def test_api_key(serve: Serve, engine: StubEngine) -> None:
 def test_foreign_pages_do_not_reach_a_server_without_a_key(
     serve: Serve, headers: dict[str, str], status: int
 ) -> None:
-    assert serve().get("/v1/models", headers=headers).status_code == status
+    client = serve()
+    assert client.get("/v1/models", headers=headers).status_code == status
+    assert client.get("/healthz", headers=headers).status_code == 200
 
 
 def test_log(serve: Serve, log: Log) -> None:
