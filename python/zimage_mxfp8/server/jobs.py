@@ -216,11 +216,7 @@ class JobQueue:
             StoppingError: `stop` was called.
         """
         with self._changed:
-            if self._is_stopping:
-                raise StoppingError
-            ahead = len(self._waiting) + (self._running is not None)
-            if ahead > self._limit:
-                raise QueueFullError(self._retry_after())
+            ahead = self.check_room()
             job = Job(self, request, seconds)
             self._waiting.append(job)
             if ahead:
@@ -228,13 +224,18 @@ class JobQueue:
             self._changed.notify_all()
         return job
 
-    def check_room(self) -> None:
-        """Raise as `submit` would, before work that a refusal would waste."""
+    def check_room(self) -> int:
+        """Return the number of jobs ahead, or raise as `submit` does.
+
+        For callers that first do work which a refusal would waste.
+        """
         with self._changed:
             if self._is_stopping:
                 raise StoppingError
-            if len(self._waiting) + (self._running is not None) > self._limit:
+            ahead = len(self._waiting) + (self._running is not None)
+            if ahead > self._limit:
                 raise QueueFullError(self._retry_after())
+            return ahead
 
     def forget(self, job: Job) -> bool:
         """Drop a job that waits; return whether it did."""
