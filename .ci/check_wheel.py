@@ -30,6 +30,7 @@ REQUIRED = (
     r"zimage_mxfp8/analysis/pages/network\.js",
     r"zimage_mxfp8/analysis/pages/tables\.js",
     r"zimage_mxfp8/comfy/node_package/__init__\.py",
+    r"zimage_mxfp8/server/page/index\.html",
     r"zimage_mxfp8/small_model/transformer\.safetensors",
     r"zimage_mxfp8/small_model/vae/.*\.safetensors",
     r"zimage_mxfp8/small_model/tokenizer/tokenizer\.json",
@@ -42,7 +43,7 @@ REQUIRED = (
 )
 # The module is the only shared library: nothing of CUDA's is in a wheel.
 ALLOWED = (
-    rf"{MODULE}|zimage_mxfp8/([a-z_]+/)*[^/]*\.(py|pyi|typed|toml|css|js)|"
+    rf"{MODULE}|zimage_mxfp8/([a-z_]+/)*[^/]*\.(py|pyi|typed|toml|css|html|js)|"
     r"zimage_mxfp8/small_model/.*|"
     r"zimage_mxfp8/(include|lib)/.*\.(h|a|lib|cmake)|[^/]*\.dist-info/.*"
 )

@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 import operator
 import os
+import sys
 from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _T = TypeVar("_T")
 
@@ -53,6 +57,15 @@ def finite_number(name: str, value: Any) -> float:
 def path(name: str, value: Any) -> Path:
     """Return a path; errors as in `whole_number`."""
     return _converted(name, _path, "a path", value)
+
+
+def image_source(name: str, value: Any) -> Path | Image:
+    """Return a PIL image itself, or the path of an image; errors as in `whole_number`."""
+    loaded = sys.modules.get("PIL.Image")  # without it there are no such images
+    if loaded is not None and isinstance(value, loaded.Image):
+        image: Image = value
+        return image
+    return _converted(name, _path, "a path or a PIL image", value)
 
 
 def file_or_folder(name: str, value: Any) -> Path:

@@ -29,6 +29,7 @@ _COMMANDS = {
     "dequantize": "decode an MXFP8 file to a plain BF16 checkpoint",
     "merge-lora": "merge adapters into a plain checkpoint",
     "generate": "make images from a prompt",
+    "serve": "serve images over HTTP, and a page to make them",
     "probe": "find the weights that quantisation would hurt most",
     "compare": "measure the error of 8-bit and 4-bit formats",
     "sensitivity": "measure the effect of quantising each layer on the output",

@@ -12,16 +12,22 @@ from typing import TYPE_CHECKING
 from ..errors import OutputError
 from ..generation.limits import (
     DEFAULT_CONTROL_STRENGTH,
+    DEFAULT_MASKED_STRENGTH,
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
     MAX_GUIDANCE,
     MAX_IMAGES,
 )
-from ..transformer.compute import COMPUTE_MODES
 from .arguments import add_overwrite, count, file_path, spellings
 from .download import add_download, resolve
 from .loras import weighted_file
-from .models import add_device_and_dtype, add_model_dir, keep_libraries_quiet
+from .models import (
+    add_compute,
+    add_device_and_dtype,
+    add_model_dir,
+    add_offload,
+    keep_libraries_quiet,
+)
 from .streams import report_line
 from .wording import CommandLineError
 
@@ -107,11 +113,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         *spellings("--init-image"), type=Path, metavar="FILE", help="image to start from"
     )
     parser.add_argument(
+        *spellings("--mask-image"),
+        type=Path,
+        metavar="FILE",
+        help="what of the init image is drawn anew (white); the rest stays (black)",
+    )
+    parser.add_argument(
         "--strength",
         type=float,
         metavar="0.01-1",
         help="how much of the init image turns into noise, and of the steps is made "
-        f"(default: {DEFAULT_STRENGTH})",
+        f"(default: {DEFAULT_STRENGTH}, with a mask {DEFAULT_MASKED_STRENGTH:g})",
     )
     parser.add_argument(
         "--lora",
@@ -152,18 +164,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
             metavar="0-1",
             help=f"fraction of the steps at which it {end}s (default: {default})",
         )
-    parser.add_argument(
-        "--compute",
-        choices=("auto", *COMPUTE_MODES),
-        default="auto",
-        help="how MXFP8 layers are multiplied (default: the fastest that the device has)",
-    )
+    add_compute(parser)
     add_device_and_dtype(parser)
-    parser.add_argument(
-        "--offload",
-        action="store_true",
-        help="load text encoder, transformer and VAE one after another, so that memory holds one",
-    )
+    add_offload(parser)
     parser.add_argument(
         "--preview",
         type=count(1),
@@ -191,7 +194,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     outputs = _outputs(arguments.output, settings)
     previews = [preview_path(output) for output in outputs] if arguments.preview else []
-    inputs = [settings.init_image, settings.control_image, arguments.settings_from]
+    images = {
+        "init image": arguments.init_image,
+        "mask image": arguments.mask_image,
+        "control image": arguments.control_image,
+    }
+    inputs = [*images.values(), arguments.settings_from]
     inputs += [file for file, _ in settings.loras]
     inputs += [Path(arguments.controlnet)] if arguments.controlnet else []
     inputs += [Path(arguments.transformer)] if arguments.transformer else []
@@ -214,10 +222,9 @@ def run(arguments: argparse.Namespace) -> int:
     keep_libraries_quiet()
     report_line("loading torch and diffusers ...")
     with needed("generate", "generate"):
-        if settings.init_image is not None:
-            open_image(settings.init_image)
-        if settings.control_image is not None:
-            open_image(settings.control_image, "control image")
+        for what, path in images.items():
+            if path is not None:
+                open_image(path, what)
         from ..generation.generator import ZImageGenerator
 
     with stage_bar_or_lines(report_line) as progress, PreviewFiles(previews) as preview_files:

@@ -6,14 +6,15 @@ import argparse
 import os
 import sys
 
+from ..transformer.compute import COMPUTE_MODES
 from .arguments import spellings
 
 
-def add_model_dir(parser: argparse.ArgumentParser) -> None:
+def add_model_dir(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add `--model-dir`."""
     parser.add_argument(
         *spellings("--model-dir"),
-        required=True,
+        required=required,
         metavar="DIR",
         help="diffusers folder of Z-Image, or OWNER/NAME[@REVISION] from the Hugging Face cache",
     )
@@ -31,6 +32,25 @@ def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float32"),
         default="bfloat16",
         help="of everything that is not 8 bits wide (default: bfloat16)",
+    )
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """Add `--compute`."""
+    parser.add_argument(
+        "--compute",
+        choices=("auto", *COMPUTE_MODES),
+        default="auto",
+        help="how MXFP8 layers are multiplied (default: the fastest that the device has)",
+    )
+
+
+def add_offload(parser: argparse.ArgumentParser) -> None:
+    """Add `--offload`."""
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="load text encoder, transformer and VAE one after another, so that memory holds one",
     )
 
 

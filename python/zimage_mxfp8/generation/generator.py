@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
+from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from .. import _core
@@ -34,7 +34,7 @@ from .controlled import ControlledTransformer
 from .folder import open_model_folder
 from .images import open_image
 from .limits import PIXELS_PER_TOKEN
-from .loras import use_loras
+from .loras import LoraCache
 from .preview import PreviewCallback, Previews
 from .settings import GenerationSettings
 from .steps import StepCallback, Steps
@@ -104,13 +104,18 @@ class Generation:
         return self.settings.seed + i
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """Return all settings of image i as JSON-compatible values; of paths only file names."""
+        """Return all settings of image i as JSON-compatible values; of paths only file names.
+
+        An image that was given as such, without a file, is named "in memory".
+        """
         settings = self.settings
-        control: dict[str, Any] = {}
+        more: dict[str, Any] = {}
+        if settings.mask_image is not None:
+            more = {"mask_image": _name_of(settings.mask_image)}
         if settings.control_image is not None:
-            control = {
+            more |= {
                 "controlnet": self.controlnet,
-                "control_image": settings.control_image.name,
+                "control_image": _name_of(settings.control_image),
                 "control_strength": settings.control_strength,
                 "control_start": settings.control_start,
                 "control_end": settings.control_end,
@@ -123,7 +128,7 @@ class Generation:
             "width": settings.width,
             "height": settings.height,
             "guidance": settings.guidance,
-            "init_image": settings.init_image.name if settings.init_image else None,
+            "init_image": _name_of(settings.init_image),
             "strength": settings.strength,
             "loras": [{"name": file.name, "weight": weight} for file, weight in settings.loras],
             "model": self.model,
@@ -131,7 +136,7 @@ class Generation:
             "compute": self.compute,
             "dtype": self.dtype,
             "version": _core.__version__,
-            **control,
+            **more,
         }
 
 
@@ -210,6 +215,7 @@ class ZImageGenerator:
         self._turn = threading.RLock() if offload else nullcontext()
         # Weights of adapters belong to the transformer, which one image at a time uses.
         self._adapters = threading.Lock()
+        self._loras = LoraCache()
         self._kept: dict[Part, Any] = {}
         if not offload:
             with shown(progress, stage_bar) as callback:
@@ -298,10 +304,10 @@ class ZImageGenerator:
                 float32 [batch, 16, height / 8, width / 8] on the device.
 
         Raises:
-            UsageError: `preview_every` is not a whole number from 1 on, or the number of captions
-                does not go with the guidance.
-            CheckpointError: the init image or an adapter cannot be read, an adapter does not fit,
-                or, with offloading, a part cannot be read.
+            UsageError: `preview_every` is not a whole number from 1 on, the number of captions
+                does not go with the guidance, or the mask has another size than the init image.
+            CheckpointError: an image or an adapter cannot be read, an adapter does not fit, or,
+                with offloading, a part cannot be read.
             GenerationError: an image became NaN or infinite; the sentence says at which step.
             CudaError, UnsupportedError: too little memory.
         """
@@ -315,6 +321,7 @@ class ZImageGenerator:
                 "take the result of ZImageGenerator.encode",
             )
         image = None if settings.init_image is None else open_image(settings.init_image)
+        mask = _open_mask(settings, image)
         control_image = self._open_control_image(settings)
         shown_size = image or control_image
         settings = settings.resolved(shown_size.size if shown_size else None)
@@ -328,6 +335,7 @@ class ZImageGenerator:
             latents, steps, notes = self._denoise(
                 settings,
                 image,
+                mask,
                 control,
                 features,
                 report,
@@ -468,6 +476,7 @@ class ZImageGenerator:
         self,
         settings: GenerationSettings,
         image: Image | None,
+        mask: Image | None,
         control: torch.Tensor | None,
         captions: list[torch.Tensor],
         report: GenerationCallback,
@@ -495,10 +504,13 @@ class ZImageGenerator:
             pipeline = ZImagePipeline(vae=None, **parts)
         else:
             assert vae is not None
-            pipeline = ZImageImg2ImgPipeline(vae=vae.model, **parts)
+            kind = ZImageImg2ImgPipeline if mask is None else ZImageInpaintPipeline
+            pipeline = kind(vae=vae.model, **parts)
             resized = pipeline.image_processor.resize(image, settings.height, settings.width)
             # One per image: otherwise all images get the first one's random numbers.
             options = {"image": [resized] * batch, "strength": settings.strength}
+            if mask is not None:
+                options["mask_image"] = mask
         if isinstance(model, ControlledTransformer):
             model.count_steps = lambda: pipeline.num_timesteps
         pipeline.set_progress_bar_config(disable=True)
@@ -513,7 +525,7 @@ class ZImageGenerator:
             self._adapters,
             self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"),
         ):
-            notes = use_loras(transformer, settings.loras)
+            notes = self._loras.use(transformer, settings.loras)
             (latents,) = pipeline(
                 prompt_embeds=captions[:1] * batch,
                 negative_prompt_embeds=captions[1:] * batch or None,
@@ -574,6 +586,25 @@ class ZImageGenerator:
 
 def _bytes_read(progress: Progress, stage: Stage) -> GenerationProgress:
     return GenerationProgress(stage, progress.done, progress.total)
+
+
+def _name_of(image: Path | Image | None) -> str | None:
+    return image.name if isinstance(image, Path) else None if image is None else "in memory"
+
+
+def _open_mask(settings: GenerationSettings, image: Image | None) -> Image | None:
+    """Return the mask of an init image."""
+    if settings.mask_image is None or image is None:
+        return None
+    mask = open_image(settings.mask_image, "mask image")
+    if mask.size != image.size:
+        raise UsageError(
+            "mask_image",
+            f"has {mask.width} x {mask.height} pixels, and the init image {image.width} x "
+            f"{image.height}",
+            "give both the same size",
+        )
+    return mask
 
 
 def _check_shape(settings: GenerationSettings, control_image: Image | None) -> None:

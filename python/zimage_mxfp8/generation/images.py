@@ -8,7 +8,8 @@ import json
 import os
 import unicodedata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # One key with this package's name: ComfyUI and others interpret keys like "prompt".
 METADATA_KEY = "zimage-mxfp8"
 _SUFFIX = ".png"
+# Of images that clients send: those that browsers show. Others run programs or are rarely tried.
+_SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MAX_STEM = 40  # characters of a name made from a prompt
 
 
@@ -114,40 +117,84 @@ def plain_png_bytes(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def open_image(path: Path, what: str = "init image") -> Image:
-    """Read an image, upright and in RGB: transparent pixels on white, 16 bits as 8.
+def open_image(source: Path | Image, what: str = "init image") -> Image:
+    """Return an image, upright and in RGB: transparent pixels on white, 16 bits as 8.
 
     Args:
-        path: the file.
+        source: its file, or the image itself.
         what: the image, for the sentences of errors.
 
     Raises:
-        CheckpointError: the file does not exist, Pillow cannot read it, or its pixels have an
+        CheckpointError: the file does not exist, Pillow cannot read it, or the pixels have an
             unknown range.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    name = f"the {what} {source}" if isinstance(source, Path) else f"the {what}"
+    with _reading(name):
+        if isinstance(source, Path):
+            return _read(source, name)
+        return _upright_rgb(source, name)
+
+
+def decode_image(content: bytes, what: str, max_pixels: int) -> Image:
+    """Return the image of a file's content, upright: PNG, JPEG, WebP, GIF or BMP.
+
+    Args:
+        content: the file.
+        what: the image, for the sentences of errors.
+        max_pixels: most pixels that are accepted; a larger image is refused by its header.
+
+    Raises:
+        CheckpointError: it is too large, or not an image that Pillow can read.
+    """
+    from PIL import Image, ImageOps
+
+    name = f"the {what}"
+    with _reading(name), Image.open(io.BytesIO(content), formats=_SENT_FORMATS) as opened:
+        if opened.width * opened.height > max_pixels:
+            raise CheckpointError(
+                f"{name} has {opened.width} x {opened.height} pixels, more than {max_pixels:,}; "
+                "scale it down"
+            )
+        return ImageOps.exif_transpose(opened)
+
+
+def _read(path: Path, name: str) -> Image:
+    from PIL import Image
+
+    if path.exists() and not path.is_file():  # opening a pipe waits for its other end
+        raise CheckpointError(f"{name} is not a regular file; name an image file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as opened:
+            return _upright_rgb(opened, name)
+
+
+def _upright_rgb(image: Image, name: str) -> Image:
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise CheckpointError(
+            f"{name} has 32-bit pixels of unknown range; save it with 8 or 16 bits per channel"
+        )
+    return _as_rgb(image)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn Pillow's errors into sentences that begin with the image's name."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        if path.exists() and not path.is_file():  # opening a pipe waits for its other end
-            raise CheckpointError(f"the {what} {path} is not a regular file; name an image file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened)
-        if image.mode in ("I", "F"):
-            raise CheckpointError(
-                f"the {what} {path} has 32-bit pixels of unknown range; "
-                "save it with 8 or 16 bits per channel"
-            )
-        return _as_rgb(image)
+        yield
     except FileNotFoundError:
-        raise CheckpointError(f"the {what} {path} does not exist") from None
+        raise CheckpointError(f"{name} does not exist") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise CheckpointError(f"the {what} {path} is too large; scale it down") from None
+        raise CheckpointError(f"{name} is too large; scale it down") from None
     except UnidentifiedImageError:
-        raise CheckpointError(f"the {what} {path} has a format unknown to Pillow") from None
+        raise CheckpointError(f"{name} has a format unknown to Pillow") from None
     except (OSError, SyntaxError, ValueError) as error:  # any error of a damaged file
-        raise CheckpointError(f"the {what} {path} cannot be read: {error}") from None
+        raise CheckpointError(f"{name} cannot be read: {error}") from None
 
 
 def _as_rgb(image: Image) -> Image:

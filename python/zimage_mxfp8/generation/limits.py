@@ -10,6 +10,7 @@ from ..zimage.constants import ROPE_LENGTHS
 PIXELS_PER_TOKEN = 16  # a side: 8 pixels to a latent, 2 latents to a patch
 DEFAULT_SIZE = 1024
 DEFAULT_STRENGTH = 0.6
+DEFAULT_MASKED_STRENGTH = 1.0  # the mask says what stays; the default of diffusers' pipeline
 DEFAULT_CONTROL_STRENGTH = 0.75  # of diffusers' pipelines; recommended by the authors for 1.0
 MAX_CONTROL_STRENGTH = 10
 MAX_PIXELS = min(ROPE_LENGTHS[1:]) * PIXELS_PER_TOKEN  # a side

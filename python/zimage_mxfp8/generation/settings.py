@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..checks import finite_number, path, text, whole_number
+from ..checks import finite_number, image_source, path, text, whole_number
 from ..errors import UsageError
 from .limits import (
     DEFAULT_CONTROL_STRENGTH,
+    DEFAULT_MASKED_STRENGTH,
     DEFAULT_SIZE,
     DEFAULT_STRENGTH,
     MAX_CONTROL_STRENGTH,
@@ -19,6 +21,9 @@ from .limits import (
     PIXELS_PER_TOKEN,
     SEEDS,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _NEVER_NONE = ("prompt", "steps", "guidance", "batch")
 
@@ -38,11 +43,14 @@ class GenerationSettings:
             is a CFG scale of s + 1 in ComfyUI. 0: without, as Turbo needs it.
         seed: seed of the first image; image i has seed + i. None draws one.
         batch: number of images made together; 1 to 64.
-        init_image: file of an image to start from; a str becomes a Path.
-        strength: share of the init image that noise replaces, 0.01 to 1; None: 0.6.
+        init_image: image to start from, a file or a PIL image; a str becomes a Path.
+        mask_image: what of the init image is drawn anew: white, or lighter than mid-grey; the rest
+            stays. A file or a PIL image of the init image's size.
+        strength: share of the init image that noise replaces, 0.01 to 1; None: 0.6, or 1 with a
+            mask.
         loras: adapter files, each with its weight (see `ZImageTransformer.load_lora`).
-        control_image: file of an image for a ControlNet, as large as the image or of the same
-            shape; a str becomes a Path.
+        control_image: image for a ControlNet, a file or a PIL image, as large as the image or of
+            the same shape.
         control_strength: what the hints of the ControlNet are multiplied by, -10 to 10; None: 0.75.
         control_start: fraction of the steps before the ControlNet begins, 0 to 1; None: 0.
         control_end: fraction of the steps after which it ends; None: 1.
@@ -59,10 +67,11 @@ class GenerationSettings:
     guidance: float = 0.0
     seed: int | None = None
     batch: int = 1
-    init_image: Path | None = None
+    init_image: Path | Image | None = None
+    mask_image: Path | Image | None = None
     strength: float | None = None
     loras: tuple[tuple[Path, float], ...] = ()
-    control_image: Path | None = None
+    control_image: Path | Image | None = None
     control_strength: float | None = None
     control_start: float | None = None
     control_end: float | None = None
@@ -91,10 +100,11 @@ class GenerationSettings:
             )
         if self.seed is not None and not 0 <= self.seed <= SEEDS - self.batch:
             raise UsageError("seed", "must be 0 or more, and below 2^63 for every image")
-        if self.strength is not None and self.init_image is None:
-            raise UsageError(
-                "strength", "has no effect without an init image", "add `init_image` or drop it"
-            )
+        for name in ("mask_image", "strength"):
+            if getattr(self, name) is not None and self.init_image is None:
+                raise UsageError(
+                    name, "has no effect without an init image", "add `init_image` or drop it"
+                )
         if self.strength is not None and not 0.01 <= self.strength <= 1:
             raise UsageError("strength", f"must be 0.01 to 1, not {self.strength}")
         self._check_control()
@@ -125,7 +135,7 @@ class GenerationSettings:
                 ("guidance", "strength", "control_strength", "control_start", "control_end"),
                 finite_number,
             ),
-            (("init_image", "control_image"), path),
+            (("init_image", "mask_image", "control_image"), image_source),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -143,14 +153,15 @@ class GenerationSettings:
             image_size: width and height of the init image or, without one, of the control image.
         """
         controlled = self.control_image is not None
+        strength = DEFAULT_STRENGTH if self.mask_image is None else DEFAULT_MASKED_STRENGTH
         width, height = image_size or (DEFAULT_SIZE, DEFAULT_SIZE)
         return replace(
             self,
             height=_whole_tokens(height) if self.height is None else self.height,
             width=_whole_tokens(width) if self.width is None else self.width,
             seed=draw_seed() if self.seed is None else self.seed,
-            strength=DEFAULT_STRENGTH
-            if self.init_image and self.strength is None
+            strength=strength
+            if self.init_image is not None and self.strength is None
             else self.strength,
             control_strength=DEFAULT_CONTROL_STRENGTH
             if controlled and self.control_strength is None

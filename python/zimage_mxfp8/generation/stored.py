@@ -27,7 +27,7 @@ _SETTINGS = (
     *_CONTROL,
 )
 _CIRCUMSTANCES = ("model", "transformer", "controlnet", "compute", "dtype")
-_IMAGES = ("init_image", "control_image")
+_IMAGES = ("init_image", "mask_image", "control_image")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from helpers.diffusers_reference import load_reference, make_reference
 from helpers.images import SIZE, Generate, fails, generator_of, levels, settings_of
 from helpers.model_folder import make_pipeline
 from zimage_mxfp8.generation.generator import ZImageGenerator
+from zimage_mxfp8.generation.loras import LoraCache
 from zimage_mxfp8.generation.settings import GenerationSettings
 
 # PEFT's remark when a second adapter is loaded.
@@ -45,6 +47,46 @@ def reference(zimage_quantized: Path, tmp_path_factory: pytest.TempPathFactory) 
     load_reference(pipeline.transformer, plain)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+class Recorder:
+    """A transformer that notes which adapters are read."""
+
+    def __init__(self) -> None:
+        self.loras: dict[str, SimpleNamespace] = {}
+        self.read: list[str] = []
+        self.unload_lora = self.loras.pop
+
+    def load_lora(self, file: Path, name: str) -> None:
+        self.read.append(file.stem)
+        self.loras[name] = SimpleNamespace(weight=0.0, notes=(), stem=file.stem)
+
+    def active_adapters(self) -> list[str]:
+        return [name for name, lora in self.loras.items() if lora.weight]
+
+    def set_lora(self, weights: dict[str, float]) -> None:
+        for name, lora in self.loras.items():
+            lora.weight = weights.get(name, 0.0)
+
+
+def test_adapters_that_were_used_last_stay_loaded(tmp_path: Path) -> None:
+    cache, transformer = LoraCache(), Recorder()
+
+    def use(*names: str) -> list[str]:
+        transformer.read.clear()
+        cache.use(transformer, [(tmp_path / name, 1.0) for name in names])  # type: ignore[arg-type]
+        assert sorted(transformer.loras[n].stem for n in transformer.active_adapters()) == sorted(
+            names
+        )
+        return [*transformer.read]
+
+    for name in "abcde":
+        assert use(name) == [name]
+    assert use("a") == []  # four others are kept, and it is the latest again
+    assert use("f") == ["f"] and use() == []
+    assert use("b") == ["b"]  # as the oldest it went for f
+    assert use("a", "e") == [] and use("d", "f") == []
+    assert use("c") == ["c"]
 
 
 def draw(pipeline: ZImagePipeline) -> Image.Image:

@@ -134,6 +134,64 @@ def test_init_image_equals_that_of_diffusers(
     assert abs(levels(tmp_path / "o.png") - levels(want)).max() <= 1
 
 
+def half_mask(path: Path) -> Image.Image:
+    """White on the right half of 64 x 48 pixels."""
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (32, 0, 64, 48))
+    mask.save(path)
+    return mask
+
+
+@pytest.mark.parametrize("strength", [None, 0.6])
+def test_masked_image_equals_that_of_diffusers(
+    generate: Generate, reference: ZImagePipeline, tmp_path: Path, strength: float | None
+) -> None:
+    image, mask = init_image(tmp_path / "in.png", (64, 48)), half_mask(tmp_path / "mask.png")
+    given = () if strength is None else ("--strength", strength)
+    code, _, err = generate(
+        *("--prompt", "a cat", "-o", "o.png", "--init-image", "in.png", "--mask-image", "mask.png"),
+        *("--seed", 3, "--steps", 4, *given),
+    )
+    assert code == 0, err
+    want = ZImageInpaintPipeline(**reference.components)(
+        "a cat",
+        image=image,
+        mask_image=mask,
+        strength=strength or 1.0,
+        num_inference_steps=4,
+        guidance_scale=0.0,
+        generator=generator_of(3),
+    ).images[0]
+    found = levels(tmp_path / "o.png")
+    assert abs(found - levels(want)).max() <= 1
+    code, _, _ = generate(
+        *("--prompt", "a cat", "-o", "all.png", "--init-image", "in.png", "--seed", 3),
+        *("--steps", 4, "--strength", strength or 1.0),
+    )
+    assert code == 0
+    assert abs(levels(tmp_path / "all.png") - found)[:, :16].max() > 10  # what the mask keeps
+    stored = settings_of(tmp_path / "o.png")
+    assert (stored["mask_image"], stored["strength"]) == ("mask.png", strength or 1.0)
+
+
+def test_images_in_memory_give_what_files_give(
+    zimage_folder: Path, zimage_quantized: Path, tmp_path: Path
+) -> None:
+    image, mask = init_image(tmp_path / "in.png", (64, 48)), half_mask(tmp_path / "mask.png")
+    generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype="float32")
+    of_files, in_memory = (
+        generator.generate(
+            zm.GenerationSettings("a", steps=2, seed=1, batch=2, init_image=i, mask_image=m)
+        )
+        for i, m in ((tmp_path / "in.png", tmp_path / "mask.png"), (image, mask))
+    )
+    for a, b in zip(of_files.images, in_memory.images, strict=True):
+        assert (levels(a) == levels(b)).all()
+    assert abs(levels(in_memory.images[0]) - levels(in_memory.images[1])).max() > 10
+    assert of_files.metadata(0)["init_image"] == "in.png"
+    assert in_memory.metadata(0)["init_image"] == in_memory.metadata(1)["mask_image"] == "in memory"
+
+
 @pytest.mark.parametrize("compute", ["mxfp8-emulated", "fp8"])
 def test_picture_differs_by_the_rounding_of_activations(
     generate: Generate, reference: ZImagePipeline, tmp_path: Path, compute: str

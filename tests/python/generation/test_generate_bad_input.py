@@ -23,7 +23,7 @@ import zimage_mxfp8 as zm
 from helpers.images import STAGES, Generate, fails, init_image
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.generation.components import VAE, TextEncoder
-from zimage_mxfp8.generation.images import image_paths, open_image
+from zimage_mxfp8.generation.images import decode_image, image_paths, open_image
 from zimage_mxfp8.generation.limits import MAX_IMAGES
 from zimage_mxfp8.transformer.model import ZImageTransformer
 
@@ -134,7 +134,7 @@ def test_arguments_of_another_type(
         ("batch", (2.0, "2", None), "batch must be a whole number, not "),
         ("guidance", ("1", None, True, 10**400), "guidance must be a finite number, not "),
         ("strength", ("x", float("nan")), "strength must be a finite number, not "),
-        ("init_image", (3, b"a.png", ["a.png"]), "init_image must be a path, not "),
+        ("init_image", (3, b"a.png", ["a.png"]), "init_image must be a path or a PIL image, not "),
     ],
 )
 def test_wrong_types_from_python(name: str, values: tuple[Any, ...], sentence: str) -> None:
@@ -224,6 +224,38 @@ def test_init_image(generate: Generate, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(zm.CheckpointError, match="too large; scale it down"):
         open_image(tmp_path / "whole.png")
     assert not (tmp_path / "o.png").exists()
+
+
+def test_mask_image(generate: Generate, tmp_path: Path) -> None:
+    fails(
+        generate(*USUAL, "--mask-image", "m.png"), 2, "--mask-image has no effect without an init"
+    )
+    init_image(tmp_path / "i.png", (64, 64))
+    options = (*USUAL, "--init-image", "i.png", "--mask-image", "m.png")
+    fails(generate(*options), 1, "the mask image m.png does not exist")
+    init_image(tmp_path / "m.png", (64, 48))
+    fails(
+        generate(*options),
+        2,
+        "--mask-image has 64 x 48 pixels, and the init image 64 x 64; give both the same size",
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "webp", "gif", "bmp"])
+def test_sent_images_are_decoded_as_files_are(tmp_path: Path, suffix: str) -> None:
+    init_image(tmp_path / f"i.{suffix}", (20, 10))
+    content = (tmp_path / f"i.{suffix}").read_bytes()
+    sent = open_image(decode_image(content, "image", 200))
+    assert sent.tobytes() == open_image(tmp_path / f"i.{suffix}").tobytes()
+    with pytest.raises(zm.CheckpointError, match="the image has 20 x 10 pixels, more than 199"):
+        decode_image(content, "image", 199)
+
+
+def test_sent_images_of_other_formats_are_refused(tmp_path: Path) -> None:
+    init_image(tmp_path / "i.tiff", (20, 10))
+    for content in ((tmp_path / "i.tiff").read_bytes(), b"%!PS-Adobe-3.0 EPSF-3.0\n", b""):
+        with pytest.raises(zm.CheckpointError, match="the image has a format unknown to Pillow"):
+            decode_image(content, "image", 200)
 
 
 def pixels_of(path: Path) -> list[tuple[int, int, int]]:

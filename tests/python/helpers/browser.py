@@ -31,7 +31,7 @@ def find_browser() -> str:
 
 
 class Browser:
-    """Chromium without a network, driven by its DevTools protocol over two pipes.
+    """Chromium without a network but this machine, driven by its DevTools protocol over two pipes.
 
     Args:
         folder: for its profile.
@@ -43,7 +43,10 @@ class Browser:
         words = [
             *(find_browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
             *("--no-first-run", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
-            *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"),
+            *(
+                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+                f"--user-data-dir={folder / 'profile'}",
+            ),
         ]
 
         # Chromium reads commands from descriptor 3 and writes to 4; a shell moves them there.
@@ -94,8 +97,8 @@ class Browser:
         return json.loads(message)
 
     @contextmanager
-    def open(self, page: Path, *, width: int = 1400, dark: bool = False) -> Iterator[Tab]:
-        """Open a page in a tab of its own, with a viewport of 900 pixels in height."""
+    def open(self, page: Path | str, *, width: int = 1400, dark: bool = False) -> Iterator[Tab]:
+        """Open a file or an address in a tab of its own, with a viewport 900 pixels high."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         tab = Tab(self, session)
@@ -112,7 +115,7 @@ class Browser:
             for domain in ("Page", "Runtime", "Network", "Log"):
                 tab.call(f"{domain}.enable")
             self.messages.clear()
-            tab.call("Page.navigate", url=page.as_uri())
+            tab.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
             self.wait_for("Page.loadEventFired")
             yield tab
         finally:

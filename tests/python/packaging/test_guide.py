@@ -30,6 +30,7 @@ from helpers.documents import (
     text_of,
 )
 from helpers.images import init_image, settings_of
+from helpers.serving import StubEngine, serving
 from zimage_mxfp8.cli.command_line import build_parser
 
 if sys.version_info >= (3, 11):
@@ -43,6 +44,7 @@ PYTHON_BLOCKS = {
     "diffusers.md": 1,
     "lora.md": 2,
     "python.md": 2,
+    "serving.md": 1,
 }  # which the tests run
 
 
@@ -95,6 +97,7 @@ def test_extras_exist() -> None:
         ("generate.md", "generate"),
         ("compare.md", "compare"),
         ("evaluate.md", "evaluate"),
+        ("serving.md", "serve"),
     ],
 )
 def test_options_of_the_tables_exist(page: str, command: str) -> None:
@@ -153,6 +156,21 @@ def test_controlnet(turbo: Path) -> None:
     run_in_python(example.replace("1024", "64"), turbo)
     with Image.open(turbo / "fox.png") as image:
         assert image.size == (64, 64) and "zimage-mxfp8" not in image.info
+
+
+def test_serving_client(tmp_path: Path) -> None:
+    engine = StubEngine()
+    (example,) = blocks(GUIDE / "serving.md", "python")
+    with serving(engine) as address:
+        run = example.replace("http://127.0.0.1:8000", address)
+        assert run != example
+        printed = run_in_python(run, tmp_path).stdout.splitlines()
+    assert printed == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+    drawn, edited = (request.settings for request in engine.drawn)
+    assert drawn.seed == 1 and edited.strength == 0.7
+    for name in ("fox", "night"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == engine.default_size
 
 
 def test_generate_has_the_commands_of_the_readme() -> None:

@@ -1,0 +1,231 @@
+"""`zimage-mxfp8 serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from ..system.optional_packages import needed
+from .arguments import count, spellings
+from .download import add_download, resolve
+from .models import (
+    add_compute,
+    add_device_and_dtype,
+    add_model_dir,
+    add_offload,
+    keep_libraries_quiet,
+)
+from .streams import report_line
+from .wording import CommandLineError
+
+if TYPE_CHECKING:
+    from ..server.engine import GeneratorEngine
+    from ..server.options import ServerOptions
+
+_KEY = "ZIMAGE_MXFP8_API_KEY"
+_PORT = 8000
+_MAX_PORT = 65535
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
+    """Add this command to the parser."""
+    from ..server.options import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_QUEUE, DEFAULT_TIMEOUT
+
+    parser = commands.add_parser(
+        "serve",
+        help=line,
+        description="Serve images over HTTP: OpenAI's and AUTOMATIC1111's APIs, and a page for "
+        "browsers. Ctrl-C or SIGTERM finishes the image that is drawn. No network without "
+        "--download.",
+    )
+    parser.set_defaults(run=run)
+    add_model_dir(parser, required=False)
+    parser.add_argument(
+        "--transformer",
+        metavar="FILE",
+        help="MXFP8 or plain checkpoint, or OWNER/NAME[@REVISION][/FILE.safetensors] from the "
+        "Hugging Face cache (default: the folder's own transformer; without --model-dir the small "
+        "trained model of the package)",
+    )
+    add_download(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--port",
+        type=count(0),
+        default=_PORT,
+        metavar="N",
+        help=f"0 takes a free one (default: {_PORT})",
+    )
+    parser.add_argument(
+        *spellings("--api-key"),
+        metavar="KEY",
+        help=f"what clients must send; needed for other hosts than this one. {_KEY} in the "
+        "environment is safer: command lines are visible to other users",
+    )
+    parser.add_argument(
+        "--queue",
+        type=count(0),
+        default=DEFAULT_QUEUE,
+        metavar="N",
+        help=f"requests that may wait; more are refused with status 429 (default: {DEFAULT_QUEUE})",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=count(1),
+        default=round(DEFAULT_TIMEOUT),
+        metavar="SECONDS",
+        help=f"for waiting and drawing, of each request (default: {DEFAULT_TIMEOUT:.0f})",
+    )
+    parser.add_argument(
+        *spellings("--max-image-pixels"),
+        type=count(256),
+        default=DEFAULT_MAX_IMAGE_PIXELS,
+        metavar="N",
+        help="most pixels of an image; images that clients send may have four times as many "
+        f"(default: {DEFAULT_MAX_IMAGE_PIXELS}, 2048 x 2048)",
+    )
+    parser.add_argument(
+        *spellings("--lora-dir"),
+        type=Path,
+        metavar="DIR",
+        help="folder of adapters (*.safetensors) that clients may name",
+    )
+    add_compute(parser)
+    add_device_and_dtype(parser)
+    add_offload(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    options = _options(arguments)
+    if arguments.transformer and not arguments.model_dir:
+        raise CommandLineError("--transformer needs --model-dir with the other parts of the model")
+    with needed("serve", "serve"):
+        import python_multipart  # noqa: F401 - starlette imports it with the first form
+
+        from ..server.request_log import LogWriter
+        from ..server.run import run_server
+    with _listener(arguments.host, arguments.port) as listener:
+        engine = _engine(arguments)
+        log = LogWriter(sys.stderr)
+        address = _address(arguments.host, listener)
+        report_line("warming up ...")
+        try:
+            run_server(
+                engine,
+                options,
+                listener,
+                log,
+                lambda: print(f"{engine.name} is served at {address}", flush=True),
+            )
+        finally:
+            log.close()
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> ServerOptions:
+    from ..server.options import ServerOptions, is_loopback
+
+    key = os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key
+    if key is not None and not (
+        key.isascii() and key.isprintable() and key.strip(" ") == key != ""
+    ):
+        raise CommandLineError(
+            f"--api-key (or {_KEY}) must be printable ASCII characters, without spaces around them"
+        )
+    if key is None and not is_loopback(arguments.host):
+        raise CommandLineError(
+            f"--host {arguments.host} lets other machines in, which needs an API key; set {_KEY} "
+            "or --api-key"
+        )
+    if arguments.lora_dir is not None and not arguments.lora_dir.is_dir():
+        raise UsageError("lora_dir", f"{arguments.lora_dir} is not a folder")
+    return ServerOptions(
+        api_key=key,
+        queue=arguments.queue,
+        timeout=arguments.timeout,
+        max_image_pixels=arguments.max_image_pixels,
+        lora_dir=arguments.lora_dir,
+    )
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound: a taken port is reported before the model is loaded."""
+    if port > _MAX_PORT:  # the system would take the rest of it by 65536
+        raise CommandLineError(f"--port {port} cannot be used: ports end at {_MAX_PORT}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise CommandLineError(f"--host {host} --port {port} cannot be used: {error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise CommandLineError(
+            f"--port {port} of {host} cannot be used: {error.strerror}; choose another"
+        ) from None
+    return listener
+
+
+def _address(host: str, listener: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def _engine(arguments: argparse.Namespace) -> GeneratorEngine:
+    """Load the model."""
+    from ..checkpoint import hub
+    from ..generation.folder import open_model_folder
+    from ..printing.progress import stage_bar_or_lines
+
+    if not arguments.download:
+        keep_libraries_quiet()
+    if arguments.model_dir is None:
+        from ..generation.small_model import FOLDER, TRANSFORMER, examples
+
+        report_line("without --model-dir, serving the small trained model of the package")
+        model_dir, transformer, name = FOLDER, TRANSFORMER, FOLDER.name
+        side, _ = examples()
+    else:
+        own = () if arguments.transformer else (hub.TRANSFORMER,)
+        parts = (*hub.COMPONENTS, *own)
+        model_dir = resolve(arguments.model_dir, parts, download=arguments.download)
+        transformer = None
+        if arguments.transformer:
+            transformer = resolve(
+                arguments.transformer, (hub.TRANSFORMER,), download=arguments.download
+            )
+        name = transformer.stem if transformer and transformer.is_file() else hub.name_of(model_dir)
+        side = None
+    open_model_folder(model_dir)
+    keep_libraries_quiet()
+    report_line("loading torch and diffusers ...")
+    with needed("serve", "serve"):
+        from ..generation.generator import ZImageGenerator
+    from ..generation.limits import DEFAULT_SIZE
+    from ..server.engine import GeneratorEngine
+    from ..system.devices import torch_device
+
+    with stage_bar_or_lines(report_line) as progress:
+        generator = ZImageGenerator(
+            model_dir,
+            transformer,
+            arguments.device,
+            arguments.compute,
+            arguments.dtype,
+            offload=arguments.offload,
+            progress=progress,
+        )
+    side = side or DEFAULT_SIZE
+    return GeneratorEngine(generator, name, (side, side), str(torch_device(arguments.device)))

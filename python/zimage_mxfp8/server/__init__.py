@@ -1,0 +1,1 @@
+"""A server of images: OpenAI's and AUTOMATIC1111's APIs, a queue, and a page for browsers."""

@@ -1,0 +1,269 @@
+"""AUTOMATIC1111's API, as far as Open WebUI and SillyTavern use it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import threading
+from decimal import Decimal
+from typing import Any
+
+from fastapi import APIRouter
+from PIL import ImageOps
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..generation.infotext import write_infotext
+from .encoding import base64_text, encode
+from .engine import Drawing, DrawRequest
+from .jobs import Job
+from .openai_api import MAX_IMAGES, MAX_PROMPT
+from .request_errors import invalid
+from .service import Service
+
+_LORA = re.compile(r"<lora:([^:<>]{1,255})(?::([-+.\d]{1,20}))?(?::[^<>]{0,100})?>")
+_SAMPLER, _SCHEDULER = "Euler", "Simple"
+_STRENGTH = 0.75  # of image to image, as there
+# Of arguments of `GenerationSettings`.
+_FIELDS = {
+    "batch": "batch_size",
+    "guidance": "cfg_scale",
+    "init_image": "init_images",
+    "loras": "prompt",
+    "mask_image": "mask",
+    "strength": "denoising_strength",
+}
+
+
+class TextBody(BaseModel):
+    """The fields of text to image that count; others are ignored."""
+
+    prompt: str = Field("", max_length=MAX_PROMPT)
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
+    seed: int | None = None
+    steps: int | None = None
+    width: int | None = None
+    height: int | None = None
+    cfg_scale: float | None = None
+    batch_size: int | None = Field(None, ge=1, le=MAX_IMAGES)
+    n_iter: int | None = Field(None, ge=1, le=MAX_IMAGES)
+
+
+class ImageToImageBody(TextBody):
+    """The fields of image to image that count."""
+
+    init_images: list[str] = Field(min_length=1, max_length=1)
+    denoising_strength: float | None = None
+    mask: str | None = None
+    inpainting_mask_invert: int | None = None
+
+
+class _Jobs:
+    """The jobs of this API, of which one may be drawn now: progress and interrupt are about it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._lock = threading.Lock()
+        self._jobs: set[Job] = set()
+
+    def add(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.add(job)
+
+    def remove(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.discard(job)
+
+    @property
+    def running(self) -> Job | None:
+        job = self._service.queue.running
+        return job if job in self._jobs else None
+
+    @property
+    def count(self) -> int:
+        return len(self._jobs)
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes under /sdapi/v1."""
+    routes = APIRouter(prefix="/sdapi/v1")
+    jobs = _Jobs(service)
+    name = service.engine.name
+
+    @routes.post("/txt2img")
+    async def text_to_image(body: TextBody, http: Request) -> Response:
+        return await _answer(service, jobs, http, body, {})
+
+    @routes.post("/img2img")
+    async def image_to_image(body: ImageToImageBody, http: Request) -> Response:
+        service.queue.check_room()
+        strength = body.denoising_strength
+        image = await service.decode(_bytes(body.init_images[0], "init_images"), "init_images")
+        images: dict[str, Any] = {
+            "init_image": image,
+            "strength": _STRENGTH if strength is None else strength,
+        }
+        if body.mask:
+            mask = (await service.decode(_bytes(body.mask, "mask"), "mask")).convert("L")
+            mask = mask if mask.size == image.size else mask.resize(image.size)
+            images["mask_image"] = ImageOps.invert(mask) if body.inpainting_mask_invert else mask
+        return await _answer(service, jobs, http, body, images)
+
+    @routes.get("/progress")
+    async def progress() -> Response:
+        return JSONResponse(_progress(jobs))
+
+    @routes.post("/interrupt")
+    async def interrupt() -> Response:
+        if (job := jobs.running) is not None:
+            job.stop()
+        return JSONResponse({})
+
+    @routes.get("/options")
+    async def options() -> Response:
+        return JSONResponse({"sd_model_checkpoint": name, "samples_format": "png"})
+
+    @routes.post("/options")
+    async def set_options() -> Response:
+        return JSONResponse(None)  # there is one model, and nothing else to set
+
+    @routes.get("/sd-models")
+    async def models() -> Response:
+        model = {"title": name, "model_name": name, "filename": name}
+        return JSONResponse([{**model, "hash": None, "sha256": None, "config": None}])
+
+    @routes.get("/samplers")
+    async def samplers() -> Response:
+        return JSONResponse([{"name": _SAMPLER, "aliases": ["euler"], "options": {}}])
+
+    @routes.get("/schedulers")
+    async def schedulers() -> Response:
+        scheduler = {"name": _SCHEDULER.lower(), "label": _SCHEDULER, "aliases": None}
+        return JSONResponse([{**scheduler, "default_rho": -1, "need_inner_model": False}])
+
+    @routes.get("/loras")
+    async def loras() -> Response:
+        names = await run_in_threadpool(service.loras.names)
+        return JSONResponse(
+            [{"name": each, "alias": each, "path": each, "metadata": {}} for each in names]
+        )
+
+    async def nothing() -> Response:
+        return JSONResponse([])
+
+    for path in ("/upscalers", "/latent-upscale-modes", "/sd-vae"):
+        routes.get(path)(nothing)
+    return routes
+
+
+async def _answer(
+    service: Service, jobs: _Jobs, http: Request, body: TextBody, images: dict[str, Any]
+) -> Response:
+    prompt, loras = _without_loras(service, body.prompt)
+    cfg = 1.0 if body.cfg_scale is None else body.cfg_scale
+    # Here 1 is no guidance, and negative prompts without guidance are usual.
+    guidance = float(Decimal(repr(cfg)) - 1) if cfg > 1 else 0.0
+    width, height = service.size(body.width, body.height, images.get("init_image"))
+    batch = (body.batch_size or 1) * (body.n_iter or 1)
+    if batch > MAX_IMAGES:
+        raise invalid("batch_size", f"times n_iter must be at most {MAX_IMAGES}, not {batch}")
+    settings = service.settings(
+        _FIELDS,
+        prompt=prompt,
+        negative_prompt=(body.negative_prompt or None) if guidance else None,
+        steps=8 if body.steps is None else body.steps,
+        width=width,
+        height=height,
+        guidance=guidance,
+        seed=None if body.seed == -1 else body.seed,
+        batch=batch,
+        loras=loras,
+        **images,
+    )
+    job = service.submit(http, DrawRequest(settings))
+    jobs.add(job)
+    try:
+        drawing = await service.drawing(http, job, _FIELDS)
+    finally:
+        jobs.remove(job)
+    return await run_in_threadpool(_response, service.engine.name, body, drawing)
+
+
+def _response(model: str, body: TextBody, drawing: Drawing) -> Response:
+    first = drawing.metadata[0]
+    seeds = [metadata["seed"] for metadata in drawing.metadata]
+    prompts = [metadata["prompt"] for metadata in drawing.metadata]
+    info = {
+        "prompt": first["prompt"],
+        "all_prompts": prompts,
+        "negative_prompt": first["negative_prompt"] or "",
+        "all_negative_prompts": [first["negative_prompt"] or ""] * len(prompts),
+        "seed": seeds[0],
+        "all_seeds": seeds,
+        "width": first["width"],
+        "height": first["height"],
+        "sampler_name": _SAMPLER,
+        "cfg_scale": float(Decimal(repr(first["guidance"])) + 1),
+        "steps": first["steps"],
+        "batch_size": len(seeds),
+        "denoising_strength": first["strength"],
+        "sd_model_name": model,
+        "infotexts": [write_infotext(metadata) for metadata in drawing.metadata],
+        "index_of_first_image": 0,
+        "extra_generation_params": {},
+        "version": first["version"],
+    }
+    images = [
+        base64_text(encode(image, "png", 100, metadata))
+        for image, metadata in zip(drawing.images, drawing.metadata, strict=True)
+    ]
+    parameters = body.model_dump(exclude={"init_images", "mask"})
+    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
+
+
+def _progress(jobs: _Jobs) -> dict[str, Any]:
+    job = jobs.running
+    latest = None if job is None else job.progress
+    is_drawn = latest is not None and latest.stage == "denoising"
+    done, total = (latest.done, latest.total) if latest is not None and is_drawn else (0, 0)
+    return {
+        "progress": done / total if total else 0.0,
+        "eta_relative": 0.0,
+        "state": {
+            "skipped": False,
+            "interrupted": job is not None and job.is_stopped,
+            "job": "" if job is None else "drawing",
+            "job_count": jobs.count,
+            "job_no": 0,
+            "sampling_step": done,
+            "sampling_steps": total,
+        },
+        "current_image": None,
+        "textinfo": None,
+    }
+
+
+def _without_loras(service: Service, prompt: str) -> tuple[str, list[Any]]:
+    """Return a prompt without its `<lora:name:weight>`, and those adapters with their weights."""
+    loras = []
+    for found in _LORA.finditer(prompt):
+        name, weight = found.groups()
+        try:
+            number = float(weight or 1)
+        except ValueError:
+            raise invalid("prompt", f'has a LoRA with the weight "{weight}"') from None
+        loras.append((name.strip(), number))
+    return _LORA.sub("", prompt).strip() if loras else prompt, service.loras.find(loras)
+
+
+def _bytes(text: str, field: str) -> bytes:
+    """Return the bytes of base64, or of a data URL."""
+    data = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid(field, "must be base64 of an image file") from None

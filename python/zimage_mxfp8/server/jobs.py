@@ -1,0 +1,363 @@
+"""The queue in front of an engine: one thread that draws, and jobs whose events asyncio awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, Protocol
+
+from ..errors import Error
+from .engine import Drawing, DrawRequest, Engine, Preview, Progress
+
+_FIRST_GUESS = 5.0  # seconds of a drawing, before any has ended
+_REMEMBERED = 16  # drawings, for the guess
+Outcome = Literal["done", "failed", "stopped"]
+
+
+class QueueFullError(Exception):
+    """As many jobs wait as the queue holds.
+
+    Attributes:
+        retry_after: seconds after which there may be room.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__()
+        self.retry_after = retry_after
+
+
+class StoppingError(Exception):
+    """The server stops, and begins nothing new."""
+
+
+class StoppedError(Exception):
+    """A drawing that was stopped: its client went away, or asked for it."""
+
+
+class DeadlineError(Exception):
+    """A drawing that was not finished in time.
+
+    Attributes:
+        seconds: the time that it had.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Other jobs come first.
+
+    Attributes:
+        ahead: their number.
+    """
+
+    ahead: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a job.
+
+    Attributes:
+        drawing: its images.
+    """
+
+    drawing: Drawing
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end of a job without images.
+
+    Attributes:
+        error: the reason, without its traceback, which would keep tensors alive.
+    """
+
+    error: Exception
+
+
+Event = Queued | Progress | Preview | Done | Failed
+
+
+class Observer(Protocol):
+    """Is told what the drawing thread does; called from that thread."""
+
+    def stage_ended(self, stage: str, seconds: float) -> None:
+        """Note that a stage of a drawing is over."""
+
+    def step_done(self) -> None:
+        """Note that a step is over."""
+
+    def job_ended(self, outcome: Outcome) -> None:
+        """Note the end of a job that was drawn, or begun."""
+
+    def failed(self, detail: str) -> None:
+        """Note a failed drawing or warm-up: a sentence, or the traceback of an unforeseen error."""
+
+
+class Job:
+    """A request in the queue. Made by `JobQueue.submit`.
+
+    Attributes:
+        request: what to draw.
+        progress: the latest progress; None before the first.
+    """
+
+    def __init__(self, queue: JobQueue, request: DrawRequest, seconds: float) -> None:
+        self.request = request
+        self.progress: Progress | None = None
+        self._queue = queue
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._stopped = threading.Event()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nobody waits for the job any more."""
+        return self._stopped.is_set()
+
+    def stop(self) -> None:
+        """Stop drawing after the current step, or never begin. Any thread may call it."""
+        self._stopped.set()
+        if self._queue.forget(self):
+            self.tell(Failed(StoppedError()))
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to the reader. Any thread may call it."""
+        if isinstance(event, Progress):
+            self.progress = event
+        with suppress(RuntimeError):  # the loop has ended, and with it the reader
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield the job's events; the last one is `Done` or `Failed`. Closing this stops the job.
+
+        Read it once, in the loop that submitted the job.
+        """
+        try:
+            event: Event | None = None
+            while not isinstance(event, (Done, Failed)):
+                left = self._deadline - time.monotonic()
+                try:
+                    event = await asyncio.wait_for(self._events.get(), max(0.0, left))
+                except asyncio.TimeoutError:
+                    event = Failed(DeadlineError(self._seconds))
+                yield event
+        finally:
+            self.stop()
+
+
+class JobQueue:
+    """Jobs in order, and the thread that draws them.
+
+    Args:
+        engine: draws.
+        limit: jobs that may wait behind the one that is drawn.
+        observer: is told what happens.
+    """
+
+    def __init__(self, engine: Engine, limit: int, observer: Observer) -> None:
+        self._engine = engine
+        self._limit = limit
+        self._observer = observer
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._changed = threading.Condition()
+        self._is_ready = self._is_stopping = False
+        self._durations: deque[float] = deque(maxlen=_REMEMBERED)
+        self._thread = threading.Thread(target=self._work, name="drawing", daemon=True)
+        self._on_broken: Callable[[Exception], object] = lambda _: None
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that wait."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> Job | None:
+        """The job that is drawn."""
+        return self._running
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine is warm and jobs are accepted."""
+        return self._is_ready and not self._is_stopping
+
+    def start(self, on_broken: Callable[[Exception], object] = lambda _: None) -> None:
+        """Start the thread: it warms the engine up, then draws.
+
+        Args:
+            on_broken: called from the thread if the engine cannot be warmed up.
+        """
+        self._on_broken = on_broken
+        self._thread.start()
+
+    def submit(self, request: DrawRequest, seconds: float) -> Job:
+        """Append a job. Call it in an event loop.
+
+        Args:
+            request: what to draw.
+            seconds: time for waiting and drawing together.
+
+        Raises:
+            QueueFullError: too many jobs wait.
+            StoppingError: `stop` was called.
+        """
+        with self._changed:
+            ahead = self.check_room()
+            job = Job(self, request, seconds)
+            self._waiting.append(job)
+            if ahead:
+                job.tell(Queued(ahead))
+            self._changed.notify_all()
+        return job
+
+    def check_room(self) -> int:
+        """Return the number of jobs ahead, or raise as `submit` does.
+
+        For callers that first do work which a refusal would waste.
+        """
+        with self._changed:
+            if self._is_stopping:
+                raise StoppingError
+            ahead = len(self._waiting) + (self._running is not None)
+            if ahead > self._limit:
+                raise QueueFullError(self._retry_after())
+            return ahead
+
+    def forget(self, job: Job) -> bool:
+        """Drop a job that waits; return whether it did."""
+        with self._changed:
+            try:
+                self._waiting.remove(job)
+            except ValueError:
+                return False
+        return True
+
+    def stop(self, *, now: bool = False) -> None:
+        """Accept nothing more and fail what waits. What is drawn is finished, unless `now`."""
+        with self._changed:
+            self._is_stopping = True
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            running = self._running
+            self._changed.notify_all()
+        for job in waiting:
+            job.tell(Failed(StoppingError()))
+        if now and running is not None:
+            running.stop()
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Wait for the thread to end after `stop`; return whether it has."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _retry_after(self) -> int:
+        duration = median(self._durations) if self._durations else _FIRST_GUESS
+        return min(60, max(1, round(duration)))  # one drawing makes room for one
+
+    # ---- the drawing thread
+
+    def _work(self) -> None:
+        try:
+            self._engine.warm_up()
+        except Exception as error:  # a broken model; nothing can be drawn
+            self._observer.failed(_detail(error))
+            self._on_broken(_without_frames(error))
+            self.stop()
+            return
+        self._is_ready = True
+        while (job := self._next()) is not None:
+            self._run(job)
+            with self._changed:
+                self._running = None
+            del job  # with its images, until the next one comes
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_stopping)
+            if not self._waiting:
+                return None
+            self._running = self._waiting.popleft()
+            return self._running
+
+    def _run(self, job: Job) -> None:
+        begin = time.monotonic()
+        stages = _Stages(self._observer)
+
+        def report(update: Progress | Preview) -> None:
+            if job.is_stopped:
+                raise StoppedError
+            if isinstance(update, Progress):
+                stages.enter(update)
+            job.tell(update)
+
+        outcome: Outcome = "failed"
+        end: Event
+        try:
+            drawing = self._engine.draw(job.request, report)
+            end, outcome = Done(drawing), "done"
+        except StoppedError as error:
+            end, outcome = Failed(_without_frames(error)), "stopped"
+        except Exception as error:  # of the engine; other requests are none the worse
+            self._observer.failed(_detail(error))
+            end = Failed(_without_frames(error))
+        stages.end()
+        if outcome == "done":
+            self._durations.append(time.monotonic() - begin)
+        elif outcome == "failed":
+            try:
+                self._engine.free_memory()
+            except Exception as error:  # a device that is broken; the next drawing will tell
+                self._observer.failed(_detail(error))
+        self._observer.job_ended(outcome)
+        job.tell(end)
+
+
+class _Stages:
+    """Times the stages of a drawing: each lasts from the last report of the one before to its own.
+
+    "denoising" reports for the first time when its first step is over.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._stage = ""
+        self._begin = self._latest = time.monotonic()
+
+    def enter(self, progress: Progress) -> None:
+        """Take a report."""
+        if progress.stage != self._stage:
+            self.end()
+            self._stage = progress.stage
+        if progress.stage == "denoising" and progress.done:
+            self._observer.step_done()
+        self._latest = time.monotonic()
+
+    def end(self) -> None:
+        """Count the stage that goes on, if one does."""
+        if self._stage:
+            self._observer.stage_ended(self._stage, self._latest - self._begin)
+        self._begin = self._latest
+
+
+def _detail(error: Exception) -> str:
+    return str(error) if isinstance(error, Error) else "".join(traceback.format_exception(error))
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Return an error without the frames that it passed, and their tensors."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error

@@ -1,0 +1,239 @@
+"""What surrounds every request: its log line and errors, who may ask, and how much."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import request_errors
+from .metrics import Metrics
+from .options import is_loopback
+from .request_errors import ClientGoneError, RequestError, request_error
+from .request_log import LogWriter
+
+_OPEN = ("/", "/healthz", "/readyz")  # to everyone: they tell nothing, and draw nothing
+_CLIENT_GONE = 499  # in the log, as nginx has it
+
+
+@dataclass
+class Notes:
+    """What a request's log line says besides the usual.
+
+    Attributes:
+        request_id: also in the response's header x-request-id.
+        fields: added by those who answer.
+    """
+
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def notes_of(scope: Scope) -> Notes:
+    """Return a request's notes."""
+    notes: Notes = scope["state"]["notes"]
+    return notes
+
+
+class Boundary:
+    """The outermost layer: answers errors of all kinds, and writes the log.
+
+    Args:
+        app: the layers inside.
+        log: gets a line per request.
+        metrics: counts errors.
+    """
+
+    def __init__(self, app: ASGIApp, log: LogWriter, metrics: Metrics) -> None:
+        self._app = app
+        self._log = log
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        notes = Notes()
+        scope.setdefault("state", {})["notes"] = notes
+        begin, status = time.monotonic(), 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = notes.request_id
+                if status >= 400 and scope["method"] == "POST":
+                    headers["connection"] = "close"  # or what is left of the body would be read
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except ClientGoneError:
+            status = _CLIENT_GONE
+        except Exception as error:
+            known = request_error(error)
+            if known.code == "internal_error":
+                self._metrics.failed(f"{notes.request_id}: {error!r:.2000}")
+            notes.fields["error"] = known.code
+            if not status:
+                await request_errors.response(known, scope["path"])(scope, receive, noting)
+        if "error" in notes.fields:
+            self._metrics.refused(notes.fields["error"])
+        self._log.write(
+            {
+                "id": notes.request_id,
+                "method": scope["method"],
+                "route": _route(scope),
+                "status": status,
+                "seconds": round(time.monotonic() - begin, 3),
+                **notes.fields,
+            }
+        )
+
+
+class Access:
+    """Lets a request in: by the API key, or without one only programs and pages of this machine.
+
+    The key comes as `Authorization: Bearer KEY`, or as the password of `Authorization: Basic`.
+    Without a key, requests that a web page of another origin makes are refused, and so are those
+    whose Host is not this machine's: both are how foreign pages reach a server on loopback.
+
+    Args:
+        app: the layers inside.
+        api_key: the key; None for none.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
+            headers = Headers(scope=scope)
+            if self._key is None:
+                _check_origin(headers)
+            elif not self._fits(headers.get("authorization", "")):
+                raise RequestError(
+                    401,
+                    "invalid_api_key",
+                    "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        await self._app(scope, receive, send)
+
+    def _fits(self, authorization: str) -> bool:
+        assert self._key is not None
+        scheme, _, given = authorization.strip().partition(" ")
+        secret = given.strip().encode("latin-1", "replace")
+        if scheme.lower() == "basic":
+            try:
+                secret = base64.b64decode(secret, validate=True)
+            except binascii.Error:
+                return False
+            secret = secret.partition(b":")[2]
+        elif scheme.lower() != "bearer":
+            return False
+        return hmac.compare_digest(secret, self._key)
+
+
+class Limits:
+    """Bounds a request's body in bytes and time, and the time that a client takes to read.
+
+    Args:
+        app: the layers inside.
+        max_bytes: of the body, which are counted while they come in.
+        seconds: for the whole body, and for each piece of the response.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_bytes:
+            raise self._too_large()
+        deadline = time.monotonic() + self._seconds
+        count, is_complete = 0, False
+        breach: RequestError | None = None
+
+        async def bounded_receive() -> Message:
+            nonlocal count, is_complete, breach
+            if is_complete:  # from now on only the end of the connection can come
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                breach = RequestError(408, "timeout", "the request did not arrive in time")
+                raise breach from None
+            count += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
+            if count > self._max_bytes:
+                breach = self._too_large()
+                raise breach
+            return message
+
+        async def bounded_send(message: Message) -> None:
+            try:
+                await asyncio.wait_for(send(message), self._seconds)
+            except asyncio.TimeoutError:
+                raise ClientGoneError from None
+
+        try:
+            await self._app(scope, bounded_receive, bounded_send)
+        except Exception:
+            if breach is not None:  # parsers turn it into an error of their own
+                raise breach from None
+            raise
+
+    def _too_large(self) -> RequestError:
+        return RequestError(
+            413, "request_too_large", f"the request has more than {self._max_bytes:,} bytes"
+        )
+
+
+def _check_origin(headers: Headers) -> None:
+    host = _host(f"//{headers.get('host', '')}")
+    if not is_loopback(host[0]):
+        raise RequestError(
+            403,
+            "foreign_host",
+            "without an API key the server answers to localhost and addresses like 127.0.0.1 only",
+        )
+    origin = headers.get("origin")
+    if origin is not None and _host(origin) != host:
+        raise RequestError(
+            403, "foreign_origin", "without an API key other web pages may not use the server"
+        )
+
+
+def _host(address: str) -> tuple[str, int | None]:
+    """Return the host and the port of an address."""
+    try:
+        parts = urlsplit(address)
+        return (parts.hostname or "").lower(), parts.port
+    except ValueError:
+        return "", None
+
+
+def _route(scope: Scope) -> str:
+    """Return the path if it is one of the server's: others could hold anything."""
+    route = scope.get("route")
+    return str(getattr(route, "path", "other"))

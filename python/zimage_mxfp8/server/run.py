@@ -1,0 +1,118 @@
+"""A server of one process: the app in uvicorn, from the first request to the last."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from .app import create_app
+from .engine import Engine
+from .options import ServerOptions
+from .request_log import LogHandler, LogWriter
+
+_MAX_CONNECTIONS = 128  # more are answered with 503
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run_server(
+    engine: Engine,
+    options: ServerOptions,
+    listener: socket.socket,
+    log: LogWriter,
+    on_ready: Callable[[], object],
+) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    The first signal finishes what is drawn and refuses everything else; the second one stops that,
+    too.
+
+    Args:
+        engine: draws.
+        options: limits and secrets.
+        listener: bound to the address of the server.
+        log: gets a line per request.
+        on_ready: called when the engine is warm.
+
+    Raises:
+        Exception: of the engine, if it cannot be warmed up.
+    """
+    broken: list[Exception] = []
+    app = create_app(engine, options, log, broken.append)
+    uvicorn_log = logging.getLogger("uvicorn")
+    uvicorn_log.handlers = [LogHandler(log)]
+    uvicorn_log.propagate = False
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        http="h11",
+        lifespan="on",
+        limit_concurrency=_MAX_CONNECTIONS,
+        log_config=None,
+        log_level="warning",
+        loop="asyncio",
+        server_header=False,
+        timeout_graceful_shutdown=round(options.transfer_timeout),
+        ws="none",
+    )
+    server = _Server(config, log, lambda: bool(broken), on_ready)
+    asyncio.run(server.serve([listener]))
+    if broken:
+        raise broken[0]
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which ends only when the drawing has."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        log: LogWriter,
+        is_broken: Callable[[], bool],
+        on_ready: Callable[[], object],
+    ) -> None:
+        super().__init__(config)
+        self._queue = config.app.state.queue  # type: ignore[union-attr]
+        self._log = log
+        self._is_broken = is_broken
+        self._on_ready = on_ready
+        self._signals = self._seen = 0
+        self._was_ready = False
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Count signals instead of ending by them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._count) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after the queue; uvicorn calls this ten times a second. Return whether to end."""
+        if self._queue.is_ready and not self._was_ready:
+            self._was_ready = True
+            self._on_ready()
+        if self._signals > self._seen:
+            self._seen = self._signals
+            waits = self._queue.running is not None and self._signals == 1
+            detail = "until the image is drawn; a second signal stops it" if waits else "now"
+            self._queue.stop(now=self._signals > 1)
+            self._log.write({"event": "stopping", "detail": detail})
+        if self._is_broken() or (self._signals and self._queue.running is None):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def _count(self, _number: int, _frame: FrameType | None) -> None:
+        self._signals += 1

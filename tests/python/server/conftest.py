@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from helpers.serving import Log, Serve, StubEngine, wait_until
+from zimage_mxfp8.server.app import create_app
+from zimage_mxfp8.server.options import ServerOptions
+from zimage_mxfp8.server.request_log import LogWriter
+
+
+@pytest.fixture
+def engine() -> Iterator[StubEngine]:
+    stub = StubEngine()
+    yield stub
+    stub.gate.set()
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def serve(engine: StubEngine, log: Log) -> Iterator[Serve]:
+    """Starts a server in this process with these options, and returns a client of it."""
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> TestClient:
+            writer = LogWriter(log)
+            stack.callback(writer.close)
+            app = create_app(engine, ServerOptions(**options), writer)
+            client = TestClient(app, base_url="http://localhost")
+            stack.enter_context(client)
+            wait_until(lambda: app.state.queue.is_ready)
+            return client
+
+        yield start
+        engine.gate.set()

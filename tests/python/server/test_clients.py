@@ -1,0 +1,286 @@
+"""A real server, and clients over sockets: openai-python, slow ones, and ones that go away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+
+import zimage_mxfp8 as zm
+from helpers.serving import Log, StubEngine, decoded, image_file, serving, wait_until
+
+
+@pytest.fixture
+def address(engine: StubEngine, log: Log) -> Iterator[str]:
+    with serving(engine, log, queue=1) as address:
+        yield address
+        engine.gate.set()
+
+
+def client_of(address: str, key: str = "none", retries: int = 0) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=retries, timeout=30)
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with client_of(address) as client:
+        yield client
+
+
+# ---- openai-python
+
+
+def test_openai_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["stub"]
+    assert client.models.retrieve("stub").owned_by == "zimage-mxfp8"
+
+
+def test_openai_generate(client: openai.OpenAI, engine: StubEngine) -> None:
+    made = client.images.generate(
+        prompt="a fox",
+        model="stub",
+        n=2,
+        size="96x32",  # type: ignore[call-overload]
+        extra_body={"seed": 3, "num_inference_steps": 4},
+    )
+    images = [decoded(image.b64_json) for image in made.data]
+    assert [image.size for image in images] == [(96, 32)] * 2
+    assert [image.getpixel((0, 0)) for image in images] == [(3, 0, 0), (4, 0, 0)]
+    assert (made.size, made.output_format) == ("96x32", "png")
+    assert engine.drawn[0].settings.steps == 4
+
+
+def test_openai_edit(client: openai.OpenAI, engine: StubEngine) -> None:
+    made = client.images.edit(
+        image=("a.png", image_file()),
+        mask=("m.png", image_file(mode="RGBA")),
+        prompt="a",
+        extra_body={"strength": 0.5},
+    )
+    assert decoded(made.data[0].b64_json).size == (64, 48)
+    settings = engine.drawn[0].settings
+    assert settings.init_image is not None and settings.mask_image is not None
+    assert settings.strength == 0.5
+
+
+def test_openai_stream(client: openai.OpenAI) -> None:
+    events = list(client.images.generate(prompt="a", stream=True, partial_images=2))
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + [
+        "image_generation.completed"
+    ]
+    assert type(events[0]).__name__ == "ImageGenPartialImageEvent"
+    assert events[1].partial_image_index == 1
+    assert decoded(events[2].b64_json).size == (64, 48)
+    edited = list(client.images.edit(image=("a.png", image_file()), prompt="a", stream=True))
+    assert [type(event).__name__ for event in edited] == ["ImageEditCompletedEvent"]
+
+
+def test_openai_events_arrive_while_the_image_is_drawn(
+    client: openai.OpenAI, engine: StubEngine
+) -> None:
+    engine.pause_at = 3
+    stream = client.images.generate(prompt="a", stream=True, partial_images=1)
+    assert next(stream).type == "image_generation.partial_image"
+    assert engine.steps == 2
+    engine.gate.set()
+    engine.pause_at = None
+    assert next(stream).type == "image_generation.completed"
+
+
+def test_openai_exceptions(address: str, client: openai.OpenAI, engine: StubEngine) -> None:
+    with pytest.raises(openai.BadRequestError, match="size must be a multiple of 16") as bad:
+        client.images.generate(prompt="a", size="65x64")  # type: ignore[call-overload]
+    assert (bad.value.param, bad.value.code) == ("size", "invalid_value")
+    with pytest.raises(openai.NotFoundError, match="this server has stub"):
+        client.images.generate(prompt="a", model="gpt-image-2")
+    with pytest.raises(openai.BadRequestError, match="size"):
+        client.images.generate(prompt="a", size="1x1", stream=True)  # type: ignore[call-overload]
+    engine.failure = zm.GenerationError("the image became NaN", 1)
+    with client_of(address, retries=2) as retrying:
+        drawn = len(engine.drawn)
+        with pytest.raises(openai.InternalServerError, match="became NaN"):
+            retrying.images.generate(prompt="a")
+        assert len(engine.drawn) == drawn + 1  # it would fail again
+    with pytest.raises(openai.APIError, match="became NaN"):
+        list(client.images.generate(prompt="a", stream=True))
+
+
+def test_openai_refusals_of_a_full_queue(address: str, engine: StubEngine) -> None:
+    engine.gate.clear()
+    with ThreadPoolExecutor(8) as others, client_of(address) as client:
+        running = others.submit(client.images.generate, prompt="a")
+        wait_until(lambda: engine.drawn)
+        requests = [
+            others.submit(client.images.generate, prompt="a", stream=is_stream)
+            for is_stream in (False, True, False, True)
+        ]
+        wait_until(lambda: sum(request.done() for request in requests) >= 3)
+        engine.gate.set()
+        errors = [request.exception() for request in requests]
+        assert running.exception() is None
+    assert sorted(type(error).__name__ for error in errors) == [
+        *["NoneType"],
+        *["RateLimitError"] * 3,
+    ]
+
+
+def test_openai_api_key(engine: StubEngine) -> None:
+    with serving(engine, api_key="s3cret") as address:
+        with client_of(address) as wrong, pytest.raises(openai.AuthenticationError):
+            wrong.images.generate(prompt="a")
+        with client_of(address, "s3cret") as right:
+            assert right.images.generate(prompt="a").data
+
+
+def test_fifty_clients_at_once(engine: StubEngine) -> None:
+    """Nobody hangs; each gets an image, or the refusal that tells when to come again."""
+    with serving(engine, queue=8) as address, ThreadPoolExecutor(50) as others:
+
+        def ask(i: int) -> int:
+            with client_of(address) as client:
+                try:
+                    made = client.images.generate(prompt="a", extra_body={"seed": i})
+                except openai.RateLimitError:
+                    return 429
+                assert decoded(made.data[0].b64_json).getpixel((0, 0)) == (i, 0, 0)
+                return 200
+
+        statuses = list(others.map(ask, range(50)))
+    assert statuses.count(200) == len(engine.drawn) >= 9
+    assert set(statuses) <= {200, 429}
+
+
+# ---- sockets
+
+
+def connect(address: str) -> socket.socket:
+    return socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), 30)
+
+
+def request_of(fields: dict[str, Any], path: str = "/v1/images/generations") -> bytes:
+    body = json.dumps(fields).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("is_half", [False, True])
+def test_a_client_that_goes_away_stops_its_drawing_within_a_step(
+    address: str, engine: StubEngine, log: Log, stream: bool, is_half: bool
+) -> None:
+    """Closed, or half-closed: it says that it sends nothing more, as interrupted programs do."""
+    engine.pause_at = 5
+    connection = connect(address)
+    connection.sendall(request_of({"prompt": "a", "steps": 1000, "stream": stream}))
+    wait_until(lambda: engine.steps == 4)
+    if is_half:
+        connection.shutdown(socket.SHUT_WR)
+    else:
+        connection.close()
+    wait_until(lambda: [line for line in log.lines() if line["status"] == 499])
+    engine.pause_at = None
+    engine.gate.set()
+    with client_of(address) as other:
+        assert other.images.generate(prompt="b", extra_body={"steps": 1}).data
+    assert engine.steps == 4 + 1 + 1  # the step that had begun, and the other's
+    connection.close()
+
+
+def test_a_client_that_goes_away_while_it_waits(address: str, engine: StubEngine) -> None:
+    engine.gate.clear()
+    with connect(address) as running:
+        running.sendall(request_of({"prompt": "a", "steps": 1}))
+        wait_until(lambda: engine.drawn)
+        with connect(address) as waiting:
+            waiting.sendall(request_of({"prompt": "b", "steps": 1, "stream": True}))
+            assert b"1 ahead in the queue" in waiting.recv(10_000) + waiting.recv(10_000)
+        wait_until(lambda: b"zimage_queue_length 0.0" in metrics_of(address))
+        engine.gate.set()
+        assert b"200 OK" in running.recv(10_000)
+    assert len(engine.drawn) == 1
+
+
+def metrics_of(address: str) -> bytes:
+    with connect(address) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        found = b""
+        while piece := connection.recv(100_000):
+            found += piece
+    return found
+
+
+def test_slow_clients_do_not_keep_others_waiting(engine: StubEngine, log: Log) -> None:
+    """One sends its request and never ends; one does not read its images."""
+    with serving(engine, log, transfer_timeout=0.5) as address:
+        sender, reader = connect(address), connect(address)
+        sender.sendall(request_of({"prompt": "a"})[:-5])
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        large = {"prompt": "a", "n": 10, "size": "1024x1024", "output_format": "jpeg"}
+        engine.draw = noisy(engine)  # type: ignore[method-assign]
+        reader.sendall(request_of({**large, "stream": True, "steps": 1}))
+        with client_of(address) as client:
+            assert client.images.generate(prompt="b", extra_body={"steps": 1}).data
+        assert b"408 Request Timeout" in sender.recv(10_000)
+        wait_until(lambda: sorted(x["status"] for x in log.lines()) == [200, 408, 499])
+        sender.close()
+        reader.close()
+
+
+def noisy(engine: StubEngine) -> Any:
+    """The engine's `draw` with images that do not fit into a socket's buffers."""
+    from dataclasses import replace
+
+    import numpy as np
+    from PIL import Image
+
+    draw = engine.draw
+
+    def drawn(request: Any, report: Any) -> Any:
+        made = draw(request, report)
+        size = made.images[0].size
+        pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        return replace(made, images=(Image.fromarray(pixels),) * len(made.images))
+
+    return drawn
+
+
+def test_what_is_no_http(address: str) -> None:
+    for content in (b"\x16\x03\x01\x02\0\x01\0\x01", b"GET / HTTP/9.9\r\n\r\n", b"\0" * 100_000):
+        with connect(address) as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(content)
+            answer = connection.recv(10_000)
+            assert b"Traceback" not in answer and b"500" not in answer
+    with client_of(address) as client:
+        assert client.images.generate(prompt="a").data
+
+
+def test_a_body_is_refused_while_it_comes_in(engine: StubEngine) -> None:
+    with serving(engine, max_body_bytes=100_000) as address, connect(address) as connection:
+        connection.sendall(
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 1 << 30:
+                connection.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+                sent += 0x10000
+                time.sleep(0.001)
+        assert sent < 1 << 27
+        with contextlib.suppress(ConnectionError):  # the answer may be lost with the connection
+            assert b"413" in connection.recv(10_000)
+
+
+def test_a_file_that_does_not_stay_in_memory(address: str) -> None:
+    large = image_file((1000, 1000))
+    assert len(large) > 2 << 20
+    with client_of(address) as client:
+        assert client.images.edit(image=("a.png", large), prompt="a", size="16x16").data  # type: ignore[call-overload]

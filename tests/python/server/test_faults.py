@@ -1,0 +1,201 @@
+"""Hostile requests and failing drawings: an answer for that client, and the server goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import zimage_mxfp8 as zm
+from helpers.serving import Log, Serve, StubEngine, image_file, wait_until
+
+GENERATIONS, EDITS, TEXT = "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img"
+JSON = {"Content-Type": "application/json"}
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A small file whose header promises many pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + kind + data + checksum
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+HOSTILE = {
+    "no JSON": b"{",
+    "no object": b"[]",
+    "no text": b"\xff\xfe",
+    "deep JSON": b"[" * 200_000,
+    "deep object": b'{"prompt":' * 50_000,
+    "NaN": b'{"prompt": "a", "guidance_scale": NaN}',
+    "infinity": b'{"prompt": "a", "strength": 1e999}',
+    "long number": b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}",
+    "100 megapixels": b'{"prompt": "a", "size": "10000x10000"}',
+    "long size": b'{"prompt": "a", "size": "' + b"1" * 100_000 + b'"}',
+    "long prompt": json.dumps({"prompt": "x" * (1 << 20)}).encode(),
+    "prompt of another type": b'{"prompt": {"a": [1]}}',
+    "surrogate": rb'{"prompt": "\ud800"}',
+    "many LoRAs": json.dumps({"prompt": "a", "lora": ["x"] * 10_000}).encode(),
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_bodies(serve: Serve, engine: StubEngine, body: bytes) -> None:
+    client = serve()
+    answer = client.post(GENERATIONS, content=body, headers=JSON)
+    assert answer.status_code == 400, answer.text[:300]
+    assert len(answer.text) < 1000 and answer.json()["error"]["message"]
+    assert "Traceback" not in answer.text and "/python" not in answer.text
+    answer = client.post(TEXT, content=body, headers=JSON)
+    # There sizes are two fields and the others are unknown, so that some bodies are harmless.
+    assert answer.status_code in (200, 400)
+    assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 200
+
+
+def test_ten_thousand_fields(serve: Serve) -> None:
+    client = serve()
+    fields = {f"x{i}": "1" for i in range(10_000)}
+    assert client.post(GENERATIONS, json={"prompt": "a", **fields}).status_code == 200
+    sent = {"image": ("a.png", image_file())}
+    answer = client.post(EDITS, data={"prompt": "a", **fields}, files=sent)
+    assert answer.status_code == 400 and "Too many fields" in answer.json()["error"]["message"]
+    many = [("image[]", ("a.png", b"x"))] * 1000
+    answer = client.post(EDITS, data={"prompt": "a"}, files=many)
+    assert answer.status_code == 400 and "Too many files" in answer.json()["error"]["message"]
+    answer = client.post(EDITS, data={"prompt": "x" * (2 << 20)}, files=sent)
+    assert answer.status_code == 400
+
+
+def test_invisible_characters_are_text(serve: Serve, engine: StubEngine) -> None:
+    prompt = "a\u200b\u202e\0\U000e0001fox"
+    assert serve().post(GENERATIONS, json={"prompt": prompt}).status_code == 200
+    assert engine.drawn[0].settings.prompt == prompt
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_huge_bodies(serve: Serve, engine: StubEngine, is_declared: bool) -> None:
+    client = serve(max_body_bytes=100_000)
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(1000):
+            yield b"x" * 10_000
+
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    length = {"Content-Length": "10000000"} if is_declared else {}
+    for path, kind in ((GENERATIONS, JSON), (EDITS, form), (TEXT, JSON)):
+        answer = client.post(path, content=pieces(), headers={**kind, **length})
+        assert answer.status_code == 413, answer.text
+        assert "more than 100,000 bytes" in answer.text
+    multipart = {"image": ("a.png", b"x" * 200_000)}
+    assert client.post(EDITS, data={"prompt": "a"}, files=multipart).status_code == 413
+    assert not engine.drawn
+
+
+BROKEN = {
+    "header alone": png_of_size(64, 48)[:40],
+    "many pixels": png_of_size(100_000, 100_000),
+    "less data than pixels": png_of_size(2000, 2000),
+    "no pixels": png_of_size(0, 0),
+    "wrong checksum": image_file()[:-20] + b"x" * 20,
+    "cut JPEG": image_file(kind="JPEG")[:300],
+    "cut GIF": image_file(kind="GIF", mode="L")[:50],
+    "cut WebP": image_file(kind="WEBP")[:60],
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) (r) file\n",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_broken_images(serve: Serve, engine: StubEngine, content: bytes) -> None:
+    client = serve()
+    answer = client.post(EDITS, data={"prompt": "a"}, files={"image": ("a.png", content)})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "invalid_image" and not engine.drawn
+
+
+def test_images_with_changed_bytes(serve: Serve) -> None:
+    """Whatever a decoder makes of them, the answer is an image or a refusal."""
+    client = serve()
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP"):
+        whole = image_file((32, 32), kind=kind)
+        for place in range(0, min(len(whole), 600), 7):
+            content = whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :]
+            answer = client.post(
+                EDITS,
+                data={"prompt": "a", "size": "16x16", "steps": "1"},
+                files={"image": ("a", content)},
+            )
+            assert answer.status_code in (200, 400), (kind, place, answer.text)
+
+
+def test_an_image_in_floats_is_refused(serve: Serve) -> None:
+    buffer = io.BytesIO()
+    Image.new("F", (16, 16)).save(buffer, "TIFF")
+    answer = serve().post(
+        EDITS, data={"prompt": "a"}, files={"image": ("a.tiff", buffer.getvalue())}
+    )
+    assert answer.status_code == 400
+
+
+FAILURES = {
+    "out of memory": (zm.CudaError("cuda:0 ran out of memory", "close others"), "out_of_memory"),
+    "no host memory": (MemoryError(), "out_of_memory"),
+    "NaN": (zm.GenerationError("the image became NaN in step 1 of 8", 1), "not_finite"),
+    "bug": (KeyError("/srv/secret/path"), "internal_error"),
+    "file": (zm.CheckpointError("/srv/secret/vae cannot be read"), "internal_error"),
+}
+
+
+@pytest.mark.parametrize(("failure", "code"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_failing_drawings(
+    serve: Serve, engine: StubEngine, log: Log, failure: Exception, code: str, stream: bool
+) -> None:
+    client = serve()
+    engine.failure = failure
+    answer = client.post(GENERATIONS, json={"prompt": "a", "stream": stream})
+    if stream:  # the first step had been done, and with it the status
+        assert answer.status_code == 200
+        last = answer.text.strip().split("\n\n")[-1]
+        assert last.startswith("event: error\n")
+        error = json.loads(last.partition("data: ")[2])["error"]
+    else:
+        assert answer.status_code == 500 and answer.headers["x-should-retry"] == "false"
+        error = answer.json()["error"]
+    assert error["code"] == code and error["type"] == "server_error"
+    assert "secret" not in answer.text and "Traceback" not in answer.text
+    wait_until(lambda: any(line.get("error") == code for line in log.lines()))
+    assert any(line.get("event") == "failure" for line in log.lines())
+    engine.failure = None
+    assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 200
+
+
+def test_a_failure_before_the_first_step_keeps_its_status(serve: Serve, engine: StubEngine) -> None:
+    def fail(*_: object) -> None:
+        raise zm.CudaError("no memory")
+
+    engine.draw = fail  # type: ignore[method-assign,assignment]
+    answer = serve().post(GENERATIONS, json={"prompt": "a", "stream": True})
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "out_of_memory"
+
+
+def test_a_lora_that_does_not_fit_is_named_without_its_path(
+    serve: Serve, engine: StubEngine, tmp_path: Path
+) -> None:
+    file = tmp_path / "ink.safetensors"
+    file.touch()
+    engine.failure = zm.CheckpointError(f"{file} is for another model")
+    answer = serve(lora_dir=tmp_path).post(GENERATIONS, json={"prompt": "a", "lora": "ink"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_lora", "lora")
+    assert error["message"] == "ink.safetensors is for another model"

@@ -1,0 +1,220 @@
+"""`zimage-mxfp8 serve` as a process: addresses, keys, signals and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+import zimage_mxfp8 as zm
+from helpers.commands import Run
+from helpers.images import fails
+from helpers.serving import Log, StubEngine, wait_until
+from zimage_mxfp8.cli import serve as command
+from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.server.options import ServerOptions
+from zimage_mxfp8.server.request_log import LogWriter
+from zimage_mxfp8.server.run import run_server
+
+Start = Callable[..., "tuple[subprocess.Popen[str], str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the command, and returns the process and its address when it is ready."""
+    processes = []
+
+    def run(*options: object, **variables: str) -> tuple[subprocess.Popen[str], str]:
+        words = ["serve", "--port", "0", "--device", "cpu", *map(str, options)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "zimage_mxfp8.cli.main", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **variables},
+            cwd=tmp_path,
+        )
+        processes.append(process)
+        line = process.stdout.readline()
+        found = re.fullmatch(r"small_model is served at (http://127\.0\.0\.1:\d+)\n", line)
+        assert found, process.communicate()
+        return process, found[1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def client_of(address: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def test_first_signal_finishes_what_is_drawn_and_refuses_the_rest(start: Start) -> None:
+    process, address = start(ZIMAGE_MXFP8_API_KEY="s3cret")
+    with client_of(address, "s3cret") as client:
+        assert client.models.list().data[0].id == "small_model"
+        with pytest.raises(openai.AuthenticationError), client_of(address) as stranger:
+            stranger.models.list()
+        long = {"num_inference_steps": 30}
+        stream = client.images.generate(prompt="a", stream=True, partial_images=3, extra_body=long)
+        next(stream)
+        other = client.images.generate(prompt="b", stream=True, extra_body=long)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(other)
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.images.generate(prompt="c")
+        assert refused.value.status_code == 503
+        assert list(stream)[-1].type == "image_generation.completed"
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "")
+    stages = [line for line in err.splitlines() if line.startswith("zimage-mxfp8: ")]
+    assert stages[0].endswith("without --model-dir, serving the small trained model of the package")
+    log = [json.loads(line) for line in err.splitlines() if not line.startswith("zimage-mxfp8: ")]
+    (stopping,) = [line for line in log if "event" in line]
+    assert stopping["event"] == "stopping" and "until the image is drawn" in stopping["detail"]
+    requests = [line for line in log if "status" in line]
+    assert [line["status"] for line in requests] == [200, 401, 200, 503, 200]
+    assert [line.get("error") for line in requests] == [
+        *(None, "invalid_api_key", "stopping", "stopping", None),
+    ]
+
+
+# ---- errors before anything is loaded
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: object) -> tuple[int, str, str]:
+    code = main(["serve", *map(str, options)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls that would load the model."""
+    calls: list[Any] = []
+    monkeypatch.setattr(command, "_engine", calls.append)
+    monkeypatch.delenv("ZIMAGE_MXFP8_API_KEY", raising=False)
+    return calls
+
+
+def test_other_hosts_need_a_key(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.com"):
+        fails(
+            refused(capsys, "--host", host),
+            2,
+            f"--host {host} lets other machines in, which needs an API key; set "
+            "ZIMAGE_MXFP8_API_KEY or --api-key",
+        )
+    for key in ("", " x", "é", "a\nb"):
+        fails(refused(capsys, "--api-key", key), 2, "must be printable ASCII")
+    assert not loads
+
+
+def test_arguments(loads: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    fails(refused(capsys, "--transformer", "x.safetensors"), 2, "--transformer needs --model-dir")
+    fails(refused(capsys, "--lora-dir", tmp_path / "none"), 2, "--lora-dir", "is not a folder")
+    fails(refused(capsys, "--port", 99_999), 2, "--port 99999 cannot be used: ports end at 65535")
+    fails(refused(capsys, "--host", "no such host", "--api-key", "x"), 2, "--host no such host")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        sentence = f"--port {port} of 127.0.0.1 cannot be used: Address already in use"
+        fails(refused(capsys, "--port", port), 2, sentence)
+    assert not loads
+
+
+def test_wrong_models_end_with_a_sentence(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    result = cli("serve", "--port", 0, "--model-dir", "model")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("zimage-mxfp8: error: model ")
+
+
+def test_a_missing_package_is_named(cli: Run, tmp_path: Path) -> None:
+    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(name='fastapi')")
+    result = cli("serve", env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 1
+    assert 'run pip install "zimage-mxfp8[serve]"' in result.stderr.splitlines()[-1]
+
+
+# ---- the server of the command, in this process
+
+
+def test_an_engine_that_cannot_be_warmed_up_ends_the_server(engine: StubEngine, log: Log) -> None:
+    def fail() -> None:
+        raise zm.CudaError("cuda:0 ran out of memory")
+
+    engine.on_warm_up = fail
+    writer = LogWriter(log)
+    ready: list[bool] = []
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(zm.CudaError, match="ran out of memory"),
+    ):
+        run_server(engine, ServerOptions(), listener, writer, lambda: ready.append(True))
+    writer.close()
+    assert not ready
+    assert [line["detail"] for line in log.lines()] == ["cuda:0 ran out of memory"]
+
+
+def test_what_uvicorn_says_is_in_the_log(engine: StubEngine, log: Log) -> None:
+    writer = LogWriter(log)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def disturb() -> None:
+            with socket.create_connection(listener.getsockname()) as connection:
+                connection.sendall(b"\x16\x03\x01\r\n\r\n")  # TLS
+                connection.recv(1000)
+            signal.raise_signal(signal.SIGTERM)
+
+        run_server(
+            engine,
+            ServerOptions(),
+            listener,
+            writer,
+            lambda: threading.Thread(target=disturb).start(),
+        )
+    writer.close()
+    warning, stopping = log.lines()
+    assert warning["event"] == "warning" and "Invalid HTTP request" in warning["detail"]
+    assert (stopping["event"], stopping["detail"]) == ("stopping", "now")
+
+
+def test_second_signal_stops_what_is_drawn(engine: StubEngine, log: Log) -> None:
+    engine.pause_at = 3
+    writer = LogWriter(log)
+    errors: list[BaseException | None] = []
+
+    def ask(port: int) -> None:
+        with client_of(f"http://127.0.0.1:{port}") as client, ThreadPoolExecutor(1) as others:
+            asked = others.submit(
+                client.images.generate, prompt="a", extra_body={"num_inference_steps": 1000}
+            )
+            wait_until(lambda: engine.steps == 2)
+            for count in (1, 2):
+                signal.raise_signal(signal.SIGINT)
+                wait_until(lambda count=count: log.getvalue().count('"stopping"') == count)
+            engine.pause_at = None
+            engine.gate.set()
+            errors.append(asked.exception(30))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=ask, args=listener.getsockname()[1:])
+        run_server(engine, ServerOptions(), listener, writer, thread.start)
+        thread.join(30)
+    writer.close()
+    assert isinstance(errors[0], openai.ConflictError) and "interrupted" in str(errors[0])
+    assert engine.steps == 3
