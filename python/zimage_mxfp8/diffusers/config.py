@@ -49,7 +49,7 @@ class ZImageMXFP8Config(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         options = ConversionOptions(recipe=recipe, exclude_layers=exclude_layers)
         self.quant_method = Method.ZIMAGE_MXFP8
-        self.rules: Recipe | None = options.rules
+        self.rules = options.rules
         self.recipe = options.rules.name if options.rules.name in builtin_names() else CUSTOM_RECIPE
         self.exclude_layers = list(options.exclude_layers)
         self.compute = check_compute(compute)
@@ -60,12 +60,12 @@ class ZImageMXFP8Config(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> Any:
         """Return the configuration of a quantised folder.
 
-        It has no rules: the file shows which layers are quantised.
+        Its recipe has no rules: the file shows which layers are quantised.
         """
         config = cls.__new__(cls)
         config.quant_method = Method.ZIMAGE_MXFP8
-        config.rules = None
         config.recipe = str(config_dict.get("recipe", CUSTOM_RECIPE))
+        config.rules = Recipe(config.recipe, title="", description="", keep=())
         config.exclude_layers = list(config_dict.get("exclude_layers", ()))
         config.compute = check_compute(config_dict.get("compute", "weight-only"))
         return (config, kwargs) if return_unused_kwargs else config

@@ -54,17 +54,26 @@ def quantize_(
         UsageError: an invalid argument, a transformer that is quantised already, or a recipe that
             keeps every layer.
         UnsupportedError: another model, or one with adapters or offloaded weights.
-        NonFiniteError: weights have NaN or infinity; the sentence names the layer. The layers
-            before it are quantised.
+        NonFiniteError: weights have NaN or infinity; the sentence names the layer.
+
+    The transformer is unchanged after an error.
     """
     config = ZImageMXFP8Config(recipe, exclude_layers, compute)
     if getattr(transformer, "is_quantized", False):
         raise UsageError("transformer", "is quantised already")
     quantizer = ZImageMXFP8Quantizer(config, pre_quantized=False)
+    _check_model(transformer)
+    if any(parameter.is_meta for parameter in transformer.parameters()):
+        raise UnsupportedError(
+            "a transformer with offloaded weights cannot be quantised", "quantise it before"
+        )
+    for name in sorted(layers_to_quantize(transformer, config.rules)):
+        weight = transformer.get_submodule(name).weight
+        if not weight.isfinite().all():
+            MXFP8Linear.quantized(weight, None, name)  # raises, and names the place
     quantizer.preprocess_model(transformer)
     for name in sorted(quantizer.layers):
-        linear = transformer.get_submodule(name)
-        quantizer.replace(transformer, name, linear.weight)
+        quantizer.replace(transformer, name, transformer.get_submodule(name).weight)
     quantizer.postprocess_model(transformer)
     transformer.hf_quantizer = quantizer
     transformer.register_to_config(quantization_config=config)
@@ -121,9 +130,7 @@ class ZImageMXFP8Quantizer(DiffusersQuantizer):  # type: ignore[misc]
             )
         for name in sorted(self.layers):
             linear = _linear_of(model, name)
-            model.set_submodule(
-                name, MXFP8Linear.without_data(linear, name in self._full_precision)
-            )
+            _put(model, name, MXFP8Linear.without_data(linear, name in self._full_precision))
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
         """Return the dtype by which accelerate estimates memory: one byte per weight."""
@@ -190,7 +197,7 @@ class ZImageMXFP8Quantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Put a quantised layer in the place of a plain one, with the given weights."""
         linear, rules = _linear_of(model, name), self.quantization_config.rules
         rounded = weight.bfloat16() if rules.source_rounding else weight
-        model.set_submodule(name, MXFP8Linear.quantized(rounded, linear.bias, name))
+        _put(model, name, MXFP8Linear.quantized(rounded, linear.bias, name))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, layer in _quantized_layers(model).items():
@@ -231,7 +238,7 @@ class ZImageMXFP8Quantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: Any) -> Any:
         for name, layer in _quantized_layers(model).items():
-            model.set_submodule(name, plain_linear(layer, model.dtype))
+            _put(model, name, plain_linear(layer, model.dtype))
         del model.fuse_lora
         kept = {key: x for key, x in model.config.items() if key != "quantization_config"}
         model._internal_dict = FrozenDict(kept)  # what `config` returns
@@ -290,14 +297,20 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _split(tensor: str) -> tuple[str, str]:
-    """Return the layer of a tensor and the name in it."""
-    layer, _, name = tensor.rpartition(".")
-    return layer, name
+def _split(name: str) -> tuple[str, str]:
+    """Return the module that a tensor or a module is in, and its name there."""
+    above, _, own = name.rpartition(".")
+    return above, own
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, MXFP8Linear]:
     return {name: x for name, x in model.named_modules() if isinstance(x, MXFP8Linear)}
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Replace a submodule, without `set_submodule`, which torch has from 2.5 on only."""
+    above, own = _split(name)
+    setattr(model.get_submodule(above), own, layer)
 
 
 def _linear_of(model: nn.Module, name: str) -> nn.Linear:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import PipelineQuantizationConfig, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.hooks import apply_group_offloading
 from safetensors import safe_open
@@ -312,10 +313,8 @@ def offload_groups(level: str) -> Callable[[ZImageTransformer2DModel], None]:
 
 
 def offload_by_accelerate(model: ZImageTransformer2DModel) -> None:
-    from accelerate import cpu_offload
-
     cpu_offload(model, torch.device("cpu"), offload_buffers=True)
-    assert next(iter(quantized_layers(model).values())).weight.is_meta
+    assert model.layers[0].attention.to_q.weight.is_meta
 
 
 @pytest.mark.parametrize(
@@ -397,6 +396,10 @@ def test_nan_is_named(plain: Path) -> None:
     ) as caught:
         quantize_(model)
     assert (caught.value.row, caught.value.column) == (3, 5)
+    with pytest.raises(zm.UsageError, match="recipe keeps every layer"):
+        quantize_(model, exclude_layers=["."])
+    assert not quantized_layers(model)
+    assert not getattr(model, "is_quantized", False)
 
 
 def test_only_once_and_only_zimage(model: ZImageTransformer2DModel) -> None:
@@ -408,7 +411,11 @@ def test_only_once_and_only_zimage(model: ZImageTransformer2DModel) -> None:
         set_compute(torch.nn.Linear(2, 2), "fp8")
 
 
-def test_folding_of_offloaded_weights_is_refused(model: ZImageTransformer2DModel) -> None:
+def test_offloaded_weights_are_refused(plain: Path, model: ZImageTransformer2DModel) -> None:
+    original = load(plain)
+    offload_by_accelerate(original)
+    with pytest.raises(zm.UnsupportedError, match="with offloaded weights cannot be quantised"):
+        quantize_(original)
     offload_by_accelerate(model)
     with pytest.raises(zm.UnsupportedError, match="are offloaded and cannot be folded"):
         set_compute(model, "fp8")
