@@ -12,6 +12,8 @@ transformer.save_pretrained("Z-Image-Turbo-mxfp8/transformer")
 from ..system.optional_packages import needed
 
 with needed("generate", "zimage_mxfp8.diffusers"):
+    import diffusers  # noqa: F401 - the library; if it is missing, this names it
+
     from .config import ZImageMXFP8Config
     from .linear import MXFP8Linear, set_compute
     from .quantizer import ZImageMXFP8Quantizer, quantize_, register
