@@ -15,7 +15,7 @@ from ..errors import (
     UsageError,
 )
 from ..layout import padded_shape, scale_shape
-from ..ops.codec import MXFP8Array, quantize
+from ..ops.codec import MXFP8Array
 from ..ops.gemm import RowScaledArray
 from ..transformer import arithmetic
 from ..transformer.adoption import fold_in_place
@@ -66,13 +66,11 @@ class MXFP8Linear(nn.Linear):
         Raises:
             NonFiniteError: they have NaN or infinity; the sentence has the layer's name.
         """
-        try:
-            array = quantize(weight.detach(), nonfinite="error")
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f'"{name}.weight": {error.problem}', error.row, error.column, error.hint
-            ) from None
-        return cls(array.codes, array.scales, array.shape, bias)
+        check_finite(weight, name)
+        rows, columns = weight.shape
+        padded = pad_columns(weight.detach(), padded_shape((rows, columns))[1])
+        array = arithmetic.on(weight.device).quantize(padded)
+        return cls(array.codes, array.scales, (rows, columns), bias)
 
     @classmethod
     def without_data(cls, linear: nn.Linear, full_precision: bool) -> MXFP8Linear:
@@ -134,7 +132,7 @@ class MXFP8Linear(nn.Linear):
         if self.weight.is_meta:
             raise UnsupportedError(
                 f'the weights of "{name}" are offloaded and cannot be folded for mode fp8',
-                'call `set_compute(model, compute="fp8")` before offloading',
+                "call set_compute before offloading",
             )
         try:
             folded = fold_in_place(self.weight.data, self.weight_scale)
@@ -151,6 +149,19 @@ class MXFP8Linear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.compute == "fp8":
             self.set_compute("fp8", prefix.removesuffix("."))
+
+
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Check the weights [N, K] of a layer of this name.
+
+    Raises:
+        NonFiniteError: they have NaN or infinity.
+    """
+    finite = weight.detach().isfinite()
+    if not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        value = "NaN" if weight[row, column].isnan() else "infinity"
+        raise NonFiniteError(f'"{name}.weight" has {value} at [{row}, {column}]', row, column)
 
 
 def check_compute(compute: str) -> Compute:
@@ -185,7 +196,7 @@ def set_compute(model: nn.Module, compute: Compute) -> None:
     mode = check_compute(compute)
     layers = {name: x for name, x in model.named_modules() if isinstance(x, MXFP8Linear)}
     if not layers:
-        raise UsageError("model", "has no layers in MXFP8", "quantise it first (`quantize_`)")
+        raise UsageError("model", "has no layers in MXFP8", "call quantize_ first")
     for name, layer in layers.items():
         layer.set_compute(mode, name)
     quantizer = getattr(model, "hf_quantizer", None)

@@ -23,7 +23,7 @@ from ..errors import CheckpointError, UnsupportedError, UsageError
 from ..transformer.compute import Compute
 from ..zimage.layers import ZIMAGE
 from .config import ZImageMXFP8Config
-from .linear import MXFP8Linear, plain_linear
+from .linear import MXFP8Linear, check_finite, plain_linear
 
 
 def register() -> None:
@@ -68,9 +68,7 @@ def quantize_(
             "a transformer with offloaded weights cannot be quantised", "quantise it before"
         )
     for name in sorted(layers_to_quantize(transformer, config.rules)):
-        weight = transformer.get_submodule(name).weight
-        if not weight.isfinite().all():
-            MXFP8Linear.quantized(weight, None, name)  # raises, and names the place
+        check_finite(transformer.get_submodule(name).weight, name)
     quantizer.preprocess_model(transformer)
     for name in sorted(quantizer.layers):
         quantizer.replace(transformer, name, transformer.get_submodule(name).weight)
@@ -346,5 +344,5 @@ def _refuse_to_fuse(_: nn.Module, *__: Any, **___: Any) -> None:
     """Stand for `fuse_lora`, which would add to the codes."""
     raise UnsupportedError(
         "adapters cannot be fused into MXFP8 weights",
-        "leave them loaded, or merge them with `zimage_mxfp8.convert(..., loras=...)`",
+        "leave them loaded, or merge them into the original's weights with zimage_mxfp8.convert",
     )

@@ -399,14 +399,17 @@ def test_recipe_that_keeps_everything(plain: Path) -> None:
         load(plain, quantization_config=config)
 
 
-def test_nan_is_named(plain: Path) -> None:
+def test_nan_is_named(plain: Path, tmp_path: Path) -> None:
     model = load(plain)
     model.layers[1].feed_forward.w2.weight.data[3, 5] = float("nan")
     with pytest.raises(
-        zm.NonFiniteError, match=r'"layers\.1\.feed_forward\.w2\.weight": '
+        zm.NonFiniteError, match=r'"layers\.1\.feed_forward\.w2\.weight" has NaN at \[3, 5\]'
     ) as caught:
         quantize_(model)
     assert (caught.value.row, caught.value.column) == (3, 5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(zm.NonFiniteError, match=r"w2\.weight. has NaN at \[3, 5\]"):
+        load(tmp_path, quantization_config=ZImageMXFP8Config())
     with pytest.raises(zm.UsageError, match="recipe keeps every layer"):
         quantize_(model, exclude_layers=["."])
     assert not quantized_layers(model)
