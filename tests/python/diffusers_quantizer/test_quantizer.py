@@ -26,6 +26,8 @@ from helpers.diffusers_reference import (
 )
 from helpers.model_folder import TEXT_ENCODER, VAE, make_parts
 from zimage_mxfp8.diffusers import MXFP8Linear, ZImageMXFP8Config, quantize_, set_compute
+from zimage_mxfp8.system import devices
+from zimage_mxfp8.transformer import arithmetic
 from zimage_mxfp8.transformer.compute import Compute
 from zimage_mxfp8.transformer.linear import quantized_linear
 
@@ -211,6 +213,22 @@ def test_quantize_in_place_equals_loading(plain: Path, saved: Path, tmp_path: Pa
     assert_same_state(model, load(saved))
     model.save_pretrained(tmp_path)
     assert_same_state(load(tmp_path), model)
+
+
+def test_devices_without_kernels_give_the_same(
+    plain: Path,
+    saved: Path,
+    expected: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "has_kernels", lambda _: False)
+    assert arithmetic.on(torch.device("cpu")) is arithmetic.by_torch
+    model = load(plain, quantization_config=ZImageMXFP8Config(), dtype=torch.float32)
+    assert_same_state(model, load(saved, dtype=torch.float32))
+    assert relative_error(run(model), expected) < 1e-5
+    set_compute(model, "fp8")
+    assert {layer.compute for layer in quantized_layers(model).values()} == {"fp8"}
+    assert relative_error(run(model), expected) < 0.08
 
 
 def test_state_dict_can_be_loaded(plain: Path, model: ZImageTransformer2DModel) -> None:
