@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .checkpoint.inspection import Inspection, inspect
     from .conversion.convert import convert, plan_conversion, run_conversion
     from .conversion.dequantization import dequantize_checkpoint
+    from .conversion.export import ExportReport, export
     from .conversion.merge_loras import MergeReport, merge_loras
     from .conversion.options import ConversionOptions
     from .conversion.plan import Plan
@@ -93,6 +94,8 @@ _HOME = {
     "ConversionOptions": "conversion.options",
     "Plan": "conversion.plan",
     "ConversionReport": "conversion.report",
+    "ExportReport": "conversion.export",
+    "export": "conversion.export",
     "MergeReport": "conversion.merge_loras",
     "merge_loras": "conversion.merge_loras",
     "dequantize_checkpoint": "conversion.dequantization",
@@ -154,6 +157,7 @@ __all__ = [
     "Error",
     "ErrorStats",
     "EvaluationReport",
+    "ExportReport",
     "FoldStats",
     "GemmCandidate",
     "Generation",
@@ -195,6 +199,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "explain_gemm",
+    "export",
     "fold",
     "from_blocked",
     "gemm",

@@ -1,16 +1,22 @@
-"""Checkpoints with diffusers' names, and their conversion to ComfyUI's.
+"""Checkpoints with diffusers' names, and their conversion to ComfyUI's and back.
 
 Diffusers' `ZImageTransformer2DModel` splits some layers, renames others, and numbers the embedders
-by patch size. The names are in `zimage/layers.py`.
+by patch size. The names are in `zimage/layers.py`. In diffusers' layout MXFP8 layers are described
+in the header only; there are no marker tensors, which diffusers would report as unknown.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..errors import CheckpointError
+from ..layout import SCALE_TILE_ROWS
+from . import kinds
+from . import quantization as markers
+from .kinds import Kind
 from .scopes import Scope
 from .source import Checkpoint, SourceTensor
 
@@ -28,6 +34,12 @@ def other_patch_size(names: Collection[str], scope: Scope) -> str | None:
 
 def _inner(names: Collection[str], scope: Scope) -> list[str]:
     return [scope.inner(name) for name in names if name.startswith(scope.prefix)]
+
+
+def has_scales_to_stack(checkpoint: Checkpoint, form: Kind) -> bool:
+    """Return whether a quantised checkpoint in diffusers' layout has one in ComfyUI's."""
+    has_markers = any(name.endswith(markers.MARKER_SUFFIX) for name in checkpoint.tensors)
+    return form is kinds.MXFP8 and markers.HEADER_KEY in checkpoint.metadata and not has_markers
 
 
 def to_comfyui_layout(checkpoint: Checkpoint, scope: Scope) -> Checkpoint:
@@ -71,7 +83,75 @@ def to_comfyui_layout(checkpoint: Checkpoint, scope: Scope) -> Checkpoint:
             f'{checkpoint.path} has "{twice}" both under its own and under its diffusers name; '
             "save it again with either"
         )
+    return replace(checkpoint, tensors=tensors, metadata=_comfyui_metadata(checkpoint, scope))
+
+
+def to_diffusers_layout(checkpoint: Checkpoint, scope: Scope) -> Checkpoint:
+    """Give a model's tensors diffusers' names, without prefix; leave out all others and markers.
+
+    Splits what diffusers does not stack. Nothing is read. The metadata is unchanged.
+
+    Args:
+        checkpoint: in ComfyUI's layout.
+        scope: the model's tensors.
+
+    Raises:
+        CheckpointError: a layer has too few rows to be split together with its blocked scales.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    for inner, name in scope.inner_names(checkpoint.tensors).items():
+        if inner.endswith(markers.MARKER_SUFFIX):
+            continue
+        tensor, parts = checkpoint.tensors[name], scope.table.to_diffusers(inner)
+        if len(parts) == 1:
+            tensors[parts[0]] = replace(tensor, name=parts[0])
+            continue
+        rows = tensor.shape[0] // len(parts)
+        _check_tiles(checkpoint, tensor, rows)
+        for i, part in enumerate(parts):
+            tensors[part] = tensor.rows(part, i * rows, (i + 1) * rows)
     return replace(checkpoint, tensors=tensors)
+
+
+def _check_tiles(checkpoint: Checkpoint, tensor: SourceTensor, rows: int) -> None:
+    """Raise if codes or scales of a part of a layer are not contiguous in the whole."""
+    if tensor.dtype in ("F8_E4M3", *markers.SCALE_DTYPES) and rows % SCALE_TILE_ROWS:
+        raise CheckpointError(
+            f'{checkpoint.path}: "{tensor.name}" belongs to a layer that diffusers splits, and '
+            f"blocked scales can be split and stacked at multiples of {SCALE_TILE_ROWS} rows only",
+            "keep the layer in BF16 when you quantise the original (`exclude_layers`)",
+        )
+
+
+def _comfyui_metadata(checkpoint: Checkpoint, scope: Scope) -> dict[str, str]:
+    """Return the metadata with the descriptions of layers under ComfyUI's names."""
+    described = markers.header_layers(checkpoint.metadata.get(markers.HEADER_KEY, ""))
+    if not described:
+        return checkpoint.metadata
+    layers: dict[str, Any] = {}
+    for name, entry in described.items():
+        inner = scope.inner(name) if name.startswith(scope.prefix) else name
+        prefix = name.removesuffix(inner)
+        ours, parts = scope.table.from_diffusers(inner + markers.WEIGHT_SUFFIX)
+        others = [described.get(prefix + x.removesuffix(markers.WEIGHT_SUFFIX)) for x in parts]
+        key = prefix + ours.removesuffix(markers.WEIGHT_SUFFIX)
+        layers[key] = _stacked_entry(checkpoint, name, entry, others)
+    return checkpoint.metadata | {markers.HEADER_KEY: markers.header_value(layers)}
+
+
+def _stacked_entry(checkpoint: Checkpoint, name: str, entry: Any, parts: list[Any]) -> Any:
+    """Return the description of a layer that is stacked from layers with these descriptions."""
+    if len(parts) == 1:
+        return entry
+    if any(part != entry for part in parts):
+        raise CheckpointError(
+            f'{checkpoint.path} describes "{name}" otherwise than the layers that ComfyUI stacks '
+            "it with; quantise the original again"
+        )
+    shape = entry.get("orig_shape") if isinstance(entry, Mapping) else None
+    if isinstance(shape, list) and len(shape) == 2 and isinstance(shape[0], int):
+        return {**entry, "orig_shape": [shape[0] * len(parts), shape[1]]}
+    return entry
 
 
 def _stack(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> SourceTensor:
@@ -96,6 +176,8 @@ def _stack(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> SourceT
             f'{checkpoint.path} has the scalar "{first.name}", which is not a weight; '
             "download it again"
         )
+    for part_tensor in found:
+        _check_tiles(checkpoint, part_tensor, part_tensor.shape[0])
     return SourceTensor(
         name,
         first.dtype,

@@ -13,7 +13,12 @@ from ..zimage.layers import ZIMAGE
 from ..zimage.table import LayerTable
 from . import kinds
 from .adapters import describe_adapter, find_adapter_tensor, is_adapter
-from .diffusers_layout import is_diffusers_layout, other_patch_size, to_comfyui_layout
+from .diffusers_layout import (
+    has_scales_to_stack,
+    is_diffusers_layout,
+    other_patch_size,
+    to_comfyui_layout,
+)
 from .foreign_files import refuse
 from .kinds import Kind, Use
 from .quantization import find_format
@@ -182,7 +187,7 @@ def identify(path: str | os.PathLike[str]) -> Identified:
     kind, evidence = kinds.ZIMAGE, scope.prefix + ZIMAGE.anchor
     if obstacle := _obstacle(checkpoint, scope):
         kind, evidence = obstacle
-    elif diffusers and quantization:
+    elif diffusers and quantization and not has_scales_to_stack(checkpoint, quantization):
         kind, evidence = kinds.DIFFUSERS_QUANTISED, shown_by
     else:
         checkpoint = to_comfyui_layout(checkpoint, scope)

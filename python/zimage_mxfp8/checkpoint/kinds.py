@@ -11,7 +11,15 @@ from typing import Final, Literal
 
 # Uses that a file is opened for. "original" is the file that `validate` compares with.
 Use = Literal[
-    "convert", "original", "analyse", "measure", "validate", "dequantize", "run", "control"
+    "convert",
+    "original",
+    "analyse",
+    "measure",
+    "validate",
+    "dequantize",
+    "export",
+    "run",
+    "control",
 ]
 
 # The commands and calls of each use, as users know them.
@@ -21,13 +29,16 @@ USES: Final[dict[Use, str]] = {
     "analyse": "probe, compare",
     "validate": "validate",
     "dequantize": "dequantize",
+    "export": "export",
     "measure": "sensitivity",
     "run": "generate, evaluate, ZImageTransformer",
     "control": "generate with a ControlNet, ZImageControlNet",
 }
 
-_PLAIN: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse", "measure", "run"))
-_MXFP8: Final[frozenset[Use]] = frozenset(("validate", "dequantize", "run", "control"))
+_PLAIN: Final[frozenset[Use]] = frozenset(
+    ("convert", "original", "analyse", "measure", "export", "run")
+)
+_MXFP8: Final[frozenset[Use]] = frozenset(("validate", "dequantize", "export", "run", "control"))
 _CONTROLNET: Final[frozenset[Use]] = frozenset(("convert", "original", "control"))
 _OTHER_MODEL: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse"))
 
@@ -141,6 +152,7 @@ DIFFUSERS_QUANTISED = Kind(
 MXFP8 = _format("MXFP8", _MXFP8)
 FP8 = _format("FP8")
 SCALED_FP8 = _format("FP8 with scales")
+ROWWISE_FP8 = _format("FP8 with one scale per row")
 NVFP4 = _format("NVFP4")
 INT8 = _format("INT8")
 FOUR_BIT = _format("4-bit")

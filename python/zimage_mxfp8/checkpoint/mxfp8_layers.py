@@ -17,7 +17,6 @@ from .quantization import Description
 from .scopes import Scope
 from .source import Checkpoint, SourceTensor
 
-SCALE_DTYPES = ("U8", "F8_E8M0")
 AGAIN = "convert the original again"
 
 
@@ -158,7 +157,7 @@ class _Finder:
         shape = self._shape(weight, description, expected.get(weight.name))
         if shape is None:
             return None
-        if scale.dtype not in SCALE_DTYPES:
+        if scale.dtype not in markers.SCALE_DTYPES:
             self._breach(scale.name, f"is {scale.dtype}, not U8 or F8_E8M0")
         elif scale.shape != scale_shape(shape):
             self._breach(
@@ -230,7 +229,7 @@ class _Finder:
         found = list(described.values())
         unmarked = sum(d.marker is None and d.header is not None for d in found)
         unlisted = sum(d.header is None and d.marker is not None for d in found)
-        if unmarked:
+        if unmarked and not self._checkpoint.is_folder:
             notes.append(
                 f"{plural(unmarked, 'layer')} described in the header only: ComfyUI reads that, "
                 "and programs that look for comfy_quant tensors do not"

@@ -75,14 +75,30 @@ def write_folder(
     Raises:
         OutputError: it cannot be written, or must not be. The old folder is untouched then.
     """
+    with new_folder(target, own, overwrite=overwrite) as partial:
+        for name, content in files:
+            file = partial / PurePosixPath(name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, own: Collection[str], *, overwrite: bool) -> Iterator[Path]:
+    """Yield a folder to fill, which replaces `target` at the end, or vanishes with an exception.
+
+    Args:
+        target: the folder.
+        own: see `check_target_folder`.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        OutputError: it cannot be written, or must not be. The old folder is untouched then.
+    """
     check_target_folder(target, own, overwrite=overwrite)
     final = final_path(target)
     try:
         with _partial_folder(final) as partial:
-            for name, content in files:
-                file = partial / PurePosixPath(name)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content)
+            yield partial
             check_target_folder(target, own, overwrite=overwrite)  # it may have appeared meanwhile
             with interrupts_held():
                 _replace(partial, final)

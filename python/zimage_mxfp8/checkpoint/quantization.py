@@ -22,12 +22,15 @@ SCALE_SUFFIX = ".weight_scale"
 WEIGHT_SUFFIX = ".weight"
 FULL_PRECISION_KEY = "full_precision_matrix_mult"
 MXFP8_FORMAT = "mxfp8"
+SCALE_DTYPES = ("U8", "F8_E8M0")
+ROWWISE_FORMAT = "float8_e4m3fn_rowwise"  # convert_to_quant's name
 
 _MARKER_LIMIT = 4096  # bytes; a marker has about 100
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
 _SCALED_FP8 = "scaled_fp8"  # a tensor that older ComfyUI files have next to the model's
 _KINDS = {
     MXFP8_FORMAT: kinds.MXFP8,
+    ROWWISE_FORMAT: kinds.ROWWISE_FP8,
     "nvfp4": kinds.NVFP4,
     "float8_e4m3fn": kinds.SCALED_FP8,
     "float8_e5m2": kinds.SCALED_FP8,
@@ -51,6 +54,16 @@ def layer_marker(shape: tuple[int, int], *, full_precision: bool = False) -> dic
         "orig_dtype": "torch.bfloat16",
         "orig_shape": list(shape),
     }
+    return marker | ({FULL_PRECISION_KEY: True} if full_precision else {})
+
+
+def rowwise_marker(*, full_precision: bool = False) -> dict[str, Any]:
+    """Return the description of a layer in FP8 with one scale per row, as convert_to_quant does.
+
+    Args:
+        full_precision: ask readers not to quantise the layer's input.
+    """
+    marker: dict[str, Any] = {"format": ROWWISE_FORMAT, "orig_dtype": "torch.bfloat16"}
     return marker | ({FULL_PRECISION_KEY: True} if full_precision else {})
 
 
@@ -207,7 +220,7 @@ def find_format(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None
 
 def _has_block_scales(checkpoint: Checkpoint, layer: str) -> bool:
     scale = checkpoint.tensors.get(layer + SCALE_SUFFIX)
-    return scale is not None and scale.dtype in ("U8", "F8_E8M0") and len(scale.shape) == 2
+    return scale is not None and scale.dtype in SCALE_DTYPES and len(scale.shape) == 2
 
 
 def _format_by_dtype(checkpoint: Checkpoint, name: str, is_token: bool) -> Kind | None:

@@ -51,6 +51,13 @@ class SourceTensor:
         """The tensor as the file has it."""
         return self
 
+    def rows(self, name: str, begin: int, end: int) -> SourceTensor:
+        """Return rows [begin, end) as a tensor of another name, at the same place in the file."""
+        row_bytes = self.nbytes // self.shape[0]
+        pieces = _pieces(self, begin * row_bytes, (end - begin) * row_bytes)
+        shape = (end - begin, *self.shape[1:])
+        return SourceTensor(name, self.dtype, shape, tuple(Segment(*piece) for piece in pieces))
+
 
 @dataclass(frozen=True)
 class ComputedTensor(SourceTensor):
@@ -111,6 +118,11 @@ class Checkpoint:
     def inputs(self) -> tuple[Path, ...]:
         """All files that were or will be read; no output may replace them."""
         return (self.path, *self.files, *([self.index] if self.index else []))
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder was named, which ComfyUI does not load."""
+        return self.path not in self.files
 
     @property
     def nbytes(self) -> int:

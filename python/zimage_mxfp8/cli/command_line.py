@@ -27,6 +27,7 @@ _COMMANDS = {
     "inspect": "show the contents of a checkpoint",
     "validate": "check an MXFP8 file, and compare it with its original",
     "dequantize": "decode an MXFP8 file to a plain BF16 checkpoint",
+    "export": "write a checkpoint in another layout: diffusers, ComfyUI or row-wise FP8",
     "merge-lora": "merge adapters into a plain checkpoint",
     "generate": "make images from a prompt",
     "serve": "serve images over HTTP, and a page to make them",

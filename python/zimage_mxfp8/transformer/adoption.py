@@ -9,10 +9,11 @@ import torch
 
 from ..errors import CheckpointError
 from ..layout import MXFP8_BLOCK
-from ..ops.codec import to_blocked
+from ..ops.codec import MXFP8Array, to_blocked
 from ..ops.gemm import RowScaledArray
 from ..zimage.config import ZImageConfig
 from ..zimage.layers import ZIMAGE
+from . import arithmetic
 from .compute import Compute
 from .linear import FP8Linear, Linear
 from .loading import PartsLoader
@@ -119,12 +120,37 @@ class _Loader(PartsLoader):
         in_place = {codes.data_ptr(), scales.data_ptr()} <= self._shared
         if not isinstance(linear, FP8Linear) or not in_place:
             return linear
-        folded = linear.weights
-        codes.copy_(folded.codes.view(torch.uint8))
-        exponents = torch.log2(folded.scales).to(torch.int32) + _BIAS_OF_E8M0
-        blocks = exponents.to(torch.uint8)[:, None].expand(-1, codes.shape[1] // MXFP8_BLOCK)
-        scales.copy_(to_blocked(blocks.cpu().contiguous()).view(scales.shape))
-        return FP8Linear(RowScaledArray(codes, folded.scales), linear.out_features, linear.dtype)
+        folded = _store_folded(linear.weights, codes, scales)
+        return FP8Linear(folded, linear.out_features, linear.dtype)
+
+
+def fold_in_place(codes: torch.Tensor, scales: torch.Tensor) -> RowScaledArray:
+    """Fold weights into the memory that they are in, which then holds valid MXFP8 of the result.
+
+    Args:
+        codes: E4M3 bytes [roundup(N, 32), roundup(K, 32)], contiguous.
+        scales: E8M0 bytes in the blocked layout, contiguous.
+
+    Returns:
+        The same codes, with the scales per row.
+
+    Raises:
+        PrecisionLossError: the change is above the bound of `ops.gemm.fold`; nothing is written.
+        InvalidArgumentError: there is NaN among the codes or scales.
+    """
+    rows, columns = codes.shape
+    folded, _ = arithmetic.on(codes.device).fold(MXFP8Array(codes, scales, (rows, columns)))
+    return _store_folded(folded, codes, scales)
+
+
+def _store_folded(
+    folded: RowScaledArray, codes: torch.Tensor, scales: torch.Tensor
+) -> RowScaledArray:
+    codes.copy_(folded.codes.view(torch.uint8))
+    exponents = torch.log2(folded.scales).to(torch.int32) + _BIAS_OF_E8M0
+    blocks = exponents.to(torch.uint8)[:, None].expand(-1, codes.shape[1] // MXFP8_BLOCK)
+    scales.copy_(to_blocked(blocks.cpu().contiguous()).view(scales.shape))
+    return RowScaledArray(codes, folded.scales)
 
 
 def follow(tensors: Sequence[torch.Tensor]) -> bool:

@@ -264,6 +264,22 @@ class LayerTable:
                         return f"{block}{layer.name}{ending}", stacked
         return name, (name,)
 
+    def to_diffusers(self, name: str) -> tuple[str, ...]:
+        """Return diffusers' names of a tensor in ComfyUI's layout: several, if it is split by rows.
+
+        Names that belong to no layer are returned unchanged.
+        """
+        for theirs, ours in self.diffusers_modules:
+            if name.startswith(f"{ours}."):
+                return (theirs + name[len(ours) :],)
+        if at := self.split(name):
+            for layer in self.block:
+                if layer.diffusers and at.part.startswith(f"{layer.name}."):
+                    ending = at.part[len(layer.name) :]
+                    block = f"{at.stack}.{at.block}."
+                    return tuple(f"{block}{theirs}{ending}" for theirs in layer.diffusers)
+        return (name,)
+
     def is_diffusers_layout(self, names: Iterable[str]) -> bool:
         """Return whether names have the modules of diffusers' layout."""
         modules = tuple(f"{module}." for module, _ in self._patch_sizes)

@@ -357,6 +357,7 @@ COMMANDS = {
     "convert": ["convert", "-i", "{file}", "-o", "out.safetensors"],
     "validate": ["validate", "{file}"],
     "dequantize": ["dequantize", "{file}", "-o", "out.safetensors"],
+    "export": ["export", "{file}", "--to", "fp8-rowwise", "-o", "out.safetensors"],
     "probe": ["probe", "{file}"],
     "compare": ["compare", "{file}"],
     "sensitivity": ["sensitivity", "{file}", "--device", "cpu"],
@@ -407,7 +408,9 @@ def test_generate_refuses_by_name(kind: str, generate: Generate, tmp_path: Path)
     assert not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("validate", "dequantize")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c not in ("validate", "dequantize", "export")]
+)
 def test_converted_file_is_refused_where_the_original_is_needed(
     command: str, zimage_quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,7 +194,17 @@ def test_synthetic_checkpoints_are_always_the_same(tmp_path: Path) -> None:
 def test_version_and_help(cli: Run) -> None:
     assert cli("--version").stdout == f"zimage-mxfp8 {zm.__version__}\n"
     names = ("convert", "generate", "inspect", "probe", "compare", "sensitivity", "validate")
-    for command in ("", *names, "evaluate", "dequantize", "recipes", "doctor", "demo", "comfyui"):
+    for command in (
+        "",
+        *names,
+        "evaluate",
+        "dequantize",
+        "export",
+        "recipes",
+        "doctor",
+        "demo",
+        "comfyui",
+    ):
         result = cli(*command.split(), "--help")
         assert result.returncode == 0 and "usage: zimage-mxfp8" in result.stdout
 

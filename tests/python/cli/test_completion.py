@@ -59,6 +59,7 @@ needs_bash = pytest.mark.skipif(BASH is None, reason="there is no bash")
         ("zimage-mxfp8 convert --exclude", ["--exclude-layers"]),
         ("zimage-mxfp8 convert --lor", ["--lora"]),
         ("zimage-mxfp8 merge", ["merge-lora"]),
+        ("zimage-mxfp8 export --to ", ["comfyui", "diffusers", "fp8-rowwise"]),
         ("zimage-mxfp8 convert --convro", [""]),  # options that are refused
         (
             "zimage-mxfp8 convert m.safetensors --bias-correction ",
@@ -86,6 +87,7 @@ def test_words(folder: Path, line: str, expected: list[str]) -> None:
         ("zimage-mxfp8 convert m --lora m", ["model.safetensors"]),
         ("zimage-mxfp8 convert m --recipe z", ["zimage", "zimage-refiner"]),
         ("zimage-mxfp8 convert m --recipe o", ["own.toml"]),
+        ("zimage-mxfp8 export m", ["model.safetensors"]),
         ("zimage-mxfp8 recipes u", ["uniform"]),
     ],
 )

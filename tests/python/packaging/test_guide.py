@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from helpers.adapter_files import dotted, modules_of, write_pairs
+from helpers.checkpoints import sha256
 from helpers.control_reference import file_tensors, make_controlnet, write_controlnet
 from helpers.diffusers_reference import make_reference
 from helpers.documents import (
@@ -41,7 +42,7 @@ else:
 PYTHON_BLOCKS = {
     "README.md": 1,
     "controlnet.md": 1,
-    "diffusers.md": 1,
+    "diffusers.md": 2,
     "lora.md": 2,
     "python.md": 2,
     "serving.md": 1,
@@ -121,11 +122,30 @@ def test_python_matrices(tmp_path: Path) -> None:
 
 
 def test_diffusers_image_to_image(turbo: Path) -> None:
-    (example,) = blocks(GUIDE / "diffusers.md", "python")
+    example = block_with(GUIDE / "diffusers.md", "python", "from_checkpoint")
     assert example.count("1024") == 2
     run_in_python(example.replace("1024", "64"), turbo)
     with Image.open(turbo / "night.png") as image:
         assert image.size == (64, 64)
+
+
+def test_diffusers_quantizer(zimage_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(zimage_folder, tmp_path / "Z-Image-Turbo")
+    example = block_with(GUIDE / "diffusers.md", "python", "ZImageMXFP8Config")
+    assert example.count("1024") == 2
+    run_in_python(example.replace("1024", "64"), tmp_path)
+    assert zm.inspect(tmp_path / "Z-Image-Turbo-mxfp8").quantization == "MXFP8"
+    with Image.open(tmp_path / "fox.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_export(zimage_quantized: Path, tmp_path: Path) -> None:
+    shutil.copy(zimage_quantized, tmp_path / "z_image_turbo-mxfp8.safetensors")
+    (commands,) = blocks(GUIDE / "export.md", "sh")
+    run_in_shell(commands, tmp_path)
+    assert sha256(tmp_path / "again.safetensors") == sha256(zimage_quantized)
+    rows = zm.inspect(tmp_path / "z_image_turbo-fp8.safetensors")
+    assert rows.quantization == "FP8 with one scale per row"
 
 
 def test_lora(turbo: Path) -> None:

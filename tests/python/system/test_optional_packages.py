@@ -62,6 +62,14 @@ for get in (lambda: getattr(zm, "{name}"), lambda: exec("from zimage_mxfp8 impor
     )
 
 
+def test_quantizer_names_its_package() -> None:
+    result = run_without("diffusers", "import zimage_mxfp8.diffusers")
+    assert result.stderr.splitlines()[-1] == (
+        "zimage_mxfp8.errors.MissingExtraError: zimage_mxfp8.diffusers needs diffusers, which is "
+        'not installed; run pip install "zimage-mxfp8[generate]"'
+    )
+
+
 def test_names_that_need_nothing() -> None:
     code = "import zimage_mxfp8 as zm; zm.convert, zm.compare, zm.ZImageConfig, zm.quantize"
     assert run_without("torch", code).returncode == 0
