@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..transformer.compute import COMPUTE_MODES
+from ..transformer.compute import IN_PLACE_MODES
 from .native import NativeForward
 from .patches import AdapterTensors, take_adapters
 
@@ -94,7 +94,7 @@ class SpeedUp:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         """Return the inputs."""
-        return {"required": {"model": ("MODEL",), "compute": (["auto", *COMPUTE_MODES],)}}
+        return {"required": {"model": ("MODEL",), "compute": (["auto", *IN_PLACE_MODES],)}}
 
     def apply(self, model: Any, compute: str) -> tuple[Any]:
         """Run the node."""

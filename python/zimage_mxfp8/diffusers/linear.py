@@ -19,7 +19,7 @@ from ..ops.codec import MXFP8Array
 from ..ops.gemm import RowScaledArray
 from ..transformer import arithmetic
 from ..transformer.adoption import fold_in_place
-from ..transformer.compute import COMPUTE_MODES, Compute
+from ..transformer.compute import IN_PLACE_MODES, Compute
 from ..transformer.ops import pad_columns
 
 
@@ -170,7 +170,7 @@ def check_compute(compute: str) -> Compute:
     Raises:
         UsageError: it is none.
     """
-    modes = {str(mode): mode for mode in COMPUTE_MODES}
+    modes = {str(mode): mode for mode in IN_PLACE_MODES}
     if not isinstance(compute, str) or compute not in modes:
         raise UsageError("compute", f"must be {', '.join(modes)}, not {repr(compute)[:80]}")
     return modes[compute]

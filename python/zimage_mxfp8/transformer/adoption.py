@@ -56,7 +56,7 @@ def adopt(
     Args:
         plain: tensors that are not quantised, by name in ComfyUI's layout, on one device.
         layers: MXFP8 layers by name, on that device.
-        compute: the mode, which the device has.
+        compute: one of `IN_PLACE_MODES`, which the device has.
         dtype: bfloat16 or float32, of everything that is not 8 bits wide.
         cuda_graphs: see `ZImageTransformer.from_checkpoint`.
 

@@ -10,6 +10,9 @@ from ..system import devices
 Compute = Literal["mxfp8", "fp8", "weight-only", "int8", "mxfp8-emulated"]
 COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "int8", "mxfp8-emulated")
 
+# Modes that multiply the codes of the file. The others make weights of their own from them.
+IN_PLACE_MODES: tuple[Compute, ...] = tuple(mode for mode in COMPUTE_MODES if mode != "int8")
+
 DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",
     "fp8": "scales folded to one per row, FP8 tensor cores",
