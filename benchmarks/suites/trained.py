@@ -239,7 +239,7 @@ class Evidence:
             for dtype in (torch.float32, torch.bfloat16):
                 title = f"{compute}, {str(dtype).removeprefix('torch.')}"
                 self._add("modes", title, self._draw(self._file, compute, dtype))
-        for title, block in (("int8 in blocks of 32", 32), ("int8 without a rotation", 1)):
+        for title, block in (("int8 in blocks of up to 128", 128), ("int8 without a rotation", 1)):
             with patch.object(int8, "MAX_BLOCK", block):
                 self._add("modes", f"{title}, float32", self._draw(self._file, "int8"))
         bfloat16 = self._draw(self._transformer, dtype=torch.bfloat16)

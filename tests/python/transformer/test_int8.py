@@ -21,7 +21,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("columns", "block"), [(3840, 256), (10240, 256), (128, 128), (352, 32), (32, 32), (960, 64)]
 )
-def test_blocks(columns: int, block: int) -> None:
+def test_blocks(columns: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert int8.rotation_block(columns) == 32
+    monkeypatch.setattr(int8, "MAX_BLOCK", 256)
     assert int8.rotation_block(columns) == block
     assert np.array_equal(int8.hadamard(block).numpy(), scipy_hadamard(block))
 
