@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ from helpers.interruption import run as run_program
 from helpers.terminal import run_in_terminal, tables_in_terminal
 from zimage_mxfp8.cli.command_line import build_parser
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.generation.example_images import ExamplePainter
+from zimage_mxfp8.generation.small_model import examples
+from zimage_mxfp8.transformer.compute import COMPUTE_MODES
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
 
@@ -359,6 +363,19 @@ def test_nothing_is_named_that_was_not_written(in_process: Run, here: Path) -> N
 # ---- demo
 
 
+@pytest.fixture
+def _quick_painter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The originals in place of what the modes draw; test_commands.py has the demo itself."""
+
+    def draw(painter: Any, compute: str) -> list[Image.Image]:
+        assert compute in COMPUTE_MODES
+        return [Image.open(example.image) for example in examples()[1]]
+
+    monkeypatch.setattr(ExamplePainter, "__init__", lambda *_: None)
+    monkeypatch.setattr(ExamplePainter, "draw", draw)
+
+
+@pytest.mark.usefixtures("_quick_painter")
 def test_demo_proposes_commands_that_run(in_process: Run, tmp_path: Path) -> None:
     result = in_process("demo", "-o", "my demo")
     assert result.returncode == 0, result.stderr
@@ -393,6 +410,7 @@ def test_demo_proposes_commands_that_run(in_process: Run, tmp_path: Path) -> Non
     assert min(path.stat().st_size for path in folder.iterdir()) > 1000
 
 
+@pytest.mark.usefixtures("_quick_painter")
 def test_demo_without_a_folder_proposes_commands_for_ones_own_file(in_process: Run) -> None:
     result = in_process("demo")
     *_, last = result.stdout.partition("To try next:\n")
