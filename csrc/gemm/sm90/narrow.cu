@@ -128,9 +128,8 @@ __global__ void __launch_bounds__(kThreads) narrow_gemm_kernel(const Parameters 
   }
   __syncthreads();
   if (warp < kWarps / 2) {
-    each_pair([](float2& pair, float first, float second) {
-      pair = {pair.x + first, pair.y + second};
-    });
+    each_pair(
+        [](float2& pair, float first, float second) { pair = {pair.x + first, pair.y + second}; });
   }
   __syncthreads();
   constexpr int kEach = kTokens * kRows / kThreads;
