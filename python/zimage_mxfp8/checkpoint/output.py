@@ -281,14 +281,18 @@ class AtomicFile:
         target: the final name.
         size: bytes that the file will have; free space is checked before anything is written.
         overwrite: replace a target that exists or appears in the meantime.
+        named: what errors call it, if the target is a part of a folder that has no name yet.
 
     Raises:
         OutputError: not enough space, another process writes the same target, or any failure to
             write. The old target is untouched then.
     """
 
-    def __init__(self, target: Path, size: int, *, overwrite: bool) -> None:
+    def __init__(
+        self, target: Path, size: int, *, overwrite: bool, named: Path | None = None
+    ) -> None:
         self.target = target
+        self._named = named or target
         self.size = size
         self._overwrite = overwrite
         self._final = final_path(target)  # a link stays a link, and its target is replaced
@@ -307,8 +311,9 @@ class AtomicFile:
         except OSError as error:
             raise self.failure(error) from None
         if self.size > free:
+            place = self._named.parent
             raise OutputError(
-                f"{self.target} needs {self.size:,} bytes, but {folder} has {free:,} free"
+                f"{self._named} needs {self.size:,} bytes, but {place} has {free:,} free"
             )
         try:
             with interrupts_held():  # an unknown file would stay behind
@@ -350,10 +355,10 @@ class AtomicFile:
         """Return the error for a failed write."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return OutputError(
-                f"{self.target} could not be written: {error.strerror}; "
+                f"{self._named} could not be written: {error.strerror}; "
                 f"{self.size:,} bytes are needed, nothing was kept"
             )
-        return OutputError(f"{self.target} could not be written: {error.strerror or error}")
+        return OutputError(f"{self._named} could not be written: {error.strerror or error}")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

@@ -22,7 +22,7 @@ from ..checkpoint.foreign_files import refuse
 from ..checkpoint.header import TensorInfo, file_size, layout_header
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
-from ..checkpoint.output import AtomicFile, check_target, write_file
+from ..checkpoint.output import AtomicFile, check_target, final_path, write_file
 from ..checkpoint.output_folder import check_target_folder, new_folder
 from ..checkpoint.provenance import read_provenance
 from ..checkpoint.structure import missing_or_misshapen, structure_error
@@ -170,7 +170,7 @@ def export(
     with (
         shown(progress, byte_bar("exporting")) as callback,
         _file_to_write(plan, target, overwrite) as path,
-        AtomicFile(path, plan.size, overwrite=overwrite) as file,
+        AtomicFile(path, plan.size, overwrite=overwrite, named=target) as file,
     ):
         run_jobs(plan.jobs, file, threads=threads, progress=callback)
     return ExportReport(
@@ -195,7 +195,9 @@ def _file_to_write(plan: ExportPlan, target: Path, overwrite: bool) -> Iterator[
         return
     own = (_CONFIG, _WEIGHTS)
     check_target_folder(target, own, overwrite=overwrite)
-    if any(target.absolute() in path.absolute().parents for path in inputs):
+    # By any spelling: a link inside the folder would vanish with it too.
+    places = [place for path in inputs for place in (path.absolute(), path.resolve())]
+    if any(final_path(target) in {p.resolve() for p in place.parents} for place in places):
         raise UsageError("output", f"{target} holds the input", "choose another name")
     with new_folder(target, own, overwrite=overwrite) as folder:
         content = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,9 +289,30 @@ def test_folders_are_replaced_whole_or_not_at_all(converted: Path, tmp_path: Pat
     inside = tmp_path / "inside"
     inside.mkdir()
     (inside / WEIGHTS).write_bytes(converted.read_bytes())
-    with pytest.raises(zm.UsageError, match=r"output .* holds the input"):
-        zm.export(inside / WEIGHTS, inside, "diffusers", overwrite=True)
-    assert sha256(inside / WEIGHTS) == sha256(converted)
+    (tmp_path / "link").symlink_to(inside)
+    (tmp_path / "link.safetensors").symlink_to(inside / WEIGHTS)
+    for source, target in (
+        (inside / WEIGHTS, inside),
+        (inside / WEIGHTS, tmp_path / "link"),
+        (inside / WEIGHTS, inside / ".." / "inside"),
+        (tmp_path / "link.safetensors", inside),
+        (tmp_path / "link" / WEIGHTS, inside),
+    ):
+        with pytest.raises(zm.UsageError, match=r"output .* holds the input"):
+            zm.export(source, target, "diffusers", overwrite=True)
+        assert sha256(inside / WEIGHTS) == sha256(converted)
+
+
+def test_a_full_disk_names_the_output(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(zm.OutputError) as caught:
+        zm.export(converted, tmp_path / "out", "diffusers")
+    assert str(caught.value).startswith(f"{tmp_path / 'out'} needs ")
+    assert str(caught.value).endswith(f"but {tmp_path} has 1,000 free")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_models_that_diffusers_cannot_have(small_file: Path, tmp_path: Path) -> None:
