@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,15 @@ def test_images_beyond_the_pages_room_come_from_the_folder(
     ] * 6
     others = {name for i, pair in enumerate(report.pairs) if pair is not worst for name in names[i]}
     assert set(sources[2:]) == others
+
+
+def test_the_page_stays_small(report: zm.EvaluationReport) -> None:
+    pairs = [replace(pair, image=bytes(150_000), against=bytes(150_000)) for pair in report.pairs]
+    large = replace(report, pairs=pairs * 5)
+    names = [(f"images/{i}-a.png", f"images/{i}-b.png") for i in range(len(large.pairs))]
+    page = page_module.evaluation_page(large, names)
+    assert len(page) < 1_000_000
+    assert page.count("data:image/png;base64,") == 4 and names[-1][1] in page
 
 
 # ---- the gate
