@@ -157,7 +157,10 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound: a taken port is reported before the model is loaded."""
+    """Return a socket that listens: a taken port is reported before the model is loaded.
+
+    Binding alone does not take the port: with SO_REUSEADDR another server could bind it, too.
+    """
     if port > _MAX_PORT:  # the system would take the rest of it by 65536
         raise CommandLineError(f"--port {port} cannot be used: ports end at {_MAX_PORT}")
     try:
@@ -170,6 +173,7 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()
     except OSError as error:
         listener.close()
         raise CommandLineError(

@@ -260,8 +260,9 @@ class JobQueue:
             running.stop()
 
     def join(self, seconds: float | None = None) -> bool:
-        """Wait for the thread to end after `stop`; return whether it has."""
-        self._thread.join(seconds)
+        """Wait for the thread to end after `stop`, if it was started; return whether it has."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _retry_after(self) -> int:

@@ -63,7 +63,11 @@ def run_server(
         ws="none",
     )
     server = _Server(config, log, lambda: bool(broken), on_ready)
-    asyncio.run(server.serve([listener]))
+    try:
+        asyncio.run(server.serve([listener]))
+    finally:  # an engine that still draws would end the interpreter with an abort
+        app.state.queue.stop(now=True)
+        app.state.queue.join()
     if broken:
         raise broken[0]
 
