@@ -95,6 +95,46 @@ def test_first_signal_finishes_what_is_drawn_and_refuses_the_rest(start: Start) 
     ]
 
 
+def test_third_signal_ends_a_server_whose_step_does_not_end() -> None:
+    program = """
+import socket, sys, threading
+from helpers.serving import StubEngine
+from zimage_mxfp8.server.options import ServerOptions
+from zimage_mxfp8.server.request_log import LogWriter
+from zimage_mxfp8.server.run import run_server
+
+class StuckEngine(StubEngine):
+    def warm_up(self):
+        print("stuck", flush=True)
+        threading.Event().wait()
+
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    run_server(StuckEngine(), ServerOptions(), listener, LogWriter(sys.stderr), print)
+"""
+    helpers = Path(__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(helpers), *filter(None, sys.path)])},
+    ) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "stuck\n"
+        process.send_signal(signal.SIGINT)
+        assert json.loads(process.stderr.readline())["event"] == "stopping"
+
+        def is_ended_by_signals() -> bool:
+            process.send_signal(signal.SIGINT)
+            return process.poll() is not None
+
+        try:
+            wait_until(is_ended_by_signals)
+        finally:
+            process.kill()
+        assert process.returncode == 130
+
+
 # ---- errors before anything is loaded
 
 
