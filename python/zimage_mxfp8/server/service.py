@@ -72,11 +72,19 @@ class Service:
         except UsageError as error:
             raise request_error(error, fields) from None
         assert settings.width and settings.height
-        if settings.width * settings.height > self.options.max_image_pixels:
+        pixels = settings.width * settings.height
+        if pixels > self.options.max_image_pixels:
             raise invalid(
                 fields.get("width", "width"),
                 f"must have at most {self.options.max_image_pixels:,} pixels, and "
-                f"{settings.width}x{settings.height} has {settings.width * settings.height:,}",
+                f"{settings.width}x{settings.height} has {pixels:,}",
+            )
+        if settings.batch * pixels > self.options.max_request_pixels:
+            raise invalid(
+                fields.get("batch", "batch"),
+                f"times the pixels of an image must be at most "
+                f"{self.options.max_request_pixels:,}, and {settings.batch} x {settings.width}x"
+                f"{settings.height} are {settings.batch * pixels:,}",
             )
         return settings
 

@@ -61,6 +61,26 @@ def test_hostile_bodies(serve: Serve, engine: StubEngine, body: bytes) -> None:
     assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 200
 
 
+def test_many_large_images(serve: Serve, engine: StubEngine) -> None:
+    client = serve()
+    body = {"prompt": "a", "n": 10, "size": "1024x1024"}
+    assert client.post(GENERATIONS, json=body).status_code == 200
+    for n, size, status in ((10, "1040x1024", 400), (3, "2048x2048", 400), (2, "2048x2048", 200)):
+        answer = client.post(GENERATIONS, json={"prompt": "a", "n": n, "size": size})
+        assert answer.status_code == status, (n, size)
+    error = client.post(GENERATIONS, json={"prompt": "a", "n": 3, "size": "2048x2048"}).json()
+    assert error["error"]["param"] == "n"
+    assert error["error"]["message"] == (
+        "n times the pixels of an image must be at most 10,485,760, and 3 x 2048x2048 are "
+        "12,582,912"
+    )
+    body = {"prompt": "a", "n_iter": 5, "batch_size": 2, "width": 2048, "height": 2048}
+    answer = client.post(TEXT, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("batch_size times the pixels")
+    assert len(engine.drawn) == 2
+
+
 def test_ten_thousand_fields(serve: Serve) -> None:
     client = serve()
     fields = {f"x{i}": "1" for i in range(10_000)}
