@@ -158,6 +158,16 @@ def decode_image(content: bytes, what: str, max_pixels: int) -> Image:
         return ImageOps.exif_transpose(opened)
 
 
+def eight_bits(image: Image) -> Image:
+    """Return an image with 16 bits per pixel in 8, and others as they are."""
+    from PIL import Image
+
+    if not image.mode.startswith("I;16"):  # which convert would clip at 255
+        return image
+    levels = (np.asarray(image).astype(np.uint32) + 128) // 257
+    return Image.fromarray(levels.astype(np.uint8))
+
+
 def _read(path: Path, name: str) -> Image:
     from PIL import Image
 
@@ -200,9 +210,7 @@ def _reading(name: str) -> Iterator[None]:
 def _as_rgb(image: Image) -> Image:
     from PIL import Image
 
-    if image.mode.startswith("I;16"):  # convert would clip at 255
-        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    image = eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         # convert would show the arbitrary colours of transparent pixels.
         layer = image.convert("RGBA")

@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..generation.images import eight_bits
 from ..generation.infotext import write_infotext
 from .encoding import base64_text, encode
 from .engine import Drawing, DrawRequest
@@ -108,7 +109,8 @@ def router(service: Service) -> APIRouter:
             "strength": _STRENGTH if strength is None else strength,
         }
         if body.mask:
-            mask = (await service.decode(_bytes(body.mask, "mask"), "mask")).convert("L")
+            mask = await service.decode(_bytes(body.mask, "mask"), "mask")
+            mask = eight_bits(mask).convert("L")
             mask = mask if mask.size == image.size else mask.resize(image.size)
             images["mask_image"] = ImageOps.invert(mask) if body.inpainting_mask_invert else mask
         return await _answer(service, jobs, http, body, images)

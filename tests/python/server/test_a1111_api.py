@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from helpers.serving import Serve, StubEngine, decoded, image_file, wait_until
+from zimage_mxfp8.generation.images import open_image
 
 TEXT, IMAGE = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 
@@ -113,6 +114,21 @@ def test_masks(serve: Serve, engine: StubEngine, invert: int, kept: int) -> None
     assert settings.mask_image.size == (64, 48)
     assert (found[:, :30] == kept).all() and (found[:, 34:] == 255 - kept).all()
     assert settings.strength == 0.75
+
+
+def test_a_mask_of_16_bits_is_scaled(serve: Serve, engine: StubEngine) -> None:
+    pixels = np.zeros((48, 64), np.uint16)
+    pixels[:, 32:] = 0x7000  # darker than mid-grey
+    pixels[:, 48:] = 0xFFFF
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    sent = text_of(buffer.getvalue())
+    assert serve().post(IMAGE, json={"init_images": [sent], "mask": sent}).status_code == 200
+    settings = engine.drawn[0].settings
+    assert isinstance(settings.mask_image, Image.Image)
+    assert np.asarray(settings.mask_image)[0, ::16].tolist() == [0, 0, 0x70, 0xFF]
+    assert isinstance(settings.init_image, Image.Image)
+    assert open_image(settings.init_image).getpixel((40, 0)) == (0x70,) * 3
 
 
 @pytest.mark.parametrize(
