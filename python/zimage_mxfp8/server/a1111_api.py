@@ -22,6 +22,7 @@ from ..generation.infotext import write_infotext
 from .encoding import base64_text, encode
 from .engine import Drawing, DrawRequest
 from .jobs import Job
+from .loras import MAX_WEIGHT
 from .openai_api import MAX_IMAGES, MAX_PROMPT
 from .request_errors import invalid
 from .service import Service
@@ -49,7 +50,7 @@ class TextBody(BaseModel):
     steps: int | None = None
     width: int | None = None
     height: int | None = None
-    cfg_scale: float | None = None
+    cfg_scale: float | None = Field(None, allow_inf_nan=False)
     batch_size: int | None = Field(None, ge=1, le=MAX_IMAGES)
     n_iter: int | None = Field(None, ge=1, le=MAX_IMAGES)
 
@@ -258,6 +259,12 @@ def _without_loras(service: Service, prompt: str) -> tuple[str, list[Any]]:
             number = float(weight or 1)
         except ValueError:
             raise invalid("prompt", f'has a LoRA with the weight "{weight}"') from None
+        if not abs(number) <= MAX_WEIGHT:
+            raise invalid(
+                "prompt",
+                f'has the LoRA "{name.strip()}" with the weight {weight}; weights are '
+                f"-{MAX_WEIGHT} to {MAX_WEIGHT}",
+            )
         loras.append((name.strip(), number))
     return _LORA.sub("", prompt).strip() if loras else prompt, service.loras.find(loras)
 

@@ -81,6 +81,14 @@ def test_loras_in_the_prompt(serve: Serve, engine: StubEngine, tmp_path: Path) -
     assert answer.json()["detail"] == 'there is no LoRA "oil"; there are ink wash'
     answer = client.post(TEXT, json={"prompt": "<lora:ink wash:.-.>"})
     assert 'the weight ".-."' in answer.json()["detail"]
+    for weight in ("99999999999999999999", "-100.1"):
+        answer = client.post(TEXT, json={"prompt": f"<lora:ink wash:{weight}>"})
+        assert answer.status_code == 400
+        assert answer.json()["detail"] == (
+            f'prompt has the LoRA "ink wash" with the weight {weight}; weights are -100 to 100'
+        )
+    assert len(engine.drawn) == 1
+    assert client.post(TEXT, json={"prompt": "<lora:ink wash:-100>"}).status_code == 200
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
@@ -114,6 +122,16 @@ def test_masks(serve: Serve, engine: StubEngine, invert: int, kept: int) -> None
     assert settings.mask_image.size == (64, 48)
     assert (found[:, :30] == kept).all() and (found[:, 34:] == 255 - kept).all()
     assert settings.strength == 0.75
+
+
+def test_loras_whose_names_are_not_text_are_left_out(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "ink.safetensors").touch()
+    try:
+        (tmp_path / "\udcff.safetensors").touch()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    answer = serve(lora_dir=tmp_path).get("/sdapi/v1/loras")
+    assert [each["name"] for each in answer.json()] == ["ink"]
 
 
 def test_a_mask_of_16_bits_is_scaled(serve: Serve, engine: StubEngine) -> None:

@@ -61,6 +61,29 @@ def test_hostile_bodies(serve: Serve, engine: StubEngine, body: bytes) -> None:
     assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 200
 
 
+@pytest.mark.parametrize("lora", ["\ud800", "x" * 256, "[" * 5000, ["\ud800"], [{"name": ""}] * 17])
+def test_names_of_loras_that_cannot_be_used(serve: Serve, engine: StubEngine, lora: object) -> None:
+    client = serve()
+    body = json.dumps({"prompt": "a", "lora": lora})
+    answers = [client.post(GENERATIONS, content=body, headers=JSON)]
+    text = lora if isinstance(lora, str) else json.dumps(lora)
+    if text != "\ud800":  # a form cannot hold it
+        form = {"prompt": "a", "lora": text}
+        answers.append(client.post(EDITS, data=form, files={"image": ("a.png", image_file())}))
+    for answer in answers:
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "lora" and len(answer.text) < 1000
+    assert not engine.drawn
+
+
+@pytest.mark.parametrize("scale", ["nan", "-inf", "inf", "-Infinity"])
+def test_cfg_scales_that_are_no_numbers(serve: Serve, engine: StubEngine, scale: str) -> None:
+    answer = serve().post(TEXT, json={"prompt": "a", "cfg_scale": scale})
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == "cfg_scale: Input should be a finite number"
+    assert not engine.drawn
+
+
 def test_many_large_images(serve: Serve, engine: StubEngine) -> None:
     client = serve()
     body = {"prompt": "a", "n": 10, "size": "1024x1024"}
