@@ -144,12 +144,19 @@ def decode_image(content: bytes, what: str, max_pixels: int) -> Image:
         max_pixels: most pixels that are accepted; a larger image is refused by its header.
 
     Raises:
-        CheckpointError: it is too large, or not an image that Pillow can read.
+        CheckpointError: it is empty, too large, or not an image of these formats.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     name = f"the {what}"
-    with _reading(name), Image.open(io.BytesIO(content), formats=_SENT_FORMATS) as opened:
+    if not content:
+        raise CheckpointError(f"{name} is empty")
+    with _reading(name):
+        try:
+            opened = Image.open(io.BytesIO(content), formats=_SENT_FORMATS)
+        except UnidentifiedImageError:
+            raise CheckpointError(f"{name} must be a PNG, JPEG, WebP, GIF or BMP file") from None
+    with _reading(name), opened:
         if opened.width * opened.height > max_pixels:
             raise CheckpointError(
                 f"{name} has {opened.width} x {opened.height} pixels, more than {max_pixels:,}; "

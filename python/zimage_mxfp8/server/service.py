@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from ..errors import CheckpointError, UsageError
 from ..generation.images import decode_image, open_image
-from ..generation.limits import PIXELS_PER_TOKEN
+from ..generation.limits import MAX_PIXELS, PIXELS_PER_TOKEN
 from ..generation.settings import GenerationSettings
 from .engine import Drawing, DrawRequest, Engine, Progress
 from .jobs import Done, Event, Failed, Job, JobQueue
@@ -196,9 +196,9 @@ def _decoded(content: bytes, what: str, max_pixels: int) -> Image:
 
 
 def _fitted(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """Return whole tokens of about a size's shape, within a number of pixels."""
+    """Return whole tokens of about a size's shape, within the pixels of an image and of a side."""
     width, height = size
-    scale = min(1.0, math.sqrt(max_pixels / (width * height)))
+    scale = min(1.0, math.sqrt(max_pixels / (width * height)), MAX_PIXELS / max(size))
 
     def whole(pixels: int) -> int:
         return max(1, int(pixels * scale) // PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN

@@ -155,7 +155,7 @@ def test_a_mask_of_16_bits_is_scaled(serve: Serve, engine: StubEngine) -> None:
         ({"init_images": ["%%%"]}, "init_images must be base64 of an image file"),
         ({"init_images": ["/etc/passwd"]}, "init_images"),
         ({"init_images": []}, "init_images: List should have at least 1 item"),
-        ({"init_images": [text_of(b"x")]}, "the init_images has a format unknown to Pillow"),
+        ({"init_images": [text_of(b"x")]}, "the init_images must be a PNG, JPEG, WebP, GIF"),
         ({"init_images": [text_of(image_file())], "steps": 0}, "steps must be 1 to 1000, not 0"),
         ({"init_images": [text_of(image_file())], "denoising_strength": 0}, "denoising_strength"),
         ({"init_images": [text_of(image_file())], "batch_size": 4, "n_iter": 4}, "batch_size"),
