@@ -17,7 +17,7 @@ from ..generation.images import decode_image, open_image
 from ..generation.limits import MAX_PIXELS, PIXELS_PER_TOKEN
 from ..generation.settings import GenerationSettings
 from .engine import Drawing, DrawRequest, Engine, Progress
-from .jobs import Done, Event, Failed, Job, JobQueue
+from .jobs import Done, Event, Failed, Job, JobQueue, is_of_request
 from .loras import LoraFolder
 from .middleware import notes_of
 from .options import ServerOptions
@@ -71,6 +71,13 @@ class Service:
             settings = GenerationSettings(**values)
         except UsageError as error:
             raise request_error(error, fields) from None
+        image, mask = values.get("init_image"), values.get("mask_image")
+        if image is not None and mask is not None and mask.size != image.size:
+            raise invalid(
+                fields.get("mask_image", "mask_image"),
+                f"has {mask.width} x {mask.height} pixels, and the image {image.width} x "
+                f"{image.height}; give both the same size",
+            )
         assert settings.width and settings.height
         pixels = settings.width * settings.height
         if pixels > self.options.max_image_pixels:
@@ -117,9 +124,9 @@ class Service:
     def failure(self, job: Job, failed: Failed, fields: Mapping[str, str]) -> RequestError:
         """Return what the client is told of a job that failed."""
         error = failed.error
-        if isinstance(error, CheckpointError) and (loras := job.request.settings.loras):
+        if isinstance(error, CheckpointError) and is_of_request(error, job.request):
             sentence = str(error)
-            for file, _ in loras:
+            for file, _ in job.request.settings.loras:
                 sentence = sentence.replace(str(file), file.name)
             return RequestError(400, "invalid_lora", sentence, "lora")
         return request_error(error, fields)

@@ -232,13 +232,20 @@ def test_a_failure_before_the_first_step_keeps_its_status(serve: Serve, engine: 
 
 
 def test_a_lora_that_does_not_fit_is_named_without_its_path(
-    serve: Serve, engine: StubEngine, tmp_path: Path
+    serve: Serve, engine: StubEngine, log: Log, tmp_path: Path
 ) -> None:
     file = tmp_path / "ink.safetensors"
     file.touch()
     engine.failure = zm.CheckpointError(f"{file} is for another model")
-    answer = serve(lora_dir=tmp_path).post(GENERATIONS, json={"prompt": "a", "lora": "ink"})
+    client = serve(lora_dir=tmp_path)
+    answer = client.post(GENERATIONS, json={"prompt": "a", "lora": "ink"})
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("invalid_lora", "lora")
     assert error["message"] == "ink.safetensors is for another model"
+    metrics = client.get("/metrics").text
+    assert 'zimage_jobs_total{outcome="failed"} 0.0' in metrics
+    assert 'zimage_jobs_total{outcome="refused"} 1.0' in metrics
+    assert engine.freed == 1
+    wait_until(lambda: any(line.get("route") == "/metrics" for line in log.lines()))
+    assert not any("event" in line for line in log.lines())

@@ -278,6 +278,11 @@ def test_a_long_image_is_drawn_as_long_as_images_may_be(serve: Serve, engine: St
         ({"image": image_file(), "image[]": image_file()}, "image", "must be one image"),
         ({"image": image_file((200, 200))}, "image", "200 x 200 pixels, more than 16,384"),
         ({"image": image_file(), "mask": image_file()}, "mask", "must have an alpha channel"),
+        (
+            {"image": image_file(), "mask": image_file((64, 64), "RGBA")},
+            "mask",
+            "mask has 64 x 64 pixels, and the image 64 x 48; give both the same size",
+        ),
         ({"image": image_file(), "mask": b"GIF8"}, "mask", "the mask"),
     ],
 )
