@@ -311,6 +311,21 @@ def test_an_early_refusal_of_a_large_upload_is_read(engine: StubEngine) -> None:
     assert answer.startswith(b"HTTP/1.1 401 ") and b"the API key is missing" in answer
 
 
+def test_an_upload_to_a_full_queue_is_refused_with_an_answer(engine: StubEngine) -> None:
+    engine.gate.clear()
+    with (
+        serving(engine, queue=0) as address,
+        ThreadPoolExecutor(1) as others,
+        client_of(address) as client,
+    ):
+        running = others.submit(client.images.generate, prompt="a")
+        wait_until(lambda: engine.drawn)
+        answer = refused_upload(address, 8 << 20, 8 << 20)
+        engine.gate.set()
+        assert running.result(30).data
+    assert answer.startswith(b"HTTP/1.1 429 ") and b"too many requests wait" in answer
+
+
 def test_a_refused_upload_is_not_read_for_ever(engine: StubEngine) -> None:
     with serving(engine, api_key="x", transfer_timeout=0.3) as address:
         assert refused_upload(address, 1 << 16, 8 << 20).startswith(b"HTTP/1.1 401 ")

@@ -198,6 +198,34 @@ def test_a_port_is_taken_before_the_model_is_loaded(
     fails(seconds[1], 2, sentence)
 
 
+def test_limits_of_pixels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[tuple[int, int]] = []
+
+    def load(arguments: argparse.Namespace) -> None:
+        options = command._options(arguments)
+        found.append((options.max_image_pixels, options.max_request_pixels))
+        raise zm.CheckpointError("there is no model")
+
+    monkeypatch.setattr(command, "_engine", load)
+    monkeypatch.delenv("ZIMAGE_MXFP8_API_KEY", raising=False)
+    for options in (
+        (),
+        ("--max-image-pixels", 256),
+        ("--max-image-pixels", 20_000_000),
+        ("--max-request-pixels", 512),
+    ):
+        assert refused(capsys, "--port", 0, *options)[0] == 1
+    default, request = 2048 * 2048, 10 * 1024 * 1024
+    assert found == [
+        (default, request),
+        (256, request),
+        (20_000_000, 20_000_000),
+        (default, 512),
+    ]
+
+
 def test_wrong_models_end_with_a_sentence(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     result = cli("serve", "--port", 0, "--model-dir", "model")
