@@ -34,7 +34,12 @@ _MAX_PORT = 65535
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
-    from ..server.options import DEFAULT_MAX_IMAGE_PIXELS, DEFAULT_QUEUE, DEFAULT_TIMEOUT
+    from ..server.options import (
+        DEFAULT_MAX_IMAGE_PIXELS,
+        DEFAULT_MAX_REQUEST_PIXELS,
+        DEFAULT_QUEUE,
+        DEFAULT_TIMEOUT,
+    )
 
     parser = commands.add_parser(
         "serve",
@@ -92,6 +97,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         f"(default: {DEFAULT_MAX_IMAGE_PIXELS}, 2048 x 2048)",
     )
     parser.add_argument(
+        *spellings("--max-request-pixels"),
+        type=count(256),
+        metavar="N",
+        help="most pixels of all images of a request together (default: "
+        f"{DEFAULT_MAX_REQUEST_PIXELS}, 10 x 1024 x 1024, or one largest image if that is more)",
+    )
+    parser.add_argument(
         *spellings("--lora-dir"),
         type=Path,
         metavar="DIR",
@@ -131,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace) -> ServerOptions:
-    from ..server.options import ServerOptions, is_loopback
+    from ..server.options import DEFAULT_MAX_REQUEST_PIXELS, ServerOptions, is_loopback
 
     key = os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key
     if key is not None and not (
@@ -152,12 +164,17 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
         queue=arguments.queue,
         timeout=arguments.timeout,
         max_image_pixels=arguments.max_image_pixels,
+        max_request_pixels=arguments.max_request_pixels
+        or max(DEFAULT_MAX_REQUEST_PIXELS, arguments.max_image_pixels),
         lora_dir=arguments.lora_dir,
     )
 
 
 def _listener(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound: a taken port is reported before the model is loaded."""
+    """Return a socket that listens: a taken port is reported before the model is loaded.
+
+    Binding alone does not take the port: with SO_REUSEADDR another server could bind it, too.
+    """
     if port > _MAX_PORT:  # the system would take the rest of it by 65536
         raise CommandLineError(f"--port {port} cannot be used: ports end at {_MAX_PORT}")
     try:
@@ -170,6 +187,7 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()
     except OSError as error:
         listener.close()
         raise CommandLineError(

@@ -144,18 +144,35 @@ def decode_image(content: bytes, what: str, max_pixels: int) -> Image:
         max_pixels: most pixels that are accepted; a larger image is refused by its header.
 
     Raises:
-        CheckpointError: it is too large, or not an image that Pillow can read.
+        CheckpointError: it is empty, too large, or not an image of these formats.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     name = f"the {what}"
-    with _reading(name), Image.open(io.BytesIO(content), formats=_SENT_FORMATS) as opened:
+    if not content:
+        raise CheckpointError(f"{name} is empty")
+    with _reading(name):
+        try:
+            opened = Image.open(io.BytesIO(content), formats=_SENT_FORMATS)
+        except UnidentifiedImageError:
+            raise CheckpointError(f"{name} must be a PNG, JPEG, WebP, GIF or BMP file") from None
+    with _reading(name), opened:
         if opened.width * opened.height > max_pixels:
             raise CheckpointError(
                 f"{name} has {opened.width} x {opened.height} pixels, more than {max_pixels:,}; "
                 "scale it down"
             )
         return ImageOps.exif_transpose(opened)
+
+
+def eight_bits(image: Image) -> Image:
+    """Return an image with 16 bits per pixel in 8, and others as they are."""
+    from PIL import Image
+
+    if not image.mode.startswith("I;16"):  # which convert would clip at 255
+        return image
+    levels = (np.asarray(image).astype(np.uint32) + 128) // 257
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def _read(path: Path, name: str) -> Image:
@@ -200,9 +217,7 @@ def _reading(name: str) -> Iterator[None]:
 def _as_rgb(image: Image) -> Image:
     from PIL import Image
 
-    if image.mode.startswith("I;16"):  # convert would clip at 255
-        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    image = eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         # convert would show the arbitrary colours of transparent pixels.
         layer = image.convert("RGBA")

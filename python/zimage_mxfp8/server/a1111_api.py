@@ -17,10 +17,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..generation.images import eight_bits
 from ..generation.infotext import write_infotext
 from .encoding import base64_text, encode
 from .engine import Drawing, DrawRequest
 from .jobs import Job
+from .loras import MAX_WEIGHT
 from .openai_api import MAX_IMAGES, MAX_PROMPT
 from .request_errors import invalid
 from .service import Service
@@ -48,7 +50,7 @@ class TextBody(BaseModel):
     steps: int | None = None
     width: int | None = None
     height: int | None = None
-    cfg_scale: float | None = None
+    cfg_scale: float | None = Field(None, allow_inf_nan=False)
     batch_size: int | None = Field(None, ge=1, le=MAX_IMAGES)
     n_iter: int | None = Field(None, ge=1, le=MAX_IMAGES)
 
@@ -108,7 +110,8 @@ def router(service: Service) -> APIRouter:
             "strength": _STRENGTH if strength is None else strength,
         }
         if body.mask:
-            mask = (await service.decode(_bytes(body.mask, "mask"), "mask")).convert("L")
+            mask = await service.decode(_bytes(body.mask, "mask"), "mask")
+            mask = eight_bits(mask).convert("L")
             mask = mask if mask.size == image.size else mask.resize(image.size)
             images["mask_image"] = ImageOps.invert(mask) if body.inpainting_mask_invert else mask
         return await _answer(service, jobs, http, body, images)
@@ -256,6 +259,12 @@ def _without_loras(service: Service, prompt: str) -> tuple[str, list[Any]]:
             number = float(weight or 1)
         except ValueError:
             raise invalid("prompt", f'has a LoRA with the weight "{weight}"') from None
+        if not abs(number) <= MAX_WEIGHT:
+            raise invalid(
+                "prompt",
+                f'has the LoRA "{name.strip()}" with the weight {weight}; weights are '
+                f"-{MAX_WEIGHT} to {MAX_WEIGHT}",
+            )
         loras.append((name.strip(), number))
     return _LORA.sub("", prompt).strip() if loras else prompt, service.loras.find(loras)
 

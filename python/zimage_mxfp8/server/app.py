@@ -94,7 +94,8 @@ def create_app(
         raise openai_api.validation_error(error.errors())
 
     # The last one is the outermost.
-    app.add_middleware(Limits, max_bytes=options.max_body_bytes, seconds=options.transfer_timeout)
+    max_bytes, seconds = options.max_body_bytes, options.transfer_timeout
+    app.add_middleware(Limits, max_bytes=max_bytes, seconds=seconds)
     app.add_middleware(Access, api_key=options.api_key)
-    app.add_middleware(Boundary, log=log, metrics=metrics)
+    app.add_middleware(Boundary, log=log, metrics=metrics, max_bytes=max_bytes, seconds=seconds)
     return app

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal, Protocol
 
-from ..errors import Error
+from ..errors import CheckpointError, Error, UsageError
 from .engine import Drawing, DrawRequest, Engine, Preview, Progress
 
 _FIRST_GUESS = 5.0  # seconds of a drawing, before any has ended
 _REMEMBERED = 16  # drawings, for the guess
-Outcome = Literal["done", "failed", "stopped"]
+Outcome = Literal["done", "failed", "refused", "stopped"]
 
 
 class QueueFullError(Exception):
@@ -260,8 +260,9 @@ class JobQueue:
             running.stop()
 
     def join(self, seconds: float | None = None) -> bool:
-        """Wait for the thread to end after `stop`; return whether it has."""
-        self._thread.join(seconds)
+        """Wait for the thread to end after `stop`, if it was started; return whether it has."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _retry_after(self) -> int:
@@ -280,10 +281,11 @@ class JobQueue:
             return
         self._is_ready = True
         while (job := self._next()) is not None:
-            self._run(job)
-            with self._changed:
+            end = self._run(job)
+            with self._changed:  # before the client asks again, for whom there is room now
                 self._running = None
-            del job  # with its images, until the next one comes
+            job.tell(end)
+            del job, end  # with their images, until the next one comes
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -293,7 +295,8 @@ class JobQueue:
             self._running = self._waiting.popleft()
             return self._running
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job) -> Done | Failed:
+        """Draw a job; return its end, which is told once there is room for another."""
         begin = time.monotonic()
         stages = _Stages(self._observer)
 
@@ -305,25 +308,28 @@ class JobQueue:
             job.tell(update)
 
         outcome: Outcome = "failed"
-        end: Event
+        end: Done | Failed
         try:
             drawing = self._engine.draw(job.request, report)
             end, outcome = Done(drawing), "done"
         except StoppedError as error:
             end, outcome = Failed(_without_frames(error)), "stopped"
         except Exception as error:  # of the engine; other requests are none the worse
-            self._observer.failed(_detail(error))
+            if is_of_request(error, job.request):
+                outcome = "refused"
+            else:
+                self._observer.failed(_detail(error))
             end = Failed(_without_frames(error))
         stages.end()
         if outcome == "done":
             self._durations.append(time.monotonic() - begin)
-        elif outcome == "failed":
+        elif outcome != "stopped":
             try:
                 self._engine.free_memory()
             except Exception as error:  # a device that is broken; the next drawing will tell
                 self._observer.failed(_detail(error))
         self._observer.job_ended(outcome)
-        job.tell(end)
+        return end
 
 
 class _Stages:
@@ -351,6 +357,13 @@ class _Stages:
         if self._stage:
             self._observer.stage_ended(self._stage, self._latest - self._begin)
         self._begin = self._latest
+
+
+def is_of_request(error: Exception, request: DrawRequest) -> bool:
+    """Return whether a drawing failed for a value or an adapter that the client chose."""
+    return isinstance(error, UsageError) or (
+        isinstance(error, CheckpointError) and bool(request.settings.loras)
+    )
 
 
 def _detail(error: Exception) -> str:

@@ -10,6 +10,7 @@ from .request_errors import RequestError, invalid
 
 _SUFFIX = ".safetensors"
 _MAX_LORAS = 16  # of a request
+MAX_WEIGHT = 100  # of an adapter, up and down
 
 
 class LoraFolder:
@@ -58,4 +59,17 @@ class LoraFolder:
             found = list(self._folder.iterdir())
         except OSError:  # it was removed
             return {}
-        return {path.stem: path for path in found if path.suffix == _SUFFIX and path.is_file()}
+        return {
+            path.stem: path
+            for path in found
+            if path.suffix == _SUFFIX and path.is_file() and _is_text(path.stem)
+        }
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a file's name is UTF-8: others have surrogates, which JSON cannot hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

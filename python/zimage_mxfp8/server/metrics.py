@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -40,7 +41,7 @@ class Metrics:
             ["reason"],
             registry=self._registry,
         )
-        for outcome in ("done", "failed", "stopped"):  # so that all are there before the first
+        for outcome in get_args(Outcome):  # so that all are there before the first
             self._jobs.labels(outcome)
         self._gauge(
             "zimage_log_lines_dropped", "Log lines that could not be written", lambda: log.dropped

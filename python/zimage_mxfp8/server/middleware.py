@@ -8,6 +8,7 @@ import binascii
 import hmac
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,16 +48,25 @@ def notes_of(scope: Scope) -> Notes:
 class Boundary:
     """The outermost layer: answers errors of all kinds, and writes the log.
 
+    The rest of a refused request is read, within the limits of requests: if the server closed the
+    connection before, the client could lose the answer.
+
     Args:
         app: the layers inside.
         log: gets a line per request.
         metrics: counts errors.
+        max_bytes: of a body.
+        seconds: for a body.
     """
 
-    def __init__(self, app: ASGIApp, log: LogWriter, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, log: LogWriter, metrics: Metrics, max_bytes: int, seconds: float
+    ) -> None:
         self._app = app
         self._log = log
         self._metrics = metrics
+        self._max_bytes = max_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -66,6 +76,7 @@ class Boundary:
         notes = Notes()
         scope.setdefault("state", {})["notes"] = notes
         begin, status = time.monotonic(), 0
+        body = _Body(receive)
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -78,7 +89,7 @@ class Boundary:
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, body.receive, noting)
         except ClientGoneError:
             status = _CLIENT_GONE
         except Exception as error:
@@ -87,7 +98,18 @@ class Boundary:
                 self._metrics.failed(f"{notes.request_id}: {error!r:.2000}")
             notes.fields["error"] = known.code
             if not status:
-                await request_errors.response(known, scope["path"])(scope, receive, noting)
+                answer = request_errors.response(known, scope["path"])
+                left = begin + self._seconds - time.monotonic()
+
+                async def reading_the_rest(message: Message) -> None:
+                    if message["type"] == "http.response.start" or body.is_complete:
+                        await noting(message)
+                        return
+                    await noting({**message, "more_body": True})
+                    await body.drain(self._max_bytes, left)
+                    await noting({"type": "http.response.body", "body": b""})
+
+                await answer(scope, receive, reading_the_rest)
         if "error" in notes.fields:
             self._metrics.refused(notes.fields["error"])
         self._log.write(
@@ -100,6 +122,36 @@ class Boundary:
                 **notes.fields,
             }
         )
+
+
+class _Body:
+    """The body of a request while it comes in.
+
+    Attributes:
+        is_complete: whether nothing more of it can come.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.is_complete = False
+        self._receive = receive
+        self._count = 0
+
+    async def receive(self) -> Message:
+        """Return the next message."""
+        message = await self._receive()
+        self._count += len(message.get("body", b""))
+        self.is_complete = not message.get("more_body", False)
+        return message
+
+    async def drain(self, max_bytes: int, seconds: float) -> None:
+        """Read what is left, up to a number of bytes of the whole body and for some seconds."""
+
+        async def read() -> None:
+            while not self.is_complete and self._count <= max_bytes:
+                await self.receive()
+
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(read(), max(0.0, seconds))
 
 
 class Access:

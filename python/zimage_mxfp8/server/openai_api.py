@@ -23,6 +23,7 @@ from .encoding import Format, base64_text, data_url, encode
 from .engine import Drawing, DrawRequest, Preview, Progress
 from .event_stream import EventStream
 from .jobs import Done, Event, Failed, Job, Queued
+from .loras import MAX_WEIGHT
 from .middleware import notes_of
 from .request_errors import RequestError, invalid
 from .service import Service, events_for, may_begin
@@ -66,7 +67,10 @@ class LoraField(BaseModel):
 
     name: str = Field(max_length=255)
     scale: float = Field(
-        1.0, ge=-100, le=100, validation_alias=AliasChoices("scale", "weight", "strength")
+        1.0,
+        ge=-MAX_WEIGHT,
+        le=MAX_WEIGHT,
+        validation_alias=AliasChoices("scale", "weight", "strength"),
     )
 
 
@@ -342,11 +346,16 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 
 def _loras(service: Service, given: str | LoraField | list[str | LoraField]) -> list[Any]:
     loras = given if isinstance(given, list) else [given]
-    named = [
-        LoraField.model_validate({"name": each}) if isinstance(each, str) else each
-        for each in loras
-        if each
-    ]
+    try:
+        named = [
+            LoraField.model_validate({"name": each}) if isinstance(each, str) else each
+            for each in loras
+            if each
+        ]
+    except ValidationError as error:
+        raise invalid(
+            "lora", f"has a name that cannot be used: {error.errors()[0]['msg']}"
+        ) from None
     return service.loras.find([(each.name, each.scale) for each in named])
 
 

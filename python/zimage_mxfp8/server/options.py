@@ -9,6 +9,7 @@ from pathlib import Path
 DEFAULT_QUEUE = 16
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_MAX_IMAGE_PIXELS = 2048 * 2048
+DEFAULT_MAX_REQUEST_PIXELS = 10 * 1024 * 1024  # ten images of the default size
 DEFAULT_MAX_BODY_BYTES = 64 << 20
 
 
@@ -22,6 +23,7 @@ class ServerOptions:
         timeout: seconds for waiting and drawing, of each request.
         max_image_pixels: most pixels of an image that is drawn; images that are sent may have four
             times as many.
+        max_request_pixels: most pixels of all images of a request together.
         max_body_bytes: most bytes of a request.
         transfer_timeout: seconds for a request to arrive, and for each piece of a response to
             leave.
@@ -32,6 +34,7 @@ class ServerOptions:
     queue: int = DEFAULT_QUEUE
     timeout: float = DEFAULT_TIMEOUT
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
+    max_request_pixels: int = DEFAULT_MAX_REQUEST_PIXELS
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     transfer_timeout: float = 60.0
     lora_dir: Path | None = None

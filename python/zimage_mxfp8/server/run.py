@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
@@ -32,7 +33,7 @@ def run_server(
     """Serve until SIGTERM or SIGINT.
 
     The first signal finishes what is drawn and refuses everything else; the second one stops that,
-    too.
+    too, after its step; the third one ends the process, with 128 and the signal's number.
 
     Args:
         engine: draws.
@@ -63,7 +64,11 @@ def run_server(
         ws="none",
     )
     server = _Server(config, log, lambda: bool(broken), on_ready)
-    asyncio.run(server.serve([listener]))
+    try:
+        asyncio.run(server.serve([listener]))
+    finally:  # an engine that still draws would end the interpreter with an abort
+        app.state.queue.stop(now=True)
+        app.state.queue.join()
     if broken:
         raise broken[0]
 
@@ -106,13 +111,24 @@ class _Server(uvicorn.Server):
             self._on_ready()
         if self._signals > self._seen:
             self._seen = self._signals
-            waits = self._queue.running is not None and self._signals == 1
-            detail = "until the image is drawn; a second signal stops it" if waits else "now"
+            if self._queue.running is None:
+                detail = "now"
+            elif self._signals == 1:
+                detail = "until the image is drawn; a second signal stops it"
+            else:
+                detail = "after this step; a third signal ends the process"
             self._queue.stop(now=self._signals > 1)
             self._log.write({"event": "stopping", "detail": detail})
         if self._is_broken() or (self._signals and self._queue.running is None):
             self.should_exit = True
         return await super().on_tick(counter)
 
-    def _count(self, _number: int, _frame: FrameType | None) -> None:
+    def _count(self, number: int, _frame: FrameType | None) -> None:
         self._signals += 1
+        if self._signals == 3:
+            # In a thread: this one may hold the lock of the log.
+            threading.Thread(target=self._end_process, args=(number,), daemon=True).start()
+
+    def _end_process(self, number: int) -> None:
+        self._log.close()
+        os._exit(128 + number)

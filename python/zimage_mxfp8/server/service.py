@@ -14,10 +14,10 @@ from starlette.requests import Request
 
 from ..errors import CheckpointError, UsageError
 from ..generation.images import decode_image, open_image
-from ..generation.limits import PIXELS_PER_TOKEN
+from ..generation.limits import MAX_PIXELS, PIXELS_PER_TOKEN
 from ..generation.settings import GenerationSettings
 from .engine import Drawing, DrawRequest, Engine, Progress
-from .jobs import Done, Event, Failed, Job, JobQueue
+from .jobs import Done, Event, Failed, Job, JobQueue, is_of_request
 from .loras import LoraFolder
 from .middleware import notes_of
 from .options import ServerOptions
@@ -71,12 +71,27 @@ class Service:
             settings = GenerationSettings(**values)
         except UsageError as error:
             raise request_error(error, fields) from None
+        image, mask = values.get("init_image"), values.get("mask_image")
+        if image is not None and mask is not None and mask.size != image.size:
+            raise invalid(
+                fields.get("mask_image", "mask_image"),
+                f"has {mask.width} x {mask.height} pixels, and the image {image.width} x "
+                f"{image.height}; give both the same size",
+            )
         assert settings.width and settings.height
-        if settings.width * settings.height > self.options.max_image_pixels:
+        pixels = settings.width * settings.height
+        if pixels > self.options.max_image_pixels:
             raise invalid(
                 fields.get("width", "width"),
                 f"must have at most {self.options.max_image_pixels:,} pixels, and "
-                f"{settings.width}x{settings.height} has {settings.width * settings.height:,}",
+                f"{settings.width}x{settings.height} has {pixels:,}",
+            )
+        if settings.batch * pixels > self.options.max_request_pixels:
+            raise invalid(
+                fields.get("batch", "batch"),
+                f"times the pixels of an image must be at most "
+                f"{self.options.max_request_pixels:,}, and {settings.batch} x {settings.width}x"
+                f"{settings.height} are {settings.batch * pixels:,}",
             )
         return settings
 
@@ -109,9 +124,9 @@ class Service:
     def failure(self, job: Job, failed: Failed, fields: Mapping[str, str]) -> RequestError:
         """Return what the client is told of a job that failed."""
         error = failed.error
-        if isinstance(error, CheckpointError) and (loras := job.request.settings.loras):
+        if isinstance(error, CheckpointError) and is_of_request(error, job.request):
             sentence = str(error)
-            for file, _ in loras:
+            for file, _ in job.request.settings.loras:
                 sentence = sentence.replace(str(file), file.name)
             return RequestError(400, "invalid_lora", sentence, "lora")
         return request_error(error, fields)
@@ -188,9 +203,9 @@ def _decoded(content: bytes, what: str, max_pixels: int) -> Image:
 
 
 def _fitted(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
-    """Return whole tokens of about a size's shape, within a number of pixels."""
+    """Return whole tokens of about a size's shape, within the pixels of an image and of a side."""
     width, height = size
-    scale = min(1.0, math.sqrt(max_pixels / (width * height)))
+    scale = min(1.0, math.sqrt(max_pixels / (width * height)), MAX_PIXELS / max(size))
 
     def whole(pixels: int) -> int:
         return max(1, int(pixels * scale) // PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN

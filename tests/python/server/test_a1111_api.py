@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from helpers.serving import Serve, StubEngine, decoded, image_file, wait_until
+from zimage_mxfp8.generation.images import open_image
 
 TEXT, IMAGE = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 
@@ -80,6 +81,14 @@ def test_loras_in_the_prompt(serve: Serve, engine: StubEngine, tmp_path: Path) -
     assert answer.json()["detail"] == 'there is no LoRA "oil"; there are ink wash'
     answer = client.post(TEXT, json={"prompt": "<lora:ink wash:.-.>"})
     assert 'the weight ".-."' in answer.json()["detail"]
+    for weight in ("99999999999999999999", "-100.1"):
+        answer = client.post(TEXT, json={"prompt": f"<lora:ink wash:{weight}>"})
+        assert answer.status_code == 400
+        assert answer.json()["detail"] == (
+            f'prompt has the LoRA "ink wash" with the weight {weight}; weights are -100 to 100'
+        )
+    assert len(engine.drawn) == 1
+    assert client.post(TEXT, json={"prompt": "<lora:ink wash:-100>"}).status_code == 200
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
@@ -115,13 +124,38 @@ def test_masks(serve: Serve, engine: StubEngine, invert: int, kept: int) -> None
     assert settings.strength == 0.75
 
 
+def test_loras_whose_names_are_not_text_are_left_out(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "ink.safetensors").touch()
+    try:
+        (tmp_path / "\udcff.safetensors").touch()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    answer = serve(lora_dir=tmp_path).get("/sdapi/v1/loras")
+    assert [each["name"] for each in answer.json()] == ["ink"]
+
+
+def test_a_mask_of_16_bits_is_scaled(serve: Serve, engine: StubEngine) -> None:
+    pixels = np.zeros((48, 64), np.uint16)
+    pixels[:, 32:] = 0x7000  # darker than mid-grey
+    pixels[:, 48:] = 0xFFFF
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    sent = text_of(buffer.getvalue())
+    assert serve().post(IMAGE, json={"init_images": [sent], "mask": sent}).status_code == 200
+    settings = engine.drawn[0].settings
+    assert isinstance(settings.mask_image, Image.Image)
+    assert np.asarray(settings.mask_image)[0, ::16].tolist() == [0, 0, 0x70, 0xFF]
+    assert isinstance(settings.init_image, Image.Image)
+    assert open_image(settings.init_image).getpixel((40, 0)) == (0x70,) * 3
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"init_images": ["%%%"]}, "init_images must be base64 of an image file"),
         ({"init_images": ["/etc/passwd"]}, "init_images"),
         ({"init_images": []}, "init_images: List should have at least 1 item"),
-        ({"init_images": [text_of(b"x")]}, "the init_images has a format unknown to Pillow"),
+        ({"init_images": [text_of(b"x")]}, "the init_images must be a PNG, JPEG, WebP, GIF"),
         ({"init_images": [text_of(image_file())], "steps": 0}, "steps must be 1 to 1000, not 0"),
         ({"init_images": [text_of(image_file())], "denoising_strength": 0}, "denoising_strength"),
         ({"init_images": [text_of(image_file())], "batch_size": 4, "n_iter": 4}, "batch_size"),

@@ -284,3 +284,53 @@ def test_a_file_that_does_not_stay_in_memory(address: str) -> None:
     assert len(large) > 2 << 20
     with client_of(address) as client:
         assert client.images.edit(image=("a.png", large), prompt="a", size="16x16").data  # type: ignore[call-overload]
+
+
+# ---- refusals of requests that are still sent
+
+
+def refused_upload(address: str, count: int, declared: int) -> bytes:
+    """The answer to a request without a key, after `count` of its `declared` bytes were sent."""
+    parts = urlsplit(address)
+    with socket.create_connection((parts.hostname, parts.port), 30) as connection:
+        connection.sendall(
+            b"POST /v1/images/edits HTTP/1.1\r\nHost: localhost\r\n"
+            + f"Content-Length: {declared}\r\n\r\n".encode()
+        )
+        for _ in range(count >> 16):
+            connection.sendall(bytes(1 << 16))
+        answer = b""
+        while piece := connection.recv(1 << 16):
+            answer += piece
+    return answer
+
+
+def test_an_early_refusal_of_a_large_upload_is_read(engine: StubEngine) -> None:
+    with serving(engine, api_key="x") as address:
+        answer = refused_upload(address, 8 << 20, 8 << 20)
+    assert answer.startswith(b"HTTP/1.1 401 ") and b"the API key is missing" in answer
+
+
+def test_an_upload_to_a_full_queue_is_refused_with_an_answer(engine: StubEngine) -> None:
+    engine.gate.clear()
+    with (
+        serving(engine, queue=0) as address,
+        ThreadPoolExecutor(1) as others,
+        client_of(address) as client,
+    ):
+        running = others.submit(client.images.generate, prompt="a")
+        wait_until(lambda: engine.drawn)
+        answer = refused_upload(address, 8 << 20, 8 << 20)
+        engine.gate.set()
+        assert running.result(30).data
+    assert answer.startswith(b"HTTP/1.1 429 ") and b"too many requests wait" in answer
+
+
+def test_a_refused_upload_is_not_read_for_ever(engine: StubEngine) -> None:
+    with serving(engine, api_key="x", transfer_timeout=0.3) as address:
+        assert refused_upload(address, 1 << 16, 8 << 20).startswith(b"HTTP/1.1 401 ")
+    with (
+        serving(engine, api_key="x", max_body_bytes=1 << 20) as address,
+        pytest.raises(ConnectionError),
+    ):
+        refused_upload(address, 64 << 20, 64 << 20)

@@ -61,6 +61,49 @@ def test_hostile_bodies(serve: Serve, engine: StubEngine, body: bytes) -> None:
     assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 200
 
 
+@pytest.mark.parametrize("lora", ["\ud800", "x" * 256, "[" * 5000, ["\ud800"], [{"name": ""}] * 17])
+def test_names_of_loras_that_cannot_be_used(serve: Serve, engine: StubEngine, lora: object) -> None:
+    client = serve()
+    body = json.dumps({"prompt": "a", "lora": lora})
+    answers = [client.post(GENERATIONS, content=body, headers=JSON)]
+    text = lora if isinstance(lora, str) else json.dumps(lora)
+    if text != "\ud800":  # a form cannot hold it
+        form = {"prompt": "a", "lora": text}
+        answers.append(client.post(EDITS, data=form, files={"image": ("a.png", image_file())}))
+    for answer in answers:
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == "lora" and len(answer.text) < 1000
+    assert not engine.drawn
+
+
+@pytest.mark.parametrize("scale", ["nan", "-inf", "inf", "-Infinity"])
+def test_cfg_scales_that_are_no_numbers(serve: Serve, engine: StubEngine, scale: str) -> None:
+    answer = serve().post(TEXT, json={"prompt": "a", "cfg_scale": scale})
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == "cfg_scale: Input should be a finite number"
+    assert not engine.drawn
+
+
+def test_many_large_images(serve: Serve, engine: StubEngine) -> None:
+    client = serve()
+    body = {"prompt": "a", "n": 10, "size": "1024x1024"}
+    assert client.post(GENERATIONS, json=body).status_code == 200
+    for n, size, status in ((10, "1040x1024", 400), (3, "2048x2048", 400), (2, "2048x2048", 200)):
+        answer = client.post(GENERATIONS, json={"prompt": "a", "n": n, "size": size})
+        assert answer.status_code == status, (n, size)
+    error = client.post(GENERATIONS, json={"prompt": "a", "n": 3, "size": "2048x2048"}).json()
+    assert error["error"]["param"] == "n"
+    assert error["error"]["message"] == (
+        "n times the pixels of an image must be at most 10,485,760, and 3 x 2048x2048 are "
+        "12,582,912"
+    )
+    body = {"prompt": "a", "n_iter": 5, "batch_size": 2, "width": 2048, "height": 2048}
+    answer = client.post(TEXT, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("batch_size times the pixels")
+    assert len(engine.drawn) == 2
+
+
 def test_ten_thousand_fields(serve: Serve) -> None:
     client = serve()
     fields = {f"x{i}": "1" for i in range(10_000)}
@@ -189,13 +232,20 @@ def test_a_failure_before_the_first_step_keeps_its_status(serve: Serve, engine: 
 
 
 def test_a_lora_that_does_not_fit_is_named_without_its_path(
-    serve: Serve, engine: StubEngine, tmp_path: Path
+    serve: Serve, engine: StubEngine, log: Log, tmp_path: Path
 ) -> None:
     file = tmp_path / "ink.safetensors"
     file.touch()
     engine.failure = zm.CheckpointError(f"{file} is for another model")
-    answer = serve(lora_dir=tmp_path).post(GENERATIONS, json={"prompt": "a", "lora": "ink"})
+    client = serve(lora_dir=tmp_path)
+    answer = client.post(GENERATIONS, json={"prompt": "a", "lora": "ink"})
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("invalid_lora", "lora")
     assert error["message"] == "ink.safetensors is for another model"
+    metrics = client.get("/metrics").text
+    assert 'zimage_jobs_total{outcome="failed"} 0.0' in metrics
+    assert 'zimage_jobs_total{outcome="refused"} 1.0' in metrics
+    assert engine.freed == 1
+    wait_until(lambda: any(line.get("route") == "/metrics" for line in log.lines()))
+    assert not any("event" in line for line in log.lines())

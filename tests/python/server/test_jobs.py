@@ -20,6 +20,7 @@ from zimage_mxfp8.server.jobs import (
     Done,
     Event,
     Failed,
+    Job,
     JobQueue,
     Queued,
     QueueFullError,
@@ -234,6 +235,29 @@ def test_errors_end_one_job_only(
     assert notes.outcomes == ["failed", "done"] and engine.freed == 1
     (found,) = notes.details
     assert detail in found
+
+
+def test_there_is_room_once_the_end_is_told(
+    start: Callable[..., JobQueue], engine: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running_at_end: list[object] = []
+    tell = Job.tell
+
+    def watched(job: Job, event: Event) -> None:
+        if isinstance(event, (Done, Failed)):
+            running_at_end.append(queue.running)
+        tell(job, event)
+
+    monkeypatch.setattr(Job, "tell", watched)
+    queue = start(limit=0)
+
+    async def work() -> None:
+        assert isinstance((await all_of(queue.submit(request(), 30).events()))[-1], Done)
+        engine.failure = KeyError("x")
+        assert isinstance((await all_of(queue.submit(request(), 30).events()))[-1], Failed)
+
+    run(work())
+    assert running_at_end == [None, None]
 
 
 def test_a_failure_keeps_nothing_of_the_drawing_alive(start: Callable[..., JobQueue]) -> None:

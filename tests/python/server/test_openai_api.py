@@ -259,16 +259,30 @@ def test_a_large_image_is_drawn_smaller_in_its_shape(serve: Serve, engine: StubE
     assert (settings.width, settings.height) == (80, 32)
 
 
+def test_a_long_image_is_drawn_as_long_as_images_may_be(serve: Serve, engine: StubEngine) -> None:
+    sent = {"image": ("a.png", image_file((16_000, 2)))}
+    answer = serve().post(EDITS, data={"prompt": "a"}, files=sent)
+    assert answer.status_code == 200, answer.text
+    settings = engine.drawn[0].settings
+    assert (settings.width, settings.height) == (8192, 16)
+
+
 @pytest.mark.parametrize(
     ("files", "param", "sentence"),
     [
         ({}, "image", "image must be a file of the form"),
-        ({"image": b"no image"}, "image", "the image has a format unknown to Pillow"),
+        ({"image": b"no image"}, "image", "the image must be a PNG, JPEG, WebP, GIF or BMP file"),
+        ({"image": image_file(kind="TIFF")}, "image", "the image must be a PNG, JPEG, WebP"),
         ({"image": image_file()[:500]}, "image", "the image cannot be read"),
-        ({"image": b""}, "image", "the image has a format unknown to Pillow"),
+        ({"image": b""}, "image", "the image is empty"),
         ({"image": image_file(), "image[]": image_file()}, "image", "must be one image"),
         ({"image": image_file((200, 200))}, "image", "200 x 200 pixels, more than 16,384"),
         ({"image": image_file(), "mask": image_file()}, "mask", "must have an alpha channel"),
+        (
+            {"image": image_file(), "mask": image_file((64, 64), "RGBA")},
+            "mask",
+            "mask has 64 x 64 pixels, and the image 64 x 48; give both the same size",
+        ),
         ({"image": image_file(), "mask": b"GIF8"}, "mask", "the mask"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,6 +95,46 @@ def test_first_signal_finishes_what_is_drawn_and_refuses_the_rest(start: Start) 
     ]
 
 
+def test_third_signal_ends_a_server_whose_step_does_not_end() -> None:
+    program = """
+import socket, sys, threading
+from helpers.serving import StubEngine
+from zimage_mxfp8.server.options import ServerOptions
+from zimage_mxfp8.server.request_log import LogWriter
+from zimage_mxfp8.server.run import run_server
+
+class StuckEngine(StubEngine):
+    def warm_up(self):
+        print("stuck", flush=True)
+        threading.Event().wait()
+
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    run_server(StuckEngine(), ServerOptions(), listener, LogWriter(sys.stderr), print)
+"""
+    helpers = Path(__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(helpers), *filter(None, sys.path)])},
+    ) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == "stuck\n"
+        process.send_signal(signal.SIGINT)
+        assert json.loads(process.stderr.readline())["event"] == "stopping"
+
+        def is_ended_by_signals() -> bool:
+            process.send_signal(signal.SIGINT)
+            return process.poll() is not None
+
+        try:
+            wait_until(is_ended_by_signals)
+        finally:
+            process.kill()
+        assert process.returncode == 130
+
+
 # ---- errors before anything is loaded
 
 
@@ -136,6 +178,54 @@ def test_arguments(loads: list[Any], capsys: pytest.CaptureFixture[str], tmp_pat
     assert not loads
 
 
+def test_a_port_is_taken_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds: list[tuple[int, str, str]] = []
+
+    def load(arguments: argparse.Namespace) -> None:
+        if not seconds:  # the first server loads; the second one is started
+            seconds.append((-1, "", ""))
+            seconds.append(refused(capsys, "--port", arguments.port))
+        raise zm.CheckpointError("there is no model")
+
+    monkeypatch.setattr(command, "_engine", load)
+    monkeypatch.delenv("ZIMAGE_MXFP8_API_KEY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fails(refused(capsys, "--port", port), 1, "there is no model")
+    sentence = f"--port {port} of 127.0.0.1 cannot be used: Address already in use"
+    fails(seconds[1], 2, sentence)
+
+
+def test_limits_of_pixels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[tuple[int, int]] = []
+
+    def load(arguments: argparse.Namespace) -> None:
+        options = command._options(arguments)
+        found.append((options.max_image_pixels, options.max_request_pixels))
+        raise zm.CheckpointError("there is no model")
+
+    monkeypatch.setattr(command, "_engine", load)
+    monkeypatch.delenv("ZIMAGE_MXFP8_API_KEY", raising=False)
+    for options in (
+        (),
+        ("--max-image-pixels", 256),
+        ("--max-image-pixels", 20_000_000),
+        ("--max-request-pixels", 512),
+    ):
+        assert refused(capsys, "--port", 0, *options)[0] == 1
+    default, request = 2048 * 2048, 10 * 1024 * 1024
+    assert found == [
+        (default, request),
+        (256, request),
+        (20_000_000, 20_000_000),
+        (default, 512),
+    ]
+
+
 def test_wrong_models_end_with_a_sentence(cli: Run, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     result = cli("serve", "--port", 0, "--model-dir", "model")
@@ -168,6 +258,23 @@ def test_an_engine_that_cannot_be_warmed_up_ends_the_server(engine: StubEngine, 
     writer.close()
     assert not ready
     assert [line["detail"] for line in log.lines()] == ["cuda:0 ran out of memory"]
+
+
+def test_a_server_that_cannot_listen_waits_for_the_warm_up(engine: StubEngine, log: Log) -> None:
+    ended = threading.Event()
+
+    def warm_up() -> None:
+        time.sleep(0.2)
+        ended.set()
+
+    engine.on_warm_up = warm_up
+    writer = LogWriter(log)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        run_server(engine, ServerOptions(), listener, writer, lambda: None)
+    writer.close()
+    assert ended.is_set()
 
 
 def test_what_uvicorn_says_is_in_the_log(engine: StubEngine, log: Log) -> None:
