@@ -66,4 +66,6 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append a record."""
-        self._writer.write({"event": record.levelname.lower(), "detail": self.format(record)})
+        # Not the level's name, which any library may change.
+        event = "warning" if record.levelno < logging.ERROR else "error"
+        self._writer.write({"event": event, "detail": self.format(record)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import signal
@@ -277,7 +278,10 @@ def test_a_server_that_cannot_listen_waits_for_the_warm_up(engine: StubEngine, l
     assert ended.is_set()
 
 
-def test_what_uvicorn_says_is_in_the_log(engine: StubEngine, log: Log) -> None:
+def test_what_uvicorn_says_is_in_the_log(
+    engine: StubEngine, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(logging._levelToName, logging.WARNING, "MINIMAL")  # as convert_to_quant
     writer = LogWriter(log)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
