@@ -25,7 +25,7 @@ from helpers.checkpoints import (
     to_diffusers,
 )
 from helpers.commands import Run
-from helpers.diffusers_reference import make_reference
+from helpers.diffusers_reference import make_reference, save_in_bfloat16
 from zimage_mxfp8.conversion import export as export_module
 from zimage_mxfp8.diffusers import ZImageMXFP8Config
 
@@ -45,12 +45,7 @@ def assert_same(found: Tensors, wanted: Tensors) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformer's folder in BF16, with feed-forward layers that need padding."""
-    folder = tmp_path_factory.mktemp("export") / "plain"
-    model = make_reference()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    model.save_pretrained(folder)
-    return folder
+    return save_in_bfloat16(make_reference(), tmp_path_factory.mktemp("export") / "plain")
 
 
 @pytest.fixture(scope="module")

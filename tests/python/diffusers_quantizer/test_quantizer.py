@@ -23,6 +23,7 @@ from helpers.diffusers_reference import (
     make_reference,
     random_inputs,
     relative_error,
+    save_in_bfloat16,
 )
 from helpers.model_folder import TEXT_ENCODER, VAE, make_parts
 from zimage_mxfp8.diffusers import MXFP8Linear, ZImageMXFP8Config, quantize_, set_compute
@@ -54,12 +55,7 @@ def assert_same_state(a: torch.nn.Module, b: torch.nn.Module) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformer's folder in BF16."""
-    folder = tmp_path_factory.mktemp("plain") / "transformer"
-    model = make_reference()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    model.save_pretrained(folder)
-    return folder
+    return save_in_bfloat16(make_reference(), tmp_path_factory.mktemp("plain") / "transformer")
 
 
 @pytest.fixture(scope="module")

@@ -97,3 +97,11 @@ def relative_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> flo
         ((a.double().cpu() - b.double().cpu()).norm() / b.double().norm()).item()
         for a, b in zip(found, wanted, strict=True)
     )
+
+
+def save_in_bfloat16(model: torch.nn.Module, folder: Path) -> Path:
+    """Save a model of diffusers in BF16, and return its folder."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return folder

@@ -8,6 +8,7 @@ int32, so they are exact on every device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -78,23 +79,31 @@ def quantize(matrix: torch.Tensor) -> Int8Matrix:
 
 def encode(matrix: torch.Tensor, signs: torch.Tensor) -> Int8Matrix:
     """Rotate and round a matrix [rows, K], some rows at a time."""
-    codes = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
-    scales = torch.empty(len(matrix), device=matrix.device)
-    for rows in tiles.row_tiles(len(matrix), matrix.shape[1], tiles.TILE):
-        part = quantize(rotate(matrix[rows], signs))
-        codes[rows], scales[rows] = part.codes, part.scales
-    return Int8Matrix(codes, scales)
+    rows, columns = matrix.shape
+    return _encode((rows, columns), 1, lambda tile: matrix[tile], signs)
 
 
 def encode_weights(weights: MXFP8Array, signs: torch.Tensor) -> Int8Matrix:
     """Decode MXFP8 weights [N, K], rotate and round them, some rows at a time."""
-    rows, columns = weights.shape
-    device = weights.codes.device
-    codes = torch.empty((rows, columns), dtype=torch.int8, device=device)
-    scales = torch.empty(rows, device=device)
-    for tile in tiles.row_tiles(rows, columns, tiles.TILE, SCALE_TILE_ROWS):
-        decoded = dequantize(torch_codec.rows_of(weights, tile), torch.float32)
-        part = quantize(rotate(decoded, signs))
+
+    def decoded(tile: slice) -> torch.Tensor:
+        return dequantize(torch_codec.rows_of(weights, tile), torch.float32)
+
+    return _encode(weights.shape, SCALE_TILE_ROWS, decoded, signs)
+
+
+def _encode(
+    shape: tuple[int, int],
+    multiple: int,
+    rows_of: Callable[[slice], torch.Tensor],
+    signs: torch.Tensor,
+) -> Int8Matrix:
+    """Rotate and round a matrix, whose rows `rows_of` returns in tiles of `multiple` rows."""
+    rows, columns = shape
+    codes = torch.empty(shape, dtype=torch.int8, device=signs.device)
+    scales = torch.empty(rows, device=signs.device)
+    for tile in tiles.row_tiles(rows, columns, tiles.TILE, multiple):
+        part = quantize(rotate(rows_of(tile), signs))
         codes[tile], scales[tile] = part.codes, part.scales
     return Int8Matrix(codes, scales)
 
