@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def random_adapter(rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """Return an adapter on every linear of the blocks, neither factor of which is zero."""
+    """Return an adapter on every linear of the blocks. Both of its factors are random."""
     random = torch.Generator("cuda").manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from ..zimage import constants
 from ..zimage.config import ZImageConfig
 
-QUANT_METHOD = "zimage_mxfp8"  # the quantizer's name among those of diffusers
+QUANT_METHOD = "zimage_mxfp8"  # of our quantizer, in config.json
 CUSTOM_RECIPE = "custom"  # stands for the recipe of a file, which may be gone
 
 

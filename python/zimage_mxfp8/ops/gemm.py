@@ -6,7 +6,7 @@ bfloat16. The core has a table of kernels and takes the one of least cost:
     reference    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
     dequantize   operands decoded to bfloat16 in a workspace, then cuBLASLt
     fp8_rowwise  cuBLASLt's FP8 GEMM of two row-scaled operands; Hopper
-    fp8_sm90     the same with a fused epilogue (`gemm_epilogues`); Hopper
+    fp8_sm90     the same with a fused epilogue or a low-rank addend (`gemm_epilogues`); Hopper
     mixed_sm90   bfloat16 times MXFP8, decoded in the GEMM kernel; Hopper
     mxfp8_sm100  block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
     mxfp8_sm120  the same for 12.0 and 12.1; never run on one
