@@ -16,7 +16,7 @@ import torch
 
 from ...layout import SCALE_TILE_ROWS
 from ...ops.codec import MXFP8Array
-from . import tiles, torch_codec
+from . import tiles, torch_codec, torch_gemm
 from .torch_codec import dequantize
 
 LARGEST = 127  # of the codes; -128 is not used
@@ -142,17 +142,14 @@ def unsupported(device: int) -> str:
     Args:
         device: index of a CUDA device, or -1 for the CPU.
     """
-    if device < 0:
-        return ""
-    if device >= torch.cuda.device_count():
-        return f"the torch that is installed ({torch.__version__}) finds no CUDA device {device}"
-    capability = torch.cuda.get_device_capability(device)
-    name = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
-    if capability < _FIRST:
-        return f"INT8 tensor cores need compute capability 7.5 or newer, and this is {name}"
-    ones = torch.ones((64, 64), dtype=torch.int8, device=torch.device("cuda", device))
+    return "" if device < 0 else torch_gemm.unsupported(device, _FIRST, "INT8", "", _try)
+
+
+def _try(place: torch.device) -> str:
+    """Return the error of a GEMM; "" if it succeeds."""
+    ones = torch.ones((64, 64), dtype=torch.int8, device=place)
     try:
         is_right = bool((integer_sums(ones, ones) == 64).all())
     except (RuntimeError, AttributeError) as error:
-        return f"torch {torch.__version__} has no INT8 GEMM on {name}: {error}".splitlines()[0]
-    return "" if is_right else f"the INT8 GEMM of torch {torch.__version__} is wrong on {name}"
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "" if is_right else "the result is wrong"

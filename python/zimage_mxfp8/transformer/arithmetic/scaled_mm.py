@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from ...ops.gemm import RowScaledArray
-from . import tiles
+from . import tiles, torch_gemm
 
 _FIRST = (8, 9)  # compute capability with FP8 tensor cores
 
@@ -16,20 +16,10 @@ _FIRST = (8, 9)  # compute capability with FP8 tensor cores
 def unsupported(device: int) -> str:
     """Return why torch does not multiply FP8 with a scale per row on a CUDA device; "" if it does.
 
-    That depends on the version of torch as much as on the device, so a GEMM is tried once.
-
     Args:
         device: its index.
     """
-    if device >= torch.cuda.device_count():
-        return f"the torch that is installed ({torch.__version__}) finds no CUDA device {device}"
-    capability = torch.cuda.get_device_capability(device)
-    name = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
-    if capability < _FIRST:
-        return f"FP8 GEMMs need compute capability 8.9 or newer, and this is {name}"
-    if not (why := _try(torch.device("cuda", device))):
-        return ""
-    return f"torch {torch.__version__} has no FP8 GEMM with a scale per row on {name}: {why}"
+    return torch_gemm.unsupported(device, _FIRST, "FP8", " with a scale per row", _try)
 
 
 def _try(place: torch.device) -> str:
