@@ -5,9 +5,9 @@
 
 namespace zimage_mxfp8::detail {
 
-inline constexpr std::int64_t kNarrowRows = 32;  // of B, whose number is a multiple of it
+inline constexpr std::int64_t kNarrowRows = 32;  // of which R is a multiple
 
-void narrow_gemm_sm90(const ConstRowScaledView& a, const ConstMatrixView& b, const float* factors,
-                      const MatrixView& d, CudaStream stream);
+void narrow_gemm_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
+                      const float* factors, const MatrixView& d, CudaStream stream);
 
 }  // namespace zimage_mxfp8::detail

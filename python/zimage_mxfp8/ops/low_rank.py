@@ -1,8 +1,8 @@
-"""Low-rank addends of row-scaled GEMMs on Hopper: A B^T + (A D^T) E^T in one GEMM and a narrow one.
+"""Low-rank addends of GEMMs on Hopper: A B^T + (A D^T) E^T in one GEMM and a narrow one.
 
-`narrow_gemm` computes A D^T for a small rank, and the GEMMs of `gemm_epilogues` add its product
-with E before they scale their sums. Arguments are torch tensors on one CUDA device; the work goes
-to torch's current stream and can be captured in a CUDA graph.
+The GEMMs of `gemm_epilogues` add the product of A D^T and E before they scale their sums. For
+row-scaled A `narrow_gemm` computes A D^T, with a small rank. Arguments are torch tensors on one
+CUDA device; the work goes to torch's current stream and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ NARROW_ROWS = 32  # the rank of a narrow GEMM is a multiple of it
 
 @dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
 class LowRankAddend:
-    """X U^T, which a GEMM of row-scaled A and B adds to the products of their codes.
+    """X U^T, which a GEMM of A and B adds to its sums.
 
-    The sum is scaled afterwards: to add Y Z^T, X is Y divided by A's scales and U is Z divided by
-    B's.
+    Row-scaled A and B are scaled afterwards: to add Y Z^T, X is Y divided by A's scales and U is Z
+    divided by B's. With bfloat16 A and MXFP8 B, X U^T itself is added.
 
     Attributes:
         x: [M, rank] of bfloat16.
@@ -56,14 +56,16 @@ class LowRankAddend:
         return x, u
 
 
-def narrow_gemm(a: RowScaledArray, down: Any, factors: Any) -> Any:
-    """Compute factors * (codes of `a`) down^T for a small rank, for the x of a `LowRankAddend`.
+def narrow_gemm(a: RowScaledArray, down: RowScaledArray, factors: Any) -> Any:
+    """Compute factors * (codes of `a`) D^T for a small rank, for the x of a `LowRankAddend`.
 
-    Sums are in float32 and do not depend on M; the result is rounded once.
+    Sums are those of FP8 tensor cores; the result is rounded once.
 
     Args:
         a: [M, K] on CUDA, of which the scales are not used. K is a multiple of 32.
-        down: [rank, K] of float16. The rank is a multiple of 32.
+        down: D as a sum of two terms whose rows alternate, [2 rank, K]: row r of D is the sum of
+            rows 2 r and 2 r + 1. Encode D, and then what that encoding left out. The rank is a
+            multiple of 32.
         factors: [rank] of float32.
 
     Returns:
@@ -74,13 +76,11 @@ def narrow_gemm(a: RowScaledArray, down: Any, factors: Any) -> Any:
         UnsupportedError: the device is not of compute capability 9.0, or the build lacks 90a.
     """
     codes, scales, rows, _ = row_scaled_parts(a, "a")
-    matrix, dtype = plain(down, "down")
-    if dtype != "float16" or not on_cuda(matrix):
-        raise InvalidArgumentError(f"down must be float16 on a CUDA device, not {dtype}")
-    rank, _ = require_2d(matrix, "down")
-    of_rank = vector(factors, "float32", rank, "factors")
-    result = empty((rows, rank), "bfloat16", like=codes)
-    call_core(
-        _core.narrow_gemm, aligned(codes), scales, aligned(matrix), of_rank, result, like=codes
-    )
+    terms, of_terms, count, _ = row_scaled_parts(down, "down")
+    if not on_cuda(terms) or count % 2:
+        raise InvalidArgumentError("down must have two rows per rank on a CUDA device")
+    of_rank = vector(factors, "float32", count // 2, "factors")
+    result = empty((rows, count // 2), "bfloat16", like=codes)
+    operands = (aligned(codes), scales, aligned(terms), aligned(of_terms), of_rank, result)
+    call_core(_core.narrow_gemm, *operands, like=codes)
     return result

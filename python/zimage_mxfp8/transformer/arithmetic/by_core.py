@@ -12,6 +12,7 @@ from ...ops import codec
 from ...ops import gemm as matmul
 from ...ops.arrays import dtype_name
 from ...ops.codec import MXFP8Array
+from ...ops.fused import ActivationFormat
 from ...ops.gemm import FoldStats, RowScaledArray, gemm
 from ...ops.low_rank import NARROW_ROWS
 from ...system.devices import core_index, native_gemm_unsupported
@@ -87,11 +88,9 @@ def row_scaled_unsupported(device: int) -> str:
 
 
 @cache
-def takes_addends(device: int) -> bool:
-    """Return whether row-scaled GEMMs of a CUDA device add a low-rank addend."""
-    problem = _core.GemmProblem(
-        128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False, addend_rank=NARROW_ROWS
-    )
+def takes_addends(device: int, a: ActivationFormat, b: ActivationFormat) -> bool:
+    """Return whether GEMMs of operands in these formats add a low-rank addend on a CUDA device."""
+    problem = _core.GemmProblem(128, 128, 128, a, b, "bfloat16", False, addend_rank=NARROW_ROWS)
     return any(
         not _core.gemm_unsupported(kernel.name, problem, device) for kernel in _core.gemm_kernels()
     )
