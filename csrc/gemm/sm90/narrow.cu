@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int part = block_of_cluster(), parts = blocks_of_cluster();
   const int tile = blockIdx.x / parts, row_tile = tile % p.row_tiles;
   const int first_token = tile / p.row_tiles * kTokens, first_row = row_tile * T::rows;
-  const typename T::Ring pipeline{{shared + T::barriers_at}, 0};
+  const typename T::Ring pipeline{{shared + T::barriers_at}, part};
   if (threadIdx.x == 0) {
     pipeline.init();
     mbarrier_init_fence();

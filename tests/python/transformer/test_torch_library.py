@@ -92,7 +92,7 @@ def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "gemm_silu_multiply with an addend": (*operands, *addend, "row-scaled"),
         "gemm_rotate_heads": (*operands, None, None, head, head, rotations, HEADS, 1e-5),
         "gemm_low_rank": (*operands, *addend),
-        "gemm_weight_only_low_rank": (plain, mxfp8.codes, mxfp8.scales, *addend),
+        "gemm_weight_only_low_rank": (plain, *parts(mxfp8), *addend),
         "narrow_gemm": (*parts(x), *parts(down), torch.ones(32, device=device)),
     }
 
