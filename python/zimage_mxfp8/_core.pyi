@@ -220,9 +220,9 @@ def gemm_with_epilogue(
     """Compute a GEMM, a low-rank addend (X, U) or None, and an epilogue of gemm.h."""
 
 def narrow_gemm(
-    a_codes: Any, a_scales: Any, b_codes: Any, b_scales: Any, factors: Any, d: Any, stream: int = 0
+    a: tuple[Any, ...], b: tuple[Any, ...], factors: Any, d: Any, stream: int = 0
 ) -> None:
-    """Compute D [M, R] = factors [R] * (codes of A [M, K]) (B [2 R, K] in pairs)^T."""
+    """Compute D [M, R] = factors [R] * A [M, K] B^T, see narrow_gemm in gemm.h."""
 
 def quantize_rows(
     source: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0, stream: int = 0

@@ -315,7 +315,8 @@ struct Parameters {
   Epilogue epilogue;
   Operands operands;
   int m_tiles, n_tiles;
-  int addend_steps;  // stages of the addend
+  int addend_steps;       // stages of the addend
+  bool addend_ends_half;  // the last of them has 32 columns or fewer
 };
 
 // Multiplies half of a stage and adds to the sums, which a tile's first stage begins.
@@ -391,9 +392,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (const TileIndex at : scheduler) {
       float sums[kRows / 2];
       int previous = 0;
-      // Multiplies a stage. The one before is released as soon as it has been read, while the
-      // tensor cores have work.
-      const auto multiply_stage = [&](bool first, auto multiply_half) {
+      // Multiplies a stage, or the first half of it. The one before is released as soon as it has
+      // been read, while the tensor cores have work.
+      const auto multiply_stage = [&](bool first, bool whole, auto multiply_half) {
         pipeline.wait(state);
         const uint64_t a =
             wgmma_descriptor(a_tiles + state.stage * kABytes + warpgroup * kGroupTokens * kDepth);
@@ -402,19 +403,21 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply_half(a, b, 0);
         wgmma_wait_pending<1>();
         if (!first) pipeline.release(previous, thread);
-        multiply_half(a, b, 1);
+        if (whole) multiply_half(a, b, 1);
         previous = state.stage;
         state.advance();
       };
       for (int step = 0; step < steps; ++step) {
-        multiply_stage(step == 0, [&](uint64_t a, uint64_t b, int half) {
+        multiply_stage(step == 0, true, [&](uint64_t a, uint64_t b, int half) {
           multiply(sums, a, b, half, step == 0 && half == 0);
         });
       }
       if constexpr (has_addend) {
         for (int step = 0; step < p.addend_steps; ++step) {
-          multiply_stage(
-              false, [&](uint64_t a, uint64_t b, int half) { multiply_addend(sums, a, b, half); });
+          const bool whole = step + 1 < p.addend_steps || !p.addend_ends_half;
+          multiply_stage(false, whole, [&](uint64_t a, uint64_t b, int half) {
+            multiply_addend(sums, a, b, half);
+          });
         }
       }
       wgmma_wait(sums);
@@ -514,7 +517,9 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
     start(fused_gemm_kernel<Epilogue, false>, a_map, b_map);
     return;
   }
-  p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kDepth / 2));
+  constexpr int kAddendDepth = kDepth / 2;  // of BF16
+  p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kAddendDepth));
+  p.addend_ends_half = p.addend_steps * kAddendDepth - addend->x.cols >= kAddendDepth / 2;
   const auto map_of = [](const ConstMatrixView& matrix, int box_rows) {
     return bf16_map(matrix.data, matrix.rows, matrix.cols, matrix.row_stride, box_rows);
   };

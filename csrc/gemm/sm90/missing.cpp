@@ -22,4 +22,9 @@ void narrow_gemm_sm90(const ConstRowScaledView&, const ConstRowScaledView&, cons
   throw Unsupported(Reason::text);
 }
 
+void narrow_gemm_sm90(const ConstMatrixView&, const ConstMatrixView&, const float*,
+                      const MatrixView&, CudaStream) {
+  throw Unsupported(Reason::text);
+}
+
 }  // namespace zimage_mxfp8::detail

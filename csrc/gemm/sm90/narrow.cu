@@ -1,9 +1,9 @@
-// Narrow GEMMs of E4M3 codes on Hopper, D[M, R] = A[M, K] B[R, K]^T for a small R.
+// Narrow GEMMs on Hopper, D[M, R] = A[M, K] B[R, K]^T for a small R, of BF16 or of E4M3 codes.
 //
-// B is a sum of two matrices of codes (see narrow_gemm in gemm.h), whose rows alternate, so that a
-// thread holds both sums of an element of D. A block multiplies 128 tokens with up to 128 rows of B
-// and a part of K; the blocks of a cluster have the parts of one tile, add their sums in a fixed
-// order, and store a share of the tokens each. Few tokens are divided into more parts.
+// B of codes is a sum of two matrices (see narrow_gemm in gemm.h), whose rows alternate, so that a
+// thread holds both sums of an element of D. A block multiplies 128 tokens with up to 128 columns
+// of D and a part of K; the blocks of a cluster have the parts of one tile, add their sums in a
+// fixed order, and store a share of the tokens each. Few tokens are divided into more parts.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -24,34 +24,55 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kMultiplying = kConsumers * kWarpgroup, kThreads = kMultiplying + 32;
 constexpr int kGroupTokens = 64;  // that a warpgroup multiplies
 constexpr int kTokens = kConsumers * kGroupTokens;
-constexpr int kDepth = 128;          // of K in a stage: as wide as TMA's swizzle
+constexpr int kDepthBytes = 128;  // of K in a stage: as wide as TMA's swizzle
+constexpr int kABytes = kTokens * kDepthBytes;
 constexpr int kStageBytes = 196608;  // of all stages
 constexpr int kMaxParts = 8;         // blocks of a cluster
 constexpr double kFilled = 0.9;      // clusters do not fill every multiprocessor
-constexpr int kABytes = kTokens * kDepth;
 
-// `rows` of D's columns in a tile: twice as many of codes.
-template <int rows_>
+// What A and B are made of.
+struct BF16 {
+  static constexpr int bytes = 2;
+  static constexpr int terms = 1;  // rows of B for a column of D
+  template <int n>
+  static __device__ void multiply(float (&sums)[n / 2], uint64_t a, uint64_t b) {
+    WgmmaShared<n>::multiply(sums, a, b);
+  }
+};
+
+struct Codes {
+  static constexpr int bytes = 1;
+  static constexpr int terms = 2;
+  template <int n>
+  static __device__ void multiply(float (&sums)[n / 2], uint64_t a, uint64_t b) {
+    WgmmaFP8<n>::multiply(sums, a, b, true);
+  }
+};
+
+// A tile with some columns of D.
+template <class Element_, int columns_>
 struct Tile {
-  static constexpr int rows = rows_, code_rows = 2 * rows;
-  static constexpr int b_bytes = code_rows * kDepth;
+  using Element = Element_;
+  static constexpr int columns = columns_, b_rows = columns * Element::terms;
+  static constexpr int depth = kDepthBytes / Element::bytes;
+  static constexpr int b_bytes = b_rows * kDepthBytes;
   static constexpr int stages = kStageBytes / (kABytes + b_bytes);
   using Ring = Pipeline<stages, kConsumers, 1>;
   static constexpr int b_at = stages * kABytes;
   static constexpr int barriers_at = b_at + stages * b_bytes;
   static constexpr int shared_bytes = barriers_at + Ring::Barriers::bytes + kTmaAlignment;
-  // Sums take the place of the stages. The odd pitch spreads a warp's over the banks.
-  static constexpr int pitch = rows + 4;
+  // Sums take the place of the stages. The pitch spreads those of a warp over the banks.
+  static constexpr int pitch = columns + 4;
   static_assert(shared_bytes <= 232448 && kTokens * pitch * 4 <= barriers_at);
 };
 
 struct Parameters {
-  const float2* scales;  // of the two rows of codes of each row of B
+  const float2* scales;  // of the two rows of codes for each column of D
   const float* factors;
   __nv_bfloat16* d;
   int64_t d_stride;
   int m, k;
-  int row_tiles;
+  int column_tiles;
 };
 
 template <class T>
@@ -63,8 +84,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ uint8_t unaligned[];
   const uint32_t shared = tma_aligned(unaligned);
   const int part = block_of_cluster(), parts = blocks_of_cluster();
-  const int tile = blockIdx.x / parts, row_tile = tile % p.row_tiles;
-  const int first_token = tile / p.row_tiles * kTokens, first_row = row_tile * T::rows;
+  const int tile = blockIdx.x / parts;
+  const int first_token = tile / p.column_tiles * kTokens;
+  const int first_column = tile % p.column_tiles * T::columns;  // of D
   const typename T::Ring pipeline{{shared + T::barriers_at}, part};
   if (threadIdx.x == 0) {
     pipeline.init();
@@ -72,26 +94,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   await_predecessors();
-  const int steps = (p.k + kDepth - 1) / kDepth;
+  const int steps = (p.k + T::depth - 1) / T::depth;
   const int begin = steps * part / parts, end = steps * (part + 1) / parts;
 
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
   if (warpgroup < kConsumers) {
     const int thread = threadIdx.x % kWarpgroup;
-    float sums[T::code_rows / 2];
+    float sums[T::b_rows / 2];
+#pragma unroll
+    for (float& sum : sums) sum = 0.0f;
     typename T::Ring::State state;
     int previous = 0;
     for (int step = begin; step < end; ++step) {
       pipeline.wait(state);
       const uint64_t a =
-          wgmma_descriptor(shared + state.stage * kABytes + warpgroup * kGroupTokens * kDepth);
+          wgmma_descriptor(shared + state.stage * kABytes + warpgroup * kGroupTokens * kDepthBytes);
       const uint64_t b = wgmma_descriptor(shared + T::b_at + state.stage * T::b_bytes);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kDepth / 32; ++i) {
+      for (int i = 0; i < kDepthBytes / 32; ++i) {
         constexpr uint64_t step_of_32 = 32 / 16;
-        WgmmaFP8<T::code_rows>::multiply(sums, a + i * step_of_32, b + i * step_of_32,
-                                         step > begin || i > 0);
+        T::Element::template multiply<T::b_rows>(sums, a + i * step_of_32, b + i * step_of_32);
       }
       wgmma_commit();
       wgmma_wait_pending<1>();
@@ -103,14 +126,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     named_barrier(1, kMultiplying);  // all stages have been read
     const int token = threadIdx.x / 32 * 16 + lane / 4;
 #pragma unroll
-    for (int i = 0; i < T::rows / 4; ++i) {
-      const int row = 4 * i + lane % 4;
-      const float2 scales = __ldg(p.scales + first_row + row);
+    for (int i = 0; i < T::b_rows / 8; ++i) {
+      const int pair = 4 * i + lane % 4;  // of rows of B
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float* const two = sums + 4 * i + 2 * half;
-        const float sum = __fmaf_rn(two[1], scales.y, __fmul_rn(two[0], scales.x));
-        store_shared(shared + ((token + 8 * half) * T::pitch + row) * 4, sum);
+        const uint32_t of_token = shared + (token + 8 * half) * T::pitch * 4;
+        const float2 two = {sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]};
+        if constexpr (T::Element::terms == 2) {
+          const float2 scales = __ldg(p.scales + first_column + pair);
+          store_shared(of_token + pair * 4, __fmaf_rn(two.y, scales.y, __fmul_rn(two.x, scales.x)));
+        } else {
+          store_shared(of_token + pair * 8, two);
+        }
       }
     }
   } else if (lane == 0) {
@@ -119,63 +146,83 @@ __global__ void __launch_bounds__(kThreads, 1)
     typename T::Ring::State state;
     for (int step = begin; step < end; ++step) {
       const uint32_t full = pipeline.acquire(state, kABytes + T::b_bytes);
-      tma_load_2d(a_map, full, shared + state.stage * kABytes, step * kDepth, first_token);
-      tma_load_2d(b_map, full, shared + T::b_at + state.stage * T::b_bytes, step * kDepth,
-                  2 * first_row);
+      const int column = step * T::depth;
+      tma_load_2d(a_map, full, shared + state.stage * kABytes, column, first_token);
+      tma_load_2d(b_map, full, shared + T::b_at + state.stage * T::b_bytes, column,
+                  T::Element::terms * first_column);
       state.advance();
     }
   }
   __syncwarp();
   cluster_sync();
   const int first = kTokens * part / parts, last = kTokens * (part + 1) / parts;
-  const int count = (min(first_token + last, p.m) - first_token - first) * (T::rows / 2);
+  const int count = (min(first_token + last, p.m) - first_token - first) * (T::columns / 2);
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int token = first + i / (T::rows / 2), row = i % (T::rows / 2) * 2;
-    const uint32_t address = shared + (token * T::pitch + row) * 4;
+    const int token = first + i / (T::columns / 2), column = i % (T::columns / 2) * 2;
+    const uint32_t address = shared + (token * T::pitch + column) * 4;
     float2 total = {0.0f, 0.0f};
     for (int block = 0; block < parts; ++block) {
       const float2 sums = load_shared(address, block);
       total = {total.x + sums.x, total.y + sums.y};
     }
-    const float2 factors = __ldg(reinterpret_cast<const float2*>(p.factors + first_row + row));
-    *reinterpret_cast<uint32_t*>(p.d + (first_token + token) * p.d_stride + first_row + row) =
+    const int at = first_column + column;
+    const float2 factors = __ldg(reinterpret_cast<const float2*>(p.factors + at));
+    *reinterpret_cast<uint32_t*>(p.d + (first_token + token) * p.d_stride + at) =
         round2(total.x * factors.x, total.y * factors.y);
   }
   cluster_sync();  // no block leaves while others read its sums
 #endif
 }
 
-template <class T>
-void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const float* factors,
+// ---- Host
+
+CUtensorMap map_of(const ConstMatrixView& matrix, int box_rows) {
+  const int64_t row_stride = matrix.rows > 1 ? matrix.row_stride : matrix.cols;
+  return bf16_map(matrix.data, matrix.rows, matrix.cols, row_stride, box_rows);
+}
+
+CUtensorMap map_of(const ConstRowScaledView& matrix, int box_rows) {
+  return tensor_map(matrix.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix.rows, matrix.cols,
+                    matrix.cols, box_rows);
+}
+
+template <class T, class View>
+void run(const View& a, const View& b, const float* scales, const float* factors,
          const MatrixView& d, CudaStream stream) {
-  const Parameters p{reinterpret_cast<const float2*>(b.scales),
+  const Parameters p{reinterpret_cast<const float2*>(scales),
                      factors,
                      static_cast<__nv_bfloat16*>(d.data),
                      d.rows > 1 ? d.row_stride : d.cols,
                      static_cast<int>(a.rows),
                      static_cast<int>(a.cols),
-                     static_cast<int>(d.cols / T::rows)};
-  const auto map_of = [](const ConstRowScaledView& matrix, int box_rows) {
-    return tensor_map(matrix.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix.rows, matrix.cols,
-                      matrix.cols, box_rows);
-  };
-  const int64_t tiles = ceil_div(a.rows, kTokens) * p.row_tiles;
+                     static_cast<int>(d.cols / T::columns)};
+  const int64_t tiles = ceil_div(a.rows, kTokens) * p.column_tiles;
   const auto filled = static_cast<int64_t>(kFilled * multiprocessors(current_device()));
-  const int64_t steps = ceil_div(a.cols, kDepth);
+  const int64_t steps = ceil_div(a.cols, T::depth);
   const int64_t parts = std::clamp<int64_t>(filled / tiles, 1, std::min<int64_t>(steps, kMaxParts));
   launch_clusters(narrow_gemm_kernel<T>, checked_count(tiles), static_cast<uint32_t>(parts),
-                  kThreads, T::shared_bytes, stream, map_of(a, kTokens), map_of(b, T::code_rows),
-                  p);
+                  kThreads, T::shared_bytes, stream, map_of(a, kTokens), map_of(b, T::b_rows), p);
+}
+
+template <class Element, class View>
+void run_widest(const View& a, const View& b, const float* scales, const float* factors,
+                const MatrixView& d, CudaStream stream) {
+  static_assert(kNarrowColumns == 32);
+  if (d.cols % 128 == 0) return run<Tile<Element, 128>>(a, b, scales, factors, d, stream);
+  if (d.cols % 64 == 0) return run<Tile<Element, 64>>(a, b, scales, factors, d, stream);
+  run<Tile<Element, 32>>(a, b, scales, factors, d, stream);
 }
 
 }  // namespace
 
 void narrow_gemm_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
                       const float* factors, const MatrixView& d, CudaStream stream) {
-  static_assert(kNarrowRows == 32);
-  if (d.cols % 128 == 0) return run<Tile<128>>(a, b, factors, d, stream);
-  if (d.cols % 64 == 0) return run<Tile<64>>(a, b, factors, d, stream);
-  run<Tile<32>>(a, b, factors, d, stream);
+  run_widest<Codes>(a, b, b.scales, factors, d, stream);
+}
+
+void narrow_gemm_sm90(const ConstMatrixView& a, const ConstMatrixView& b, const float* factors,
+                      const MatrixView& d, CudaStream stream) {
+  run_widest<BF16>(a, b, nullptr, factors, d, stream);
 }
 
 }  // namespace zimage_mxfp8::detail

@@ -179,16 +179,18 @@ GemmProblem problem_of(const GemmArguments& arguments);
 void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace workspace,
           CudaStream stream);
 
-// D[m, r] = factors[r] * sum over k of code(A[m, k]) * (B[2 r, k] + B[2 r + 1, k]): A without its
-// scales, for the X of a LowRankAddend. B holds each row of a matrix as two terms, the row encoded
-// and what that encoding left out, encoded: together they are as exact as BF16. Sums are those of
-// FP8 tensor cores; D is rounded once. For few rows: A is read once for up to 128 of D's columns.
-// Compute capability 9.0.
+// The X of a LowRankAddend, a GEMM with few columns: A is read once for up to 128 of them. Compute
+// capability 9.0.
 //
-// `a` [M, K] and `b` [2 R, K] have a K that is a multiple of 32, `factors` [R], and `d` [M, R] BF16
-// an R that is a multiple of 32. Rows are aligned to 16 bytes. Throws InvalidArgument for arguments
-// that break these rules, Unsupported on other devices.
-void narrow_gemm(const ConstRowScaledView& a, const ConstRowScaledView& b, const float* factors,
+// With BF16 `a` [M, K] and `b` [R, K], D[m, r] = factors[r] * sum over k of A[m, k] * B[r, k].
+// With row-scaled `a` [M, K] and `b` [2 R, K], D[m, r] = factors[r] * sum over k of code(A[m, k]) *
+// (B[2 r, k] + B[2 r + 1, k]), without A's scales. B holds each row of a matrix as two terms: the
+// row encoded, and what that encoding left out, encoded. Together they are as exact as BF16.
+//
+// Sums are those of the tensor cores; D is rounded once. K is a multiple of 32, and so is R.
+// `factors` is [R], `d` [M, R] BF16. Rows are aligned to 16 bytes. Throws InvalidArgument for
+// arguments that break these rules, Unsupported on other devices.
+void narrow_gemm(const GemmOperand& a, const GemmOperand& b, const float* factors,
                  const MatrixView& d, CudaStream stream);
 
 // The reference in host memory, without an epilogue, on `threads` threads (0: one per core). Bias

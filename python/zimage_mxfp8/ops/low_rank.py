@@ -1,7 +1,7 @@
 """Low-rank addends of GEMMs on Hopper: A B^T + (A D^T) E^T in one GEMM and a narrow one.
 
-The GEMMs of `gemm_epilogues` add the product of A D^T and E before they scale their sums. For
-row-scaled A `narrow_gemm` computes A D^T, with a small rank. Arguments are torch tensors on one
+`narrow_gemm` computes A D^T, with a small rank, and the GEMMs of `gemm_epilogues` add the product
+of that and E before they scale their sums. Arguments are torch tensors on one
 CUDA device; the work goes to torch's current stream and can be captured in a CUDA graph.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from .. import _core
 from ..errors import InvalidArgumentError
 from .arrays import aligned, call_core, empty, on_cuda, plain, require_2d, vector
-from .gemm import RowScaledArray, row_scaled_parts
+from .gemm import Operand, operands
 
 __all__ = ["NARROW_ROWS", "LowRankAddend", "narrow_gemm"]
 
@@ -56,16 +56,17 @@ class LowRankAddend:
         return x, u
 
 
-def narrow_gemm(a: RowScaledArray, down: RowScaledArray, factors: Any) -> Any:
-    """Compute factors * (codes of `a`) D^T for a small rank, for the x of a `LowRankAddend`.
+def narrow_gemm(a: Any, down: Any, factors: Any) -> Any:
+    """Compute factors * A D^T for a small rank, for the x of a `LowRankAddend`.
 
-    Sums are those of FP8 tensor cores; the result is rounded once.
+    Sums are those of the tensor cores; the result is rounded once.
 
     Args:
-        a: [M, K] on CUDA, of which the scales are not used. K is a multiple of 32.
-        down: D as a sum of two terms whose rows alternate, [2 rank, K]: row r of D is the sum of
-            rows 2 r and 2 r + 1. Encode D, and then what that encoding left out. The rank is a
-            multiple of 32.
+        a: [M, K] on CUDA, of bfloat16, or a `RowScaledArray`, of which the scales are not used. K
+            is a multiple of 32.
+        down: D [rank, K] of bfloat16. For a row-scaled `a`, a `RowScaledArray` [2 rank, K] with D
+            as a sum of two terms whose rows alternate: row r of D is the sum of rows 2 r and
+            2 r + 1. Encode D, and then what that encoding left out. The rank is a multiple of 32.
         factors: [rank] of float32.
 
     Returns:
@@ -75,12 +76,17 @@ def narrow_gemm(a: RowScaledArray, down: RowScaledArray, factors: Any) -> Any:
         InvalidArgumentError: shapes, dtypes or devices that do not fit together.
         UnsupportedError: the device is not of compute capability 9.0, or the build lacks 90a.
     """
-    codes, scales, rows, _ = row_scaled_parts(a, "a")
-    terms, of_terms, count, _ = row_scaled_parts(down, "down")
-    if not on_cuda(terms) or count % 2:
-        raise InvalidArgumentError("down must have two rows per rank on a CUDA device")
-    of_rank = vector(factors, "float32", count // 2, "factors")
-    result = empty((rows, count // 2), "bfloat16", like=codes)
-    operands = (aligned(codes), scales, aligned(terms), aligned(of_terms), of_rank, result)
-    call_core(_core.narrow_gemm, *operands, like=codes)
+    first, second = operands(a, down)
+    if not (on_cuda(first[1]) and on_cuda(second[1])):
+        raise InvalidArgumentError("a and down must be on a CUDA device")
+    rank = second[3] // 2 if second[0] == "row-scaled" else second[3]
+    of_rank = vector(factors, "float32", rank, "factors")
+    result = empty((first[3], rank), "bfloat16", like=first[1])
+    pair = (_aligned(first), _aligned(second))
+    call_core(_core.narrow_gemm, *pair, of_rank, result, like=first[1])
     return result
+
+
+def _aligned(operand: Operand) -> Operand:
+    scales = None if operand[2] is None else aligned(operand[2])
+    return operand[0], aligned(operand[1]), scales, *operand[3:]

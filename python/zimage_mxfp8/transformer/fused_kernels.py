@@ -98,6 +98,14 @@ def narrow_gemm(a: RowScaledArray, down: RowScaledArray, factors: torch.Tensor) 
     return result
 
 
+def narrow_gemm_plain(a: torch.Tensor, down: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Compute factors * a down^T, of bfloat16."""
+    tracing = torch.compiler.is_compiling()
+    call = torch_library.narrow_gemm_plain if tracing else low_rank.narrow_gemm
+    result: torch.Tensor = call(a, down, factors)
+    return result
+
+
 def gemm_low_rank(a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend) -> torch.Tensor:
     """Compute a b^T with a low-rank addend, of row-scaled operands."""
     tracing = torch.compiler.is_compiling()

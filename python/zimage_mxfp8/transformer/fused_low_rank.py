@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ..ops.codec import MXFP8Array
 from ..ops.gemm import RowScaledArray, quantize_rows
@@ -129,8 +128,8 @@ class WeightOnlyLowRankAdapter(_FusedLowRankAdapter):
 
     def addend(self, x: torch.Tensor) -> LowRankAddend:
         """Return the branch for the layer's input [M, K] of bfloat16."""
-        narrow = F.linear(pad_columns(x, self.down.shape[1]), self.down)
-        return LowRankAddend(narrow.mul_(self.scales), self.up)
+        x = pad_columns(x, self.down.shape[1])
+        return LowRankAddend(fused_kernels.narrow_gemm_plain(x, self.down, self.scales), self.up)
 
 
 def _rank(addend: Addend) -> int:

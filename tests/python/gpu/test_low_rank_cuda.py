@@ -61,6 +61,21 @@ def test_narrow_gemm(tokens: int, rank: int, depth: int) -> None:
     assert torch.equal(narrow_gemm(a, down, factors), result)
 
 
+@pytest.mark.parametrize("tokens", [1, 63, 100, 129, 1152, 4224, 16512])
+@pytest.mark.parametrize(
+    ("rank", "depth"), [(32, 3840), (128, 10240), (64, 352), (32, 32), (96, 3840), (256, 416)]
+)
+def test_narrow_gemm_of_bfloat16(tokens: int, rank: int, depth: int) -> None:
+    wide = random(tokens, depth + 64, seed=1).bfloat16()
+    a, down, factors = wide[:, :depth], random(rank, depth, seed=2).bfloat16(), random(rank, seed=3)
+    result = narrow_gemm(a, down, factors)
+    exact = a.double() @ down.double().T * factors
+    size = a.double().norm(dim=1)[:, None] * down.double().norm(dim=1) * factors.abs()
+    assert result.dtype == torch.bfloat16 and result.shape == exact.shape
+    assert ((result.double() - exact).abs() <= 1.01 * ROUNDING * exact.abs() + 1e-6 * size).all()
+    assert torch.equal(narrow_gemm(a, down, factors), result)
+
+
 def addend_of(tokens: int, rows: int, rank: int) -> LowRankAddend:
     # The products of codes have some thousands.
     x, u = random(tokens, rank, seed=4) * 500, random(rows, rank, seed=5)
@@ -163,6 +178,8 @@ def test_views_and_wrong_arguments() -> None:
     refused(addend.x.float(), addend.u, "must be bfloat16")
     with pytest.raises(zm.InvalidArgumentError, match="multiple of 64 rows"):
         narrow_gemm(a, operand(40, 64, 17), torch.zeros(20, device="cuda"))
+    with pytest.raises(zm.InvalidArgumentError, match="both be BF16 or both row-scaled"):
+        narrow_gemm(a, zm.quantize(random(64, 64, seed=17)), torch.zeros(64, device="cuda"))
     with pytest.raises(zm.InvalidArgumentError, match=r"factors must be \[32\]"):
         narrow_gemm(a, operand(64, 64, 17), torch.zeros(64, device="cuda"))
     with pytest.raises(zm.UnsupportedError, match="adds no low-rank addend"):

@@ -139,7 +139,9 @@ def check_addend(tokens: int, rows: int, depth: int, rank: int) -> None:
     want += decoded @ down.T @ (up.float() * weights.scales[:, None]).T
     check_close(gemm_epilogues.gemm_low_rank(x, weights, addend), want, tokens, rows)
     plain, mxfp8 = torch.randn(tokens, depth, device="cuda").bfloat16(), zm.quantize(down)
-    addend = low_rank.LowRankAddend(plain[:, :8].clone(), down[:, :8].bfloat16())
+    up = torch.randn(rank, rank, device="cuda").bfloat16()
+    narrow = low_rank.narrow_gemm(plain, down.bfloat16(), torch.ones(rank, device="cuda"))
+    addend = low_rank.LowRankAddend(narrow, up)
     want = zm.gemm(plain, mxfp8, dtype=torch.float32, kernel="reference")
     want += addend.x.float() @ addend.u.float().T
     check_close(gemm_epilogues.gemm_low_rank(plain, mxfp8, addend), want, tokens, rank)

@@ -93,6 +93,7 @@ def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "gemm_rotate_heads": (*operands, None, None, head, head, rotations, HEADS, 1e-5),
         "gemm_low_rank": (*operands, *addend),
         "gemm_weight_only_low_rank": (plain, *parts(mxfp8), *addend),
+        "narrow_gemm_plain": (plain, plain[:1].repeat(32, 1), torch.ones(32, device=device)),
         "narrow_gemm": (*parts(x), *parts(down), torch.ones(32, device=device)),
     }
 

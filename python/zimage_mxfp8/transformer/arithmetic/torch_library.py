@@ -252,9 +252,21 @@ def narrow_gemm(
     down_scales: torch.Tensor,
     factors: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute `ops.low_rank.narrow_gemm`."""
+    """Compute `ops.low_rank.narrow_gemm` of row-scaled operands."""
     a, down = RowScaledArray(codes, scales), RowScaledArray(down_codes, down_scales)
     result: torch.Tensor = low_rank.narrow_gemm(a, down, factors)
+    return result
+
+
+@_register(
+    "(Tensor matrix, Tensor down, Tensor factors) -> Tensor",
+    lambda matrix, down, factors: matrix.new_empty((matrix.shape[0], factors.shape[0])),
+)
+def narrow_gemm_plain(
+    matrix: torch.Tensor, down: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
+    """Compute `ops.low_rank.narrow_gemm` of bfloat16."""
+    result: torch.Tensor = low_rank.narrow_gemm(matrix, down, factors)
     return result
 
 
