@@ -87,8 +87,8 @@ def test_the_operands_of_a_weight_only_layer() -> None:
     adapter = WeightOnlyLowRankAdapter(addends(), layer)
     WeightTable([adapter]).set(lambda *_: 0.5)
     x = random(10, K, seed=8).bfloat16()
-    addend = adapter.addend(x[:, :60])
-    found = addend.x.double() @ addend.u.double().T
+    narrow = x[:, :60].double() @ adapter.down[:, :60].double().T * adapter.scales
+    found = narrow @ adapter.up.double().T
     want = torch.zeros(10, N, dtype=torch.float64)
     for each in addends():
         assert each.down is not None and each.up is not None
