@@ -291,12 +291,12 @@ class FP8Linear(Linear):
 
     @property
     def _core_takes_epilogues(self) -> bool:
-        device = self.codes.device
+        codes = self.codes
         return (
             self.dtype == torch.bfloat16
-            and len(self.codes) == self.out_features
-            and devices.has_fused_kernels(device)
-            and not arithmetic.by_core.row_scaled_unsupported(device.index)
+            and len(codes) == self.out_features
+            and codes.is_cuda
+            and arithmetic.by_core.takes_epilogues(codes.get_device())
         )
 
     def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:

@@ -15,7 +15,7 @@ from ...ops.codec import MXFP8Array
 from ...ops.fused import ActivationFormat
 from ...ops.gemm import FoldStats, RowScaledArray, gemm
 from ...ops.low_rank import NARROW_ROWS
-from ...system.devices import core_index, native_gemm_unsupported
+from ...system.devices import core_index, has_kernels, native_gemm_unsupported
 from . import scaled_mm
 
 LIBRARY_WORKSPACE = 32 << 20  # bytes of cuBLASLt's workspace, which the model counts once
@@ -87,6 +87,11 @@ def row_scaled_unsupported(device: int) -> str:
     return "" if device < 0 else _cuda_row_scaled_unsupported(device)
 
 
+def takes_epilogues(device: int) -> bool:
+    """Return whether row-scaled GEMMs of a CUDA device take epilogues."""
+    return has_kernels(device) and not row_scaled_unsupported(device)
+
+
 @cache
 def takes_addends(device: int, a: ActivationFormat, b: ActivationFormat) -> bool:
     """Return whether GEMMs of operands in these formats add a low-rank addend on a CUDA device."""
@@ -96,8 +101,9 @@ def takes_addends(device: int, a: ActivationFormat, b: ActivationFormat) -> bool
     )
 
 
-# A constant to torch.compile, see `devices.has_kernels`.
+# Constants to torch.compile, see `devices.has_kernels`.
 row_scaled_unsupported.__dict__["_dynamo_marked_constant"] = True
+takes_epilogues.__dict__["_dynamo_marked_constant"] = True
 
 
 @cache
