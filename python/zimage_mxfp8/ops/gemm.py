@@ -19,6 +19,7 @@ the problem.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -269,7 +270,20 @@ def device_of(operand: Operand) -> int:
     return int(operand[1].device.index) if on_cuda(operand[1]) else -1
 
 
-def choose(problem: _core.GemmProblem, like: Operand, kernel: str | None = None) -> tuple[str, Any]:
+# The arguments of _core.GemmProblem.
+Problem = tuple[int | str | bool, ...]
+
+
+@lru_cache(maxsize=1024)
+def _choice(problem: Problem, device: int, kernel: str | None) -> tuple[str, int]:
+    """Return the kernel and its bytes of workspace: the core counts waves anew for each call."""
+    of_core = _core.GemmProblem(*problem)  # type: ignore[arg-type]
+    if kernel is None:
+        kernel = _core.choose_gemm(of_core, device)
+    return kernel, _core.gemm_workspace_size(kernel, of_core, device)
+
+
+def choose(problem: Problem, like: Operand, kernel: str | None = None) -> tuple[str, Any]:
     """Choose a kernel for a problem, and allocate its workspace.
 
     Args:
@@ -284,23 +298,20 @@ def choose(problem: _core.GemmProblem, like: Operand, kernel: str | None = None)
         InvalidArgumentError: no kernel has that name.
         UnsupportedError: the device has no fast kernel, or not that one; the sentence says why.
     """
-    device = device_of(like)
-    if kernel is None:
-        kernel = _core.choose_gemm(problem, device)
-    elif str(kernel) not in (names := [known.name for known in _core.gemm_kernels()]):
-        raise InvalidArgumentError(f"kernel must be one of {', '.join(names)}")
-    nbytes = _core.gemm_workspace_size(kernel, problem, device)
+    if kernel is not None:
+        kernel = str(kernel)
+        if kernel not in (names := [known.name for known in _core.gemm_kernels()]):
+            raise InvalidArgumentError(f"kernel must be one of {', '.join(names)}")
+    kernel, nbytes = _choice(problem, device_of(like), kernel)
     return kernel, empty((nbytes,), "uint8", like=like[1]) if nbytes else None
 
 
 def _plain_problem(
     a: Any, b: Any, bias: Any, dtype: Any
-) -> tuple[_core.GemmProblem, Operand, Operand, DTypeName]:
+) -> tuple[Problem, Operand, Operand, DTypeName]:
     first, second = operands(a, b)
     name = dtype_name(dtype, "dtype")
-    problem = _core.GemmProblem(
-        first[3], second[3], first[4], first[0], second[0], name, bias is not None
-    )
+    problem = (first[3], second[3], first[4], first[0], second[0], name, bias is not None)
     return problem, first, second, name
 
 
@@ -312,7 +323,7 @@ def gemm_kernel(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") ->
         InvalidArgumentError: operands that `gemm` does not take.
     """
     problem, first, _, _ = _plain_problem(a, b, bias, dtype)
-    return _core.choose_gemm(problem, device_of(first))
+    return _choice(problem, device_of(first), None)[0]
 
 
 def explain_gemm(
@@ -326,7 +337,8 @@ def explain_gemm(
         InvalidArgumentError: operands that `gemm` does not take.
     """
     problem, first, _, _ = _plain_problem(a, b, bias, dtype)
-    return [GemmCandidate(*one) for one in _core.explain_gemm(problem, device_of(first))]
+    of_core = _core.GemmProblem(*problem)  # type: ignore[arg-type]
+    return [GemmCandidate(*one) for one in _core.explain_gemm(of_core, device_of(first))]
 
 
 def gemm(

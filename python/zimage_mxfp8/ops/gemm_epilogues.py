@@ -89,9 +89,7 @@ def _gemm(
     low_rank = None if addend is None else addend.parts()
     rank = 0 if low_rank is None else low_rank[0].shape[1]
     target = ActivationMemory((a[3], b[3] // _ROWS[epilogue].rows_per_column), output_format, a[1])
-    problem = _core.GemmProblem(
-        a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue, output_format, rank
-    )
+    problem = (a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue, output_format, rank)
     chosen, workspace = choose(problem, a, kernel)
     call = _core.gemm_with_epilogue
     call_core(call, chosen, a, b, low_rank, epilogue, arguments, target.parts, workspace, like=a[1])

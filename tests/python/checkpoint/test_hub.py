@@ -14,7 +14,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 from transformers import Qwen3Model
 
 import zimage_mxfp8 as zm
@@ -87,21 +89,37 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def command(cli: Run, environment: dict[str, str]) -> Command:
-    def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-        return cli(*arguments, env={**environment, **variables})
+def in_environment(
+    hub: Hub, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Let huggingface_hub, which reads the environment when it is imported, know that hub alone."""
+    cache = Path(environment["HF_HOME"]) / "hub"
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def command(in_process: Run, in_environment: None, monkeypatch: pytest.MonkeyPatch) -> Command:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # too late for the variable that `generate` sets
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # `generate` sets it
+        return in_process(*arguments)
 
     return run
 
 
 @pytest.fixture
-def cached(hub: Hub, environment: dict[str, str]) -> None:
+def cached(hub: Hub, in_environment: None) -> None:
     """Everything that `generate` needs is in the cache."""
-    code = (
-        "import sys; from zimage_mxfp8.checkpoint import hub\n"
-        "hub.resolve(sys.argv[1], (*hub.COMPONENTS, hub.TRANSFORMER), download=True)"
-    )
-    subprocess.run([sys.executable, "-c", code, TURBO], env=os.environ | environment, check=True)
+    hub_module.resolve(TURBO, (*hub_module.COMPONENTS, hub_module.TRANSFORMER), download=True)
     assert hub.downloaded() == sorted([*PARTS, WEIGHTS])
     hub.requests.clear()
 
@@ -189,21 +207,19 @@ def refuse(*arguments, **_):
 socket.getaddrinfo = socket.socket.connect = refuse
 import zimage_mxfp8 as zm
 from zimage_mxfp8.cli.main import main
-if sys.argv[1] == "convert":
-    sys.exit(main(sys.argv[1:]))
 model, *options = sys.argv[1:]
+assert main(["convert", "-i", model]) == 0
 zm.ZImageTransformer.from_pretrained(model, "cpu")
 zm.ZImageGenerator(model, device="cpu")
 sys.exit(main(["generate", "--model-dir", model, *options]))
 """
-    for arguments in ((TURBO, *IMAGE), ("convert", "-i", TURBO)):
-        result = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            **{"cwd": tmp_path, "capture_output": True, "text": True},
-            env={**os.environ, **environment},
-        )
-        assert result.returncode == 0, result.stderr
-        assert "SOCKET" not in result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", code, TURBO, *map(str, IMAGE)],
+        **{"cwd": tmp_path, "capture_output": True, "text": True},
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "SOCKET" not in result.stderr
     assert hub.requests == []
     assert (tmp_path / "Z-Image-Turbo-mxfp8.safetensors").is_file()
 
@@ -371,11 +387,10 @@ def test_what_the_hub_refuses(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_no_hub_there(command: Command) -> None:
-    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    result = command("convert", "-i", TURBO, "--download", **unreachable)
-    fails(result, f"{TURBO} cannot be downloaded: ")
-    result = command("convert", "-i", TURBO, "--download", HF_HUB_OFFLINE="1")
+def test_no_hub_there(cli: Run, environment: dict[str, str]) -> None:
+    for variables in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        result = cli("convert", "-i", TURBO, "--download", env={**environment, **variables})
+        fails(result, f"{TURBO} cannot be downloaded: ")
     fails(result, f"{TURBO} cannot be downloaded: HF_HUB_OFFLINE is set; unset it")
 
 
@@ -407,26 +422,16 @@ def test_a_disk_that_is_too_small(
 # ---- from Python
 
 
+@pytest.mark.usefixtures("in_environment")
 def test_from_pretrained_downloads_and_finds(
-    hub: Hub, environment: dict[str, str], tmp_path: Path
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = f"""
-import zimage_mxfp8 as zm
-try:
-    zm.ZImageTransformer.from_pretrained("{TURBO}", "cpu")
-except zm.CheckpointError as error:
-    print(error)
-kept = zm.ZImageTransformer.from_pretrained("{TURBO}", "cpu", download=True)
-again = zm.ZImageTransformer.from_pretrained("{TURBO}@main", "cpu", subfolder="transformer")
-print(kept.nbytes == again.nbytes)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        **{"cwd": tmp_path, "capture_output": True, "text": True, "check": True},
-        env={**os.environ, **environment},
-    )
-    first, second = result.stdout.splitlines()
-    assert first.startswith(f"{TURBO} does not exist on this machine") and second == "True"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(zm.CheckpointError, match=f"{TURBO} does not exist on this machine"):
+        zm.ZImageTransformer.from_pretrained(TURBO, "cpu")
+    kept = zm.ZImageTransformer.from_pretrained(TURBO, "cpu", download=True)
+    again = zm.ZImageTransformer.from_pretrained(f"{TURBO}@main", "cpu", subfolder="transformer")
+    assert kept.nbytes == again.nbytes
     assert hub.downloaded() == [WEIGHTS]
 
 
