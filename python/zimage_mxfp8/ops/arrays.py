@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -79,11 +80,22 @@ def _exportable(argument: Any) -> Any:
     return argument if current else _Exporter(argument, torch)
 
 
+@cache
+def _may_have_another_device() -> bool:
+    """Return whether a tensor can be on another CUDA device than the current one."""
+    count: int = sys.modules["torch"].cuda.device_count()
+    return count > 1
+
+
 def call_core(function: Callable[..., None], *arguments: Any, like: Any) -> None:
     """Call a function of the core on torch's current stream of the device of `like`, or the CPU."""
     torch = _torch_of(like)
-    stream = torch.cuda.current_stream(like.device).cuda_stream if on_cuda(like) else 0
-    function(*map(_exportable, arguments), stream)
+    on_device = torch is not None and like.is_cuda
+    stream = torch.cuda.current_stream(like.device).cuda_stream if on_device else 0
+    # Looking at each part of each argument takes longer than most calls.
+    if on_device and _may_have_another_device():
+        arguments = tuple(map(_exportable, arguments))
+    function(*arguments, stream)
 
 
 def _tensor(array: Any, torch: Any, name: str) -> Any:
