@@ -103,7 +103,7 @@ class Example {
         w1_(random_, sizes.hidden, width_, true),
         w3_(random_, sizes.hidden, width_, sizes.quantised_w3),
         w2_(random_, width_, sizes.hidden, true),
-        modulation_(random_, 4 * width_, sizes.conditioning, true),
+        modulation_(random_, 4 * width_, sizes.conditioning, sizes.conditioning > 0),
         modulation_bias_(random_, 1, 4 * width_, 0, 0.3f) {
     for (int i = 0; i < 4; ++i) norms_.emplace_back(random_, 1, width_, 1, 0.2f);
     for (int i = 0; i < 2; ++i) norms_.emplace_back(random_, 1, 128, 1, 0.2f);
