@@ -43,13 +43,19 @@ constexpr std::size_t kLargestWrite = std::size_t{1} << 30;  // systems have lim
 
 std::string process_id();
 
-// Unique among the files that this and other processes write at the same time.
+// A name for a new file in the folder of another, which no other thread gets.
 std::filesystem::path hidden_name(const std::filesystem::path& target) {
   static std::atomic<unsigned> count{0};
-  std::filesystem::path name = ".";
-  name += target.filename();
-  name += "." + process_id() + "-" + std::to_string(count++) + ".partial";
-  return target.parent_path() / name;
+  const std::string number = process_id() + "-" + std::to_string(count++);
+  return target.parent_path() / (".zimage-mxfp8-" + number + ".partial");
+}
+
+// The file that a path names: a link stays a link, and its target is replaced.
+std::filesystem::path without_links(const std::filesystem::path& path) {
+  std::error_code failed;
+  if (!std::filesystem::is_symlink(path, failed)) return path;
+  const std::filesystem::path file = std::filesystem::weakly_canonical(path, failed);
+  return failed ? path : file;
 }
 
 }  // namespace
@@ -96,13 +102,19 @@ struct NewFile::Handle {
 };
 
 NewFile::NewFile(const std::filesystem::path& target, bool overwrite)
-    : target_(target), hidden_(hidden_name(target)), overwrite_(overwrite) {
+    : target_(without_links(target)), overwrite_(overwrite) {
   std::error_code ignored;
-  if (!overwrite && std::filesystem::exists(target, ignored)) refuse_existing(target);
-  const HANDLE file = CreateFileW(hidden_.c_str(), GENERIC_WRITE, 0, nullptr, CREATE_NEW,
-                                  FILE_ATTRIBUTE_NORMAL, nullptr);
-  if (file == INVALID_HANDLE_VALUE) fail_to("written", target, last_error());
-  handle_.reset(new Handle{file});
+  if (!overwrite && std::filesystem::exists(target_, ignored)) refuse_existing(target_);
+  for (;;) {
+    hidden_ = hidden_name(target_);
+    const HANDLE file = CreateFileW(hidden_.c_str(), GENERIC_WRITE, 0, nullptr, CREATE_NEW,
+                                    FILE_ATTRIBUTE_NORMAL, nullptr);
+    if (file != INVALID_HANDLE_VALUE) {
+      handle_.reset(new Handle{file});
+      return;
+    }
+    if (last_error() != ERROR_FILE_EXISTS) fail_to("written", target_, last_error());
+  }
 }
 
 NewFile::~NewFile() {
@@ -185,12 +197,18 @@ struct NewFile::Handle {
 };
 
 NewFile::NewFile(const std::filesystem::path& target, bool overwrite)
-    : target_(target), hidden_(hidden_name(target)), overwrite_(overwrite) {
+    : target_(without_links(target)), overwrite_(overwrite) {
   struct stat status;
-  if (!overwrite && lstat(target.c_str(), &status) == 0) refuse_existing(target);
-  const int descriptor = open(hidden_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-  if (descriptor < 0) fail_to("written", target, errno);
-  handle_.reset(new Handle{descriptor});
+  if (!overwrite && lstat(target_.c_str(), &status) == 0) refuse_existing(target_);
+  for (;;) {
+    hidden_ = hidden_name(target_);
+    const int descriptor = open(hidden_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (descriptor >= 0) {
+      handle_.reset(new Handle{descriptor});
+      return;
+    }
+    if (errno != EEXIST) fail_to("written", target_, errno);  // else a crash left it
+  }
 }
 
 NewFile::~NewFile() {

@@ -102,11 +102,12 @@ void CheckpointWriter::write(const std::string& name, const void* data, std::siz
     throw InvalidArgument("tensor \"" + name + "\" has " + std::to_string(place.end - place.begin) +
                           " bytes left, not " + std::to_string(bytes));
   }
-  output_->file->write(place.begin, data, bytes);
+  if (bytes > 0) output_->file->write(place.begin, data, bytes);
   place.begin += static_cast<std::int64_t>(bytes);
 }
 
 void CheckpointWriter::finish() {
+  if (!output_->file) throw InvalidArgument("the file is finished");
   for (const auto& [name, place] : output_->places) {
     if (place.begin != place.end) {
       throw InvalidArgument("tensor \"" + name + "\" lacks " +
@@ -114,6 +115,7 @@ void CheckpointWriter::finish() {
     }
   }
   output_->file->publish();
+  output_->file.reset();
 }
 
 }  // namespace zimage_mxfp8

@@ -172,6 +172,7 @@ TEST_CASE("a written file has the bytes of the library's layout") {
   CHECK(has(error_of([&] { writer.write("byte", "4", 1); }), "0 bytes left"));
   CHECK(has(error_of([&] { writer.write("none", "4", 1); }), "no tensor \"none\""));
   writer.finish();
+  CHECK(has(error_of([&] { writer.finish(); }), "is finished"));
   CHECK(folder.files() == 1);
   std::string header =
       "{\"__metadata__\":{\"b\":\"x\\n\",\"a\":\"\xC3\xA9\"},"
@@ -203,6 +204,16 @@ TEST_CASE("a file is written whole or not at all, and replaced only on demand") 
     writer.finish();
   }
   CHECK(content_of(folder / "out").back() == '!');
+  std::error_code failed;
+  std::filesystem::create_symlink("out", folder / "link", failed);
+  if (!failed) {  // Windows may not allow it
+    CHECK(has(error_of([&] { CheckpointWriter(folder / "link", plan); }), "out exists"));
+    CheckpointWriter writer(folder / "link", plan, true);
+    writer.write("a", "?", 1);
+    writer.finish();
+    CHECK(std::filesystem::is_symlink(folder / "link"));
+    CHECK(content_of(folder / "out").back() == '?');
+  }
   CheckpointWriter late(folder / "late", plan);
   late.write("a", "!", 1);
   save(folder / "late", "another's");

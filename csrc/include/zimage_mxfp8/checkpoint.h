@@ -102,8 +102,9 @@ class CheckpointPlan {
 // written one after another, those of different tensors in any order. One thread at a time.
 class CheckpointWriter {
  public:
-  // Creates a hidden file beside `target`. Throws CheckpointError if `target` exists, unless
-  // `overwrite` is given, and InvalidArgument if the metadata has a key twice or one of its own.
+  // Creates a hidden file beside `target`, or beside the file that a link leads to. Throws
+  // CheckpointError if `target` exists, unless `overwrite` is given, and InvalidArgument if the
+  // metadata has a key twice or one of its own.
   CheckpointWriter(const std::filesystem::path& target, const CheckpointPlan& plan,
                    bool overwrite = false);
   // Deletes the hidden file, unless finish() returned.
@@ -116,7 +117,7 @@ class CheckpointWriter {
   void write(const std::string& name, const void* data, std::size_t bytes);
 
   // Flushes the file to the disk and gives it its name. Throws InvalidArgument if a tensor is not
-  // complete.
+  // complete, and if the file has its name already.
   void finish();
 
  private:
