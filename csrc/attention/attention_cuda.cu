@@ -51,7 +51,7 @@ __device__ float lane_max(float value) {
 __global__ void __launch_bounds__(kThreads) attend_kernel(const Sequence sequence) {
   __shared__ float2 queries[kQueries][kWords];
   __shared__ uint32_t keys[kKeys][kWords + 1];  // one more: lanes read rows, from all banks
-  __shared__ uint32_t values[kKeys][kWords];
+  alignas(16) __shared__ uint32_t values[kKeys][kWords];  // written 16 bytes at a time
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kWarpQueries;
   const int begin = blockIdx.x * kQueries;
 
