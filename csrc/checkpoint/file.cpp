@@ -27,9 +27,16 @@ namespace {
 
 constexpr std::size_t kLargestWrite = std::size_t{1} << 30;  // systems have limits for one call
 
-[[noreturn]] void fail_to(const char* action, const std::filesystem::path& path, int error) {
-  throw CheckpointError(path.u8string() + " cannot be " + action + ": " +
-                        std::system_category().message(error));
+[[noreturn]] void fail_to_read(const std::filesystem::path& path, int error) {
+  throw CheckpointError(path.u8string() +
+                        " cannot be read: " + std::system_category().message(error) +
+                        "; check the path and its permissions");
+}
+
+[[noreturn]] void fail_to_write(const std::filesystem::path& path, int error) {
+  throw CheckpointError(path.u8string() +
+                        " cannot be written: " + std::system_category().message(error) +
+                        "; check the folder, its permissions and its free space");
 }
 
 [[noreturn]] void refuse_existing(const std::filesystem::path& target) {
@@ -79,18 +86,18 @@ struct Closer {
 MappedFile::MappedFile(const std::filesystem::path& path) {
   const HANDLE file = CreateFileW(path.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr,
                                   OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
-  if (file == INVALID_HANDLE_VALUE) fail_to("read", path, last_error());
+  if (file == INVALID_HANDLE_VALUE) fail_to_read(path, last_error());
   const Closer file_closer{file};
   LARGE_INTEGER size;
   if (GetFileType(file) != FILE_TYPE_DISK) refuse_irregular(path);
-  if (!GetFileSizeEx(file, &size)) fail_to("read", path, last_error());
+  if (!GetFileSizeEx(file, &size)) fail_to_read(path, last_error());
   size_ = static_cast<std::size_t>(size.QuadPart);
   if (size_ == 0) return;
   const HANDLE mapping = CreateFileMappingW(file, nullptr, PAGE_READONLY, 0, 0, nullptr);
-  if (!mapping) fail_to("read", path, last_error());
+  if (!mapping) fail_to_read(path, last_error());
   const Closer mapping_closer{mapping};
   data_ = static_cast<const char*>(MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0));
-  if (!data_) fail_to("read", path, last_error());
+  if (!data_) fail_to_read(path, last_error());
 }
 
 MappedFile::~MappedFile() {
@@ -113,7 +120,7 @@ NewFile::NewFile(const std::filesystem::path& target, bool overwrite)
       handle_.reset(new Handle{file});
       return;
     }
-    if (last_error() != ERROR_FILE_EXISTS) fail_to("written", target_, last_error());
+    if (last_error() != ERROR_FILE_EXISTS) fail_to_write(target_, last_error());
   }
 }
 
@@ -132,7 +139,7 @@ void NewFile::write(std::int64_t position, const void* data, std::size_t bytes) 
     DWORD written = 0;
     if (!WriteFile(handle_->file, begin, static_cast<DWORD>(std::min(bytes, kLargestWrite)),
                    &written, &where)) {
-      fail_to("written", target_, last_error());
+      fail_to_write(target_, last_error());
     }
     begin += written;
     bytes -= written;
@@ -141,7 +148,7 @@ void NewFile::write(std::int64_t position, const void* data, std::size_t bytes) 
 }
 
 void NewFile::publish() {
-  if (!FlushFileBuffers(handle_->file)) fail_to("written", target_, last_error());
+  if (!FlushFileBuffers(handle_->file)) fail_to_write(target_, last_error());
   CloseHandle(handle_->file);  // an open file cannot be renamed
   handle_.reset();
   const DWORD flags = MOVEFILE_WRITE_THROUGH | (overwrite_ ? MOVEFILE_REPLACE_EXISTING : 0);
@@ -149,7 +156,7 @@ void NewFile::publish() {
   const int error = last_error();
   DeleteFileW(hidden_.c_str());
   if (error == ERROR_ALREADY_EXISTS || error == ERROR_FILE_EXISTS) refuse_existing(target_);
-  fail_to("written", target_, error);
+  fail_to_write(target_, error);
 }
 
 #else
@@ -176,15 +183,15 @@ void flush_folder(const std::filesystem::path& folder) {
 MappedFile::MappedFile(const std::filesystem::path& path) {
   // Opening a pipe would otherwise wait for its writer.
   const int descriptor = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-  if (descriptor < 0) fail_to("read", path, errno);
+  if (descriptor < 0) fail_to_read(path, errno);
   const Closer closer{descriptor};
   struct stat status;
-  if (fstat(descriptor, &status) != 0) fail_to("read", path, errno);
+  if (fstat(descriptor, &status) != 0) fail_to_read(path, errno);
   if (!S_ISREG(status.st_mode)) refuse_irregular(path);
   size_ = static_cast<std::size_t>(status.st_size);
   if (size_ == 0) return;
   void* data = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
-  if (data == MAP_FAILED) fail_to("read", path, errno);
+  if (data == MAP_FAILED) fail_to_read(path, errno);
   data_ = static_cast<const char*>(data);
 }
 
@@ -207,7 +214,7 @@ NewFile::NewFile(const std::filesystem::path& target, bool overwrite)
       handle_.reset(new Handle{descriptor});
       return;
     }
-    if (errno != EEXIST) fail_to("written", target_, errno);  // else a crash left it
+    if (errno != EEXIST) fail_to_write(target_, errno);  // else a crash left it
   }
 }
 
@@ -223,7 +230,7 @@ void NewFile::write(std::int64_t position, const void* data, std::size_t bytes) 
     const ssize_t written =
         pwrite(handle_->descriptor, begin, std::min(bytes, kLargestWrite), position);
     if (written < 0 && errno == EINTR) continue;
-    if (written < 0) fail_to("written", target_, errno);
+    if (written < 0) fail_to_write(target_, errno);
     begin += written;
     bytes -= static_cast<std::size_t>(written);
     position += written;
@@ -231,7 +238,7 @@ void NewFile::write(std::int64_t position, const void* data, std::size_t bytes) 
 }
 
 void NewFile::publish() {
-  if (fsync(handle_->descriptor) != 0) fail_to("written", target_, errno);
+  if (fsync(handle_->descriptor) != 0) fail_to_write(target_, errno);
   // A link, unlike a new name, never replaces a file. Filesystems without links are rare.
   const bool linked = !overwrite_ && link(hidden_.c_str(), target_.c_str()) == 0;
   if (linked) {
@@ -239,7 +246,7 @@ void NewFile::publish() {
   } else {
     struct stat status;
     if (!overwrite_ && lstat(target_.c_str(), &status) == 0) refuse_existing(target_);
-    if (rename(hidden_.c_str(), target_.c_str()) != 0) fail_to("written", target_, errno);
+    if (rename(hidden_.c_str(), target_.c_str()) != 0) fail_to_write(target_, errno);
   }
   close(handle_->descriptor);
   handle_.reset();

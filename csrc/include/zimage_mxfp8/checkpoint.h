@@ -28,7 +28,7 @@ struct TensorType {
 struct CheckpointTensor {
   std::string dtype;
   std::vector<std::int64_t> shape;
-  const void* data;  // aligned to the file's taste, which may be none
+  const void* data;  // with any alignment
   std::int64_t bytes;
 };
 
