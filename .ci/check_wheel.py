@@ -35,6 +35,7 @@ REQUIRED = (
     r"zimage_mxfp8/small_model/vae/.*\.safetensors",
     r"zimage_mxfp8/small_model/tokenizer/tokenizer\.json",
     r"zimage_mxfp8/small_model/examples\.json",
+    r"zimage_mxfp8/include/zimage_mxfp8/checkpoint\.h",
     r"zimage_mxfp8/include/zimage_mxfp8/gemm\.h",
     re.escape(LIBRARY),
     r"zimage_mxfp8/lib/cmake/zimage_mxfp8/zimage_mxfp8Config\.cmake",

@@ -41,7 +41,9 @@ constexpr int64_t kSubHistograms = 4;
 
 constexpr int64_t kGemmPanel = 32;  // columns of D that are computed together
 constexpr int64_t kGemmRows = 4;    // rows
-constexpr int64_t gemm_scratch(int64_t k) { return k * (kGemmPanel + kGemmRows); }
+constexpr int64_t gemm_scratch(int64_t k) {
+  return (k + 31) / 32 * 32 * (kGemmPanel + kGemmRows);  // whole blocks
+}
 
 #define ZM_DECLARE_KERNELS(target)                                                       \
   namespace target {                                                                     \

@@ -1,4 +1,5 @@
 // Replaces cuda/runtime.cpp and the kernels in a build without CUDA.
+#include "attention/attention_cuda.h"
 #include "cuda/runtime.h"
 #include "dequantize/dequantize_cuda.h"
 #include "fused/fused_cuda.h"
@@ -7,6 +8,7 @@
 #include "quantize/quantize_cuda.h"
 #include "row_scaled/fold_cuda.h"
 #include "row_scaled/quantize_rows_cuda.h"
+#include "zimage_mxfp8/block.h"
 #include "zimage_mxfp8/device.h"
 #include "zimage_mxfp8/gemm.h"
 #include "zimage_mxfp8/staged_quantizer.h"
@@ -27,6 +29,18 @@ StagedQuantizer::StagedQuantizer(int) { refuse(); }
 StagedQuantizer::~StagedQuantizer() = default;
 void StagedQuantizer::quantize(const ConstMatrixView&, const MXFP8View&) { refuse(); }
 
+struct DeviceBlock::Content {};
+std::size_t DeviceBlock::memory_size(const BlockWeights&, BlockCompute) { refuse(); }
+DeviceBlock::DeviceBlock(const BlockWeights&, BlockCompute, Workspace, CudaStream) { refuse(); }
+DeviceBlock::~DeviceBlock() = default;
+DeviceBlock::DeviceBlock(DeviceBlock&&) noexcept = default;
+DeviceBlock& DeviceBlock::operator=(DeviceBlock&&) noexcept = default;
+std::size_t DeviceBlock::workspace_size(std::int64_t, std::int64_t) const { refuse(); }
+void DeviceBlock::run(const BlockInput&, const MatrixView&, Workspace, CudaStream,
+                      const DeviceAttention&) const {
+  refuse();
+}
+
 namespace detail {
 
 const std::vector<CudaDevice>& known_devices() {
@@ -43,6 +57,10 @@ DeviceGuard::DeviceGuard(int device) {
 }
 DeviceGuard::~DeviceGuard() = default;
 
+void attend_cuda(const ConstMatrixView&, std::int64_t, const std::vector<std::int64_t>&,
+                 const MatrixView&, CudaStream) {
+  refuse();
+}
 void quantize_cuda(const QuantizeTask&, CudaStream) { refuse(); }
 void dequantize_cuda(const DequantizeTask&, CudaStream) { refuse(); }
 void quantize_rows_cuda(const QuantizeRowsTask&, CudaStream) { refuse(); }

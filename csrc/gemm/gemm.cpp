@@ -3,17 +3,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
-#include <memory>
 #include <mutex>
 #include <set>
 #include <type_traits>
 
 #include "check.h"
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
 #include "cuda/runtime.h"
 #include "gemm/dispatch/dispatch.h"
 #include "gemm/epilogues.h"
+#include "gemm/reference/reference.h"
 #include "zimage_mxfp8/quantize.h"
 #include "zimage_mxfp8/row_scaled.h"
 
@@ -142,7 +140,7 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
             throw InvalidArgument(std::string(name) + " must be BF16, MXFP8 or row-scaled FP8");
           }
           const std::int64_t row_stride = view.rows > 1 ? view.row_stride : view.cols;
-          return {{OperandFormat::kBFloat16, view.data, nullptr, row_stride},
+          return {{OperandFormat::kBFloat16, view.data, nullptr, row_stride, view.dtype},
                   view.rows,
                   view.cols,
                   OperandFormat::kBFloat16,
@@ -161,7 +159,7 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
           const auto format = mx ? OperandFormat::kMXFP8 : OperandFormat::kRowScaled;
           const std::int64_t scale_bytes =
               mx ? MXFP8Shape{view.rows, view.cols}.scale_bytes() : view.rows * 4;
-          return {{format, view.codes, view.scales, view.cols},
+          return {{format, view.codes, view.scales, view.cols, DType::kBFloat16},
                   view.rows,
                   view.cols,
                   format,
@@ -452,17 +450,7 @@ void gemm(const GemmArguments& arguments, int threads) {
     throw Unsupported("GEMMs with an epilogue or an addend need a CUDA device");
   }
   detail::check_alignment(checked.d.data, element_size(checked.problem.d));
-  const detail::GemmTask& task = checked.task;
-  if (task.m == 0) return;
-  const detail::Kernels& kernels = detail::active_kernels();
-  detail::parallel_for(
-      ceil_div(task.n, detail::kGemmPanel), 1, threads, [&](std::int64_t begin, std::int64_t end) {
-        const auto scratch =
-            std::make_unique<float[]>(static_cast<std::size_t>(detail::gemm_scratch(task.k)));
-        for (std::int64_t panel = begin; panel < end; ++panel) {
-          kernels.gemm_panel(task, panel, scratch.get());
-        }
-      });
+  detail::reference_gemm(checked.task, threads);
 }
 
 }  // namespace zimage_mxfp8

@@ -15,9 +15,10 @@ namespace detail {
 
 struct GemmOperandTask {
   OperandFormat format;
-  const void* codes;   // or BF16 elements
-  const void* scales;  // E8M0 in the blocked layout, or one float32 per row; null for BF16
+  const void* codes;   // or elements
+  const void* scales;  // E8M0 in the blocked layout, or one float32 per row; null for elements
   int64_t row_stride;  // elements
+  DType dtype;         // of the elements, if they are not encoded
 };
 
 // D[m, n] = epilogue(A[m, k] B[n, k]^T + bias[n]), or as many columns as the epilogue leaves.

@@ -7,15 +7,18 @@ namespace zimage_mxfp8::detail::ZM_TARGET {
 
 namespace {
 
-// Row `row` of an operand as `k` floats, `stride` floats apart; without the scale of a row.
+// Row `row` of an operand as `k` floats, `stride` floats apart, and zeros up to a whole block;
+// without the scale of a row.
 void decode_row(const GemmOperandTask& operand, int64_t row, int64_t k, float* out,
                 int64_t stride) {
-  const int64_t blocks = k / kBlock;
+  const int64_t blocks = ceil_div(k, kBlock);
   for (int64_t block = 0; block < blocks; ++block) {
     uint32_t bits[kBlock];
     const int64_t at = row * operand.row_stride + block * kBlock;
     if (operand.format == OperandFormat::kBFloat16) {
-      load_block<BFloat16>(operand.codes, at, kBlock, bits);
+      const int64_t count = k - block * kBlock < kBlock ? k - block * kBlock : kBlock;
+      with_type(operand.dtype,
+                [&](auto type) { load_block<decltype(type)>(operand.codes, at, count, bits); });
     } else {
       uint8_t byte = 127;
       if (operand.format == OperandFormat::kMXFP8) {
@@ -39,10 +42,10 @@ float row_scale(const GemmOperandTask& operand, int64_t row) {
 void gemm_panel(const GemmTask& task, int64_t panel, float* scratch) {
   const int64_t first = panel * kGemmPanel;
   const int64_t columns = task.n - first < kGemmPanel ? task.n - first : kGemmPanel;
-  float* b = scratch;                        // [k, kGemmPanel]
-  float* a = scratch + task.k * kGemmPanel;  // [k, kGemmRows]
-  memset(b, 0, static_cast<size_t>(task.k * kGemmPanel) * sizeof(float));
-  memset(a, 0, static_cast<size_t>(task.k * kGemmRows) * sizeof(float));
+  const int64_t depth = ceil_div(task.k, kBlock) * kBlock;
+  float* b = scratch;                       // [depth, kGemmPanel]
+  float* a = scratch + depth * kGemmPanel;  // [depth, kGemmRows]
+  memset(scratch, 0, static_cast<size_t>(gemm_scratch(task.k)) * sizeof(float));
   for (int64_t j = 0; j < columns; ++j) decode_row(task.b, first + j, task.k, b + j, kGemmPanel);
 
   for (int64_t row = 0; row < task.m; row += kGemmRows) {

@@ -32,6 +32,12 @@ class CudaError : public Error {
   using Error::Error;
 };
 
+// A checkpoint that cannot be read or written, or that breaks a rule of its format.
+class CheckpointError : public Error {
+ public:
+  using Error::Error;
+};
+
 // A conversion that would lose more than its bound allows.
 class PrecisionLoss : public Error {
  public:
