@@ -12,16 +12,15 @@ from ...text import natural_order, plural
 from ..pages.blocks import Cell, Column, Paragraph, Table, Terms
 from ..pages.chart import NamedSet, SizeChart
 from ..pages.keep import KeepOrder
-from ..pages.network import Metric, NetworkMap
+from ..pages.network import Kinds, Metric, NetworkMap
 from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
 from .grouping import ProbedGroup, ProbedTensor
 from .run import ProbeReport
 from .scoring import ProbeRules, Reason, Recommendation
 
-_RECOMMENDATIONS: tuple[Recommendation, ...] = ("NVFP4", "FP8", "*KEEP*")
-_SHOWN = {"NVFP4": "NVFP4", "FP8": "FP8", "*KEEP*": "keep"}
+_SHOWN: dict[Recommendation, str] = {"NVFP4": "NVFP4", "FP8": "FP8", "*KEEP*": "keep"}
 
-_METRICS: tuple[Metric[ProbedTensor], ...] = (
+_METRICS: tuple[Metric[ProbedTensor] | Kinds[ProbedTensor], ...] = (
     Metric(
         "Score",
         lambda tensor: tensor.score,
@@ -30,12 +29,10 @@ _METRICS: tuple[Metric[ProbedTensor], ...] = (
         1,
         "The weighted sum of kurtosis, dynamic range and aspect ratio, 0 to 1.",
     ),
-    Metric(
+    Kinds(
         "Recommendation",
-        lambda tensor: _RECOMMENDATIONS.index(tensor.effective),
-        lambda number: _SHOWN[_RECOMMENDATIONS[round(number)]],
-        0,
-        2,
+        lambda tensor: _SHOWN[tensor.effective],
+        {"NVFP4": 0, "FP8": 0.5, "keep": 1},
         "After the groups decided. A conversion writes MXFP8 for FP8 and NVFP4 alike.",
     ),
     Metric(
