@@ -144,8 +144,8 @@ def _number(value: float) -> Cell:
     return value if math.isfinite(value) else "equal"
 
 
-def _limit(value: float | None) -> Cell:
-    return "none" if value is None else value
+def _limit(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
 
 
 def _metrics(report: EvaluationReport) -> Table:
@@ -161,7 +161,7 @@ def _metrics(report: EvaluationReport) -> Table:
             Column("mean", 4),
             Column("95 % interval of the mean"),
             Column("worst", 4),
-            Column("threshold of the mean", 4),
+            Column("threshold of the mean"),
         ],
         [
             [name, _number(s.mean), interval_text(s, decimals), _number(s.worst), _limit(limit)]

@@ -105,7 +105,7 @@ def _figure(
             "img",
             alt=name,
             src=sources[i],
-            loading="lazy",
+            loading=None if sources[i].startswith("data:") else "lazy",
             class_=name.lower(),
             data_preview=previews and previews[i],
         )
