@@ -777,6 +777,22 @@ def test_pages_of_little(sensitivity_report: zm.SensitivityReport) -> None:
     assert '<output class="count">0</output>' in text and "<pre></pre>" in text
 
 
+def test_cells_without_a_layer_say_why() -> None:
+    """A block of one stack does not have the layer; that of the other one was not looked at."""
+    layers = {
+        f"{stack}.attention.qkv": 1.0
+        for stack in ("layers.0", "noise_refiner.0", "context_refiner.0")
+    } | {"layers.0.adaLN_modulation.0": 1.0}
+    metrics = [Metric[float]("n", lambda value: value, lambda value: f"{value:.0f}", 0, 1)]
+    text = NetworkMap(layers, metrics).html()
+    keys = 2  # in the legends of both drawings
+    assert text.count('class="blank"') == 2 + keys, "the context refiner has no modulation"
+    assert text.count('class="omitted"') == 2 + keys, "the noise refiner has one"
+    assert text.count("not part of this report") == keys
+    layers["noise_refiner.0.adaLN_modulation.0"] = 1.0
+    assert "not part of this report" not in NetworkMap(layers, metrics).html()
+
+
 def test_a_map_without_a_slider() -> None:
     """As of a file whose layers were kept by a recipe."""
     layers = {f"layers.{i}.attention.qkv": float(i) for i in range(12)}

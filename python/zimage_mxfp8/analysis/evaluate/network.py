@@ -56,14 +56,12 @@ def weights_table(weights: WeightComparison) -> Table:
     total = _total_error(weights)
     rows: list[list[Cell]] = []
     for layer in sorted(weights.layers, key=lambda layer: natural_order(layer.name)):
+        figures: list[Cell] = [_NOT_COMPARABLE] * 2
         error = layer.relative_squared_error
-        share = None if layer.squared_error is None else 100 * layer.squared_error / total
-        rows.append(
-            [
-                *(layer.name, *layer.shape, layer.a_format or "none", layer.b_format or "none"),
-                *(_NOT_COMPARABLE if error is None else 100 * error, share),
-            ]
-        )
+        if error is not None and layer.squared_error is not None:
+            figures = [100 * error, 100 * layer.squared_error / total]
+        formats = (layer.a_format or "none", layer.b_format or "none")
+        rows.append([layer.name, *layer.shape, *formats, *figures])
     columns = [
         *(Column("weight"), Column("rows", 0), Column("columns", 0)),
         *(Column("stored in A"), Column("stored in B")),

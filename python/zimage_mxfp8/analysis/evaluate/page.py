@@ -184,7 +184,7 @@ def _latents(report: EvaluationReport) -> Table:
 
 def _transformers(report: EvaluationReport) -> Table:
     def row(name: str, run: TransformerRun) -> list[Cell]:
-        peak = None if run.peak_nbytes is None else size_text(run.peak_nbytes)
+        peak = "unknown" if run.peak_nbytes is None else size_text(run.peak_nbytes)
         weights = size_text(run.nbytes)
         return [name, run.path, run.compute, weights, run.step_seconds, peak]
 

@@ -98,7 +98,7 @@ def _figure(
     pair: ImagePair, sources: tuple[str, str], previews: tuple[str, str] | None = None
 ) -> str:
     prompt = shortened(pair.prompt)
-    caption = element("span", text(prompt), class_="prompt", title=prompt)
+    caption = element("span", text(prompt), class_="prompt")
     figures = f"seed {pair.seed} · {_figures_of(pair)}"
     a, b = (
         element(

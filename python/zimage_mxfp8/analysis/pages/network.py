@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, TypeVar
 
 from ...checkpoint.quantization import WEIGHT_SUFFIX
@@ -29,6 +30,7 @@ _HEAD = 46
 _LEGEND = 64
 _NARROW_WIDTH, _NARROW_LABELS, _NARROW_ROW, _NARROW_HEAD = 350, 84, 22, 138
 
+_KEPT = "kept, not quantised"
 _EXCLUSIONS = "Exclusion list of these layers for a conversion:"
 _READING = element("output", "Point at a layer for its figures.", class_="reading")
 _DOWNLOAD = element("button", "Download PNG", type="button", class_="png")
@@ -165,6 +167,15 @@ class _Grid:
     kinds: Sequence[str]
     cells: Mapping[tuple[tuple[str, int], str], int]
 
+    def leaves_out(self, block: tuple[str, int], kind: str) -> bool:
+        """Return whether the model has a layer there that is not on the map."""
+        return (block, kind) not in self.cells and kind in _layer_types(*block)
+
+    @property
+    def leaves_out_any(self) -> bool:
+        """Whether there is such a layer."""
+        return any(self.leaves_out(block, kind) for block in self.blocks for kind in self.kinds)
+
 
 @dataclass(frozen=True)
 class NetworkMap(Generic[Layer]):
@@ -239,6 +250,13 @@ class NetworkMap(Generic[Layer]):
         return _Grid(blocks, [*known, *sorted(kinds.difference(known))], cells), layers
 
 
+@cache
+def _layer_types(stack: str, block: int) -> frozenset[str]:
+    """Return the names of the layers of one of Z-Image's blocks."""
+    (found,) = (each for each in ZIMAGE.stacks if each.name == stack)
+    return frozenset(layer.name for layer in ZIMAGE.layers_of(found, block))
+
+
 def _layer_name(name: str) -> str:
     return name.removesuffix(WEIGHT_SUFFIX)
 
@@ -283,13 +301,13 @@ def _wide(grid: _Grid, metrics: Sequence[_Shown], marks: Collection[int]) -> str
             parts.append(element("text", str(block), x=middle, y=_HEAD - 8, class_="number"))
         for row, kind in enumerate(grid.kinds):
             box = (x, _HEAD + row * _ROW, pitch - 2, _ROW - 2)
-            parts.append(_cell(grid.cells.get(((stack, block), kind)), box, metrics[0], marks))
+            parts.append(_cell(grid, (stack, block), kind, box, metrics[0], marks))
         x += pitch
     for row, kind in enumerate(grid.kinds):
         y = _HEAD + row * _ROW + _ROW / 2
         parts.append(element("text", text(_shortened(kind)), x=_LABELS - 10, y=y, class_="kind"))
     height = _HEAD + _ROW * len(grid.kinds) + 18
-    parts.append(_legend(metrics, _LABELS, height, stacked=False))
+    parts.append(_legend(grid, metrics, _LABELS, height, stacked=False))
     return _svg("wide", max(x, 860.0), height + _LEGEND - 18, parts)
 
 
@@ -310,10 +328,10 @@ def _narrow(grid: _Grid, metrics: Sequence[_Shown], marks: Collection[int]) -> s
         parts.append(element("text", text(name), x=_NARROW_LABELS - 8, y=middle, class_="kind"))
         for column, kind in enumerate(grid.kinds):
             box = (_NARROW_LABELS + column * pitch, y, pitch - 2, _NARROW_ROW - 2)
-            parts.append(_cell(grid.cells.get(((stack, block), kind)), box, metrics[0], marks))
+            parts.append(_cell(grid, (stack, block), kind, box, metrics[0], marks))
         y += _NARROW_ROW
-    parts.append(_legend(metrics, 8, y + 14, stacked=True))
-    return _svg("narrow", _NARROW_WIDTH, y + 14 + _LEGEND + 34, parts)
+    parts.append(_legend(grid, metrics, 8, y + 14, stacked=True))
+    return _svg("narrow", _NARROW_WIDTH, y + 14 + _LEGEND + 58, parts)
 
 
 def _shortened(name: str) -> str:
@@ -333,15 +351,21 @@ def _svg(kind: str, width: float, height: float, parts: Sequence[str]) -> str:
     )
 
 
+_Box = tuple[float, float, float, float]  # left, top, width, height
+
+
 def _cell(
-    layer: int | None,
-    box: tuple[float, float, float, float],
+    grid: _Grid,
+    block: tuple[str, int],
+    kind: str,
+    box: _Box,
     metric: _Shown,
     marks: Collection[int],
 ) -> str:
     x, y, width, height = box
+    layer = grid.cells.get((block, kind))
     if layer is None:
-        return _blank(box)
+        return _omitted(box) if grid.leaves_out(block, kind) else _blank(box)
     level = metric.levels[layer]
     fill = "none" if level is None else PALETTE[level]
     square = element("rect", x=x, y=y, width=width, height=height, rx=3, fill=fill)
@@ -350,27 +374,36 @@ def _cell(
     return element("g", square + dot, class_=f"cell{kept}", data_i=layer)
 
 
-def _blank(box: tuple[float, float, float, float]) -> str:
+def _omitted(box: _Box) -> str:
+    x, y, width, height = box
+    return element(
+        "rect", x=x + 1, y=y + 1, width=width - 2, height=height - 2, rx=3, class_="omitted"
+    )
+
+
+def _blank(box: _Box) -> str:
     x, y, width, height = box
     begin = f"M{x + width * 0.3:.1f} {y + height * 0.7:.1f}"
     return element("path", d=f"{begin}l{width * 0.4:.1f} {height * -0.4:.1f}", class_="blank")
 
 
-def _legend(metrics: Sequence[_Shown], x: float, y: float, *, stacked: bool) -> str:
+def _legend(grid: _Grid, metrics: Sequence[_Shown], x: float, y: float, *, stacked: bool) -> str:
     width = 240 if not stacked else 320
     colors = "".join(
         element("g", metric.legend.svg(x, y, width), class_="colors", hidden=i > 0)
         for i, metric in enumerate(metrics)
     )
-    at_x, at_y = (x, y + 52) if stacked else (x + width + 60, y + 5)
-    second_x, second_y = (x, at_y + 24) if stacked else (at_x + 170, at_y)
-    kept = element("circle", cx=at_x + 6, cy=at_y, r=5, class_="sample")
-    kept += element("text", "kept, not quantised", x=at_x + 20, y=at_y, class_="key")
-    blank = _blank((second_x - 4, second_y - 12, 24, 24))
-    blank += element(
-        "text", "no such layer in this block", x=second_x + 22, y=second_y, class_="key"
-    )
-    return element("g", _gradient(width) + colors + kept + blank, class_="legend")
+    signs = [
+        (lambda box: element("circle", cx=box[0] + 8, cy=box[1] + 8, r=5, class_="sample"), _KEPT),
+        (_blank, "no such layer in this block"),
+        *([(_omitted, "not part of this report")] if grid.leaves_out_any else ()),
+    ]
+    keys = ""
+    for i, (sign, words) in enumerate(signs):
+        at_x, at_y = (x, y + 44 + 24 * i) if stacked else (x + width + 60 + 190 * i, y - 3)
+        keys += sign((at_x, at_y, 16, 16))
+        keys += element("text", words, x=at_x + 22, y=at_y + 8, class_="key")
+    return element("g", _gradient(width) + colors + keys, class_="legend")
 
 
 def _gradient_id(width: float) -> str:

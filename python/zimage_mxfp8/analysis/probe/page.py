@@ -103,7 +103,8 @@ def probe_page(report: ProbeReport, origin: Origin = FROM_PROGRAM) -> str:
 _HOW_TO_READ = (
     "Blocks stand in the order of their computation: noise refiner, context refiner, main blocks. "
     "The slider keeps more or fewer layers than recommended: first what the rules keep, "
-    "then the highest scores. Embedders and the final layer are always kept, as in the recipe."
+    "then the highest scores. Embedders and the final layer are always kept, as in the recipe; "
+    "modulations of refiners are not looked at, as in quant_probe, and quantised."
 )
 _GROUPS = (
     "Main blocks are split by position. A group's figures are means, and its recommendation "
