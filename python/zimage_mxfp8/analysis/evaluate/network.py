@@ -11,7 +11,7 @@ from ..pages.blocks import Cell, Column, Paragraph, Table
 from ..pages.chart import NamedSet, SizeChart
 from ..pages.keep import KeepOrder
 from ..pages.network import Kinds, Metric, NetworkMap
-from ..pages.page import Block, Section
+from ..pages.page import Section
 from ..pages.weight_error import weight_error
 from .report import EvaluationReport
 from .weights import MXFP8, LayerDifference, WeightComparison
@@ -40,18 +40,19 @@ _SIZES = (
 )
 
 
-def network_sections(report: EvaluationReport) -> list[Section]:
-    """Return the sections with the map of the network and what keeping more layers changes."""
+def weights_sections(report: EvaluationReport) -> tuple[Section, list[Section]]:
+    """Return the section with the map of the network, and those for further down the page."""
     keep = _keep(report.weights)
     words = _HOW_TO_READ + (_SLIDER if keep is not None else _why_without_slider(report))
-    sections = [Section("The network", [Paragraph(words), _network(report.weights, keep)])]
+    network = Section("The network", [Paragraph(words), _network(report.weights, keep)])
+    others = [Section("Weights", [_table(report.weights)])]
     if keep is not None:
-        blocks: list[Block] = [Paragraph(_SIZES), SizeChart(keep, [_of_a(keep)])]
-        sections.append(Section("Size against error of the weights", blocks))
-    return sections
+        chart = SizeChart(keep, [NamedSet("A", keep.nbytes()[0], keep.errors()[0])])
+        others.insert(0, Section("Size against error of the weights", [Paragraph(_SIZES), chart]))
+    return network, others
 
 
-def weights_table(weights: WeightComparison) -> Table:
+def _table(weights: WeightComparison) -> Table:
     """Return the table of all weight matrices."""
     total = _total_error(weights)
     rows: list[list[Cell]] = []
@@ -116,10 +117,6 @@ def _keep(weights: WeightComparison) -> KeepOrder | None:
         always=[layer.name for layer in inside if layer.a_format not in (MXFP8, None)],
         rest=max(weights.relative_squared_error - sum(parts), 0.0),
     )
-
-
-def _of_a(keep: KeepOrder) -> NamedSet:
-    return NamedSet("A", keep.nbytes()[0], keep.errors()[0])
 
 
 def _network(weights: WeightComparison, keep: KeepOrder | None) -> NetworkMap[LayerDifference]:

@@ -10,7 +10,7 @@ from ...printing.screen import size_text
 from ..pages.blocks import Cell, Column, Paragraph, Table, Terms
 from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
 from .metrics import Summary
-from .network import network_sections, weights_table
+from .network import weights_sections
 from .pairs import SCRIPTS, STYLES, Pairs
 from .report import EvaluationReport, TransformerRun
 from .wording import formats_text, interval_text, number_text, psnr_text, shortened
@@ -40,6 +40,7 @@ def evaluation_page(
 
 
 def _page(report: EvaluationReport, pairs: Pairs, origin: Origin) -> str:
+    network, weights = weights_sections(report)
     return render_page(
         Page(
             report="evaluate",
@@ -49,13 +50,13 @@ def _page(report: EvaluationReport, pairs: Pairs, origin: Origin) -> str:
             facts=_facts(report),
             tiles=_tiles(report),
             sections=[
-                *network_sections(report),
+                network,
                 Section("Pairs of images", [pairs]),
                 Section("Metrics", [_metrics(report), Terms(_TERMS)]),
                 Section("Latents", [Paragraph(_LATENTS), _latents(report)]),
                 Section("Transformers", [_transformers(report)]),
                 Section("Figures of pairs", [*_what_is_left_out(report), _figures(report)]),
-                Section("Weights", [weights_table(report.weights)]),
+                *weights,
             ],
             origin=origin,
         ),
