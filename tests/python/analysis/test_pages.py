@@ -81,7 +81,7 @@ def sensitivity_report(folder: Path) -> zm.SensitivityReport:
 def evaluation_report(zimage_folder: Path, zimage_quantized: Path) -> zm.EvaluationReport:
     small: dict[str, Any] = {"steps": 1, "size": (32, 32), "device": "cpu", "dtype": "float32"}
     prompts = [f"<i>{name}</i>" for name in "ab"]
-    return zm.evaluate(zimage_folder, zimage_quantized, prompts=prompts, seeds=range(9), **small)
+    return zm.evaluate(zimage_folder, zimage_quantized, prompts=prompts, seeds=[0], **small)
 
 
 @pytest.fixture(scope="module")

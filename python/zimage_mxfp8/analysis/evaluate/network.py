@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...text import natural_order
 from ...zimage.layers import ZIMAGE
 from ..compare.run import DEFAULT_BOUND
 from ..pages.blocks import Cell, Column, Paragraph, Table
@@ -56,7 +55,7 @@ def _table(weights: WeightComparison) -> Table:
     """Return the table of all weight matrices."""
     total = _total_error(weights)
     rows: list[list[Cell]] = []
-    for layer in sorted(weights.layers, key=lambda layer: natural_order(layer.name)):
+    for layer in weights.layers:
         figures: list[Cell] = [_NOT_COMPARABLE] * 2
         error = layer.relative_squared_error
         if error is not None and layer.squared_error is not None:
