@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..analysis.evaluate.wording import interval_text, number_text, psnr_text
+from ..analysis.evaluate.wording import formats_text, interval_text, number_text, psnr_text
 from ..text import plural
 from .screen import Screen, size_text
 
@@ -20,6 +20,7 @@ def print_evaluation(report: EvaluationReport, screen: Screen) -> None:
     """Print the metrics, both transformers, the latents and the worst pairs."""
     _print_transformers(report, screen)
     _print_metrics(report, screen)
+    screen.text(_weights(report))
     screen.table(
         "Latents of A after each step: norm of the difference over that of B's latents",
         ["step>", "mean>", "largest>"],
@@ -85,6 +86,15 @@ def _print_metrics(report: EvaluationReport, screen: Screen) -> None:
             f"{plural(report.equal_pairs, 'pair')} of equal images, with an infinite PSNR: left "
             "out of its mean and interval."
         )
+
+
+def _weights(report: EvaluationReport) -> str:
+    weights = report.weights
+    a, b = map(formats_text, weights.formats)
+    difference = f"a relative squared error of {weights.relative_squared_error:.2e}"
+    if weights.are_equal:
+        difference = "no difference"
+    return f"Weight matrices of A ({a}) against B's ({b}): {difference}."
 
 
 def _verdict(report: EvaluationReport) -> str:

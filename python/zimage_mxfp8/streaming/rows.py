@@ -114,3 +114,31 @@ def read_encoded(worker: Worker, layer: MXFP8Layer, begin: int, end: int) -> tup
     scale_rows = -(-(end - begin) // 128) * 128
     scales = worker.read(layer.scale, begin * scale_cols, scale_rows * scale_cols, "file scales")
     return codes, scales
+
+
+def decode_rows(
+    worker: Worker, source: SourceTensor | MXFP8Layer, begin: int, end: int, use: str
+) -> npt.NDArray[np.float32]:
+    """Read rows [begin, end) of a weight, decoded where it is MXFP8; `begin` is 128 * n.
+
+    Args:
+        worker: reads, and holds the result.
+        source: an MXFP8 layer, or a tensor in BF16, F16 or F32.
+        begin: first row.
+        end: one past the last row.
+        use: name of the scratch memory that the result is in.
+
+    Returns:
+        float32 [end - begin, K].
+    """
+    shape = end - begin, source.shape[1]
+    memory = worker.scratch.take(use, math.prod(shape) * 4)
+    decoded = memory.view(np.float32).reshape(shape)
+    if isinstance(source, MXFP8Layer):
+        rows = padded_shape((end - begin, 1))[0]
+        codes, scales = read_encoded(worker, source, begin, begin + rows)
+        _core.dequantize(codes, scales, decoded, "float32", 1)
+    else:
+        _, matrix, dtype = read_rows(worker, source, begin, end, False)
+        _core.cast(matrix, dtype, decoded, "float32", 1)
+    return decoded

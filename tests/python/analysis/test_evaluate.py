@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from helpers.images import levels
 from zimage_mxfp8.analysis.evaluate import page as page_module
 from zimage_mxfp8.analysis.evaluate.metrics import compare_images, summarize
 from zimage_mxfp8.analysis.evaluate.prompts import MAX_CHARACTERS, read_prompts
+from zimage_mxfp8.analysis.evaluate.weights import LayerDifference, WeightComparison
 from zimage_mxfp8.streaming.jobs import StageProgress
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
@@ -248,6 +250,10 @@ def test_the_report_in_words_and_numbers(
         list(pair.latent_errors) for pair in report.pairs
     ]
     assert 0 < report.a.nbytes < report.b.nbytes and report.a.path == str(zimage_quantized)
+    weights = document["weights"]
+    assert weights["relative_squared_error"] == report.weights.relative_squared_error
+    assert {layer["a"] for layer in weights["layers"]} == {"F32", "MXFP8"}
+    assert f"a relative squared error of {weights['relative_squared_error']:.2e}." in text
     for run in (report.a, report.b):
         assert run.step_seconds > 0
         assert run.peak_nbytes is None or run.peak_nbytes > run.nbytes
@@ -265,7 +271,9 @@ def test_progress_counts_every_step(zimage_folder: Path) -> None:
     assert [each.done for each in seen] == sorted(each.done for each in seen)
     assert (seen[-1].done, seen[-1].total, seen[-1].stage) == (8, 8, "done")  # 2 x 2 seeds x 2
     assert {each.done for each in seen} == set(range(9))
-    assert {"making images with A", "making images with B"} < {each.stage for each in seen}
+    stages = {each.stage for each in seen}
+    assert {"making images with A", "making images with B", "comparing the weights"} < stages
+    assert "weights: 100 %" in {each.what for each in seen}
 
 
 # ---- the folder and its page
@@ -345,28 +353,119 @@ def test_the_page_in_a_browser(
     assert found["difference"] == "difference"
 
 
-def test_images_beyond_the_pages_room_come_from_the_folder(
-    report: zm.EvaluationReport, monkeypatch: pytest.MonkeyPatch
+def large(report: zm.EvaluationReport, pairs: int, **changes: Any) -> zm.EvaluationReport:
+    """The report with more pairs, of noise that no PNG makes smaller."""
+    rng = np.random.default_rng(0)
+    noise = []
+    for _ in range(2):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (384, 288, 3), np.uint8)).save(file, "PNG")
+        noise.append(file.getvalue())
+    pair = replace(report.pairs[0], image=noise[0], against=noise[1], **changes)
+    many = tuple(replace(pair, seed=i, psnr=20 + i / 1000) for i in range(pairs))
+    return replace(report, pairs=many, height=384, width=288)
+
+
+LARGE = """
+const images = [...document.querySelectorAll('.pairs img')];
+for (const image of images) image.loading = 'eager';
+for (let i = 0; i < 100 && !images.every((image) => image.complete); i++) {
+  await new Promise((resolve) => setTimeout(resolve, 50));
+}
+const note = document.querySelector('.alone');
+return { sizes: images.map((image) => [image.naturalWidth, image.naturalHeight]),
+         note: note.getClientRects().length ? note.textContent : '',
+         where: document.querySelector('.where').textContent };
+"""
+
+
+def test_large_images_come_from_the_folder_or_as_previews(
+    report: zm.EvaluationReport, tmp_path: Path
 ) -> None:
-    worst = report.worst_first[0]
-    room = len(worst.image) + len(worst.against)
-    monkeypatch.setattr(page_module, "_MAX_EMBEDDED", room)
-    names = [(f"{i}-a.png", f"{i}-b.png") for i in range(4)]
-    sources = re.findall(r'<img [^>]*src="([^"]*)"', page_module.evaluation_page(report, names))
-    assert [source.startswith("data:image/png;base64,") for source in sources] == [True] * 2 + [
-        False
-    ] * 6
-    others = {name for i, pair in enumerate(report.pairs) if pair is not worst for name in names[i]}
-    assert set(sources[2:]) == others
+    large(report, 12).save(tmp_path / "out")
+    page = tmp_path / "alone.html"
+    shutil.copy(tmp_path / "out" / "evaluate.html", page)
+    assert 600_000 < page.stat().st_size <= 1_000_000
+    browser = Browser(tmp_path)
+    try:
+        with browser.open(tmp_path / "out" / "evaluate.html") as tab:
+            beside = tab.run(LARGE)
+        with browser.open(page) as tab:
+            alone = tab.run(LARGE)
+            errors = [message for message in tab.console() if "ERR_FILE_NOT_FOUND" not in message]
+            assert errors == []
+    finally:
+        browser.close()
+    assert beside["sizes"] == [[288, 384]] * 24 and beside["note"] == ""
+    assert "the files in the folder images/ beside this page" in beside["where"]
+    count = alone["sizes"].count([192, 256])
+    assert 4 <= count < 24 and alone["sizes"] == [[192, 256]] * count + [[0, 0]] * (24 - count)
+    assert "The folder images/ is not beside this page." in alone["note"]
 
 
-def test_the_page_stays_small(report: zm.EvaluationReport) -> None:
-    pairs = [replace(pair, image=bytes(150_000), against=bytes(150_000)) for pair in report.pairs]
-    large = replace(report, pairs=pairs * 5)
-    names = [(f"images/{i}-a.png", f"images/{i}-b.png") for i in range(len(large.pairs))]
-    page = page_module.evaluation_page(large, names)
-    assert len(page) < 1_000_000
-    assert page.count("data:image/png;base64,") == 4 and names[-1][1] in page
+@pytest.mark.parametrize("prompt", ['"' * 10_000, "狐" * 10_000, "\U0010ffff" * 10_000])
+def test_the_page_stays_small(report: zm.EvaluationReport, prompt: str) -> None:
+    everything = large(report, 1000, prompt=prompt)
+    names = [(f"images/{i:09}-a.png", f"images/{i:09}-b.png") for i in range(1000)]
+    page = page_module.evaluation_page(everything, names)
+    assert len(page.encode()) <= 1_000_000
+    assert "These are the 100 pairs of lowest PSNR." in page and page.count("<figure>") == 100
+    assert "The 300 pairs of lowest PSNR; evaluate.json has all 1,000." in page
+    assert "<dd>0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ... (1,000)</dd>" in page
+
+
+# ---- the weights on the page
+
+
+def words_of_the_map(report: zm.EvaluationReport) -> str:
+    page = page_module.evaluation_page(report, [("a", "b")] * len(report.pairs))
+    section = page[page.index("<h2>The network</h2>") :]
+    return section[: section.index("</section>")]
+
+
+def with_weights(
+    report: zm.EvaluationReport, change: Callable[[LayerDifference], LayerDifference]
+) -> zm.EvaluationReport:
+    weights = report.weights
+    return replace(report, weights=replace(weights, layers=tuple(map(change, weights.layers))))
+
+
+def test_one_file_in_two_modes_has_equal_weights(report: zm.EvaluationReport) -> None:
+    equal = with_weights(report, lambda layer: replace(layer, squared_error=0.0))
+    both = replace(equal, b=replace(report.a, compute="mxfp8-emulated"))
+    text = words_of_the_map(both)
+    assert "A and B are one file, so their weights are equal" in text
+    assert "from the compute modes, weight-only and mxfp8-emulated" in text
+    assert 'type="range"' not in text and "cell kept" in text and "no error" in text
+    assert "All weight matrices of A and B are equal once they are decoded" in words_of_the_map(
+        equal
+    )
+    assert "no difference." in str(equal)
+
+
+def test_nothing_is_kept_of_a_file_that_quantises_nothing(report: zm.EvaluationReport) -> None:
+    plain = with_weights(report, lambda layer: replace(layer, a_format="BF16", b_format="MXFP8"))
+    text = words_of_the_map(plain)
+    assert "A quantises no layer of a block that differs from B" in text
+    assert 'type="range"' not in text
+    assert text.count('class="cell"') == 0 < text.count('class="cell kept"')
+
+
+def test_layers_that_cannot_be_compared_are_empty(report: zm.EvaluationReport) -> None:
+    name = "layers.1.attention.qkv.weight"
+    some = with_weights(
+        report,
+        lambda layer: (
+            replace(layer, squared_error=None, squared_signal=0.0, b_format=None)
+            if layer.name == name
+            else layer
+        ),
+    )
+    text = words_of_the_map(some)
+    assert "Empty where a file lacks the layer or has it in another shape." in text
+    assert '"not comparable"' in text and '"no such layer"' in text
+    assert "not comparable" not in words_of_the_map(report)
+    assert some.to_dict()["weights"]["layers"][-1]["relative_squared_error"] is not None
 
 
 # ---- the gate
@@ -417,15 +516,25 @@ def test_nvfp4_of_the_helper_has_the_known_error() -> None:
 
 
 def test_every_threshold_is_named() -> None:
-    from dataclasses import replace
-
     from zimage_mxfp8.analysis.evaluate.report import ImagePair, TransformerRun
     from zimage_mxfp8.analysis.evaluate.thresholds import Thresholds
 
     run = TransformerRun("a", "weight-only", 1, 1.0, None)
     pair = ImagePair("a", 0, 20.0, 0.8, 0.3, (0.1,), b"", b"")
     found = zm.EvaluationReport(
-        "m", run, run, (pair,), Thresholds(30, 0.9, 0.1), 1, 16, 16, 0.0, "cpu", "float32", ()
+        "m",
+        run,
+        run,
+        WeightComparison((), 1),
+        (pair,),
+        Thresholds(30, 0.9, 0.1),
+        1,
+        16,
+        16,
+        0.0,
+        "cpu",
+        "float32",
+        (),
     )
     assert found.failures == (
         "the mean PSNR is 20.00 dB, below 30 dB",

@@ -28,6 +28,7 @@ from helpers.checkpoints import random_tensors, small_shapes
 from helpers.commands import Run
 from helpers.diffusers_reference import make_reference
 from zimage_mxfp8.analysis.compare.page import compare_page
+from zimage_mxfp8.analysis.evaluate.folder import save_report
 from zimage_mxfp8.analysis.exclusions import merged_pattern
 from zimage_mxfp8.analysis.pages.blocks import Column, Copyable, Paragraph, Table
 from zimage_mxfp8.analysis.pages.colors import PALETTE, color_range
@@ -41,12 +42,13 @@ from zimage_mxfp8.analysis.pages.page import (
     links_beside,
     render_page,
 )
+from zimage_mxfp8.analysis.pages.weight_error import weight_error
 from zimage_mxfp8.analysis.probe.page import probe_page
 from zimage_mxfp8.analysis.sensitivity.page import sensitivity_page
 from zimage_mxfp8.conversion.recipes import KeepRule
 
 BOUND = 7e-4  # which keeps some of the layers of `small_file`, but not all
-NAMES = ("probe", "compare", "sensitivity")
+NAMES = ("probe", "compare", "sensitivity", "evaluate")
 MIB = 2**20
 
 
@@ -76,11 +78,19 @@ def sensitivity_report(folder: Path) -> zm.SensitivityReport:
 
 
 @pytest.fixture(scope="module")
+def evaluation_report(zimage_folder: Path, zimage_quantized: Path) -> zm.EvaluationReport:
+    small: dict[str, Any] = {"steps": 1, "size": (32, 32), "device": "cpu", "dtype": "float32"}
+    prompts = [f"<i>{name}</i>" for name in "ab"]
+    return zm.evaluate(zimage_folder, zimage_quantized, prompts=prompts, seeds=[0], **small)
+
+
+@pytest.fixture(scope="module")
 def pages(
     folder: Path,
     probe_report: zm.ProbeReport,
     compare_report: zm.CompareReport,
     sensitivity_report: zm.SensitivityReport,
+    evaluation_report: zm.EvaluationReport,
 ) -> dict[str, Path]:
     """The page of every command, written in this order: each links to those before it."""
     found: dict[str, Path] = {}
@@ -93,6 +103,9 @@ def pages(
         found[name] = folder / f"{name}.html"
         origin = Origin(f"zimage-mxfp8 {name} '<i>'", links_beside(found[name]))
         found[name].write_text(write(origin), "utf-8")
+    found["evaluate"] = folder / "evaluation" / "evaluate.html"
+    origin = Origin("zimage-mxfp8 evaluate '<i>'", links_above(found["evaluate"].parent))
+    save_report(evaluation_report, found["evaluate"].parent, origin, overwrite=False)
     return found
 
 
@@ -188,7 +201,8 @@ def test_a_page_is_small_and_whole(pages: dict[str, Path], name: str) -> None:
     content = pages[name].read_bytes()
     assert len(content) <= 1_000_000
     text = content.decode()
-    assert not re.search(r"(src|href)\s*=\s*\"(?!data:|\w+\.html)|@import|url\(", text)
+    outside = r"(src|href)\s*=\s*\"(?!data:|(\.\./)?\w+\.html)|@import|url\((?!#)"
+    assert not re.search(outside, text)
     # Three to five tiles, then the map, and the facts of the run.
     assert 3 <= text.count('<article class="tile') <= 5
     assert text.index("<article") < text.index('<div class="network"') < text.index('class="table"')
@@ -321,6 +335,36 @@ def test_the_slider_of_compare(
     slid.check_chart(figures)
 
 
+def test_the_slider_of_evaluate(
+    browser: Browser, pages: dict[str, Path], evaluation_report: zm.EvaluationReport
+) -> None:
+    weights = evaluation_report.weights
+    stacks = ("layers.", "noise_refiner.", "context_refiner.")
+    inside = [layer for layer in weights.layers if layer.name.startswith(stacks)]
+    quantized = [layer for layer in inside if layer.a_format == "MXFP8"]
+    order = sorted(quantized, key=lambda layer: -(layer.relative_squared_error or 0))
+    always = {layer.name.removesuffix(".weight") for layer in inside if layer not in quantized}
+    names = [layer.name.removesuffix(".weight") for layer in order]
+    least, most = len(always), len(inside)
+    assert 0 < least < most < len(weights.layers)
+    slid = Slid(browser, pages["evaluate"], [least, least + 1, least + 5, most])
+    assert slid.first["count"] == str(least), "as the file is"
+    squared = sum(layer.squared_signal for layer in weights.layers)
+    figures = {}
+    for count, shown in slid.at.items():
+        more = order[: count - least]
+        assert set(shown["kept"]) == {*always, *names[: count - least]}
+        assert kept_by(shown["pattern"], [*always, *names]) == set(shown["kept"])
+        grown = sum(2 * math.prod(layer.shape) - layer.a_nbytes for layer in more)
+        size = Path(evaluation_report.a.path).stat().st_size + grown
+        assert mib(shown["size"]) == pytest.approx(size / MIB, abs=0.0501)
+        left = [layer.squared_error or 0 for layer in weights.layers if layer not in more]
+        percent = 100 * sum(left) / squared
+        assert float(shown["error"].removesuffix(" %")) == pytest.approx(percent, rel=6e-3)
+        figures[count] = size, percent
+    slid.check_chart(figures)
+
+
 def test_the_slider_of_sensitivity(
     browser: Browser, pages: dict[str, Path], sensitivity_report: zm.SensitivityReport
 ) -> None:
@@ -374,10 +418,14 @@ return [...document.querySelectorAll('[name=metric]')].map((radio) => {
   return { title: radio.parentElement.textContent,
     fills: [...document.querySelectorAll('svg.map.wide .cell')].map(
       (cell) => [Number(cell.dataset.i), cell.querySelector('rect').getAttribute('fill')]),
-    ends: ['low', 'high'].map((end) => document.querySelector(`svg.map.wide .${end}`).textContent),
+    legend: [...document.querySelectorAll('svg.map.wide .colors text')].filter(
+      (words) => words.getClientRects().length).map((words) => words.textContent),
     note: document.querySelector('.note:not(.tile .note)').textContent };
 });
 """
+
+
+KINDS = ("Recommendation", "Stored in A", "Stored in B")
 
 
 def shades(seen: dict[str, Any], names: list[str]) -> dict[str, float | None]:
@@ -396,6 +444,7 @@ def test_dark_is_harmless_on_every_page(
     probe_report: zm.ProbeReport,
     compare_report: zm.CompareReport,
     sensitivity_report: zm.SensitivityReport,
+    evaluation_report: zm.EvaluationReport,
 ) -> None:
     harm = {
         "probe": ("Score", {t.name: t.score for t in probe_report.tensors}),
@@ -404,13 +453,19 @@ def test_dark_is_harmless_on_every_page(
             {x.name: x.formats["int8-row"].relative_squared_error for x in compare_report.layers},
         ),
         "sensitivity": ("Content", {x.name: x.error.low for x in sensitivity_report.layers}),
+        "evaluate": (
+            "Difference",
+            {x.name: x.relative_squared_error or 0 for x in evaluation_report.weights.layers},
+        ),
     }
     for name, (title, values) in harm.items():
         with browser.open(pages[name]) as tab:
             metrics = {seen["title"]: seen for seen in tab.run(METRICS)}
         assert len(metrics) > 3
         for seen in metrics.values():
-            assert seen["ends"][0].endswith("· harmless") and seen["ends"][1].endswith("· harmful")
+            if seen["title"] not in KINDS:
+                low, high = seen["legend"]
+                assert low.endswith("· harmless") and high.endswith("· harmful")
         colors = shades(metrics[title], embedded(pages[name])["layers"])
         layers = sorted(
             (value, colors[layer])
@@ -431,6 +486,29 @@ def test_dark_is_harmless_on_every_page(
     assert "Empty for modulations" in peak["note"]
 
 
+def test_the_legend_of_words_has_their_colours(
+    browser: Browser, pages: dict[str, Path], evaluation_report: zm.EvaluationReport
+) -> None:
+    with browser.open(pages["evaluate"]) as tab:
+        metrics = {seen["title"]: seen for seen in tab.run(METRICS)}
+        swatches = tab.run(
+            "document.querySelector('[name=metric][value=\"2\"]').click();"
+            "return [...document.querySelectorAll('svg.map.wide .colors rect')].filter("
+            "(e) => e.getClientRects().length).map((e) => e.getAttribute('fill'));"
+        )
+    stored = {layer.name: layer.a_format for layer in evaluation_report.weights.layers}
+    seen = metrics["Stored in A"]
+    assert seen["legend"] == ["F32", "MXFP8"], "those that occur, the harmless first"
+    names = embedded(pages["evaluate"])["layers"]
+    of = dict(zip(seen["legend"], swatches, strict=True))
+    assert {names[i]: fill for i, fill in seen["fills"]} == {
+        name: of[stored[f"{name}.weight"]] for name in names
+    }
+    dark, light = shades({"fills": enumerate(swatches)}, ["F32", "MXFP8"]).values()
+    assert dark is not None and light is not None and dark < light
+    assert metrics["Stored in B"]["legend"] == ["F32"]
+
+
 def test_formats_share_the_range_of_colours(browser: Browser, pages: dict[str, Path]) -> None:
     with browser.open(pages["compare"]) as tab:
         metrics = {seen["title"]: seen for seen in tab.run(METRICS)}
@@ -440,6 +518,14 @@ def test_formats_share_the_range_of_colours(browser: Browser, pages: dict[str, P
         for title, seen in metrics.items()
     }
     assert mean["MXFP8 E4M3"] < mean["MXFP8 E5M2"] < mean["NVFP4"] < mean["MXFP4"]
+
+
+def test_ends_of_colours_in_decibels() -> None:
+    """More decibels are less harm, so the darkest colour is "at least"."""
+    metric = weight_error("n", lambda error: error, 1e-3, "")
+    shown = metric.shown([1e-5, 1e-3, 0.0, None])
+    assert shown.texts == ["50.0 dB", "30.0 dB", "no error", "not measured"]
+    assert (shown.legend.svg(0, 0, 9).count("≥ 33.0 dB"), shown.levels[2:]) == (1, [0, None])
 
 
 def test_noise_is_not_blown_up() -> None:
@@ -594,7 +680,10 @@ def test_links_lead_to_pages_that_are_there(
     browser: Browser, pages: dict[str, Path], tmp_path: Path
 ) -> None:
     links = "return [...document.querySelectorAll('nav a')].map((a) => [a.textContent, a.href]);"
-    for name, wanted in (("probe", []), ("compare", ["probe"]), ("sensitivity", NAMES[:2])):
+    for name, wanted in (
+        *(("probe", []), ("compare", NAMES[:1])),
+        *(("sensitivity", NAMES[:2]), ("evaluate", NAMES[:3])),
+    ):
         with browser.open(pages[name]) as tab:
             assert tab.run(links) == [[other, pages[other].as_uri()] for other in wanted]
             here = tab.run("return document.querySelector('nav [aria-current]').textContent;")
@@ -686,6 +775,22 @@ def test_pages_of_little(sensitivity_report: zm.SensitivityReport) -> None:
     assert "Activation peak" in text
     assert "Drift in time" not in text and "Drift in depth" not in text
     assert '<output class="count">0</output>' in text and "<pre></pre>" in text
+
+
+def test_cells_without_a_layer_say_why() -> None:
+    """A block of one stack does not have the layer; that of the other one was not looked at."""
+    layers = {
+        f"{stack}.attention.qkv": 1.0
+        for stack in ("layers.0", "noise_refiner.0", "context_refiner.0")
+    } | {"layers.0.adaLN_modulation.0": 1.0}
+    metrics = [Metric[float]("n", lambda value: value, lambda value: f"{value:.0f}", 0, 1)]
+    text = NetworkMap(layers, metrics).html()
+    keys = 2  # in the legends of both drawings
+    assert text.count('class="blank"') == 2 + keys, "the context refiner has no modulation"
+    assert text.count('class="omitted"') == 2 + keys, "the noise refiner has one"
+    assert text.count("not part of this report") == keys
+    layers["noise_refiner.0.adaLN_modulation.0"] = 1.0
+    assert "not part of this report" not in NetworkMap(layers, metrics).html()
 
 
 def test_a_map_without_a_slider() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ...checkpoint.file_names import base_name
 from ...conversion.recipes import DEFAULT, load_recipe
 from ...printing.screen import size_text
-from ...streaming.error_stats import snr_db
 from ...text import natural_order, plural
 from ...zimage.layers import ZIMAGE
 from ..pages.blocks import Cell, Column, Paragraph, Table
 from ..pages.chart import NamedSet, SizeChart
 from ..pages.keep import KeepOrder
-from ..pages.network import Metric, NetworkMap
+from ..pages.network import NetworkMap
 from ..pages.page import FROM_PROGRAM, Fact, Origin, Page, Section, Tile, render_page
 from ..pages.units import fitting_unit
+from ..pages.weight_error import weight_error
 from .formats import BASE_FORMATS, FORMATS
 from .report import MXFP8, CompareReport, LayerComparison, gain_db
 
@@ -27,7 +29,6 @@ _SHORT_TITLES = {
     "nvfp4": "NVFP4",
 }
 _SNR_COLUMNS = [Column(f"{_SHORT_TITLES[name]} (dB)", 2) for name in BASE_FORMATS]
-_BELOW, _ABOVE = 3.0, 12.0  # dB around the bound that the colours cover
 
 
 def compare_page(report: CompareReport, bound: float, origin: Origin = FROM_PROGRAM) -> str:
@@ -149,27 +150,26 @@ def _in_block(layer: LayerComparison) -> bool:
 
 
 def _error(layer: LayerComparison) -> float:
-    return layer.formats[MXFP8].relative_squared_error
+    return _error_in(MXFP8, layer)
+
+
+def _error_in(name: str, layer: LayerComparison) -> float:
+    return layer.formats[name].relative_squared_error
 
 
 def _network(report: CompareReport, keep: KeepOrder, bound: float) -> NetworkMap[LayerComparison]:
-    harmless = snr_db(bound) + _BELOW
-    errors = [layer.formats[name].snr_db for layer in report.layers for name in BASE_FORMATS]
-    harmful = min([harmless - _BELOW - _ABOVE, *errors])
-    metrics = [_loss(name, harmless, harmful) for name in BASE_FORMATS]
+    errors = [_error_in(name, layer) for layer in report.layers for name in BASE_FORMATS]
+    metrics = [
+        weight_error(
+            _SHORT_TITLES[name],
+            partial(_error_in, name),
+            bound,
+            f"SNR in {FORMATS[name].title}.",
+            others=errors,
+        )
+        for name in BASE_FORMATS
+    ]
     return NetworkMap({layer.name: layer for layer in report.layers}, metrics, keep)
-
-
-def _loss(name: str, harmless: float, harmful: float) -> Metric[LayerComparison]:
-    """Show the error of a format: its SNR with the sign changed, so that more is worse."""
-    return Metric(
-        _SHORT_TITLES[name],
-        lambda layer: -layer.formats[name].snr_db,
-        lambda value: f"{-value:.1f} dB",
-        -harmless,
-        -harmful,
-        f"SNR in {FORMATS[name].title}. The bound is at {harmless - _BELOW:.1f} dB.",
-    )
 
 
 def _choices(report: CompareReport) -> list[NamedSet]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from ...checkpoint.file_names import base_name
 from ...printing.screen import size_text
 from ..pages.blocks import Cell, Column, Paragraph, Table, Terms
-from ..pages.markup import element, text
-from ..pages.page import FROM_PROGRAM, Fact, Origin, Page, Section, Tile, render_page
+from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
 from .metrics import Summary
-from .report import EvaluationReport, ImagePair, TransformerRun
-from .wording import interval_text, number_text, psnr_text
+from .network import weights_sections
+from .pairs import SCRIPTS, STYLES, Pairs
+from .report import EvaluationReport, TransformerRun
+from .wording import formats_text, interval_text, number_text, psnr_text, shortened
 
-_FOLDER = Path(__file__).parent
-_MAX_EMBEDDED = 600_000  # bytes of images in the page, which stays below 1 MB in Base64
-_SMALL = 256  # pixels up to which images are enlarged without smoothing
+MAX_BYTES = 1_000_000  # of the page
+_MAX_ROWS = 300  # pairs in the table
+_MAX_SEEDS = 10  # named in the header
 
 
 def evaluation_page(
@@ -27,14 +25,22 @@ def evaluation_page(
     names: Sequence[tuple[str, str]],
     origin: Origin = FROM_PROGRAM,
 ) -> str:
-    """Return a page with all pairs of images, as HTML.
+    """Return a page with the map of the network and the pairs of images, as HTML.
+
+    It has at most 1 MB, for any number of pairs.
 
     Args:
         report: the evaluation.
         names: addresses of A's and B's image of each pair, relative to the page.
         origin: how the page came to be.
     """
-    styles, scripts = ((_FOLDER / f"pairs.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    files = _page(report, Pairs(report, names), origin)
+    room = MAX_BYTES - len(files.encode())
+    return _page(report, Pairs(report, names, room), origin)
+
+
+def _page(report: EvaluationReport, pairs: Pairs, origin: Origin) -> str:
+    network, weights = weights_sections(report)
     return render_page(
         Page(
             report="evaluate",
@@ -44,16 +50,18 @@ def evaluation_page(
             facts=_facts(report),
             tiles=_tiles(report),
             sections=[
-                Section("Pairs of images", [_pairs(report, names)]),
+                network,
+                Section("Pairs of images", [pairs]),
                 Section("Metrics", [_metrics(report), Terms(_TERMS)]),
                 Section("Latents", [Paragraph(_LATENTS), _latents(report)]),
                 Section("Transformers", [_transformers(report)]),
-                Section("Figures of all pairs", [_figures(report)]),
+                Section("Figures of pairs", [*_what_is_left_out(report), _figures(report)]),
+                *weights,
             ],
             origin=origin,
         ),
-        styles=styles,
-        scripts=scripts,
+        styles=STYLES,
+        scripts=SCRIPTS,
     )
 
 
@@ -72,78 +80,12 @@ _TERMS = {
 }
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A pair as the page shows it: addresses or data of both images."""
-
-    pair: ImagePair
-    images: tuple[str, str]
-
-    def html(self) -> str:
-        pair = self.pair
-        figures = f"seed {pair.seed} · {_figures_of(pair)}"
-        caption = element("span", text(pair.prompt), class_="prompt", title=pair.prompt)
-        a, b = (
-            element("img", alt=f"{name}: {pair.prompt}", src=source, class_=name.lower())
-            for name, source in zip("AB", self.images, strict=True)
-        )
-        slider = element(
-            "input", type="range", min="0", max="100", value="50", aria_label="A to the left, B"
-        )
-        stage = element("div", b + a + slider, class_="stage")
-        return element("figure", stage + element("figcaption", caption + element("span", figures)))
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """All pairs, with buttons for the ways to compare them. Without scripts: side by side."""
-
-    pairs: Sequence[_Pair]
-    is_small: bool
-
-    def html(self) -> str:
-        """Return the block as HTML."""
-        buttons = "".join(
-            element("button", label, type="button", data_mode=mode, aria_pressed=pressed)
-            for mode, label, pressed in _MODES
-        )
-        tools = element("div", buttons, class_="tools", role="group", aria_label="View")
-        figures = element("div", "\n".join(pair.html() for pair in self.pairs), class_="figures")
-        kind = "pairs small" if self.is_small else "pairs"
-        return element("div", tools + figures, class_=kind, data_mode="side")
-
-
-_MODES = (
-    ("side", "Side by side", "true"),
-    ("slider", "Slider", "false"),
-    ("flicker", "Flicker", "false"),
-    ("difference", "Difference x 8", "false"),
-)
-
-
-def _pairs(report: EvaluationReport, names: Sequence[tuple[str, str]]) -> _Pairs:
-    """Return the pairs, the lowest PSNR first; images inside the page as long as there is room."""
-    order = sorted(range(len(report.pairs)), key=lambda i: report.pairs[i].psnr)
-    room, shown = _MAX_EMBEDDED, []
-    for i in order:
-        pair = report.pairs[i]
-        room -= len(pair.image) + len(pair.against)
-        embedded = _embedded(pair.image), _embedded(pair.against)
-        shown.append(_Pair(pair, embedded if room >= 0 else names[i]))
-    return _Pairs(shown, max(report.height, report.width) <= _SMALL)
-
-
-def _embedded(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _figures_of(pair: ImagePair) -> str:
-    return f"PSNR {psnr_text(pair.psnr)} · SSIM {pair.ssim:.4f} · FLIP {pair.flip:.4f}"
-
-
 def _facts(report: EvaluationReport) -> list[Fact]:
     prompts = len({pair.prompt for pair in report.pairs})
-    seeds = ", ".join(dict.fromkeys(str(pair.seed) for pair in report.pairs))
+    different = list(dict.fromkeys(str(pair.seed) for pair in report.pairs))
+    seeds = ", ".join(different[:_MAX_SEEDS])
+    if len(different) > _MAX_SEEDS:
+        seeds += f", ... ({len(different):,})"
     facts = [
         Fact("A", f"{report.a.path}, compute {report.a.compute}"),
         Fact("B", f"{report.b.path}, compute {report.b.compute}"),
@@ -170,12 +112,15 @@ def _tiles(report: EvaluationReport) -> list[Tile]:
             f"{last.mean:.4f}",
             f"mean; largest {last.worst:.4f}",
         ),
-        Tile(
-            "Time of a step",
-            f"{report.a.step_seconds:.3f} s",
-            f"of A; B takes {report.b.step_seconds:.3f} s",
-        ),
+        _weights_tile(report),
     ]
+
+
+def _weights_tile(report: EvaluationReport) -> Tile:
+    weights = report.weights
+    a, b = map(formats_text, weights.formats)
+    value = "equal" if weights.are_equal else f"{100 * weights.relative_squared_error:.4f} %"
+    return Tile("Squared error of the weights", value, f"A: {a}; B: {b}")
 
 
 def _tile(
@@ -200,6 +145,10 @@ def _number(value: float) -> Cell:
     return value if math.isfinite(value) else "equal"
 
 
+def _limit(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
+
+
 def _metrics(report: EvaluationReport) -> Table:
     limits = report.thresholds
     metrics = (
@@ -213,10 +162,10 @@ def _metrics(report: EvaluationReport) -> Table:
             Column("mean", 4),
             Column("95 % interval of the mean"),
             Column("worst", 4),
-            Column("threshold of the mean", 4),
+            Column("threshold of the mean"),
         ],
         [
-            [name, _number(s.mean), interval_text(s, decimals), _number(s.worst), limit]
+            [name, _number(s.mean), interval_text(s, decimals), _number(s.worst), _limit(limit)]
             for name, s, limit, decimals in metrics
         ],
         name="metrics",
@@ -236,7 +185,7 @@ def _latents(report: EvaluationReport) -> Table:
 
 def _transformers(report: EvaluationReport) -> Table:
     def row(name: str, run: TransformerRun) -> list[Cell]:
-        peak = None if run.peak_nbytes is None else size_text(run.peak_nbytes)
+        peak = "unknown" if run.peak_nbytes is None else size_text(run.peak_nbytes)
         weights = size_text(run.nbytes)
         return [name, run.path, run.compute, weights, run.step_seconds, peak]
 
@@ -255,10 +204,17 @@ def _transformers(report: EvaluationReport) -> Table:
     )
 
 
+def _what_is_left_out(report: EvaluationReport) -> list[Block]:
+    if len(report.pairs) <= _MAX_ROWS:
+        return []
+    words = f"The {_MAX_ROWS} pairs of lowest PSNR; evaluate.json has all {len(report.pairs):,}."
+    return [Paragraph(words)]
+
+
 def _figures(report: EvaluationReport) -> Table:
     rows: list[list[Cell]] = [
-        [pair.prompt, str(pair.seed), _number(pair.psnr), pair.ssim, pair.flip]
-        for pair in report.worst_first
+        [shortened(pair.prompt), str(pair.seed), _number(pair.psnr), pair.ssim, pair.flip]
+        for pair in report.worst_first[:_MAX_ROWS]
     ]
     return Table(
         [

@@ -1,6 +1,15 @@
-// Views of pairs of images: a slider, flicker (by itself, or by clicks where motion is unwanted).
+// Pairs of images: previews where files are missing; views with a slider, flicker (by itself, or by clicks where motion is unwanted).
 const PERIOD = 600; // ms
 for (const pairs of document.querySelectorAll(".pairs")) {
+  const fail = (image) => {
+    pairs.querySelector(".alone")?.removeAttribute("hidden");
+    if (image.dataset.preview) image.src = image.dataset.preview;
+    delete image.dataset.preview;
+  };
+  for (const image of pairs.querySelectorAll("img")) {
+    image.addEventListener("error", () => fail(image));
+    if (image.complete && !image.naturalWidth) fail(image); // before this script ran
+  }
   const buttons = [...pairs.querySelectorAll("button[data-mode]")];
   const flip = () => pairs.classList.toggle("shows-b");
   let timer = 0;

@@ -12,6 +12,7 @@ from typing import Any
 from ... import _core
 from .metrics import Summary, summarize
 from .thresholds import Thresholds
+from .weights import WeightComparison
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class EvaluationReport:
         model_dir: the folder with the other parts.
         a: the transformer that is evaluated.
         b: the one that it is compared with.
+        weights: how far A's weight matrices are from B's.
         pairs: by prompt, then by seed.
         thresholds: what the mean of each metric has to reach.
         steps: forward passes for an image.
@@ -81,6 +83,7 @@ class EvaluationReport:
     model_dir: str
     a: TransformerRun
     b: TransformerRun
+    weights: WeightComparison
     pairs: tuple[ImagePair, ...]
     thresholds: Thresholds
     steps: int
@@ -199,6 +202,7 @@ class EvaluationReport:
             "device": self.device,
             "dtype": self.dtype,
             "warnings": list(self.warnings),
+            "weights": self.weights.to_dict(),
             "equal_pairs": self.equal_pairs,
             "metrics": metrics,
             "latent_errors": [asdict(summary) for summary in self.latent_errors],

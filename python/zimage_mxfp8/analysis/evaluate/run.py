@@ -24,12 +24,13 @@ from ...generation.images import png_bytes
 from ...generation.memory import PeakMemory
 from ...generation.settings import GenerationSettings
 from ...printing.progress import analysis_bar, shown
-from ...streaming.jobs import StageCallback, StageProgress
+from ...streaming.jobs import Progress, StageCallback, StageProgress
 from ...system.devices import torch_device
 from ...transformer.weights import open_model
 from .metrics import compare_images
 from .report import EvaluationReport, ImagePair, TransformerRun
 from .thresholds import Thresholds
+from .weights import WeightComparison, compare_weights
 
 DEFAULT_SEEDS = (0, 1)
 MAX_PAIRS = 1000
@@ -69,7 +70,8 @@ def evaluate(
 
     The prompts are encoded once. Then transformer A makes all its images, and after it transformer
     B, so that only one of them is in memory. The latents of A, about 1 MiB per step and image at
-    1024 x 1024, and the images stay in memory until the end.
+    1024 x 1024, and the images stay in memory until the end. The weight matrices of both files are
+    compared as well, a few rows at a time.
 
     Args:
         model_dir: as for `ZImageGenerator`.
@@ -111,6 +113,7 @@ def evaluate(
         captions = work.encode(generators[0])
         made_a, run_a = work.make_images("A", generators[0], paths[0], captions)
         made_b, run_b = work.make_images("B", generators[1], paths[1], captions)
+        weights = work.compare_weights(paths)
         work.begin("comparing the images")
         pairs = tuple(map(_compare, settings, made_a, made_b))
         work.begin("done")
@@ -120,6 +123,7 @@ def evaluate(
         model_dir=str(model_dir),
         a=run_a,
         b=run_b,
+        weights=weights,
         pairs=pairs,
         thresholds=thresholds,
         steps=first.steps,
@@ -285,6 +289,17 @@ class _Work:
             peak_nbytes=peak.nbytes(),
         )
         return made, run
+
+    def compare_weights(self, paths: Sequence[Path]) -> WeightComparison:
+        """Compare the weights of A and B."""
+        self.begin("comparing the weights")
+
+        def update(progress: Progress) -> None:
+            self._what = f"weights: {100 * progress.done // max(progress.total, 1)} %"
+            self._report()
+
+        a, b = map(open_model, paths)
+        return compare_weights(a, b, update)
 
     def _count_steps(self, progress: GenerationProgress) -> None:
         if progress.stage == "denoising":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .metrics import Summary
+
+_MAX_PROMPT = 120  # characters
 
 
 def number_text(value: float, decimals: int) -> str:
@@ -24,3 +27,13 @@ def interval_text(summary: Summary, decimals: int) -> str:
     if summary.low is None or summary.high is None:
         return "-"
     return f"{summary.low:.{decimals}f} to {summary.high:.{decimals}f}"
+
+
+def shortened(prompt: str) -> str:
+    """Return the beginning of a long prompt."""
+    return prompt if len(prompt) <= _MAX_PROMPT else f"{prompt[: _MAX_PROMPT - 1]}…"
+
+
+def formats_text(formats: Counter[str]) -> str:
+    """Return how many matrices are stored in each format: "185 MXFP8, 23 BF16"."""
+    return ", ".join(f"{count:,} {name}" for name, count in formats.most_common())

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_ANCHORS = ("#1d3a66", "#3f5f86", "#7d8590", "#bd9f68", "#f2b134", "#ffdf70")
-LEVELS = 64
+ANCHORS = ("#1d3a66", "#3f5f86", "#7d8590", "#bd9f68", "#f2b134", "#ffdf70")
+_LEVELS = 64
 
 
 def _palette() -> list[str]:
-    anchors = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in _ANCHORS])
-    at = np.linspace(0, len(anchors) - 1, LEVELS)
+    anchors = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in ANCHORS])
+    at = np.linspace(0, len(anchors) - 1, _LEVELS)
     channels = [np.interp(at, range(len(anchors)), anchors[:, i]) for i in range(3)]
     return [
         "#" + "".join(f"{round(value):02x}" for value in color)
@@ -38,7 +38,7 @@ class Range:
     def level(self, value: float) -> int:
         """Return the number of a value's colour in the palette."""
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.0
-        return round(min(max(share, 0.0), 1.0) * (LEVELS - 1))
+        return round(min(max(share, 0.0), 1.0) * (_LEVELS - 1))
 
 
 def color_range(values: Sequence[float], low: float, high: float) -> Range:

@@ -25,14 +25,18 @@ class KeepOrder:
         smallest: bytes of the file that keeps none of them.
         added: bytes that keeping each adds.
         parts: what quantising each adds to the error.
-        chosen: how many the report recommends to keep.
+        chosen: how many the slider keeps at first.
         error: what the error is, such as "relative error of the output".
+        start: what the number in `chosen` is, in a word.
         root: whether the error is the root of the sum of the parts.
         percent: whether it is shown in percent.
         measured: numbers of kept layers for which the error was measured; None if all errors are
             exact.
         whole: whether the pattern of exclusions matches whole names only, with the prefix.
         prefix: of the names in the checkpoint.
+        always: weights that are kept whatever the slider says, beside `names`; `smallest` has them
+            in BF16.
+        rest: what all other weights add to the error; added before the root.
     """
 
     names: Sequence[str]
@@ -41,28 +45,35 @@ class KeepOrder:
     parts: Sequence[float]
     chosen: int
     error: str
+    start: str = "Recommended"
     root: bool = False
     percent: bool = False
     measured: Sequence[int] | None = None
     whole: bool = False
     prefix: str = ""
+    always: Sequence[str] = ()
+    rest: float = 0.0
 
     def nbytes(self) -> list[int]:
-        """Return the size of the file for each number of kept layers, from 0."""
+        """Return the size of the file for each number of `names` that is kept, from 0."""
         return list(accumulate(self.added, initial=self.smallest))
 
     def errors(self) -> list[float]:
-        """Return the error for each number of kept layers, from 0."""
-        sums = list(accumulate(reversed(self.parts), initial=0.0))[::-1]
+        """Return the error for each number of `names` that is kept, from 0."""
+        sums = list(accumulate(reversed(self.parts), initial=self.rest))[::-1]
         return [math.sqrt(max(total, 0.0)) if self.root else total for total in sums]
 
     def error_text(self, error: float) -> str:
         """Return an error as people read it, with three digits."""
         return f"{100 * error:.3g} %" if self.percent else f"{error:.3g}"
 
+    def kept(self) -> list[str]:
+        """Return the names of the weights that are kept at first."""
+        return [*self.always, *self.names[: self.chosen]]
+
     def pattern(self) -> str:
-        """Return the pattern of the recommended exclusions; empty if there are none."""
-        names = (self.prefix + name for name in self.names[: self.chosen])
+        """Return the pattern that excludes the weights kept at first; empty if there are none."""
+        names = (self.prefix + name for name in self.kept())
         return merged_pattern(names, whole=self.whole) or ""
 
     def to_dict(self) -> dict[str, object]:
@@ -77,19 +88,22 @@ class KeepOrder:
             "measured": None if self.measured is None else list(self.measured),
             "whole": self.whole,
             "prefix": self.prefix,
+            "always": list(self.always),
+            "rest": self.rest,
         }
 
 
 def slider(keep: KeepOrder) -> str:
     """Return the control that chooses how many layers are kept, as HTML."""
-    count, chosen = len(keep.names), keep.chosen
+    least = len(keep.always)
+    count, chosen = least + len(keep.names), least + keep.chosen
     number = element("output", f"{chosen:,}", class_="count")
     label = element("label", f"Keep {number} of {plural(count, 'layer')} in BF16", for_="keep")
     bar = element(
-        "input", id="keep", type="range", min=0, max=count, value=chosen, autocomplete="off"
+        "input", id="keep", type="range", min=least, max=count, value=chosen, autocomplete="off"
     )
-    reset = element("button", f"Recommended: {chosen:,}", type="button", class_="reset")
-    size, error = keep.nbytes()[chosen], keep.errors()[chosen]
+    reset = element("button", f"{keep.start}: {chosen:,}", type="button", class_="reset")
+    size, error = keep.nbytes()[keep.chosen], keep.errors()[keep.chosen]
     figures = "".join(
         element("div", element("dt", text(title)) + element("dd", value, class_=name))
         for title, name, value in (

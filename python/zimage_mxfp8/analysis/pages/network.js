@@ -52,12 +52,11 @@ for (const network of document.querySelectorAll(".network")) {
         const level = metric.levels[cell.dataset.i];
         cell.firstChild.setAttribute("fill", level === null ? "none" : palette[level]);
       }
-      network.querySelectorAll(".low").forEach((end) => {
-        end.textContent = `${metric.ends[0]} · harmless`;
-      });
-      network.querySelectorAll(".high").forEach((end) => {
-        end.textContent = `${metric.ends[1]} · harmful`;
-      });
+      for (const legend of network.querySelectorAll(".legend")) {
+        legend.querySelectorAll(".colors").forEach((colors, i) => {
+          colors.toggleAttribute("hidden", i !== Number(radio.value));
+        });
+      }
       find(".note").textContent = metric.note;
     });
   }
@@ -70,7 +69,7 @@ for (const network of document.querySelectorAll(".network")) {
     const name = document.createElement("b");
     name.textContent = layers[i];
     const rank = ranks.get(layers[i]);
-    const order = rank === undefined ? "" : `, number ${rank + 1} to keep`;
+    const order = rank === undefined ? "" : `, number ${keep.always.length + rank + 1} to keep`;
     const figures = metrics.map((metric) => `${metric.title}: ${metric.texts[i]}`).join(" · ");
     reading.replaceChildren(name, `${order} — ${figures}`);
     cells.forEach((cell) => cell.classList.toggle("pointed", cell.dataset.i === i));
@@ -82,12 +81,13 @@ for (const network of document.querySelectorAll(".network")) {
   const bar = find("#keep");
   const recommended = bar.defaultValue;
   const show = () => {
-    const count = Number(bar.value);
+    const total = Number(bar.value);
+    const count = total - keep.always.length; // of those whose order is known
     const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
     const bytes = keep.smallest + sum(keep.added.slice(0, count));
-    let error = sum(keep.parts.slice(count));
+    let error = keep.rest + sum(keep.parts.slice(count));
     if (keep.root) error = Math.sqrt(Math.max(error, 0));
-    find(".count").textContent = count.toLocaleString("en");
+    find(".count").textContent = total.toLocaleString("en");
     find(".size").textContent = sizeText(bytes);
     find(".error").textContent = keep.percent ? `${rounded(100 * error)} %` : rounded(error);
     if (keep.measured) {
@@ -97,10 +97,14 @@ for (const network of document.querySelectorAll(".network")) {
         : "this error is estimated";
     }
     for (const cell of cells) {
-      cell.classList.toggle("kept", ranks.get(layers[cell.dataset.i]) < count);
+      const rank = ranks.get(layers[cell.dataset.i]);
+      if (rank !== undefined) cell.classList.toggle("kept", rank < count);
     }
-    const kept = keep.names.slice(0, count).map((name) => keep.prefix + name);
-    find(".copyable pre").textContent = mergedPattern(kept, keep.whole);
+    const kept = [...keep.always, ...keep.names.slice(0, count)];
+    find(".copyable pre").textContent = mergedPattern(
+      kept.map((name) => keep.prefix + name),
+      keep.whole,
+    );
     find(".copyable button").textContent = "Copy";
     for (const drawing of document.querySelectorAll(".chart svg")) {
       const [x, y] = drawing.dataset.points.split(" ")[count].split(",");

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, TypeVar
 
 from ...checkpoint.quantization import WEIGHT_SUFFIX
 from ...zimage.layers import ZIMAGE
 from ...zimage.table import BlockTensor
 from .blocks import Copyable
-from .colors import LEVELS, PALETTE, color_range
+from .colors import ANCHORS, PALETTE, Range, color_range
 from .keep import KeepOrder, slider
 from .markup import data, element, text
 
@@ -29,6 +30,7 @@ _HEAD = 46
 _LEGEND = 64
 _NARROW_WIDTH, _NARROW_LABELS, _NARROW_ROW, _NARROW_HEAD = 350, 84, 22, 138
 
+_KEPT = "kept, not quantised"
 _EXCLUSIONS = "Exclusion list of these layers for a conversion:"
 _READING = element("output", "Point at a layer for its figures.", class_="reading")
 _DOWNLOAD = element("button", "Download PNG", type="button", class_="png")
@@ -47,6 +49,8 @@ class Metric(Generic[Layer]):
         low: value of the darkest colour.
         high: value of the lightest colour, if no layer has more; see `color_range`.
         note: what it means, and why cells may be empty.
+        missing: words for a layer without a value.
+        falling: whether the number in its words falls as the value grows.
     """
 
     title: str
@@ -55,17 +59,98 @@ class Metric(Generic[Layer]):
     low: float
     high: float
     note: str = ""
+    missing: str = "not measured"
+    falling: bool = False
+
+    def shown(self, layers: Sequence[Layer]) -> _Shown:
+        """Return it in words and colours."""
+        values = [self.value(layer) for layer in layers]
+        found = [value for value in values if value is not None]
+        colors = color_range(found, self.low, self.high)
+        less, more = ("≥ ", "≤ ") if self.falling else ("≤ ", "≥ ")
+        low = (less if found and min(found) < colors.low else "") + self.text(colors.low)
+        high = (more if found and max(found) > colors.high else "") + self.text(colors.high)
+        return _Shown(
+            self.title,
+            self.note,
+            _Scale(f"{low} · harmless", f"{high} · harmful"),
+            [None if value is None else colors.level(value) for value in values],
+            [self.missing if value is None else self.text(value) for value in values],
+        )
+
+
+@dataclass(frozen=True)
+class Kinds(Generic[Layer]):
+    """A choice among a few words that colours the map, each with its colour in the legend.
+
+    Attributes:
+        title: its name.
+        value: word of a layer; None where it has none.
+        shades: place of each word in the palette, from 0 for harmless to 1. The legend has those
+            that occur, in this order.
+        note: what it means, and why cells may be empty.
+        missing: words for a layer without a value.
+    """
+
+    title: str
+    value: Callable[[Layer], str | None]
+    shades: Mapping[str, float]
+    note: str = ""
+    missing: str = "no such layer"
+
+    def shown(self, layers: Sequence[Layer]) -> _Shown:
+        """Return it in words and colours."""
+        words = [self.value(layer) for layer in layers]
+        levels = {word: Range(0, 1).level(shade) for word, shade in self.shades.items()}
+        return _Shown(
+            self.title,
+            self.note,
+            _Swatches({word: PALETTE[level] for word, level in levels.items() if word in words}),
+            [None if word is None else levels[word] for word in words],
+            [self.missing if word is None else word for word in words],
+        )
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """A metric in words and colours."""
+    """What colours the map, in words and colours."""
 
     title: str
     note: str
-    ends: tuple[str, str]
+    legend: _Scale | _Swatches
     levels: list[int | None]
     texts: list[str]
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """The legend of a metric: the palette with words for its ends."""
+
+    low: str
+    high: str
+
+    def svg(self, x: float, y: float, width: float) -> str:
+        bar = element("rect", x=x, y=y, width=width, height=10, fill=f"url(#{_gradient_id(width)})")
+        return (
+            bar
+            + element("text", text(self.low), x=x, y=y + 26, class_="low")
+            + element("text", text(self.high), x=x + width, y=y + 26, class_="high")
+        )
+
+
+@dataclass(frozen=True)
+class _Swatches:
+    """The legend of words: each with its colour."""
+
+    colors: Mapping[str, str]
+
+    def svg(self, x: float, y: float, width: float) -> str:
+        parts = []
+        for i, (word, color) in enumerate(self.colors.items()):
+            at_x, at_y = x + i % 2 * width / 2, y + i // 2 * 18
+            parts.append(element("rect", x=at_x, y=at_y, width=12, height=12, rx=2, fill=color))
+            parts.append(element("text", text(word), x=at_x + 18, y=at_y + 6, class_="key"))
+        return "".join(parts)
 
 
 @dataclass(frozen=True)
@@ -82,10 +167,19 @@ class _Grid:
     kinds: Sequence[str]
     cells: Mapping[tuple[tuple[str, int], str], int]
 
+    def leaves_out(self, block: tuple[str, int], kind: str) -> bool:
+        """Return whether the model has a layer there that is not on the map."""
+        return (block, kind) not in self.cells and kind in _layer_types(*block)
+
+    @property
+    def leaves_out_any(self) -> bool:
+        """Whether there is such a layer."""
+        return any(self.leaves_out(block, kind) for block in self.blocks for kind in self.kinds)
+
 
 @dataclass(frozen=True)
 class NetworkMap(Generic[Layer]):
-    """The map of the network, with a choice of metrics and a slider of kept layers.
+    """The map of the network, with a choice of colours and a slider of kept layers.
 
     Attributes:
         layers: what is known of each layer, by its name or its weight's, without prefix. Those
@@ -96,7 +190,7 @@ class NetworkMap(Generic[Layer]):
     """
 
     layers: Mapping[str, Layer]
-    metrics: Sequence[Metric[Layer]]
+    metrics: Sequence[Metric[Layer] | Kinds[Layer]]
     keep: KeepOrder | None = None
     kept: Collection[str] = ()
 
@@ -107,12 +201,15 @@ class NetworkMap(Generic[Layer]):
             control = slider(self.keep)
             pattern = Copyable(_EXCLUSIONS, self.keep.pattern()).html()
         grid, layers = self._grid()
-        shown = [_shown(metric, layers) for metric in self.metrics]
+        shown = [metric.shown(layers) for metric in self.metrics]
         names = [_layer_name(name) for name in self.layers if _place(name)]
         content = {
             "layers": names,
             "palette": PALETTE,
-            "metrics": [vars(metric) | {"ends": list(metric.ends)} for metric in shown],
+            "metrics": [
+                {"title": x.title, "note": x.note, "levels": x.levels, "texts": x.texts}
+                for x in shown
+            ],
             "keep": None if self.keep is None else self.keep.to_dict(),
         }
         if not grid.blocks:
@@ -120,7 +217,7 @@ class NetworkMap(Generic[Layer]):
             return element("div", control + note + pattern + data(content), class_="network")
         kept = self._kept()
         marks = {i for i, name in enumerate(names) if name in kept}
-        maps = _wide(grid, shown[0], marks) + _narrow(grid, shown[0], marks)
+        maps = _wide(grid, shown, marks) + _narrow(grid, shown, marks)
         parts = [
             control,
             _choices(shown),
@@ -133,9 +230,7 @@ class NetworkMap(Generic[Layer]):
         return element("div", "\n".join(parts), class_="network")
 
     def _kept(self) -> set[str]:
-        if self.keep is None:
-            return {_layer_name(name) for name in self.kept}
-        return {_layer_name(name) for name in self.keep.names[: self.keep.chosen]}
+        return {_layer_name(name) for name in (self.keep.kept() if self.keep else self.kept)}
 
     def _grid(self) -> tuple[_Grid, list[Layer]]:
         places: list[BlockTensor] = []
@@ -155,25 +250,19 @@ class NetworkMap(Generic[Layer]):
         return _Grid(blocks, [*known, *sorted(kinds.difference(known))], cells), layers
 
 
+@cache
+def _layer_types(stack: str, block: int) -> frozenset[str]:
+    """Return the names of the layers of one of Z-Image's blocks."""
+    (found,) = (each for each in ZIMAGE.stacks if each.name == stack)
+    return frozenset(layer.name for layer in ZIMAGE.layers_of(found, block))
+
+
 def _layer_name(name: str) -> str:
     return name.removesuffix(WEIGHT_SUFFIX)
 
 
 def _place(name: str) -> BlockTensor | None:
     return ZIMAGE.split(_layer_name(name))
-
-
-def _shown(metric: Metric[Layer], layers: Sequence[Layer]) -> _Shown:
-    values = [metric.value(layer) for layer in layers]
-    found = [value for value in values if value is not None]
-    colors = color_range(found, metric.low, metric.high)
-    ends = (
-        ("≤ " if found and min(found) < colors.low else "") + metric.text(colors.low),
-        ("≥ " if found and max(found) > colors.high else "") + metric.text(colors.high),
-    )
-    levels = [None if value is None else colors.level(value) for value in values]
-    texts = ["not measured" if value is None else metric.text(value) for value in values]
-    return _Shown(metric.title, metric.note, ends, levels, texts)
 
 
 def _choices(metrics: Sequence[_Shown]) -> str:
@@ -197,7 +286,7 @@ def _choices(metrics: Sequence[_Shown]) -> str:
     return element("fieldset", element("legend", "Colour by") + radios, class_="choices")
 
 
-def _wide(grid: _Grid, metric: _Shown, marks: Collection[int]) -> str:
+def _wide(grid: _Grid, metrics: Sequence[_Shown], marks: Collection[int]) -> str:
     """Blocks from the left, layer types from the top."""
     stacks = len({stack for stack, _ in grid.blocks})
     pitch = min(_MAX_PITCH, (_WIDTH - _GAP * (stacks - 1)) / len(grid.blocks))
@@ -212,17 +301,17 @@ def _wide(grid: _Grid, metric: _Shown, marks: Collection[int]) -> str:
             parts.append(element("text", str(block), x=middle, y=_HEAD - 8, class_="number"))
         for row, kind in enumerate(grid.kinds):
             box = (x, _HEAD + row * _ROW, pitch - 2, _ROW - 2)
-            parts.append(_cell(grid.cells.get(((stack, block), kind)), box, metric, marks))
+            parts.append(_cell(grid, (stack, block), kind, box, metrics[0], marks))
         x += pitch
     for row, kind in enumerate(grid.kinds):
         y = _HEAD + row * _ROW + _ROW / 2
         parts.append(element("text", text(_shortened(kind)), x=_LABELS - 10, y=y, class_="kind"))
     height = _HEAD + _ROW * len(grid.kinds) + 18
-    parts.append(_legend(metric, _LABELS, height, stacked=False))
+    parts.append(_legend(grid, metrics, _LABELS, height, stacked=False))
     return _svg("wide", max(x, 860.0), height + _LEGEND - 18, parts)
 
 
-def _narrow(grid: _Grid, metric: _Shown, marks: Collection[int]) -> str:
+def _narrow(grid: _Grid, metrics: Sequence[_Shown], marks: Collection[int]) -> str:
     """Blocks from the top, layer types from the left."""
     pitch = min(44.0, (_NARROW_WIDTH - _NARROW_LABELS) / len(grid.kinds))
     parts, y, before = [], float(_NARROW_HEAD), ""
@@ -239,10 +328,10 @@ def _narrow(grid: _Grid, metric: _Shown, marks: Collection[int]) -> str:
         parts.append(element("text", text(name), x=_NARROW_LABELS - 8, y=middle, class_="kind"))
         for column, kind in enumerate(grid.kinds):
             box = (_NARROW_LABELS + column * pitch, y, pitch - 2, _NARROW_ROW - 2)
-            parts.append(_cell(grid.cells.get(((stack, block), kind)), box, metric, marks))
+            parts.append(_cell(grid, (stack, block), kind, box, metrics[0], marks))
         y += _NARROW_ROW
-    parts.append(_legend(metric, 8, y + 14, stacked=True))
-    return _svg("narrow", _NARROW_WIDTH, y + 14 + _LEGEND + 34, parts)
+    parts.append(_legend(grid, metrics, 8, y + 14, stacked=True))
+    return _svg("narrow", _NARROW_WIDTH, y + 14 + _LEGEND + 58, parts)
 
 
 def _shortened(name: str) -> str:
@@ -262,15 +351,21 @@ def _svg(kind: str, width: float, height: float, parts: Sequence[str]) -> str:
     )
 
 
+_Box = tuple[float, float, float, float]  # left, top, width, height
+
+
 def _cell(
-    layer: int | None,
-    box: tuple[float, float, float, float],
+    grid: _Grid,
+    block: tuple[str, int],
+    kind: str,
+    box: _Box,
     metric: _Shown,
     marks: Collection[int],
 ) -> str:
     x, y, width, height = box
+    layer = grid.cells.get((block, kind))
     if layer is None:
-        return _blank(box)
+        return _omitted(box) if grid.leaves_out(block, kind) else _blank(box)
     level = metric.levels[layer]
     fill = "none" if level is None else PALETTE[level]
     square = element("rect", x=x, y=y, width=width, height=height, rx=3, fill=fill)
@@ -279,28 +374,46 @@ def _cell(
     return element("g", square + dot, class_=f"cell{kept}", data_i=layer)
 
 
-def _blank(box: tuple[float, float, float, float]) -> str:
+def _omitted(box: _Box) -> str:
+    x, y, width, height = box
+    return element(
+        "rect", x=x + 1, y=y + 1, width=width - 2, height=height - 2, rx=3, class_="omitted"
+    )
+
+
+def _blank(box: _Box) -> str:
     x, y, width, height = box
     begin = f"M{x + width * 0.3:.1f} {y + height * 0.7:.1f}"
     return element("path", d=f"{begin}l{width * 0.4:.1f} {height * -0.4:.1f}", class_="blank")
 
 
-def _legend(metric: _Shown, x: float, y: float, *, stacked: bool) -> str:
+def _legend(grid: _Grid, metrics: Sequence[_Shown], x: float, y: float, *, stacked: bool) -> str:
     width = 240 if not stacked else 320
-    step = width / LEVELS
-    bar = "".join(
-        element("rect", x=x + i * step, y=y, width=step + 0.5, height=10, fill=color)
-        for i, color in enumerate(PALETTE)
+    colors = "".join(
+        element("g", metric.legend.svg(x, y, width), class_="colors", hidden=i > 0)
+        for i, metric in enumerate(metrics)
     )
-    low, high = metric.ends
-    ends = element("text", text(f"{low} · harmless"), x=x, y=y + 26, class_="low")
-    ends += element("text", text(f"{high} · harmful"), x=x + width, y=y + 26, class_="high")
-    at_x, at_y = (x, y + 52) if stacked else (x + width + 60, y + 5)
-    second_x, second_y = (x, at_y + 24) if stacked else (at_x + 170, at_y)
-    kept = element("circle", cx=at_x + 6, cy=at_y, r=5, class_="sample")
-    kept += element("text", "kept in BF16", x=at_x + 20, y=at_y, class_="key")
-    blank = _blank((second_x - 4, second_y - 12, 24, 24))
-    blank += element(
-        "text", "no such layer in this block", x=second_x + 22, y=second_y, class_="key"
+    signs = [
+        (lambda box: element("circle", cx=box[0] + 8, cy=box[1] + 8, r=5, class_="sample"), _KEPT),
+        (_blank, "no such layer in this block"),
+        *([(_omitted, "not part of this report")] if grid.leaves_out_any else ()),
+    ]
+    keys = ""
+    for i, (sign, words) in enumerate(signs):
+        at_x, at_y = (x, y + 44 + 24 * i) if stacked else (x + width + 60 + 190 * i, y - 3)
+        keys += sign((at_x, at_y, 16, 16))
+        keys += element("text", words, x=at_x + 22, y=at_y + 8, class_="key")
+    return element("g", _gradient(width) + colors + keys, class_="legend")
+
+
+def _gradient_id(width: float) -> str:
+    """Return the name of the palette in a drawing; the page has two, with legends of two widths."""
+    return f"palette-{width:.0f}"
+
+
+def _gradient(width: float) -> str:
+    stops = "".join(
+        element("stop", offset=i / (len(ANCHORS) - 1), stop_color=color)
+        for i, color in enumerate(ANCHORS)
     )
-    return element("g", bar + ends + kept + blank, class_="legend")
+    return element("linearGradient", stops, id=_gradient_id(width))

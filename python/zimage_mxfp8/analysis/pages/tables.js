@@ -5,8 +5,9 @@ const exact = (cell) =>
 
 function compare(a, b, column) {
   const [x, y] = [a.cells[column], b.cells[column]];
-  const numbers = [x, y].every((cell) => cell.classList.contains("number"));
-  if (numbers) return Number(exact(x)) - Number(exact(y));
+  const [isNumber, other] = [x, y].map((cell) => cell.classList.contains("number"));
+  if (isNumber && other) return Number(exact(x)) - Number(exact(y));
+  if (isNumber !== other) return isNumber ? -1 : 1; // words after numbers
   return x.textContent.localeCompare(y.textContent, "en", { numeric: true });
 }
 

@@ -12,16 +12,15 @@ from ...text import natural_order, plural
 from ..pages.blocks import Cell, Column, Paragraph, Table, Terms
 from ..pages.chart import NamedSet, SizeChart
 from ..pages.keep import KeepOrder
-from ..pages.network import Metric, NetworkMap
+from ..pages.network import Kinds, Metric, NetworkMap
 from ..pages.page import FROM_PROGRAM, Block, Fact, Origin, Page, Section, Tile, render_page
 from .grouping import ProbedGroup, ProbedTensor
 from .run import ProbeReport
 from .scoring import ProbeRules, Reason, Recommendation
 
-_RECOMMENDATIONS: tuple[Recommendation, ...] = ("NVFP4", "FP8", "*KEEP*")
-_SHOWN = {"NVFP4": "NVFP4", "FP8": "FP8", "*KEEP*": "keep"}
+_SHOWN: dict[Recommendation, str] = {"NVFP4": "NVFP4", "FP8": "FP8", "*KEEP*": "keep"}
 
-_METRICS: tuple[Metric[ProbedTensor], ...] = (
+_METRICS: tuple[Metric[ProbedTensor] | Kinds[ProbedTensor], ...] = (
     Metric(
         "Score",
         lambda tensor: tensor.score,
@@ -30,12 +29,10 @@ _METRICS: tuple[Metric[ProbedTensor], ...] = (
         1,
         "The weighted sum of kurtosis, dynamic range and aspect ratio, 0 to 1.",
     ),
-    Metric(
+    Kinds(
         "Recommendation",
-        lambda tensor: _RECOMMENDATIONS.index(tensor.effective),
-        lambda number: _SHOWN[_RECOMMENDATIONS[round(number)]],
-        0,
-        2,
+        lambda tensor: _SHOWN[tensor.effective],
+        {"NVFP4": 0, "FP8": 0.5, "keep": 1},
         "After the groups decided. A conversion writes MXFP8 for FP8 and NVFP4 alike.",
     ),
     Metric(
@@ -106,7 +103,8 @@ def probe_page(report: ProbeReport, origin: Origin = FROM_PROGRAM) -> str:
 _HOW_TO_READ = (
     "Blocks stand in the order of their computation: noise refiner, context refiner, main blocks. "
     "The slider keeps more or fewer layers than recommended: first what the rules keep, "
-    "then the highest scores. Embedders and the final layer are always kept, as in the recipe."
+    "then the highest scores. Embedders and the final layer are always kept, as in the recipe; "
+    "modulations of refiners are not looked at, as in quant_probe, and quantised."
 )
 _GROUPS = (
     "Main blocks are split by position. A group's figures are means, and its recommendation "

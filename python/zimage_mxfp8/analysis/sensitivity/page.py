@@ -42,7 +42,7 @@ def sensitivity_page(report: SensitivityReport, origin: Origin = FROM_PROGRAM) -
         Section("The network", [Paragraph(_HOW_TO_READ), _network(report, keep)]),
         Section("Size against error", [Paragraph(_SIZES), _chart(report, keep)]),
         Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
-        Section("Layers", [_layers(report)]),
+        Section("Layers", [Paragraph(_LAYERS), _layers(report)]),
     ]
     return render_page(
         Page(
@@ -70,6 +70,11 @@ _SIZES = (
 _GROUPS = (
     "Squared error of the output relative to its energy, with the group quantised and nothing "
     "else: of all frequencies, of low ones (content) and of high ones (detail)."
+)
+
+_LAYERS = (
+    "Each layer quantised alone. Figures of channels are missing for modulations, whose input is "
+    "one vector."
 )
 
 
@@ -267,7 +272,7 @@ def _layers(report: SensitivityReport) -> Table:
             ]
         rows.append(
             [
-                *(m.name, "yes" if m.name in kept else None, m.saved / divisor),
+                *(m.name, "yes" if m.name in kept else "no", m.saved / divisor),
                 *(100 * value(m.error) for _, _, value in _BANDS),
                 *(100 * error.total for _, error in m.by_step),
                 *salience,
