@@ -143,6 +143,7 @@ constexpr int kTogether = 4;
 
 // The scales alone, for GEMMs with an addend and without another operation.
 struct Scale {
+  static constexpr bool needs_addend = true;
   static constexpr int kColumns = kRows;
 
   __device__ int row_of_b(int tile, int half) const { return tile * kRows + half * kRows / 2; }
@@ -168,6 +169,7 @@ struct Scale {
 
 // Half of a tile of B belongs to the gate, half to the factor that the gate multiplies.
 struct SiluMultiply {
+  static constexpr bool needs_addend = false;
   static constexpr int kColumns = kRows / 2;
   int columns;  // of D
 
@@ -204,6 +206,7 @@ struct SiluMultiply {
 
 // A tile has two heads, with half of the lanes each.
 struct RotateHeads {
+  static constexpr bool needs_addend = false;
   static constexpr int kColumns = kRows;
   static constexpr int kLanes = 16;
   const uint4* q_weight;  // eight BF16 each
@@ -522,9 +525,8 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
     launch_clusters(kernel, static_cast<uint32_t>(clusters), kCluster, kThreads, kSharedBytes,
                     stream, a_map, b_map, x_map, u_map, d_map, p);
   };
-  if (!addend) {
-    start(fused_gemm_kernel<Epilogue, Addend::kNone>, a_map, b_map);
-    return;
+  if constexpr (!Epilogue::needs_addend) {
+    if (!addend) return start(fused_gemm_kernel<Epilogue, Addend::kNone>, a_map, b_map);
   }
   constexpr int kColumns = kDepth / 2;  // of BF16 in a stage
   p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kColumns));
