@@ -106,7 +106,7 @@ bool encode_row(const float* row, int64_t cols, bool rotated, int8_t* codes, flo
     }
     *scale = step;
   } else {
-    const float factor = 127.0f / (amax > 1e-12f ? amax : 1e-12f);
+    const float factor = 1.0f / (amax > 1e-12f ? amax : 1e-12f) * 127.0f;
     for (int64_t i = 0; i < cols; ++i) {
       codes[i] = static_cast<int8_t>(static_cast<int32_t>((row[i] * factor + kRound) - kRound));
     }

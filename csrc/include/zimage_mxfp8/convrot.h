@@ -37,7 +37,7 @@ struct Int8View {
 // Rotates and encodes `source`. With r the rotated row, all in float32:
 //
 //   rotated:      scale = max(amax / 127, 1e-30),  code = r / scale
-//   not rotated:  factor = 127 / max(amax, 1e-12), scale = 1 / factor, code = r * factor
+//   not rotated:  factor = 1 / max(amax, 1e-12) * 127, scale = 1 / factor, code = r * factor
 //
 // to nearest even. -128 does not occur. The sums of the rotation are float32 and add columns in
 // order, which is what GEMMs of CPUs do, so that the bytes are those of convert_to_quant on a CPU.

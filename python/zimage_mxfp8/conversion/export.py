@@ -33,6 +33,7 @@ from ..checkpoint.structure import missing_or_misshapen, structure_error
 from ..checks import check_threads, file_or_folder
 from ..checks import path as path_argument
 from ..errors import CheckpointError, InvalidArgumentError, PrecisionLossError, UsageError
+from ..layout import SCALE_TILE_ROWS
 from ..printing.progress import byte_bar, shown
 from ..streaming.formats import FORMATS, format_of
 from ..streaming.jobs import Job, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
@@ -47,6 +48,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CONFIG = "config.json"
+_DECODED = 1 << 21  # elements that are decoded at once
 _FOLD_BOUND = 1e-3  # the largest relative error that folding may add to some rows of a layer
 _Marker = Callable[..., dict[str, Any]]
 _INT8 = FORMATS["int8-convrot"]
@@ -415,22 +417,28 @@ def _encode_jobs(layer: QuantizedLayer, codes_begin: int, scales_begin: int) -> 
     rows, columns = layer.shape
     source, encoder = format_of(layer), _INT8.encoder()
     code_row, scale_row = (x(layer.shape).row_nbytes for x in (_INT8.codes, _INT8.scales))
+    # Rows that are decoded at once: float32 takes four times the memory of the codes.
+    step = max(1, _DECODED // (columns * SCALE_TILE_ROWS)) * SCALE_TILE_ROWS
+
+    def encode(worker: Worker, begin: int, end: int) -> None:
+        codes, scales = read_encoded(worker, layer, begin, end)
+        if source.has_nan(codes, scales):
+            raise damaged(layer)
+        real = min(end, rows) - begin
+        plain = worker.scratch.take("plain", real * columns * 4).view(np.uint32)
+        matrix = plain.reshape(real, columns)
+        source.decode(codes, scales, matrix, "float32")
+        at = codes_begin + begin * code_row, scales_begin + begin * scale_row
+        new_codes = worker.scratch.take("codes", real * code_row, at[0])
+        new_scales = worker.scratch.take("scales", real * scale_row, at[1])
+        encoder.encode(matrix, "float32", new_codes, new_scales)
+        worker.write(at[0], new_codes)
+        worker.write(at[1], new_scales)
 
     def job(begin: int, end: int) -> Job:
         def run(worker: Worker) -> None:
-            codes, scales = read_encoded(worker, layer, begin, end)
-            if source.has_nan(codes, scales):
-                raise damaged(layer)
-            real = min(end, rows) - begin
-            plain = worker.scratch.take("plain", real * columns * 4).view(np.uint32)
-            matrix = plain.reshape(real, columns)
-            source.decode(codes, scales, matrix, "float32")
-            at = codes_begin + begin * code_row, scales_begin + begin * scale_row
-            new_codes = worker.scratch.take("codes", real * code_row, at[0])
-            new_scales = worker.scratch.take("scales", real * scale_row, at[1])
-            encoder.encode(matrix, "float32", new_codes, new_scales)
-            worker.write(at[0], new_codes)
-            worker.write(at[1], new_scales)
+            for first in range(begin, end, step):
+                encode(worker, first, min(first + step, end))
 
         return Job(layer.weight.name, (end - begin) * layer.weight.shape[1], run)
 

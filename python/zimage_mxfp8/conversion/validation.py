@@ -219,7 +219,8 @@ def _check_model(found: Identified, layers: list[QuantizedLayer], report: Valida
     remedy = "complete the original and " + AGAIN
     for name, problem in missing_or_misshapen(checkpoint, scope, shapes):
         report.breaches.append(Breach(name, problem, remedy))
-    for name, problem in unknown_weights(checkpoint, scope):
+    scales = {layer.scale.name for layer in layers}
+    for name, problem in unknown_weights(checkpoint, scope, scales):
         report.breaches.append(Breach(name, problem, remedy))
     if scope.prefix not in COMFYUI_PREFIXES:
         report.notes.append(

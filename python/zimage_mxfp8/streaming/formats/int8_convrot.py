@@ -19,7 +19,7 @@ from ..error_stats import ErrorStats
 from .weight_format import Bytes, Flaws, Matrix, Stored, WeightFormat
 
 _GROUPS = (256, 64)  # columns that convert_to_quant rotates together; the first that divides K
-_SLICE = 1 << 20  # elements that are compared at once, in float64
+_SLICE = 1 << 18  # elements that are compared at once, so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,12 @@ class Int8ConvRot(WeightFormat):
         self, matrix: Matrix, dtype: DTypeName, codes: Bytes, scales: Bytes, vector: Any
     ) -> Any:
         """Multiply the change by encoding with a vector."""
-        parts = self._changes(matrix, dtype, codes, scales)
-        return np.concatenate([(change * vector).sum(1) for _, change in parts])
+        return np.concatenate(
+            [
+                ((original.astype(np.float64) - decoded) * vector).sum(1)
+                for original, decoded in self._decoded(matrix, dtype, codes, scales)
+            ]
+        )
 
     def measure(self, matrix: Matrix, dtype: DTypeName, codes: Bytes, scales: Bytes) -> ErrorStats:
         """Return error statistics of encoded rows.
@@ -88,10 +92,11 @@ class Int8ConvRot(WeightFormat):
         stats = ErrorStats(
             elements=matrix.size, scale_histogram=np.bincount(exponents, minlength=256)
         )
-        for original, change in self._changes(matrix, dtype, codes, scales):
-            stats.squared_error += float((change * change).sum())
-            stats.squared_signal += float((original * original).sum())
-            stats.max_error = max(stats.max_error, float(np.abs(change).max()))
+        for original, decoded in self._decoded(matrix, dtype, codes, scales):
+            change = original - decoded
+            stats.squared_error += _sum_of_squares(change)
+            stats.squared_signal += _sum_of_squares(original)
+            stats.max_error = max(stats.max_error, float(change.max()), -float(change.min()))
         return stats
 
     def flaws(self, layer: QuantizedLayer, codes: Bytes, scales: Bytes, begin: int) -> Flaws:  # noqa: ARG002
@@ -111,10 +116,10 @@ class Int8ConvRot(WeightFormat):
             [],
         )
 
-    def _changes(
+    def _decoded(
         self, matrix: Matrix, dtype: DTypeName, codes: Bytes, scales: Bytes
-    ) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-        """Yield some rows at a time in float64, and their changes by encoding."""
+    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+        """Yield some rows at a time in float32, before and after they were encoded."""
         rows, columns = matrix.shape
         of_rows = codes.reshape(rows, columns)
         of_scales = scales.reshape(rows, -1)
@@ -125,8 +130,12 @@ class Int8ConvRot(WeightFormat):
             decoded = np.empty_like(plain)
             _core.cast(matrix[part], dtype, plain, "float32", 1)
             self.decode(of_rows[part], of_scales[part], decoded, "float32")
-            original = plain.view(np.float32).astype(np.float64)
-            yield original, original - decoded.view(np.float32)
+            yield plain.view(np.float32), decoded.view(np.float32)
+
+
+def _sum_of_squares(matrix: npt.NDArray[np.float32]) -> float:
+    """Return a sum over rows that are summed in float32 each."""
+    return float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))
 
 
 @dataclass(frozen=True)
