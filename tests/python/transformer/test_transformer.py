@@ -394,8 +394,8 @@ def test_offloading_finds_its_device(quantized: Path) -> None:
 
 
 def test_auto_is_exact_on_the_cpu(quantized: Path) -> None:
-    assert choose("auto", -1, True) == "weight-only"
-    assert choose("auto", -1, False) == "weight-only"
+    for weights in ("plain", "mxfp8", "int8-convrot"):
+        assert choose("auto", -1, weights) == "weight-only"
 
 
 @pytest.mark.parametrize("compute", COMPUTE_MODES)
