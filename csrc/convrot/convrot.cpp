@@ -92,7 +92,7 @@ void dequantize_convrot(const ConstInt8View& source, std::int64_t group, const M
   const detail::DequantizeConvrotTask task{source.codes, source.scales, source.cols,      group,
                                            target.data,  target.dtype,  target.row_stride};
   const detail::Kernels& kernels = detail::active_kernels();
-  for_rows(source.rows, source.cols, detail::convrot_scratch(group), threads,
+  for_rows(source.rows, source.cols, detail::dequantize_convrot_scratch(group), threads,
            [&](std::int64_t begin, std::int64_t end, float* scratch) {
              kernels.dequantize_convrot(task, begin, end, scratch);
            });

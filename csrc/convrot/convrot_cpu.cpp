@@ -65,20 +65,15 @@ void rotate(const float* columns, int64_t group, float* sums) {
   }
 }
 
-// Rotates a block. `load(lane, columns)` writes a row of it to columns[k * kRows], and
-// `store(lane, sums)` gets the rotated row at sums[j * kRows].
-template <typename Load, typename Store>
-void rotate_block(int64_t group, int rows, float* scratch, Load load, Store store) {
-  float* columns = scratch;
-  float* sums = scratch + 2 * group * kRows;
-  for (int lane = 0; lane < rows; ++lane) load(lane, columns + lane);
-  if (group == 1) {
-    for (int lane = 0; lane < rows; ++lane) store(lane, columns + lane);
-    return;
-  }
+// Rotates a block of rows, without the factor: sums is [group, kRows]. `load(lane, columns)` writes
+// row `lane` of the block to columns[k * kRows].
+template <typename Load>
+void rotate_block(int64_t group, int rows, float* columns, float* sums, Load load) {
+  float* target = group == 1 ? sums : columns;
+  for (int lane = 0; lane < rows; ++lane) load(lane, target + lane);
+  if (group == 1) return;
   for (int64_t i = 0; i < group * kRows; ++i) columns[group * kRows + i] = -columns[i];
   rotate(columns, group, sums);
-  for (int lane = 0; lane < rows; ++lane) store(lane, sums + lane);
 }
 
 // 1 / sqrt(group), a power of two.
@@ -88,31 +83,33 @@ float rotation_factor(int64_t group) {
   return factor;
 }
 
-// Encodes one row; returns whether it has NaN or infinity.
-bool encode_row(const float* row, int64_t cols, bool rotated, int8_t* codes, float* scale) {
-  int32_t maximum = 0;
-  for (int64_t i = 0; i < cols; ++i) {
-    const int32_t magnitude = static_cast<int32_t>(as_bits(row[i]) & 0x7FFFFFFF);
-    maximum = magnitude > maximum ? magnitude : maximum;
-  }
-  if (maximum >= kInfinityBits) return true;
-  const float amax = as_float(static_cast<uint32_t>(maximum));
+// Columns of codes that are written at once.
+constexpr int64_t kSlice = 256;
+
+// The codes of `kRows` rows of `cols` numbers, [cols, kRows], times `factor`, which is a power of
+// two, are scaled(number, lane).
+template <typename Scaled>
+void write_codes(const QuantizeConvrotTask& task, const float* numbers, int64_t row_begin, int rows,
+                 float factor, Scaled scaled) {
   // Adding this rounds to an integer, to nearest even.
   constexpr float kRound = 12582912.0f;
-  if (rotated) {
-    const float quotient = amax / 127.0f, step = quotient > 1e-30f ? quotient : 1e-30f;
-    for (int64_t i = 0; i < cols; ++i) {
-      codes[i] = static_cast<int8_t>(static_cast<int32_t>((row[i] / step + kRound) - kRound));
+  for (int64_t begin = 0; begin < task.cols; begin += kSlice) {
+    const int64_t count = task.cols - begin < kSlice ? task.cols - begin : kSlice;
+    int8_t codes[kSlice * kRows];
+    for (int64_t column = 0; column < count; ++column) {
+      const float* of_column = numbers + (begin + column) * kRows;
+      for (int lane = 0; lane < kRows; ++lane) {
+        const float code = (scaled(of_column[lane] * factor, lane) + kRound) - kRound;
+        codes[column * kRows + lane] = static_cast<int8_t>(static_cast<int32_t>(code));
+      }
     }
-    *scale = step;
-  } else {
-    const float factor = 1.0f / (amax > 1e-12f ? amax : 1e-12f) * 127.0f;
-    for (int64_t i = 0; i < cols; ++i) {
-      codes[i] = static_cast<int8_t>(static_cast<int32_t>((row[i] * factor + kRound) - kRound));
+    for (int lane = 0; lane < rows; ++lane) {
+      int8_t* target = task.codes + (row_begin + lane) * task.cols + begin;
+      for (int64_t column = 0; column < count; ++column) {
+        target[column] = codes[column * kRows + lane];
+      }
     }
-    *scale = 1.0f / factor;
   }
-  return false;
 }
 
 }  // namespace
@@ -120,65 +117,85 @@ bool encode_row(const float* row, int64_t cols, bool rotated, int8_t* codes, flo
 bool quantize_convrot(const QuantizeConvrotTask& task, int64_t row_begin, int64_t row_end,
                       float* scratch) {
   const int rows = static_cast<int>(row_end - row_begin);
-  const float factor = rotation_factor(task.group);
-  float* rotated = scratch + convrot_scratch(task.group);
+  float* columns = scratch;
+  float* rotated = scratch + convrot_columns(task.group);  // [cols, kRows]
+  if (rows < kRows) {  // lanes without a row must not hold NaN
+    const int64_t floats = quantize_convrot_scratch(task.cols, task.group);
+    memset(scratch, 0, static_cast<size_t>(floats) * sizeof(float));
+  }
   with_type(task.dtype, [&](auto type) {
     using Type = decltype(type);
     using Storage = typename Type::Storage;
     for (int64_t begin = 0; begin < task.cols; begin += task.group) {
-      rotate_block(
-          task.group, rows, scratch,
-          [&](int lane, float* columns) {
-            const char* source = static_cast<const char*>(task.source) +
-                                 ((row_begin + lane) * task.row_stride + begin) *
-                                     static_cast<int64_t>(sizeof(Storage));
-            for (int64_t k = 0; k < task.group; ++k) {
-              Storage raw;
-              memcpy(&raw, source + k * static_cast<int64_t>(sizeof(raw)), sizeof(raw));
-              columns[k * kRows] = as_float(Type::widen(raw));
-            }
-          },
-          [&](int lane, const float* sums) {
-            float* row = rotated + lane * task.cols + begin;
-            for (int64_t j = 0; j < task.group; ++j) row[j] = sums[j * kRows] * factor;
-          });
+      rotate_block(task.group, rows, columns, rotated + begin * kRows,
+                   [&](int lane, float* target) {
+                     const char* source = static_cast<const char*>(task.source) +
+                                          ((row_begin + lane) * task.row_stride + begin) *
+                                              static_cast<int64_t>(sizeof(Storage));
+                     for (int64_t k = 0; k < task.group; ++k) {
+                       Storage raw;
+                       memcpy(&raw, source + k * static_cast<int64_t>(sizeof(raw)), sizeof(raw));
+                       target[k * kRows] = as_float(Type::widen(raw));
+                     }
+                   });
     }
   });
-  bool nonfinite = false;
-  for (int lane = 0; lane < rows; ++lane) {
-    nonfinite |=
-        encode_row(rotated + lane * task.cols, task.cols, task.group > 1,
-                   task.codes + (row_begin + lane) * task.cols, task.scales + row_begin + lane);
+  int32_t maximum[kRows] = {};
+  for (int64_t column = 0; column < task.cols; ++column) {
+    for (int lane = 0; lane < kRows; ++lane) {
+      const uint32_t bits = as_bits(rotated[column * kRows + lane]) & 0x7FFFFFFF;
+      const int32_t magnitude = static_cast<int32_t>(bits);
+      maximum[lane] = magnitude > maximum[lane] ? magnitude : maximum[lane];
+    }
   }
-  return nonfinite;
+  const float factor = rotation_factor(task.group);
+  float steps[kRows], inverses[kRows];
+  for (int lane = 0; lane < kRows; ++lane) {
+    if (lane < rows && maximum[lane] >= kInfinityBits) return true;
+    const float amax = as_float(static_cast<uint32_t>(maximum[lane])) * factor;
+    const float quotient = amax / 127.0f;
+    steps[lane] = quotient > 1e-30f ? quotient : 1e-30f;
+    inverses[lane] = 1.0f / (amax > 1e-12f ? amax : 1e-12f) * 127.0f;
+  }
+  if (task.group > 1) {
+    write_codes(task, rotated, row_begin, rows, factor,
+                [&](float number, int lane) { return number / steps[lane]; });
+  } else {
+    write_codes(task, rotated, row_begin, rows, factor,
+                [&](float number, int lane) { return number * inverses[lane]; });
+  }
+  for (int lane = 0; lane < rows; ++lane) {
+    task.scales[row_begin + lane] = task.group > 1 ? steps[lane] : 1.0f / inverses[lane];
+  }
+  return false;
 }
 
 void dequantize_convrot(const DequantizeConvrotTask& task, int64_t row_begin, int64_t row_end,
                         float* scratch) {
   const int rows = static_cast<int>(row_end - row_begin);
   const float factor = rotation_factor(task.group);
+  float* columns = scratch;
+  float* sums = scratch + convrot_columns(task.group);
   with_type(task.dtype, [&](auto type) {
     using Type = decltype(type);
     using Storage = typename Type::Storage;
     for (int64_t begin = 0; begin < task.cols; begin += task.group) {
-      rotate_block(
-          task.group, rows, scratch,
-          [&](int lane, float* columns) {
-            const int8_t* codes = task.codes + (row_begin + lane) * task.cols + begin;
-            const float scale = task.scales[row_begin + lane];
-            for (int64_t k = 0; k < task.group; ++k) {
-              columns[k * kRows] = static_cast<float>(codes[k]) * scale;
-            }
-          },
-          [&](int lane, const float* sums) {
-            char* target =
-                static_cast<char*>(task.target) + ((row_begin + lane) * task.row_stride + begin) *
-                                                      static_cast<int64_t>(sizeof(Storage));
-            for (int64_t j = 0; j < task.group; ++j) {
-              const Storage raw = Type::narrow(as_bits(sums[j * kRows] * factor));
-              memcpy(target + j * static_cast<int64_t>(sizeof(raw)), &raw, sizeof(raw));
-            }
-          });
+      rotate_block(task.group, rows, columns, sums, [&](int lane, float* target) {
+        const int8_t* codes = task.codes + (row_begin + lane) * task.cols + begin;
+        const float scale = task.scales[row_begin + lane];
+        for (int64_t k = 0; k < task.group; ++k) {
+          target[k * kRows] = static_cast<float>(codes[k]) * scale;
+        }
+      });
+      for (int lane = 0; lane < rows; ++lane) {
+        char* target =
+            static_cast<char*>(task.target) +
+            ((row_begin + lane) * task.row_stride + begin) * static_cast<int64_t>(sizeof(Storage));
+        for (int64_t j = 0; j < task.group; ++j) {
+          const Storage raw = Type::narrow(as_bits(sums[j * kRows + lane] * factor));
+          memcpy(target + j * static_cast<int64_t>(sizeof(raw)), &raw, sizeof(raw));
+        }
+      }
     }
   });
 }

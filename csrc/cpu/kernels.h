@@ -46,9 +46,12 @@ struct Kernels {
 constexpr int64_t kSubHistograms = 4;
 
 constexpr int64_t kConvrotRows = 16;
-constexpr int64_t convrot_scratch(int64_t group) { return 3 * group * kConvrotRows; }
+constexpr int64_t convrot_columns(int64_t group) { return 2 * group * kConvrotRows; }
 constexpr int64_t quantize_convrot_scratch(int64_t cols, int64_t group) {
-  return convrot_scratch(group) + cols * kConvrotRows;
+  return convrot_columns(group) + cols * kConvrotRows;
+}
+constexpr int64_t dequantize_convrot_scratch(int64_t group) {
+  return convrot_columns(group) + group * kConvrotRows;
 }
 
 constexpr int64_t kGemmPanel = 32;  // columns of D that are computed together
