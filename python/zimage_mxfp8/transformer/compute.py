@@ -13,7 +13,8 @@ COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "int8", "mx
 # Modes that multiply the codes of the file. The others make weights of their own from them.
 IN_PLACE_MODES: tuple[Compute, ...] = tuple(mode for mode in COMPUTE_MODES if mode != "int8")
 
-# Formats that the layers of a file are stored in, and the modes that can multiply them.
+# Formats that the layers of a file are stored in, and the modes that can multiply them, in the order
+# in which "auto" prefers them on a GPU.
 Weights = Literal["plain", "mxfp8", "int8-convrot"]
 MODES: dict[Weights, tuple[Compute, ...]] = {
     "plain": ("weight-only",),
@@ -78,13 +79,8 @@ def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
 
 
 def supported(device: int) -> list[Compute]:
-    """Return the modes that a device has, in the order in which "auto" prefers them on a GPU."""
+    """Return the modes that a device has."""
     return [mode for mode in COMPUTE_MODES if not unsupported(mode, device)]
-
-
-def _first_supported(weights: Weights, device: int) -> Compute:
-    modes = supported(device)
-    return next(mode for mode in modes if mode in MODES[weights])
 
 
 def choose(compute: str, device: int, weights: Weights) -> Compute:
@@ -104,7 +100,8 @@ def choose(compute: str, device: int, weights: Weights) -> Compute:
         raise UsageError("compute", f"must be auto, {', '.join(modes)}, not {repr(compute)[:80]}")
     if compute == "auto":
         # On the CPU nothing is faster in 8 bits.
-        return _first_supported(weights, device) if device >= 0 else "weight-only"
+        on_gpu = (mode for mode in MODES[weights] if not unsupported(mode, device))
+        return next(on_gpu) if device >= 0 else "weight-only"
     mode = modes[compute]
     if mode not in MODES[weights] and weights == "int8-convrot":
         raise UsageError(

@@ -104,7 +104,7 @@ def test_a_name_that_is_not_utf8(folder: Path) -> None:
 
 def test_other_shells_get_descriptions(folder: Path) -> None:
     (line,) = completions("zimage-mxfp8 dequ", folder, "zsh")
-    assert line == "dequantize:decode an MXFP8 file to a plain BF16 checkpoint"
+    assert line == "dequantize:decode a quantised file to a plain BF16 checkpoint"
     assert completions("zimage-mxfp8 dequ", folder, "fish") == ["dequantize"]
 
 
