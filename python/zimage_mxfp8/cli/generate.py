@@ -53,7 +53,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--transformer",
         metavar="FILE",
         help="MXFP8, INT8 ConvRot or plain checkpoint, or "
-        "OWNER/NAME[@REVISION][/FILE.safetensors] from the Hugging Face cache (default: the folder's own transformer)",
+        "OWNER/NAME[@REVISION][/FILE.safetensors] from the Hugging Face cache (default: the "
+        "folder's own transformer)",
     )
     add_download(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="description of the image")

@@ -54,7 +54,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--transformer",
         metavar="FILE",
         help="MXFP8, INT8 ConvRot or plain checkpoint, or "
-        "OWNER/NAME[@REVISION][/FILE.safetensors] from the Hugging Face cache (default: the folder's own transformer; without --model-dir the small "
+        "OWNER/NAME[@REVISION][/FILE.safetensors] from the Hugging Face cache (default: the "
+        "folder's own transformer; without --model-dir the small "
         "trained model of the package)",
     )
     add_download(parser)

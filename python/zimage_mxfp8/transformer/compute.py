@@ -13,8 +13,8 @@ COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "int8", "mx
 # Modes that multiply the codes of the file. The others make weights of their own from them.
 IN_PLACE_MODES: tuple[Compute, ...] = tuple(mode for mode in COMPUTE_MODES if mode != "int8")
 
-# Formats that the layers of a file are stored in, and the modes that can multiply them, in the order
-# in which "auto" prefers them on a GPU.
+# Formats that the layers of a file are stored in, and the modes that can multiply them, the one
+# first that "auto" prefers on a GPU.
 Weights = Literal["plain", "mxfp8", "int8-convrot"]
 MODES: dict[Weights, tuple[Compute, ...]] = {
     "plain": ("weight-only",),
