@@ -10,7 +10,7 @@ from .quantization import Description
 from .quantized_layers import Findings, QuantizedLayer, Storage
 from .source import SourceTensor
 
-MAX_GROUP = 1024  # columns that are rotated together
+_GROUPS = (1, 4, 16, 64, 256, 1024)  # columns that are rotated together
 _DEFAULT_GROUP = 256  # ComfyUI's, where a marker does not say
 _AS_WRITTEN = "convert the original again with groups of 256"
 
@@ -64,20 +64,19 @@ class Int8Storage(Storage):
             )
             return None
         group = _group(description.believed or {})
-        if group is None or columns % group:
-            why = f"do not divide {columns}" if group else f"are no power of 4 up to {MAX_GROUP}"
-            stated = (description.believed or {}).get(markers.GROUP_KEY)
+        why = ""
+        if type(group) is not int or group not in _GROUPS:
+            why = f"are no power of 4 up to {_GROUPS[-1]}"
+        elif columns % group:
+            why = f"do not divide {columns}"
+        if why:
             findings.breach(
-                weight.name, f"is rotated in groups of {stated} columns, which {why}", _AS_WRITTEN
+                weight.name, f"is rotated in groups of {group} columns, which {why}", _AS_WRITTEN
             )
             return None
         return Int8Layer(name, weight, scale, (rows, columns), description.full_precision, group)
 
 
-def _group(marker: dict[str, Any]) -> int | None:
-    """Return the columns that a marker says are rotated together, or None if they cannot be."""
-    if not marker.get(markers.ROTATED_KEY):
-        return 1
-    group = marker.get(markers.GROUP_KEY, _DEFAULT_GROUP)
-    powers = [4**exponent for exponent in range(1, 6)]
-    return group if type(group) is int and group in powers and group <= MAX_GROUP else None
+def _group(marker: dict[str, Any]) -> Any:
+    """Return what a marker says of the columns that are rotated together, which may be anything."""
+    return marker.get(markers.GROUP_KEY, _DEFAULT_GROUP) if marker.get(markers.ROTATED_KEY) else 1

@@ -37,6 +37,8 @@ from helpers.diffusers_reference import (
 from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.source import open_checkpoint
 from zimage_mxfp8.conversion.bias_correction import embedder_outputs
+from zimage_mxfp8.conversion.export import LAYOUTS
+from zimage_mxfp8.streaming.formats import FORMAT_NAMES
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES
 from zimage_mxfp8.zimage.layers import zimage_shapes
 from zimage_mxfp8.zimage.sampling import sampler_timesteps
@@ -349,6 +351,16 @@ def test_options_of_mxfp8_are_refused_as_they_were_typed(
     assert sentence in " ".join(result.stderr.split())
 
 
+def test_the_command_line_names_every_format(small_file: Path, in_process: Run) -> None:
+    result = in_process("convert", small_file, "--format", "nvfp4")
+    assert result.returncode == 2
+    for names, option in (
+        (FORMAT_NAMES, result),
+        (LAYOUTS, in_process("export", "x", "--to", "x")),
+    ):
+        assert all(name in option.stderr for name in names)
+
+
 def test_gpus_do_not_encode_it(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,15 +408,17 @@ def test_export_encodes_the_decoded_weights(plain: Path, tmp_path: Path) -> None
     assert marker["full_precision_matrix_mult"] is True
 
 
-def test_export_in_parts_changes_nothing(
+def test_export_of_parts_and_of_folders_gives_the_same_bytes(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zm.convert(plain, tmp_path / "mxfp8.safetensors")
     zm.export(tmp_path / "mxfp8.safetensors", tmp_path / "whole.safetensors", "int8-convrot")
     monkeypatch.setattr("zimage_mxfp8.conversion.export._DECODED", 1)
     zm.export(tmp_path / "mxfp8.safetensors", tmp_path / "parts.safetensors", "int8-convrot")
-    whole, parts = (tmp_path / f"{x}.safetensors" for x in ("whole", "parts"))
-    assert whole.read_bytes() == parts.read_bytes()
+    zm.export(tmp_path / "mxfp8.safetensors", tmp_path / "folder", "diffusers")
+    zm.export(tmp_path / "folder", tmp_path / "stacked.safetensors", "int8-convrot")
+    whole, *others = (tmp_path / f"{x}.safetensors" for x in ("whole", "parts", "stacked"))
+    assert [other.read_bytes() == whole.read_bytes() for other in others] == [True, True]
 
 
 def test_wrong_exports(converted: Path, plain: Path, tmp_path: Path) -> None:
