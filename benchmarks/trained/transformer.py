@@ -25,7 +25,7 @@ _SHIFT = 3.0  # of the scheduler
 _AVERAGE = 0.999  # of the weights that are kept, per step
 _WARM_UP = 500  # steps
 _LOGGED = 500  # steps
-_EAGER_STEPS = 3  # before the graph: they compile, and make the optimizer's state
+_EAGER_CALLS = 3  # before a graph: they compile, and make the optimizer's state
 _ALIGNMENT = 8  # columns that tensor cores read at once in BF16
 
 
@@ -183,20 +183,62 @@ def steps_of(count: int) -> list[float]:
     return [1 - _SHIFT * s / (1 + (_SHIFT - 1) * s) for s in sigmas] + [1.0]
 
 
-def sample(
-    model: BatchedModel, noise: torch.Tensor, captions: Captions, steps: int, device: str
-) -> torch.Tensor:
-    """Euler steps from noise [N, 64, 64] to patches of latents.
+def _velocity(model: BatchedModel, device: str) -> Callable[..., torch.Tensor]:
+    """Return the velocity as a function of tensors.
 
     Gradients stay enabled: without them torch.compile would compile every block again.
     """
-    times = steps_of(steps)
-    for begin, end in itertools.pairwise(times):
-        t = torch.full((len(noise),), begin, device=device)
+
+    def velocity(
+        x: torch.Tensor, t: torch.Tensor, features: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16):
-            velocity = model(noise, t, captions)
-        noise = noise + (end - begin) * velocity.detach().float()
+            return model(x, t, Captions(features, lengths)).detach().float()
+
+    return velocity
+
+
+def _euler(
+    velocity: Callable[..., torch.Tensor], noise: torch.Tensor, captions: Captions, steps: int
+) -> torch.Tensor:
+    """Return patches of latents [N, 64, 64] that Euler steps draw from noise."""
+    for begin, end in itertools.pairwise(steps_of(steps)):
+        t = torch.full((len(noise),), begin, device=noise.device)
+        noise = noise + (end - begin) * velocity(noise, t, captions.features, captions.lengths)
     return noise
+
+
+class _Captured:
+    """A function of tensors of constant sizes; on CUDA a graph from the fourth call on."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], device: str) -> None:
+        self._function, self._device = function, device
+        self._calls = 0
+        self._inputs: tuple[torch.Tensor, ...] = ()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result = torch.empty(())
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return the function's result, which the next call overwrites."""
+        self._calls += 1
+        if self._device == "cpu":
+            return self._function(*inputs)
+        if self._calls <= _EAGER_CALLS:
+            stream = torch.cuda.Stream()  # the graph must not wait for gradients of the main one
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._result = self._function(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return self._result
+        if self._graph is None:
+            self._inputs = tuple(x.clone() for x in inputs)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = self._function(*self._inputs)
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
+        self._graph.replay()
+        return self._result
 
 
 @dataclass(frozen=True)
@@ -274,9 +316,10 @@ def _draw_pairs(
     starts = torch.randn(shape, generator=random, device=device).to(torch.bfloat16)
     ends = torch.empty_like(starts)
     index = torch.arange(schedule.pairs, device=device)
+    velocity = _Captured(_velocity(batched, device), device)
     for part in index.split(schedule.batch):
         chosen = captions[part % len(captions.lengths)]
-        drawn = sample(batched, starts[part].float(), chosen, schedule.pair_steps, device)
+        drawn = _euler(velocity, starts[part].float(), chosen, schedule.pair_steps)
         ends[part] = drawn.to(torch.bfloat16)
     log(f"drew {schedule.pairs} pairs in {time.perf_counter() - begin:.0f} s")
     return starts, ends
@@ -337,7 +380,7 @@ class _Trainer:
 
 
 class _Update:
-    """One step of AdamW; on CUDA a graph from the third step on."""
+    """One step of AdamW."""
 
     def __init__(
         self, batched: BatchedModel, parameters: list[torch.nn.Parameter], device: str
@@ -352,10 +395,7 @@ class _Update:
             fused=True,
             capturable=device == "cuda",
         )
-        self._calls = 0
-        self._inputs: tuple[torch.Tensor, ...] = ()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._loss = torch.empty(())
+        self._captured = _Captured(self._step, device)
 
     def __call__(
         self,
@@ -367,27 +407,7 @@ class _Update:
     ) -> torch.Tensor:
         """Update the weights at a learning rate, and return the loss."""
         self._rate.fill_(rate)
-        inputs = (mixed, t, captions.features, captions.lengths, target)
-        self._calls += 1
-        if self._device == "cpu":
-            self._step(*inputs)
-        elif self._calls <= _EAGER_STEPS:
-            stream = torch.cuda.Stream()  # the graph must not wait for gradients of the main one
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._step(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-        else:
-            if self._graph is None:
-                self._inputs = tuple(x.clone() for x in inputs)
-                self._graph = torch.cuda.CUDAGraph()
-                self._optimizer.zero_grad(set_to_none=True)
-                with torch.cuda.graph(self._graph):
-                    self._step(*self._inputs)
-            for static, given in zip(self._inputs, inputs, strict=True):
-                static.copy_(given)
-            self._graph.replay()
-        return self._loss.clone()
+        return self._captured(mixed, t, captions.features, captions.lengths, target).clone()
 
     def _step(
         self,
@@ -396,12 +416,12 @@ class _Update:
         features: torch.Tensor,
         lengths: torch.Tensor,
         target: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
+        self._optimizer.zero_grad(set_to_none=True)  # a graph's own memory holds the gradients
         with torch.autocast(self._device, torch.bfloat16):
             velocity = self._batched(mixed, t, Captions(features, lengths))
         loss = F.mse_loss(velocity.float(), target)
-        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
-        self._loss = loss.detach()
+        return loss.detach()

@@ -1,44 +1,91 @@
 #include "gemm/sm90/narrow.h"
 
 #include <string>
+#include <variant>
 
 #include "check.h"
 #include "cuda/runtime.h"
 #include "zimage_mxfp8/gemm.h"
 
 namespace zimage_mxfp8 {
+namespace {
 
-void narrow_gemm(const ConstRowScaledView& a, const ConstMatrixView& b, const float* factors,
-                 const MatrixView& d, CudaStream stream) {
-  detail::check_matrix(b, "B");
-  detail::check_matrix(d, "D");
-  if (a.rows < 0 || a.cols < 1 || a.cols % kBlockSize != 0 || a.rows > (std::int64_t{1} << 30) ||
-      a.cols > (std::int64_t{1} << 30)) {
+using detail::MemoryRange;
+
+constexpr std::int64_t kMaxSize = std::int64_t{1} << 30;
+
+// What is checked of an operand.
+struct Operand {
+  std::int64_t rows, cols, row_stride, item;
+  MemoryRange elements, scales;  // no scales of BF16
+};
+
+Operand operand(const ConstMatrixView& view, const char* name) {
+  detail::check_matrix(view, name);
+  if (view.dtype != DType::kBFloat16) throw InvalidArgument(std::string(name) + " must be BF16");
+  return {view.rows,
+          view.cols,
+          view.rows > 1 ? view.row_stride : view.cols,
+          2,
+          detail::range_of(view, name),
+          {nullptr, 0, name}};
+}
+
+Operand operand(const ConstRowScaledView& view, const char* name) {
+  return {view.rows,
+          view.cols,
+          view.cols,
+          1,
+          {view.codes, view.rows * view.cols, name},
+          detail::required_range(view.scales, view.rows * 4, 16, "the scales")};
+}
+
+void check(const Operand& a, const Operand& b, std::int64_t terms, const float* factors,
+           const MatrixView& d) {
+  if (a.rows < 0 || a.cols < 1 || a.cols % kBlockSize != 0 || a.rows > kMaxSize ||
+      a.cols > kMaxSize) {
     throw InvalidArgument("A is " + detail::shape_text(a.rows, a.cols) +
                           ": its width must be a multiple of 32, and both below 2^30");
   }
-  if (b.dtype != DType::kFloat16 || b.cols != a.cols || b.rows < 1 ||
-      b.rows % detail::kNarrowRows != 0) {
-    throw InvalidArgument("B must be float16 [R, " + std::to_string(a.cols) +
-                          "] with an R that is a multiple of " +
-                          std::to_string(detail::kNarrowRows));
+  const std::int64_t multiple = terms * detail::kNarrowColumns;
+  if (b.cols != a.cols || b.rows < 1 || b.rows % multiple != 0) {
+    throw InvalidArgument("B is " + detail::shape_text(b.rows, b.cols) + ": it must have " +
+                          std::to_string(a.cols) + " columns and a multiple of " +
+                          std::to_string(multiple) + " rows");
   }
-  if (d.dtype != DType::kBFloat16 || d.rows != a.rows || d.cols != b.rows) {
-    throw InvalidArgument("D must be BF16 " + detail::shape_text(a.rows, b.rows));
+  detail::check_matrix(d, "D");
+  const std::int64_t columns = b.rows / terms;
+  if (d.dtype != DType::kBFloat16 || d.rows != a.rows || d.cols != columns) {
+    throw InvalidArgument("D must be BF16 " + detail::shape_text(a.rows, columns));
   }
-  const detail::MemoryRange codes{a.codes, a.rows * a.cols, "A"},
-      weights = detail::range_of(b, "B"), target = detail::range_of(d, "D"),
-      of_rows = detail::required_range(factors, b.rows * 4, 16, "the factors");
-  detail::check_rows(codes, a.cols, 1);
-  detail::check_rows(weights, b.row_stride, 2);
+  const MemoryRange target = detail::range_of(d, "D"),
+                    of_columns = detail::required_range(factors, columns * 4, 16, "the factors");
+  detail::check_rows(a.elements, a.row_stride, a.item);
+  detail::check_rows(b.elements, b.row_stride, b.item);
   detail::check_rows(target, d.rows > 1 ? d.row_stride : d.cols, 2);
-  detail::check_disjoint(target, {codes, weights, of_rows});
-  detail::check_device_memory({codes, weights, of_rows, target});
+  detail::check_disjoint(target, {a.elements, b.elements, b.scales, of_columns});
+  detail::check_device_memory({a.elements, b.elements, b.scales, of_columns, target});
   const CudaDevice& device = detail::find_device(detail::current_device());
   if (device.major != 9 || device.minor != 0) {
     throw Unsupported("narrow GEMMs need compute capability 9.0, and this is " + device.name);
   }
-  if (a.rows > 0) detail::narrow_gemm_sm90(a, b, factors, d, stream);
+}
+
+}  // namespace
+
+void narrow_gemm(const GemmOperand& a, const GemmOperand& b, const float* factors,
+                 const MatrixView& d, CudaStream stream) {
+  const auto run = [&](const auto& first, const auto& second, std::int64_t terms) {
+    check(operand(first, "A"), operand(second, "B"), terms, factors, d);
+    if (first.rows > 0) detail::narrow_gemm_sm90(first, second, factors, d, stream);
+  };
+  const auto* const plain_a = std::get_if<ConstMatrixView>(&a);
+  const auto* const plain_b = std::get_if<ConstMatrixView>(&b);
+  if (plain_a && plain_b) return run(*plain_a, *plain_b, 1);
+  const auto* const scaled_a = std::get_if<ConstRowScaledView>(&a);
+  const auto* const scaled_b = std::get_if<ConstRowScaledView>(&b);
+  if (scaled_a && scaled_b) return run(*scaled_a, *scaled_b, 2);
+  throw InvalidArgument("A and B of a narrow GEMM must both be BF16 or both row-scaled FP8");
 }
 
 }  // namespace zimage_mxfp8

@@ -146,20 +146,18 @@ void py_gemm_with_epilogue(const std::string& kernel, const py::tuple& a, const 
   call.run(kernel, {call.a.view, call.b.view, nullptr, out.view, arguments, low_rank}, 1, stream);
 }
 
-void py_narrow_gemm(const py::object& a_codes, const py::object& a_scales, const py::object& b,
-                    const py::object& factors, const py::object& d, std::uintptr_t stream) {
-  const Array codes(a_codes, "codes of A", kRead, kAnywhere);
-  const Array scales(a_scales, "scales of A", kRead, kAnywhere);
-  const Array weights(b, "B", kRead, kAnywhere), of_rows(factors, "the factors", kRead, kAnywhere);
+void py_narrow_gemm(const py::tuple& a, const py::tuple& b, const py::object& factors,
+                    const py::object& d, std::uintptr_t stream) {
+  Call call(a, b, py::none());
   const Array out(d, "D", kWrite, kAnywhere);
-  const auto first = row_scaled<ConstRowScaledView>(codes, scales);
-  const auto second = matrix<ConstMatrixView>(weights, "float16");
+  call.arrays.push_back(&out);
   const auto target = matrix<MatrixView>(out, "bfloat16");
-  of_rows.require_contiguous(second.rows * 4);
-  const int device = common_device({&codes, &scales, &weights, &of_rows, &out});
+  const Array& of_columns = call.read(factors, "the factors");
+  of_columns.require_contiguous(target.cols * 4);
+  const int device = common_device(call.arrays);
   const py::gil_scoped_release release;
   const detail::DeviceGuard guard(device);
-  narrow_gemm(first, second, reinterpret_cast<const float*>(of_rows.data()), target,
+  narrow_gemm(call.a.view, call.b.view, reinterpret_cast<const float*>(of_columns.data()), target,
               cuda_stream(stream));
 }
 
@@ -315,9 +313,9 @@ void register_gemm(py::module_& module) {
              arg("addend"), arg("epilogue"), arg("arguments"), arg("d"), arg("workspace"),
              arg("stream") = 0,
              "Compute a GEMM, a low-rank addend (X, U) or None, and an epilogue of gemm.h.");
-  module.def("narrow_gemm", &py_narrow_gemm, arg("a_codes"), arg("a_scales"), arg("b"),
-             arg("factors"), arg("d"), arg("stream") = 0,
-             "Compute D [M, R] = factors [R] * (codes of A [M, K]) (float16 B [R, K])^T.");
+  module.def("narrow_gemm", &py_narrow_gemm, arg("a"), arg("b"), arg("factors"), arg("d"),
+             arg("stream") = 0,
+             "Compute D [M, R] = factors [R] * A [M, K] B^T, see narrow_gemm in gemm.h.");
   module.def("quantize_rows", &py_quantize_rows, arg("source"), arg("dtype"), arg("codes"),
              arg("scales"), arg("threads") = 0, arg("stream") = 0);
   module.def("fold", &py_fold, arg("codes"), arg("scales"), arg("rows"), arg("cols"),

@@ -229,8 +229,10 @@ def gemm_with_epilogue(
 ) -> None:
     """Compute a GEMM, a low-rank addend (X, U) or None, and an epilogue of gemm.h."""
 
-def narrow_gemm(a_codes: Any, a_scales: Any, b: Any, factors: Any, d: Any, stream: int = 0) -> None:
-    """Compute D [M, R] = factors [R] * (codes of A [M, K]) (float16 B [R, K])^T."""
+def narrow_gemm(
+    a: tuple[Any, ...], b: tuple[Any, ...], factors: Any, d: Any, stream: int = 0
+) -> None:
+    """Compute D [M, R] = factors [R] * A [M, K] B^T, see narrow_gemm in gemm.h."""
 
 def quantize_rows(
     source: Any, dtype: DTypeName, codes: Any, scales: Any, threads: int = 0, stream: int = 0

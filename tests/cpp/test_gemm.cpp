@@ -292,9 +292,9 @@ TEST_CASE("an addend is checked before memory is touched") {
   CHECK(reason({bf16(x, 8, 0), bf16(u, 32, 0)}, d) ==
         "the addend's X must be BF16 [8, 0], not empty");
   CHECK(reason({bf16(d, 8, 16), bf16(u, 32, 16)}, d) == "D overlaps with the addend's X");
-  CHECK_THROWS_AS(narrow_gemm(a, bf16(u, 32, 32), scales,
-                              MatrixView{d, DType::kBFloat16, 8, 32, 32}, CudaStream{}),
-                  InvalidArgument);
+  CHECK_THROWS_WITH_AS(
+      narrow_gemm(a, b, scales, MatrixView{d, DType::kBFloat16, 8, 16, 16}, CudaStream{}),
+      "B is [32, 32]: it must have 32 columns and a multiple of 64 rows", InvalidArgument);
 }
 
 TEST_CASE("host memory is refused where a device's is needed") {

@@ -190,6 +190,9 @@ TEST_CASE("a made-up kernel is chosen, refused with its reason, and listed") {
   CHECK(built.choice(sum, kH100) == "fp8_sm90");
   CHECK(detail::problem_text(sum) ==
         "4224x20480x3840 row-scaled FP8 x row-scaled FP8 -> BF16 with an addend of rank 32");
+  GemmProblem mixed_sum = problem(4224, 3840, 3840, kBF16, kMX);
+  mixed_sum.addend_rank = 32;
+  CHECK(built.choice(mixed_sum, kH100) == "mixed_sm90");
 
   const std::string line =
       detail::log_line(few, &kH100, detail::explain(built.table(), few, &kH100, ""));

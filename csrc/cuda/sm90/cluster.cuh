@@ -12,6 +12,12 @@ __device__ inline uint32_t block_of_cluster() {
   return rank;
 }
 
+__device__ inline uint32_t blocks_of_cluster() {
+  uint32_t count;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+  return count;
+}
+
 // The two halves of cluster_sync(), for all threads of the cluster.
 __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

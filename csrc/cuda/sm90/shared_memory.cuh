@@ -18,6 +18,27 @@ __device__ inline float4 load_shared(uint32_t address) {
   return value;
 }
 
+// Loads from the same address of another block of the cluster, or of this one.
+__device__ inline float2 load_shared(uint32_t address, uint32_t block_of_cluster) {
+  float2 value;
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0, %1}, [remote]; }"
+      : "=f"(value.x), "=f"(value.y)
+      : "r"(address), "r"(block_of_cluster)
+      : "memory");
+  return value;
+}
+
+__device__ inline void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, float2 value) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y)
+               : "memory");
+}
+
 __device__ inline void store_shared(uint32_t address, uint4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
                "r"(value.y), "r"(value.z), "r"(value.w)

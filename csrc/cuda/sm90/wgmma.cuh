@@ -108,6 +108,12 @@ ZM_WGMMA_SHARED(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R
                 ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88), ZM_F8(96), ZM_F8(104), ZM_F8(112), ZM_F8(120))
 ZM_WGMMA_SHARED(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96", "%97",
                 ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88))
+ZM_WGMMA_SHARED(32, ZM_R0 ", " ZM_R1, "%16", "%17",
+                ZM_F8(0), ZM_F8(8))
+ZM_WGMMA_SHARED(64, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3, "%32", "%33",
+                ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24))
+ZM_WGMMA_SHARED(128, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7, "%64", "%65",
+                ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56))
 #define ZM_WGMMA_FP8(n, sums, a_descriptor, b_descriptor, adds, ...)                              \
   template <>                                                                                     \
   struct WgmmaFP8<n> {                                                                            \
@@ -119,6 +125,10 @@ ZM_WGMMA_SHARED(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R
                    : "l"(a), "l"(b), "r"(int{add}));                                              \
     }                                                                                             \
   };
+ZM_WGMMA_FP8(64, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3, "%32", "%33", "%34",
+             ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24))
+ZM_WGMMA_FP8(128, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7, "%64", "%65", "%66",
+             ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56))
 ZM_WGMMA_FP8(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128", "%129", "%130",
              ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88), ZM_F8(96), ZM_F8(104), ZM_F8(112), ZM_F8(120))
 #undef ZM_WGMMA

@@ -12,6 +12,7 @@
 // columns, which have as many bytes as those of A and B, follow in the same ring. X is divided by
 // A's scales and U by B's beforehand, because sums are scaled at the end.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "cuda/sm90/cluster.cuh"
@@ -318,6 +319,13 @@ struct Parameters {
   int addend_steps;  // stages of the addend
 };
 
+// How wide a low-rank addend is: a multiple of a stage's columns, or half of them more. The
+// compiler serializes the multiplications of a kernel that decides that while it runs.
+enum class Addend { kNone, kWhole, kEndsHalf };
+
+constexpr std::true_type kWholeStage;
+constexpr std::false_type kHalfStage;
+
 // Multiplies half of a stage and adds to the sums, which a tile's first stage begins.
 __device__ void multiply(float (&sums)[kRows / 2], uint64_t a, uint64_t b, int half, bool first) {
   constexpr uint64_t step_of_32 = 32 / 16;
@@ -351,7 +359,7 @@ __device__ void store_sums(const float (&sums)[kRows / 2], SmemTile boxes) {
   }
 }
 
-template <class Epilogue, bool has_addend>
+template <class Epilogue, Addend addend>
 __global__ void __launch_bounds__(kThreads, 1)
     fused_gemm_kernel(const __grid_constant__ CUtensorMap a_map,
                       const __grid_constant__ CUtensorMap b_map,
@@ -391,9 +399,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (const TileIndex at : scheduler) {
       float sums[kRows / 2];
       int previous = 0;
-      // Multiplies a stage. The one before is released as soon as it has been read, while the
-      // tensor cores have work.
-      const auto multiply_stage = [&](bool first, auto multiply_half) {
+      // Multiplies a stage, or the first half of it. The one before is released as soon as it has
+      // been read, while the tensor cores have work.
+      const auto multiply_stage = [&](bool first, auto whole, auto multiply_half) {
         pipeline.wait(state);
         const uint64_t a =
             wgmma_descriptor(a_tiles + state.stage * kABytes + warpgroup * kGroupTokens * kDepth);
@@ -402,20 +410,24 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply_half(a, b, 0);
         wgmma_wait_pending<1>();
         if (!first) pipeline.release(previous, thread);
-        multiply_half(a, b, 1);
+        if constexpr (whole) multiply_half(a, b, 1);
         previous = state.stage;
         state.advance();
       };
       for (int step = 0; step < steps; ++step) {
-        multiply_stage(step == 0, [&](uint64_t a, uint64_t b, int half) {
+        multiply_stage(step == 0, kWholeStage, [&](uint64_t a, uint64_t b, int half) {
           multiply(sums, a, b, half, step == 0 && half == 0);
         });
       }
-      if constexpr (has_addend) {
-        for (int step = 0; step < p.addend_steps; ++step) {
-          multiply_stage(
-              false, [&](uint64_t a, uint64_t b, int half) { multiply_addend(sums, a, b, half); });
+      if constexpr (addend != Addend::kNone) {
+        const auto multiply_columns = [&](uint64_t a, uint64_t b, int half) {
+          multiply_addend(sums, a, b, half);
+        };
+        constexpr bool ends_half = addend == Addend::kEndsHalf;
+        for (int step = ends_half ? 1 : 0; step < p.addend_steps; ++step) {
+          multiply_stage(false, kWholeStage, multiply_columns);
         }
+        if constexpr (ends_half) multiply_stage(false, kHalfStage, multiply_columns);
       }
       wgmma_wait(sums);
       pipeline.release(previous, thread);
@@ -473,7 +485,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           state.advance();
         };
         for (int step = 0; step < steps; ++step) load(a_map, b_map, step * kDepth);
-        if constexpr (has_addend) {
+        if constexpr (addend != Addend::kNone) {
           for (int step = 0; step < p.addend_steps; ++step) load(x_map, u_map, step * kDepth / 2);
         }
       }
@@ -511,15 +523,21 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
                     stream, a_map, b_map, x_map, u_map, d_map, p);
   };
   if (!addend) {
-    start(fused_gemm_kernel<Epilogue, false>, a_map, b_map);
+    start(fused_gemm_kernel<Epilogue, Addend::kNone>, a_map, b_map);
     return;
   }
-  p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kDepth / 2));
+  constexpr int kColumns = kDepth / 2;  // of BF16 in a stage
+  p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kColumns));
   const auto map_of = [](const ConstMatrixView& matrix, int box_rows) {
     return bf16_map(matrix.data, matrix.rows, matrix.cols, matrix.row_stride, box_rows);
   };
-  start(fused_gemm_kernel<Epilogue, true>, map_of(addend->x, kTokens / kCluster),
-        map_of(addend->u, kRows / 2));
+  const CUtensorMap x_map = map_of(addend->x, kTokens / kCluster),
+                    u_map = map_of(addend->u, kRows / 2);
+  if (p.addend_steps * kColumns - addend->x.cols < kColumns / 2) {
+    start(fused_gemm_kernel<Epilogue, Addend::kWhole>, x_map, u_map);
+  } else {
+    start(fused_gemm_kernel<Epilogue, Addend::kEndsHalf>, x_map, u_map);
+  }
 }
 
 }  // namespace

@@ -17,7 +17,12 @@ struct Reason {
 const GemmImplementation kMixedSM90 = missing_kernel<Reason>();
 const GemmImplementation kFP8SM90 = missing_kernel<Reason>();
 
-void narrow_gemm_sm90(const ConstRowScaledView&, const ConstMatrixView&, const float*,
+void narrow_gemm_sm90(const ConstRowScaledView&, const ConstRowScaledView&, const float*,
+                      const MatrixView&, CudaStream) {
+  throw Unsupported(Reason::text);
+}
+
+void narrow_gemm_sm90(const ConstMatrixView&, const ConstMatrixView&, const float*,
                       const MatrixView&, CudaStream) {
   throw Unsupported(Reason::text);
 }

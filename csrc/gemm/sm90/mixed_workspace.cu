@@ -11,6 +11,8 @@
 // units, which decoders claim in order. A claimed unit waits only for the tiles of its own block,
 // and those wait for earlier units only; so the kernel completes, whichever of its blocks are
 // resident.
+//
+// The stages of a low-rank addend, X2 U^T in BF16, follow those of the product in the same ring.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -74,11 +76,12 @@ struct Parameters {
   uint32_t* ready;         // [slabs][kMaxChunks]: units decoded
   uint32_t* claimed;       // units
   int n, k;
-  int m_tiles;      // tiles of tokens
-  int slabs;        // of W
-  int group_slabs;  // slabs of a group
-  int chunks;       // of K in a slab, each of chunk_depth
-  int chunk_depth;  // a multiple of kUnitDepth
+  int m_tiles;       // tiles of tokens
+  int slabs;         // of W
+  int group_slabs;   // slabs of a group
+  int chunks;        // of K in a slab, each of chunk_depth
+  int chunk_depth;   // a multiple of kUnitDepth
+  int addend_steps;  // stages of the addend
 };
 
 // ---- Decoding
@@ -222,6 +225,8 @@ template <class V>
 __global__ void __launch_bounds__(V::threads, 1)
     once_kernel(const __grid_constant__ CUtensorMap x_map,
                 const __grid_constant__ CUtensorMap w_map,
+                const __grid_constant__ CUtensorMap addend_x_map,
+                const __grid_constant__ CUtensorMap addend_u_map,
                 const __grid_constant__ CUtensorMap d_map, const Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   launch_dependents();
@@ -264,6 +269,15 @@ __global__ void __launch_bounds__(V::threads, 1)
         if (lane == 0) atomicExch(group_of_block, at.group);
         const uint32_t* const ready = p.ready + at.n * kMaxChunks + lane;
         const int weight = at.n * V::slab + block * V::weights;
+        const auto copy_stage = [&](const CUtensorMap& of_x, const CUtensorMap& of_w, int step) {
+          const uint32_t full = pipeline.acquire(state, V::x_bytes + V::w_bytes);
+          constexpr int part = kTokens / kCluster;
+          tma_load_2d_multicast(of_x, full,
+                                x_tiles + state.stage * V::x_bytes + block * part * kDepth * 2,
+                                step * kDepth, token + block * part, (1 << kCluster) - 1);
+          tma_load_2d(of_w, full, w_tiles + state.stage * V::w_bytes, step * kDepth, weight);
+          state.advance();
+        };
         uint32_t ready_chunks = 0;  // a bit each
         for (int chunk = 0; chunk < p.chunks; ++chunk) {
           if (!(ready_chunks >> chunk & 1)) {
@@ -277,17 +291,17 @@ __global__ void __launch_bounds__(V::threads, 1)
             tma_load_fence();
             const int end = min((chunk + 1) * chunk_steps, steps);
             for (int step = chunk * chunk_steps; step < end; ++step) {
-              const uint32_t full = pipeline.acquire(state, V::x_bytes + V::w_bytes);
-              constexpr int part = kTokens / kCluster;
-              tma_load_2d_multicast(x_map, full,
-                                    x_tiles + state.stage * V::x_bytes + block * part * kDepth * 2,
-                                    step * kDepth, token + block * part, (1 << kCluster) - 1);
-              tma_load_2d(w_map, full, w_tiles + state.stage * V::w_bytes, step * kDepth, weight);
-              state.advance();
+              copy_stage(x_map, w_map, step);
             }
           }
           __syncwarp();
         }
+        if (lane == 0) {
+          for (int step = 0; step < p.addend_steps; ++step) {
+            copy_stage(addend_x_map, addend_u_map, step);
+          }
+        }
+        __syncwarp();
       }
       // From now on this block's decoders wait for nothing.
       if (lane == 0) atomicExch(group_of_block, p.slabs);
@@ -306,7 +320,7 @@ __global__ void __launch_bounds__(V::threads, 1)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.0f;
       int previous = 0;
-      for (int step = 0; step < steps; ++step) {
+      for (int step = 0; step < steps + p.addend_steps; ++step) {
         pipeline.wait(state);
         const uint64_t x = wgmma_descriptor(x_tiles + state.stage * V::x_bytes);
         const uint64_t w = wgmma_descriptor(w_tiles + state.stage * V::w_bytes +
@@ -386,11 +400,19 @@ void run(const GemmTask& task, Workspace workspace, CudaStream stream) {
   const int clusters = multiprocessors(current_device()) / kCluster;
   p.group_slabs = std::min(p.slabs, static_cast<int>(ceil_div(clusters, p.m_tiles)));
 
+  const LowRankAddend* const addend = task.addend;
+  p.addend_steps = addend ? static_cast<int>(ceil_div(addend->x.cols, kDepth)) : 0;
+  const auto map_of = [](const ConstMatrixView& matrix, int box_rows) {
+    return bf16_map(matrix.data, matrix.rows, matrix.cols, matrix.row_stride, box_rows);
+  };
+  const CUtensorMap x_map =
+      bf16_map(task.a.codes, task.m, task.k, task.a.row_stride, kTokens / kCluster);
+  const CUtensorMap w_map = bf16_map(p.weights, task.n, task.k, task.k, V::weights);
   launch_clusters(zero_kernel, 1, 1, 1024, 0, stream, static_cast<uint4*>(workspace.data),
                   static_cast<int>(plan.counter_bytes / sizeof(uint4)));
-  launch_clusters(once_kernel<V>, clusters, kCluster, V::threads, V::shared_bytes, stream,
-                  bf16_map(task.a.codes, task.m, task.k, task.a.row_stride, kTokens / kCluster),
-                  bf16_map(p.weights, task.n, task.k, task.k, V::weights),
+  launch_clusters(once_kernel<V>, clusters, kCluster, V::threads, V::shared_bytes, stream, x_map,
+                  w_map, addend ? map_of(addend->x, kTokens / kCluster) : x_map,
+                  addend ? map_of(addend->u, V::weights) : w_map,
                   bf16_map(task.d, task.m, task.n, task.d_row_stride, kOutTokens), p);
 }
 

@@ -1,14 +1,18 @@
-// Narrow GEMMs of E4M3 codes and F16 on Hopper, D[M, R] = A[M, K] B[R, K]^T for a small R.
+// Narrow GEMMs on Hopper, D[M, R] = A[M, K] B[R, K]^T for a small R, of BF16 or of E4M3 codes.
 //
-// A block multiplies 32 tokens with 32 rows of B, so that a few thousand tokens occupy the whole
-// device. Its warps split K and read their parts straight into registers: every element of A is
-// needed once. The order of K within a step is that in which a thread finds 16 bytes of codes,
-// alike for A and B, so nothing is shuffled. Codes become F16 exactly. At the end the warps' sums
-// are added in a fixed order.
-#include <cuda_fp8.h>
+// B of codes is a sum of two matrices (see narrow_gemm in gemm.h), whose rows alternate, so that a
+// thread holds both sums of an element of D. A block multiplies 128 tokens with up to 128 columns
+// of D and a part of K; the blocks of a cluster have the parts of one tile, add their sums in a
+// fixed order, and store a share of the tokens each. Few tokens are divided into more parts.
+#include <algorithm>
 
-#include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/sm90/cluster.cuh"
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/shared_memory.cuh"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/tma.cuh"
+#include "cuda/sm90/wgmma.cuh"
 #include "fused/arithmetic.cuh"
 #include "gemm/sm90/narrow.h"
 #include "zimage_mxfp8/matrix.h"
@@ -16,151 +20,209 @@
 namespace zimage_mxfp8::detail {
 namespace {
 
-constexpr int kWarps = 16, kThreads = kWarps * 32;
-constexpr int kTokens = 32, kTokenTiles = kTokens / 16;         // tiles of mma
-constexpr int kRows = int(kNarrowRows), kRowTiles = kRows / 8;  // of B
-constexpr int kStep = 64;                                       // of K for a warp
-constexpr int kPiece = kStep / 4;                               // bytes of codes for a thread
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kMultiplying = kConsumers * kWarpgroup, kThreads = kMultiplying + 32;
+constexpr int kGroupTokens = 64;  // that a warpgroup multiplies
+constexpr int kTokens = kConsumers * kGroupTokens;
+constexpr int kDepthBytes = 128;  // of K in a stage: as wide as TMA's swizzle
+constexpr int kABytes = kTokens * kDepthBytes;
+constexpr int kStageBytes = 196608;  // of all stages
+constexpr int kMaxParts = 8;         // blocks of a cluster
+constexpr double kFilled = 0.9;      // clusters do not fill every multiprocessor
 
-__device__ uint32_t two_halves(uint16_t codes) {
-  const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3);
-  return both.x | uint32_t(both.y) << 16;
-}
-
-// 16 by 8: sums += a b^T, 16 of K.
-__device__ void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low,
-                         uint32_t b_high) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
-}
-
-struct Parameters {
-  const uint8_t* a;
-  const __half* b;
-  const float* factors;
-  __nv_bfloat16* d;
-  int64_t b_stride, d_stride;
-  int m, k;
+// What A and B are made of.
+struct BF16 {
+  static constexpr int bytes = 2;
+  static constexpr int terms = 1;  // rows of B for a column of D
+  template <int n>
+  static __device__ void multiply(float (&sums)[n / 2], uint64_t a, uint64_t b) {
+    WgmmaShared<n>::multiply(sums, a, b);
+  }
 };
 
-__global__ void __launch_bounds__(kThreads) narrow_gemm_kernel(const Parameters p) {
-  __shared__ float parts[kWarps / 2][kTokens][kRows];  // of half of the warps at a time
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = lane / 4, piece = lane % 4;
-  const int first_token = blockIdx.x * kTokens, first_row = blockIdx.y * kRows;
-  // Rows beyond the last are read as that one, and their sums are not stored.
-  const uint8_t* a[kTokenTiles][2];
-#pragma unroll
-  for (int tile = 0; tile < kTokenTiles; ++tile) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = min(first_token + tile * 16 + half * 8 + row, p.m - 1);
-      a[tile][half] = p.a + int64_t(token) * p.k;
-    }
+struct Codes {
+  static constexpr int bytes = 1;
+  static constexpr int terms = 2;
+  template <int n>
+  static __device__ void multiply(float (&sums)[n / 2], uint64_t a, uint64_t b) {
+    WgmmaFP8<n>::multiply(sums, a, b, true);
   }
-  const __half* const b = p.b + (first_row + row) * p.b_stride;
+};
 
-  float sums[kTokenTiles][kRowTiles][4] = {};
-#pragma unroll 2
-  for (int step = warp * kStep; step < p.k; step += kWarps * kStep) {
-    const int at = step + piece * kPiece;
-    const bool inside = at < p.k;  // K is a multiple of 32, a piece is 16 of it
-    uint4 codes[kTokenTiles][2], weights[kRowTiles][2];
+// A tile with some columns of D.
+template <class Element_, int columns_>
+struct Tile {
+  using Element = Element_;
+  static constexpr int columns = columns_, b_rows = columns * Element::terms;
+  static constexpr int depth = kDepthBytes / Element::bytes;
+  static constexpr int b_bytes = b_rows * kDepthBytes;
+  static constexpr int stages = kStageBytes / (kABytes + b_bytes);
+  using Ring = Pipeline<stages, kConsumers, 1>;
+  static constexpr int b_at = stages * kABytes;
+  static constexpr int barriers_at = b_at + stages * b_bytes;
+  static constexpr int shared_bytes = barriers_at + Ring::Barriers::bytes + kTmaAlignment;
+  // Sums take the place of the stages. The pitch spreads those of a warp over the banks.
+  static constexpr int pitch = columns + 4;
+  static_assert(shared_bytes <= 232448 && kTokens * pitch * 4 <= barriers_at);
+};
+
+struct Parameters {
+  const float2* scales;  // of the two rows of codes for each column of D
+  const float* factors;
+  __nv_bfloat16* d;
+  int64_t d_stride;
+  int m, k;
+  int column_tiles;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    narrow_gemm_kernel(const __grid_constant__ CUtensorMap a_map,
+                       const __grid_constant__ CUtensorMap b_map, const Parameters p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  launch_dependents();
+  extern __shared__ uint8_t unaligned[];
+  const uint32_t shared = tma_aligned(unaligned);
+  const int part = block_of_cluster(), parts = blocks_of_cluster();
+  const int tile = blockIdx.x / parts;
+  const int first_token = tile / p.column_tiles * kTokens;
+  const int first_column = tile % p.column_tiles * T::columns;  // of D
+  const typename T::Ring pipeline{{shared + T::barriers_at}, part};
+  if (threadIdx.x == 0) {
+    pipeline.init();
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  await_predecessors();
+  const int steps = (p.k + T::depth - 1) / T::depth;
+  const int begin = steps * part / parts, end = steps * (part + 1) / parts;
+
+  const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+  if (warpgroup < kConsumers) {
+    const int thread = threadIdx.x % kWarpgroup;
+    float sums[T::b_rows / 2];
 #pragma unroll
-    for (int tile = 0; tile < kTokenTiles; ++tile) {
+    for (float& sum : sums) sum = 0.0f;
+    typename T::Ring::State state;
+    int previous = 0;
+    for (int step = begin; step < end; ++step) {
+      pipeline.wait(state);
+      const uint64_t a =
+          wgmma_descriptor(shared + state.stage * kABytes + warpgroup * kGroupTokens * kDepthBytes);
+      const uint64_t b = wgmma_descriptor(shared + T::b_at + state.stage * T::b_bytes);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kDepthBytes / 32; ++i) {
+        constexpr uint64_t step_of_32 = 32 / 16;
+        T::Element::template multiply<T::b_rows>(sums, a + i * step_of_32, b + i * step_of_32);
+      }
+      wgmma_commit();
+      wgmma_wait_pending<1>();
+      if (step > begin) pipeline.release(previous, thread);
+      previous = state.stage;
+      state.advance();
+    }
+    wgmma_wait(sums);
+    named_barrier(1, kMultiplying);  // all stages have been read
+    const int token = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < T::b_rows / 8; ++i) {
+      const int pair = 4 * i + lane % 4;  // of rows of B
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        codes[tile][half] = inside ? __ldg(reinterpret_cast<const uint4*>(a[tile][half] + at))
-                                   : make_uint4(0, 0, 0, 0);
-      }
-    }
-#pragma unroll
-    for (int tile = 0; tile < kRowTiles; ++tile) {
-      const auto* const of_row = reinterpret_cast<const uint4*>(b + tile * 8 * p.b_stride + at);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        weights[tile][i] = inside ? __ldg(of_row + i) : make_uint4(0, 0, 0, 0);
-      }
-    }
-#pragma unroll
-    for (int word = 0; word < 4; ++word) {  // four codes, 16 of K in all threads
-      const auto word_of = [](const uint4& four, int i) {
-        return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
-      };
-      uint32_t of_a[kTokenTiles][4];
-#pragma unroll
-      for (int tile = 0; tile < kTokenTiles; ++tile) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t four = word_of(codes[tile][half], word);
-          of_a[tile][half] = two_halves(uint16_t(four));
-          of_a[tile][half + 2] = two_halves(uint16_t(four >> 16));
-        }
-      }
-#pragma unroll
-      for (int tile = 0; tile < kRowTiles; ++tile) {
-        const uint4& eight = weights[tile][word / 2];
-        const uint32_t low = word_of(eight, word % 2 * 2), high = word_of(eight, word % 2 * 2 + 1);
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) multiply(sums[i][tile], of_a[i], low, high);
-      }
-    }
-  }
-  // The upper warps leave their sums, the lower ones add theirs to them.
-  const auto each_pair = [&](auto operation) {
-#pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) {
-#pragma unroll
-      for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int token = i * 16 + half * 8 + row, column = tile * 8 + piece * 2;
-          auto* const pair = reinterpret_cast<float2*>(&parts[warp % (kWarps / 2)][token][column]);
-          operation(*pair, sums[i][tile][half * 2], sums[i][tile][half * 2 + 1]);
+        const uint32_t of_token = shared + (token + 8 * half) * T::pitch * 4;
+        const float2 two = {sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]};
+        if constexpr (T::Element::terms == 2) {
+          const float2 scales = __ldg(p.scales + first_column + pair);
+          store_shared(of_token + pair * 4, __fmaf_rn(two.y, scales.y, __fmul_rn(two.x, scales.x)));
+        } else {
+          store_shared(of_token + pair * 8, two);
         }
       }
     }
-  };
-  if (warp >= kWarps / 2) {
-    each_pair([](float2& pair, float first, float second) { pair = {first, second}; });
+  } else if (lane == 0) {
+    prefetch_tensor_map(a_map);
+    prefetch_tensor_map(b_map);
+    typename T::Ring::State state;
+    for (int step = begin; step < end; ++step) {
+      const uint32_t full = pipeline.acquire(state, kABytes + T::b_bytes);
+      const int column = step * T::depth;
+      tma_load_2d(a_map, full, shared + state.stage * kABytes, column, first_token);
+      tma_load_2d(b_map, full, shared + T::b_at + state.stage * T::b_bytes, column,
+                  T::Element::terms * first_column);
+      state.advance();
+    }
   }
-  __syncthreads();
-  if (warp < kWarps / 2) {
-    each_pair(
-        [](float2& pair, float first, float second) { pair = {pair.x + first, pair.y + second}; });
+  __syncwarp();
+  cluster_sync();
+  const int first = kTokens * part / parts, last = kTokens * (part + 1) / parts;
+  const int count = (min(first_token + last, p.m) - first_token - first) * (T::columns / 2);
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int token = first + i / (T::columns / 2), column = i % (T::columns / 2) * 2;
+    const uint32_t address = shared + (token * T::pitch + column) * 4;
+    float2 total = {0.0f, 0.0f};
+    for (int block = 0; block < parts; ++block) {
+      const float2 sums = load_shared(address, block);
+      total = {total.x + sums.x, total.y + sums.y};
+    }
+    const int at = first_column + column;
+    const float2 factors = __ldg(reinterpret_cast<const float2*>(p.factors + at));
+    *reinterpret_cast<uint32_t*>(p.d + (first_token + token) * p.d_stride + at) =
+        round2(total.x * factors.x, total.y * factors.y);
   }
-  __syncthreads();
-  constexpr int kEach = kTokens * kRows / kThreads;
-  static_assert(kEach == 2);
-  const int token = threadIdx.x * kEach / kRows, column = threadIdx.x * kEach % kRows;
-  if (first_token + token >= p.m) return;
-  float2 total = {0.0f, 0.0f};
-#pragma unroll
-  for (const auto& part : parts) {
-    const float2 pair = *reinterpret_cast<const float2*>(&part[token][column]);
-    total = {total.x + pair.x, total.y + pair.y};
-  }
-  const float2 factors = __ldg(reinterpret_cast<const float2*>(p.factors + first_row + column));
-  *reinterpret_cast<uint32_t*>(p.d + (first_token + token) * p.d_stride + first_row + column) =
-      round2(total.x * factors.x, total.y * factors.y);
+  cluster_sync();  // no block leaves while others read its sums
+#endif
+}
+
+// ---- Host
+
+CUtensorMap map_of(const ConstMatrixView& matrix, int box_rows) {
+  const int64_t row_stride = matrix.rows > 1 ? matrix.row_stride : matrix.cols;
+  return bf16_map(matrix.data, matrix.rows, matrix.cols, row_stride, box_rows);
+}
+
+CUtensorMap map_of(const ConstRowScaledView& matrix, int box_rows) {
+  return tensor_map(matrix.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix.rows, matrix.cols,
+                    matrix.cols, box_rows);
+}
+
+template <class T, class View>
+void run(const View& a, const View& b, const float* scales, const float* factors,
+         const MatrixView& d, CudaStream stream) {
+  const Parameters p{reinterpret_cast<const float2*>(scales),
+                     factors,
+                     static_cast<__nv_bfloat16*>(d.data),
+                     d.rows > 1 ? d.row_stride : d.cols,
+                     static_cast<int>(a.rows),
+                     static_cast<int>(a.cols),
+                     static_cast<int>(d.cols / T::columns)};
+  const int64_t tiles = ceil_div(a.rows, kTokens) * p.column_tiles;
+  const auto filled = static_cast<int64_t>(kFilled * multiprocessors(current_device()));
+  const int64_t steps = ceil_div(a.cols, T::depth);
+  const int64_t parts = std::clamp<int64_t>(filled / tiles, 1, std::min<int64_t>(steps, kMaxParts));
+  launch_clusters(narrow_gemm_kernel<T>, checked_count(tiles), static_cast<uint32_t>(parts),
+                  kThreads, T::shared_bytes, stream, map_of(a, kTokens), map_of(b, T::b_rows), p);
+}
+
+template <class Element, class View>
+void run_widest(const View& a, const View& b, const float* scales, const float* factors,
+                const MatrixView& d, CudaStream stream) {
+  static_assert(kNarrowColumns == 32);
+  if (d.cols % 128 == 0) return run<Tile<Element, 128>>(a, b, scales, factors, d, stream);
+  if (d.cols % 64 == 0) return run<Tile<Element, 64>>(a, b, scales, factors, d, stream);
+  run<Tile<Element, 32>>(a, b, scales, factors, d, stream);
 }
 
 }  // namespace
 
-void narrow_gemm_sm90(const ConstRowScaledView& a, const ConstMatrixView& b, const float* factors,
+void narrow_gemm_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
+                      const float* factors, const MatrixView& d, CudaStream stream) {
+  run_widest<Codes>(a, b, b.scales, factors, d, stream);
+}
+
+void narrow_gemm_sm90(const ConstMatrixView& a, const ConstMatrixView& b, const float* factors,
                       const MatrixView& d, CudaStream stream) {
-  const Parameters p{a.codes,
-                     static_cast<const __half*>(b.data),
-                     factors,
-                     static_cast<__nv_bfloat16*>(d.data),
-                     b.row_stride,
-                     d.rows > 1 ? d.row_stride : d.cols,
-                     static_cast<int>(a.rows),
-                     static_cast<int>(a.cols)};
-  const dim3 blocks(checked_count(ceil_div(a.rows, kTokens)), checked_count(b.rows / kRows));
-  launch(narrow_gemm_kernel, blocks, kThreads, stream, p);
+  run_widest<BF16>(a, b, nullptr, factors, d, stream);
 }
 
 }  // namespace zimage_mxfp8::detail

@@ -67,7 +67,7 @@ struct GemmProblem {
 //   mixed_sm90   BF16 activations and MXFP8 weights, which are decoded to BF16 (exact for scale
 //                bytes of 3 and more) on their way to the tensor cores. A block with scale 255 is
 //                NaN, but codes 0x7F and 0xFF under another scale, which no encoder writes, count
-//                as 480. D in BF16. Compute capability 9.0.
+//                as 480. D in BF16, with or without a low-rank addend. Compute capability 9.0.
 //   mxfp8_sm100  MXFP8 operands on Blackwell's block-scaled tensor cores, through CUTLASS. Compute
 //                capability 10.0 and 10.3. Compiled and checked, but never run on such a device.
 //   mxfp8_sm120  The same for 12.0 and 12.1. Compiled and checked, but never run on such a device.
@@ -143,8 +143,8 @@ struct RotateHeads {
 // In the order of GemmEpilogue.
 using EpilogueArguments = std::variant<std::monostate, SiluMultiply, RotateHeads>;
 
-// X U^T, which is added to the codes' products before they are scaled: to add Y Z^T to D, X is Y
-// divided by A's scales (see narrow_gemm) and U is Z divided by B's.
+// X U^T, which is added to D. The products of row-scaled codes are scaled afterwards: to add Y Z^T
+// to such a D, X is Y divided by A's scales (see narrow_gemm) and U is Z divided by B's.
 struct LowRankAddend {
   ConstMatrixView x;  // [M, rank] BF16
   ConstMatrixView u;  // [N, rank] BF16
@@ -179,14 +179,18 @@ GemmProblem problem_of(const GemmArguments& arguments);
 void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace workspace,
           CudaStream stream);
 
-// D[m, r] = factors[r] * sum over k of code(A[m, k]) * B[r, k]: A without its scales, for the X of
-// a LowRankAddend. Sums are in float32 and do not depend on M; D is rounded once. For few rows of
-// B: A is read once for every 32 of them. Compute capability 9.0.
+// The X of a LowRankAddend, a GEMM with few columns: A is read once for up to 128 of them. Compute
+// capability 9.0.
 //
-// `a` [M, K] and `b` [R, K] float16 have a K that is a multiple of 32, `factors` [R], and `d` [M,
-// R] BF16 an R that is a multiple of 32. Rows are aligned to 16 bytes. Throws InvalidArgument for
+// With BF16 `a` [M, K] and `b` [R, K], D[m, r] = factors[r] * sum over k of A[m, k] * B[r, k].
+// With row-scaled `a` [M, K] and `b` [2 R, K], D[m, r] = factors[r] * sum over k of code(A[m, k]) *
+// (B[2 r, k] + B[2 r + 1, k]), without A's scales. B holds each row of a matrix as two terms: the
+// row encoded, and what that encoding left out, encoded. Together they are as exact as BF16.
+//
+// Sums are those of the tensor cores; D is rounded once. K is a multiple of 32, and so is R.
+// `factors` is [R], `d` [M, R] BF16. Rows are aligned to 16 bytes. Throws InvalidArgument for
 // arguments that break these rules, Unsupported on other devices.
-void narrow_gemm(const ConstRowScaledView& a, const ConstMatrixView& b, const float* factors,
+void narrow_gemm(const GemmOperand& a, const GemmOperand& b, const float* factors,
                  const MatrixView& d, CudaStream stream);
 
 // The reference in host memory, without an epilogue, on `threads` threads (0: one per core). Bias

@@ -134,9 +134,10 @@ def gemm_low_rank(a: Any, b: Any, addend: LowRankAddend, *, kernel: str | None =
     """Compute a b^T with a low-rank addend.
 
     Args:
-        a: [M, K], a `RowScaledArray` on CUDA. K is a multiple of 32.
-        b: [N, K], likewise. N is a multiple of 8.
-        addend: what is added before the scales.
+        a: [M, K] on CUDA, a `RowScaledArray` or of bfloat16. K is a multiple of 32.
+        b: [N, K], a `RowScaledArray`, or an `MXFP8Array` if `a` is of bfloat16. N is a multiple of
+            8.
+        addend: what is added, to row-scaled operands before the scales.
         kernel: name of the kernel; by default the one of least cost.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Low-rank addends of row-scaled GEMMs on Hopper: A B^T + (A D^T) E^T in one GEMM and a narrow one.
+"""Low-rank addends of GEMMs on Hopper: A B^T + (A D^T) E^T in one GEMM and a narrow one.
 
-`narrow_gemm` computes A D^T for a small rank, and the GEMMs of `gemm_epilogues` add its product
-with E before they scale their sums. Arguments are torch tensors on one CUDA device; the work goes
-to torch's current stream and can be captured in a CUDA graph.
+`narrow_gemm` computes A D^T, with a small rank, and the GEMMs of `gemm_epilogues` add the product
+of that and E before they scale their sums. Arguments are torch tensors on one
+CUDA device; the work goes to torch's current stream and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from .. import _core
 from ..errors import InvalidArgumentError
 from .arrays import aligned, call_core, empty, on_cuda, plain, require_2d, vector
-from .gemm import RowScaledArray, row_scaled_parts
+from .gemm import Operand, operands
 
 __all__ = ["NARROW_ROWS", "LowRankAddend", "narrow_gemm"]
 
@@ -22,10 +22,10 @@ NARROW_ROWS = 32  # the rank of a narrow GEMM is a multiple of it
 
 @dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
 class LowRankAddend:
-    """X U^T, which a GEMM of row-scaled A and B adds to the products of their codes.
+    """X U^T, which a GEMM of A and B adds to its sums.
 
-    The sum is scaled afterwards: to add Y Z^T, X is Y divided by A's scales and U is Z divided by
-    B's.
+    Row-scaled A and B are scaled afterwards: to add Y Z^T, X is Y divided by A's scales and U is Z
+    divided by B's. With bfloat16 A and MXFP8 B, X U^T itself is added.
 
     Attributes:
         x: [M, rank] of bfloat16.
@@ -56,14 +56,17 @@ class LowRankAddend:
         return x, u
 
 
-def narrow_gemm(a: RowScaledArray, down: Any, factors: Any) -> Any:
-    """Compute factors * (codes of `a`) down^T for a small rank, for the x of a `LowRankAddend`.
+def narrow_gemm(a: Any, down: Any, factors: Any) -> Any:
+    """Compute factors * A D^T for a small rank, for the x of a `LowRankAddend`.
 
-    Sums are in float32 and do not depend on M; the result is rounded once.
+    Sums are those of the tensor cores; the result is rounded once.
 
     Args:
-        a: [M, K] on CUDA, of which the scales are not used. K is a multiple of 32.
-        down: [rank, K] of float16. The rank is a multiple of 32.
+        a: [M, K] on CUDA, of bfloat16, or a `RowScaledArray`, of which the scales are not used. K
+            is a multiple of 32.
+        down: D [rank, K] of bfloat16. For a row-scaled `a`, a `RowScaledArray` [2 rank, K] with D
+            as a sum of two terms whose rows alternate: row r of D is the sum of rows 2 r and
+            2 r + 1. Encode D, and then what that encoding left out. The rank is a multiple of 32.
         factors: [rank] of float32.
 
     Returns:
@@ -73,14 +76,17 @@ def narrow_gemm(a: RowScaledArray, down: Any, factors: Any) -> Any:
         InvalidArgumentError: shapes, dtypes or devices that do not fit together.
         UnsupportedError: the device is not of compute capability 9.0, or the build lacks 90a.
     """
-    codes, scales, rows, _ = row_scaled_parts(a, "a")
-    matrix, dtype = plain(down, "down")
-    if dtype != "float16" or not on_cuda(matrix):
-        raise InvalidArgumentError(f"down must be float16 on a CUDA device, not {dtype}")
-    rank, _ = require_2d(matrix, "down")
+    first, second = operands(a, down)
+    if not (on_cuda(first[1]) and on_cuda(second[1])):
+        raise InvalidArgumentError("a and down must be on a CUDA device")
+    rank = second[3] // 2 if second[0] == "row-scaled" else second[3]
     of_rank = vector(factors, "float32", rank, "factors")
-    result = empty((rows, rank), "bfloat16", like=codes)
-    call_core(
-        _core.narrow_gemm, aligned(codes), scales, aligned(matrix), of_rank, result, like=codes
-    )
+    result = empty((first[3], rank), "bfloat16", like=first[1])
+    pair = (_aligned(first), _aligned(second))
+    call_core(_core.narrow_gemm, *pair, of_rank, result, like=first[1])
     return result
+
+
+def _aligned(operand: Operand) -> Operand:
+    scales = None if operand[2] is None else aligned(operand[2])
+    return operand[0], aligned(operand[1]), scales, *operand[3:]

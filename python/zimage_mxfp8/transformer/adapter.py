@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..ops.fused import ActivationFormat
-from ..ops.gemm import RowScaledArray
 from ..ops.low_rank import LowRankAddend
 from .ops import PLAIN, Activation
 
@@ -48,10 +48,10 @@ class Adapter(nn.Module):
 
 
 class FusedAdapter(Adapter):
-    """Base class of adapters that the GEMM of an `FP8Linear` adds.
+    """Base class of adapters that the layer's GEMM adds.
 
-    Such a layer keeps its fused epilogue, and its input needs no other format. A layer takes them
-    if `takes_fused_adapters`; `forward` is not called.
+    The layer keeps its fused epilogue, and its input needs no other format. A layer takes them if
+    `takes_fused_adapters`; `forward` is not called.
 
     Attributes:
         rank: of the addend.
@@ -60,6 +60,6 @@ class FusedAdapter(Adapter):
     input_formats: Set[ActivationFormat] = frozenset()
     rank: int
 
-    def addend(self, x: RowScaledArray) -> LowRankAddend:
-        """Return the branch for the layer's input [M, K]."""
+    def addend(self, x: Any) -> LowRankAddend:
+        """Return the branch for the layer's input [M, K], which is in the layer's own format."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The branch of adapters that an FP8 layer's GEMM adds itself, see `ops.low_rank`."""
+"""The branch of adapters that a layer's GEMM adds itself, see `ops.low_rank`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,25 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ops.gemm import RowScaledArray
+from ..ops.codec import MXFP8Array
+from ..ops.gemm import RowScaledArray, quantize_rows
 from ..ops.low_rank import NARROW_ROWS, LowRankAddend
 from . import fused_kernels
 from .adapter import FusedAdapter
+from .linear import FP8Linear, Linear, WeightOnlyLinear
 from .low_rank import Addend, SharedAdapter
+from .ops import pad_columns
+
+
+def fused_adapter(linear: Linear, addends: Sequence[Addend]) -> SharedAdapter | None:
+    """Return the branch that the layer's GEMM adds, or None if it cannot add these addends."""
+    if not linear.takes_fused_adapters or not can_fuse(addends):
+        return None
+    if isinstance(linear, WeightOnlyLinear):
+        return WeightOnlyLowRankAdapter(addends, linear.weights)
+    assert isinstance(linear, FP8Linear)
+    adapter = FP8LowRankAdapter(addends, linear.weights)
+    return adapter if adapter.is_finite else None
 
 
 def can_fuse(addends: Sequence[Addend]) -> bool:
@@ -18,41 +32,74 @@ def can_fuse(addends: Sequence[Addend]) -> bool:
     return all(x.down is not None and x.bias is None and x.norms is None for x in addends)
 
 
-class FusedLowRankAdapter(SharedAdapter, FusedAdapter):
+def two_terms(matrix: torch.Tensor) -> RowScaledArray:
+    """Encode a matrix as a sum of two row-scaled ones whose rows alternate.
+
+    Together they are as exact as bfloat16.
+
+    Args:
+        matrix: [N, K] of float32.
+
+    Returns:
+        [2 N, K]: row n of the matrix is the sum of rows 2 n and 2 n + 1.
+    """
+    first = quantize_rows(matrix)
+    second = quantize_rows(matrix - first.codes.float() * first.scales[:, None])
+    pairs = [
+        torch.stack((getattr(first, part), getattr(second, part)), dim=1)
+        for part in ("codes", "scales")
+    ]
+    return RowScaledArray(*(pair.flatten(0, 1) for pair in pairs))
+
+
+class _FusedLowRankAdapter(SharedAdapter, FusedAdapter):
     """Gives the addends of all loaded adapters to the layer's GEMM, each in columns of its own.
 
     Attributes:
-        down: float16 [rank, K]; rows are divided by a power of two, so that nothing overflows.
-        up: bfloat16 [N, rank], divided by the scales of the layer's rows, which are powers of two.
-        powers: those by which `down` was divided; 0 for columns of zeros at the end.
+        up: bfloat16 [N, rank], with columns of zeros at the end.
     """
 
-    down: torch.Tensor
     up: torch.Tensor
+
+    def __init__(self, addends: Sequence[Addend], up: torch.Tensor) -> None:
+        """Take low-rank addends and `up`."""
+        super().__init__(addends)
+        self.rank = up.shape[1]
+        self.register_buffer("up", up)
+        members = [i for i, x in enumerate(addends) for _ in range(_rank(x))]
+        powers = torch.ones(self.rank, device=up.device)
+        powers[len(members) :] = 0
+        self._register_weights([*members, *[0] * (self.rank - len(members))], powers)
+
+    def workspace_nbytes(self, tokens: int) -> int:
+        """Return the bytes of the narrow GEMM's result."""
+        return tokens * self.rank * self.up.itemsize
+
+
+class FP8LowRankAdapter(_FusedLowRankAdapter):
+    """The branch of an `FP8Linear`.
+
+    Attributes:
+        down_codes: [2 rank, K] of bytes, see `two_terms`.
+        down_scale_bits: their scales, as integers, which nn.Module.to(dtype) leaves alone.
+        up: divided by the scales of the layer's rows.
+    """
+
+    down_codes: torch.Tensor
+    down_scale_bits: torch.Tensor
 
     def __init__(self, addends: Sequence[Addend], weights: RowScaledArray) -> None:
         """Take low-rank addends, and the layer's weights [N, K]."""
-        super().__init__(addends)
-        rows, columns = weights.shape
-        device = weights.codes.device
-        ranks = [0 if x.down is None else len(x.down) for x in addends]
-        self.rank = -(-sum(ranks) // NARROW_ROWS) * NARROW_ROWS
-        down = torch.zeros(self.rank, columns, device=device)
-        up = torch.zeros(rows, self.rank, device=device)
-        begin = 0
-        for x, rank in zip(addends, ranks, strict=True):
-            assert x.down is not None
-            assert x.up is not None
-            down[begin : begin + rank, : x.down.shape[1]] = x.down.to(down)
-            up[x.rows, begin : begin + rank] = x.up.to(up)
-            begin += rank
-        largest = down.abs().amax(1)
-        powers = torch.exp2(torch.where(largest > 0, largest, 1).log2().floor())
-        self.register_buffer("down", (down / powers[:, None]).half())
-        self.register_buffer("up", (up / weights.scales[:, None]).bfloat16())
-        powers[begin:] = 0
-        members = [i for i, rank in enumerate(ranks) for _ in range(rank)]
-        self._register_weights([*members, *[0] * (self.rank - begin)], powers)
+        down, up = _factors(addends, weights.shape, weights.codes.device)
+        super().__init__(addends, (up / weights.scales[:, None]).bfloat16())
+        terms = two_terms(down)
+        self.register_buffer("down_codes", terms.codes.view(torch.uint8))
+        self.register_buffer("down_scale_bits", terms.scales.view(torch.int32))
+
+    @property
+    def down(self) -> RowScaledArray:
+        """The first factors [2 rank, K], see `two_terms`."""
+        return RowScaledArray(self.down_codes, self.down_scale_bits.view(torch.float32))
 
     @property
     def is_finite(self) -> bool:
@@ -63,6 +110,45 @@ class FusedLowRankAdapter(SharedAdapter, FusedAdapter):
         """Return the branch for the layer's input [M, K]."""
         return LowRankAddend(fused_kernels.narrow_gemm(x, self.down, self.scales), self.up)
 
-    def workspace_nbytes(self, tokens: int) -> int:
-        """Return the bytes of the narrow GEMM's result."""
-        return tokens * self.rank * self.up.itemsize
+
+class WeightOnlyLowRankAdapter(_FusedLowRankAdapter):
+    """The branch of a `WeightOnlyLinear`.
+
+    Attributes:
+        down: bfloat16 [rank, K].
+    """
+
+    down: torch.Tensor
+
+    def __init__(self, addends: Sequence[Addend], weights: MXFP8Array) -> None:
+        """Take low-rank addends, and the layer's weights [N, K]."""
+        down, up = _factors(addends, weights.shape, weights.codes.device)
+        super().__init__(addends, up.bfloat16())
+        self.register_buffer("down", down.bfloat16())
+
+    def addend(self, x: torch.Tensor) -> LowRankAddend:
+        """Return the branch for the layer's input [M, K] of bfloat16."""
+        x = pad_columns(x, self.down.shape[1])
+        return LowRankAddend(fused_kernels.narrow_gemm_plain(x, self.down, self.scales), self.up)
+
+
+def _rank(addend: Addend) -> int:
+    return 0 if addend.down is None else len(addend.down)
+
+
+def _factors(
+    addends: Sequence[Addend], shape: tuple[int, int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors of all addends in float32: [rank, K] and [N, rank], for weights [N, K]."""
+    rank = -(-sum(map(_rank, addends)) // NARROW_ROWS) * NARROW_ROWS
+    down = torch.zeros(rank, shape[1], device=device)
+    up = torch.zeros(shape[0], rank, device=device)
+    begin = 0
+    for x in addends:
+        assert x.down is not None
+        assert x.up is not None
+        end = begin + _rank(x)
+        down[begin:end, : x.down.shape[1]] = x.down.to(down)
+        up[x.rows, begin:end] = x.up.to(up)
+        begin = end
+    return down, up

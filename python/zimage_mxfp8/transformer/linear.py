@@ -13,6 +13,7 @@ from ..ops import gemm_epilogues
 from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
 from ..ops.gemm import FoldStats, RowScaledArray
+from ..ops.low_rank import LowRankAddend
 from ..system import devices
 from . import arithmetic, fused_kernels, ops
 from .adapter import Adapter, FusedAdapter
@@ -65,18 +66,19 @@ class Linear(nn.Module):
             [M, N] in `dtype`, or the result of the epilogue.
         """
         x = activation[self._input_format]
+        fused = self._fused_adapter
+        addend = None if fused is None else fused.addend(x)
         if epilogue is not None and self.takes_epilogues:
-            return self._gemm_with(epilogue, x)
-        result = self._gemm(x)
-        if self.adapter is not None:
+            return self._gemm_with(epilogue, x, addend)
+        result = self._gemm(x) if addend is None else self._gemm_low_rank(x, addend)
+        if self.adapter is not None and addend is None:
             result = self.adapter(activation, result)
         return result if epilogue is None else epilogue.apply(result)
 
     @property
     def takes_epilogues(self) -> bool:
         """Whether `forward` computes GEMM and epilogue in one call of the core."""
-        is_fused = self.adapter is None or isinstance(self.adapter, FusedAdapter)
-        return is_fused and self._core_takes_epilogues
+        return self.adapter is self._fused_adapter and self._core_takes_epilogues
 
     @property
     def takes_fused_adapters(self) -> bool:
@@ -91,9 +93,10 @@ class Linear(nn.Module):
         if epilogue is not None and self.takes_epilogues:
             return self._epilogue_workspace_nbytes(tokens, epilogue)
         nbytes = self._gemm_workspace_nbytes(tokens)
-        return (
-            nbytes if self.adapter is None else max(nbytes, self.adapter.workspace_nbytes(tokens))
-        )
+        if self.adapter is None:
+            return nbytes
+        of_adapter = self.adapter.workspace_nbytes(tokens)
+        return max(nbytes, of_adapter) if self._fused_adapter is None else nbytes + of_adapter
 
     def decode(self) -> torch.Tensor:
         """Return the weights as float32 [N, K], where K may be padded with zeros."""
@@ -103,9 +106,18 @@ class Linear(nn.Module):
         """Multiply [M, K] in the layer's own format: [M, N]."""
         raise NotImplementedError
 
-    def _gemm_with(self, epilogue: Epilogue, x: Any) -> Any:
+    def _gemm_low_rank(self, x: Any, addend: LowRankAddend) -> torch.Tensor:
+        """Multiply and add a low-rank addend, if `takes_fused_adapters`."""
+        raise NotImplementedError
+
+    def _gemm_with(self, epilogue: Epilogue, x: Any, addend: LowRankAddend | None) -> Any:
         """Multiply and apply an epilogue, if `_core_takes_epilogues`."""
         raise NotImplementedError
+
+    @property
+    def _fused_adapter(self) -> FusedAdapter | None:
+        """The adapter, if the layer's GEMM adds it."""
+        return self.adapter if isinstance(self.adapter, FusedAdapter) else None
 
     @property
     def _core_takes_epilogues(self) -> bool:
@@ -154,7 +166,7 @@ class _MXFP8Linear(Linear):
 
     def decode(self) -> torch.Tensor:
         """Return the weights as float32 [N, K], with K padded to a multiple of 32."""
-        decoded = arithmetic.on(self.codes.device).dequantize(self._weights, torch.float32)
+        decoded = arithmetic.on(self.codes.device).dequantize(self.weights, torch.float32)
         return decoded[: self.out_features]
 
     @property
@@ -164,7 +176,8 @@ class _MXFP8Linear(Linear):
         return rows, columns
 
     @property
-    def _weights(self) -> MXFP8Array:
+    def weights(self) -> MXFP8Array:
+        """[N, K], with padding to multiples of 32 of both."""
         return MXFP8Array(self.codes, self.scales, self._shape)
 
 
@@ -173,9 +186,24 @@ class WeightOnlyLinear(_MXFP8Linear):
 
     weight_format = "mxfp8 (weight-only)"
 
+    @property
+    def takes_fused_adapters(self) -> bool:
+        """Whether the layer's GEMM can add a low-rank addend: on Hopper, in bfloat16."""
+        device = self.codes.device
+        return (
+            self.dtype == torch.bfloat16
+            and self._shape[0] == self.out_features
+            and devices.has_fused_kernels(device)
+            and arithmetic.by_core.takes_addends(device.index, "bfloat16", "mxfp8")
+        )
+
+    def _gemm_low_rank(self, x: torch.Tensor, addend: LowRankAddend) -> torch.Tensor:
+        x = pad_columns(x, self._shape[1])
+        return fused_kernels.gemm_weight_only_low_rank(x, self.weights, addend)
+
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
         x = pad_columns(x, self._shape[1])
-        out = arithmetic.on(x.device).multiply_weight_only(x, self._weights)
+        out = arithmetic.on(x.device).multiply_weight_only(x, self.weights)
         return out[:, : self.out_features]
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:  # noqa: ARG002 - of the interface
@@ -204,7 +232,7 @@ class BlockScaledLinear(_MXFP8Linear):
         a = MXFP8Array(x.codes, x.scales, (x.shape[0], self._shape[1]))
         of_device = arithmetic.on(self.codes.device)
         multiply = of_device.multiply_decoded if self._emulated else of_device.multiply_mxfp8
-        return multiply(a, self._weights, self.dtype)[:, : self.out_features]
+        return multiply(a, self.weights, self.dtype)[:, : self.out_features]
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         if not self._emulated:
@@ -242,52 +270,48 @@ class FP8Linear(Linear):
         decoded: torch.Tensor = codes * weights.scales[:, None]
         return decoded[: self.out_features]
 
-    def forward(self, activation: Activation, epilogue: Epilogue | None = None) -> Any:
-        """Multiply, add a fused adapter, and apply an epilogue (see `Linear.forward`)."""
-        if epilogue is None and isinstance(self.adapter, FusedAdapter):
-            x = activation[self._input_format]
-            return fused_kernels.gemm_low_rank(x, self.weights, self.adapter.addend(x))
-        return super().forward(activation, epilogue)
-
     @property
     def takes_fused_adapters(self) -> bool:
         """Whether the layer's GEMM can add a low-rank addend: on Hopper, in bfloat16."""
         return self._core_takes_epilogues and arithmetic.by_core.takes_addends(
-            self.codes.device.index
+            self.codes.device.index, "row-scaled", "row-scaled"
         )
 
     def _gemm(self, x: RowScaledArray) -> torch.Tensor:
         multiply = arithmetic.on(self.codes.device).multiply_row_scaled
         return multiply(x, self.weights, self.dtype)[:, : self.out_features]
 
-    def _gemm_with(self, epilogue: Epilogue, x: RowScaledArray) -> Any:
-        adapter = self.adapter
-        addend = adapter.addend(x) if isinstance(adapter, FusedAdapter) else None
+    def _gemm_low_rank(self, x: RowScaledArray, addend: LowRankAddend) -> torch.Tensor:
+        return fused_kernels.gemm_low_rank(x, self.weights, addend)
+
+    def _gemm_with(
+        self, epilogue: Epilogue, x: RowScaledArray, addend: LowRankAddend | None
+    ) -> Any:
         return epilogue.gemm(x, self.weights, addend)
 
     @property
     def _core_takes_epilogues(self) -> bool:
-        device = self.codes.device
+        codes = self.codes
         return (
             self.dtype == torch.bfloat16
-            and len(self.codes) == self.out_features
-            and devices.has_fused_kernels(device)
-            and not arithmetic.by_core.row_scaled_unsupported(device.index)
+            and len(codes) == self.out_features
+            and codes.is_cuda
+            and arithmetic.by_core.takes_epilogues(codes.get_device())
         )
 
     def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
         rows, columns = self.codes.shape
         shape, index = (rows, columns), self.codes.device.index
         written, nbytes, rank = epilogue.written_format, 0, 0
-        if isinstance(self.adapter, FusedAdapter):
-            nbytes, rank = self.adapter.workspace_nbytes(tokens), self.adapter.rank
+        if (fused := self._fused_adapter) is not None:
+            nbytes, rank = fused.workspace_nbytes(tokens), fused.rank
         return nbytes + gemm_epilogues.workspace_nbytes(
             epilogue.name, tokens, shape, written, index, rank
         )
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
-        if isinstance(self.adapter, FusedAdapter):
-            return self.adapter.workspace_nbytes(tokens)
+        if self._fused_adapter is not None:
+            return 0
         device, (rows, columns) = self.codes.device, self.codes.shape
         of_device = arithmetic.on(device)
         return of_device.row_scaled_workspace(tokens, (rows, columns), self.dtype, device)
@@ -311,7 +335,8 @@ class _Int8Linear(Linear):
         self.register_buffer("rotation", rotation)
 
     @property
-    def _weights(self) -> int8.Int8Matrix:
+    def weights(self) -> int8.Int8Matrix:
+        """[N, K], with the padding that it was given."""
         return int8.Int8Matrix(self.codes, self.scale_bits.view(torch.float32))
 
     @property
@@ -321,7 +346,7 @@ class _Int8Linear(Linear):
 
     def decode(self) -> torch.Tensor:
         """Return the weights as float32 [N, K], rotated back, with K as it is stored."""
-        return int8.decode(self._weights, self.rotation)[: self.out_features]
+        return int8.decode(self.weights, self.rotation)[: self.out_features]
 
 
 class Int8Linear(_Int8Linear):
@@ -337,7 +362,7 @@ class Int8Linear(_Int8Linear):
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
         encoded = int8.encode(pad_columns(x, self.codes.shape[1]), self.rotation)
-        return int8.multiply(encoded, self._weights, self.dtype)[:, : self.out_features]
+        return int8.multiply(encoded, self.weights, self.dtype)[:, : self.out_features]
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         return int8.workspace(tokens, self._shape)
@@ -349,7 +374,7 @@ class Int8WeightOnlyLinear(_Int8Linear):
     weight_format = "int8 (weight-only)"
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        return int8.multiply_weight_only(x, self._weights, self.rotation)
+        return int8.multiply_weight_only(x, self.weights, self.rotation)
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         return int8.weight_only_workspace(tokens, self._shape)

@@ -24,8 +24,8 @@ from ..errors import CheckpointError, CudaError, UsageError
 from ..printing.screen import size_text
 from ..text import plural
 from ..zimage.rows import Shape
-from .fused_low_rank import FusedLowRankAdapter, can_fuse
-from .linear import FP8Linear, Linear
+from .fused_low_rank import fused_adapter
+from .linear import Linear
 from .low_rank import Addend, LowRankAdapter, SharedAdapter, WeightTable, dora_norms
 from .places import LinearPlace
 from .turns import Turns
@@ -456,9 +456,8 @@ def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Ad
 
 def _branch(linear: Linear, addends: list[Addend]) -> SharedAdapter:
     with torch.inference_mode(False):  # tensors of that mode cannot be written to outside it
-        if isinstance(linear, FP8Linear) and linear.takes_fused_adapters and can_fuse(addends):
-            fused = FusedLowRankAdapter(addends, linear.weights)
-            if fused.is_finite:
-                return fused
+        fused = fused_adapter(linear, addends)
+        if fused is not None:
+            return fused
         like = torch.empty(0, dtype=linear.dtype, device=_device(linear))
         return LowRankAdapter(addends, getattr(linear, "bias", None), like)

@@ -59,7 +59,7 @@ needs_bash = pytest.mark.skipif(BASH is None, reason="there is no bash")
         ("zimage-mxfp8 convert --exclude", ["--exclude-layers"]),
         ("zimage-mxfp8 convert --lor", ["--lora"]),
         ("zimage-mxfp8 merge", ["merge-lora"]),
-        ("zimage-mxfp8 export --to ", ["comfyui", "diffusers", "fp8-rowwise"]),
+        ("zimage-mxfp8 export --to ", ["comfyui", "diffusers", "fp8-rowwise", "int8-convrot"]),
         ("zimage-mxfp8 convert --convro", [""]),  # options that are refused
         (
             "zimage-mxfp8 convert m.safetensors --bias-correction ",

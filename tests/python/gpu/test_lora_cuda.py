@@ -15,10 +15,10 @@ from safetensors import safe_open
 import zimage_mxfp8 as zm
 from helpers.cuda_model import RAGGED, load, on_device
 from helpers.diffusers_reference import random_inputs, relative_error
+from zimage_mxfp8.transformer.adapter import FusedAdapter
 from zimage_mxfp8.transformer.arithmetic import by_core
-from zimage_mxfp8.transformer.compute import COMPUTE_MODES
-from zimage_mxfp8.transformer.fused_low_rank import FusedLowRankAdapter
-from zimage_mxfp8.transformer.linear import FP8Linear
+from zimage_mxfp8.transformer.compute import COMPUTE_MODES, Compute
+from zimage_mxfp8.transformer.linear import FP8Linear, Linear, WeightOnlyLinear
 
 pytestmark = pytest.mark.gpu
 
@@ -73,24 +73,35 @@ def test_adapters_agree_with_the_cpu(compute: str, quantized: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(output(model, {}), before, strict=True))
 
 
-def test_fused_adapters_equal_those_apart(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not by_core.takes_addends(torch.cuda.current_device()):
+# In `fp8` activations of the branch are in 8 bits too; without the branch roundings differ, and
+# with them steps of E4M3.
+@pytest.mark.parametrize(
+    ("compute", "kind", "tolerance"),
+    [("fp8", FP8Linear, 0.08), ("weight-only", WeightOnlyLinear, 0.02)],
+)
+def test_fused_adapters_equal_those_apart(
+    quantized: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compute: Compute,
+    kind: type[Linear],
+    tolerance: float,
+) -> None:
+    formats = ("row-scaled", "row-scaled") if compute == "fp8" else ("bfloat16", "mxfp8")
+    if not by_core.takes_addends(torch.cuda.current_device(), *formats):
         pytest.skip("no kernel of this device adds a low-rank addend")
-    fused = load(quantized, "fp8")
+    fused = load(quantized, compute)
     fused.load_lora(adapter(quantized, 32, 1), "one")
-    layers = [x for x in fused.modules() if isinstance(x, FP8Linear)]
-    assert layers and all(isinstance(x.adapter, FusedLowRankAdapter) for x in layers)
-    monkeypatch.setattr(FP8Linear, "takes_fused_adapters", False)
-    apart = load(quantized, "fp8")
+    layers = [x for x in fused.modules() if isinstance(x, kind)]
+    assert layers and all(isinstance(x.adapter, FusedAdapter) for x in layers)
+    monkeypatch.setattr(kind, "takes_fused_adapters", False)
+    apart = load(quantized, compute)
     apart.load_lora(adapter(quantized, 32, 1), "one")
-    assert not any(isinstance(x, FusedLowRankAdapter) for x in apart.modules())
+    assert not any(isinstance(x, FusedAdapter) for x in apart.modules())
     with_branch, without = output(apart, {"one": 1.0}), output(apart, {"one": 0.0})
     found = output(fused, {"one": 1.0})
-    # Activations of the branch are in 8 bits too.
-    assert relative_error(found, with_branch) < 0.08
+    assert relative_error(found, with_branch) < tolerance
     assert relative_error(without, with_branch) > 0.2
-    # Without the branch roundings differ, and with them steps of E4M3.
-    assert relative_error(output(fused, {"one": 0.0}), without) < 0.08
+    assert relative_error(output(fused, {"one": 0.0}), without) < tolerance
 
 
 def test_memory_of_a_forward_with_adapters(quantized: Path) -> None:

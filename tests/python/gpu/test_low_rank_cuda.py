@@ -15,6 +15,7 @@ from zimage_mxfp8.ops import fused
 from zimage_mxfp8.ops.gemm_epilogues import gemm_low_rank, gemm_rotate_heads, gemm_silu_multiply
 from zimage_mxfp8.ops.low_rank import LowRankAddend, narrow_gemm
 from zimage_mxfp8.transformer.arithmetic import by_core
+from zimage_mxfp8.transformer.fused_low_rank import two_terms
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +25,7 @@ SUMS = 2.0**-9  # of the tensor cores' sums in FP8, see test_gemm_epilogues_cuda
 
 @pytest.fixture(autouse=True)
 def _hopper() -> None:
-    if not by_core.takes_addends(torch.cuda.current_device()):
+    if not by_core.takes_addends(torch.cuda.current_device(), "row-scaled", "row-scaled"):
         pytest.skip("no kernel of this device adds a low-rank addend")
 
 
@@ -42,19 +43,37 @@ def codes(array: zm.RowScaledArray) -> torch.Tensor:
     return values
 
 
-@pytest.mark.parametrize("tokens", [1, 31, 32, 100, 4224])
-@pytest.mark.parametrize(("rank", "depth"), [(32, 3840), (128, 10240), (64, 352), (32, 32)])
+@pytest.mark.parametrize("tokens", [1, 63, 100, 129, 1152, 4224, 16512])
+@pytest.mark.parametrize(
+    ("rank", "depth"), [(32, 3840), (128, 10240), (64, 352), (32, 32), (96, 3840), (256, 416)]
+)
 def test_narrow_gemm(tokens: int, rank: int, depth: int) -> None:
-    a, down = operand(tokens, depth, 1), random(rank, depth, seed=2).half()
+    a, down = operand(tokens, depth, 1), two_terms(random(rank, depth, seed=2))
     factors = random(rank, seed=3)
     result = narrow_gemm(a, down, factors)
-    exact = codes(a) @ down.double().T * factors
-    size = codes(a).square().sum(1).sqrt()[:, None] * down.double().square().sum(1).sqrt()
-    allowed = 1.01 * ROUNDING * exact.abs() + 1e-6 * size * factors.abs()
+    terms = codes(down) * down.scales.double()[:, None]
+    exact = codes(a) @ (terms[0::2] + terms[1::2]).T * factors
+    size = codes(a).norm(dim=1)[:, None] * (terms[0::2].norm(dim=1) + terms[1::2].norm(dim=1))
+    allowed = 1.01 * ROUNDING * exact.abs() + SUMS * size * factors.abs()
     assert result.dtype == torch.bfloat16 and result.shape == exact.shape
     assert ((result.double() - exact).abs() <= allowed).all()
-    few = zm.RowScaledArray(a.codes[:1].contiguous(), a.scales[:1].contiguous())
-    assert torch.equal(narrow_gemm(few, down, factors), result[:1])
+    assert ((result.double() - exact).norm() / exact.norm()).item() < 5e-3
+    assert torch.equal(narrow_gemm(a, down, factors), result)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 100, 129, 1152, 4224, 16512])
+@pytest.mark.parametrize(
+    ("rank", "depth"), [(32, 3840), (128, 10240), (64, 352), (32, 32), (96, 3840), (256, 416)]
+)
+def test_narrow_gemm_of_bfloat16(tokens: int, rank: int, depth: int) -> None:
+    wide = random(tokens, depth + 64, seed=1).bfloat16()
+    a, down, factors = wide[:, :depth], random(rank, depth, seed=2).bfloat16(), random(rank, seed=3)
+    result = narrow_gemm(a, down, factors)
+    exact = a.double() @ down.double().T * factors
+    size = a.double().norm(dim=1)[:, None] * down.double().norm(dim=1) * factors.abs()
+    assert result.dtype == torch.bfloat16 and result.shape == exact.shape
+    assert ((result.double() - exact).abs() <= 1.01 * ROUNDING * exact.abs() + 1e-6 * size).all()
+    assert torch.equal(narrow_gemm(a, down, factors), result)
 
 
 def addend_of(tokens: int, rows: int, rank: int) -> LowRankAddend:
@@ -84,6 +103,27 @@ def test_gemm_low_rank(tokens: int, rows: int, depth: int, rank: int) -> None:
     exact, allowed = exact_sums(a, b, addend)
     assert ((result - exact).abs() <= allowed + ROUNDING * exact.abs()).all()
     assert ((result - exact).norm() / exact.norm()).item() < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 129, 1152, 4224])
+@pytest.mark.parametrize(
+    ("rows", "depth", "rank"), [(3840, 3840, 32), (3840, 10240, 128), (8, 32, 8), (520, 160, 200)]
+)
+def test_weight_only(tokens: int, rows: int, depth: int, rank: int) -> None:
+    a = (random(tokens, depth, seed=6) / depth**0.5).bfloat16()
+    b = zm.quantize(random(rows, depth, seed=7))
+    addend = addend_of(tokens, rows, rank)
+    addend = LowRankAddend(addend.x / 500, addend.u)
+    result = gemm_low_rank(a, b, addend)
+    exact = a.double() @ zm.dequantize(b, "float32").double().T
+    exact += addend.x.double() @ addend.u.double().T
+    sizes = 3 * (1 + rank**0.5)
+    allowed = 1.01 * ROUNDING * exact.abs() + 1e-5 * sizes
+    assert ((result.double() - exact).abs() <= allowed).all()
+    zeros = LowRankAddend(torch.zeros_like(addend.x), addend.u)
+    plain = zm.gemm(a, b)
+    difference = (gemm_low_rank(a, b, zeros).double() - plain.double()).norm()
+    assert (difference / plain.double().norm()).item() < 4e-3
 
 
 @pytest.mark.parametrize("tokens", [1, 129, 4224])
@@ -136,7 +176,11 @@ def test_views_and_wrong_arguments() -> None:
     refused(addend.x, addend.u[:, :24], "widths differ")
     refused(addend.x[:, :12], addend.u[:, :12], "multiple of 8")
     refused(addend.x.float(), addend.u, "must be bfloat16")
-    with pytest.raises(zm.InvalidArgumentError, match="float16"):
-        narrow_gemm(a, torch.zeros(32, 64, device="cuda"), torch.zeros(32, device="cuda"))
+    with pytest.raises(zm.InvalidArgumentError, match="multiple of 64 rows"):
+        narrow_gemm(a, operand(40, 64, 17), torch.zeros(20, device="cuda"))
+    with pytest.raises(zm.InvalidArgumentError, match="both be BF16 or both row-scaled"):
+        narrow_gemm(a, zm.quantize(random(64, 64, seed=17)), torch.zeros(64, device="cuda"))
+    with pytest.raises(zm.InvalidArgumentError, match=r"factors must be \[32\]"):
+        narrow_gemm(a, operand(64, 64, 17), torch.zeros(64, device="cuda"))
     with pytest.raises(zm.UnsupportedError, match="adds no low-rank addend"):
         gemm_low_rank(a, b, addend, kernel="fp8_rowwise")

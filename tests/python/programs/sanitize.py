@@ -29,6 +29,7 @@ import torch
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops import fused, gemm_epilogues, low_rank
+from zimage_mxfp8.transformer.fused_low_rank import two_terms
 
 TOLERANCE = {"reference": 1e-6, "dequantize": 5e-3, "fp8_rowwise": 1e-2, "mixed_sm90": 5e-3}
 # M, N and K: every kernel's number of tokens, and weights enough for every multiprocessor.
@@ -129,14 +130,21 @@ def check_addend(tokens: int, rows: int, depth: int, rank: int) -> None:
     """A low-rank addend whose x comes from a narrow GEMM, against the dense matrix."""
     x = zm.quantize_rows(torch.randn(tokens, depth, device="cuda"))
     weights = zm.quantize_rows(torch.randn(rows, depth, device="cuda"))
-    down = torch.randn(rank, depth, device="cuda").half()
+    down = torch.randn(rank, depth, device="cuda")
     up = (torch.randn(rows, rank, device="cuda") / weights.scales[:, None]).bfloat16()
-    narrow = low_rank.narrow_gemm(x, down, torch.ones(rank, device="cuda"))
+    narrow = low_rank.narrow_gemm(x, two_terms(down), torch.ones(rank, device="cuda"))
     addend = low_rank.LowRankAddend(narrow, up)
     decoded = x.codes.float() * x.scales[:, None]
     want = zm.gemm(x, weights, dtype=torch.float32, kernel="reference")
-    want += decoded @ down.float().T @ (up.float() * weights.scales[:, None]).T
+    want += decoded @ down.T @ (up.float() * weights.scales[:, None]).T
     check_close(gemm_epilogues.gemm_low_rank(x, weights, addend), want, tokens, rows)
+    plain, mxfp8 = torch.randn(tokens, depth, device="cuda").bfloat16(), zm.quantize(down)
+    up = torch.randn(rank, rank, device="cuda").bfloat16()
+    narrow = low_rank.narrow_gemm(plain, down.bfloat16(), torch.ones(rank, device="cuda"))
+    addend = low_rank.LowRankAddend(narrow, up)
+    want = zm.gemm(plain, mxfp8, dtype=torch.float32, kernel="reference")
+    want += addend.x.float() @ addend.u.float().T
+    check_close(gemm_epilogues.gemm_low_rank(plain, mxfp8, addend), want, tokens, rank)
 
 
 def check_products(m: int, n: int, k: int, skipped: list[str]) -> None:

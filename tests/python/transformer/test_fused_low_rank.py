@@ -6,7 +6,12 @@ import torch
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8.ops.gemm import RowScaledArray
-from zimage_mxfp8.transformer.fused_low_rank import FusedLowRankAdapter, can_fuse
+from zimage_mxfp8.transformer.fused_low_rank import (
+    FP8LowRankAdapter,
+    WeightOnlyLowRankAdapter,
+    can_fuse,
+    two_terms,
+)
 from zimage_mxfp8.transformer.low_rank import Addend, WeightTable
 
 N, K = 96, 64
@@ -30,14 +35,29 @@ def addends() -> list[Addend]:
     ]
 
 
+def decoded_terms(terms: RowScaledArray) -> torch.Tensor:
+    rows = terms.codes.view(torch.float8_e4m3fn).double() * terms.scales.double()[:, None]
+    return rows[0::2] + rows[1::2]
+
+
+def test_two_terms_are_as_exact_as_bfloat16() -> None:
+    sizes = torch.exp2(torch.arange(-60.0, 60.0, 10)[:, None])
+    matrix = random(12, 4096, seed=9) * sizes
+    matrix[3] = 0
+    error = decoded_terms(two_terms(matrix)) - matrix.double()
+    largest = matrix.abs().amax(1, keepdim=True).double()
+    assert (error.abs() <= 2.0**-8 * matrix.double().abs() + 2.0**-22 * largest).all()
+    assert error.norm() < (matrix.bfloat16().double() - matrix.double()).norm() * 1.5
+
+
 def test_operands_stand_for_the_dense_delta() -> None:
     layer = weights()
-    adapter = FusedLowRankAdapter([*addends()], layer)
+    adapter = FP8LowRankAdapter([*addends()], layer)
     assert adapter.rank == 64  # 42, to a multiple of 32
     WeightTable([adapter]).set(lambda name, layer: {"a": 0.7, "b": -0.01}[name] if layer else None)
     x = zm.quantize_rows(random(10, K, seed=8))
     codes = x.codes.view(torch.float8_e4m3fn).double()
-    narrow = codes @ adapter.down.double().T * adapter.scales
+    narrow = codes @ decoded_terms(adapter.down).T * adapter.scales
     found = narrow @ adapter.up.double().T * x.scales.double()[:, None] * layer.scales.double()
     want = torch.zeros(10, N, dtype=torch.float64)
     decoded = codes * x.scales.double()[:, None]
@@ -52,7 +72,7 @@ def test_operands_stand_for_the_dense_delta() -> None:
 
 
 def test_weights_change_in_place() -> None:
-    adapters = [FusedLowRankAdapter(addends(), weights()) for _ in range(2)]
+    adapters = [FP8LowRankAdapter(addends(), weights()) for _ in range(2)]
     table = WeightTable(adapters)
     scales = [adapter.scales for adapter in adapters]  # a graph reads them
     table.set(lambda name, _: 1.0 if name == "a" else None)
@@ -60,6 +80,22 @@ def test_weights_change_in_place() -> None:
         assert adapter.scales is kept
         assert torch.equal(kept[:12], adapter.powers[:12]) and not kept[12:].any()
         assert adapter.weights.tolist() == adapter.active.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_the_operands_of_a_weight_only_layer() -> None:
+    layer = zm.quantize(random(N, K, seed=9))
+    adapter = WeightOnlyLowRankAdapter(addends(), layer)
+    WeightTable([adapter]).set(lambda *_: 0.5)
+    x = random(10, K, seed=8).bfloat16()
+    narrow = x[:, :60].double() @ adapter.down[:, :60].double().T * adapter.scales
+    found = narrow @ adapter.up.double().T
+    want = torch.zeros(10, N, dtype=torch.float64)
+    for each in addends():
+        assert each.down is not None and each.up is not None
+        down = torch.nn.functional.pad(each.down, (0, K - each.down.shape[1]))[:, :60]
+        want[:, each.rows] += 0.5 * x[:, :60].double() @ down.double().T @ each.up.double().T
+    for rows in (slice(0, 32), slice(32, 96)):
+        assert (found - want)[:, rows].norm() / want[:, rows].norm() < 8e-3
 
 
 def test_what_is_not_low_rank_alone_is_not_fused() -> None:
@@ -77,5 +113,5 @@ def test_an_overflow_is_noticed() -> None:
     folded, _ = zm.fold(zm.quantize(zeros))
     tiny = RowScaledArray(folded.codes, torch.full_like(folded.scales, 2.0**-126))
     huge = [Addend("a", "one", slice(0, N), torch.ones(1, K), torch.full((N, 1), 1e5))]
-    assert not FusedLowRankAdapter(huge, tiny).is_finite
-    assert FusedLowRankAdapter(addends(), weights()).is_finite
+    assert not FP8LowRankAdapter(huge, tiny).is_finite
+    assert FP8LowRankAdapter(addends(), weights()).is_finite

@@ -82,7 +82,9 @@ def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
     weights = zm.quantize_rows(random(3 * HEADS * 128, WIDTH, seed=1, device=device))
     operands = (*parts(x), *parts(weights))
     head, rotations = random(128, seed=4, device=device), torch.ones(ROWS, 64, 2, device=device)
-    down = random(32, WIDTH, seed=6, device=device).half()
+    down = zm.quantize_rows(random(64, WIDTH, seed=6, device=device))
+    mxfp8 = zm.quantize(random(3 * HEADS * 128, WIDTH, seed=1, device=device))
+    plain = random(ROWS, WIDTH, seed=9, device=device)
     narrow, up = random(ROWS, 32, seed=7, device=device), random(len(weights.codes), 32, seed=8)
     addend = (narrow, up.to(device))
     return {
@@ -90,7 +92,9 @@ def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "gemm_silu_multiply with an addend": (*operands, *addend, "row-scaled"),
         "gemm_rotate_heads": (*operands, None, None, head, head, rotations, HEADS, 1e-5),
         "gemm_low_rank": (*operands, *addend),
-        "narrow_gemm": (*parts(x), down, torch.ones(32, device=device)),
+        "gemm_weight_only_low_rank": (plain, *parts(mxfp8), *addend),
+        "narrow_gemm_plain": (plain, plain[:1].repeat(32, 1), torch.ones(32, device=device)),
+        "narrow_gemm": (*parts(x), *parts(down), torch.ones(32, device=device)),
     }
 
 

@@ -12,9 +12,10 @@ from ...ops import codec
 from ...ops import gemm as matmul
 from ...ops.arrays import dtype_name
 from ...ops.codec import MXFP8Array
+from ...ops.fused import ActivationFormat
 from ...ops.gemm import FoldStats, RowScaledArray, gemm
 from ...ops.low_rank import NARROW_ROWS
-from ...system.devices import core_index, native_gemm_unsupported
+from ...system.devices import core_index, has_kernels, native_gemm_unsupported
 from . import scaled_mm
 
 LIBRARY_WORKSPACE = 32 << 20  # bytes of cuBLASLt's workspace, which the model counts once
@@ -86,19 +87,23 @@ def row_scaled_unsupported(device: int) -> str:
     return "" if device < 0 else _cuda_row_scaled_unsupported(device)
 
 
+def takes_epilogues(device: int) -> bool:
+    """Return whether row-scaled GEMMs of a CUDA device take epilogues."""
+    return has_kernels(device) and not row_scaled_unsupported(device)
+
+
 @cache
-def takes_addends(device: int) -> bool:
-    """Return whether row-scaled GEMMs of a CUDA device add a low-rank addend."""
-    problem = _core.GemmProblem(
-        128, 128, 128, "row-scaled", "row-scaled", "bfloat16", False, addend_rank=NARROW_ROWS
-    )
+def takes_addends(device: int, a: ActivationFormat, b: ActivationFormat) -> bool:
+    """Return whether GEMMs of operands in these formats add a low-rank addend on a CUDA device."""
+    problem = _core.GemmProblem(128, 128, 128, a, b, "bfloat16", False, addend_rank=NARROW_ROWS)
     return any(
         not _core.gemm_unsupported(kernel.name, problem, device) for kernel in _core.gemm_kernels()
     )
 
 
-# A constant to torch.compile, see `devices.has_kernels`.
+# Constants to torch.compile, see `devices.has_kernels`.
 row_scaled_unsupported.__dict__["_dynamo_marked_constant"] = True
+takes_epilogues.__dict__["_dynamo_marked_constant"] = True
 
 
 @cache

@@ -239,16 +239,34 @@ def rotate_heads(
 
 
 @_register(
-    "(Tensor codes, Tensor scales, Tensor down, Tensor factors) -> Tensor",
-    lambda codes, scales, down, factors: codes.new_empty(
-        (codes.shape[0], down.shape[0]), dtype=torch.bfloat16
+    "(Tensor codes, Tensor scales, Tensor down_codes, Tensor down_scales, Tensor factors)"
+    " -> Tensor",
+    lambda codes, scales, down_codes, down_scales, factors: codes.new_empty(
+        (codes.shape[0], factors.shape[0]), dtype=torch.bfloat16
     ),
 )
 def narrow_gemm(
-    codes: torch.Tensor, scales: torch.Tensor, down: torch.Tensor, factors: torch.Tensor
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    down_codes: torch.Tensor,
+    down_scales: torch.Tensor,
+    factors: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute `ops.low_rank.narrow_gemm`."""
-    result: torch.Tensor = low_rank.narrow_gemm(RowScaledArray(codes, scales), down, factors)
+    """Compute `ops.low_rank.narrow_gemm` of row-scaled operands."""
+    a, down = RowScaledArray(codes, scales), RowScaledArray(down_codes, down_scales)
+    result: torch.Tensor = low_rank.narrow_gemm(a, down, factors)
+    return result
+
+
+@_register(
+    "(Tensor matrix, Tensor down, Tensor factors) -> Tensor",
+    lambda matrix, down, factors: matrix.new_empty((matrix.shape[0], factors.shape[0])),
+)
+def narrow_gemm_plain(
+    matrix: torch.Tensor, down: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
+    """Compute `ops.low_rank.narrow_gemm` of bfloat16."""
+    result: torch.Tensor = low_rank.narrow_gemm(matrix, down, factors)
     return result
 
 
@@ -267,9 +285,29 @@ def gemm_low_rank(
     x: torch.Tensor,
     u: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute `ops.gemm_epilogues.gemm_low_rank`."""
+    """Compute `ops.gemm_epilogues.gemm_low_rank` of row-scaled operands."""
     a, b = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
     result: torch.Tensor = gemm_epilogues.gemm_low_rank(a, b, LowRankAddend(x, u))
+    return result
+
+
+@_register(
+    "(Tensor matrix, Tensor weight_codes, Tensor weight_scales, Tensor x, Tensor u) -> Tensor",
+    lambda matrix, weight_codes, weight_scales, x, u: matrix.new_empty(
+        (matrix.shape[0], weight_codes.shape[0])
+    ),
+)
+def gemm_weight_only_low_rank(
+    matrix: torch.Tensor,
+    weight_codes: torch.Tensor,
+    weight_scales: torch.Tensor,
+    x: torch.Tensor,
+    u: torch.Tensor,
+) -> torch.Tensor:
+    """Compute `ops.gemm_epilogues.gemm_low_rank` of bfloat16 and MXFP8."""
+    rows, columns = weight_codes.shape
+    weights = MXFP8Array(weight_codes, weight_scales, (rows, columns))
+    result: torch.Tensor = gemm_epilogues.gemm_low_rank(matrix, weights, LowRankAddend(x, u))
     return result
 
 
