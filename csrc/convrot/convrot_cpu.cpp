@@ -119,7 +119,7 @@ bool quantize_convrot(const QuantizeConvrotTask& task, int64_t row_begin, int64_
   const int rows = static_cast<int>(row_end - row_begin);
   float* columns = scratch;
   float* rotated = scratch + convrot_columns(task.group);  // [cols, kRows]
-  if (rows < kRows) {  // lanes without a row must not hold NaN
+  if (rows < kRows) {                                      // lanes without a row must not hold NaN
     const int64_t floats = quantize_convrot_scratch(task.cols, task.group);
     memset(scratch, 0, static_cast<size_t>(floats) * sizeof(float));
   }
