@@ -46,6 +46,24 @@ struct QuantizeRowsTask {
   float* scales;
 };
 
+struct QuantizeConvrotTask {
+  const void* source;
+  DType dtype;
+  int64_t row_stride;
+  int64_t cols, group;
+  int8_t* codes;
+  float* scales;
+};
+
+struct DequantizeConvrotTask {
+  const int8_t* codes;
+  const float* scales;
+  int64_t cols, group;
+  void* target;
+  DType dtype;
+  int64_t row_stride;
+};
+
 // Rows with a smaller maximum become zeros: their scale could lose bits.
 constexpr float kSmallestRowMaximum = 0x1p-100f;
 

@@ -11,6 +11,7 @@
 #include "python/register.h"
 #include "python/views.h"
 #include "zimage_mxfp8/cast.h"
+#include "zimage_mxfp8/convrot.h"
 #include "zimage_mxfp8/error.h"
 #include "zimage_mxfp8/histogram.h"
 #include "zimage_mxfp8/quantize.h"
@@ -61,6 +62,37 @@ void py_staged_quantize(StagedQuantizer& quantizer, const py::object& source,
   const auto target = mxfp8<MXFP8View>(out_codes, out_scales, view.rows, view.cols);
   const py::gil_scoped_release release;
   quantizer.quantize(view, target);
+}
+
+// A ConstInt8View or Int8View of the shape of a matrix. Throws InvalidArgument for other sizes.
+template <typename View>
+View int8_matrix(const Array& codes, const Array& scales, std::int64_t rows, std::int64_t cols) {
+  codes.require_contiguous(rows * cols);
+  scales.require_contiguous(rows * static_cast<std::int64_t>(sizeof(float)));
+  return {reinterpret_cast<std::int8_t*>(codes.data()), reinterpret_cast<float*>(scales.data()),
+          rows, cols};
+}
+
+void py_quantize_convrot(const py::object& source, const std::string& dtype, std::int64_t group,
+                         const py::object& codes, const py::object& scales, int threads) {
+  const Array in(source, "source", kRead);
+  const Array out_codes(codes, "codes", kWrite);
+  const Array out_scales(scales, "scales", kWrite);
+  const auto view = matrix<ConstMatrixView>(in, dtype);
+  const auto target = int8_matrix<Int8View>(out_codes, out_scales, view.rows, view.cols);
+  const py::gil_scoped_release release;
+  quantize_convrot(view, group, target, threads);
+}
+
+void py_dequantize_convrot(const py::object& codes, const py::object& scales, std::int64_t group,
+                           const py::object& target, const std::string& dtype, int threads) {
+  const Array in_codes(codes, "codes", kRead);
+  const Array in_scales(scales, "scales", kRead);
+  const Array out(target, "target", kWrite);
+  const auto view = matrix<MatrixView>(out, dtype);
+  const auto source = int8_matrix<ConstInt8View>(in_codes, in_scales, view.rows, view.cols);
+  const py::gil_scoped_release release;
+  dequantize_convrot(source, group, view, threads);
 }
 
 std::optional<std::pair<std::int64_t, std::int64_t>> py_find_nonfinite(const py::object& source,
@@ -159,6 +191,12 @@ void register_codec(py::module_& module) {
   module.def("dequantize", &py_dequantize, arg("codes"), arg("scales"), arg("target"), arg("dtype"),
              arg("threads") = 0, arg("stream") = 0,
              "Decode MXFP8 codes and blocked scales to [N, K], the shape of the target.");
+  module.def("quantize_convrot", &py_quantize_convrot, arg("source"), arg("dtype"), arg("group"),
+             arg("codes"), arg("scales"), arg("threads") = 0,
+             "Rotate [N, K] in groups of columns and encode it: int8 codes [N, K], float32 [N].");
+  module.def("dequantize_convrot", &py_dequantize_convrot, arg("codes"), arg("scales"),
+             arg("group"), arg("target"), arg("dtype"), arg("threads") = 0,
+             "Decode int8 codes [N, K] and scales [N] and rotate back to the target, [N, K].");
   py::class_<StagedQuantizer>(module, "StagedQuantizer",
                               "An encoder on a CUDA device for matrices in host memory.")
       .def(py::init<int>(), arg("device"), py::call_guard<py::gil_scoped_release>(),

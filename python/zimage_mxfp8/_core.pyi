@@ -16,6 +16,16 @@ def dequantize(
 ) -> None:
     """Decode MXFP8 codes and blocked scales to [N, K], the shape of the target."""
 
+def quantize_convrot(
+    source: Any, dtype: DTypeName, group: int, codes: Any, scales: Any, threads: int = 0
+) -> None:
+    """Rotate [N, K] in groups of columns and encode it: int8 codes [N, K], float32 [N]."""
+
+def dequantize_convrot(
+    codes: Any, scales: Any, group: int, target: Any, dtype: DTypeName, threads: int = 0
+) -> None:
+    """Decode int8 codes [N, K] and scales [N] and rotate back to the target, [N, K]."""
+
 class StagedQuantizer:
     """An encoder on a CUDA device for matrices in host memory."""
 

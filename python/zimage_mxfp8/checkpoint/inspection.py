@@ -13,8 +13,8 @@ from ..errors import CheckpointError, WrongKindError
 from . import kinds
 from . import quantization as markers
 from .controlnets import control_config
+from .find_layers import find_layers
 from .identify import Identified, identify
-from .mxfp8_layers import find_layers
 from .provenance import PROVENANCE_KEY, read_provenance
 from .scopes import group_of
 
@@ -27,7 +27,7 @@ class Group:
 
     Attributes:
         name: the group.
-        formats: number of tensors in each format ("MXFP8", "BF16", ...). An MXFP8 layer
+        formats: number of tensors in each format ("MXFP8", "BF16", ...). A quantised layer
             counts once, its scales and marker included.
         parameters: elements, without padding and without scales.
         nbytes: bytes in the file.
@@ -50,7 +50,7 @@ class Inspection:
         files: number of safetensors files.
         metadata: metadata of the header, without the description of quantised layers.
         groups: sums by group, the largest first.
-        breaches: broken rules of its MXFP8 layers.
+        breaches: broken rules of its quantised layers.
         accepted_by: the commands that take it.
         refusal: why no command takes it, and what to do instead, as a clause; "" if one does.
         provenance: details of the conversion that `convert` wrote; None without them.
@@ -121,8 +121,9 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
             raise
         return _unusable(path, "a damaged or unknown file", error)
     checkpoint, scope = found.checkpoint, found.scope
-    mxfp8 = find_layers(checkpoint, scope) if found.format is kinds.MXFP8 else None
-    layers = mxfp8.layers if mxfp8 else []
+    readable = found.format in (kinds.MXFP8, kinds.INT8_CONVROT)
+    quantized = find_layers(found) if readable else None
+    layers = quantized.layers if quantized else []
     weights = {layer.weight.name: layer for layer in layers}
     parts = {layer.scale.name for layer in layers}
     parts |= {layer.name + markers.MARKER_SUFFIX for layer in layers}
@@ -133,7 +134,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         group.nbytes += tensor.nbytes
         if name in parts:
             continue
-        format_name = "MXFP8" if name in weights else tensor.dtype
+        format_name = found.format.title if found.format and name in weights else tensor.dtype
         group.formats[format_name] = group.formats.get(format_name, 0) + 1
         shape = weights[name].shape if name in weights else tensor.shape
         group.parameters += math.prod(shape)
@@ -147,7 +148,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         files=len(checkpoint.files),
         metadata={k: v for k, v in checkpoint.metadata.items() if k not in hidden},
         groups=sorted(groups.values(), key=lambda group: -group.nbytes),
-        breaches=[str(breach) for breach in mxfp8.breaches] if mxfp8 else [],
+        breaches=[str(breach) for breach in quantized.breaches] if quantized else [],
         accepted_by=list(_ADAPTER_USES)
         if fits
         else [commands for use, commands in kinds.USES.items() if _accepts(found, use)],

@@ -39,6 +39,7 @@ _PLAIN: Final[frozenset[Use]] = frozenset(
     ("convert", "original", "analyse", "measure", "export", "run")
 )
 _MXFP8: Final[frozenset[Use]] = frozenset(("validate", "dequantize", "export", "run", "control"))
+_INT8: Final[frozenset[Use]] = _MXFP8 - {"export"}
 _CONTROLNET: Final[frozenset[Use]] = frozenset(("convert", "original", "control"))
 _OTHER_MODEL: Final[frozenset[Use]] = frozenset(("convert", "original", "analyse"))
 
@@ -154,6 +155,7 @@ FP8 = _format("FP8")
 SCALED_FP8 = _format("FP8 with scales")
 ROWWISE_FP8 = _format("FP8 with one scale per row")
 NVFP4 = _format("NVFP4")
+INT8_CONVROT = _format("INT8 ConvRot", _INT8)
 INT8 = _format("INT8")
 FOUR_BIT = _format("4-bit")
 MXFP8_AND_OTHERS = _format("MXFP8 and other formats", frozenset(("validate",)))

@@ -23,13 +23,18 @@ WEIGHT_SUFFIX = ".weight"
 FULL_PRECISION_KEY = "full_precision_matrix_mult"
 MXFP8_FORMAT = "mxfp8"
 SCALE_DTYPES = ("U8", "F8_E8M0")
+INT8_FORMAT = "int8_tensorwise"  # with one scale per tensor or, as here, per row
+ROTATED_KEY = "convrot"
+GROUP_KEY = "convrot_groupsize"
 ROWWISE_FORMAT = "float8_e4m3fn_rowwise"  # convert_to_quant's name
 
 _MARKER_LIMIT = 4096  # bytes; a marker has about 100
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
+_PER_ROW_KEY = "per_row"
 _SCALED_FP8 = "scaled_fp8"  # a tensor that older ComfyUI files have next to the model's
 _KINDS = {
     MXFP8_FORMAT: kinds.MXFP8,
+    INT8_FORMAT: kinds.INT8_CONVROT,
     ROWWISE_FORMAT: kinds.ROWWISE_FP8,
     "nvfp4": kinds.NVFP4,
     "float8_e4m3fn": kinds.SCALED_FP8,
@@ -65,6 +70,29 @@ def rowwise_marker(*, full_precision: bool = False) -> dict[str, Any]:
     """
     marker: dict[str, Any] = {"format": ROWWISE_FORMAT, "orig_dtype": "torch.bfloat16"}
     return marker | ({FULL_PRECISION_KEY: True} if full_precision else {})
+
+
+def int8_marker(group: int, *, full_precision: bool = False) -> dict[str, Any]:
+    """Return the description of an INT8 layer with one scale per row, as convert_to_quant does.
+
+    Args:
+        group: columns that are rotated together; 1 if the layer is not rotated.
+        full_precision: ask readers not to quantise the layer's input.
+    """
+    marker: dict[str, Any] = {"format": INT8_FORMAT, "orig_dtype": "torch.bfloat16"}
+    if full_precision:
+        marker[FULL_PRECISION_KEY] = True
+    if group > 1:
+        marker |= {ROTATED_KEY: True, GROUP_KEY: group}
+    return marker | {_PER_ROW_KEY: True}
+
+
+def header_entry(marker: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of a layer in the header for that in its `comfy_quant` tensor.
+
+    convert_to_quant writes whether there is a scale per row in the tensor only.
+    """
+    return {key: value for key, value in marker.items() if key != _PER_ROW_KEY}
 
 
 def marker_bytes(marker: Mapping[str, Any]) -> bytes:
@@ -106,6 +134,11 @@ class Description:
     def believed(self) -> dict[str, Any] | None:
         """The description that ComfyUI uses."""
         return self.marker if self.header is None else self.header
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether the layer's input must not be quantised."""
+        return bool((self.believed or {}).get(FULL_PRECISION_KEY))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def missing_or_misshapen(
     Args:
         checkpoint: in ComfyUI's layout.
         scope: the model's tensors.
-        logical_shapes: shapes before padding, by name, of weights that are stored padded.
+        logical_shapes: shapes before padding, by name, of weights that are quantised.
         for_comfyui: whether the noise refiner, by which ComfyUI recognises Z-Image, must exist.
     """
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
@@ -58,18 +58,31 @@ def missing_or_misshapen(
                 problems.append((scope.prefix + name, "is missing"))
         elif inner[name] != shape:
             problems.append((scope.prefix + name, f"is {list(inner[name])}, not {list(shape)}"))
-        elif for_comfyui and (dtype := checkpoint.tensors[scope.prefix + name].dtype) in _NO_WEIGHT:
+        elif (
+            for_comfyui
+            and scope.prefix + name not in (logical_shapes or {})
+            and (dtype := checkpoint.tensors[scope.prefix + name].dtype) in _NO_WEIGHT
+        ):
             problems.append((scope.prefix + name, f"is {dtype}, not BF16, F16, F32 or F64"))
     return sorted(problems)
 
 
-def unknown_weights(checkpoint: Checkpoint, scope: Scope) -> list[Problem]:
-    """Return matrices under a block's name that Z-Image's blocks do not have, in name order."""
+def unknown_weights(
+    checkpoint: Checkpoint, scope: Scope, scales: Collection[str] = ()
+) -> list[Problem]:
+    """Return matrices under a block's name that Z-Image's blocks do not have, in name order.
+
+    Args:
+        checkpoint: the file.
+        scope: the model's tensors.
+        scales: names of the scales of quantised layers.
+    """
     known = _known(checkpoint, scope)
     return sorted(
         (name, "is not a weight of Z-Image")
         for name, tensor in checkpoint.tensors.items()
         if name in scope
+        and name not in scales
         and len(tensor.shape) == 2
         and (tensor.dtype in FLOAT_NAMES or name.endswith(".weight"))
         and scope.table.split(scope.inner(name))

@@ -23,10 +23,10 @@ from .wording import CommandLineError, sentence
 
 # Modules of this package, and what `--help` says of each.
 _COMMANDS = {
-    "convert": "convert a checkpoint to MXFP8",
+    "convert": "convert a checkpoint to MXFP8 or INT8",
     "inspect": "show the contents of a checkpoint",
     "validate": "check an MXFP8 file, and compare it with its original",
-    "dequantize": "decode an MXFP8 file to a plain BF16 checkpoint",
+    "dequantize": "decode a quantised file to a plain BF16 checkpoint",
     "export": "write a checkpoint in another layout: diffusers, ComfyUI or row-wise FP8",
     "merge-lora": "merge adapters into a plain checkpoint",
     "generate": "make images from a prompt",

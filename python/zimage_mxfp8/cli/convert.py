@@ -24,7 +24,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser = commands.add_parser(
         "convert",
         help=line,
-        description="Convert a Z-Image checkpoint (BF16, F16 or F32) to MXFP8 for ComfyUI.",
+        description="Convert a Z-Image checkpoint (BF16, F16 or F32) to MXFP8, or to INT8 ConvRot, "
+        "for ComfyUI.",
         intermixed=True,
     )
     parser.set_defaults(run=run)
@@ -41,12 +42,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         nargs="?",
         type=checkpoint_path,
         metavar="OUT",
-        help="output file (default: the input's path with -mxfp8 before .safetensors; "
-        "for OWNER/NAME in this folder)",
+        help="output file (default: the input's path with - and the format before .safetensors, "
+        "as in -mxfp8; for OWNER/NAME in this folder)",
     )
     parser.add_argument("-i", "--input", metavar="FILE", help="the same as FILE")
     parser.add_argument(
         "-o", "--output", type=checkpoint_path, metavar="OUT", help="the same as OUT"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("mxfp8", "int8-convrot"),
+        default="mxfp8",
+        help="how weights are encoded: mxfp8 (default), or int8-convrot: INT8 with one scale per "
+        "row after a rotation, for GPUs without MXFP8",
     )
     parser.add_argument(
         "--recipe",
@@ -79,7 +87,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         choices=("quantised", "full"),
         default="quantised",
         help="full: mark quantised modulations so that ComfyUI does not quantise their input on "
-        "GPUs that multiply MXFP8 (default: quantised)",
+        "GPUs that multiply the format (default: quantised)",
     )
     parser.add_argument(
         *spellings("--hash-source"),
@@ -91,7 +99,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         choices=("timesteps", "synthetic", "none"),
         default="timesteps",
         help="timesteps: exact, from the checkpoint's own timestep embedder (default); synthetic: "
-        "convert_to_quant's numbers, needs torch; none: leave biases alone",
+        "convert_to_quant's numbers for MXFP8, needs torch; none: leave biases alone",
     )
     parser.add_argument(
         "--timesteps",
@@ -120,7 +128,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--device",
         default="cpu",
         metavar="cpu|cuda|cuda:N",
-        help="where weights are encoded (default: cpu); the bytes are the same",
+        help="where weights are encoded (default: cpu); the bytes are the same; int8-convrot is "
+        "encoded on the CPU",
     )
     add_json(parser)
     convert_to_quant.add_options(parser)
@@ -147,8 +156,8 @@ def run(arguments: argparse.Namespace) -> int:
     names = [field.name for field in fields(ConversionOptions) if field.init]
     options = ConversionOptions(**{name: getattr(arguments, name) for name in names})
     # Reported now, not after weights were read.
-    cuda_index(arguments.device)
-    output = arguments.output or default_output(arguments.input)
+    options.weight_format.encoder(cuda_index(arguments.device))
+    output = arguments.output or default_output(arguments.input, options.format)
     plan = plan_conversion(arguments.input, options, threads=arguments.threads)
     if arguments.dry_run:
         return dry_run.show(plan, output, arguments)
@@ -171,7 +180,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_conversion(report, display.screen())
     display.wrote(
         Path(report.output),
-        f"{plural(report.quantized, 'layer')} in MXFP8, {report.file_bytes:,} bytes",
+        f"{plural(report.quantized, 'layer')} in {options.weight_format.title}, "
+        f"{report.file_bytes:,} bytes",
         as_json=arguments.json,
     )
     if arguments.report is not None:
@@ -188,7 +198,7 @@ def _resolve_input(arguments: argparse.Namespace) -> None:
     reference = hub.parse(arguments.input)
     if reference is not None:
         if arguments.output is None:  # in the input's folder it would be inside the cache
-            arguments.output = Path(f"{reference.stem}-mxfp8.safetensors")
+            arguments.output = Path(f"{reference.stem}-{arguments.format}.safetensors")
         if not arguments.dry_run:  # reported now, not after a download
             check_target(arguments.output, [], overwrite=arguments.overwrite)
     arguments.input = download.resolve(

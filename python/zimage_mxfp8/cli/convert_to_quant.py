@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 # Options for behaviour that is always on here.
 _ALWAYS_SO = ("--mxfp8", "--simple", "--comfy-quant", "--save-quant-metadata", "--low-memory")
 
+_INT8 = "INT8 by these options"
+_INSTEAD = {_INT8: "--format int8-convrot writes INT8 with rotated weights"}
+
 # Options for features that this program does not have. They are refused with a sentence instead of
 # "unrecognized arguments".
 _REFUSED = {
-    "INT8": ("--int8", "--convrot", "--convrot-group-size", "--dynamic-convrot"),
+    _INT8: ("--int8", "--convrot", "--convrot-group-size", "--dynamic-convrot"),
     "NVFP4": ("--nvfp4",),
     "mixed formats": (
         *("--fallback", "--fallback-block-size", "--fallback-simple", "--custom-layers"),
@@ -105,7 +108,7 @@ class _Refuse(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> None:
         parser.error(
             f"{arguments[2]} asks convert_to_quant for {self.const}, which this program does not "
-            "do: it writes MXFP8 rounded to nearest"
+            f"do: {_INSTEAD.get(str(self.const), 'it writes MXFP8 rounded to nearest')}"
         )
 
 
@@ -114,6 +117,12 @@ def choose_recipe(arguments: argparse.Namespace) -> Recipe:
     from ..conversion.recipes import DEFAULT, load_recipe
 
     filters = [name for name in ("zimage", "zimage_refiner") if getattr(arguments, name)]
+    if (filters or arguments.mxfp8) and arguments.format != "mxfp8":
+        flag = f"--{filters[0]}" if filters else "--mxfp8"
+        raise CommandLineError(
+            f"{flag} reproduces convert_to_quant's MXFP8 files, and the format is "
+            f"{arguments.format}; drop it, and choose layers with --recipe or --exclude-layers"
+        )
     if (filters or arguments.mxfp8) and not arguments.simple:
         raise CommandLineError(
             "convert_to_quant learns its rounding unless --simple is given, and this program "

@@ -13,7 +13,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser = commands.add_parser(
         "dequantize",
         help=line,
-        description="Write the BF16 checkpoint that an MXFP8 file encodes.",
+        description="Write the BF16 checkpoint that a file in MXFP8 or INT8 ConvRot encodes.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("file", type=Path, metavar="FILE")
@@ -35,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
         progress=True,
     )
     size = display.size_text(arguments.output.stat().st_size)
-    display.wrote(arguments.output, f"MXFP8 weights decoded to BF16, {size}")
+    display.wrote(arguments.output, f"weights decoded to BF16, {size}")
     return 0

@@ -26,10 +26,11 @@ def show(plan: Plan, output: Path, arguments: argparse.Namespace) -> int:
         display.print_json(_plan_document(plan, output))
         return 0
     screen = display.screen()
+    title = plan.options.weight_format.title
     screen.table(
         f"Plan for {plan.checkpoint.path} (recipe {plan.recipe.name}): tensors that "
-        "become MXFP8, those that are kept, and their size now and then",
-        ["group", "MXFP8>", "kept>", "now>", "then>"],
+        f"become {title}, those that are kept, and their size now and then",
+        ["group", f"{title}>", "kept>", "now>", "then>"],
         _group_rows(plan),
     )
     kept = Counter(planned.reason for planned in plan.tensors.values() if planned.reason)
@@ -53,7 +54,7 @@ def show(plan: Plan, output: Path, arguments: argparse.Namespace) -> int:
     screen.text(
         f"{output} would have exactly {plan.size:,} bytes ({size_text(plan.size)}), "
         f"{(plan.size - len(plan.header)) / before - 1:+.1%}; "
-        f"{plural(len(plan.quantized), 'layer')} in MXFP8"
+        f"{plural(len(plan.quantized), 'layer')} in {title}"
         + ("" if arguments.tensors else " (--tensors lists every tensor)")
     )
     return 0
@@ -72,7 +73,8 @@ def _print_tensors(plan: Plan, screen: Screen) -> None:
 
 
 def _becomes(plan: Plan, name: str) -> str:
-    return "MXFP8" if plan.tensors[name].action == "quantize" else plan.places[name].dtype
+    quantized = plan.tensors[name].action == "quantize"
+    return plan.options.weight_format.title if quantized else plan.places[name].dtype
 
 
 def _group_rows(plan: Plan) -> list[list[str]]:
@@ -95,6 +97,7 @@ def _plan_document(plan: Plan, output: Path) -> dict[str, object]:
     return {
         "input": str(plan.checkpoint.path),
         "output": str(output),
+        "format": plan.options.format,
         "recipe": plan.recipe.name,
         "quantized": len(plan.quantized),
         "input_bytes": plan.checkpoint.nbytes,

@@ -27,7 +27,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--transformer",
         required=True,
         metavar="FILE",
-        help="A, the file to judge: MXFP8 or plain, or OWNER/NAME[@REVISION][/FILE.safetensors]",
+        help="A, the file to judge: MXFP8, INT8 ConvRot or plain, or "
+        "OWNER/NAME[@REVISION][/FILE.safetensors]",
     )
     parser.add_argument(
         "--against",
@@ -82,7 +83,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--compute",
         choices=("auto", *COMPUTE_MODES),
         default="auto",
-        help="how MXFP8 layers of A are multiplied (default: the fastest that the device has)",
+        help="how quantised layers of A are multiplied (default: the fastest that the device has)",
     )
     parser.add_argument(
         *spellings("--against-compute"),

@@ -13,7 +13,12 @@ from .wording import CommandLineError
 if TYPE_CHECKING:
     from ..conversion.export import ExportPlan
 
-_FORMATS = {"diffusers": "MXFP8", "comfyui": "MXFP8", "fp8-rowwise": "FP8 with a scale per row"}
+_FORMATS = {
+    "diffusers": "MXFP8",
+    "comfyui": "MXFP8",
+    "fp8-rowwise": "FP8 with a scale per row",
+    "int8-convrot": "INT8 ConvRot",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -23,7 +28,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help=line,
         description="Write a checkpoint in another layout, with its scales and descriptions of "
         "layers. 'diffusers' and 'comfyui' move bytes and change no number; 'fp8-rowwise' folds "
-        "the scales of each row into one.",
+        "the scales of each row into one; 'int8-convrot' decodes the weights and encodes them in "
+        "INT8.",
         intermixed=True,
     )
     parser.set_defaults(run=run)

@@ -52,8 +52,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser.add_argument(
         "--transformer",
         metavar="FILE",
-        help="MXFP8 or plain checkpoint, or OWNER/NAME[@REVISION][/FILE.safetensors] from the "
-        "Hugging Face cache (default: the folder's own transformer)",
+        help="MXFP8, INT8 ConvRot or plain checkpoint, or "
+        "OWNER/NAME[@REVISION][/FILE.safetensors] from the Hugging Face cache (default: the "
+        "folder's own transformer)",
     )
     add_download(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="description of the image")

@@ -53,8 +53,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser.add_argument(
         "--transformer",
         metavar="FILE",
-        help="MXFP8 or plain checkpoint, or OWNER/NAME[@REVISION][/FILE.safetensors] from the "
-        "Hugging Face cache (default: the folder's own transformer; without --model-dir the small "
+        help="MXFP8, INT8 ConvRot or plain checkpoint, or "
+        "OWNER/NAME[@REVISION][/FILE.safetensors] from the Hugging Face cache (default: the "
+        "folder's own transformer; without --model-dir the small "
         "trained model of the package)",
     )
     add_download(parser)

@@ -14,7 +14,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser = commands.add_parser(
         "validate",
         help=line,
-        description="Check every rule of the MXFP8 file contract. Exit code 1 if one is broken.",
+        description="Check every rule of the file contract, of MXFP8 or INT8 ConvRot. Exit code 1 "
+        "if one is broken.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("file", type=Path, metavar="FILE")

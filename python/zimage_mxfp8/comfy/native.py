@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..errors import Error, UnsupportedError
 from ..system.devices import core_index
 from ..transformer.adoption import AdoptedLayer, adopt, follow
-from ..transformer.compute import choose
+from ..transformer.compute import Weights, choose
 from ..transformer.model import ZImageTransformer
 from ..zimage.constants import PATCH_SIZE
 from .branches import Branches
@@ -176,7 +176,8 @@ class NativeForward:
         for block in self._blocks():
             _put_together(block.feed_forward.w1, block.feed_forward.w3)
         plain, layers = _tensors_of(self.module)
-        mode = choose(self.compute, core_index(next(iter(plain.values())).device), bool(layers))
+        weights: Weights = "mxfp8" if layers else "plain"
+        mode = choose(self.compute, core_index(next(iter(plain.values())).device), weights)
         transformer = adopt(plain, layers, mode, dtype)
         for name, adapter in self.adapters.items():
             transformer.load_lora(adapter.tensors, name, adapter.strength)

@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint to MXFP8: plan, run, report.
+"""Conversion of a checkpoint to MXFP8 or INT8 ConvRot: plan, run, report.
 
     options = ConversionOptions(recipe="zimage")
     plan = plan_conversion("z_image_turbo_bf16.safetensors", options)
@@ -27,8 +27,9 @@ from ..checks import check_threads, file_or_folder
 from ..checks import path as path_argument
 from ..errors import NonFiniteError, UsageError
 from ..printing.progress import byte_bar, shown
-from ..streaming.encoder import CPU, CudaEncoder
+from ..streaming.encoder import CudaEncoder
 from ..streaming.error_stats import merge_rows
+from ..streaming.formats import FormatName
 from ..streaming.jobs import Job, ProgressCallback, row_chunks, run_jobs
 from ..streaming.rows import read_rows
 from ..streaming.worker import Worker
@@ -46,9 +47,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def default_output(source: Path) -> Path:
-    """Return the input's name with `-mxfp8` before `.safetensors`."""
-    return checkpoint_beside(source, "-mxfp8")
+def default_output(source: Path, form: FormatName = "mxfp8") -> Path:
+    """Return the input's name with the format, as in `-mxfp8`, before `.safetensors`."""
+    return checkpoint_beside(source, f"-{form}")
 
 
 def plan_conversion(
@@ -118,12 +119,14 @@ def run_conversion(
 
     Args:
         plan: from `plan_conversion`. Its source must not have changed since.
-        output: file to write; by default the input's name with `-mxfp8` before the suffix.
+        output: file to write; by default the input's name with `-` and the format before the
+            suffix.
         overwrite: replace an existing output, and an existing report.
         error_stats: measure each layer's error in the same pass; see `ConversionReport.errors`.
         report: file to write the `ConversionReport` to as JSON, with each layer's error.
         threads: cores to use; 0 means all.
-        device: "cpu", "cuda" or "cuda:N": where weights are encoded; the bytes are the same.
+        device: "cpu", "cuda" or "cuda:N": where weights are encoded; the bytes are the same. INT8
+            ConvRot is encoded on the CPU.
         progress: called with a `Progress` from this thread, many times per second; True draws a bar
             on a terminal.
 
@@ -131,7 +134,8 @@ def run_conversion(
         A `ConversionReport`.
 
     Raises:
-        UsageError: an argument of the wrong type, or the output is the input.
+        UsageError: an argument of the wrong type, a device that the format is not encoded on, or
+            the output is the input.
         NonFiniteError: a tensor of the transformer has NaN or Inf; the sentence names tensor, row
             and column.
         OutputError: the output cannot be written, or exists already.
@@ -143,7 +147,12 @@ def run_conversion(
     cuda_device = cuda_index(device)
     check_threads(threads)
     source = plan.checkpoint.path
-    target = default_output(source) if output is None else path_argument("output", output)
+    encoder = plan.options.weight_format.encoder(cuda_device)
+    target = (
+        default_output(source, plan.options.format)
+        if output is None
+        else path_argument("output", output)
+    )
     report_file = None if report is None else path_argument("report", report)
     sources = list(plan.checkpoint.inputs)
     if Path(plan.recipe.name).is_file():
@@ -155,7 +164,6 @@ def run_conversion(
         check_distinct({"output": target, "report": report_file})
     if plan.options.hash_source:
         plan = plan.with_source_hashes([sha256(path) for path in plan.checkpoint.files])
-    encoder = CPU if cuda_device is None else CudaEncoder(cuda_device)
     if isinstance(encoder, CudaEncoder):
         encoder.warm_up()
     corrections, uncorrected = _corrections(plan)
@@ -170,6 +178,7 @@ def run_conversion(
     result = ConversionReport(
         input=str(source),
         output=str(target),
+        format=plan.options.format,
         recipe=plan.recipe.name,
         bias_correction=plan.options.bias_correction,
         quantized=len(plan.quantized),
@@ -202,13 +211,14 @@ def convert(
     progress: ProgressCallback | bool | None = None,
     **options: Unpack[ConversionKeywords],
 ) -> ConversionReport:
-    """Convert a Z-Image checkpoint to MXFP8, for ComfyUI and for this package.
+    """Convert a Z-Image checkpoint to MXFP8 or INT8 ConvRot, for ComfyUI and for this package.
 
         zm.convert("z_image_turbo_bf16.safetensors", recipe="zimage", overwrite=True)
 
     Args:
         source: see `plan_conversion`.
-        output: file to write; by default the input's name with `-mxfp8` before the suffix.
+        output: file to write; by default the input's name with `-` and the format before the
+            suffix.
         overwrite: replace an existing output, and an existing report.
         error_stats: measure each layer's error in the same pass.
         report: file to write the `ConversionReport` to as JSON.
@@ -224,10 +234,13 @@ def convert(
         Error: the exceptions of `ConversionOptions`, `plan_conversion` and `run_conversion`.
     """
     # Errors in these are reported now, not after weights were read.
-    cuda_index(device)
+    checked = ConversionOptions(**options)
+    checked.weight_format.encoder(cuda_index(device))
     path = file_or_folder("source", source)
-    target = default_output(path) if output is None else path_argument("output", output)
-    plan = plan_conversion(path, ConversionOptions(**options), threads=threads)
+    target = (
+        default_output(path, checked.format) if output is None else path_argument("output", output)
+    )
+    plan = plan_conversion(path, checked, threads=threads)
     return run_conversion(
         plan,
         target,

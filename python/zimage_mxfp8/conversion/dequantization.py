@@ -1,4 +1,4 @@
-"""Decoding of an MXFP8 checkpoint to a plain BF16 one."""
+"""Decoding of a quantised checkpoint to a plain BF16 one."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import os
 
 import numpy as np
 
-from .. import _core
 from ..checkpoint import quantization as markers
+from ..checkpoint.find_layers import find_layers
 from ..checkpoint.header import file_size, layout_header
 from ..checkpoint.identify import open_for
-from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from ..checkpoint.output import AtomicFile, check_target
 from ..checkpoint.provenance import PROVENANCE_KEY
+from ..checkpoint.quantized_layers import QuantizedLayer
 from ..checks import path as path_argument
 from ..errors import CheckpointError
 from ..printing.progress import byte_bar, shown
+from ..streaming.formats import format_of
 from ..streaming.jobs import (
     Job,
     ProgressCallback,
@@ -24,7 +25,7 @@ from ..streaming.jobs import (
     row_chunks,
     run_jobs,
 )
-from ..streaming.rows import read_encoded
+from ..streaming.rows import damaged, read_encoded
 from ..streaming.worker import Worker
 from ..text import plural
 
@@ -37,20 +38,20 @@ def dequantize_checkpoint(
     threads: int = 0,
     progress: ProgressCallback | bool | None = None,
 ) -> None:
-    """Write the checkpoint that an MXFP8 file encodes, with plain BF16 weights.
+    """Write the checkpoint that an MXFP8 or INT8 ConvRot file encodes, with plain BF16 weights.
 
     Padding, scales and markers are removed, everything else is copied (corrected biases stay
     corrected: they belong to the rounded weights).
 
     Args:
-        source: the MXFP8 file.
+        source: the quantised file.
         output: file to write.
         overwrite: replace an existing output.
         threads: cores to use; 0 means all.
         progress: called with a `Progress` from this thread; True draws a bar on a terminal.
 
     Raises:
-        CheckpointError: the input is unreadable, has no MXFP8 layers, breaks the contract, or has
+        CheckpointError: the input is unreadable, is not quantised, breaks the contract, or has
             NaN in its codes or scales.
         UsageError: the output is the input.
         OutputError: the output cannot be written, or exists already.
@@ -59,11 +60,11 @@ def dequantize_checkpoint(
     found = open_for(source, "dequantize")
     checkpoint = found.checkpoint
     check_target(target, checkpoint.inputs, overwrite=overwrite)
-    mxfp8 = find_layers(checkpoint, found.scope)
-    layers = mxfp8.layers
-    if mxfp8.breaches:
-        count = plural(len(mxfp8.breaches), "breach", "breaches")
-        raise CheckpointError(f"{source} breaks the contract: {mxfp8.breaches[0]} ({count} in all)")
+    quantized = find_layers(found)
+    layers, breaches = quantized.layers, quantized.breaches
+    if breaches:
+        count = plural(len(breaches), "breach", "breaches")
+        raise CheckpointError(f"{source} breaks the contract: {breaches[0]} ({count} in all)")
 
     weights = {layer.weight.name: layer for layer in layers}
     dropped = {layer.scale.name for layer in layers} | {
@@ -94,22 +95,20 @@ def dequantize_checkpoint(
         run_jobs(jobs, file, threads=threads, progress=callback)
 
 
-def _decode_jobs(layer: MXFP8Layer, position: int) -> list[Job]:
+def _decode_jobs(layer: QuantizedLayer, position: int) -> list[Job]:
     rows, cols = layer.shape
+    form = format_of(layer)
 
     def job(begin: int, end: int) -> Job:
         def run(worker: Worker) -> None:
             codes, scales = read_encoded(worker, layer, begin, end)
-            if ((codes & 0x7F) == 0x7F).any() or (scales == 255).any():
-                raise CheckpointError(
-                    f'{layer.weight.segments[0].path}: layer "{layer.name}" has NaN codes or '
-                    "scales, so it is damaged; zimage-mxfp8 validate says more"
-                )
+            if form.has_nan(codes, scales):
+                raise damaged(layer)
             real = min(end, rows) - begin
             at = position + begin * cols * 2
             plain = worker.scratch.take("plain", real * cols * 2, at)
             matrix = plain.view(np.uint16).reshape(real, cols)
-            _core.dequantize(codes, scales, matrix, "bfloat16", 1)
+            form.decode(codes, scales, matrix, "bfloat16")
             worker.write(at, plain)
 
         return Job(layer.weight.name, (end - begin) * layer.weight.shape[1], run)

@@ -1,4 +1,7 @@
-"""Export of a checkpoint to another layout: diffusers' folder, ComfyUI's file, or row-wise FP8."""
+"""Export of a checkpoint to another layout or format.
+
+Diffusers' folder, ComfyUI's file, row-wise FP8, or INT8 ConvRot.
+"""
 
 from __future__ import annotations
 
@@ -18,32 +21,37 @@ from ..checkpoint import kinds
 from ..checkpoint import quantization as markers
 from ..checkpoint.diffusers_config import CUSTOM_RECIPE, model_config, quantization_config
 from ..checkpoint.diffusers_layout import to_diffusers_layout
+from ..checkpoint.find_layers import find_layers
 from ..checkpoint.foreign_files import refuse
 from ..checkpoint.header import TensorInfo, file_size, layout_header
 from ..checkpoint.identify import Identified, open_for
-from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
 from ..checkpoint.output import AtomicFile, check_target, final_path, write_file
 from ..checkpoint.output_folder import check_target_folder, new_folder
 from ..checkpoint.provenance import read_provenance
+from ..checkpoint.quantized_layers import QuantizedLayer
 from ..checkpoint.structure import missing_or_misshapen, structure_error
 from ..checks import check_threads, file_or_folder
 from ..checks import path as path_argument
 from ..errors import CheckpointError, InvalidArgumentError, PrecisionLossError, UsageError
+from ..layout import SCALE_TILE_ROWS
 from ..printing.progress import byte_bar, shown
+from ..streaming.formats import FORMATS, format_of
 from ..streaming.jobs import Job, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
-from ..streaming.rows import read_encoded
+from ..streaming.rows import damaged, read_encoded
 from ..streaming.worker import Worker
 from ..text import plural
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import HEAD_DIM
 
-Layout = Literal["diffusers", "comfyui", "fp8-rowwise"]
+Layout = Literal["diffusers", "comfyui", "fp8-rowwise", "int8-convrot"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CONFIG = "config.json"
+_DECODED = 1 << 21  # elements that are decoded at once
 _FOLD_BOUND = 1e-3  # the largest relative error that folding may add to some rows of a layer
 _Marker = Callable[..., dict[str, Any]]
+_INT8 = FORMATS["int8-convrot"]
 
 
 @dataclass(repr=False)
@@ -113,7 +121,7 @@ def plan_export(source: str | os.PathLike[str], to: Layout) -> ExportPlan:
         raise UsageError("to", f"must be {', '.join(LAYOUTS)}, not {repr(to)[:80]}")
     found = open_for(file_or_folder("source", source), "export")
     path = found.checkpoint.path
-    if to == "fp8-rowwise" and found.format is None:
+    if to in _ENCODED and found.format is None:
         raise refuse(path, kinds.ZIMAGE)
     own = "diffusers" if found.diffusers else "comfyui"
     if to == own:
@@ -123,7 +131,7 @@ def plan_export(source: str | os.PathLike[str], to: Layout) -> ExportPlan:
         return _Planner(found, layers).to_diffusers()
     if to == "comfyui":
         return _Planner(found, layers).to_comfyui()
-    return _Planner(found, layers).to_rowwise()
+    return _Planner(found, layers).to_encoded(to)
 
 
 def export(
@@ -142,7 +150,8 @@ def export(
     "diffusers" and "comfyui" move bytes and change no number: a file that `convert` wrote comes
     back byte for byte. "fp8-rowwise" folds the block scales of each row into one float32 scale,
     and writes codes [N, K], scales [N] and markers "float8_e4m3fn_rowwise" as convert_to_quant
-    does, in ComfyUI's layout.
+    does, in ComfyUI's layout. "int8-convrot" decodes the weights and encodes them as
+    `convert(..., format="int8-convrot")` would.
 
     Args:
         source: a Z-Image checkpoint, MXFP8 or plain: a file or a diffusers folder.
@@ -159,7 +168,7 @@ def export(
         UsageError: an argument of the wrong type, the output is the input, or the input has the
             layout already.
         CheckpointError: the input is not a whole Z-Image, breaks the file contract, or has no place
-            in the layout; or, to be folded, it has NaN.
+            in the layout; or, to be encoded anew, it has NaN.
         PrecisionLossError: folding would change a layer by more than 0.1 %.
         OutputError: the output cannot be written, or exists already.
     """
@@ -205,35 +214,35 @@ def _file_to_write(plan: ExportPlan, target: Path, overwrite: bool) -> Iterator[
         yield folder / _WEIGHTS
 
 
-def _checked_layers(found: Identified) -> list[MXFP8Layer]:
+def _checked_layers(found: Identified) -> list[QuantizedLayer]:
     checkpoint, scope = found.checkpoint, found.scope
-    mxfp8 = find_layers(checkpoint, scope)
-    if mxfp8.breaches:
-        count = plural(len(mxfp8.breaches), "breach", "breaches")
+    quantized = find_layers(found)
+    if breaches := quantized.breaches:
+        count = plural(len(breaches), "breach", "breaches")
         raise CheckpointError(
-            f"{checkpoint.path} breaks the contract: {mxfp8.breaches[0]} ({count} in all)"
+            f"{checkpoint.path} breaks the contract: {breaches[0]} ({count} in all)"
         )
-    padded = {layer.weight.name: layer.shape for layer in mxfp8.layers}
+    padded = {layer.weight.name: layer.shape for layer in quantized.layers}
     if problems := missing_or_misshapen(checkpoint, scope, padded, for_comfyui=False):
         raise structure_error(checkpoint, scope, problems)
-    return mxfp8.layers
+    return quantized.layers
 
 
 class _Planner:
     """The three layouts of a checkpoint with its MXFP8 layers."""
 
-    def __init__(self, found: Identified, layers: list[MXFP8Layer]) -> None:
+    def __init__(self, found: Identified, layers: list[QuantizedLayer]) -> None:
         self._found = found
         self._checkpoint, self._scope = found.checkpoint, found.scope
         self._layers = layers
 
     def to_comfyui(self) -> ExportPlan:
         described = self._described(markers.layer_marker)
-        return self._single_file("comfyui", described, {})
+        return self._single_file("comfyui", described, None)
 
-    def to_rowwise(self) -> ExportPlan:
-        described = self._described(lambda _, **flags: markers.rowwise_marker(**flags))
-        return self._single_file("fp8-rowwise", described, {x.name: x for x in self._layers})
+    def to_encoded(self, to: Layout) -> ExportPlan:
+        form = _ENCODED[to]
+        return self._single_file(to, self._described(form.marker), form)
 
     def to_diffusers(self) -> ExportPlan:
         checkpoint = to_diffusers_layout(self._checkpoint, self._scope)
@@ -264,9 +273,10 @@ class _Planner:
         )
 
     def _single_file(
-        self, to: Layout, described: dict[str, dict[str, Any]], folded: dict[str, MXFP8Layer]
+        self, to: Layout, described: dict[str, dict[str, Any]], form: _Encoded | None
     ) -> ExportPlan:
-        """Plan a file in ComfyUI's layout, with markers, in which some layers are folded."""
+        """Plan a file in ComfyUI's layout, with markers, with all layers encoded anew or none."""
+        encoded = {x.name: x for x in self._layers} if form else {}
         written = {
             name + markers.MARKER_SUFFIX: markers.marker_bytes(marker)
             for name, marker in described.items()
@@ -276,13 +286,14 @@ class _Planner:
             for name, tensor in self._checkpoint.tensors.items()
         }
         outputs |= {name: ("U8", (len(content),)) for name, content in written.items()}
-        for name, layer in folded.items():
-            outputs[name + markers.WEIGHT_SUFFIX] = "F8_E4M3", layer.shape
-            outputs[name + markers.SCALE_SUFFIX] = "F32", layer.shape[:1]
+        for name, layer in encoded.items():
+            assert form is not None
+            outputs[name + markers.WEIGHT_SUFFIX] = form.codes(layer.shape)
+            outputs[name + markers.SCALE_SUFFIX] = form.scales(layer.shape)
         header, places = layout_header(outputs, self._metadata(self._header_layers(described)))
         replaced = {
             name + suffix
-            for name in folded
+            for name in encoded
             for suffix in (markers.WEIGHT_SUFFIX, markers.SCALE_SUFFIX)
         }
         jobs = [header_job(header)]
@@ -291,12 +302,13 @@ class _Planner:
                 jobs.append(_bytes_job(name, written[name], info.begin))
             elif name not in replaced:
                 jobs += copy_jobs(self._checkpoint.tensors[name], info.begin)
-        for name, layer in folded.items():
+        for name, layer in encoded.items():
+            assert form is not None
             codes, scales = (
                 places[name + suffix].begin
                 for suffix in (markers.WEIGHT_SUFFIX, markers.SCALE_SUFFIX)
             )
-            jobs += _fold_jobs(layer, codes, scales)
+            jobs += form.jobs(layer, codes, scales)
         size = file_size(header, places)
         return ExportPlan(self._found, to, len(described), places, size, jobs, None, [])
 
@@ -315,7 +327,9 @@ class _Planner:
         # With a prefix, markers are enough for ComfyUI, see `make_plan`.
         needed = not self._scope.prefix or before.keys() & ours
         others = {name: entry for name, entry in before.items() if name not in ours}
-        return others | (described if needed else {})
+        if needed:
+            others |= {name: markers.header_entry(marker) for name, marker in described.items()}
+        return others
 
     def _metadata(self, layers: dict[str, Any]) -> dict[str, str]:
         """Return the source's metadata, with other descriptions of layers in the same place."""
@@ -364,7 +378,7 @@ def _bytes_job(name: str, content: bytes, position: int) -> Job:
     return Job(name, 0, lambda worker: worker.write(position, data))
 
 
-def _fold_jobs(layer: MXFP8Layer, codes_begin: int, scales_begin: int) -> list[Job]:
+def _fold_jobs(layer: QuantizedLayer, codes_begin: int, scales_begin: int) -> list[Job]:
     """Return the jobs that fold a layer and write codes [N, K] and float32 scales [N]."""
     rows, columns = layer.shape
 
@@ -396,3 +410,64 @@ def _fold_jobs(layer: MXFP8Layer, codes_begin: int, scales_begin: int) -> list[J
         return Job(layer.weight.name, (end - begin) * layer.weight.shape[1], run)
 
     return [job(begin, end) for begin, end in row_chunks(layer.weight)]
+
+
+def _encode_jobs(layer: QuantizedLayer, codes_begin: int, scales_begin: int) -> list[Job]:
+    """Return the jobs that decode an MXFP8 layer, which is exact, and encode it in INT8."""
+    rows, columns = layer.shape
+    source, encoder = format_of(layer), _INT8.encoder()
+    code_row, scale_row = (x(layer.shape).row_nbytes for x in (_INT8.codes, _INT8.scales))
+    # Rows that are decoded at once: float32 takes four times the memory of the codes.
+    step = max(1, _DECODED // (columns * SCALE_TILE_ROWS)) * SCALE_TILE_ROWS
+
+    def encode(worker: Worker, begin: int, end: int) -> None:
+        codes, scales = read_encoded(worker, layer, begin, end)
+        if source.has_nan(codes, scales):
+            raise damaged(layer)
+        real = min(end, rows) - begin
+        plain = worker.scratch.take("plain", real * columns * 4).view(np.uint32)
+        matrix = plain.reshape(real, columns)
+        source.decode(codes, scales, matrix, "float32")
+        at = codes_begin + begin * code_row, scales_begin + begin * scale_row
+        new_codes = worker.scratch.take("codes", real * code_row, at[0])
+        new_scales = worker.scratch.take("scales", real * scale_row, at[1])
+        encoder.encode(matrix, "float32", new_codes, new_scales)
+        worker.write(at[0], new_codes)
+        worker.write(at[1], new_scales)
+
+    def job(begin: int, end: int) -> Job:
+        def run(worker: Worker) -> None:
+            for first in range(begin, end, step):
+                encode(worker, first, min(first + step, end))
+
+        return Job(layer.weight.name, (end - begin) * layer.weight.shape[1], run)
+
+    return [job(begin, end) for begin, end in row_chunks(layer.weight)]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A format in which all layers are encoded anew.
+
+    Attributes:
+        marker: returns the description of a layer [N, K].
+        codes: returns dtype and shape of the codes of a layer [N, K].
+        scales: the same for the scales.
+        jobs: returns the jobs that encode a layer, given the places of its codes and scales.
+    """
+
+    marker: _Marker
+    codes: Callable[[tuple[int, int]], tuple[str, tuple[int, ...]]]
+    scales: Callable[[tuple[int, int]], tuple[str, tuple[int, ...]]]
+    jobs: Callable[[QuantizedLayer, int, int], list[Job]]
+
+
+_ENCODED: dict[Layout, _Encoded] = {
+    "fp8-rowwise": _Encoded(
+        lambda _, **flags: markers.rowwise_marker(**flags),
+        lambda shape: ("F8_E4M3", shape),
+        lambda shape: ("F32", shape[:1]),
+        _fold_jobs,
+    ),
+    "int8-convrot": _Encoded(_INT8.marker, _INT8.codes, _INT8.scales, _encode_jobs),
+}

@@ -12,6 +12,8 @@ from .. import _core, checks
 from ..checkpoint import kinds
 from ..checkpoint.kinds import Kind
 from ..errors import UsageError
+from ..streaming.formats import FORMAT_NAMES, FORMATS, FormatName
+from ..streaming.formats.weight_format import WeightFormat
 from ..zimage.sampling import sampler_timesteps
 from .bias_correction import MODES, Mode
 from .recipes import CONTROLNET, DEFAULT, Recipe, builtin_names, load_recipe
@@ -25,6 +27,7 @@ AnyPath = str | os.PathLike[str]
 class ConversionKeywords(TypedDict, total=False):
     """The fields of `ConversionOptions` as keyword arguments."""
 
+    format: FormatName
     recipe: str | os.PathLike[str] | Recipe
     exclude_layers: Iterable[str]
     any_model: bool
@@ -45,6 +48,8 @@ class ConversionOptions:
         options = ConversionOptions(recipe="zimage", exclude_layers=[r"layers\.29\."])
 
     Attributes:
+        format: "mxfp8", or "int8-convrot": INT8 with one scale per row, after a rotation of blocks
+            of columns, as convert_to_quant 1.3.4 encodes it without learning.
         recipe: name of a built-in recipe, path of a TOML file, or a `Recipe`. For a ControlNet
             "uniform" means the recipe "controlnet".
         exclude_layers: regular expressions, searched in the tensors' full names; matching tensors
@@ -54,13 +59,13 @@ class ConversionOptions:
         nonfinite: what to do with a tensor of the transformer that has NaN or Inf: "error", or
             "keep" it unchanged (the weights are then read twice).
         bias_correction: "timesteps" preserves a modulation's mean output over the sampler's
-            timesteps; "synthetic" reproduces convert_to_quant 1.3.4 (needs torch); "none" leaves
-            biases alone.
+            timesteps; "synthetic" reproduces convert_to_quant 1.3.4 for MXFP8 (needs torch);
+            "none" leaves biases alone.
         timesteps: for "timesteps": "turbo" (8 steps), "base" (50 steps) or a number of steps.
         calibration_samples: for "synthetic": rows of random input, up to 1,000,000.
         seed: for "synthetic": seed of the random numbers, below 2^63.
         modulation_matmul: "full" asks ComfyUI not to quantise the input of quantised modulations
-            on GPUs that multiply MXFP8; it is one row per block.
+            on GPUs that multiply the format; it is one row per block.
         hash_source: write the SHA-256 of the source's files into the header, which reads them once
             more. Version, recipe and correction are always written, unless the recipe reproduces
             convert_to_quant's files.
@@ -74,6 +79,7 @@ class ConversionOptions:
         RecipeError: the file is not a valid recipe.
     """
 
+    format: FormatName = "mxfp8"
     recipe: str | os.PathLike[str] | Recipe = DEFAULT
     exclude_layers: Iterable[str] = ()
     any_model: bool = False
@@ -88,6 +94,9 @@ class ConversionOptions:
     rules: Recipe = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.format not in FORMAT_NAMES:
+            names = " or ".join(FORMAT_NAMES)
+            raise UsageError("format", f"must be {names}, not {repr(self.format)[:80]}")
         if self.nonfinite not in ("error", "keep"):
             raise UsageError("nonfinite", f'must be "error" or "keep", not "{self.nonfinite}"')
         if self.bias_correction not in MODES:
@@ -112,6 +121,8 @@ class ConversionOptions:
         patterns = tuple(self.exclude_layers)
         object.__setattr__(self, "exclude_layers", patterns)
         object.__setattr__(self, "rules", rules.excluding(patterns))
+        if not self.weight_format.can_reproduce_convert_to_quant:
+            self._check_no_reproduction()
         if self.rules.reproduces_convert_to_quant:
             for argument, given in (
                 ("modulation_matmul", self.modulation_matmul == "full"),
@@ -125,6 +136,28 @@ class ConversionOptions:
                         "byte for byte",
                         "choose another `recipe`, or drop it",
                     )
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        """The format that weights are encoded in."""
+        return FORMATS[self.format]
+
+    def _check_no_reproduction(self) -> None:
+        """Refuse options that reproduce convert_to_quant's MXFP8 files."""
+        if self.rules.reproduces_convert_to_quant:
+            raise UsageError(
+                "recipe",
+                f"{self.rules.name} reproduces convert_to_quant's MXFP8 files, and the format is "
+                f"{self.format}",
+                "choose another `recipe`",
+            )
+        if self.bias_correction == "synthetic":
+            raise UsageError(
+                "bias_correction",
+                f"synthetic reproduces convert_to_quant's MXFP8 files, and the format is "
+                f"{self.format}",
+                'choose `bias_correction="timesteps"`, or none',
+            )
 
     @property
     def weighted_loras(self) -> tuple[tuple[Path, float], ...]:
@@ -158,6 +191,8 @@ class ConversionOptions:
             "version": _core.__version__,
             "recipe": self.rules.name if self.rules.name in builtin_names() else "custom",
         }
+        if self.format != "mxfp8":  # which files of earlier versions do not name
+            made["format"] = self.format
         if self.exclude_layers:
             made["exclude_layers"] = list(self.exclude_layers)
         made["bias_correction"] = self.bias_correction

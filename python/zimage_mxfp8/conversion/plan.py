@@ -24,7 +24,7 @@ from ..checkpoint.structure import (
 )
 from ..dtypes import FLOAT_NAMES
 from ..errors import CheckpointError
-from ..layout import padded_shape, scale_shape
+from ..streaming.formats.weight_format import WeightFormat
 from ..text import plural
 from .merging import MergedAdapter
 from .options import ConversionOptions
@@ -44,7 +44,7 @@ class PlannedTensor:
 
     Attributes:
         source: the position of its bytes.
-        action: "quantize" to MXFP8, "keep" its bytes, or "cast" to BF16 (convert_to_quant does that
+        action: "quantize", "keep" its bytes, or "cast" to BF16 (convert_to_quant does that
             to F16 and F32 matrices that it keeps).
         reason: why it is not quantised; empty if it is.
         group: the row of summary tables that it counts in.
@@ -97,7 +97,7 @@ class Plan:
         return (
             f"Plan({str(self.checkpoint.path)!r}, recipe {self.recipe.name!r}: "
             f"{plural(len(self.quantized), 'layer')} of {plural(len(self.tensors), 'tensor')} in "
-            f"MXFP8, {self.size:,} bytes)"
+            f"{self.options.weight_format.title}, {self.size:,} bytes)"
         )
 
     @property
@@ -163,6 +163,7 @@ def make_plan(
             cannot be quantised.
     """
     checkpoint, scope, recipe = source.checkpoint, source.scope, options.rules
+    form = options.weight_format
     full_precision_modulations = options.modulation_matmul == "full"
     if scope.zimage and not options.any_model:
         check_structure(source)
@@ -176,7 +177,7 @@ def make_plan(
             "choose another `recipe`, or exclude less with `exclude_layers`",
         )
     layers = {
-        planned.layer: markers.layer_marker(
+        planned.layer: form.marker(
             _matrix_shape(planned.source),
             full_precision=full_precision_modulations
             and scope.table.is_modulation(scope.inner(planned.layer)),
@@ -184,14 +185,14 @@ def make_plan(
         for planned in tensors.values()
         if planned.action == "quantize"
     }
-    outputs = _output_tensors(checkpoint, tensors, layers)
+    outputs = _output_tensors(checkpoint, tensors, layers, form)
     metadata = dict(checkpoint.metadata)
     # An all-in-one file may describe a quantised text encoder there; that stays.
     described = markers.header_layers(metadata.pop(markers.HEADER_KEY, "")) or {}
     # With a prefix, ComfyUI adds the header's layers under both names, and warns about those that
     # the model does not have; markers are enough for it.
     if not scope.prefix or recipe.reproduces_convert_to_quant:
-        described |= layers
+        described |= {name: markers.header_entry(marker) for name, marker in layers.items()}
     if described:
         metadata[markers.HEADER_KEY] = markers.header_value(described)
     if source_hashes is None:
@@ -279,6 +280,7 @@ def _output_tensors(
     checkpoint: Checkpoint,
     tensors: Mapping[str, PlannedTensor],
     layers: Mapping[str, Mapping[str, object]],
+    form: WeightFormat,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return name -> (dtype, shape) of everything in the output."""
     outputs: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -289,9 +291,9 @@ def _output_tensors(
             continue
         shape = _matrix_shape(source)
         marker = markers.marker_bytes(layers[planned.layer])
-        outputs[name] = "F8_E4M3", padded_shape(shape)
+        outputs[name] = form.codes(shape)
         for suffix, added in (
-            (markers.SCALE_SUFFIX, ("U8", scale_shape(shape))),
+            (markers.SCALE_SUFFIX, form.scales(shape)),
             (markers.MARKER_SUFFIX, ("U8", (len(marker),))),
         ):
             if planned.layer + suffix in tensors:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..streaming.error_stats import ErrorStats, total
+from ..streaming.formats import FORMATS, FormatName
 from ..text import plural
 
 
@@ -16,6 +17,7 @@ class ConversionReport:
     Attributes:
         input: path that was read.
         output: path that was written.
+        format: the format of the quantised layers, as `ConversionOptions.format` names it.
         recipe: name of the recipe.
         bias_correction: the mode.
         quantized: number of layers quantised.
@@ -34,6 +36,7 @@ class ConversionReport:
 
     input: str
     output: str
+    format: FormatName
     recipe: str
     bias_correction: str
     quantized: int
@@ -50,7 +53,8 @@ class ConversionReport:
 
     def __repr__(self) -> str:
         layers = plural(self.quantized, "layer")
-        return f"ConversionReport({self.output!r}, {layers} in MXFP8, {self.file_bytes:,} bytes)"
+        title = FORMATS[self.format].title
+        return f"ConversionReport({self.output!r}, {layers} in {title}, {self.file_bytes:,} bytes)"
 
     def __str__(self) -> str:
         from ..printing.conversion import print_conversion

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from .. import _core
 from ..checkpoint import quantization as markers
 from ..checkpoint.source import SourceTensor
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
-from ..layout import padded_shape, scale_shape
 from ..streaming.encoder import Encoder
 from ..streaming.error_stats import ErrorStats
 from ..streaming.jobs import Job, byte_chunks, copy_jobs, header_job, row_chunks
@@ -50,6 +48,7 @@ class TensorJobs:
         self.errors: dict[tuple[str, int], ErrorStats] = {}
         self.kept = KeptTensorCheck(keep=plan.options.nonfinite == "keep")
         self._plan = plan
+        self._form = plan.options.weight_format
         self._encoder = encoder
         self._corrections = corrections
         self._measure_errors = measure_errors
@@ -80,14 +79,14 @@ class TensorJobs:
         rows, cols = tensor.shape
         codes_at = self._position(tensor.name)
         scales_at = self._position(planned.layer + markers.SCALE_SUFFIX)
-        code_cols = padded_shape((rows, cols))[1]
-        scale_cols = scale_shape((rows, cols))[1]
+        code_row = self._form.codes((rows, cols)).row_nbytes
+        scale_row = self._form.scales((rows, cols)).row_nbytes
         marker_at = self._position(planned.layer + markers.MARKER_SUFFIX)
         marker = np.frombuffer(markers.marker_bytes(plan.layers[planned.layer]), np.uint8)
 
         def job(begin: int, end: int) -> Job:
             def run(worker: Worker) -> None:
-                positions = codes_at + begin * code_cols, scales_at + begin * scale_cols
+                positions = codes_at + begin * code_row, scales_at + begin * scale_row
                 data, codes, scales = encode_rows(
                     worker,
                     tensor,
@@ -95,6 +94,7 @@ class TensorJobs:
                     end,
                     plan.recipe.source_rounding,
                     positions,
+                    form=self._form,
                     encoder=self._encoder,
                     nonfinite_hint=KEEP_HINT,
                 )
@@ -107,7 +107,7 @@ class TensorJobs:
                     self._correct_bias(worker, planned, begin, matrix, codes, scales)
                 if self._measure_errors:
                     self.errors[tensor.name, begin] = measure_rows(
-                        tensor, data, end - begin, codes, scales
+                        tensor, data, end - begin, codes, scales, self._form
                     )
 
             return Job(tensor.name, (end - begin) * (tensor.nbytes // rows), run)
@@ -131,14 +131,13 @@ class TensorJobs:
             begin: number of the first row.
             matrix: the rows before encoding.
             codes: the rows' codes.
-            scales: their blocked scales.
+            scales: their scales.
         """
         assert planned.bias is not None
         bias, rows = self._plan.checkpoint.tensors[planned.bias], len(matrix)
         dtype = FLOAT_NAMES[planned.source.dtype]
         correction = self._corrections[planned.layer]
-        change = np.empty(rows, np.float64)
-        _core.residual_times_vector(matrix, dtype, codes, scales, correction, change, 1)
+        change = self._form.change_times(matrix, dtype, codes, scales, correction)
         item = bias.nbytes // bias.shape[0]
         old = worker.read(bias, begin * item, rows * item, "bias")
         self.kept.check(bias, begin * item, old)

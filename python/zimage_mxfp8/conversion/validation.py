@@ -1,4 +1,4 @@
-"""Validation of an MXFP8 checkpoint against the file contract and its original."""
+"""Validation of a quantised checkpoint against the file contract and its original."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from .. import _core
 from ..checkpoint import quantization as markers
+from ..checkpoint.find_layers import find_layers
 from ..checkpoint.header import read_header
 from ..checkpoint.identify import Identified, open_for
-from ..checkpoint.mxfp8_layers import AGAIN, Breach, MXFP8Layer, find_layers
 from ..checkpoint.provenance import PROVENANCE_KEY, read_provenance
+from ..checkpoint.quantized_layers import AGAIN, Breach, QuantizedLayer
 from ..checkpoint.scopes import COMFYUI_PREFIXES
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.structure import missing_or_misshapen, unknown_weights
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
 from ..errors import CheckpointError, NonFiniteError, UsageError
-from ..layout import padded_shape, scale_shape
 from ..printing.progress import byte_bar, shown
 from ..streaming.error_stats import ErrorStats, merge_rows
+from ..streaming.formats import format_of
 from ..streaming.jobs import Job, ProgressCallback, byte_chunks, row_chunks, run_jobs
 from ..streaming.rows import encode_rows, measure_rows, read_encoded, round_to_bfloat16
 from ..streaming.worker import Worker
@@ -46,7 +46,8 @@ class ValidationReport:
     Attributes:
         file: the file that was checked.
         against: the original it was compared with, if any.
-        layers: number of MXFP8 layers that are stored according to the contract.
+        layers: number of quantised layers that are stored according to the contract.
+        format: title of their format.
         breaches: broken rules; empty for a sound file.
         notes: remarks that are not breaches.
         errors: per layer's weight, its error against the original; empty without one.
@@ -56,13 +57,14 @@ class ValidationReport:
     file: str
     against: str | None
     layers: int
+    format: str = "MXFP8"
     breaches: list[Breach] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: dict[str, ErrorStats] = field(default_factory=dict)
     loras: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        layers = plural(self.layers, "MXFP8 layer")
+        layers = plural(self.layers, f"{self.format} layer")
         breaches = plural(len(self.breaches), "breach", "breaches")
         return f"ValidationReport({self.file!r}, {layers}, {breaches})"
 
@@ -85,6 +87,7 @@ class ValidationReport:
             "loras": self.loras,
             "ok": self.ok,
             "layers": self.layers,
+            "format": self.format,
             "breaches": [vars(breach) for breach in self.breaches],
             "notes": self.notes,
             "tensors": {name: stats.to_dict() for name, stats in self.errors.items()},
@@ -99,15 +102,15 @@ def validate(
     threads: int = 0,
     progress: ProgressCallback | bool | None = None,
 ) -> ValidationReport:
-    """Check an MXFP8 checkpoint.
+    """Check a checkpoint in MXFP8 or INT8 ConvRot.
 
-    Checks names, types, shapes, markers and the header, then the data: NaN codes and scales,
-    padding, blocks of zeros, NaN and Inf anywhere else. With the original it also encodes every
-    layer again and compares codes, scales and their order byte by byte, compares all other
-    tensors, and measures errors.
+    Checks names, types, shapes, markers and the header, then the data: codes and scales that are
+    NaN or should not occur, padding, blocks of zeros, NaN and Inf anywhere else. With the original
+    it also encodes every layer again and compares codes, scales and their order byte by byte,
+    compares all other tensors, and measures errors.
 
     Args:
-        file: the MXFP8 file.
+        file: the quantised file.
         against: the checkpoint that it was converted from (file or diffusers folder).
         loras: the adapters that were merged when it was converted, as in `ConversionOptions`: they
             are merged into the original again, and all of the above is compared with that.
@@ -116,20 +119,25 @@ def validate(
 
     Raises:
         UsageError: `loras` without `against`.
-        CheckpointError: a file is unreadable or malformed, `file` is not an MXFP8 file, `against`
-            is not a plain checkpoint, or adapters were merged and `loras` does not name them.
+        CheckpointError: a file is unreadable or malformed, `file` is not quantised in one of these
+            formats, `against` is not a plain checkpoint, or adapters were merged and `loras` does
+            not name them.
     """
     adapters = weighted_files(loras)
     if adapters and against is None:
         raise UsageError("loras", "need the original too", "give `against`")
     found = open_for(file, "validate")
     checkpoint = found.checkpoint
-    mxfp8 = find_layers(checkpoint, found.scope)
-    layers = mxfp8.layers
+    quantized = find_layers(found)
+    layers = quantized.layers
     report = ValidationReport(
-        str(file), None if against is None else str(against), len(layers), mxfp8.breaches
+        str(file),
+        None if against is None else str(against),
+        len(layers),
+        found.format.title if found.format else "",
+        quantized.breaches,
     )
-    report.notes += mxfp8.notes
+    report.notes += quantized.notes
     _check_readable_by_others(checkpoint, report)
     _check_model(found, layers, report)
     scan = _DataScan(report)
@@ -159,7 +167,7 @@ def _original(
     against: str | os.PathLike[str],
     adapters: Sequence[tuple[Path, float]],
     checkpoint: Checkpoint,
-    layers: Sequence[MXFP8Layer],
+    layers: Sequence[QuantizedLayer],
     report: ValidationReport,
 ) -> Checkpoint:
     """Open the original, with the adapters in it that were merged into the file."""
@@ -202,7 +210,7 @@ def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) 
         report.breaches.append(Breach(min(unseen), "is unseen by the safetensors library", AGAIN))
 
 
-def _check_model(found: Identified, layers: list[MXFP8Layer], report: ValidationReport) -> None:
+def _check_model(found: Identified, layers: list[QuantizedLayer], report: ValidationReport) -> None:
     checkpoint, scope = found.checkpoint, found.scope
     if not scope.zimage:
         report.notes.append("not a Z-Image transformer: its tensors were not counted")
@@ -211,7 +219,8 @@ def _check_model(found: Identified, layers: list[MXFP8Layer], report: Validation
     remedy = "complete the original and " + AGAIN
     for name, problem in missing_or_misshapen(checkpoint, scope, shapes):
         report.breaches.append(Breach(name, problem, remedy))
-    for name, problem in unknown_weights(checkpoint, scope):
+    scales = {layer.scale.name for layer in layers}
+    for name, problem in unknown_weights(checkpoint, scope, scales):
         report.breaches.append(Breach(name, problem, remedy))
     if scope.prefix not in COMFYUI_PREFIXES:
         report.notes.append(
@@ -223,7 +232,7 @@ class _KeptScan:
     """A check for NaN and Inf in floating-point tensors that are not quantised."""
 
     def __init__(
-        self, found: Identified, layers: list[MXFP8Layer], report: ValidationReport
+        self, found: Identified, layers: list[QuantizedLayer], report: ValidationReport
     ) -> None:
         self._found = found
         self._encoded = {layer.weight.name for layer in layers}
@@ -264,48 +273,22 @@ class _DataScan:
         self._report = report
         self._found: list[tuple[str, str, int]] = []  # appended to by all workers
 
-    def jobs(self, layer: MXFP8Layer) -> list[Job]:
-        code_cols = layer.weight.shape[1]
+    def jobs(self, layer: QuantizedLayer) -> list[Job]:
+        row_nbytes = layer.weight.nbytes // layer.weight.shape[0]
 
         def job(begin: int, end: int) -> Job:
             def run(worker: Worker) -> None:
                 self.scan(layer, *read_encoded(worker, layer, begin, end), begin)
 
-            return Job(layer.weight.name, (end - begin) * code_cols, run)
+            return Job(layer.weight.name, (end - begin) * row_nbytes, run)
 
         return [job(begin, end) for begin, end in row_chunks(layer.weight)]
 
-    def scan(self, layer: MXFP8Layer, codes: Bytes, scales: Bytes, begin: int) -> None:
+    def scan(self, layer: QuantizedLayer, codes: Bytes, scales: Bytes, begin: int) -> None:
         """Check the rows from `begin` on, as `read_encoded` gives them."""
-        codes = codes.reshape(-1, layer.weight.shape[1])
-        rows, cols = layer.shape
-        real_rows = min(rows - begin, codes.shape[0])
-        blocks = -(-cols // 32)
-        magnitude = codes & 0x7F
-        self._count(layer.weight.name, "has NaN codes", int((magnitude == 0x7F).sum()))
-        padding = int(np.count_nonzero(codes[real_rows:])) + int(np.count_nonzero(codes[:, cols:]))
-        self._count(layer.weight.name, "has codes other than 0 in its padding", padding)
-
-        plain = np.empty((codes.shape[0], blocks), np.uint8)
-        _core.from_blocked(scales, plain)
-        self._count(layer.scale.name, "has NaN scales", int((plain == 255).sum()))
-        stray = int(np.count_nonzero(scales)) - int(np.count_nonzero(plain[:real_rows]))
-        self._count(layer.scale.name, "has scales other than 0 in its padding", stray)
-
-        words = magnitude.view(np.uint64).reshape(codes.shape[0], blocks, 4)
-        is_zero = (words[..., 0] | words[..., 1] | words[..., 2] | words[..., 3]) == 0
-        orphans = int((is_zero & (plain != 0)).sum())
-        self._count(layer.scale.name, "has scales other than 0 for blocks of zeros", orphans)
-        ambiguous = int((~is_zero & (plain == 0)).sum())
-        if ambiguous:
-            self._report.notes.append(
-                f'"{layer.scale.name}" has {plural(ambiguous, "block")} of numbers with scale 0, '
-                "which comfy-kitchen reads as 0 and the hardware as 2^-127"
-            )
-
-    def _count(self, tensor: str, what: str, count: int) -> None:
-        if count:
-            self._found.append((tensor, what, count))
+        flaws = format_of(layer).flaws(layer, codes, scales, begin)
+        self._found += [breach for breach in flaws.breaches if breach[2]]
+        self._report.notes += flaws.notes
 
     def finish(self) -> None:
         totals: Counter[tuple[str, str]] = Counter()
@@ -321,7 +304,7 @@ class _Comparison:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        layers: list[MXFP8Layer],
+        layers: list[QuantizedLayer],
         original: Checkpoint,
         report: ValidationReport,
         scan: _DataScan,
@@ -355,7 +338,7 @@ class _Comparison:
                 self._breach(name, "is missing, though the original has it")
             elif name in weights:
                 jobs += self._weight_jobs(weights[name], tensor)
-            elif found.dtype == "F8_E4M3" and tensor.dtype in FLOAT_NAMES:
+            elif found.dtype in ("F8_E4M3", "I8") and tensor.dtype in FLOAT_NAMES:
                 continue  # a layer with breaches of its own
             elif name not in biases:
                 jobs += self._copy_check_jobs(found, tensor)
@@ -371,7 +354,7 @@ class _Comparison:
     def _breach(self, tensor: str, problem: str) -> None:
         self._report.breaches.append(Breach(tensor, problem, AGAIN))
 
-    def _weight_jobs(self, layer: MXFP8Layer, original: SourceTensor) -> list[Job]:
+    def _weight_jobs(self, layer: QuantizedLayer, original: SourceTensor) -> list[Job]:
         if original.shape != layer.shape or original.dtype not in FLOAT_NAMES:
             self._breach(
                 layer.weight.name,
@@ -380,16 +363,19 @@ class _Comparison:
             )
             return []
         self.compared.add(layer.name)
+        form = format_of(layer)
         roundings = (False,) if original.dtype == "BF16" else (False, True)
 
         def job(begin: int, end: int) -> Job:
             def run(worker: Worker) -> None:
-                rows = padded_shape((end - begin, 1))[0]
+                rows = form.codes((end - begin, layer.shape[1])).shape[0]
                 file_codes, file_scales = read_encoded(worker, layer, begin, begin + rows)
                 self._scan.scan(layer, file_codes, file_scales, begin)
                 for rounding in roundings:
                     try:
-                        data, codes, scales = encode_rows(worker, original, begin, end, rounding)
+                        data, codes, scales = encode_rows(
+                            worker, original, begin, end, rounding, form=form
+                        )
                     except NonFiniteError as error:
                         self._breach(
                             layer.weight.name,
@@ -398,10 +384,11 @@ class _Comparison:
                         )
                         return
                     wrong_codes = int(np.count_nonzero(codes != file_codes))
-                    wrong_scales = int(np.count_nonzero(scales != file_scales))
+                    scale = np.dtype((np.void, form.scales(layer.shape).item_nbytes))
+                    wrong_scales = int((scales.view(scale) != file_scales.view(scale)).sum())
                     self._differences.append((layer.name, rounding, wrong_codes, wrong_scales))
                 self._stats[layer.weight.name, begin] = measure_rows(
-                    original, data, end - begin, file_codes, file_scales
+                    original, data, end - begin, file_codes, file_scales, form
                 )
 
             return Job(layer.weight.name, (end - begin) * layer.shape[1], run)
@@ -478,26 +465,18 @@ class _Comparison:
                 )
         self._report.errors = merge_rows(self._stats)
 
-    def _diagnose_scales(self, layer: MXFP8Layer, source_rounding: bool) -> str | None:
+    def _diagnose_scales(self, layer: QuantizedLayer, source_rounding: bool) -> str | None:
         """Return the order of a layer's scales, if it is a known wrong one."""
-        worker = Worker(None)
+        form, worker = format_of(layer), Worker(None)
         try:
-            expected = np.empty(scale_shape(layer.shape), np.uint8)
+            stored = form.scales(layer.shape)
+            expected = np.empty((stored.shape[0], stored.row_nbytes), np.uint8)
             tensor = self._original.tensors[layer.weight.name]
             for begin, end in row_chunks(tensor):
-                _, _, scales = encode_rows(worker, tensor, begin, end, source_rounding)
+                _, _, scales = encode_rows(worker, tensor, begin, end, source_rounding, form=form)
                 rows = scales.size // expected.shape[1]
                 expected[begin : begin + rows] = scales.reshape(rows, -1)
             found = worker.read(layer.scale, 0, layer.scale.nbytes)
         finally:
             worker.close()
-        rearranged = np.empty(expected.size, np.uint8)
-        _core.to_blocked(expected, rearranged)
-        if np.array_equal(found, rearranged):
-            return "has its scales swizzled twice"
-        _core.from_blocked(expected, rearranged.reshape(expected.shape))
-        if np.array_equal(found, rearranged):
-            return "has its scales in row-major order, not in the 128x4 blocked layout"
-        if np.array_equal(np.sort(found), np.sort(expected.reshape(-1))):
-            return "has the right scales in a wrong order"
-        return None
+        return form.misordering(expected, found)

@@ -24,7 +24,7 @@ from ..printing.progress import shown, stage_bar
 from ..streaming.jobs import Progress
 from ..system.device_notes import report_line
 from ..system.devices import core_index, memory_for, torch_device
-from ..transformer.compute import Compute, choose
+from ..transformer.compute import MODES, Compute, choose
 from ..transformer.control import ZImageControlNet
 from ..transformer.model import ZImageTransformer
 from ..transformer.weights import ModelFile, open_control, open_model
@@ -201,7 +201,7 @@ class ZImageGenerator:
         self._device = torch_device(device)
         headers = open_model(self._file)
         self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
-        self._compute = choose(compute, core_index(self._device), bool(headers.layers))
+        self._compute = choose(compute, core_index(self._device), headers.weights)
         self._control_file: Path | None = None
         if controlnet is not None:
             file_or_folder("controlnet", controlnet)
@@ -447,9 +447,9 @@ class ZImageGenerator:
             raise CheckpointError(
                 f"the ControlNet {file} does not fit the transformer {self._file}: {problem}"
             )
-        # A mode for MXFP8 is meant for the files that have such layers.
-        mode = compute if headers.layers else "auto"
-        return choose(mode, core_index(self._device), bool(headers.layers))
+        # A mode is meant for the files that have layers for it.
+        mode = compute if compute in MODES[headers.weights] else "auto"
+        return choose(mode, core_index(self._device), headers.weights)
 
     def _open_control_image(self, settings: GenerationSettings) -> Image | None:
         if settings.control_image is None:

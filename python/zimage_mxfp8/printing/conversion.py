@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ..conversion.report import ConversionReport
+from ..streaming.formats import FORMATS
 from .errors import print_errors
 from .screen import Screen, size_text
 
 
 def print_conversion(report: ConversionReport, screen: Screen) -> None:
     """Print a `ConversionReport`."""
-    rows = [["quantised to MXFP8", str(report.quantized)]]
+    rows = [[f"quantised to {FORMATS[report.format].title}", str(report.quantized)]]
     rows += [[f"kept: {reason}", str(number)] for reason, number in report.kept.items()]
     if report.corrected_biases:
         rows.append([f"biases corrected ({report.bias_correction})", str(report.corrected_biases)])

@@ -25,7 +25,9 @@ def print_validation(report: ValidationReport, screen: Screen) -> None:
     if report.loras:
         compared += f" with {plural(len(report.loras), 'adapter')} merged"
     if report.ok:
-        screen.text(f"{report.file}: sound, {plural(report.layers, 'MXFP8 layer')}{compared}")
+        screen.text(
+            f"{report.file}: sound, {plural(report.layers, f'{report.format} layer')}{compared}"
+        )
     else:
         count = plural(len(report.breaches), "breach", "breaches")
         screen.text(f"{report.file}: {count} of the contract")

@@ -27,7 +27,8 @@ class ErrorStats:
         squared_signal: sum of w^2.
         max_error: largest |w - wq|.
         elements: number of elements.
-        scale_histogram: number of blocks with each scale byte, [256].
+        scale_histogram: number of scales with each exponent byte: MXFP8's scale bytes, or the
+            exponents of float32 scales, [256].
     """
 
     squared_error: float = 0.0

@@ -8,17 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..checkpoint.mxfp8_layers import MXFP8Layer
+from ..checkpoint.quantized_layers import QuantizedLayer
 from ..checkpoint.source import SourceTensor
 from ..conversion.nonfinite import nonfinite_error
 from ..dtypes import FLOAT_NAMES, DTypeName, as_integers
-from ..errors import NonFiniteError
-from ..layout import padded_shape, scale_shape
-from .encoder import CPU, Encoder
+from ..errors import CheckpointError, NonFiniteError
+from .encoder import Encoder
 from .error_stats import ErrorStats
+from .formats import FORMATS, format_of
+from .formats.weight_format import WeightFormat
 from .worker import Worker
 
 Bytes = npt.NDArray[np.uint8]
+_MXFP8 = FORMATS["mxfp8"]
 
 
 def as_matrix(tensor: SourceTensor, data: Bytes, rows: int) -> npt.NDArray[np.generic]:
@@ -60,7 +62,8 @@ def encode_rows(
     source_rounding: bool,
     positions: tuple[int, int] = (0, 0),
     *,
-    encoder: Encoder = CPU,
+    form: WeightFormat = _MXFP8,
+    encoder: Encoder | None = None,
     nonfinite_hint: str = "",
 ) -> tuple[Bytes, Bytes, Bytes]:
     """Read rows [begin, end) of a weight and encode them.
@@ -72,58 +75,65 @@ def encode_rows(
         end: one past the last row.
         source_rounding: whether the weight is rounded to BF16 first.
         positions: where codes and scales will be written.
-        encoder: where they are encoded.
+        form: the format.
+        encoder: where they are encoded; by default on the CPU.
         nonfinite_hint: hint of the error about NaN and Inf.
 
-    Returns the source's bytes, the codes [padded rows, padded columns] and the blocked scales, all
-    in the worker's scratch memory.
+    Returns the source's bytes, the codes and the scales, all in the worker's scratch memory.
 
     Raises:
         NonFiniteError: NaN or Inf; row and column are those of the whole tensor.
     """
-    rows, cols = end - begin, tensor.shape[1]
+    shape = end - begin, tensor.shape[1]
     data, matrix, dtype = read_rows(worker, tensor, begin, end, source_rounding)
-    codes = worker.scratch.take("codes", math.prod(padded_shape((rows, cols))), positions[0])
-    scales = worker.scratch.take("scales", math.prod(scale_shape((rows, cols))), positions[1])
+    codes = worker.scratch.take("codes", form.codes(shape).nbytes, positions[0])
+    scales = worker.scratch.take("scales", form.scales(shape).nbytes, positions[1])
     try:
-        encoder.encode(matrix, dtype, codes, scales)
+        (encoder or form.encoder()).encode(matrix, dtype, codes, scales)
     except NonFiniteError as error:
         raise nonfinite_error(tensor, begin + error.row, error.column, nonfinite_hint) from None
     return data, codes, scales
 
 
 def measure_rows(
-    tensor: SourceTensor, data: Bytes, rows: int, codes: Bytes, scales: Bytes
+    tensor: SourceTensor,
+    data: Bytes,
+    rows: int,
+    codes: Bytes,
+    scales: Bytes,
+    form: WeightFormat = _MXFP8,
 ) -> ErrorStats:
     """Return error statistics of encoded rows; arguments as `encode_rows` gives them."""
-    cols = tensor.shape[1]
     matrix = as_matrix(tensor, data, rows)
-    error, signal, worst = _core.measure_residual(
-        matrix, FLOAT_NAMES[tensor.dtype], codes, scales, 1
+    return form.measure(matrix, FLOAT_NAMES[tensor.dtype], codes, scales)
+
+
+def read_encoded(
+    worker: Worker, layer: QuantizedLayer, begin: int, end: int
+) -> tuple[Bytes, Bytes]:
+    """Read codes and scales of the rows [begin, end), with padding; `begin` is 128 * n."""
+    code_row, scale_row = (x.nbytes // x.shape[0] for x in (layer.weight, layer.scale))
+    codes = worker.read(layer.weight, begin * code_row, (end - begin) * code_row, "file codes")
+    count = format_of(layer).scales((end - begin, layer.shape[1])).nbytes
+    return codes, worker.read(layer.scale, begin * scale_row, count, "file scales")
+
+
+def damaged(layer: QuantizedLayer) -> CheckpointError:
+    """Return the error for a layer that decodes to NaN or infinity."""
+    return CheckpointError(
+        f'{layer.weight.segments[0].path}: layer "{layer.name}" has NaN codes or scales, so it is '
+        "damaged; zimage-mxfp8 validate says more"
     )
-    plain = np.empty((rows, -(-cols // 32)), np.uint8)
-    _core.from_blocked(scales, plain)
-    histogram = np.bincount(plain.reshape(-1), minlength=256)
-    return ErrorStats(error, signal, worst, rows * cols, histogram)
-
-
-def read_encoded(worker: Worker, layer: MXFP8Layer, begin: int, end: int) -> tuple[Bytes, Bytes]:
-    """Read codes and blocked scales of the padded rows [begin, end); `begin` is 128 * n."""
-    code_cols, scale_cols = layer.weight.shape[1], layer.scale.shape[1]
-    codes = worker.read(layer.weight, begin * code_cols, (end - begin) * code_cols, "file codes")
-    scale_rows = -(-(end - begin) // 128) * 128
-    scales = worker.read(layer.scale, begin * scale_cols, scale_rows * scale_cols, "file scales")
-    return codes, scales
 
 
 def decode_rows(
-    worker: Worker, source: SourceTensor | MXFP8Layer, begin: int, end: int, use: str
+    worker: Worker, source: SourceTensor | QuantizedLayer, begin: int, end: int, use: str
 ) -> npt.NDArray[np.float32]:
-    """Read rows [begin, end) of a weight, decoded where it is MXFP8; `begin` is 128 * n.
+    """Read rows [begin, end) of a weight, decoded where it is quantised; `begin` is 128 * n.
 
     Args:
         worker: reads, and holds the result.
-        source: an MXFP8 layer, or a tensor in BF16, F16 or F32.
+        source: a quantised layer, or a tensor in BF16, F16 or F32.
         begin: first row.
         end: one past the last row.
         use: name of the scratch memory that the result is in.
@@ -134,10 +144,11 @@ def decode_rows(
     shape = end - begin, source.shape[1]
     memory = worker.scratch.take(use, math.prod(shape) * 4)
     decoded = memory.view(np.float32).reshape(shape)
-    if isinstance(source, MXFP8Layer):
-        rows = padded_shape((end - begin, 1))[0]
-        codes, scales = read_encoded(worker, source, begin, begin + rows)
-        _core.dequantize(codes, scales, decoded, "float32", 1)
+    if isinstance(source, QuantizedLayer):
+        form = format_of(source)
+        stored = form.codes(shape).shape[0]  # with padding
+        codes, scales = read_encoded(worker, source, begin, begin + stored)
+        form.decode(codes, scales, decoded, "float32")
     else:
         _, matrix, dtype = read_rows(worker, source, begin, end, False)
         _core.cast(matrix, dtype, decoded, "float32", 1)

@@ -13,6 +13,15 @@ COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "int8", "mx
 # Modes that multiply the codes of the file. The others make weights of their own from them.
 IN_PLACE_MODES: tuple[Compute, ...] = tuple(mode for mode in COMPUTE_MODES if mode != "int8")
 
+# Formats that the layers of a file are stored in, and the modes that can multiply them, the one
+# first that "auto" prefers on a GPU.
+Weights = Literal["plain", "mxfp8", "int8-convrot"]
+MODES: dict[Weights, tuple[Compute, ...]] = {
+    "plain": ("weight-only",),
+    "mxfp8": COMPUTE_MODES,
+    "int8-convrot": ("int8", "weight-only"),
+}
+
 DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",
     "fp8": "scales folded to one per row, FP8 tensor cores",
@@ -70,20 +79,20 @@ def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
 
 
 def supported(device: int) -> list[Compute]:
-    """Return the modes that a device has, in the order in which "auto" prefers them on a GPU."""
+    """Return the modes that a device has."""
     return [mode for mode in COMPUTE_MODES if not unsupported(mode, device)]
 
 
-def choose(compute: str, device: int, quantized: bool) -> Compute:
+def choose(compute: str, device: int, weights: Weights) -> Compute:
     """Return the mode to run in.
 
     Args:
         compute: "auto" (the fastest that the device has) or a mode.
         device: where the model will be: index of a CUDA device, or -1 for the CPU.
-        quantized: whether the checkpoint has MXFP8 layers; without them there is nothing to choose.
+        weights: what the layers are stored in.
 
     Raises:
-        UsageError: no such mode, or a mode for quantised layers without any.
+        UsageError: no such mode, or one that the layers cannot be multiplied in.
         UnsupportedError: the device does not have the mode.
     """
     modes = {str(mode): mode for mode in COMPUTE_MODES}
@@ -91,9 +100,16 @@ def choose(compute: str, device: int, quantized: bool) -> Compute:
         raise UsageError("compute", f"must be auto, {', '.join(modes)}, not {repr(compute)[:80]}")
     if compute == "auto":
         # On the CPU nothing is faster in 8 bits.
-        return supported(device)[0] if quantized and device >= 0 else "weight-only"
+        on_gpu = (mode for mode in MODES[weights] if not unsupported(mode, device))
+        return next(on_gpu) if device >= 0 else "weight-only"
     mode = modes[compute]
-    if not quantized and mode != "weight-only":
+    if mode not in MODES[weights] and weights == "int8-convrot":
+        raise UsageError(
+            "compute",
+            f"{mode} is for MXFP8 checkpoints, and this one is INT8 ConvRot",
+            'use `compute="int8"`, or weight-only',
+        )
+    if mode not in MODES[weights]:
         raise UsageError(
             "compute",
             f"{mode} is for MXFP8 checkpoints, and this one is not quantised",

@@ -137,7 +137,7 @@ class ZImageControlNet(nn.Module):
         check_dtype(dtype)
         file = open_control(file_or_folder("path", path))
         place = torch_device(device)
-        mode = choose(compute, core_index(place), bool(file.layers))
+        mode = choose(compute, core_index(place), file.weights)
         report_line(place, device)
         with shown(progress, byte_bar("loading the ControlNet")) as callback:
             parts = load_parts(file, place, mode, dtype, callback, file.config.table)

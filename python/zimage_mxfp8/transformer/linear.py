@@ -317,45 +317,85 @@ class FP8Linear(Linear):
         return of_device.row_scaled_workspace(tokens, (rows, columns), self.dtype, device)
 
 
-class Int8Linear(Linear):
-    """A layer with rotated weights in INT8 and one scale per row; so are activations, per token.
+class _Int8Linear(Linear):
+    """A layer with rotated weights in INT8 and one scale per row, see `arithmetic.int8`."""
 
-    See `arithmetic.int8`.
-    """
-
-    weight_format = "int8 (rotated)"
     codes: torch.Tensor
     scale_bits: torch.Tensor
     rotation: torch.Tensor
 
-    def __init__(self, weights: MXFP8Array, n: int, dtype: torch.dtype) -> None:
-        """Take weights in MXFP8 [N, K], with padding to multiples of 32 of both."""
+    def __init__(
+        self, weights: int8.Int8Matrix, rotation: torch.Tensor, n: int, dtype: torch.dtype
+    ) -> None:
+        """Take weights [N, K], padded or not, and the signs of the matrix that rotated them."""
         super().__init__(n, dtype)
-        signs = int8.hadamard(int8.rotation_block(weights.shape[1])).to(weights.codes.device)
-        encoded = int8.encode_weights(weights, signs)
-        self.register_buffer("codes", encoded.codes)
+        self.register_buffer("codes", weights.codes)
         # As integers, which nn.Module.to(dtype) leaves alone.
-        self.register_buffer("scale_bits", encoded.scales.view(torch.int32))
-        self.register_buffer("rotation", signs)
+        self.register_buffer("scale_bits", weights.scales.view(torch.int32))
+        self.register_buffer("rotation", rotation)
 
     @property
     def weights(self) -> int8.Int8Matrix:
-        """[N, K], with padding to multiples of 32 of both."""
+        """[N, K], with the padding that it was given."""
         return int8.Int8Matrix(self.codes, self.scale_bits.view(torch.float32))
 
+    @property
+    def _shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return rows, columns
+
     def decode(self) -> torch.Tensor:
-        """Return the weights as float32 [N, K], rotated back, with K padded to a multiple of 32."""
-        weights = self.weights
-        decoded = int8.rotate(weights.codes.float() * weights.scales[:, None], self.rotation)
-        return decoded[: self.out_features]
+        """Return the weights as float32 [N, K], rotated back, with K as it is stored."""
+        return int8.decode(self.weights, self.rotation)[: self.out_features]
+
+
+class Int8Linear(_Int8Linear):
+    """A layer in INT8 whose activations are rotated and rounded too, with one scale per token."""
+
+    weight_format = "int8 (rotated)"
+
+    @classmethod
+    def from_mxfp8(cls, weights: MXFP8Array, n: int, dtype: torch.dtype) -> Int8Linear:
+        """Encode weights in MXFP8 [N, K], with padding to multiples of 32 of both."""
+        signs = int8.hadamard(int8.rotation_block(weights.shape[1])).to(weights.codes.device)
+        return cls(int8.encode_weights(weights, signs), signs, n, dtype)
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
         encoded = int8.encode(pad_columns(x, self.codes.shape[1]), self.rotation)
         return int8.multiply(encoded, self.weights, self.dtype)[:, : self.out_features]
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
-        rows, columns = self.codes.shape
-        return int8.workspace(tokens, (rows, columns))
+        return int8.workspace(tokens, self._shape)
+
+
+class Int8WeightOnlyLinear(_Int8Linear):
+    """A layer in INT8 that decodes its weights, with activations that are not quantised."""
+
+    weight_format = "int8 (weight-only)"
+
+    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
+        return int8.multiply_weight_only(x, self.weights, self.rotation)
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        return int8.weight_only_workspace(tokens, self._shape)
+
+
+def int8_linear(
+    codes: torch.Tensor, scales: torch.Tensor, group: int, compute: Compute, dtype: torch.dtype
+) -> Linear:
+    """Return the layer for weights that a file stores in INT8.
+
+    Args:
+        codes: int8 [N, K].
+        scales: float32 [N, 1].
+        group: columns that were rotated together; 1 if they were not.
+        compute: "int8" or "weight-only".
+        dtype: dtype of the activations and results that are not encoded.
+    """
+    weights = int8.Int8Matrix(codes, scales.flatten())
+    signs = int8.regular_hadamard(group).to(codes.device)
+    layer = Int8Linear if compute == "int8" else Int8WeightOnlyLinear
+    return layer(weights, signs, len(codes), dtype)
 
 
 def quantized_linear(
@@ -376,7 +416,7 @@ def quantized_linear(
         return WeightOnlyLinear(codes, scales, n, dtype), None
     if compute == "int8":
         rows, columns = codes.shape
-        return Int8Linear(MXFP8Array(codes, scales, (rows, columns)), n, dtype), None
+        return Int8Linear.from_mxfp8(MXFP8Array(codes, scales, (rows, columns)), n, dtype), None
     if compute != "fp8":
         return BlockScaledLinear(codes, scales, n, dtype, compute == "mxfp8-emulated"), None
     rows, columns = codes.shape

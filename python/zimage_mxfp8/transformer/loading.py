@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.int8_storage import Int8Layer
 from ..checkpoint.source import SourceTensor
 from ..errors import CheckpointError, CudaError, InvalidArgumentError, UnsupportedError
 from ..layout import SCALE_TILE_ROWS
@@ -20,7 +21,7 @@ from ..zimage.table import LayerTable
 from . import arithmetic
 from .block import Block
 from .compute import Compute
-from .linear import Linear, PlainLinear, quantized_linear
+from .linear import Linear, PlainLinear, int8_linear, quantized_linear
 from .weights import ModelFile, TensorStream
 
 _SCALES = " scales"  # behind the key of the codes that they belong to
@@ -197,6 +198,8 @@ class PartsLoader:
             return False
         first, *others = (self._file.layers[name] for name in names)
         same = all(layer.full_precision == first.full_precision for layer in others)
+        if isinstance(first, Int8Layer):
+            return same and all(layer.group == first.group for layer in others)
         return same and first.shape[0] % SCALE_TILE_ROWS == 0
 
     # ---- Layers from the tensors
@@ -243,18 +246,28 @@ class PartsLoader:
         self, codes: torch.Tensor, scales: torch.Tensor, layers: Sequence[str]
     ) -> Linear:
         rows = sum(self._file.layers[layer].shape[0] for layer in layers)
-        full = self._file.layers[layers[0]].full_precision
-        compute: Compute = "weight-only" if full else self._compute
+        first = self._file.layers[layers[0]]
+        compute: Compute = "weight-only" if first.full_precision else self._compute
+        if isinstance(first, Int8Layer):
+            self._check_scales(scales, layers)
+            return int8_linear(codes, scales, first.group, compute, self._dtype)
         try:
             linear, stats = quantized_linear(codes, scales, rows, compute, self._dtype)
         except InvalidArgumentError as error:  # NaN among the codes or scales
-            raise CheckpointError(
-                f'{self._file.path}: layer "{" and ".join(layers)}" is damaged: '
-                f"{error}; zimage-mxfp8 validate says more"
-            ) from None
+            raise self._damaged(layers, str(error)) from None
         if stats is not None:
             self._worst = max(self._worst, stats.relative_error)
         return linear
+
+    def _check_scales(self, scales: torch.Tensor, layers: Sequence[str]) -> None:
+        if not scales.isfinite().all():
+            raise self._damaged(layers, "there are NaN or infinite scales")
+
+    def _damaged(self, layers: Sequence[str], problem: str) -> CheckpointError:
+        return CheckpointError(
+            f'{self._file.path}: layer "{" and ".join(layers)}" is damaged: '
+            f"{problem}; zimage-mxfp8 validate says more"
+        )
 
     def _plain(self, raw: Raw, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return tensors by name, decoded if they are quantised."""
@@ -262,8 +275,15 @@ class PartsLoader:
         for name in names:
             tensor = raw[name]
             if name + _SCALES in raw:
-                shape = self._file.layers[name.removesuffix(".weight")].shape
-                encoded = MXFP8Array(tensor, raw[name + _SCALES], shape)
-                tensor = arithmetic.on(tensor.device).dequantize(encoded, torch.float32)
+                tensor = self._decode(tensor, raw[name + _SCALES], name.removesuffix(".weight"))
             plain[name] = tensor.to(self._dtype)
         return plain
+
+    def _decode(self, codes: torch.Tensor, scales: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the weights of a layer in float32."""
+        layer = self._file.layers[name]
+        if isinstance(layer, Int8Layer):
+            self._check_scales(scales, [name])
+            return int8_linear(codes, scales, layer.group, "weight-only", self._dtype).decode()
+        encoded = MXFP8Array(codes, scales, layer.shape)
+        return arithmetic.on(codes.device).dequantize(encoded, torch.float32)

@@ -196,7 +196,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         check_dtype(dtype)
         file = open_model(file_or_folder("path", path))
         place = torch_device(device)
-        mode = choose(compute, core_index(place), bool(file.layers))
+        mode = choose(compute, core_index(place), file.weights)
         report_line(place, device)
         if place.type == "cuda":
             has_cudnn_attention(place)  # for its warning, now instead of in the middle of an image

@@ -15,9 +15,11 @@ import torch
 
 from .. import _core
 from ..checkpoint.controlnets import control_config
+from ..checkpoint.find_layers import find_layers
 from ..checkpoint.identify import Identified, open_for
+from ..checkpoint.int8_storage import Int8Layer
 from ..checkpoint.kinds import Use
-from ..checkpoint.mxfp8_layers import MXFP8Layer, find_layers
+from ..checkpoint.quantized_layers import QuantizedLayer
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
 from ..checkpoint.structure import missing_or_misshapen, structure_error, unknown_parameters
 from ..dtypes import FLOAT_NAMES
@@ -27,6 +29,7 @@ from ..text import plural
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import HEAD_DIM
 from ..zimage.control import REFINER, ControlConfig
+from .compute import Weights
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -35,6 +38,7 @@ _DTYPES = {
     "F8_E4M3": torch.uint8,
     "U8": torch.uint8,
     "F8_E8M0": torch.uint8,
+    "I8": torch.int8,
 }
 _CHUNK = 8 << 20
 _WORKERS = 8
@@ -51,18 +55,24 @@ class ModelFile(Generic[Config]):
     Attributes:
         config: the sizes of the model.
         tensors: the model's tensors, by name without prefix, in the ComfyUI layout.
-        layers: the MXFP8 layers, by name without prefix.
+        layers: the quantised layers, by name without prefix.
     """
 
     checkpoint: Checkpoint
     config: Config
     tensors: dict[str, SourceTensor]
-    layers: dict[str, MXFP8Layer]
+    layers: dict[str, QuantizedLayer]
 
     @property
     def path(self) -> str:
         """The file or folder."""
         return str(self.checkpoint.path)
+
+    @property
+    def weights(self) -> Weights:
+        """What the layers are stored in."""
+        is_int8 = any(isinstance(layer, Int8Layer) for layer in self.layers.values())
+        return "int8-convrot" if is_int8 else "mxfp8" if self.layers else "plain"
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of the weights in memory, floating-point ones in `dtype`."""
@@ -79,7 +89,7 @@ def open_model(path: str | os.PathLike[str], use: Use = "run") -> ModelFile[ZIma
     """Check a checkpoint's headers and markers, and open it.
 
     Args:
-        path: an MXFP8 or plain single file, or a diffusers folder.
+        path: a single file, MXFP8, INT8 ConvRot or plain, or a diffusers folder.
         use: the purpose.
 
     Raises:
@@ -96,7 +106,7 @@ def open_control(path: str | os.PathLike[str]) -> ModelFile[ControlConfig]:
     """Look at a ControlNet's headers and markers; reads one bias.
 
     Args:
-        path: an MXFP8 or plain file.
+        path: a file, MXFP8, INT8 ConvRot or plain.
 
     Raises:
         CheckpointError: unreadable, not a ControlNet for Z-Image, incomplete, or quantised in a way
@@ -118,16 +128,16 @@ class _Structure(NamedTuple):
     checkpoint: Checkpoint
     shapes: dict[str, tuple[int, ...]]  # before padding, by name without prefix
     tensors: dict[str, SourceTensor]
-    layers: dict[str, MXFP8Layer]
+    layers: dict[str, QuantizedLayer]
 
 
 def _read_structure(path: str | os.PathLike[str], found: Identified) -> _Structure:
     checkpoint, scope, table = found.checkpoint, found.scope, found.scope.table
-    mxfp8 = find_layers(checkpoint, scope)
-    if mxfp8.breaches:
-        count = plural(len(mxfp8.breaches), "problem")
-        raise CheckpointError(f"{path}: {mxfp8.breaches[0]} ({count} in all)")
-    padded = {layer.weight.name: layer.shape for layer in mxfp8.layers}
+    quantized = find_layers(found)
+    if breaches := quantized.breaches:
+        count = plural(len(breaches), "problem")
+        raise CheckpointError(f"{path}: {breaches[0]} ({count} in all)")
+    padded = {layer.weight.name: layer.shape for layer in quantized.layers}
     if problems := missing_or_misshapen(checkpoint, scope, padded, for_comfyui=False):
         raise structure_error(checkpoint, scope, problems)
     if problems := unknown_parameters(checkpoint, scope):
@@ -135,7 +145,7 @@ def _read_structure(path: str | os.PathLike[str], found: Identified) -> _Structu
         raise CheckpointError(
             f'{path}: "{tensor}" {problem}; merge adapters into the weights first, or take it out'
         )
-    layers = {scope.inner(layer.name): layer for layer in mxfp8.layers}
+    layers = {scope.inner(layer.name): layer for layer in quantized.layers}
     inner = {
         i: checkpoint.tensors[name] for i, name in scope.inner_names(checkpoint.tensors).items()
     }

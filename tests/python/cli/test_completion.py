@@ -59,7 +59,7 @@ needs_bash = pytest.mark.skipif(BASH is None, reason="there is no bash")
         ("zimage-mxfp8 convert --exclude", ["--exclude-layers"]),
         ("zimage-mxfp8 convert --lor", ["--lora"]),
         ("zimage-mxfp8 merge", ["merge-lora"]),
-        ("zimage-mxfp8 export --to ", ["comfyui", "diffusers", "fp8-rowwise"]),
+        ("zimage-mxfp8 export --to ", ["comfyui", "diffusers", "fp8-rowwise", "int8-convrot"]),
         ("zimage-mxfp8 convert --convro", [""]),  # options that are refused
         (
             "zimage-mxfp8 convert m.safetensors --bias-correction ",
@@ -104,7 +104,7 @@ def test_a_name_that_is_not_utf8(folder: Path) -> None:
 
 def test_other_shells_get_descriptions(folder: Path) -> None:
     (line,) = completions("zimage-mxfp8 dequ", folder, "zsh")
-    assert line == "dequantize:decode an MXFP8 file to a plain BF16 checkpoint"
+    assert line == "dequantize:decode a quantised file to a plain BF16 checkpoint"
     assert completions("zimage-mxfp8 dequ", folder, "fish") == ["dequantize"]
 
 

@@ -273,6 +273,23 @@ def test_other_formats_fall_back(comfy: SimpleNamespace, original: Path) -> None
     assert list(forward_of(fast).fallback_calls) == ["its weights are in float8_e4m3fn"]
 
 
+def test_int8_files_run_in_comfyui(comfy: SimpleNamespace, original: Path, tmp_path: Path) -> None:
+    file, plain, given = tmp_path / "int8.safetensors", tmp_path / "plain.safetensors", inputs()
+    zm.convert(original, file, format="int8-convrot")
+    zm.dequantize_checkpoint(file, plain)
+    model = load(comfy, file)
+    weight = model.model.diffusion_model.layers[0].attention.qkv.weight
+    assert weight._layout_cls == "TensorWiseINT8Layout" and weight._params.convrot
+    assert weight._params.convrot_groupsize == 256
+    found, wanted = run(comfy, model, given), run(comfy, load(comfy, plain), given)
+    assert 0 < error(found, wanted) < 0.03  # it rounds activations to INT8 too
+    fast = speed_up(model)
+    assert torch.equal(run(comfy, fast, given), found)
+    assert list(forward_of(fast).fallback_calls) == [
+        "its weights are in TensorWiseINT8Layout, not in MXFP8"
+    ]
+
+
 def test_a_plain_file_runs_too(comfy: SimpleNamespace, original: Path) -> None:
     model, given = load(comfy, original), inputs()
     fast = speed_up(model)

@@ -193,14 +193,19 @@ def test_a_copy_computes_the_same(transformer: zm.ZImageTransformer, tmp_path: P
     assert all(torch.equal(a, b) for a, b in zip(want, found, strict=True))
 
 
-@pytest.mark.parametrize("compute", ["fp8", "mxfp8-emulated"])
-def test_other_modes_run(compute: str, transformer: zm.ZImageTransformer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "compute"),
+    [("mxfp8", "fp8"), ("mxfp8", "mxfp8-emulated"), ("int8-convrot", "int8")],
+)
+def test_other_modes_run(
+    form: str, compute: str, transformer: zm.ZImageTransformer, tmp_path: Path
+) -> None:
     tensors = file_tensors("2.0", make_controlnet("2.0", EVERY_OTHER))
     plain = write_controlnet(tmp_path / "plain.safetensors", tensors, torch.bfloat16)
-    zm.convert(plain, tmp_path / "mxfp8.safetensors")
+    zm.convert(plain, tmp_path / "quantized.safetensors", format=form)
     exact, rounded = (
         zm.ZImageControlNet.from_checkpoint(
-            tmp_path / "mxfp8.safetensors", "cpu", mode, torch.float32
+            tmp_path / "quantized.safetensors", "cpu", mode, torch.float32
         )
         for mode in ("weight-only", compute)
     )

@@ -252,7 +252,9 @@ def test_damaged_layer_is_named(converted: Path, tmp_path: Path) -> None:
 
 def test_wrong_uses(converted: Path, plain: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    with pytest.raises(zm.UsageError, match="to must be diffusers, comfyui, fp8-rowwise, not 'x'"):
+    with pytest.raises(
+        zm.UsageError, match="to must be diffusers, comfyui, fp8-rowwise, int8-convrot, not 'x'"
+    ):
         zm.export(converted, out, "x")
     with pytest.raises(zm.UsageError, match="has that layout already"):
         zm.export(converted, out, "comfyui")

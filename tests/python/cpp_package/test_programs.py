@@ -17,10 +17,11 @@ from helpers.diffusers_reference import load_reference, make_reference
 from helpers.documents import GUIDE, ROOT, blocks
 from programs.fuzz_headers import mutated
 from zimage_mxfp8.checkpoint.header import read_header
-from zimage_mxfp8.checkpoint.mxfp8_layers import find_layers
+from zimage_mxfp8.checkpoint.mxfp8_storage import MXFP8Storage
 from zimage_mxfp8.checkpoint.quantization import layer_marker, marker_bytes
+from zimage_mxfp8.checkpoint.quantized_layers import LayerReader, QuantizedLayers
 from zimage_mxfp8.checkpoint.scopes import Scope
-from zimage_mxfp8.checkpoint.source import open_checkpoint
+from zimage_mxfp8.checkpoint.source import Checkpoint, open_checkpoint
 from zimage_mxfp8.errors import CheckpointError
 from zimage_mxfp8.system.diagnosis import cmake_dir
 
@@ -196,12 +197,16 @@ def small_content(folder: Path) -> bytes:
     return path.read_bytes()
 
 
+def layers_of(checkpoint: Checkpoint) -> QuantizedLayers:
+    return LayerReader(checkpoint, Scope("", zimage=False), MXFP8Storage()).read()
+
+
 def verdict_of_python(path: Path) -> str:
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError:
         return "header"
-    found = find_layers(checkpoint, Scope("", zimage=False))
+    found = layers_of(checkpoint)
     if found.breaches:
         return "layers"
     return f"ok {len(checkpoint.tensors)} {len(found.layers)}"
@@ -236,7 +241,7 @@ def test_the_guides_code_runs(
 ) -> None:
     done = run(programs / "guide", quantized, small_file, tmp_path / "out.safetensors")
     assert done.returncode == 0, done.stderr
-    layers = find_layers(open_checkpoint(quantized), Scope("", zimage=False)).layers
+    layers = layers_of(open_checkpoint(quantized)).layers
     assert len(done.stdout.splitlines()) == len(layers) + 1
     assert "layers.0.attention.qkv: 768 x 256, begins with " in done.stdout
     assert "x begins with " in done.stdout

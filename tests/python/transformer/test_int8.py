@@ -67,7 +67,7 @@ def test_codes_are_of_the_row() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(bad: float) -> None:
     weights = zm.quantize(random(32, 64))
-    layer = Int8Linear(weights, 32, torch.float32)
+    layer = Int8Linear.from_mxfp8(weights, 32, torch.float32)
     x = random(3, 64, seed=1)
     want = layer({"bfloat16": x})
     x[1, 7] = bad
@@ -81,7 +81,7 @@ def test_a_layer_is_close_to_the_decoded_weights(n: int, k: int) -> None:
     matrix, x = random(n, k), random(50, k, seed=1)
     padded = torch.nn.functional.pad(matrix, (0, -k % 32, 0, -n % 32))
     weights = zm.quantize(padded)
-    layer = Int8Linear(weights, n, torch.float32)
+    layer = Int8Linear.from_mxfp8(weights, n, torch.float32)
     exact = WeightOnlyLinear(weights.codes, weights.scales, n, torch.float32)
     assert layer.decode().shape == (n, padded.shape[1])
     error = (layer.decode() - exact.decode()).norm() / exact.decode().norm()
@@ -105,10 +105,10 @@ def test_rotations_win_where_channels_stand_out() -> None:
 
 
 def test_a_tile_of_rows_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Int8Linear(zm.quantize(random(256, 128)), 256, torch.bfloat16)
+    layer = Int8Linear.from_mxfp8(zm.quantize(random(256, 128)), 256, torch.bfloat16)
     x = random(300, 128, seed=1).bfloat16()
     want = layer({"bfloat16": x})
     monkeypatch.setattr(int8.tiles, "TILE", 5000)
-    again = Int8Linear(zm.quantize(random(256, 128)), 256, torch.bfloat16)
+    again = Int8Linear.from_mxfp8(zm.quantize(random(256, 128)), 256, torch.bfloat16)
     assert torch.equal(again.codes, layer.codes)
     assert torch.equal(again({"bfloat16": x}), want)

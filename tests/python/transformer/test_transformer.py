@@ -26,6 +26,7 @@ from helpers.diffusers_reference import (
     relative_error,
 )
 from helpers.live_bytes import LiveBytes
+from zimage_mxfp8.transformer import compute as compute_module
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
 from zimage_mxfp8.transformer.linear import Linear
 from zimage_mxfp8.transformer.sequence import layout_of
@@ -394,8 +395,16 @@ def test_offloading_finds_its_device(quantized: Path) -> None:
 
 
 def test_auto_is_exact_on_the_cpu(quantized: Path) -> None:
-    assert choose("auto", -1, True) == "weight-only"
-    assert choose("auto", -1, False) == "weight-only"
+    for weights in ("plain", "mxfp8", "int8-convrot"):
+        assert choose("auto", -1, weights) == "weight-only"
+
+
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        compute_module, "unsupported", lambda mode, _: {"mxfp8": "no"}.get(mode, "")
+    )
+    for weights, mode in (("plain", "weight-only"), ("mxfp8", "fp8"), ("int8-convrot", "int8")):
+        assert choose("auto", 0, weights) == mode
 
 
 @pytest.mark.parametrize("compute", COMPUTE_MODES)

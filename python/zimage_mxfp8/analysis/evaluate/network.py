@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...dtypes import FLOAT_NAMES
 from ...zimage.layers import ZIMAGE
 from ..compare.run import DEFAULT_BOUND
 from ..pages.blocks import Cell, Column, Paragraph, Table
@@ -13,9 +14,9 @@ from ..pages.network import Kinds, Metric, NetworkMap
 from ..pages.page import Section
 from ..pages.weight_error import weight_error
 from .report import EvaluationReport
-from .weights import MXFP8, LayerDifference, WeightComparison
+from .weights import LayerDifference, WeightComparison
 
-_SHADES = {"F32": 0.0, "BF16": 0.1, "F16": 0.2, MXFP8: 0.6}
+_SHADES = {"F32": 0.0, "BF16": 0.1, "F16": 0.2, "INT8 ConvRot": 0.5, "MXFP8": 0.6}
 _FAIR_SHARES = 4  # of the difference, from which on the colour is the lightest
 _BF16_BYTES = 2
 _NOT_COMPARABLE = "not comparable"
@@ -96,7 +97,7 @@ def _keep(weights: WeightComparison) -> KeepOrder | None:
     """Return A's quantised layers by their error; None if keeping them changes nothing."""
     inside = [layer for layer in weights.layers if _in_block(layer)]
     order = sorted(
-        (layer for layer in inside if layer.a_format == MXFP8 and layer.squared_error is not None),
+        (layer for layer in inside if layer.is_quantized_in_a and layer.squared_error is not None),
         key=lambda layer: -(layer.relative_squared_error or 0.0),
     )
     errors = [layer.squared_error or 0.0 for layer in order]
@@ -113,7 +114,7 @@ def _keep(weights: WeightComparison) -> KeepOrder | None:
         error="relative squared error of the weights",
         start="As in A",
         percent=True,
-        always=[layer.name for layer in inside if layer.a_format not in (MXFP8, None)],
+        always=[layer.name for layer in inside if layer.a_format in FLOAT_NAMES],
         rest=max(weights.relative_squared_error - sum(parts), 0.0),
     )
 
@@ -142,5 +143,5 @@ def _network(weights: WeightComparison, keep: KeepOrder | None) -> NetworkMap[La
         Kinds("Stored in A", lambda layer: layer.a_format, _SHADES, _STORED),
         Kinds("Stored in B", lambda layer: layer.b_format, _SHADES, _STORED),
     )
-    kept = [layer.name for layer in weights.layers if layer.a_format not in (MXFP8, None)]
+    kept = [layer.name for layer in weights.layers if layer.a_format in FLOAT_NAMES]
     return NetworkMap({layer.name: layer for layer in weights.layers}, metrics, keep, kept)

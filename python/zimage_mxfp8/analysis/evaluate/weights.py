@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...checkpoint.mxfp8_layers import MXFP8Layer
 from ...checkpoint.quantization import WEIGHT_SUFFIX
+from ...checkpoint.quantized_layers import QuantizedLayer
 from ...checkpoint.source import SourceTensor
+from ...dtypes import FLOAT_NAMES
 from ...layout import SCALE_TILE_ROWS
+from ...streaming.formats import format_of
 from ...streaming.jobs import Job, ProgressCallback, run_jobs
 from ...streaming.rows import decode_rows
 from ...streaming.worker import Worker
@@ -21,7 +23,6 @@ from ...text import natural_order
 from ...transformer.weights import ModelFile
 from ...zimage.config import ZImageConfig
 
-MXFP8 = "MXFP8"  # the only format of weights that is not a dtype
 _CHUNK = 1 << 21  # elements that a job decodes, of A and of B
 
 
@@ -32,7 +33,8 @@ class LayerDifference:
     Attributes:
         name: of the weight, without prefix.
         shape: [N, K] in A; in B, if A does not have it.
-        a_format: what A stores it in: MXFP8, BF16, F16 or F32; None if A does not have it.
+        a_format: what A stores it in: a dtype, such as BF16, or the title of a format, such as
+            MXFP8; None if A does not have it.
         b_format: likewise.
         a_nbytes: bytes of A's weight and its scales.
         squared_error: sum of (a - b)^2; None if a file lacks it, or the shapes differ.
@@ -46,6 +48,11 @@ class LayerDifference:
     a_nbytes: int
     squared_error: float | None
     squared_signal: float
+
+    @property
+    def is_quantized_in_a(self) -> bool:
+        """Whether A has it, and does not store it in a floating dtype."""
+        return self.a_format is not None and self.a_format not in FLOAT_NAMES
 
     @property
     def relative_squared_error(self) -> float | None:
@@ -144,9 +151,9 @@ def compare_weights(
     return WeightComparison(tuple(layers), a_bytes)
 
 
-def _matrices(model: ModelFile[ZImageConfig]) -> dict[str, SourceTensor | MXFP8Layer]:
+def _matrices(model: ModelFile[ZImageConfig]) -> dict[str, SourceTensor | QuantizedLayer]:
     """Return a model's weight matrices by name."""
-    found: dict[str, SourceTensor | MXFP8Layer] = {
+    found: dict[str, SourceTensor | QuantizedLayer] = {
         name: tensor
         for name, tensor in model.tensors.items()
         if name.endswith(WEIGHT_SUFFIX) and len(tensor.shape) == 2
@@ -156,8 +163,8 @@ def _matrices(model: ModelFile[ZImageConfig]) -> dict[str, SourceTensor | MXFP8L
 
 def _jobs(
     name: str,
-    a: SourceTensor | MXFP8Layer,
-    b: SourceTensor | MXFP8Layer,
+    a: SourceTensor | QuantizedLayer,
+    b: SourceTensor | QuantizedLayer,
     sums: dict[tuple[str, int], tuple[float, float]],
 ) -> Sequence[Job]:
     rows, columns = a.shape
@@ -182,16 +189,16 @@ def _squares(matrix: npt.NDArray[np.float32]) -> float:
     return float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))
 
 
-def _nbytes(matrix: SourceTensor | MXFP8Layer) -> int:
-    if isinstance(matrix, MXFP8Layer):
+def _nbytes(matrix: SourceTensor | QuantizedLayer) -> int:
+    if isinstance(matrix, QuantizedLayer):
         return matrix.weight.nbytes + matrix.scale.nbytes
     return matrix.nbytes
 
 
 def _difference(
     name: str,
-    a: SourceTensor | MXFP8Layer | None,
-    b: SourceTensor | MXFP8Layer | None,
+    a: SourceTensor | QuantizedLayer | None,
+    b: SourceTensor | QuantizedLayer | None,
     sums: tuple[float, float] | None,
 ) -> LayerDifference:
     one = a or b
@@ -209,10 +216,10 @@ def _difference(
     )
 
 
-def _format(matrix: SourceTensor | MXFP8Layer | None) -> str | None:
+def _format(matrix: SourceTensor | QuantizedLayer | None) -> str | None:
     if matrix is None:
         return None
-    return MXFP8 if isinstance(matrix, MXFP8Layer) else matrix.dtype
+    return format_of(matrix).title if isinstance(matrix, QuantizedLayer) else matrix.dtype
 
 
 def _ratio(error: float, signal: float) -> float:

@@ -53,6 +53,24 @@ def hadamard(size: int) -> torch.Tensor:
     return matrix
 
 
+def regular_hadamard(size: int) -> torch.Tensor:
+    """Return the Hadamard matrix by which INT8 ConvRot files are rotated, int8 [size, size].
+
+    It is the Kronecker power of a symmetric 4x4 matrix with the same sum in all rows; `size` is a
+    power of 4, or 1 for no rotation.
+    """
+    base = 1 - 2 * torch.eye(4, dtype=torch.int8).flip(1)
+    matrix = torch.ones(1, 1, dtype=torch.int8)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, base)
+    return matrix
+
+
+def decode(weights: Int8Matrix, signs: torch.Tensor, tile: slice = slice(None)) -> torch.Tensor:
+    """Decode a matrix or some of its rows and rotate them back: float32 [rows, K]."""
+    return rotate(weights.codes[tile].float().mul_(weights.scales[tile, None]), signs)
+
+
 def rotate(matrix: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     """Rotate blocks of columns; a second time rotates back.
 
@@ -116,6 +134,21 @@ def multiply(x: Int8Matrix, weights: Int8Matrix, dtype: torch.dtype) -> torch.Te
         sums = integer_sums(x.codes[tile], weights.codes)
         out[tile] = sums.float().mul_(x.scales[tile, None]).mul_(weights.scales)
     return out
+
+
+def multiply_weight_only(x: torch.Tensor, weights: Int8Matrix, signs: torch.Tensor) -> torch.Tensor:
+    """Multiply x [M, K] with decoded weights [N, K]: [M, N] of x's dtype, some rows at a time."""
+    rows, columns = weights.codes.shape
+    out = x.new_empty(len(x), rows)
+    for tile in tiles.row_tiles(rows, columns, tiles.TILE, 1):
+        out[:, tile] = x @ decode(weights, signs, tile).to(x.dtype).t()
+    return out
+
+
+def weight_only_workspace(tokens: int, shape: tuple[int, int]) -> int:
+    """Return the bytes that `multiply_weight_only` takes for weights [N, K], at most."""
+    decoding = 3 * min(shape[0] * shape[1], tiles.TILE) * torch.float32.itemsize
+    return decoding + tokens * min(shape[0], max(1, tiles.TILE // shape[1])) * 4
 
 
 def integer_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

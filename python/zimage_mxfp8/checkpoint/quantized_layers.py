@@ -1,16 +1,16 @@
-"""The MXFP8 layers of a checkpoint from any program, and errors in their storage.
+"""The quantised layers of a checkpoint from any program, and errors in their storage.
 
-Everything that ComfyUI reads is accepted: markers or header metadata or both, scales as U8 or
-F8_E8M0, with or without `orig_shape`.
+Everything that ComfyUI reads is accepted: markers or header metadata or both. How a format stores a
+layer is in `mxfp8_storage.py` and `int8_storage.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from ..layout import padded_shape, scale_shape
 from ..text import plural
 from . import quantization as markers
 from .quantization import Description
@@ -39,13 +39,13 @@ class Breach:
 
 
 @dataclass(frozen=True)
-class MXFP8Layer:
+class QuantizedLayer:
     """A quantised linear layer of a file.
 
     Attributes:
         name: name of the layer, with prefix.
-        weight: codes, F8_E4M3 [roundup(N, 32), roundup(K, 32)].
-        scale: E8M0 bytes in the 128x4 blocked layout.
+        weight: its codes.
+        scale: its scales.
         shape: [N, K] before padding.
         full_precision: whether its input must not be quantised, on any device.
     """
@@ -58,8 +58,8 @@ class MXFP8Layer:
 
 
 @dataclass(frozen=True)
-class MXFP8Layers:
-    """Results of `find_layers`.
+class QuantizedLayers:
+    """The quantised layers of a model.
 
     Attributes:
         layers: the layers that can be read, by name.
@@ -67,28 +67,85 @@ class MXFP8Layers:
         notes: details that ComfyUI reads and other programs may miss.
     """
 
-    layers: list[MXFP8Layer]
+    layers: list[QuantizedLayer]
     breaches: list[Breach]
     notes: list[str]
 
 
-def find_layers(checkpoint: Checkpoint, scope: Scope) -> MXFP8Layers:
-    """Return the MXFP8 layers of a model; reads the markers, not the weights.
+@dataclass
+class Findings:
+    """What is found while layers are read.
 
-    Raises:
-        CheckpointError: a file cannot be read.
+    Attributes:
+        breaches: broken rules.
+        remarks: how many layers have a property that is worth a note.
     """
-    return _Finder(checkpoint, scope).find()
+
+    breaches: list[Breach] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
+
+    def breach(self, tensor: str, problem: str, remedy: str = AGAIN) -> None:
+        """Add a broken rule."""
+        self.breaches.append(Breach(tensor, problem, remedy))
 
 
-class _Finder:
-    def __init__(self, checkpoint: Checkpoint, scope: Scope) -> None:
+class Storage(ABC):
+    """How files store the layers of a format.
+
+    Attributes:
+        marker_format: the `format` in its markers.
+        weight_dtype: the dtype of codes.
+        described_keys: keys of a description that change what a layer computes.
+    """
+
+    marker_format: ClassVar[str]
+    weight_dtype: ClassVar[str]
+    described_keys: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def layer(
+        self,
+        name: str,
+        weight: SourceTensor,
+        scale: SourceTensor,
+        description: Description,
+        expected: tuple[int, ...] | None,
+        findings: Findings,
+    ) -> QuantizedLayer | None:
+        """Return a layer, or report why there is none.
+
+        Args:
+            name: name of the layer, with prefix.
+            weight: its codes.
+            scale: its scales.
+            description: its description, in this format.
+            expected: the shape that Z-Image's table gives it.
+            findings: takes breaches and remarks.
+        """
+
+
+class LayerReader:
+    """A reader of a model's layers in one format.
+
+    Args:
+        checkpoint: the file.
+        scope: the model's tensors.
+        storage: how the format stores layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, scope: Scope, storage: Storage) -> None:
         self._checkpoint = checkpoint
         self._scope = scope
-        self._breaches: list[Breach] = []
-        self._remarks: Counter[str] = Counter()
+        self._storage = storage
+        self._findings = Findings()
 
-    def find(self) -> MXFP8Layers:
+    def read(self) -> QuantizedLayers:
+        """Return the layers; reads the markers, not the weights.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        breaches = self._findings.breaches
         descriptions = markers.read_descriptions(self._checkpoint, self._scope)
         if descriptions.header_problem:
             self._breach(markers.HEADER_KEY, descriptions.header_problem)
@@ -100,20 +157,23 @@ class _Finder:
                 described.setdefault(
                     name.removesuffix(markers.SCALE_SUFFIX), Description(None, None)
                 )
-            if tensor.dtype.startswith("F8_") and name.endswith(markers.WEIGHT_SUFFIX):
+            if self._is_encoded(tensor) and name.endswith(markers.WEIGHT_SUFFIX):
                 layer = name.removesuffix(markers.WEIGHT_SUFFIX)
                 described.setdefault(layer, Description(None, None))
         expected = self._expected_shapes(described)
         layers = []
         for name in sorted(described):
-            count = len(self._breaches)
+            count = len(breaches)
             found = self._layer(name, described[name], expected)
-            if found is not None and len(self._breaches) == count:
+            if found is not None and len(breaches) == count:
                 layers.append(found)
-        return MXFP8Layers(layers, self._breaches, self._notes(described))
+        return QuantizedLayers(layers, breaches, self._notes(described))
 
     def _breach(self, tensor: str, problem: str, remedy: str = AGAIN) -> None:
-        self._breaches.append(Breach(tensor, problem, remedy))
+        self._findings.breach(tensor, problem, remedy)
+
+    def _is_encoded(self, tensor: SourceTensor) -> bool:
+        return tensor.dtype.startswith("F8_") or tensor.dtype == self._storage.weight_dtype
 
     def _expected_shapes(self, described: dict[str, Description]) -> dict[str, tuple[int, ...]]:
         """Return the shapes before padding of a Z-Image's tensors, by name with prefix."""
@@ -125,7 +185,7 @@ class _Finder:
             shapes[inner] = self._checkpoint.tensors[name].shape
             layer = name.removesuffix(markers.WEIGHT_SUFFIX)
             if layer != name and layer in described:
-                if stated := _stated_shape(described[layer].believed):
+                if stated := stated_shape(described[layer].believed):
                     shapes[inner] = stated
                 else:
                     padded.add(inner)
@@ -136,7 +196,7 @@ class _Finder:
 
     def _layer(
         self, name: str, description: Description, expected: dict[str, tuple[int, ...]]
-    ) -> MXFP8Layer | None:
+    ) -> QuantizedLayer | None:
         weight = self._checkpoint.tensors.get(name + markers.WEIGHT_SUFFIX)
         scale = self._checkpoint.tensors.get(name + markers.SCALE_SUFFIX)
         if weight is None:
@@ -149,23 +209,9 @@ class _Finder:
             self._breach(name + markers.SCALE_SUFFIX, "is missing")
         if not self._is_described(name, description) or scale is None:
             return None
-        if weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
-            self._breach(
-                weight.name, f"is {weight.dtype} {list(weight.shape)}, not a F8_E4M3 matrix"
-            )
-            return None
-        shape = self._shape(weight, description, expected.get(weight.name))
-        if shape is None:
-            return None
-        if scale.dtype not in markers.SCALE_DTYPES:
-            self._breach(scale.name, f"is {scale.dtype}, not U8 or F8_E8M0")
-        elif scale.shape != scale_shape(shape):
-            self._breach(
-                scale.name,
-                f"is {list(scale.shape)}, but the blocked scales are {list(scale_shape(shape))}",
-            )
-        full = bool((description.believed or {}).get(markers.FULL_PRECISION_KEY))
-        return MXFP8Layer(name, weight, scale, shape, full)
+        return self._storage.layer(
+            name, weight, scale, description, expected.get(weight.name), self._findings
+        )
 
     def _is_described(self, name: str, description: Description) -> bool:
         marker, header = description.marker, description.header
@@ -181,13 +227,14 @@ class _Finder:
                 "codes without scales and draw noise",
             )
             return False
-        if believed.get("format") != markers.MXFP8_FORMAT:
+        wanted = self._storage.marker_format
+        if believed.get("format") != wanted:
             place = tensor if header is None else markers.HEADER_KEY
             layer = f' for layer "{name}"' if header is not None else ""
-            self._breach(place, f'has the format "{believed.get("format")}"{layer}, not "mxfp8"')
+            self._breach(place, f'has the format "{believed.get("format")}"{layer}, not "{wanted}"')
             return False
         if marker is not None and header is not None:
-            for key in ("format", markers.FULL_PRECISION_KEY):
+            for key in self._storage.described_keys:
                 if marker.get(key) != header.get(key):
                     self._breach(
                         markers.HEADER_KEY,
@@ -195,34 +242,9 @@ class _Finder:
                         f"({key}), and ComfyUI believes the header",
                     )
                     return False
-            if marker != header:
-                self._remarks["differs between header and comfy_quant tensor"] += 1
+            if markers.header_entry(marker) != markers.header_entry(header):
+                self._findings.remarks["differs between header and comfy_quant tensor"] += 1
         return True
-
-    def _shape(
-        self, weight: SourceTensor, description: Description, expected: tuple[int, ...] | None
-    ) -> tuple[int, int] | None:
-        """Return [N, K] before padding: as stated, or Z-Image's if it fits, or the codes' shape."""
-        rows, columns = weight.shape
-        stated = _stated_shape(description.believed)
-        if stated is not None:
-            if weight.shape != padded_shape(stated):
-                self._breach(
-                    weight.name,
-                    f"is {[rows, columns]}, but {list(stated)} padded to 32 is "
-                    f"{list(padded_shape(stated))}",
-                )
-                return None
-            return stated
-        self._remarks["no orig_shape"] += 1
-        if padded_shape((rows, columns)) != weight.shape or 0 in weight.shape:
-            self._breach(weight.name, f"is {[rows, columns]}, not padded to multiples of 32")
-            return None
-        if expected is not None and len(expected) == 2:
-            n, k = expected
-            if padded_shape((n, k)) == weight.shape:
-                return n, k
-        return rows, columns
 
     def _notes(self, described: dict[str, Description]) -> list[str]:
         notes = []
@@ -239,12 +261,12 @@ class _Finder:
                 f"{plural(unlisted, 'layer')} described by comfy_quant tensors only: ComfyUI reads "
                 f"them, and programs that look for {markers.HEADER_KEY} in the header do not"
             )
-        if count := self._remarks["no orig_shape"]:
+        if count := self._findings.remarks["no orig_shape"]:
             notes.append(
                 f"{plural(count, 'layer')} without orig_shape: ComfyUI does not need it; here it "
                 "follows from the codes and Z-Image's shapes"
             )
-        if count := self._remarks["differs between header and comfy_quant tensor"]:
+        if count := self._findings.remarks["differs between header and comfy_quant tensor"]:
             notes.append(
                 f"{plural(count, 'layer')} described differently by header and comfy_quant tensor, "
                 "in keys that ComfyUI does not read"
@@ -263,7 +285,7 @@ class _Finder:
         return notes
 
 
-def _stated_shape(entry: dict[str, Any] | None) -> tuple[int, int] | None:
+def stated_shape(entry: dict[str, Any] | None) -> tuple[int, int] | None:
     """Return [N, K] as a marker states it, or None."""
     shape = (entry or {}).get("orig_shape")
     if (
