@@ -88,7 +88,9 @@ def test_first_signal_finishes_what_is_drawn_and_refuses_the_rest(start: Start) 
     assert stages[0].endswith("without --model-dir, serving the small trained model of the package")
     log = [json.loads(line) for line in err.splitlines() if not line.startswith("zimage-mxfp8: ")]
     (stopping,) = [line for line in log if "event" in line]
-    assert stopping["event"] == "stopping" and "until the image is drawn" in stopping["detail"]
+    assert (
+        stopping["event"] == "stopping" and "until what is drawn is finished" in stopping["detail"]
+    )
     requests = [line for line in log if "status" in line]
     assert [line["status"] for line in requests] == [200, 401, 200, 503, 200]
     assert [line.get("error") for line in requests] == [
