@@ -1,0 +1,122 @@
+"""Replicas for a server that is a process of its own: on this machine, or in a cluster of Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import ray
+from ray import serve
+
+from ...errors import UnsupportedError, UsageError
+from ..model import ServedModel
+from ..request_log import LogHandler, LogWriter
+from .application import Replicas, drawing_application
+from .engine import RayEngine
+
+_OWN_ERROR = re.compile(r"^zimage_mxfp8\.errors\.\w+: (.+)$", re.M)  # in a traceback
+
+
+@contextmanager
+def joined(log: LogWriter) -> Iterator[None]:
+    """Join the cluster that `RAY_ADDRESS` names or that runs here; else start Ray on this machine.
+
+    A Ray that was started ends with the block.
+
+    Args:
+        log: gets Ray's warnings.
+
+    Raises:
+        UnsupportedError: there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would use the network
+    for name in ("ray", "ray.serve"):
+        logger = logging.getLogger(name)
+        logger.handlers = [LogHandler(log)]
+        logger.propagate = False
+        logger.setLevel(logging.WARNING)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_format="%(message)s",
+            logging_level=logging.WARNING,
+        )
+    except ConnectionError as error:
+        raise UnsupportedError(
+            f"Ray cannot be joined: {error}", "run ray start --head, or unset RAY_ADDRESS"
+        ) from None
+    signal.signal(signal.SIGTERM, _end)  # `ray.init` has one that ends with another code
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+
+
+def replicas_for(wanted: int | None, *, scaling: bool, on_cpus: bool) -> Replicas:
+    """Return the replicas for a number of them, or by default one for each GPU of the cluster.
+
+    Args:
+        wanted: their number.
+        scaling: have one at first, and up to that number as requests come.
+        on_cpus: do not use GPUs.
+
+    Raises:
+        UsageError: the cluster is too small.
+    """
+    resources = ray.cluster_resources()
+    gpus = 0 if on_cpus else int(resources.get("GPU", 0))
+    cpus = int(resources.get("CPU", 0))
+    most = wanted or gpus or 1
+    there_are, kind = (gpus, "GPU") if gpus else (cpus, "CPU")
+    if most > there_are:
+        raise UsageError("replicas", f"must be at most {there_are}: each has a {kind} of its own")
+    return Replicas(1 if scaling else most, most, on_gpu=bool(gpus))
+
+
+@contextmanager
+def drawing(
+    model: ServedModel, replicas: Replicas, timeout: float, name: str
+) -> Iterator[RayEngine]:
+    """Start replicas in the cluster, which end with the block.
+
+    Args:
+        model: what they draw with.
+        replicas: their number.
+        timeout: seconds that a drawing may take.
+        name: of the application in Ray Serve. If there is one of that name, left over by a process
+            that was killed, this one takes its place.
+
+    Raises:
+        UnsupportedError: no replica can start; the sentence has the reason.
+    """
+    try:
+        serve.start(proxy_location="Disabled")
+        application = drawing_application(model, replicas, timeout)
+        try:
+            handle = serve.run(application, name=name, route_prefix=None)
+        except RuntimeError as error:
+            raise UnsupportedError(f"no replica can start: {_reason(name) or error}") from None
+        yield RayEngine(handle, model.name, replicas.most, (model.side, model.side))
+    finally:
+        with suppress(Exception):  # the cluster may be gone
+            serve.delete(name)
+
+
+def _reason(application: str) -> str:
+    """Return why an application cannot be deployed, if it is an error of this package."""
+    found = serve.status().applications[application]
+    messages = "\n".join(each.message for each in found.deployments.values())
+    return next((match[1] for match in _OWN_ERROR.finditer(messages)), "")
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
