@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,23 +13,24 @@ from types import FrameType
 import ray
 from ray import serve
 
-from ...errors import UnsupportedError, UsageError
+from ...errors import Error, UnsupportedError, UsageError
 from ..model import ServedModel
 from ..request_log import LogHandler, LogWriter
 from .application import Replicas, drawing_application
 from .engine import RayEngine
 
-_OWN_ERROR = re.compile(r"^zimage_mxfp8\.errors\.\w+: (.+)$", re.M)  # in a traceback
+_OWN_ERRORS = f"{Error.__module__}."  # in a traceback
 
 
 @contextmanager
-def joined(log: LogWriter) -> Iterator[None]:
+def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names or that runs here; else start Ray on this machine.
 
     A Ray that was started ends with the block.
 
     Args:
         log: gets Ray's warnings.
+        cpus: start Ray anyway, with this number of CPUs.
 
     Raises:
         UnsupportedError: there is no cluster at the address.
@@ -44,6 +44,8 @@ def joined(log: LogWriter) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
+            None if cpus is None else "local",
+            num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_format="%(message)s",
@@ -103,8 +105,8 @@ def drawing(
         application = drawing_application(model, replicas, timeout)
         try:
             handle = serve.run(application, name=name, route_prefix=None)
-        except RuntimeError as error:
-            raise UnsupportedError(f"no replica can start: {_reason(name) or error}") from None
+        except RuntimeError:
+            raise UnsupportedError(f"no replica can start: {_reason(name)}") from None
         yield RayEngine(handle, model.name, replicas.most, (model.side, model.side))
     finally:
         with suppress(Exception):  # the cluster may be gone
@@ -112,10 +114,11 @@ def drawing(
 
 
 def _reason(application: str) -> str:
-    """Return why an application cannot be deployed, if it is an error of this package."""
+    """Return why an application cannot be deployed: the end of a replica's traceback."""
     found = serve.status().applications[application]
-    messages = "\n".join(each.message for each in found.deployments.values())
-    return next((match[1] for match in _OWN_ERROR.finditer(messages)), "")
+    messages = "\n".join([found.message, *(each.message for each in found.deployments.values())])
+    last = messages.strip().splitlines()[-1]
+    return last.removeprefix(_OWN_ERRORS).partition(": ")[2] if last.startswith(_OWN_ERRORS) else last
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
