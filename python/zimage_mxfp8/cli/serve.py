@@ -145,6 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         from ..server.request_log import LogWriter
         from ..server.run import run_server
+    output = sys.stdout
     with ExitStack() as stack:
         listener = stack.enter_context(_listener(arguments.host, arguments.port))
         log = LogWriter(sys.stderr)
@@ -161,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
             options,
             listener,
             log,
-            lambda: print(f"{engine.name} is served at {address}", flush=True),
+            lambda: print(f"{engine.name} is served at {address}", file=output, flush=True),
         )
     return 0
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
 
 import ray
@@ -15,7 +15,7 @@ from ray import serve
 
 from ...errors import Error, UnsupportedError, UsageError
 from ..model import ServedModel
-from ..request_log import LogHandler, LogWriter
+from ..request_log import LogHandler, LogStream, LogWriter
 from .application import Replicas, drawing_application
 from .engine import RayEngine
 
@@ -26,7 +26,8 @@ _OWN_ERRORS = f"{Error.__module__}."  # in a traceback
 def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names or that runs here; else start Ray on this machine.
 
-    A Ray that was started ends with the block.
+    A Ray that was started ends with the block. In the block, what is printed goes to the log: Ray
+    prints there that machines were lost.
 
     Args:
         log: gets Ray's warnings.
@@ -57,7 +58,8 @@ def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
         ) from None
     signal.signal(signal.SIGTERM, _end)  # `ray.init` has one that ends with another code
     try:
-        yield
+        with redirect_stdout(LogStream(log)):
+            yield
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, before)
@@ -100,6 +102,8 @@ def drawing(
     Raises:
         UnsupportedError: no replica can start; the sentence has the reason.
     """
+    before = serve.status()
+    is_alone = not (before.proxies or before.applications.keys() - {name})
     try:
         serve.start(proxy_location="Disabled")
         application = drawing_application(model, replicas, timeout)
@@ -111,6 +115,8 @@ def drawing(
     finally:
         with suppress(Exception):  # the cluster may be gone
             serve.delete(name)
+            if is_alone and not serve.status().applications:
+                serve.shutdown()  # or later applications of others would have no proxies
 
 
 def _reason(application: str) -> str:
@@ -118,7 +124,9 @@ def _reason(application: str) -> str:
     found = serve.status().applications[application]
     messages = "\n".join([found.message, *(each.message for each in found.deployments.values())])
     last = messages.strip().splitlines()[-1]
-    return last.removeprefix(_OWN_ERRORS).partition(": ")[2] if last.startswith(_OWN_ERRORS) else last
+    return (
+        last.removeprefix(_OWN_ERRORS).partition(": ")[2] if last.startswith(_OWN_ERRORS) else last
+    )
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
