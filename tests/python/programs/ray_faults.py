@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from zimage_mxfp8.generation.small_model import FOLDER, TRANSFORMER
 from zimage_mxfp8.server.ray import BuildArguments, build
 
 KEY = "a-key"
@@ -107,16 +109,22 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float = 120) -
         time.sleep(0.2)
 
 
-@contextmanager
-def served(address: str, *options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a cluster; yields its process and the address that it serves."""
+def start(address: str, *options: object, **more: int) -> subprocess.Popen[str]:
+    """Start the command in a cluster."""
     words = ["serve", "--ray", "--device", "cpu", "--dtype", "float32", "--queue", "8"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "zimage_mxfp8.cli.main", *words, *map(str, options)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "RAY_ADDRESS": address, "ZIMAGE_MXFP8_API_KEY": KEY},
+        **more,
     )
+
+
+@contextmanager
+def served(address: str, *options: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a cluster; yields its process and the address that it serves."""
+    process = start(address, *options)
     try:
         line = process.stdout.readline()  # type: ignore[union-attr]
         found = re.fullmatch(r"small_model is served at (http://127\.0\.0\.1:\d+)\n", line)
@@ -135,6 +143,18 @@ def free_port() -> int:
 def check(what: str, counts: Counter[int], allowed: set[int], least: int = 1) -> None:
     print(f"{what}: {dict(counts)}", flush=True)
     assert set(counts) <= allowed and counts[200] >= least, what
+
+
+def check_a_damaged_model(cluster: Cluster) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cut.safetensors"
+        file.write_bytes(TRANSFORMER.read_bytes()[:-1])
+        options = ("--model-dir", FOLDER, "--transformer", file, "--replicas", 1, "--port", 0)
+        process = start(cluster.address, *options, stderr=subprocess.PIPE)
+        out, err = process.communicate(timeout=120)
+    print(f"a damaged model: {err.splitlines()[-1]}", flush=True)
+    assert (process.returncode, out) == (1, "")
+    assert "no replica can start" in err and "cut.safetensors" in err.splitlines()[-1]
 
 
 def check_command(cluster: Cluster) -> None:
@@ -207,6 +227,7 @@ def main() -> None:
     head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
+        check_a_damaged_model(cluster)
         check_command(cluster)
         ray.init(address=cluster.address, log_to_driver=False)
         check_application(cluster)

@@ -6,20 +6,23 @@ import asyncio
 import io
 import os
 import signal
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import openai
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 import helpers
 import zimage_mxfp8 as zm
-from helpers.ray_model import NotingModel
+from helpers.ray_model import NotingEngine, NotingModel
 from helpers.serving import Log, decoded, image_file, serving, wait_until
 from zimage_mxfp8.server.engine import DrawRequest, EngineLostError, Preview, Progress, Waiting
 from zimage_mxfp8.server.jobs import StoppedError
@@ -27,8 +30,11 @@ from zimage_mxfp8.server.request_log import LogWriter
 
 with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
     warnings.simplefilter("ignore")
+    from zimage_mxfp8.server.ray import BuildArguments, build
+    from zimage_mxfp8.server.ray.application import Replicas
     from zimage_mxfp8.server.ray.cluster import drawing, joined, replicas_for
     from zimage_mxfp8.server.ray.engine import RayEngine
+    from zimage_mxfp8.server.ray.replica import Failure, Replica
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # likewise
 
@@ -199,3 +205,55 @@ def test_a_stopped_drawing_frees_its_replica(running: Running, notes: Path) -> N
     for seed in (2, 3):  # on either replica
         running.engine.draw(request(seed), lambda _: None)
     assert [seed for _, seed in running.model.noted("end")] == [2, 3]
+
+
+def test_requests_go_where_their_adapters_are_loaded(running: Running, notes: Path) -> None:
+    settings = request(0).settings
+    with_ink = DrawRequest(replace(settings, loras=((Path("ink.safetensors"), 1.0),)))
+    running.engine.draw(with_ink, lambda _: None)
+    time.sleep(1)  # Ray learns about what is loaded after a while
+    for _ in range(5):
+        running.engine.draw(with_ink, lambda _: None)
+    assert len({process for process, _ in running.model.noted("end")}) == 1
+
+
+def test_a_replica_whose_device_is_broken_asks_to_be_replaced(notes: Path) -> None:
+    class Broken(NotingModel):
+        def load(self) -> NotingEngine:
+            engine = super().load()
+            engine.free_memory = mock.Mock(side_effect=zm.CudaError("an illegal access"))
+            return engine
+
+    replica = Replica(Broken(notes))  # type: ignore[arg-type]
+    replica.check_health()
+
+    async def work() -> list[object]:
+        failing = DrawRequest(zm.GenerationSettings("defect", steps=1))
+        return [event async for event in replica.draw(failing)]
+
+    (failure,) = asyncio.run(work())
+    assert isinstance(failure, Failure) and "a defect" in str(failure.error)
+    with pytest.raises(RuntimeError, match="the device is broken: an illegal access"):
+        replica.check_health()
+
+
+def test_arguments_of_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZIMAGE_MXFP8_API_KEY", raising=False)
+    with pytest.raises(zm.UsageError, match="api_key is missing"):
+        build(BuildArguments())
+    monkeypatch.setenv("ZIMAGE_MXFP8_API_KEY", "")
+    with pytest.raises(zm.UsageError, match="must be printable ASCII"):
+        build(BuildArguments())
+    monkeypatch.setenv("ZIMAGE_MXFP8_API_KEY", "x")
+    with pytest.raises(zm.UsageError, match="max_replicas must be at least `replicas`, not 1"):
+        build(BuildArguments(replicas=2, max_replicas=1))
+    with pytest.raises(zm.CheckpointError, match="no such model"):
+        build(BuildArguments(model_dir="/no such model"))
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        BuildArguments.model_validate({"replica": 2})
+
+
+def test_a_cluster_that_is_too_small(running: Running) -> None:
+    with pytest.raises(zm.UsageError, match="must be at most 2: each has a CPU of its own"):
+        replicas_for(3, scaling=False, on_cpus=True)
+    assert replicas_for(None, scaling=True, on_cpus=True) == Replicas(1, 1, on_gpu=False)
