@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import io
 import os
+import re
 import signal
 import time
 import warnings
@@ -17,15 +19,18 @@ from unittest import mock
 
 import openai
 import pytest
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 
 import helpers
 import zimage_mxfp8 as zm
+from helpers.documents import GUIDE, block_with, text_of
 from helpers.ray_model import NotingEngine, NotingModel
 from helpers.serving import Log, decoded, image_file, serving, wait_until
 from zimage_mxfp8.server.engine import DrawRequest, EngineLostError, Preview, Progress, Waiting
 from zimage_mxfp8.server.jobs import StoppedError
+from zimage_mxfp8.server.options import API_KEY_VARIABLE
 from zimage_mxfp8.server.request_log import LogWriter
 
 with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
@@ -246,11 +251,24 @@ def test_arguments_of_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
         build(BuildArguments())
     monkeypatch.setenv("ZIMAGE_MXFP8_API_KEY", "x")
     with pytest.raises(zm.UsageError, match="max_replicas must be at least `replicas`, not 1"):
-        build(BuildArguments(replicas=2, max_replicas=1))
+        build({"replicas": 2, "max_replicas": 1})
     with pytest.raises(zm.CheckpointError, match="no such model"):
         build(BuildArguments(model_dir="/no such model"))
+    assert build({"replicas": "1"})  # as `serve run` gives it
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
-        BuildArguments.model_validate({"replica": 2})
+        build({"replica": 2})
+
+
+def test_the_guide_has_the_arguments_and_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = text_of(GUIDE / "serving.md").partition("| argument |")[2].partition("\n\n")[0]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")]
+    assert sorted(named) == sorted(f"`{name}`" for name in BuildArguments.model_fields)
+    config = yaml.safe_load(block_with(GUIDE / "serving.md", "yaml", "import_path"))
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert getattr(importlib.import_module(module), name) is build
+    assert list(application["runtime_env"]["env_vars"]) == [API_KEY_VARIABLE]
+    assert BuildArguments.model_validate(application["args"]).max_replicas == 8
 
 
 def test_a_cluster_that_is_too_small(running: Running) -> None:

@@ -253,6 +253,19 @@ def test_a_missing_package_is_named(
     assert f'run pip install "zimage-mxfp8[{extra}]"' in result.stderr.splitlines()[-1]
 
 
+def test_a_cluster_that_is_not_there(cli: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for value, words in {
+        address: f"there is no Ray at {address}: ",
+        "ray://x": 'RAY_ADDRESS is "ray://x", and must be HOST:PORT of a cluster',
+    }.items():
+        result = cli("serve", "--ray", "--port", 0, env={"RAY_ADDRESS": value})
+        assert (result.returncode, result.stdout) == (1, "")
+        assert words in result.stderr.splitlines()[-1]
+        assert "start Ray there, or unset RAY_ADDRESS" in result.stderr.splitlines()[-1]
+
+
 # ---- the server of the command, in this process
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,18 +136,20 @@ class Front:
         return create_app(self._engine, self._options, LogWriter(sys.stderr))
 
 
-def build(args: BuildArguments) -> Application:
+def build(args: Mapping[str, Any] | BuildArguments) -> Application:
     """Return the whole server as an application, for `serve run` and configs of Ray Serve.
 
     Clients must send the key of the environment variable `ZIMAGE_MXFP8_API_KEY`.
 
     Args:
-        args: see `BuildArguments`.
+        args: see `BuildArguments`; Ray Serve gives the `args` of a config.
 
     Raises:
+        ValidationError: of pydantic: a field is unknown, or its value cannot be used.
         CheckpointError: a part of the model is missing.
         UsageError: there is no API key, or arguments contradict each other.
     """
+    args = BuildArguments.model_validate(args)
     key = os.environ.get(API_KEY_VARIABLE)
     if key is None:
         raise UsageError(
@@ -173,7 +176,7 @@ def build(args: BuildArguments) -> Application:
         lora_dir=args.lora_dir,
     )
     replicas = Replicas(args.replicas, most, args.device == "cuda")
-    handle = drawing_application(model, replicas, args.timeout)
+    drawing = drawing_application(model, replicas, args.timeout)
     front = serve.deployment(
         name="Front",
         num_replicas=1,  # one queue
@@ -181,4 +184,4 @@ def build(args: BuildArguments) -> Application:
         max_ongoing_requests=_MAX_REQUESTS,
         graceful_shutdown_timeout_s=args.timeout,
     )(serve.ingress()(Front))
-    return front.bind(handle, model, most, options)
+    return front.bind(drawing, model, most, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -19,6 +20,8 @@ from ..request_log import LogHandler, LogStream, LogWriter
 from .application import Replicas, drawing_application
 from .engine import RayEngine
 
+_REMEDY = "start Ray there, or unset RAY_ADDRESS"
+_SECONDS_TO_CONNECT = 5.0
 _OWN_ERRORS = f"{Error.__module__}."  # in a traceback
 
 
@@ -36,6 +39,8 @@ def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
     Raises:
         UnsupportedError: there is no cluster at the address.
     """
+    if cpus is None:
+        _check_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would use the network
     for name in ("ray", "ray.serve"):
         logger = logging.getLogger(name)
@@ -53,9 +58,7 @@ def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     except ConnectionError as error:
-        raise UnsupportedError(
-            f"Ray cannot be joined: {error}", "run ray start --head, or unset RAY_ADDRESS"
-        ) from None
+        raise UnsupportedError(f"Ray cannot be joined: {error}", _REMEDY) from None
     signal.signal(signal.SIGTERM, _end)  # `ray.init` has one that ends with another code
     try:
         with redirect_stdout(LogStream(log)):
@@ -63,6 +66,22 @@ def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_address() -> None:
+    """Check that there is something at `RAY_ADDRESS`: Ray itself would try for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _SECONDS_TO_CONNECT).close()
+    except ValueError:
+        raise UnsupportedError(
+            f'RAY_ADDRESS is "{address}", and must be HOST:PORT of a cluster', _REMEDY
+        ) from None
+    except OSError as error:
+        raise UnsupportedError(f"there is no Ray at {address}: {error}", _REMEDY) from None
 
 
 def replicas_for(wanted: int | None, *, scaling: bool, on_cpus: bool) -> Replicas:
