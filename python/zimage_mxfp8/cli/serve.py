@@ -271,10 +271,15 @@ def _engine_on_ray(arguments: argparse.Namespace, log: LogWriter, port: int) -> 
     with needed("ray", "serve --ray"):
         from ..server.ray import cluster
 
+    def end() -> None:
+        log.write({"event": "failure", "detail": "the Ray of this machine has died"})
+        log.close()
+        os._exit(1)  # calls of Ray that wait would hold up any other end
+
     model = _model(arguments)
     is_auto = arguments.replicas == _AUTO
     report_line("starting Ray ...")
-    with cluster.joined(log):
+    with cluster.joined(log, end):
         replicas = cluster.replicas_for(
             None if is_auto else arguments.replicas,
             scaling=is_auto,

@@ -4,7 +4,7 @@
 
 The cluster is two raylets of Ray on this machine, with one CPU each. The server draws with the
 small trained model. Every request must end within a minute, with the image of its seed or with an
-error that tells the client to come again. Takes some three minutes on two cores.
+error that tells the client to come again. Takes some four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -87,15 +87,27 @@ def replicas(cluster: Cluster, deployment: str) -> dict[int, int]:
     raylets = {raylet(node) for node in cluster.list_all_nodes()}
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes().decode().rstrip("\0 ")
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ProcessLookupError):  # it has ended
-            continue
+        title, parent = title_of(folder), parent_of(folder)
         is_replica = title.startswith("ray::ServeReplica:") and f":{deployment}" in title
         if is_replica and parent in raylets:
             found[int(folder.name)] = parent
     return found
+
+
+def title_of(process: Path) -> str:
+    """Return the command line of a process by its folder in /proc; "" if it has ended."""
+    try:
+        return (process / "cmdline").read_bytes().decode().rstrip("\0 ")
+    except OSError:
+        return ""
+
+
+def parent_of(process: Path) -> int:
+    """Return the parent of a process by its folder in /proc; 0 if it has ended."""
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def raylet(node: object) -> int:
@@ -195,6 +207,23 @@ def check_command(cluster: Cluster) -> None:
     wait_for("the end of the replicas", lambda: not replicas(cluster, "Replica"))
 
 
+def check_own_raylet() -> None:
+    """The raylet that the server itself is connected to: without it, it can only end."""
+    with served("local", "--replicas", 1, "--port", 0) as (process, address):
+        (own,) = (
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if parent_of(folder) == process.pid and "raylet/raylet" in title_of(folder)
+        )
+
+        def kill() -> None:
+            time.sleep(0.5)
+            os.kill(own, signal.SIGKILL)
+
+        check("kill -9 of the server's own raylet", Answers(address).together(4, kill), {0, 200}, 0)
+        assert process.wait(60) == 1
+
+
 def check_application(cluster: Cluster) -> None:
     port = free_port()
     os.environ["ZIMAGE_MXFP8_API_KEY"] = KEY
@@ -224,6 +253,7 @@ def main() -> None:
     )
     parser.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    check_own_raylet()
     head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

@@ -69,7 +69,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         patch.setenv("PYTHONPATH", str(Path(helpers.__file__).parents[1]))  # of replicas
         writer = LogWriter(Log())
         stack.callback(writer.close)
-        stack.enter_context(joined(writer, cpus=2))
+        stack.enter_context(joined(writer, lambda: None, cpus=2))
         replicas = replicas_for(2, scaling=False, on_cpus=True)
         engine = stack.enter_context(drawing(model, replicas, 30, "test"))  # type: ignore[arg-type]
         log = Log()

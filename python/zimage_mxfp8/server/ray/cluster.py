@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
 
@@ -22,11 +23,14 @@ from .engine import RayEngine
 
 _REMEDY = "start Ray there, or unset RAY_ADDRESS"
 _SECONDS_TO_CONNECT = 5.0
+_SECONDS_TO_WATCH = 2.0
 _OWN_ERRORS = f"{Error.__module__}."  # in a traceback
 
 
 @contextmanager
-def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
+def joined(
+    log: LogWriter, on_lost: Callable[[], object], cpus: int | None = None
+) -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names or that runs here; else start Ray on this machine.
 
     A Ray that was started ends with the block. In the block, what is printed goes to the log: Ray
@@ -34,6 +38,8 @@ def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
 
     Args:
         log: gets Ray's warnings.
+        on_lost: called from a thread when the Ray of this machine has died, after which calls of
+            Ray may never return.
         cpus: start Ray anyway, with this number of CPUs.
 
     Raises:
@@ -60,12 +66,27 @@ def joined(log: LogWriter, cpus: int | None = None) -> Iterator[None]:
     except ConnectionError as error:
         raise UnsupportedError(f"Ray cannot be joined: {error}", _REMEDY) from None
     signal.signal(signal.SIGTERM, _end)  # `ray.init` has one that ends with another code
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(on_lost, ended), daemon=True).start()
     try:
         with redirect_stdout(LogStream(log)):
             yield
     finally:
         ray.shutdown()
+        ended.set()
         signal.signal(signal.SIGTERM, before)
+
+
+def _watch(on_lost: Callable[[], object], ended: threading.Event) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    while not ended.wait(_SECONDS_TO_WATCH):
+        try:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        except RuntimeError:  # Ray is shut down
+            return
+        if here not in alive:
+            on_lost()
+            return
 
 
 def _check_address() -> None:
