@@ -280,11 +280,8 @@ def _engine_on_ray(arguments: argparse.Namespace, log: LogWriter, port: int) -> 
     is_auto = arguments.replicas == _AUTO
     report_line("starting Ray ...")
     with cluster.joined(log, end):
-        replicas = cluster.replicas_for(
-            None if is_auto else arguments.replicas,
-            scaling=is_auto,
-            on_cpus=arguments.device == "cpu",
-        )
+        wanted = None if is_auto else arguments.replicas
+        replicas = cluster.replicas_for(wanted, arguments.device, scaling=is_auto)
         kind = "GPU" if replicas.on_gpu else "CPU"
         report_line(f"loading the model on {plural(replicas.least, kind)} ...")
         name = f"zimage-mxfp8-{socket.gethostname()}-{port}"  # this server's alone

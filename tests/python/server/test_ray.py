@@ -70,7 +70,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         writer = LogWriter(Log())
         stack.callback(writer.close)
         stack.enter_context(joined(writer, lambda: None, cpus=2))
-        replicas = replicas_for(2, scaling=False, on_cpus=True)
+        replicas = replicas_for(2, "cpu", scaling=False)
         engine = stack.enter_context(drawing(model, replicas, 30, "test"))  # type: ignore[arg-type]
         log = Log()
         yield Running(stack.enter_context(serving(engine, log, queue=8)), engine, model, log)
@@ -273,5 +273,16 @@ def test_the_guide_has_the_arguments_and_a_config(monkeypatch: pytest.MonkeyPatc
 
 def test_a_cluster_that_is_too_small(running: Running) -> None:
     with pytest.raises(zm.UsageError, match="must be at most 2: each has a CPU of its own"):
-        replicas_for(3, scaling=False, on_cpus=True)
-    assert replicas_for(None, scaling=True, on_cpus=True) == Replicas(1, 1, on_gpu=False)
+        replicas_for(3, None, scaling=False)
+    with pytest.raises(zm.UsageError, match="device cannot be cuda: the cluster has no GPU"):
+        replicas_for(1, "cuda", scaling=False)
+    assert replicas_for(None, None, scaling=True) == Replicas(1, 1, on_gpu=False)
+
+
+def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
+    assert replicas_for(None, None, scaling=False) == Replicas(4, 4, on_gpu=True)
+    assert replicas_for(None, "cuda", scaling=True) == Replicas(1, 4, on_gpu=True)
+    assert replicas_for(2, "cpu", scaling=False) == Replicas(2, 2, on_gpu=False)
+    with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
+        replicas_for(5, None, scaling=False)

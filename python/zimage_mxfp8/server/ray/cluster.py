@@ -14,6 +14,7 @@ from types import FrameType
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from ...errors import Error, UnsupportedError, UsageError
 from ..model import ServedModel
@@ -43,7 +44,7 @@ def joined(
         cpus: start Ray anyway, with this number of CPUs.
 
     Raises:
-        UnsupportedError: there is no cluster at the address.
+        UnsupportedError: there is no cluster at the address, or it does not let this process in.
     """
     if cpus is None:
         _check_address()
@@ -63,8 +64,9 @@ def joined(
             logging_format="%(message)s",
             logging_level=logging.WARNING,
         )
-    except ConnectionError as error:
-        raise UnsupportedError(f"Ray cannot be joined: {error}", _REMEDY) from None
+    except (ConnectionError, RuntimeError, RayError) as error:  # RuntimeError: other versions
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(f"Ray cannot be joined: {reason}", _REMEDY) from None
     signal.signal(signal.SIGTERM, _end)  # `ray.init` has one that ends with another code
     ended = threading.Event()
     threading.Thread(target=_watch, args=(on_lost, ended), daemon=True).start()
@@ -72,8 +74,8 @@ def joined(
         with redirect_stdout(LogStream(log)):
             yield
     finally:
-        ray.shutdown()
         ended.set()
+        ray.shutdown()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -82,9 +84,9 @@ def _watch(on_lost: Callable[[], object], ended: threading.Event) -> None:
     while not ended.wait(_SECONDS_TO_WATCH):
         try:
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        except RuntimeError:  # Ray is shut down
+        except Exception:  # without a head of the cluster, Ray itself ends the process
             return
-        if here not in alive:
+        if here not in alive and not ended.is_set():
             on_lost()
             return
 
@@ -105,25 +107,27 @@ def _check_address() -> None:
         raise UnsupportedError(f"there is no Ray at {address}: {error}", _REMEDY) from None
 
 
-def replicas_for(wanted: int | None, *, scaling: bool, on_cpus: bool) -> Replicas:
+def replicas_for(wanted: int | None, device: str | None, *, scaling: bool) -> Replicas:
     """Return the replicas for a number of them, or by default one for each GPU of the cluster.
 
     Args:
         wanted: their number.
+        device: "cuda", "cpu", or None for GPUs if the cluster has any.
         scaling: have one at first, and up to that number as requests come.
-        on_cpus: do not use GPUs.
 
     Raises:
         UsageError: the cluster is too small.
     """
     resources = ray.cluster_resources()
-    gpus = 0 if on_cpus else int(resources.get("GPU", 0))
-    cpus = int(resources.get("CPU", 0))
-    most = wanted or gpus or 1
-    there_are, kind = (gpus, "GPU") if gpus else (cpus, "CPU")
+    gpus, cpus = (int(resources.get(name, 0)) for name in ("GPU", "CPU"))
+    if device == "cuda" and not gpus:
+        raise UsageError("device", "cannot be cuda: the cluster has no GPU")
+    on_gpu = bool(gpus) and device != "cpu"
+    there_are, kind = (gpus, "GPU") if on_gpu else (cpus, "CPU")
+    most = wanted or (gpus if on_gpu else 1)
     if most > there_are:
         raise UsageError("replicas", f"must be at most {there_are}: each has a {kind} of its own")
-    return Replicas(1 if scaling else most, most, on_gpu=bool(gpus))
+    return Replicas(1 if scaling else most, most, on_gpu)
 
 
 @contextmanager
