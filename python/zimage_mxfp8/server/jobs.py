@@ -283,7 +283,7 @@ class JobQueue:
             self._engine.warm_up()
         except Exception as error:  # a broken model; nothing can be drawn
             self._observer.failed(_detail(error))
-            self._on_broken(_without_frames(error))
+            self._on_broken(without_frames(error))
             self.stop()
             return
         self._is_ready = True
@@ -338,13 +338,13 @@ class JobQueue:
             drawing = self._engine.draw(job.request, report)
             end, outcome = Done(drawing), "done"
         except StoppedError as error:
-            end, outcome = Failed(_without_frames(error)), "stopped"
+            end, outcome = Failed(without_frames(error)), "stopped"
         except Exception as error:  # of the engine; other requests are none the worse
             if is_of_request(error, job.request):
                 outcome = "refused"
             else:
                 self._observer.failed(_detail(error))
-            end = Failed(_without_frames(error))
+            end = Failed(without_frames(error))
         stages.end()
         if outcome == "done":
             self._durations.append(time.monotonic() - begin)
@@ -395,7 +395,7 @@ def _detail(error: Exception) -> str:
     return str(error) if isinstance(error, Error) else "".join(traceback.format_exception(error))
 
 
-def _without_frames(error: Exception) -> Exception:
+def without_frames(error: Exception) -> Exception:
     """Return an error without the frames that it passed, and their tensors."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error

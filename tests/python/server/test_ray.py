@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import io
 import os
@@ -10,13 +11,14 @@ import re
 import signal
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
+import numpy as np
 import openai
 import pytest
 import yaml
@@ -28,7 +30,15 @@ import zimage_mxfp8 as zm
 from helpers.documents import GUIDE, block_with, text_of
 from helpers.ray_model import NotingEngine, NotingModel
 from helpers.serving import Log, decoded, image_file, serving, wait_until
-from zimage_mxfp8.server.engine import DrawRequest, EngineLostError, Preview, Progress, Waiting
+from zimage_mxfp8.server.engine import (
+    Drawing,
+    DrawRequest,
+    EngineLostError,
+    Preview,
+    Progress,
+    Report,
+    Waiting,
+)
 from zimage_mxfp8.server.jobs import StoppedError
 from zimage_mxfp8.server.options import API_KEY_VARIABLE
 from zimage_mxfp8.server.request_log import LogWriter
@@ -222,22 +232,33 @@ def test_requests_go_where_their_adapters_are_loaded(running: Running, notes: Pa
     assert len({process for process, _ in running.model.noted("end")}) == 1
 
 
+class BrokenEngine(NotingEngine):
+    """An engine whose device fails, in a drawing and when its memory is to be freed."""
+
+    def draw(self, request: DrawRequest, report: Report) -> Drawing:
+        tensor = np.zeros(3)
+        self.tensor = weakref.ref(tensor)
+        raise zm.CudaError("an illegal access")
+
+    def free_memory(self) -> None:
+        gc.collect()
+        assert self.tensor() is None
+        raise zm.CudaError("an illegal access")
+
+
 def test_a_replica_whose_device_is_broken_asks_to_be_replaced(notes: Path) -> None:
     class Broken(NotingModel):
         def load(self) -> NotingEngine:
-            engine = super().load()
-            engine.free_memory = mock.Mock(side_effect=zm.CudaError("an illegal access"))
-            return engine
+            return BrokenEngine(self.notes)
 
     replica = Replica(Broken(notes))  # type: ignore[arg-type]
     replica.check_health()
 
     async def work() -> list[object]:
-        failing = DrawRequest(zm.GenerationSettings("defect", steps=1))
-        return [event async for event in replica.draw(failing)]
+        return [event async for event in replica.draw(request(1))]
 
     (failure,) = asyncio.run(work())
-    assert isinstance(failure, Failure) and "a defect" in str(failure.error)
+    assert isinstance(failure, Failure) and isinstance(failure.error, zm.CudaError)
     with pytest.raises(RuntimeError, match="the device is broken: an illegal access"):
         replica.check_health()
 

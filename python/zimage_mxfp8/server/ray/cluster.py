@@ -22,7 +22,7 @@ from ..request_log import LogHandler, LogStream, LogWriter
 from .application import Replicas, drawing_application
 from .engine import RayEngine
 
-_REMEDY = "start Ray there, or unset RAY_ADDRESS"
+_REMEDY = "start Ray there, give this machine its token, or unset RAY_ADDRESS"
 _SECONDS_TO_CONNECT = 5.0
 _SECONDS_TO_WATCH = 2.0
 _OWN_ERRORS = f"{Error.__module__}."  # in a traceback

@@ -13,7 +13,7 @@ from ray import serve
 
 from ...errors import Error
 from ..engine import Drawing, DrawRequest, Preview, Progress, Waiting
-from ..jobs import StoppedError, is_of_request
+from ..jobs import StoppedError, is_of_request, without_frames
 from ..model import ServedModel
 
 # As many as `LoraCache` keeps, so that Ray knows about where which adapters are loaded.
@@ -72,9 +72,11 @@ class Replica:
             try:
                 return self._engine.draw(request, report)
             except Exception as error:
-                if not isinstance(error, StoppedError) and not is_of_request(error, request):
-                    self._clean_up()
-                return Failure(_portable(error))
+                is_clean = isinstance(error, StoppedError) or is_of_request(error, request)
+                failure = Failure(without_frames(_portable(error)))
+            if not is_clean:  # not above: there the error's frames hold tensors
+                self._clean_up()
+            return failure
 
         drawing = loop.run_in_executor(self._thread, draw)
         drawing.add_done_callback(lambda _: events.put_nowait(None))
