@@ -120,7 +120,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--ray",
         action="store_true",
         help="draw on many GPUs by Ray Serve (extra ray): on those of the cluster that RAY_ADDRESS "
-        "names or that runs here, else on those of this machine",
+        "names, else on those of this machine",
     )
     parser.add_argument(
         "--replicas",

@@ -32,7 +32,7 @@ _OWN_ERRORS = f"{Error.__module__}."  # in a traceback
 def joined(
     log: LogWriter, on_lost: Callable[[], object], cpus: int | None = None
 ) -> Iterator[None]:
-    """Join the cluster that `RAY_ADDRESS` names or that runs here; else start Ray on this machine.
+    """Join the cluster that `RAY_ADDRESS` names; without it, start Ray on this machine.
 
     A Ray that was started ends with the block. In the block, what is printed goes to the log: Ray
     prints there that machines were lost.
@@ -41,13 +41,14 @@ def joined(
         log: gets Ray's warnings.
         on_lost: called from a thread when the Ray of this machine has died, after which calls of
             Ray may never return.
-        cpus: start Ray anyway, with this number of CPUs.
+        cpus: number of CPUs of a Ray that is started; None: those of this machine.
 
     Raises:
         UnsupportedError: there is no cluster at the address, or it does not let this process in.
     """
-    if cpus is None:
-        _check_address()
+    # Ray's default is the cluster that was last started here, even if it is long dead.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    _check(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would use the network
     for name in ("ray", "ray.serve"):
         logger = logging.getLogger(name)
@@ -57,7 +58,7 @@ def joined(
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
-            None if cpus is None else "local",
+            address,
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
@@ -91,9 +92,8 @@ def _watch(on_lost: Callable[[], object], ended: threading.Event) -> None:
             return
 
 
-def _check_address() -> None:
-    """Check that there is something at `RAY_ADDRESS`: Ray itself would try for minutes."""
-    address = os.environ.get("RAY_ADDRESS", "auto")
+def _check(address: str) -> None:
+    """Check that there is something at an address: Ray itself would try for minutes."""
     if address in ("auto", "local"):
         return
     host, _, port = address.rpartition(":")
