@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .text import printable
 
@@ -30,6 +30,17 @@ class Error(Exception):
     def __str__(self) -> str:
         """Return the sentence on one line: names in files may hold line breaks."""
         return printable(f"{self.problem}; {self.hint}" if self.hint else self.problem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let errors pass between processes: Python's way would call `__init__` with `args`."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[Error], args: tuple[Any, ...], state: dict[str, Any]) -> Error:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidArgumentError(Error, ValueError):

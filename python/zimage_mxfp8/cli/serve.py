@@ -6,11 +6,15 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..system.optional_packages import needed
+from ..text import plural
 from .arguments import count, spellings
 from .download import add_download, resolve
 from .models import (
@@ -24,10 +28,12 @@ from .streams import report_line
 from .wording import CommandLineError
 
 if TYPE_CHECKING:
-    from ..server.engine import GeneratorEngine
+    from ..server.engine import Engine
+    from ..server.model import ServedModel
     from ..server.options import ServerOptions
+    from ..server.request_log import LogWriter
 
-_KEY = "ZIMAGE_MXFP8_API_KEY"
+_AUTO = "auto"
 _PORT = 8000
 _MAX_PORT = 65535
 
@@ -35,6 +41,7 @@ _MAX_PORT = 65535
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
     """Add this command to the parser."""
     from ..server.options import (
+        API_KEY_VARIABLE,
         DEFAULT_MAX_IMAGE_PIXELS,
         DEFAULT_MAX_REQUEST_PIXELS,
         DEFAULT_QUEUE,
@@ -72,8 +79,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser.add_argument(
         *spellings("--api-key"),
         metavar="KEY",
-        help=f"what clients must send; needed for other hosts than this one. {_KEY} in the "
-        "environment is safer: command lines are visible to other users",
+        help="what clients must send; needed for other hosts than this one. "
+        f"{API_KEY_VARIABLE} in the environment is safer: command lines are visible to other users",
     )
     parser.add_argument(
         "--queue",
@@ -110,6 +117,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         metavar="DIR",
         help="folder of adapters (*.safetensors) that clients may name",
     )
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="draw on many GPUs by Ray Serve (extra ray): on those of the cluster that RAY_ADDRESS "
+        "names, else on those of this machine",
+    )
+    parser.add_argument(
+        "--replicas",
+        type=_count_or_auto,
+        metavar="N|auto",
+        help="with --ray: processes that draw, or as many as requests need (default: one per GPU "
+        "of the cluster)",
+    )
     add_compute(parser)
     add_device_and_dtype(parser)
     add_offload(parser)
@@ -120,43 +140,57 @@ def run(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     if arguments.transformer and not arguments.model_dir:
         raise CommandLineError("--transformer needs --model-dir with the other parts of the model")
+    _check_ray(arguments)
     with needed("serve", "serve"):
         import python_multipart  # noqa: F401 - starlette imports it with the first form
 
         from ..server.request_log import LogWriter
         from ..server.run import run_server
-    with _listener(arguments.host, arguments.port) as listener:
-        engine = _engine(arguments)
+    output = sys.stdout
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listener(arguments.host, arguments.port))
         log = LogWriter(sys.stderr)
+        stack.callback(log.close)
+        if arguments.ray:
+            port = listener.getsockname()[1]
+            engine = stack.enter_context(_engine_on_ray(arguments, log, port))
+        else:
+            engine = _engine(arguments)
         address = _address(arguments.host, listener)
         report_line("warming up ...")
-        try:
-            run_server(
-                engine,
-                options,
-                listener,
-                log,
-                lambda: print(f"{engine.name} is served at {address}", flush=True),
-            )
-        finally:
-            log.close()
+        run_server(
+            engine,
+            options,
+            listener,
+            log,
+            lambda: print(f"{engine.name} is served at {address}", file=output, flush=True),
+        )
     return 0
 
 
-def _options(arguments: argparse.Namespace) -> ServerOptions:
-    from ..server.options import DEFAULT_MAX_REQUEST_PIXELS, ServerOptions, is_loopback
-
-    key = os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key
-    if key is not None and not (
-        key.isascii() and key.isprintable() and key.strip(" ") == key != ""
-    ):
+def _check_ray(arguments: argparse.Namespace) -> None:
+    if not arguments.ray and arguments.replicas is not None:
+        raise CommandLineError("--replicas needs --ray")
+    if arguments.ray and arguments.device not in (None, "cpu", "cuda"):
         raise CommandLineError(
-            f"--api-key (or {_KEY}) must be printable ASCII characters, without spaces around them"
+            f"--device {arguments.device} cannot be used with --ray, which gives each replica a "
+            "GPU; leave it out, or take cpu"
         )
+
+
+def _options(arguments: argparse.Namespace) -> ServerOptions:
+    from ..server.options import (
+        API_KEY_VARIABLE,
+        DEFAULT_MAX_REQUEST_PIXELS,
+        ServerOptions,
+        is_loopback,
+    )
+
+    key = os.environ.get(API_KEY_VARIABLE) if arguments.api_key is None else arguments.api_key
     if key is None and not is_loopback(arguments.host):
         raise CommandLineError(
-            f"--host {arguments.host} lets other machines in, which needs an API key; set {_KEY} "
-            "or --api-key"
+            f"--host {arguments.host} lets other machines in, which needs an API key; set "
+            f"{API_KEY_VARIABLE} or --api-key"
         )
     if arguments.lora_dir is not None and not arguments.lora_dir.is_dir():
         raise UsageError("lora_dir", f"{arguments.lora_dir} is not a folder")
@@ -202,49 +236,62 @@ def _address(host: str, listener: socket.socket) -> str:
     return f"http://{shown}:{listener.getsockname()[1]}"
 
 
-def _engine(arguments: argparse.Namespace) -> GeneratorEngine:
-    """Load the model."""
-    from ..checkpoint import hub
-    from ..generation.folder import open_model_folder
-    from ..printing.progress import stage_bar_or_lines
+def _model(arguments: argparse.Namespace) -> ServedModel:
+    """Find the model."""
+    from ..server.model import find_model
 
     if not arguments.download:
         keep_libraries_quiet()
     if arguments.model_dir is None:
-        from ..generation.small_model import FOLDER, TRANSFORMER, examples
-
         report_line("without --model-dir, serving the small trained model of the package")
-        model_dir, transformer, name = FOLDER, TRANSFORMER, FOLDER.name
-        side, _ = examples()
-    else:
-        own = () if arguments.transformer else (hub.TRANSFORMER,)
-        parts = (*hub.COMPONENTS, *own)
-        model_dir = resolve(arguments.model_dir, parts, download=arguments.download)
-        transformer = None
-        if arguments.transformer:
-            transformer = resolve(
-                arguments.transformer, (hub.TRANSFORMER,), download=arguments.download
-            )
-        name = transformer.stem if transformer and transformer.is_file() else hub.name_of(model_dir)
-        side = None
-    open_model_folder(model_dir)
+    return find_model(
+        arguments.model_dir,
+        arguments.transformer,
+        arguments.device,
+        arguments.compute,
+        arguments.dtype,
+        offload=arguments.offload,
+        find=partial(resolve, download=arguments.download),
+    )
+
+
+def _engine(arguments: argparse.Namespace) -> Engine:
+    """Load the model."""
+    from ..printing.progress import stage_bar_or_lines
+
+    model = _model(arguments)
     keep_libraries_quiet()
     report_line("loading torch and diffusers ...")
-    with needed("serve", "serve"):
-        from ..generation.generator import ZImageGenerator
-    from ..generation.limits import DEFAULT_SIZE
-    from ..server.engine import GeneratorEngine
-    from ..system.devices import torch_device
-
     with stage_bar_or_lines(report_line) as progress:
-        generator = ZImageGenerator(
-            model_dir,
-            transformer,
-            arguments.device,
-            arguments.compute,
-            arguments.dtype,
-            offload=arguments.offload,
-            progress=progress,
-        )
-    side = side or DEFAULT_SIZE
-    return GeneratorEngine(generator, name, (side, side), str(torch_device(arguments.device)))
+        return model.load(progress)
+
+
+@contextmanager
+def _engine_on_ray(arguments: argparse.Namespace, log: LogWriter, port: int) -> Iterator[Engine]:
+    """Start replicas."""
+    with needed("ray", "serve --ray"):
+        from ..server.ray import cluster
+
+    def end() -> None:
+        log.write({"event": "failure", "detail": "the Ray of this machine has died"})
+        log.close()
+        os._exit(1)  # calls of Ray that wait would hold up any other end
+
+    model = _model(arguments)
+    is_auto = arguments.replicas == _AUTO
+    report_line("starting Ray ...")
+    with cluster.joined(log, end):
+        wanted = None if is_auto else arguments.replicas
+        replicas = cluster.replicas_for(wanted, arguments.device, scaling=is_auto)
+        kind = "GPU" if replicas.on_gpu else "CPU"
+        report_line(f"loading the model on {plural(replicas.least, kind)} ...")
+        name = f"zimage-mxfp8-{socket.gethostname()}-{port}"  # this server's alone
+        with cluster.drawing(model, replicas, arguments.timeout, name) as engine:
+            yield engine
+
+
+def _count_or_auto(text: str) -> int | str:
+    return _AUTO if text == _AUTO else count(1)(text)
+
+
+_count_or_auto.__name__ = "number of at least 1, or auto"  # for argparse

@@ -65,7 +65,7 @@ class ImageToImageBody(TextBody):
 
 
 class _Jobs:
-    """The jobs of this API, of which one may be drawn now: progress and interrupt are about it."""
+    """The jobs of this API: progress and interrupt are about the oldest that is drawn."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -82,8 +82,7 @@ class _Jobs:
 
     @property
     def running(self) -> Job | None:
-        job = self._service.queue.running
-        return job if job in self._jobs else None
+        return next((job for job in self._service.queue.running if job in self._jobs), None)
 
     @property
     def count(self) -> int:

@@ -57,7 +57,12 @@ class Preview:
     images: tuple[Image, ...]
 
 
-Report = Callable[["Progress | Preview"], object]
+@dataclass(frozen=True)
+class Waiting:
+    """A drawing cannot begin, or not go on, because all that could draw it is busy or missing."""
+
+
+Report = Callable[["Progress | Preview | Waiting"], object]
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,16 @@ class Drawing:
 
 
 class Engine(Protocol):
-    """Draws one request at a time. All calls but `device_memory` come from one thread.
+    """Draws requests. Calls of `draw` and `free_memory` come from one thread for each place.
 
     Attributes:
         name: of the model, for clients.
+        places: number of requests that it draws at a time.
         default_size: width and height of images in pixels, if a request does not say.
     """
 
     name: str
+    places: int
     default_size: tuple[int, int]
 
     def warm_up(self) -> None:
@@ -94,8 +101,12 @@ class Engine(Protocol):
 
         Args:
             request: what to draw.
-            report: called with progress, after every step at least, and with previews. It raises
-                to stop the drawing; the engine lets that exception through.
+            report: called with progress, after every step at least, with previews, and several
+                times a second while the drawing waits. It raises to stop the drawing; the engine
+                lets that exception through.
+
+        Raises:
+            EngineLostError: what drew the request is gone.
         """
 
     def free_memory(self) -> None:
@@ -105,8 +116,12 @@ class Engine(Protocol):
         """Return bytes by kind ("allocated", ...); empty if the device does not tell."""
 
 
+class EngineLostError(Exception):
+    """The process or machine that drew a request is gone; the request itself is none the worse."""
+
+
 class GeneratorEngine:
-    """An engine around a `ZImageGenerator`.
+    """An engine around a `ZImageGenerator`, which draws one request at a time.
 
     Args:
         generator: the generator.
@@ -114,6 +129,8 @@ class GeneratorEngine:
         default_size: width and height of images in pixels, if a request does not say.
         device: name of the device that the generator runs on.
     """
+
+    places = 1
 
     def __init__(
         self, generator: ZImageGenerator, name: str, default_size: tuple[int, int], device: str

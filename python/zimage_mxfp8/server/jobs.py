@@ -1,4 +1,4 @@
-"""The queue in front of an engine: one thread that draws, and jobs whose events asyncio awaits."""
+"""The queue in front of an engine: threads that draw, and jobs whose events asyncio awaits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from statistics import median
 from typing import Literal, Protocol
 
 from ..errors import CheckpointError, Error, UsageError
-from .engine import Drawing, DrawRequest, Engine, Preview, Progress
+from .engine import Drawing, DrawRequest, Engine, Preview, Progress, Waiting
 
 _FIRST_GUESS = 5.0  # seconds of a drawing, before any has ended
 _REMEMBERED = 16  # drawings, for the guess
@@ -90,7 +90,7 @@ Event = Queued | Progress | Preview | Done | Failed
 
 
 class Observer(Protocol):
-    """Is told what the drawing thread does; called from that thread."""
+    """Is told what the drawing threads do; called from those threads."""
 
     def stage_ended(self, stage: str, seconds: float) -> None:
         """Note that a stage of a drawing is over."""
@@ -111,11 +111,13 @@ class Job:
     Attributes:
         request: what to draw.
         progress: the latest progress; None before the first.
+        is_waiting: whether the engine has it and cannot begin yet, see `Waiting`.
     """
 
     def __init__(self, queue: JobQueue, request: DrawRequest, seconds: float) -> None:
         self.request = request
         self.progress: Progress | None = None
+        self.is_waiting = False
         self._queue = queue
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
@@ -160,11 +162,11 @@ class Job:
 
 
 class JobQueue:
-    """Jobs in order, and the thread that draws them.
+    """Jobs in order, and the threads that draw them: one for each of the engine's places.
 
     Args:
         engine: draws.
-        limit: jobs that may wait behind the one that is drawn.
+        limit: jobs that may wait behind those that are drawn.
         observer: is told what happens.
     """
 
@@ -173,7 +175,7 @@ class JobQueue:
         self._limit = limit
         self._observer = observer
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._in_hand: dict[Job, None] = {}  # of the engine, in the order in which they came
         self._changed = threading.Condition()
         self._is_ready = self._is_stopping = False
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
@@ -182,13 +184,15 @@ class JobQueue:
 
     @property
     def waiting(self) -> int:
-        """Number of jobs that wait."""
-        return len(self._waiting)
+        """Number of jobs that wait, here or at the engine."""
+        with self._changed:
+            return len(self._waiting) + sum(job.is_waiting for job in self._in_hand)
 
     @property
-    def running(self) -> Job | None:
-        """The job that is drawn."""
-        return self._running
+    def running(self) -> tuple[Job, ...]:
+        """The jobs that are drawn, in the order in which they came."""
+        with self._changed:
+            return tuple(job for job in self._in_hand if not job.is_waiting)
 
     @property
     def is_ready(self) -> bool:
@@ -196,10 +200,10 @@ class JobQueue:
         return self._is_ready and not self._is_stopping
 
     def start(self, on_broken: Callable[[Exception], object] = lambda _: None) -> None:
-        """Start the thread: it warms the engine up, then draws.
+        """Start to warm the engine up, and then to draw.
 
         Args:
-            on_broken: called from the thread if the engine cannot be warmed up.
+            on_broken: called from a thread if the engine cannot be warmed up.
         """
         self._on_broken = on_broken
         self._thread.start()
@@ -225,17 +229,18 @@ class JobQueue:
         return job
 
     def check_room(self) -> int:
-        """Return the number of jobs ahead, or raise as `submit` does.
+        """Return the number of jobs that must end before, or raise as `submit` does.
 
         For callers that first do work which a refusal would waste.
         """
         with self._changed:
             if self._is_stopping:
                 raise StoppingError
-            ahead = len(self._waiting) + (self._running is not None)
-            if ahead > self._limit:
+            places = self._engine.places
+            count = len(self._waiting) + len(self._in_hand)
+            if count >= places + self._limit:
                 raise QueueFullError(self._retry_after())
-            return ahead
+            return max(0, count - places + 1)
 
     def forget(self, job: Job) -> bool:
         """Drop a job that waits; return whether it did."""
@@ -252,38 +257,51 @@ class JobQueue:
             self._is_stopping = True
             waiting = list(self._waiting)
             self._waiting.clear()
-            running = self._running
+            at_engine = [job for job in self._in_hand if job.is_waiting]
+            running = [job for job in self._in_hand if not job.is_waiting]
             self._changed.notify_all()
-        for job in waiting:
+        for job in (*waiting, *at_engine):
             job.tell(Failed(StoppingError()))
-        if now and running is not None:
-            running.stop()
+        for job in (*at_engine, *(running if now else ())):
+            job.stop()
 
     def join(self, seconds: float | None = None) -> bool:
-        """Wait for the thread to end after `stop`, if it was started; return whether it has."""
+        """Wait for drawing to end after `stop`, if it was started; return whether it has."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _retry_after(self) -> int:
         duration = median(self._durations) if self._durations else _FIRST_GUESS
-        return min(60, max(1, round(duration)))  # one drawing makes room for one
+        # One drawing makes room for one.
+        return min(60, max(1, round(duration / self._engine.places)))
 
-    # ---- the drawing thread
+    # ---- the drawing threads
 
     def _work(self) -> None:
         try:
             self._engine.warm_up()
         except Exception as error:  # a broken model; nothing can be drawn
             self._observer.failed(_detail(error))
-            self._on_broken(_without_frames(error))
+            self._on_broken(without_frames(error))
             self.stop()
             return
         self._is_ready = True
+        others = [
+            threading.Thread(target=self._draw_all, name=f"drawing-{place}", daemon=True)
+            for place in range(1, self._engine.places)
+        ]
+        for thread in others:
+            thread.start()
+        self._draw_all()
+        for thread in others:
+            thread.join()
+
+    def _draw_all(self) -> None:
         while (job := self._next()) is not None:
             end = self._run(job)
             with self._changed:  # before the client asks again, for whom there is room now
-                self._running = None
+                del self._in_hand[job]
             job.tell(end)
             del job, end  # with their images, until the next one comes
 
@@ -292,17 +310,24 @@ class JobQueue:
             self._changed.wait_for(lambda: self._waiting or self._is_stopping)
             if not self._waiting:
                 return None
-            self._running = self._waiting.popleft()
-            return self._running
+            job = self._waiting.popleft()
+            self._in_hand[job] = None
+            return job
 
     def _run(self, job: Job) -> Done | Failed:
         """Draw a job; return its end, which is told once there is room for another."""
         begin = time.monotonic()
         stages = _Stages(self._observer)
 
-        def report(update: Progress | Preview) -> None:
+        def report(update: Progress | Preview | Waiting) -> None:
+            nonlocal begin, stages
             if job.is_stopped:
                 raise StoppedError
+            job.is_waiting = isinstance(update, Waiting)
+            if isinstance(update, Waiting):
+                stages.end()
+                begin, stages = time.monotonic(), _Stages(self._observer)
+                return
             if isinstance(update, Progress):
                 stages.enter(update)
             job.tell(update)
@@ -313,13 +338,13 @@ class JobQueue:
             drawing = self._engine.draw(job.request, report)
             end, outcome = Done(drawing), "done"
         except StoppedError as error:
-            end, outcome = Failed(_without_frames(error)), "stopped"
+            end, outcome = Failed(without_frames(error)), "stopped"
         except Exception as error:  # of the engine; other requests are none the worse
             if is_of_request(error, job.request):
                 outcome = "refused"
             else:
                 self._observer.failed(_detail(error))
-            end = Failed(_without_frames(error))
+            end = Failed(without_frames(error))
         stages.end()
         if outcome == "done":
             self._durations.append(time.monotonic() - begin)
@@ -370,7 +395,7 @@ def _detail(error: Exception) -> str:
     return str(error) if isinstance(error, Error) else "".join(traceback.format_exception(error))
 
 
-def _without_frames(error: Exception) -> Exception:
+def without_frames(error: Exception) -> Exception:
     """Return an error without the frames that it passed, and their tensors."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error

@@ -50,9 +50,7 @@ class Metrics:
     def watch(self, queue: JobQueue, memory: Callable[[], dict[str, int]]) -> None:
         """Show the state of a queue, and the device's memory by kind."""
         self._gauge("zimage_queue_length", "Requests that wait", lambda: queue.waiting)
-        self._gauge(
-            "zimage_running", "Requests that are drawn now", lambda: int(queue.running is not None)
-        )
+        self._gauge("zimage_running", "Requests that are drawn now", lambda: len(queue.running))
         self._gauge(
             "zimage_ready", "1 if requests are accepted and drawn", lambda: int(queue.is_ready)
         )

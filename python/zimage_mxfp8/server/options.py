@@ -6,6 +6,9 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import UsageError
+
+API_KEY_VARIABLE = "ZIMAGE_MXFP8_API_KEY"  # of the environment
 DEFAULT_QUEUE = 16
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_MAX_IMAGE_PIXELS = 2048 * 2048
@@ -19,7 +22,7 @@ class ServerOptions:
 
     Attributes:
         api_key: what clients must send; None: nothing, and only programs of this machine may ask.
-        queue: requests that may wait behind the one that is drawn.
+        queue: requests that may wait behind those that are drawn.
         timeout: seconds for waiting and drawing, of each request.
         max_image_pixels: most pixels of an image that is drawn; images that are sent may have four
             times as many.
@@ -28,6 +31,9 @@ class ServerOptions:
         transfer_timeout: seconds for a request to arrive, and for each piece of a response to
             leave.
         lora_dir: folder of the adapters that clients may name; None: there are none.
+
+    Raises:
+        UsageError: the key cannot be sent in a header.
     """
 
     api_key: str | None = None
@@ -38,6 +44,17 @@ class ServerOptions:
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     transfer_timeout: float = 60.0
     lora_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        key = self.api_key
+        if key is not None and not (
+            key.isascii() and key.isprintable() and key.strip(" ") == key != ""
+        ):
+            raise UsageError(
+                "api_key",
+                f"(or {API_KEY_VARIABLE}) must be printable ASCII characters, without spaces "
+                "around them",
+            )
 
     @property
     def max_sent_pixels(self) -> int:

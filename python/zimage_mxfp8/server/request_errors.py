@@ -20,13 +20,14 @@ from ..errors import (
     UsageError,
 )
 from ..text import printable
+from .engine import EngineLostError
 from .jobs import DeadlineError, QueueFullError, StoppedError, StoppingError
 
 _ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")  # in hints, see `Error`
 # OpenAI's client repeats failed requests by itself, unless it is told not to.
 _NO_RETRY = {"x-should-retry": "false"}
 _CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed"}
-_RETRY_AFTER_STOP = "5"  # seconds until another server may have taken over
+_RETRY_AFTER_LOSS = "5"  # seconds until another server or process may have taken over
 
 
 class RequestError(Exception):
@@ -91,7 +92,14 @@ def request_error(error: Exception, fields: Mapping[str, str] | None = None) -> 
             503,
             "stopping",
             "the server is stopping; try again later",
-            headers={"Retry-After": _RETRY_AFTER_STOP},
+            headers={"Retry-After": _RETRY_AFTER_LOSS},
+        )
+    if isinstance(error, EngineLostError):
+        return RequestError(
+            503,
+            "engine_lost",
+            "the machine or process that drew this is gone; try again later",
+            headers={"Retry-After": _RETRY_AFTER_LOSS},
         )
     if isinstance(error, StoppedError):
         return RequestError(409, "interrupted", "the drawing was interrupted", headers=_NO_RETRY)

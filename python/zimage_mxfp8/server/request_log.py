@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _MAX_WAITING = 10_000  # lines, for a reader that is slow
 
 
@@ -69,3 +72,21 @@ class LogHandler(logging.Handler):
         # Not the level's name, which any library may change.
         event = "warning" if record.levelno < logging.ERROR else "error"
         self._writer.write({"event": event, "detail": self.format(record)})
+
+
+class LogStream(io.TextIOBase):
+    """Stands in for stdout where a library prints what belongs into such a log.
+
+    Args:
+        writer: gets each piece that is written, if it is not blank.
+    """
+
+    def __init__(self, writer: LogWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def write(self, text: str) -> int:
+        """Append a piece of text."""
+        if detail := _COLOUR.sub("", text).strip():
+            self._writer.write({"event": "warning", "detail": detail})
+        return len(text)

@@ -111,15 +111,15 @@ class _Server(uvicorn.Server):
             self._on_ready()
         if self._signals > self._seen:
             self._seen = self._signals
-            if self._queue.running is None:
+            if not self._queue.running:
                 detail = "now"
             elif self._signals == 1:
-                detail = "until the image is drawn; a second signal stops it"
+                detail = "until what is drawn is finished; a second signal stops it"
             else:
                 detail = "after this step; a third signal ends the process"
             self._queue.stop(now=self._signals > 1)
             self._log.write({"event": "stopping", "detail": detail})
-        if self._is_broken() or (self._signals and self._queue.running is None):
+        if self._is_broken() or (self._signals and not self._queue.running):
             self.should_exit = True
         return await super().on_tick(counter)
 

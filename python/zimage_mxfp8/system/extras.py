@@ -11,7 +11,7 @@ from typing import Final
 _PACKAGE = "zimage-mxfp8"
 _OF_CONTRIBUTORS = ("dev", "docs", "test")
 _REQUIREMENT = re.compile(
-    r"""(?P<name>[\w.-]+)\s*(?P<bounds>[^;]*);.*\bextra\s*==\s*["'](?P<extra>[\w.-]+)["']"""
+    r"""(?P<name>[\w.-]+)(?:\[[^]]*\])?\s*(?P<bounds>[^;]*);.*\bextra\s*==\s*["'](?P<extra>[\w.-]+)["']"""
 )
 # The module of a package if its name does not follow from the package's.
 _MODULES: Final = {"pillow": "PIL", "scikit-image": "skimage"}

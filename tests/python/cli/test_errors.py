@@ -134,6 +134,10 @@ def test_the_core_s_errors_have_a_problem() -> None:
         zm.UsageError("seed", "must be 0 or more", "give another"),
         zm.OutputError("the output exists", "`overwrite=True` replaces it"),
         zm.CheckpointError("is damaged"),
+        zm.GenerationError("the image is NaN", 3, "use another seed"),
+        zm.NonFiniteError("NaN", 1, 2),
+        zm.PrecisionLossError("loses more than its bound", 0.5),
+        zm.MissingExtraError("serve needs fastapi", "install it", "fastapi"),
     ],
 )
 def test_errors_survive_pickling(error: zm.Error) -> None:

@@ -90,6 +90,7 @@ class StubEngine:
     """Paints every image in one colour, that of its seed.
 
     Attributes:
+        places: requests that it draws at a time.
         drawn: the requests that were begun.
         steps: number of steps that were done.
         gate: steps wait for it; it is open at first.
@@ -101,7 +102,8 @@ class StubEngine:
     name = "stub"
     default_size = (64, 48)
 
-    def __init__(self) -> None:
+    def __init__(self, places: int = 1) -> None:
+        self.places = places
         self.drawn: list[DrawRequest] = []
         self.steps = 0
         self.gate = threading.Event()

@@ -14,7 +14,7 @@ import pytest
 
 import zimage_mxfp8 as zm
 from helpers.serving import StubEngine, wait_until
-from zimage_mxfp8.server.engine import Drawing, DrawRequest, Preview, Progress, Report
+from zimage_mxfp8.server.engine import Drawing, DrawRequest, Preview, Progress, Report, Waiting
 from zimage_mxfp8.server.jobs import (
     DeadlineError,
     Done,
@@ -126,7 +126,7 @@ def test_jobs_come_in_order_and_the_queue_is_bounded(
     async def work() -> None:
         queue = start(limit=2)
         first = queue.submit(request(5), 30)
-        await asyncio.to_thread(wait_until, lambda: queue.running is first)
+        await asyncio.to_thread(wait_until, lambda: queue.running == (first,))
         others = [queue.submit(request(steps), 30) for steps in (6, 7)]
         assert queue.waiting == 2
         for refused in (lambda: queue.submit(request(), 30), queue.check_room):
@@ -142,22 +142,90 @@ def test_jobs_come_in_order_and_the_queue_is_bounded(
     run(work())
 
 
+def test_jobs_in_several_places(
+    start: Callable[..., JobQueue], engine: StubEngine, notes: Notes
+) -> None:
+    engine.places = 3
+    engine.gate.clear()
+
+    async def work() -> None:
+        queue = start(limit=2)
+        jobs = [queue.submit(request(steps), 30) for steps in (4, 5, 6, 7, 8)]
+        await asyncio.to_thread(wait_until, lambda: len(engine.drawn) == 3)
+        assert set(queue.running) == set(jobs[:3]) and queue.waiting == 2
+        with pytest.raises(QueueFullError):
+            queue.submit(request(), 30)
+        jobs[1].stop()
+        engine.gate.set()
+        found = await asyncio.gather(*(all_of(job.events()) for job in jobs))
+        assert [type(events[-1]) for events in found] == [Done, Failed, Done, Done, Done]
+        assert found[3][0] == Queued(1) and found[4][0] == Queued(2)
+
+    run(work())
+    assert sorted(notes.outcomes) == ["done"] * 4 + ["stopped"]
+
+
+class BusyEngine(StubEngine):
+    """An engine that waits before it draws, until its gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_busy = threading.Event()
+
+    def draw(self, request: DrawRequest, report: Report) -> Drawing:
+        while not self.gate.wait(0.01):
+            report(Waiting())
+            self.is_busy.set()
+        return super().draw(request, report)
+
+
+@pytest.mark.parametrize("how", ["drawn", "stopped", "the queue stops"])
+def test_a_job_that_waits_at_the_engine(notes: Notes, how: str) -> None:
+    engine = BusyEngine()
+    queue = JobQueue(engine, 1, notes)
+    queue.start()
+
+    async def work() -> Event:
+        engine.gate.clear()
+        job = queue.submit(request(), 30)
+        await asyncio.to_thread(engine.is_busy.wait, 30)
+        assert (queue.running, queue.waiting) == ((), 1)
+        if how == "drawn":
+            engine.gate.set()
+        elif how == "stopped":
+            job.stop()
+        else:
+            queue.stop()
+        return (await all_of(job.events()))[-1]
+
+    end = run(work())
+    queue.stop()
+    assert queue.join(30)
+    if how == "drawn":
+        assert isinstance(end, Done) and notes.outcomes == ["done"]
+        return
+    expected = StoppedError if how == "stopped" else StoppingError
+    assert isinstance(end, Failed) and isinstance(end.error, expected)
+    assert (engine.drawn, notes.outcomes) == ([], ["stopped"])
+
+
 def test_a_reader_that_goes_away_stops_the_engine_within_a_step(
     start: Callable[..., JobQueue], engine: StubEngine, notes: Notes
 ) -> None:
     async def work() -> None:
         queue = start()
+        engine.pause_at = 3
         events = queue.submit(request(1000), 30).events()
         async for event in events:
             if event == Progress("denoising", 2, 1000):
-                engine.gate.clear()
                 break
         done = engine.steps
         await events.aclose()  # type: ignore[attr-defined]
+        engine.pause_at = None
         engine.gate.set()
         after = await all_of(queue.submit(request(1), 30).events())
         assert isinstance(after[-1], Done)
-        assert engine.steps <= done + 2 + 1  # the step that had begun, one more, and the new job's
+        assert engine.steps <= done + 1 + 1  # the step that had begun, and the new job's
 
     run(work())
     assert notes.outcomes == ["stopped", "done"]
@@ -171,7 +239,7 @@ def test_a_job_that_waits_leaves_the_queue(
     async def work() -> None:
         queue = start(limit=1)
         running = queue.submit(request(), 30)
-        await asyncio.to_thread(wait_until, lambda: queue.running is running)
+        await asyncio.to_thread(wait_until, lambda: queue.running == (running,))
         waiting = queue.submit(request(), 30)
         waiting.stop()
         assert queue.waiting == 0
@@ -257,7 +325,7 @@ def test_there_is_room_once_the_end_is_told(
         assert isinstance((await all_of(queue.submit(request(), 30).events()))[-1], Failed)
 
     run(work())
-    assert running_at_end == [None, None]
+    assert running_at_end == [(), ()]
 
 
 def test_a_failure_keeps_nothing_of_the_drawing_alive(start: Callable[..., JobQueue]) -> None:
@@ -297,7 +365,7 @@ def test_stop_finishes_what_is_drawn(start: Callable[..., JobQueue], engine: Stu
     async def work() -> None:
         queue = start()
         running = queue.submit(request(), 30)
-        await asyncio.to_thread(wait_until, lambda: queue.running is running)
+        await asyncio.to_thread(wait_until, lambda: queue.running == (running,))
         waiting = queue.submit(request(), 30)
         queue.stop()
         assert not queue.is_ready
@@ -317,7 +385,7 @@ def test_stop_now_stops_what_is_drawn(start: Callable[..., JobQueue], engine: St
         queue = start()
         job = queue.submit(request(1000), 30)
         engine.gate.clear()
-        await asyncio.to_thread(wait_until, lambda: queue.running is job)
+        await asyncio.to_thread(wait_until, lambda: queue.running == (job,))
         queue.stop(now=True)
         engine.gate.set()
         assert isinstance((await all_of(job.events()))[-1].error, StoppedError)  # type: ignore[union-attr]

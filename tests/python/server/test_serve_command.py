@@ -88,7 +88,9 @@ def test_first_signal_finishes_what_is_drawn_and_refuses_the_rest(start: Start) 
     assert stages[0].endswith("without --model-dir, serving the small trained model of the package")
     log = [json.loads(line) for line in err.splitlines() if not line.startswith("zimage-mxfp8: ")]
     (stopping,) = [line for line in log if "event" in line]
-    assert stopping["event"] == "stopping" and "until the image is drawn" in stopping["detail"]
+    assert (
+        stopping["event"] == "stopping" and "until what is drawn is finished" in stopping["detail"]
+    )
     requests = [line for line in log if "status" in line]
     assert [line["status"] for line in requests] == [200, 401, 200, 503, 200]
     assert [line.get("error") for line in requests] == [
@@ -172,6 +174,11 @@ def test_arguments(loads: list[Any], capsys: pytest.CaptureFixture[str], tmp_pat
     fails(refused(capsys, "--lora-dir", tmp_path / "none"), 2, "--lora-dir", "is not a folder")
     fails(refused(capsys, "--port", 99_999), 2, "--port 99999 cannot be used: ports end at 65535")
     fails(refused(capsys, "--host", "no such host", "--api-key", "x"), 2, "--host no such host")
+    fails(refused(capsys, "--replicas", 2), 2, "--replicas needs --ray")
+    words = (
+        "--device cuda:1 cannot be used with --ray, which gives each replica a GPU; leave it out"
+    )
+    fails(refused(capsys, "--ray", "--device", "cuda:1"), 2, words)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         sentence = f"--port {port} of 127.0.0.1 cannot be used: Address already in use"
@@ -234,11 +241,29 @@ def test_wrong_models_end_with_a_sentence(cli: Run, tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1].startswith("zimage-mxfp8: error: model ")
 
 
-def test_a_missing_package_is_named(cli: Run, tmp_path: Path) -> None:
-    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(name='fastapi')")
-    result = cli("serve", env={"PYTHONPATH": str(tmp_path)})
+@pytest.mark.parametrize(
+    ("package", "options", "extra"), [("fastapi", (), "serve"), ("ray", ("--ray",), "ray")]
+)
+def test_a_missing_package_is_named(
+    cli: Run, tmp_path: Path, package: str, options: tuple[str, ...], extra: str
+) -> None:
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    result = cli("serve", "--port", 0, *options, env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
-    assert 'run pip install "zimage-mxfp8[serve]"' in result.stderr.splitlines()[-1]
+    assert f'run pip install "zimage-mxfp8[{extra}]"' in result.stderr.splitlines()[-1]
+
+
+def test_a_cluster_that_is_not_there(cli: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for value, words in {
+        address: f"there is no Ray at {address}: ",
+        "ray://x": 'RAY_ADDRESS is "ray://x", and must be HOST:PORT of a cluster',
+    }.items():
+        result = cli("serve", "--ray", "--port", 0, env={"RAY_ADDRESS": value})
+        assert (result.returncode, result.stdout) == (1, "")
+        assert words in result.stderr.splitlines()[-1]
+        assert result.stderr.splitlines()[-1].endswith("or unset RAY_ADDRESS")
 
 
 # ---- the server of the command, in this process

@@ -167,7 +167,7 @@ def test_extras_are_those_of_the_project_file(monkeypatch: pytest.MonkeyPatch) -
     assert list(found) == list(wanted)
     for name, requirements in wanted.items():
         own = [text for text in requirements if not text.startswith("zimage-mxfp8[")]
-        names = [re.split("[>=]", text)[0] for text in own]
+        names = [re.split(r"[>=\[]", text)[0] for text in own]
         assert found[name].missing == list(dict.fromkeys(names))
         assert found[name].command == f'pip install "zimage-mxfp8[{name}]"'
     missing.found = {"transformers": "4.57.3", "torch": "2.10.0+cu130"}

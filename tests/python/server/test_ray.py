@@ -1,0 +1,310 @@
+"""Replicas of Ray Serve behind the server's queue, on two CPUs of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import io
+import os
+import re
+import signal
+import time
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import yaml
+from PIL import Image
+from pydantic import ValidationError
+
+import helpers
+import zimage_mxfp8 as zm
+from helpers.documents import GUIDE, block_with, text_of
+from helpers.ray_model import NotingEngine, NotingModel
+from helpers.serving import Log, decoded, image_file, serving, wait_until
+from zimage_mxfp8.server.engine import (
+    Drawing,
+    DrawRequest,
+    EngineLostError,
+    Preview,
+    Progress,
+    Report,
+    Waiting,
+)
+from zimage_mxfp8.server.jobs import StoppedError
+from zimage_mxfp8.server.options import API_KEY_VARIABLE
+from zimage_mxfp8.server.request_log import LogWriter
+
+with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
+    warnings.simplefilter("ignore")
+    from zimage_mxfp8.server.ray import BuildArguments, build
+    from zimage_mxfp8.server.ray.application import Replicas
+    from zimage_mxfp8.server.ray.cluster import drawing, joined, replicas_for
+    from zimage_mxfp8.server.ray.engine import RayEngine
+    from zimage_mxfp8.server.ray.replica import Failure, Replica
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # likewise
+
+
+@dataclass
+class Running:
+    """A server with two replicas."""
+
+    address: str
+    engine: RayEngine
+    model: NotingModel
+    log: Log
+
+    def client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=60
+        )
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    notes = tmp_path_factory.mktemp("ray") / "notes.txt"
+    notes.touch()
+    model = NotingModel(notes)
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", str(Path(helpers.__file__).parents[1]))  # of replicas
+        writer = LogWriter(Log())
+        stack.callback(writer.close)
+        stack.enter_context(joined(writer, lambda: None, cpus=2))
+        replicas = replicas_for(2, "cpu", scaling=False)
+        engine = stack.enter_context(drawing(model, replicas, 30, "test"))  # type: ignore[arg-type]
+        log = Log()
+        yield Running(stack.enter_context(serving(engine, log, queue=8)), engine, model, log)
+
+
+@pytest.fixture
+def notes(running: Running) -> Path:
+    """An empty file of what replicas note."""
+    running.model.notes.write_text("")
+    return running.model.notes
+
+
+def request(seed: int, steps: int = 3, **options: object) -> DrawRequest:
+    settings = {"width": 64, "height": 48, "steps": steps, "seed": seed}
+    return DrawRequest(zm.GenerationSettings("a", **settings), **options)  # type: ignore[arg-type]
+
+
+def test_requests_are_drawn_at_a_time_by_two_processes(running: Running, notes: Path) -> None:
+    async def work() -> list[bytes]:
+        async with running.client() as client:
+            made = await asyncio.gather(
+                *(
+                    client.images.generate(prompt="a", size="64x48", extra_body={"seed": seed})
+                    for seed in (1, 2)
+                )
+            )
+        return [decoded(each.data[0].b64_json).tobytes() for each in made]
+
+    assert asyncio.run(work()) == [bytes((seed, 0, 0)) * (64 * 48) for seed in (1, 2)]
+    assert len({process for process, _ in running.model.noted("end")}) == 2
+
+
+def test_images_go_to_replicas_and_back(running: Running) -> None:
+    sent = image_file((64, 48))
+    mask = io.BytesIO()
+    Image.new("RGBA", (64, 48), (0, 0, 0, 0)).save(mask, "PNG")
+
+    async def work() -> bytes:
+        async with running.client() as client:
+            made = await client.images.edit(
+                image=("a.png", sent), mask=("m.png", mask.getvalue()), prompt="a"
+            )
+        return decoded(made.data[0].b64_json).tobytes()
+
+    assert asyncio.run(work()) == Image.open(io.BytesIO(sent)).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "words"),
+    [
+        ("usage", 400, "num_inference_steps must be fewer"),
+        ("nan", 500, "the image is NaN"),
+        ("memory", 500, "the server has too little memory"),
+        ("defect", 500, "the server failed"),
+    ],
+)
+def test_errors_of_replicas_keep_their_kind(
+    running: Running, prompt: str, status: int, words: str
+) -> None:
+    async def work() -> None:
+        async with running.client() as client:
+            with pytest.raises(openai.APIStatusError, match=words) as error:
+                await client.images.generate(prompt=prompt)
+            assert error.value.status_code == status
+
+    asyncio.run(work())
+    if prompt == "defect":
+        wait_until(lambda: "a defect" in running.log.getvalue())
+        assert "ray_model.py" in running.log.getvalue()  # of the replica's traceback
+
+
+def test_50_clients_at_once(running: Running, notes: Path) -> None:
+    """Two are drawn and eight wait; whoever gets an image was drawn once, the others never."""
+
+    async def one(client: openai.AsyncOpenAI, seed: int) -> int:
+        try:
+            made = await client.images.generate(prompt="a", extra_body={"seed": seed})
+        except openai.RateLimitError as error:
+            assert int(error.response.headers["Retry-After"]) >= 1
+            return 429
+        assert decoded(made.data[0].b64_json).getpixel((0, 0)) == (seed, 0, 0)
+        return 200
+
+    async def work() -> dict[int, int]:
+        async with running.client() as client:
+            found = await asyncio.gather(*(one(client, seed) for seed in range(50)))
+        return dict(enumerate(found))
+
+    found = asyncio.run(work())
+    served = sorted(seed for seed, status in found.items() if status == 200)
+    assert len(served) >= 10
+    assert sorted(seed for _, seed in running.model.noted("end")) == served
+
+
+def test_a_drawing_whose_replica_is_killed_is_repeated_once(running: Running, notes: Path) -> None:
+    told: list[object] = []
+
+    def report(update: Progress | Preview | Waiting) -> None:
+        told.append(update)
+        if update == Progress("denoising", 4, 6) and len(running.model.noted("begin")) == 1:
+            os.kill(running.model.noted("begin")[0][0], signal.SIGKILL)
+
+    made = running.engine.draw(request(7, 6, previews=2), report)
+    assert made.images[0].getpixel((0, 0)) == (7, 0, 0)
+    begun = running.model.noted("begin")
+    assert [seed for _, seed in begun] == [7, 7] and begun[0][0] != begun[1][0]
+    assert running.model.noted("end") == begun[1:]
+    assert [each.number for each in told if isinstance(each, Preview)] == [0, 1]
+    assert told[-1] == Progress("denoising", 6, 6)
+
+
+def test_a_drawing_is_given_up_when_its_second_replica_is_killed(
+    running: Running, notes: Path
+) -> None:
+    killed: Counter[int] = Counter()
+
+    def report(update: Progress | Preview | Waiting) -> None:
+        process = (running.model.noted("begin") or [(0, 0)])[-1][0]
+        if isinstance(update, Progress) and update.done == 2 and not killed[process]:
+            killed[process] += 1
+            os.kill(process, signal.SIGKILL)
+
+    with pytest.raises(EngineLostError):
+        running.engine.draw(request(8, 100), report)
+    assert len(running.model.noted("begin")) == 2 and running.model.noted("end") == []
+    # Both are replaced.
+    assert running.engine.draw(request(9), lambda _: None).images
+
+
+def test_a_stopped_drawing_frees_its_replica(running: Running, notes: Path) -> None:
+    def report(update: Progress | Preview | Waiting) -> None:
+        if update == Progress("denoising", 2, 1000):
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        running.engine.draw(request(1, 1000), report)
+    for seed in (2, 3):  # on either replica
+        running.engine.draw(request(seed), lambda _: None)
+    assert [seed for _, seed in running.model.noted("end")] == [2, 3]
+
+
+def test_requests_go_where_their_adapters_are_loaded(running: Running, notes: Path) -> None:
+    settings = request(0).settings
+    with_ink = DrawRequest(replace(settings, loras=((Path("ink.safetensors"), 1.0),)))
+    running.engine.draw(with_ink, lambda _: None)
+    time.sleep(1)  # Ray learns about what is loaded after a while
+    for _ in range(5):
+        running.engine.draw(with_ink, lambda _: None)
+    assert len({process for process, _ in running.model.noted("end")}) == 1
+
+
+class BrokenEngine(NotingEngine):
+    """An engine whose device fails, in a drawing and when its memory is to be freed."""
+
+    def draw(self, request: DrawRequest, report: Report) -> Drawing:
+        tensor = np.zeros(3)
+        self.tensor = weakref.ref(tensor)
+        raise zm.CudaError("an illegal access")
+
+    def free_memory(self) -> None:
+        gc.collect()
+        assert self.tensor() is None
+        raise zm.CudaError("an illegal access")
+
+
+def test_a_replica_whose_device_is_broken_asks_to_be_replaced(notes: Path) -> None:
+    class Broken(NotingModel):
+        def load(self) -> NotingEngine:
+            return BrokenEngine(self.notes)
+
+    replica = Replica(Broken(notes))  # type: ignore[arg-type]
+    replica.check_health()
+
+    async def work() -> list[object]:
+        return [event async for event in replica.draw(request(1))]
+
+    (failure,) = asyncio.run(work())
+    assert isinstance(failure, Failure) and isinstance(failure.error, zm.CudaError)
+    with pytest.raises(RuntimeError, match="the device is broken: an illegal access"):
+        replica.check_health()
+
+
+def test_arguments_of_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZIMAGE_MXFP8_API_KEY", raising=False)
+    with pytest.raises(zm.UsageError, match="api_key is missing"):
+        build(BuildArguments())
+    monkeypatch.setenv("ZIMAGE_MXFP8_API_KEY", "")
+    with pytest.raises(zm.UsageError, match="must be printable ASCII"):
+        build(BuildArguments())
+    monkeypatch.setenv("ZIMAGE_MXFP8_API_KEY", "x")
+    with pytest.raises(zm.UsageError, match="max_replicas must be at least `replicas`, not 1"):
+        build({"replicas": 2, "max_replicas": 1})
+    with pytest.raises(zm.CheckpointError, match="no such model"):
+        build(BuildArguments(model_dir="/no such model"))
+    assert build({"replicas": "1"})  # as `serve run` gives it
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        build({"replica": 2})
+
+
+def test_the_guide_has_the_arguments_and_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = text_of(GUIDE / "serving.md").partition("| argument |")[2].partition("\n\n")[0]
+    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")]
+    assert sorted(named) == sorted(f"`{name}`" for name in BuildArguments.model_fields)
+    config = yaml.safe_load(block_with(GUIDE / "serving.md", "yaml", "import_path"))
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert getattr(importlib.import_module(module), name) is build
+    assert list(application["runtime_env"]["env_vars"]) == [API_KEY_VARIABLE]
+    assert BuildArguments.model_validate(application["args"]).max_replicas == 8
+
+
+def test_a_cluster_that_is_too_small(running: Running) -> None:
+    with pytest.raises(zm.UsageError, match="must be at most 2: each has a CPU of its own"):
+        replicas_for(3, None, scaling=False)
+    with pytest.raises(zm.UsageError, match="device cannot be cuda: the cluster has no GPU"):
+        replicas_for(1, "cuda", scaling=False)
+    assert replicas_for(None, None, scaling=True) == Replicas(1, 1, on_gpu=False)
+
+
+def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
+    assert replicas_for(None, None, scaling=False) == Replicas(4, 4, on_gpu=True)
+    assert replicas_for(None, "cuda", scaling=True) == Replicas(1, 4, on_gpu=True)
+    assert replicas_for(2, "cpu", scaling=False) == Replicas(2, 2, on_gpu=False)
+    with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
+        replicas_for(5, None, scaling=False)
