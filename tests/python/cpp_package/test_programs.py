@@ -25,9 +25,12 @@ from zimage_mxfp8.checkpoint.source import Checkpoint, open_checkpoint
 from zimage_mxfp8.errors import CheckpointError
 from zimage_mxfp8.system.diagnosis import cmake_dir
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("cmake") and shutil.which("c++")), reason="no CMake or no C++ compiler"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which("cmake") and shutil.which("c++")), reason="no CMake or no C++ compiler"
+    ),
+]
 
 GUIDE_MAIN = """
 int main(int, char** words) {

@@ -51,7 +51,7 @@ with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
     from zimage_mxfp8.server.ray.engine import RayEngine
     from zimage_mxfp8.server.ray.replica import Failure, Replica
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # likewise
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # likewise
 
 
 @dataclass
