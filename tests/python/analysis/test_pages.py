@@ -883,7 +883,8 @@ def test_names_are_shown_as_they_are(pages: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [("probe", []), ("compare", ["--low-rank", "none", "--sample", "0.01"])]
+    ("command", "options"),
+    [("probe", []), ("compare", ["--low-rank", "none", "--sample", "0.002"])],
 )
 def test_html_from_the_command_line(
     in_process: Run, small_file: Path, tmp_path: Path, command: str, options: list[str]

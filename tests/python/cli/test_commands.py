@@ -168,8 +168,8 @@ def test_inspect_of_something_else(in_process: Run, tmp_path: Path) -> None:
     assert "not Z-Image" in text and "metadata note: [N, K]" in text
 
 
-def test_demo(cli: Run, tmp_path: Path) -> None:
-    result = cli("demo")
+def test_demo(in_process: Run, tmp_path: Path) -> None:
+    result = in_process("demo")
     assert result.returncode == 0, result.stderr
     assert "185" in result.stdout and "sound, 185 MXFP8 layers" in result.stdout
     for mode in ("weight-only", "fp8", "mxfp8-emulated"):  # test_small_model.py has the images

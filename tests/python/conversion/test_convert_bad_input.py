@@ -563,13 +563,14 @@ def test_kill_leaves_the_old_file_or_the_new_one(slow_file: Path, tmp_path: Path
     complete = output.read_bytes()
     outcomes = set()
     left_behind = False
-    for i in range(12):
+    kills = 8
+    for i in range(kills):
         output.write_bytes(b"old")
         for left in tmp_path.glob(".*"):
             left.unlink()
         child = start(slow_file, output)
         wait_for_partial_output(child, tmp_path)
-        time.sleep(duration * i / 12)
+        time.sleep(duration * i / kills)
         child.send_signal(signal.SIGKILL)
         child.communicate(timeout=60)
         content = output.read_bytes()
