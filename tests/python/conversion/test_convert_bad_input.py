@@ -563,7 +563,7 @@ def test_kill_leaves_the_old_file_or_the_new_one(slow_file: Path, tmp_path: Path
     complete = output.read_bytes()
     outcomes = set()
     left_behind = False
-    kills = 8
+    kills = 6
     for i in range(kills):
         output.write_bytes(b"old")
         for left in tmp_path.glob(".*"):

@@ -211,22 +211,17 @@ def test_picture_differs_by_the_rounding_of_activations(
 
 
 def test_bfloat16_is_the_default_and_near(
-    cli: Run, zimage_folder: Path, zimage_quantized: Path, generate: Generate, tmp_path: Path
+    in_process: Run,
+    zimage_folder: Path,
+    zimage_quantized: Path,
+    generate: Generate,
+    tmp_path: Path,
 ) -> None:
-    """As a process of its own, which says nothing but its stages and its result."""
     code, _, _ = generate("--prompt", "a cat", "-o", "float32.png", "--seed", 7, *SIZE)
     assert code == 0
-    result = cli(
-        *(
-            "generate",
-            "--model-dir",
-            zimage_folder,
-            "--transformer",
-            zimage_quantized,
-            "--prompt",
-            "a cat",
-        ),
-        *("-o", "bfloat16.png", "--seed", 7, "--device", "cpu", *SIZE),
+    result = in_process(
+        *("generate", "--model-dir", zimage_folder, "--transformer", zimage_quantized),
+        *("--prompt", "a cat", "-o", "bfloat16.png", "--seed", 7, "--device", "cpu", *SIZE),
     )
     assert result.returncode == 0 and STAGES.sub("", result.stderr) == ""
     assert result.stdout.startswith("bfloat16.png: 64x48, seed 7, 8 steps of ")
