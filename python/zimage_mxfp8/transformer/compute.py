@@ -26,7 +26,7 @@ DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",
     "fp8": "scales folded to one per row, FP8 tensor cores",
     "weight-only": "weights decoded exactly, activations not quantised",
-    "int8": "weights and activations rotated and rounded to INT8 (never run on a GPU yet)",
+    "int8": "weights and activations rotated and rounded to INT8 (run on an H200 alone)",
     "mxfp8-emulated": "Blackwell's numerics: activations in MXFP8 too, GEMMs of decoded numbers",
 }
 
