@@ -153,6 +153,7 @@ struct DeviceBlock::Content {
 };
 
 std::size_t DeviceBlock::memory_size(const BlockWeights& block, BlockCompute compute) {
+  detail::check_block(block);
   return static_cast<std::size_t>(detail::layers_memory(block, compute));
 }
 

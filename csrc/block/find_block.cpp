@@ -72,8 +72,9 @@ class Finder {
   ConstMatrixView vector(const std::string& tensor, std::int64_t size = -1) const {
     const ConstMatrixView view = plain(tensor);
     if (view.rows != 1 || (size >= 0 && view.cols != size)) {
-      fail(tensor, "is [" + std::to_string(view.rows) + ", " + std::to_string(view.cols) +
-                       "], not [" + std::to_string(size) + "]");
+      fail(tensor,
+           "is [" + std::to_string(view.rows) + ", " + std::to_string(view.cols) + "], " +
+               (size < 0 ? std::string("not a vector") : "not [" + std::to_string(size) + "]"));
     }
     return view;
   }

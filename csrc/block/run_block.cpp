@@ -172,6 +172,7 @@ class Run {
 
 void run_block(const BlockWeights& block, const BlockInput& input, const MatrixView& x,
                int threads) {
+  detail::check_block(block);
   detail::check_block_input(input, x, block.width,
                             block.modulation ? detail::cols_of(block.modulation->linear) : 0,
                             DType::kFloat32);

@@ -59,10 +59,14 @@ std::filesystem::path hidden_name(const std::filesystem::path& target) {
 
 // The file that a path names: a link stays a link, and its target is replaced.
 std::filesystem::path without_links(const std::filesystem::path& path) {
+  constexpr int kMostLinks = 40;  // as Linux follows
+  std::filesystem::path file = path;
   std::error_code failed;
-  if (!std::filesystem::is_symlink(path, failed)) return path;
-  const std::filesystem::path file = std::filesystem::weakly_canonical(path, failed);
-  return failed ? path : file;
+  for (int i = 0; i < kMostLinks && std::filesystem::is_symlink(file, failed); ++i) {
+    file = file.parent_path() / std::filesystem::read_symlink(file, failed);  // or absolute
+    if (failed) return path;
+  }
+  return file;
 }
 
 }  // namespace

@@ -158,10 +158,11 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
 }
 
 std::int64_t tensor_bytes(const TensorType& type) {
-  if (std::find(type.shape.begin(), type.shape.end(), 0) != type.shape.end()) return 0;
+  const auto smallest = std::min_element(type.shape.begin(), type.shape.end());
+  if (smallest != type.shape.end() && *smallest <= 0) return *smallest < 0 ? -1 : 0;
   std::int64_t bits = find_dtype(type.dtype)->bits;
   for (const std::int64_t size : type.shape) {
-    if (size < 0 || bits > std::numeric_limits<std::int64_t>::max() / size) return -1;
+    if (bits > std::numeric_limits<std::int64_t>::max() / size) return -1;
     bits *= size;
   }
   return bits % 8 == 0 ? bits / 8 : -1;

@@ -205,10 +205,11 @@ class Finder {
   MXFP8Shape shape_of(const std::string& name, const Description& described,
                       const CheckpointTensor& weight) const {
     const auto& codes = weight.shape;
+    if (weight.bytes == 0) breach(name + kWeightSuffix, "is " + shape_text(codes) + ", so empty");
     const Shape stated = described.shape.value_or(Shape{codes[0], codes[1]});
     const MXFP8Shape shape{stated.rows, stated.cols};
     const std::vector<std::int64_t> padded{shape.code_rows(), shape.code_cols()};
-    if (codes != padded || weight.bytes == 0) {
+    if (codes != padded) {
       breach(name + kWeightSuffix,
              "is " + shape_text(codes) +
                  (described.shape ? ", but " + shape_text({shape.rows, shape.cols}) +

@@ -30,8 +30,9 @@ struct Kernels {
   void (*cast_row)(const void* source, DType source_dtype, void* target, DType target_dtype,
                    int64_t count);
   void (*quantize_rows)(const QuantizeRowsTask&, int64_t row_begin, int64_t row_end);
-  // At most kConvrotRows rows. `scratch` has quantize_convrot_scratch() or convrot_scratch()
-  // floats. Encoding returns whether a NaN or an infinity was found, or appeared in sums.
+  // At most kConvrotRows rows. `scratch` has quantize_convrot_scratch() or
+  // dequantize_convrot_scratch() floats. Encoding returns whether a NaN or an infinity was found,
+  // or appeared in sums.
   bool (*quantize_convrot)(const QuantizeConvrotTask&, int64_t row_begin, int64_t row_end,
                            float* scratch);
   void (*dequantize_convrot)(const DequantizeConvrotTask&, int64_t row_begin, int64_t row_end,

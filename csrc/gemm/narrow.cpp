@@ -20,7 +20,16 @@ struct Operand {
   MemoryRange elements, scales;  // no scales of BF16
 };
 
+template <class View>
+void check_size(const View& view, const char* name) {
+  if (view.rows < 0 || view.cols < 0 || view.rows >= kMaxSize || view.cols >= kMaxSize) {
+    throw InvalidArgument(std::string(name) + " is " + detail::shape_text(view.rows, view.cols) +
+                          ": both sizes must be from 0 to below 2^30");
+  }
+}
+
 Operand operand(const ConstMatrixView& view, const char* name) {
+  check_size(view, name);
   detail::check_matrix(view, name);
   if (view.dtype != DType::kBFloat16) throw InvalidArgument(std::string(name) + " must be BF16");
   return {view.rows,
@@ -32,6 +41,7 @@ Operand operand(const ConstMatrixView& view, const char* name) {
 }
 
 Operand operand(const ConstRowScaledView& view, const char* name) {
+  check_size(view, name);
   return {view.rows,
           view.cols,
           view.cols,
@@ -42,10 +52,9 @@ Operand operand(const ConstRowScaledView& view, const char* name) {
 
 void check(const Operand& a, const Operand& b, std::int64_t terms, const float* factors,
            const MatrixView& d) {
-  if (a.rows < 0 || a.cols < 1 || a.cols % kBlockSize != 0 || a.rows > kMaxSize ||
-      a.cols > kMaxSize) {
+  if (a.cols < 1 || a.cols % kBlockSize != 0) {
     throw InvalidArgument("A is " + detail::shape_text(a.rows, a.cols) +
-                          ": its width must be a multiple of 32, and both below 2^30");
+                          ": its width must be a multiple of 32");
   }
   const std::int64_t multiple = terms * detail::kNarrowColumns;
   if (b.cols != a.cols || b.rows < 1 || b.rows % multiple != 0) {

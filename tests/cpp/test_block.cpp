@@ -94,6 +94,33 @@ TEST_CASE("a block refuses inputs that do not fit") {
   refuses(example.input(), {nullptr, DType::kFloat32, 8, 128, 128}, "null pointer");
 }
 
+TEST_CASE("a block refuses weights that do not fit") {
+  const Example example({1, 96, 64, {3, 5}});
+  std::vector<float> x = example.x().values;
+  const auto refused = [&](auto change) {
+    BlockWeights block = example.weights();
+    change(block);
+    try {
+      run_block(block, example.input(), {x.data(), DType::kFloat32, 8, 128, 128});
+    } catch (const InvalidArgument& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  const auto rows = [](LinearWeights& linear, std::int64_t count) {
+    std::visit([&](auto& view) { view.rows = count; }, linear.weight);
+  };
+  CHECK(refused([&](BlockWeights& b) { rows(b.w3, 48); }) == "w3 must be [96, 128], not [48, 128]");
+  CHECK(refused([&](BlockWeights& b) { rows(b.qkv, 128); }) ==
+        "qkv must be [384, 128], not [128, 128]");
+  CHECK(refused([](BlockWeights& b) { b.heads = 2; }) ==
+        "a block of width 128 cannot have 2 heads of 128");
+  CHECK(refused([](BlockWeights& b) { b.ffn_norm1.cols = 64; }) ==
+        "ffn_norm1 must be [1, 128], not [1, 64]");
+  CHECK(refused([](BlockWeights& b) { b.k_norm.data = nullptr; }) == "k_norm is a null pointer");
+  CHECK(refused([](BlockWeights&) {}).empty());
+}
+
 TEST_CASE("attention refuses matrices that do not fit") {
   std::vector<float> qkv(4 * 384), out(4 * 128);
   const ConstMatrixView from{qkv.data(), DType::kFloat32, 4, 384, 384};

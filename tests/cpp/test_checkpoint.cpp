@@ -213,6 +213,12 @@ TEST_CASE("a file is written whole or not at all, and replaced only on demand") 
     writer.finish();
     CHECK(std::filesystem::is_symlink(folder / "link"));
     CHECK(content_of(folder / "out").back() == '?');
+    std::filesystem::remove(folder / "out");  // the link leads to nothing
+    CheckpointWriter again(folder / "link", plan, true);
+    again.write("a", ".", 1);
+    again.finish();
+    CHECK(std::filesystem::is_symlink(folder / "link"));
+    CHECK(content_of(folder / "out").back() == '.');
   }
   CheckpointWriter late(folder / "late", plan);
   late.write("a", "!", 1);
@@ -230,6 +236,7 @@ TEST_CASE("a plan refuses what a file cannot hold") {
   CHECK_THROWS_AS(plan.add_tensor("\xFF", {"U8", {1}}), InvalidArgument);
   CHECK_THROWS_AS(plan.add_tensor("b", {"U9", {1}}), InvalidArgument);
   CHECK_THROWS_AS(plan.add_tensor("b", {"U8", {-1}}), InvalidArgument);
+  CHECK_THROWS_AS(plan.add_tensor("b", {"F32", {-1, 0}}), InvalidArgument);
   CHECK_THROWS_AS(plan.add_layer("b", 0, 1), InvalidArgument);
   const Folder folder;
   plan.metadata = {{"a", "1"}, {"a", "2"}};

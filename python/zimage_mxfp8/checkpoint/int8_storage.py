@@ -51,7 +51,9 @@ class Int8Storage(Storage):
     ) -> Int8Layer | None:
         """Return a layer, or report why there is none."""
         if weight.dtype != self.weight_dtype or len(weight.shape) != 2:
-            findings.breach(weight.name, f"is {weight.dtype} {list(weight.shape)}, not a I8 matrix")
+            findings.breach(
+                weight.name, f"is {weight.dtype} {list(weight.shape)}, not an I8 matrix"
+            )
             return None
         rows, columns = weight.shape
         if 0 in weight.shape:

@@ -167,7 +167,7 @@ OTHER_FORMAT = _format("ComfyUI quantised")
 ADAPTER = Kind(
     "adapter",
     "is an adapter, not a model: {0}",
-    "merge it into a BF16 checkpoint with convert and `loras`, or with merge-lora",
+    "merge it into a BF16 checkpoint with convert or merge-lora, or draw with it by generate",
 )
 ZIMAGE_CONTROLNET = Kind(
     "ControlNet for Z-Image",

@@ -25,9 +25,9 @@ from .wording import CommandLineError, sentence
 _COMMANDS = {
     "convert": "convert a checkpoint to MXFP8 or INT8",
     "inspect": "show the contents of a checkpoint",
-    "validate": "check an MXFP8 file, and compare it with its original",
+    "validate": "check a quantised file, and compare it with its original",
     "dequantize": "decode a quantised file to a plain BF16 checkpoint",
-    "export": "write a checkpoint in another layout: diffusers, ComfyUI or row-wise FP8",
+    "export": "write a checkpoint in another layout: diffusers, ComfyUI, row-wise FP8 or INT8",
     "merge-lora": "merge adapters into a plain checkpoint",
     "generate": "make images from a prompt",
     "serve": "serve images over HTTP, and a page to make them",
@@ -52,7 +52,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """
     parser = Parser(
         prog="zimage-mxfp8",
-        description="Convert Z-Image checkpoints to MXFP8, check them, look inside and run them.",
+        description="Convert Z-Image checkpoints to 8 bits, check them, look inside and run them.",
     )
     parser.add_argument("--version", action="version", version=f"zimage-mxfp8 {__version__}")
     parser.add_argument(

@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser = commands.add_parser(
         "generate",
         help=line,
-        description="Make images with an MXFP8 transformer and the other parts (text encoder, "
+        description="Make images with a quantised transformer and the other parts (text encoder, "
         "tokenizer, VAE, scheduler) of a diffusers folder on this machine. No network without "
         "--download.",
     )
@@ -144,7 +144,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser.add_argument(
         "--controlnet",
         metavar="FILE",
-        help="MXFP8 or plain ControlNet for Z-Image (Fun-Controlnet-Union), with --control-image",
+        help="ControlNet for Z-Image (Fun-Controlnet-Union), plain or not, with --control-image",
     )
     parser.add_argument(
         *spellings("--control-image"),

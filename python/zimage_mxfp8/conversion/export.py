@@ -27,7 +27,7 @@ from ..checkpoint.header import TensorInfo, file_size, layout_header
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.output import AtomicFile, check_target, final_path, write_file
 from ..checkpoint.output_folder import check_target_folder, new_folder
-from ..checkpoint.provenance import read_provenance
+from ..checkpoint.provenance import PROVENANCE_KEY, read_provenance
 from ..checkpoint.quantized_layers import QuantizedLayer
 from ..checkpoint.structure import missing_or_misshapen, structure_error
 from ..checks import check_threads, file_or_folder
@@ -37,7 +37,7 @@ from ..layout import SCALE_TILE_ROWS
 from ..printing.progress import byte_bar, shown
 from ..streaming.formats import FORMATS, format_of
 from ..streaming.jobs import Job, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
-from ..streaming.rows import damaged, read_encoded
+from ..streaming.rows import damaged, not_encoded, read_encoded
 from ..streaming.worker import Worker
 from ..text import plural
 from ..zimage.config import ZImageConfig
@@ -229,7 +229,7 @@ def _checked_layers(found: Identified) -> list[QuantizedLayer]:
 
 
 class _Planner:
-    """The three layouts of a checkpoint with its MXFP8 layers."""
+    """The layouts of a checkpoint with its MXFP8 layers."""
 
     def __init__(self, found: Identified, layers: list[QuantizedLayer]) -> None:
         self._found = found
@@ -290,7 +290,11 @@ class _Planner:
             assert form is not None
             outputs[name + markers.WEIGHT_SUFFIX] = form.codes(layer.shape)
             outputs[name + markers.SCALE_SUFFIX] = form.scales(layer.shape)
-        header, places = layout_header(outputs, self._metadata(self._header_layers(described)))
+        metadata = self._metadata(self._header_layers(described))
+        made = read_provenance(metadata)
+        if made is not None and to == "int8-convrot":
+            metadata[PROVENANCE_KEY] = json.dumps({**made, "format": to})
+        header, places = layout_header(outputs, metadata)
         replaced = {
             name + suffix
             for name in encoded
@@ -431,7 +435,10 @@ def _encode_jobs(layer: QuantizedLayer, codes_begin: int, scales_begin: int) -> 
         at = codes_begin + begin * code_row, scales_begin + begin * scale_row
         new_codes = worker.scratch.take("codes", real * code_row, at[0])
         new_scales = worker.scratch.take("scales", real * scale_row, at[1])
-        encoder.encode(matrix, "float32", new_codes, new_scales)
+        try:
+            encoder.encode(matrix, "float32", new_codes, new_scales)
+        except InvalidArgumentError as error:
+            raise not_encoded(layer.weight, _INT8, error) from None
         worker.write(at[0], new_codes)
         worker.write(at[1], new_scales)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
@@ -36,7 +36,7 @@ class ServerOptions:
         UsageError: the key cannot be sent in a header.
     """
 
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     queue: int = DEFAULT_QUEUE
     timeout: float = DEFAULT_TIMEOUT
     max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS

@@ -12,7 +12,7 @@ from ..checkpoint.quantized_layers import QuantizedLayer
 from ..checkpoint.source import SourceTensor
 from ..conversion.nonfinite import nonfinite_error
 from ..dtypes import FLOAT_NAMES, DTypeName, as_integers
-from ..errors import CheckpointError, NonFiniteError
+from ..errors import CheckpointError, InvalidArgumentError, NonFiniteError
 from .encoder import Encoder
 from .error_stats import ErrorStats
 from .formats import FORMATS, format_of
@@ -92,6 +92,8 @@ def encode_rows(
         (encoder or form.encoder()).encode(matrix, dtype, codes, scales)
     except NonFiniteError as error:
         raise nonfinite_error(tensor, begin + error.row, error.column, nonfinite_hint) from None
+    except InvalidArgumentError as error:
+        raise not_encoded(tensor, form, error) from None
     return data, codes, scales
 
 
@@ -116,6 +118,14 @@ def read_encoded(
     codes = worker.read(layer.weight, begin * code_row, (end - begin) * code_row, "file codes")
     count = format_of(layer).scales((end - begin, layer.shape[1])).nbytes
     return codes, worker.read(layer.scale, begin * scale_row, count, "file scales")
+
+
+def not_encoded(tensor: SourceTensor, form: WeightFormat, error: Exception) -> CheckpointError:
+    """Return the error for a tensor with numbers that a format cannot encode."""
+    return CheckpointError(
+        f'{tensor.segments[0].path}: "{tensor.name}" cannot be encoded in {form.title}: {error}',
+        "exclude the layer, or choose another format",
+    )
 
 
 def damaged(layer: QuantizedLayer) -> CheckpointError:

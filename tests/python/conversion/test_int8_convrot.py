@@ -309,6 +309,23 @@ def test_errors_are_measured(plain: Path, tmp_path: Path) -> None:
     )
 
 
+def test_numbers_that_cannot_be_rotated_are_named(
+    plain: Path, tmp_path: Path, in_process: Run
+) -> None:
+    tensors = load_file(plain / "diffusion_pytorch_model.safetensors")
+    name = "layers.0.feed_forward.w1.weight"
+    assert tensors[name].shape[1] % 64 == 0, "rotated"
+    tensors[name] = tensors[name].clone()
+    tensors[name][5] = 3e38
+    save_file(tensors, tmp_path / "large.safetensors")
+    result = in_process("convert", "large.safetensors", "--format", "int8-convrot")
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    for part in ("large.safetensors", f'"{name}" cannot be encoded in INT8 ConvRot: ', "exclude"):
+        assert part in line, line
+    assert [path.name for path in tmp_path.iterdir()] == ["large.safetensors"]
+
+
 def test_default_name_and_dry_run(small_file: Path, tmp_path: Path, in_process: Run) -> None:
     source = tmp_path / "model.safetensors"
     source.symlink_to(small_file)
@@ -522,7 +539,7 @@ STRUCTURAL: dict[str, tuple[Edit, str]] = {
     ),
     "codes of another type": (
         lambda t, _: t.update({f"{QKV}.weight": t[f"{QKV}.weight"].view(torch.uint8)}),
-        rf'"{QKV}.weight" is U8 \[768, 256\], not a I8 matrix',
+        rf'"{QKV}.weight" is U8 \[768, 256\], not an I8 matrix',
     ),
     "an unknown group": (
         lambda t, m: set_marker(t, m, QKV, convrot_groupsize=512),
@@ -567,7 +584,11 @@ def test_broken_structure_is_one_sentence(case: str, converted: Path, tmp_path: 
     [
         (put(f"{QKV}.weight_scale", (3, 0), float("nan")), "has NaN or infinite scales (1)", True),
         (put(f"{W2}.weight_scale", (3, 0), float("inf")), "has NaN or infinite scales (1)", True),
-        (put(f"{QKV}.weight_scale", (3, 0), -1.0), "has negative scales (1)", False),
+        (
+            put(f"{QKV}.weight_scale", (3, 0), -1.0),
+            "has scales of 0 or less, which no encoder writes (1)",
+            False,
+        ),
         (
             put(f"{QKV}.weight", (3, 5), -128),
             "has codes of -128, which no encoder writes (1)",

@@ -1,4 +1,4 @@
-"""Low-rank addends of row-scaled GEMMs on a Hopper GPU, against torch in float64.
+"""Low-rank addends of GEMMs on a Hopper GPU, against torch in float64.
 
 pytest -m gpu
 """

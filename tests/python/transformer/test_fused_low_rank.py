@@ -1,4 +1,4 @@
-"""The operands of the branch that an FP8 layer's GEMM adds, multiplied by torch in float64."""
+"""The operands of the branch that a layer's GEMM adds, multiplied by torch in float64."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _keep(weights: WeightComparison) -> KeepOrder | None:
     errors = [layer.squared_error or 0.0 for layer in order]
     if not any(errors):
         return None
-    signal = weights.squared_signal
+    signal = weights.squared_signal or sum(errors)  # without a signal, relative to nothing
     parts = [error / signal for error in errors]
     return KeepOrder(
         names=[layer.name for layer in order],

@@ -167,6 +167,8 @@ def build(args: Mapping[str, Any] | BuildArguments) -> Application:
         dtype=args.dtype,
         offload=args.offload,
     )
+    if args.lora_dir is not None and not args.lora_dir.is_dir():
+        raise UsageError("lora_dir", f"{args.lora_dir} is not a folder")
     options = ServerOptions(
         api_key=key,
         queue=args.queue,

@@ -100,7 +100,7 @@ class Int8ConvRot(WeightFormat):
         return stats
 
     def flaws(self, layer: QuantizedLayer, codes: Bytes, scales: Bytes, begin: int) -> Flaws:  # noqa: ARG002
-        """Return scales that are not finite, or negative, and the code that does not occur."""
+        """Return scales that are not finite and positive, and the code that does not occur."""
         numbers = scales.view(np.float32)
         unused = int((codes.view(np.int8) == -128).sum())
         return Flaws(
@@ -111,7 +111,11 @@ class Int8ConvRot(WeightFormat):
                     "has NaN or infinite scales",
                     int((~np.isfinite(numbers)).sum()),
                 ),
-                (layer.scale.name, "has negative scales", int((numbers < 0).sum())),
+                (
+                    layer.scale.name,
+                    "has scales of 0 or less, which no encoder writes",
+                    int((numbers <= 0).sum()),
+                ),
             ],
             [],
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch.nn.functional import pad
 
 from ...layout import SCALE_TILE_ROWS
 from ...ops.codec import MXFP8Array
@@ -24,7 +25,7 @@ LARGEST = 127  # of the codes; -128 is not used
 # up to 128 or without a rotation (docs/methodology.md).
 MAX_BLOCK = 32
 _FIRST = (7, 5)  # compute capability with INT8 tensor cores
-_FEWEST_ROWS = 32  # that torch's GEMM takes on CUDA
+_FEWEST_ROWS, _ALIGNMENT = 32, 8  # rows, and divisor of columns, that torch's GEMM takes on CUDA
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,11 +154,13 @@ def weight_only_workspace(tokens: int, shape: tuple[int, int]) -> int:
 
 def integer_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply int8 [M, K] with int8 [N, K]: int32 [M, N]."""
-    rows = len(a)
-    if a.is_cuda and rows < _FEWEST_ROWS:
-        a = torch.nn.functional.pad(a, (0, 0, 0, _FEWEST_ROWS - rows))
+    rows, columns = len(a), len(b)
+    if a.is_cuda:
+        depth = -a.shape[1] % _ALIGNMENT
+        a = pad(a, (0, depth, 0, max(_FEWEST_ROWS - rows, 0)))
+        b = pad(b, (0, depth, 0, -columns % _ALIGNMENT))
     sums: torch.Tensor = torch._int_mm(a, b.t())
-    return sums[:rows]
+    return sums[:rows, :columns]
 
 
 def workspace(tokens: int, shape: tuple[int, int]) -> int:
