@@ -170,7 +170,7 @@ struct Encoded {
   }
   ConstMXFP8View view() const { return {codes.data(), scales.data(), rows, cols}; }
   GemmOperandTask task() const {
-    return {OperandFormat::kMXFP8, codes.data(), scales.data(), cols};
+    return {OperandFormat::kMXFP8, codes.data(), scales.data(), cols, DType::kBFloat16};
   }
 };
 
