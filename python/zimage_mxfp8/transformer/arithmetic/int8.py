@@ -157,10 +157,15 @@ def integer_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     rows, columns = len(a), len(b)
     if a.is_cuda:
         depth = -a.shape[1] % _ALIGNMENT
-        a = pad(a, (0, depth, 0, max(_FEWEST_ROWS - rows, 0)))
-        b = pad(b, (0, depth, 0, -columns % _ALIGNMENT))
+        a = _padded(a, max(_FEWEST_ROWS - rows, 0), depth)
+        b = _padded(b, -columns % _ALIGNMENT, depth)
     sums: torch.Tensor = torch._int_mm(a, b.t())
     return sums[:rows, :columns]
+
+
+def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Append zeros; without any, return the matrix itself, which torch's `pad` would copy."""
+    return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
 def workspace(tokens: int, shape: tuple[int, int]) -> int:
