@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "zimage_mxfp8/error.h"
 #include "zimage_mxfp8/matrix.h"
@@ -90,6 +91,23 @@ inline MemoryRange required_range(const void* data, std::int64_t bytes, std::siz
   const MemoryRange memory{data, bytes, what};
   check_alignment(memory, alignment);
   return memory;
+}
+
+// Tokens of the items of a batch, which together are the rows of `what`.
+inline void check_lengths(const std::vector<std::int64_t>& lengths, std::int64_t rows,
+                          const char* what) {
+  std::int64_t tokens = 0;
+  for (const std::int64_t length : lengths) {
+    if (length < 0 || length > rows - tokens) {
+      throw InvalidArgument("lengths must be 0 or more, and the rows of " + std::string(what) +
+                            " together");
+    }
+    tokens += length;
+  }
+  if (tokens != rows) {
+    throw InvalidArgument("lengths are " + std::to_string(tokens) + " tokens, but " + what +
+                          " has " + std::to_string(rows) + " rows");
+  }
 }
 
 template <typename Plain, typename MXFP8>

@@ -39,17 +39,7 @@ AttentionMemory check(const ConstMatrixView& qkv, std::int64_t heads,
     throw InvalidArgument("out is " + detail::shape_text(out.rows, out.cols) +
                           ", and the result is " + detail::shape_text(qkv.rows, heads * kHeadSize));
   }
-  std::int64_t tokens = 0;
-  for (const std::int64_t length : lengths) {
-    if (length < 0 || length > qkv.rows - tokens) {
-      throw InvalidArgument("lengths must be 0 or more, and the rows of qkv together");
-    }
-    tokens += length;
-  }
-  if (tokens != qkv.rows) {
-    throw InvalidArgument("lengths are " + std::to_string(tokens) + " tokens, but qkv has " +
-                          std::to_string(qkv.rows) + " rows");
-  }
+  detail::check_lengths(lengths, qkv.rows, "qkv");
   const AttentionMemory memory{detail::range_of(qkv, "qkv"), detail::range_of(out, "out")};
   detail::check_disjoint(memory.out, {memory.qkv});
   return memory;

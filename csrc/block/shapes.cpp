@@ -72,17 +72,7 @@ void check_block_input(const BlockInput& input, const MatrixView& x, std::int64_
                        std::int64_t conditioning_cols, DType dtype) {
   check({x.data, x.dtype, x.rows, x.cols, x.row_stride}, "x", x.rows, width, dtype);
   check(input.rotations, "rotations", x.rows, kHeadSize, DType::kFloat32);
-  std::int64_t tokens = 0;
-  for (const std::int64_t length : input.lengths) {
-    if (length < 0 || length > x.rows - tokens) {
-      throw InvalidArgument("lengths must be 0 or more, and the rows of x together");
-    }
-    tokens += length;
-  }
-  if (tokens != x.rows) {
-    throw InvalidArgument("lengths are " + std::to_string(tokens) + " tokens, but x has " +
-                          std::to_string(x.rows) + " rows");
-  }
+  check_lengths(input.lengths, x.rows, "x");
   if (conditioning_cols == 0) return;
   if (!input.conditioning) throw InvalidArgument("a block with a modulation needs a conditioning");
   check(*input.conditioning, "conditioning", static_cast<std::int64_t>(input.lengths.size()),

@@ -59,7 +59,7 @@ std::filesystem::path hidden_name(const std::filesystem::path& target) {
 
 // The file that a path names: a link stays a link, and its target is replaced.
 std::filesystem::path without_links(const std::filesystem::path& path) {
-  constexpr int kMostLinks = 40;  // as Linux follows
+  constexpr int kMostLinks = 40;  // Linux follows as many
   std::filesystem::path file = path;
   std::error_code failed;
   for (int i = 0; i < kMostLinks && std::filesystem::is_symlink(file, failed); ++i) {

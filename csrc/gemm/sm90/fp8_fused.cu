@@ -500,11 +500,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-CUtensorMap code_map(const ConstRowScaledView& matrix, int box_rows) {
-  return tensor_map(matrix.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix.rows, matrix.cols,
-                    matrix.cols, box_rows);
-}
-
 template <class Epilogue>
 void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogue& epilogue,
          const LowRankAddend* addend, const MatrixView& target, CudaStream stream) {
@@ -518,7 +513,7 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
   const int64_t clusters =
       std::min<int64_t>(checked_count(tiles), multiprocessors(current_device()) / kCluster);
   const int64_t row_stride = target.rows > 1 ? target.row_stride : target.cols;
-  const CUtensorMap a_map = code_map(a, kTokens / kCluster), b_map = code_map(b, kRows / 2);
+  const CUtensorMap a_map = operand_map(a, kTokens / kCluster), b_map = operand_map(b, kRows / 2);
   const CUtensorMap d_map =
       bf16_map(target.data, target.rows, target.cols, row_stride, kWarpTokens);
   const auto start = [&](auto kernel, const CUtensorMap& x_map, const CUtensorMap& u_map) {
@@ -530,11 +525,8 @@ void run(const ConstRowScaledView& a, const ConstRowScaledView& b, const Epilogu
   }
   constexpr int kColumns = kDepth / 2;  // of BF16 in a stage
   p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kColumns));
-  const auto map_of = [](const ConstMatrixView& matrix, int box_rows) {
-    return bf16_map(matrix.data, matrix.rows, matrix.cols, matrix.row_stride, box_rows);
-  };
-  const CUtensorMap x_map = map_of(addend->x, kTokens / kCluster),
-                    u_map = map_of(addend->u, kRows / 2);
+  const CUtensorMap x_map = operand_map(addend->x, kTokens / kCluster),
+                    u_map = operand_map(addend->u, kRows / 2);
   if (p.addend_steps * kColumns - addend->x.cols < kColumns / 2) {
     start(fused_gemm_kernel<Epilogue, Addend::kWhole>, x_map, u_map);
   } else {

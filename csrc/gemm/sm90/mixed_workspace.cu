@@ -12,7 +12,7 @@
 // and those wait for earlier units only; so the kernel completes, whichever of its blocks are
 // resident.
 //
-// The stages of a low-rank addend, X2 U^T in BF16, follow those of the product in the same ring.
+// The stages of a low-rank addend, in BF16 too, follow those of the product in the same ring.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -402,17 +402,14 @@ void run(const GemmTask& task, Workspace workspace, CudaStream stream) {
 
   const LowRankAddend* const addend = task.addend;
   p.addend_steps = addend ? static_cast<int>(ceil_div(addend->x.cols, kDepth)) : 0;
-  const auto map_of = [](const ConstMatrixView& matrix, int box_rows) {
-    return bf16_map(matrix.data, matrix.rows, matrix.cols, matrix.row_stride, box_rows);
-  };
   const CUtensorMap x_map =
       bf16_map(task.a.codes, task.m, task.k, task.a.row_stride, kTokens / kCluster);
   const CUtensorMap w_map = bf16_map(p.weights, task.n, task.k, task.k, V::weights);
   launch_clusters(zero_kernel, 1, 1, 1024, 0, stream, static_cast<uint4*>(workspace.data),
                   static_cast<int>(plan.counter_bytes / sizeof(uint4)));
   launch_clusters(once_kernel<V>, clusters, kCluster, V::threads, V::shared_bytes, stream, x_map,
-                  w_map, addend ? map_of(addend->x, kTokens / kCluster) : x_map,
-                  addend ? map_of(addend->u, V::weights) : w_map,
+                  w_map, addend ? operand_map(addend->x, kTokens / kCluster) : x_map,
+                  addend ? operand_map(addend->u, V::weights) : w_map,
                   bf16_map(task.d, task.m, task.n, task.d_row_stride, kOutTokens), p);
 }
 

@@ -61,7 +61,7 @@ struct Tile {
   static constexpr int b_at = stages * kABytes;
   static constexpr int barriers_at = b_at + stages * b_bytes;
   static constexpr int shared_bytes = barriers_at + Ring::Barriers::bytes + kTmaAlignment;
-  // Sums take the place of the stages. The pitch spreads those of a warp over the banks.
+  // The sums reuse the memory of the stages. The pitch spreads a warp's sums over the banks.
   static constexpr int pitch = columns + 4;
   static_assert(shared_bytes <= 232448 && kTokens * pitch * 4 <= barriers_at);
 };
@@ -176,16 +176,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- Host
 
-CUtensorMap map_of(const ConstMatrixView& matrix, int box_rows) {
-  const int64_t row_stride = matrix.rows > 1 ? matrix.row_stride : matrix.cols;
-  return bf16_map(matrix.data, matrix.rows, matrix.cols, row_stride, box_rows);
-}
-
-CUtensorMap map_of(const ConstRowScaledView& matrix, int box_rows) {
-  return tensor_map(matrix.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix.rows, matrix.cols,
-                    matrix.cols, box_rows);
-}
-
 template <class T, class View>
 void run(const View& a, const View& b, const float* scales, const float* factors,
          const MatrixView& d, CudaStream stream) {
@@ -201,7 +191,8 @@ void run(const View& a, const View& b, const float* scales, const float* factors
   const int64_t steps = ceil_div(a.cols, T::depth);
   const int64_t parts = std::clamp<int64_t>(filled / tiles, 1, std::min<int64_t>(steps, kMaxParts));
   launch_clusters(narrow_gemm_kernel<T>, checked_count(tiles), static_cast<uint32_t>(parts),
-                  kThreads, T::shared_bytes, stream, map_of(a, kTokens), map_of(b, T::b_rows), p);
+                  kThreads, T::shared_bytes, stream, operand_map(a, kTokens),
+                  operand_map(b, T::b_rows), p);
 }
 
 template <class Element, class View>

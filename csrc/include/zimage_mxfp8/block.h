@@ -52,7 +52,7 @@ struct BlockWeights {
 };
 
 // The block of that name, such as "layers.0" or "model.diffusion_model.layers.0", in ComfyUI's
-// layout. `layers` are those of the checkpoint, whose memory the result refers to. Throws
+// layout. `layers` are the checkpoint's, and the result points into its memory. Throws
 // CheckpointError for a tensor that is missing or has another shape.
 BlockWeights find_block(const Checkpoint& checkpoint, const MXFP8Layers& layers,
                         const std::string& name);
@@ -77,8 +77,8 @@ void compute_rotations(const std::int32_t* positions, std::int64_t tokens, float
 void run_block(const BlockWeights& block, const BlockInput& input, const MatrixView& x,
                int threads = 0);
 
-// How a device multiplies with weights in MXFP8. Weights that are not quantised, and those of
-// layers that need full precision, are multiplied with activations in BF16.
+// How a device multiplies with weights in MXFP8. Plain weights, and weights of layers that need
+// full precision, are multiplied with activations in BF16.
 enum class BlockCompute : std::uint8_t {
   kWeightOnly,  // activations in BF16
   kFP8,         // weights folded to one scale per row, activations in E4M3 with a scale per token;

@@ -6,11 +6,14 @@ layer is in `mxfp8_storage.py` and `int8_storage.py`.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..errors import CheckpointError
 from ..text import plural
 from . import quantization as markers
 from .quantization import Description
@@ -70,6 +73,24 @@ class QuantizedLayers:
     layers: list[QuantizedLayer]
     breaches: list[Breach]
     notes: list[str]
+
+    def require_sound(self, path: str | os.PathLike[str]) -> None:
+        """Raise CheckpointError, with the first breach, if there are any."""
+        if self.breaches:
+            count = plural(len(self.breaches), "breach", "breaches")
+            raise CheckpointError(
+                f"{path} breaks the contract: {self.breaches[0]} ({count} in all)"
+            )
+
+
+def damaged(
+    path: str | os.PathLike[str], layers: Sequence[str], problem: object
+) -> CheckpointError:
+    """Return the error for layers whose data cannot be decoded."""
+    return CheckpointError(
+        f'{path}: layer "{" and ".join(layers)}" is damaged: {problem}; '
+        "zimage-mxfp8 validate says more"
+    )
 
 
 @dataclass

@@ -14,7 +14,6 @@ from ..checkpoint.output import AtomicFile, check_target
 from ..checkpoint.provenance import PROVENANCE_KEY
 from ..checkpoint.quantized_layers import QuantizedLayer
 from ..checks import path as path_argument
-from ..errors import CheckpointError
 from ..printing.progress import byte_bar, shown
 from ..streaming.formats import format_of
 from ..streaming.jobs import (
@@ -25,9 +24,8 @@ from ..streaming.jobs import (
     row_chunks,
     run_jobs,
 )
-from ..streaming.rows import damaged, read_encoded
+from ..streaming.rows import has_nan, read_encoded
 from ..streaming.worker import Worker
-from ..text import plural
 
 
 def dequantize_checkpoint(
@@ -61,10 +59,8 @@ def dequantize_checkpoint(
     checkpoint = found.checkpoint
     check_target(target, checkpoint.inputs, overwrite=overwrite)
     quantized = find_layers(found)
-    layers, breaches = quantized.layers, quantized.breaches
-    if breaches:
-        count = plural(len(breaches), "breach", "breaches")
-        raise CheckpointError(f"{source} breaks the contract: {breaches[0]} ({count} in all)")
+    quantized.require_sound(source)
+    layers = quantized.layers
 
     weights = {layer.weight.name: layer for layer in layers}
     dropped = {layer.scale.name for layer in layers} | {
@@ -103,7 +99,7 @@ def _decode_jobs(layer: QuantizedLayer, position: int) -> list[Job]:
         def run(worker: Worker) -> None:
             codes, scales = read_encoded(worker, layer, begin, end)
             if form.has_nan(codes, scales):
-                raise damaged(layer)
+                raise has_nan(layer)
             real = min(end, rows) - begin
             at = position + begin * cols * 2
             plain = worker.scratch.take("plain", real * cols * 2, at)

@@ -28,7 +28,7 @@ from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.output import AtomicFile, check_target, final_path, write_file
 from ..checkpoint.output_folder import check_target_folder, new_folder
 from ..checkpoint.provenance import PROVENANCE_KEY, read_provenance
-from ..checkpoint.quantized_layers import QuantizedLayer
+from ..checkpoint.quantized_layers import QuantizedLayer, damaged
 from ..checkpoint.structure import missing_or_misshapen, structure_error
 from ..checks import check_threads, file_or_folder
 from ..checks import path as path_argument
@@ -37,7 +37,7 @@ from ..layout import SCALE_TILE_ROWS
 from ..printing.progress import byte_bar, shown
 from ..streaming.formats import FORMATS, format_of
 from ..streaming.jobs import Job, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
-from ..streaming.rows import damaged, not_encoded, read_encoded
+from ..streaming.rows import has_nan, not_encoded, read_encoded
 from ..streaming.worker import Worker
 from ..text import plural
 from ..zimage.config import ZImageConfig
@@ -217,11 +217,7 @@ def _file_to_write(plan: ExportPlan, target: Path, overwrite: bool) -> Iterator[
 def _checked_layers(found: Identified) -> list[QuantizedLayer]:
     checkpoint, scope = found.checkpoint, found.scope
     quantized = find_layers(found)
-    if breaches := quantized.breaches:
-        count = plural(len(breaches), "breach", "breaches")
-        raise CheckpointError(
-            f"{checkpoint.path} breaks the contract: {breaches[0]} ({count} in all)"
-        )
+    quantized.require_sound(checkpoint.path)
     padded = {layer.weight.name: layer.shape for layer in quantized.layers}
     if problems := missing_or_misshapen(checkpoint, scope, padded, for_comfyui=False):
         raise structure_error(checkpoint, scope, problems)
@@ -404,10 +400,7 @@ def _fold_jobs(layer: QuantizedLayer, codes_begin: int, scales_begin: int) -> li
                     error.relative_error,
                 ) from None
             except InvalidArgumentError as error:  # NaN among the codes or scales
-                raise CheckpointError(
-                    f'{layer.weight.segments[0].path}: layer "{layer.name}" is damaged: {error}; '
-                    "zimage-mxfp8 validate says more"
-                ) from None
+                raise damaged(layer.weight.segments[0].path, [layer.name], error) from None
             worker.write(at[0], folded)
             worker.write(at[1], row_scales)
 
@@ -427,7 +420,7 @@ def _encode_jobs(layer: QuantizedLayer, codes_begin: int, scales_begin: int) -> 
     def encode(worker: Worker, begin: int, end: int) -> None:
         codes, scales = read_encoded(worker, layer, begin, end)
         if source.has_nan(codes, scales):
-            raise damaged(layer)
+            raise has_nan(layer)
         real = min(end, rows) - begin
         plain = worker.scratch.take("plain", real * columns * 4).view(np.uint32)
         matrix = plain.reshape(real, columns)

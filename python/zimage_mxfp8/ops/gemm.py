@@ -29,6 +29,7 @@ from ..dtypes import DTypeName
 from ..errors import InvalidArgumentError
 from .arrays import (
     CODES,
+    aligned,
     as_bytes,
     as_float8,
     as_result,
@@ -265,6 +266,20 @@ def operands(a: Any, b: Any) -> tuple[Operand, Operand]:
     return first, second
 
 
+def cuda_operands(a: Any, b: Any, names: tuple[str, str] = ("a", "b")) -> tuple[Operand, Operand]:
+    """Return both operands, whose elements or codes are on a CUDA device and aligned.
+
+    Raises:
+        InvalidArgumentError: not operands, their widths differ, or one is not on such a device.
+    """
+    pair = operands(a, b)
+    for operand, name in zip(pair, names, strict=True):
+        if not on_cuda(operand[1]):
+            raise InvalidArgumentError(f"{name} must be on a CUDA device")
+    first, second = pair
+    return (first[0], aligned(first[1]), *first[2:]), (second[0], aligned(second[1]), *second[2:])
+
+
 def device_of(operand: Operand) -> int:
     """Return the index of the CUDA device that holds an operand; -1 for the CPU."""
     return int(operand[1].device.index) if on_cuda(operand[1]) else -1
@@ -275,8 +290,11 @@ Problem = tuple[int | str | bool, ...]
 
 
 @lru_cache(maxsize=1024)
-def _choice(problem: Problem, device: int, kernel: str | None) -> tuple[str, int]:
-    """Return the kernel and its bytes of workspace: the core counts waves anew for each call."""
+def choice(problem: Problem, device: int, kernel: str | None = None) -> tuple[str, int]:
+    """Return the kernel for a problem, the one of least cost by default, and its workspace's bytes.
+
+    Results are kept, because the core estimates costs anew in each call.
+    """
     of_core = _core.GemmProblem(*problem)  # type: ignore[arg-type]
     if kernel is None:
         kernel = _core.choose_gemm(of_core, device)
@@ -302,7 +320,7 @@ def choose(problem: Problem, like: Operand, kernel: str | None = None) -> tuple[
         kernel = str(kernel)
         if kernel not in (names := [known.name for known in _core.gemm_kernels()]):
             raise InvalidArgumentError(f"kernel must be one of {', '.join(names)}")
-    kernel, nbytes = _choice(problem, device_of(like), kernel)
+    kernel, nbytes = choice(problem, device_of(like), kernel)
     return kernel, empty((nbytes,), "uint8", like=like[1]) if nbytes else None
 
 
@@ -323,7 +341,7 @@ def gemm_kernel(a: Any, b: Any, bias: Any = None, *, dtype: Any = "bfloat16") ->
         InvalidArgumentError: operands that `gemm` does not take.
     """
     problem, first, _, _ = _plain_problem(a, b, bias, dtype)
-    return _choice(problem, device_of(first), None)[0]
+    return choice(problem, device_of(first))[0]
 
 
 def explain_gemm(

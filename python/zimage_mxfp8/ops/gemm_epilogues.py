@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _core
-from ..errors import InvalidArgumentError
 from ..zimage.constants import HEAD_DIM
-from .arrays import aligned, call_core, on_cuda, vector
+from .arrays import aligned, call_core, vector
 from .fused import (
     ActivationFormat,
     ActivationMemory,
@@ -27,7 +26,7 @@ from .fused import (
     as_heads,
     as_rotations,
 )
-from .gemm import Operand, choose, operands
+from .gemm import Operand, choice, choose, cuda_operands
 from .low_rank import LowRankAddend
 
 __all__ = [
@@ -68,14 +67,6 @@ class GemmEpilogue:
         return output_format
 
 
-def _operands(a: Any, b: Any) -> tuple[Operand, Operand]:
-    first, second = operands(a, b)
-    for operand, name in ((first, "a"), (second, "b")):
-        if not on_cuda(operand[1]):
-            raise InvalidArgumentError(f"{name} must be on a CUDA device")
-    return (first[0], aligned(first[1]), *first[2:]), (second[0], aligned(second[1]), *second[2:])
-
-
 def _gemm(
     epilogue: str,
     a: Operand,
@@ -114,18 +105,9 @@ def workspace_nbytes(
         device: index of a CUDA device that has a kernel for it.
         addend_rank: of the addend; 0 without one.
     """
-    problem = _core.GemmProblem(
-        tokens,
-        *shape,
-        "row-scaled",
-        "row-scaled",
-        "bfloat16",
-        False,
-        epilogue,
-        output_format,
-        addend_rank,
-    )
-    return _core.gemm_workspace_size(_core.choose_gemm(problem, device), problem, device)
+    operands = ("row-scaled", "row-scaled", "bfloat16", False)
+    problem = (tokens, *shape, *operands, epilogue, output_format, addend_rank)
+    return choice(problem, device)[1]
 
 
 def gemm_low_rank(a: Any, b: Any, addend: LowRankAddend, *, kernel: str | None = None) -> Any:
@@ -141,7 +123,7 @@ def gemm_low_rank(a: Any, b: Any, addend: LowRankAddend, *, kernel: str | None =
     Returns:
         [M, N] of bfloat16.
     """
-    first, second = _operands(a, b)
+    first, second = cuda_operands(a, b)
     return _gemm("none", first, second, (), "bfloat16", addend, kernel)
 
 
@@ -165,7 +147,7 @@ def gemm_silu_multiply(
     Returns:
         [M, C] in that format.
     """
-    first, second = _operands(a, b)
+    first, second = cuda_operands(a, b)
     return _gemm("silu_multiply", first, second, (), output_format, addend, kernel)
 
 
@@ -197,7 +179,7 @@ def gemm_rotate_heads(
     Returns:
         [M, 3 * heads * 128] of bfloat16: the heads of q, of k and of v.
     """
-    first, second = _operands(a, b)
+    first, second = cuda_operands(a, b)
     q = vector(q_weight, "bfloat16", HEAD_DIM, "q_weight")
     k = vector(k_weight, "bfloat16", HEAD_DIM, "k_weight")
     pairs = aligned(as_rotations(rotations, first[3]))

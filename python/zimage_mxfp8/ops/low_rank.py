@@ -13,7 +13,7 @@ from typing import Any
 from .. import _core
 from ..errors import InvalidArgumentError
 from .arrays import aligned, call_core, empty, on_cuda, plain, require_2d, vector
-from .gemm import Operand, operands
+from .gemm import cuda_operands
 
 __all__ = ["NARROW_ROWS", "LowRankAddend", "narrow_gemm"]
 
@@ -76,17 +76,9 @@ def narrow_gemm(a: Any, down: Any, factors: Any) -> Any:
         InvalidArgumentError: shapes, dtypes or devices that do not fit together.
         UnsupportedError: the device is not of compute capability 9.0, or the build lacks 90a.
     """
-    first, second = operands(a, down)
-    if not (on_cuda(first[1]) and on_cuda(second[1])):
-        raise InvalidArgumentError("a and down must be on a CUDA device")
+    first, second = cuda_operands(a, down, ("a", "down"))
     rank = second[3] // 2 if second[0] == "row-scaled" else second[3]
     of_rank = vector(factors, "float32", rank, "factors")
     result = empty((first[3], rank), "bfloat16", like=first[1])
-    pair = (_aligned(first), _aligned(second))
-    call_core(_core.narrow_gemm, *pair, of_rank, result, like=first[1])
+    call_core(_core.narrow_gemm, first, second, of_rank, result, like=first[1])
     return result
-
-
-def _aligned(operand: Operand) -> Operand:
-    scales = None if operand[2] is None else aligned(operand[2])
-    return operand[0], aligned(operand[1]), scales, *operand[3:]

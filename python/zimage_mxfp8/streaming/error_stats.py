@@ -18,6 +18,11 @@ def snr_db(relative_squared_error: float) -> float:
     return -10.0 * math.log10(relative_squared_error) if relative_squared_error else _INFINITE_DB
 
 
+def sum_of_squares(matrix: npt.NDArray[np.float32]) -> float:
+    """Return the sum of squares: of a row in float32, of all rows in float64."""
+    return float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))
+
+
 @dataclass
 class ErrorStats:
     """Error of a quantised matrix against its original.

@@ -128,7 +128,7 @@ def not_encoded(tensor: SourceTensor, form: WeightFormat, error: Exception) -> C
     )
 
 
-def damaged(layer: QuantizedLayer) -> CheckpointError:
+def has_nan(layer: QuantizedLayer) -> CheckpointError:
     """Return the error for a layer that decodes to NaN or infinity."""
     return CheckpointError(
         f'{layer.weight.segments[0].path}: layer "{layer.name}" has NaN codes or scales, so it is '

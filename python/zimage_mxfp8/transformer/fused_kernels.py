@@ -87,46 +87,31 @@ def rotate_heads(
     call(qkv, q_weight, k_weight, rotations, heads, eps)
 
 
-def narrow_gemm(a: RowScaledArray, down: RowScaledArray, factors: torch.Tensor) -> torch.Tensor:
-    """Compute factors * (codes of `a`) D^T, where `down` has two rows for each of D."""
-    tracing = torch.compiler.is_compiling()
-    result: torch.Tensor = (
-        torch_library.narrow_gemm(a.codes, a.scales, down.codes, down.scales, factors)
-        if tracing
-        else low_rank.narrow_gemm(a, down, factors)
-    )
+def narrow_gemm(a: Any, down: Any, factors: torch.Tensor) -> torch.Tensor:
+    """Compute factors * A D^T, of row-scaled operands or of bfloat16."""
+    result: torch.Tensor
+    if not torch.compiler.is_compiling():
+        result = low_rank.narrow_gemm(a, down, factors)
+    elif isinstance(a, RowScaledArray):
+        result = torch_library.narrow_gemm(a.codes, a.scales, down.codes, down.scales, factors)
+    else:
+        result = torch_library.narrow_gemm_plain(a, down, factors)
     return result
 
 
-def narrow_gemm_plain(a: torch.Tensor, down: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Compute factors * a down^T, of bfloat16."""
-    tracing = torch.compiler.is_compiling()
-    call = torch_library.narrow_gemm_plain if tracing else low_rank.narrow_gemm
-    result: torch.Tensor = call(a, down, factors)
-    return result
-
-
-def gemm_low_rank(a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend) -> torch.Tensor:
-    """Compute a b^T with a low-rank addend, of row-scaled operands."""
-    tracing = torch.compiler.is_compiling()
-    result: torch.Tensor = (
-        torch_library.gemm_low_rank(a.codes, a.scales, b.codes, b.scales, addend.x, addend.u)
-        if tracing
-        else gemm_epilogues.gemm_low_rank(a, b, addend)
-    )
-    return result
-
-
-def gemm_weight_only_low_rank(
-    a: torch.Tensor, b: MXFP8Array, addend: LowRankAddend
+def gemm_low_rank(
+    a: RowScaledArray | torch.Tensor, b: RowScaledArray | MXFP8Array, addend: LowRankAddend
 ) -> torch.Tensor:
-    """Compute a b^T with a low-rank addend, of bfloat16 and MXFP8."""
-    tracing = torch.compiler.is_compiling()
-    result: torch.Tensor = (
-        torch_library.gemm_weight_only_low_rank(a, b.codes, b.scales, addend.x, addend.u)
-        if tracing
-        else gemm_epilogues.gemm_low_rank(a, b, addend)
-    )
+    """Compute a b^T with a low-rank addend, of row-scaled operands, or of bfloat16 and MXFP8."""
+    result: torch.Tensor
+    if not torch.compiler.is_compiling():
+        result = gemm_epilogues.gemm_low_rank(a, b, addend)
+    else:
+        factors = (b.codes, b.scales, addend.x, addend.u)
+        if isinstance(a, RowScaledArray):
+            result = torch_library.gemm_low_rank(a.codes, a.scales, *factors)
+        else:
+            result = torch_library.gemm_weight_only_low_rank(a, *factors)
     return result
 
 

@@ -129,7 +129,7 @@ class WeightOnlyLowRankAdapter(_FusedLowRankAdapter):
     def addend(self, x: torch.Tensor) -> LowRankAddend:
         """Return the branch for the layer's input [M, K] of bfloat16."""
         x = pad_columns(x, self.down.shape[1])
-        return LowRankAddend(fused_kernels.narrow_gemm_plain(x, self.down, self.scales), self.up)
+        return LowRankAddend(fused_kernels.narrow_gemm(x, self.down, self.scales), self.up)
 
 
 def _rank(addend: Addend) -> int:

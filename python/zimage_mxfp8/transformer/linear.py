@@ -198,8 +198,7 @@ class WeightOnlyLinear(_MXFP8Linear):
         )
 
     def _gemm_low_rank(self, x: torch.Tensor, addend: LowRankAddend) -> torch.Tensor:
-        x = pad_columns(x, self._shape[1])
-        return fused_kernels.gemm_weight_only_low_rank(x, self.weights, addend)
+        return fused_kernels.gemm_low_rank(pad_columns(x, self._shape[1]), self.weights, addend)
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
         x = pad_columns(x, self._shape[1])

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..checkpoint.int8_storage import Int8Layer
+from ..checkpoint.quantized_layers import damaged
 from ..checkpoint.source import SourceTensor
-from ..errors import CheckpointError, CudaError, InvalidArgumentError, UnsupportedError
+from ..errors import CudaError, InvalidArgumentError, UnsupportedError
 from ..layout import SCALE_TILE_ROWS
 from ..ops.codec import MXFP8Array
 from ..streaming.jobs import ProgressCallback
@@ -254,20 +255,14 @@ class PartsLoader:
         try:
             linear, stats = quantized_linear(codes, scales, rows, compute, self._dtype)
         except InvalidArgumentError as error:  # NaN among the codes or scales
-            raise self._damaged(layers, str(error)) from None
+            raise damaged(self._file.path, layers, error) from None
         if stats is not None:
             self._worst = max(self._worst, stats.relative_error)
         return linear
 
     def _check_scales(self, scales: torch.Tensor, layers: Sequence[str]) -> None:
         if not scales.isfinite().all():
-            raise self._damaged(layers, "there are NaN or infinite scales")
-
-    def _damaged(self, layers: Sequence[str], problem: str) -> CheckpointError:
-        return CheckpointError(
-            f'{self._file.path}: layer "{" and ".join(layers)}" is damaged: '
-            f"{problem}; zimage-mxfp8 validate says more"
-        )
+            raise damaged(self._file.path, layers, "there are NaN or infinite scales")
 
     def _plain(self, raw: Raw, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return tensors by name, decoded if they are quantised."""

@@ -19,12 +19,16 @@ else:
     import tomli as tomllib
 
 
+def run(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own."""
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [sys.executable, "-c", code], capture_output=True, text=True, **options
+    )
+
+
 def run_without(module: str, code: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Python where a module cannot be imported."""
-    program = f"import sys; sys.modules[{module!r}] = None\n{code}"
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        [sys.executable, "-c", program], capture_output=True, text=True, **options
-    )
+    return run(f"import sys; sys.modules[{module!r}] = None\n{code}", **options)
 
 
 NEEDS = [
@@ -53,7 +57,7 @@ for name, module, *_ in {NEEDS}:
             print(type(error).__name__, error.name, error, sep="|")
     del sys.modules[module]
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run(code)
     assert result.returncode == 0, result.stderr
     wanted = [
         f"MissingExtraError|{module}|{name} needs {package}, which is not installed; "

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...checkpoint.quantization import WEIGHT_SUFFIX
 from ...checkpoint.quantized_layers import QuantizedLayer
 from ...checkpoint.source import SourceTensor
 from ...dtypes import FLOAT_NAMES
 from ...layout import SCALE_TILE_ROWS
+from ...streaming.error_stats import sum_of_squares
 from ...streaming.formats import format_of
 from ...streaming.jobs import Job, ProgressCallback, run_jobs
 from ...streaming.rows import decode_rows
@@ -174,19 +174,14 @@ def _jobs(
         def run(worker: Worker) -> None:
             found = decode_rows(worker, a, begin, end, "a")
             wanted = decode_rows(worker, b, begin, end, "b")
-            signal = _squares(wanted)
+            signal = sum_of_squares(wanted)
             np.subtract(found, wanted, out=found)
-            sums[name, begin] = _squares(found), signal
+            sums[name, begin] = sum_of_squares(found), signal
 
         share = (_nbytes(a) + _nbytes(b)) * (end - begin) // rows
         return Job(name, share, run)
 
     return [job(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
-
-
-def _squares(matrix: npt.NDArray[np.float32]) -> float:
-    """Return the sum of squares: of a row in float32, of all rows in float64."""
-    return float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))
 
 
 def _nbytes(matrix: SourceTensor | QuantizedLayer) -> int:

@@ -15,7 +15,7 @@ from ...checkpoint.quantized_layers import QuantizedLayer
 from ...dtypes import DTypeName
 from ...errors import UsageError
 from ..encoder import Encoder
-from ..error_stats import ErrorStats
+from ..error_stats import ErrorStats, sum_of_squares
 from .weight_format import Bytes, Flaws, Matrix, Stored, WeightFormat
 
 _GROUPS = (256, 64)  # columns that convert_to_quant rotates together; the first that divides K
@@ -94,8 +94,8 @@ class Int8ConvRot(WeightFormat):
         )
         for original, decoded in self._decoded(matrix, dtype, codes, scales):
             change = original - decoded
-            stats.squared_error += _sum_of_squares(change)
-            stats.squared_signal += _sum_of_squares(original)
+            stats.squared_error += sum_of_squares(change)
+            stats.squared_signal += sum_of_squares(original)
             stats.max_error = max(stats.max_error, float(change.max()), -float(change.min()))
         return stats
 
@@ -135,11 +135,6 @@ class Int8ConvRot(WeightFormat):
             _core.cast(matrix[part], dtype, plain, "float32", 1)
             self.decode(of_rows[part], of_scales[part], decoded, "float32")
             yield plain.view(np.float32), decoded.view(np.float32)
-
-
-def _sum_of_squares(matrix: npt.NDArray[np.float32]) -> float:
-    """Return a sum over rows that are summed in float32 each."""
-    return float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))
 
 
 @dataclass(frozen=True)

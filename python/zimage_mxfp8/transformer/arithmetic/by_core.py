@@ -73,8 +73,7 @@ def row_scaled_workspace(
     if row_scaled_unsupported(index):
         return scaled_mm.workspace(tokens, shape, dtype)
     name = dtype_name(dtype, "dtype")
-    problem = _core.GemmProblem(tokens, *shape, "row-scaled", "row-scaled", name, False)
-    nbytes = _core.gemm_workspace_size(_core.choose_gemm(problem, index), problem, index)
+    _, nbytes = matmul.choice((tokens, *shape, "row-scaled", "row-scaled", name, False), index)
     return max(0, nbytes - LIBRARY_WORKSPACE)
 
 
