@@ -369,7 +369,10 @@ def large(report: zm.EvaluationReport, pairs: int, **changes: Any) -> zm.Evaluat
 LARGE = """
 const images = [...document.querySelectorAll('.pairs img')];
 for (const image of images) image.loading = 'eager';
-for (let i = 0; i < 100 && !images.every((image) => image.complete); i++) {
+// A broken image is complete before its error event, which sets the preview.
+const isSettled = (image) => image.naturalWidth ||
+  (image.complete && !image.dataset.preview && !image.src.startsWith('data:'));
+for (let i = 0; i < 100 && !images.every(isSettled); i++) {
   await new Promise((resolve) => setTimeout(resolve, 50));
 }
 const note = document.querySelector('.alone');
