@@ -24,19 +24,10 @@ def card_command(source: Path, output: Path, *extra: str) -> list[str]:
     ]
 
 
-# Its INT8 code imports triton, and runs without it on the CPU.
-_WITHOUT_TRITON = (
-    "import sys; from unittest.mock import MagicMock; "
-    "names = ('triton', 'triton.language', 'triton.language.extra'); "
-    "sys.modules.update({name: MagicMock() for name in names}); "
-)
-
-
-def run_convert_to_quant(arguments: list[str], *, without_triton: bool = False) -> None:
+def run_convert_to_quant(arguments: list[str]) -> None:
     # It collects garbage after every tensor, which takes most of its time unless what was imported
     # is left out.
     code = "import gc; from convert_to_quant.convert_to_quant import main; gc.freeze(); main()"
-    code = _WITHOUT_TRITON * without_triton + code
     subprocess.run(
         [sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=300
     )

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import zimage_mxfp8 as zm
-from helpers.diffusers_reference import make_reference, random_inputs
+from helpers.diffusers_reference import make_reference, random_inputs, relative_error
 from zimage_mxfp8.transformer.adoption import AdoptedLayer, adopt
+from zimage_mxfp8.transformer.linear import Linear
 
 SCALE = ".weight_scale"
 INPUTS = random_inputs([(8, 12), (10, 6)], [7, 20])
@@ -43,17 +44,23 @@ def tensors_of(file: Path) -> Parts:
     return plain, layers
 
 
-def run(model: zm.ZImageTransformer) -> list[torch.Tensor]:
-    return model(*INPUTS).sample
+def assert_same(found: zm.ZImageTransformer, wanted: zm.ZImageTransformer) -> None:
+    """Of the same weights. On some CPUs float32 sums depend on where these are in memory."""
+    pairs = zip(linears(found), linears(wanted), strict=True)
+    assert all(torch.equal(a.decode(), b.decode()) for a, b in pairs)
+    assert relative_error(found(*INPUTS).sample, wanted(*INPUTS).sample) < 2e-6
+
+
+def linears(model: zm.ZImageTransformer) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
 @pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_as_from_the_file(file: Path, compute: str, dtype: torch.dtype) -> None:
     plain, layers = tensors_of(file)
-    wanted = run(zm.ZImageTransformer.from_checkpoint(file, "cpu", compute, dtype))
-    adopted = adopt(plain, layers, compute, dtype)
-    assert all(torch.equal(*pair) for pair in zip(run(adopted), wanted, strict=True))
+    wanted = zm.ZImageTransformer.from_checkpoint(file, "cpu", compute, dtype)
+    assert_same(adopt(plain, layers, compute, dtype), wanted)
 
 
 def test_nothing_of_8_bits_is_copied_and_stacks_are_views(file: Path) -> None:
@@ -75,8 +82,7 @@ def test_nothing_of_8_bits_is_copied_and_stacks_are_views(file: Path) -> None:
     theirs = {layer.codes.untyped_storage().data_ptr() for layer in layers.values()}
     ours = [buffer for name, buffer in adopted.named_buffers() if name.endswith("codes")]
     assert ours and {x.untyped_storage().data_ptr() for x in ours} <= theirs
-    wanted = run(zm.ZImageTransformer.from_checkpoint(file, "cpu", dtype=torch.float32))
-    assert all(torch.equal(*pair) for pair in zip(run(adopted), wanted, strict=True))
+    assert_same(adopted, zm.ZImageTransformer.from_checkpoint(file, "cpu", dtype=torch.float32))
 
 
 def test_folding_in_place_leaves_valid_mxfp8(file: Path) -> None:
@@ -98,7 +104,7 @@ def test_folding_in_place_leaves_valid_mxfp8(file: Path) -> None:
     assert all(
         torch.equal(layer.codes.view(torch.uint8), kept[name]) for name, layer in layers.items()
     )
-    assert all(torch.equal(*pair) for pair in zip(run(again), run(adopted), strict=True))
+    assert_same(again, adopted)
 
 
 def test_a_missing_tensor_is_named(file: Path) -> None:
