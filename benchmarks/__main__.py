@@ -24,6 +24,7 @@ SUITES = {
     "convert": "conversion of a checkpoint: time and memory of whole processes",
     "trained": "images of the trained small model under each format, recipe and mode",
     "additions": "forwards with adapters and with a ControlNet on a CUDA device",
+    "ranks": "forwards that several CUDA devices share",
     "serving": "images per second and latency of serve with several replicas",
     "lora": "error of an adapter on MXFP8 weights: live, merged, added to the file",
     "bias-correction": "error of the modulation layers under each bias correction",

@@ -150,7 +150,7 @@ def measure_controlnet(turns: Turns, file: Path) -> None:
 
 def run(arguments: argparse.Namespace, report: Report) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    file = _converted(arguments.folder, "mxfp8-30", zimage_shapes())
+    file = converted(arguments.folder, "mxfp8-30", zimage_shapes())
     for mode in modes(arguments.modes):
         free()
         turns = Turns(ZImageTransformer.from_checkpoint(file, "cuda", mode), arguments, report)
@@ -164,10 +164,10 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
 def _controlnet(folder: Path) -> Path:
     sizes = {"dim": 3840, "patch": 4 * INPAINT_CHANNELS}
     counts = {"n_layers": _CONTROL_BLOCKS, "n_refiner_layers": _CONTROL_REFINER_BLOCKS}
-    return _converted(folder, "mxfp8-control", CONTROLNET.shapes(sizes, counts))
+    return converted(folder, "mxfp8-control", CONTROLNET.shapes(sizes, counts))
 
 
-def _converted(folder: Path, name: str, shapes: dict[str, tuple[int, ...]]) -> Path:
+def converted(folder: Path, name: str, shapes: dict[str, tuple[int, ...]]) -> Path:
     file = folder / f"{name}.safetensors"
     if not file.exists():
         plain = folder / "plain.safetensors"

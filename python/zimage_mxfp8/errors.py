@@ -81,6 +81,10 @@ class CudaError(Error, RuntimeError):
     """A CUDA call that failed: no memory, no driver, an earlier fault."""
 
 
+class RankError(Error, RuntimeError):
+    """A process of a transformer on several devices that has ended, and with it all others."""
+
+
 class NonFiniteError(Error, ValueError):
     """A NaN or an infinity in a matrix that is to be quantised.
 

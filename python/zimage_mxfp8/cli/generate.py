@@ -24,8 +24,11 @@ from .loras import weighted_file
 from .models import (
     add_compute,
     add_device_and_dtype,
+    add_gpus,
     add_model_dir,
     add_offload,
+    check_gpus,
+    gpus_or_none,
     keep_libraries_quiet,
 )
 from .streams import report_line
@@ -167,6 +170,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         )
     add_compute(parser)
     add_device_and_dtype(parser)
+    add_gpus(parser)
     add_offload(parser)
     parser.add_argument(
         "--preview",
@@ -182,6 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     begin = time.perf_counter()
     stored, settings = _settings(arguments)
+    check_gpus(arguments)
     if (arguments.controlnet is None) != (settings.control_image is None):
         raise CommandLineError("--controlnet and --control-image go together; give both or neither")
     report_line("checking the model folder and the output ...")  # before the slow imports
@@ -232,9 +237,10 @@ def run(arguments: argparse.Namespace) -> int:
         generator = ZImageGenerator(
             model_dir,
             transformer,
-            arguments.device,
+            None if arguments.gpus > 1 else arguments.device,
             arguments.compute,
             arguments.dtype,
+            devices=gpus_or_none(arguments),
             controlnet=controlnet,
             offload=arguments.offload,
             progress=progress,

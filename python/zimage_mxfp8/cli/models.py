@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from ..transformer.compute import COMPUTE_MODES
-from .arguments import spellings
+from .arguments import count, spellings
+from .wording import CommandLineError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_model_dir(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -33,6 +38,45 @@ def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="of everything that is not 8 bits wide (default: bfloat16)",
     )
+
+
+def add_gpus(parser: argparse.ArgumentParser, *names: str, of_what: str = "each image") -> None:
+    """Add `--gpus`.
+
+    Args:
+        parser: of the command.
+        names: more names of the option.
+        of_what: what the GPUs share.
+    """
+    parser.add_argument(
+        *spellings("--gpus", *names),
+        type=count(1),
+        default=1,
+        metavar="N",
+        help=f"GPUs that share {of_what}, each with all weights of the transformer (default: 1; "
+        "more have never been run, only CPUs in their place)",
+    )
+
+
+def gpus_or_none(arguments: argparse.Namespace) -> list[torch.device] | None:
+    """Return the devices of `--gpus`; None for one device, which `--device` names.
+
+    Raises:
+        UnsupportedError: there are fewer GPUs.
+    """
+    if arguments.gpus == 1:
+        return None
+    from ..system.devices import first_gpus
+
+    return first_gpus(arguments.gpus)
+
+
+def check_gpus(arguments: argparse.Namespace) -> None:
+    """Raise if `--device` contradicts `--gpus`."""
+    if arguments.gpus > 1 and arguments.device not in (None, "cuda"):
+        raise CommandLineError(
+            f"--device {arguments.device} contradicts --gpus {arguments.gpus}; leave one out"
+        )
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,10 @@ from .download import add_download, resolve
 from .models import (
     add_compute,
     add_device_and_dtype,
+    add_gpus,
     add_model_dir,
     add_offload,
+    check_gpus,
     keep_libraries_quiet,
 )
 from .streams import report_line
@@ -132,6 +134,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     add_compute(parser)
     add_device_and_dtype(parser)
+    add_gpus(parser, "--gpus-per-replica", of_what="each image, with --ray those of each replica")
     add_offload(parser)
 
 
@@ -140,6 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     if arguments.transformer and not arguments.model_dir:
         raise CommandLineError("--transformer needs --model-dir with the other parts of the model")
+    check_gpus(arguments)
     _check_ray(arguments)
     with needed("serve", "serve"):
         import python_multipart  # noqa: F401 - starlette imports it with the first form
@@ -250,6 +254,7 @@ def _model(arguments: argparse.Namespace) -> ServedModel:
         arguments.device,
         arguments.compute,
         arguments.dtype,
+        gpus=arguments.gpus,
         offload=arguments.offload,
         find=partial(resolve, download=arguments.download),
     )
@@ -282,9 +287,13 @@ def _engine_on_ray(arguments: argparse.Namespace, log: LogWriter, port: int) -> 
     report_line("starting Ray ...")
     with cluster.joined(log, end):
         wanted = None if is_auto else arguments.replicas
-        replicas = cluster.replicas_for(wanted, arguments.device, scaling=is_auto)
-        kind = "GPU" if replicas.on_gpu else "CPU"
-        report_line(f"loading the model on {plural(replicas.least, kind)} ...")
+        replicas = cluster.replicas_for(
+            wanted, arguments.device, scaling=is_auto, gpus_per_replica=arguments.gpus
+        )
+        places = plural(replicas.least * replicas.gpus, "GPU")
+        if not replicas.gpus:
+            places = plural(replicas.least, "CPU")
+        report_line(f"loading the model on {places} ...")
         name = f"zimage-mxfp8-{socket.gethostname()}-{port}"  # this server's alone
         with cluster.drawing(model, replicas, arguments.timeout, name) as engine:
             yield engine

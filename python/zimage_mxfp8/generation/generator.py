@@ -19,14 +19,15 @@ from diffusers.image_processor import VaeImageProcessor
 from .. import _core
 from ..checkpoint import hub
 from ..checks import file_or_folder, whole_number
-from ..errors import CheckpointError, CudaError, GenerationError, UsageError
+from ..errors import CheckpointError, CudaError, GenerationError, RankError, UsageError
 from ..printing.progress import shown, stage_bar
 from ..streaming.jobs import Progress
 from ..system.device_notes import report_line
-from ..system.devices import core_index, memory_for, torch_device
+from ..system.devices import core_index, memory_for
 from ..transformer.compute import MODES, Compute, choose
 from ..transformer.control import ZImageControlNet
 from ..transformer.model import ZImageTransformer
+from ..transformer.ranks.devices import check_ranks, rank_devices
 from ..transformer.weights import ModelFile, open_control, open_model
 from ..zimage.config import ZImageConfig
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
@@ -155,6 +156,8 @@ class ZImageGenerator:
         device: by default the current CUDA device if torch has one, else the CPU.
         compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
         dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
+        devices: instead of `device`; the transformer shares each image among these, see
+            `ZImageTransformer.from_checkpoint`, and the first one has the other parts.
         offload: load a part when its turn comes, and free it afterwards: memory holds the largest
             part and its activations. Otherwise all parts are loaded now, and stay.
         download: fetch files that the cache lacks from the hub; without it there is no network
@@ -178,6 +181,7 @@ class ZImageGenerator:
         dtype: str = "bfloat16",
         *,
         controlnet: str | os.PathLike[str] | None = None,
+        devices: Sequence[str | torch.device] | None = None,
         offload: bool = False,
         download: bool = False,
         progress: GenerationCallback | bool | None = None,
@@ -198,8 +202,10 @@ class ZImageGenerator:
         else:
             file_or_folder("transformer", transformer)
             self._file = hub.resolve(transformer, (hub.TRANSFORMER,), download=download)
-        self._device = torch_device(device)
+        self._devices = rank_devices(device, devices)
+        self._device = self._devices[0]
         headers = open_model(self._file)
+        check_ranks(len(self._devices), headers.config)
         self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
         self._compute = choose(compute, core_index(self._device), headers.weights)
         self._control_file: Path | None = None
@@ -207,7 +213,7 @@ class ZImageGenerator:
             file_or_folder("controlnet", controlnet)
             self._control_file = hub.resolve(controlnet, (), download=download)
             self._control_compute = self._check_controlnet(self._control_file, headers, compute)
-        report_line(self._device, device)
+        report_line(self._device, device if devices is None else self._device)
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
         # Loading a part changes torch's default dtype in all threads; and with a part per thread
@@ -309,6 +315,7 @@ class ZImageGenerator:
             CheckpointError: an image or an adapter cannot be read, an adapter does not fit, or,
                 with offloading, a part cannot be read.
             GenerationError: an image became NaN or infinite; the sentence says at which step.
+            RankError: with `devices`, the process of one has ended; the next call starts anew.
             CudaError, UnsupportedError: too little memory.
         """
         if whole_number("preview_every", preview_every) < 1:
@@ -392,9 +399,10 @@ class ZImageGenerator:
             else:
                 part = ZImageTransformer.from_checkpoint(
                     self._file,
-                    self._device,
+                    None,
                     self._compute,
                     dtype,
+                    devices=self._devices,
                     progress=lambda p: report(_bytes_read(p, "transformer")),
                 )
         if not self._offload:
@@ -524,6 +532,7 @@ class ZImageGenerator:
         with (
             self._adapters,
             self._memory_for(f"{batch} x {settings.width} x {settings.height} pixels"),
+            self._loaded_again_after_loss(transformer),
         ):
             notes = self._loras.use(transformer, settings.loras)
             (latents,) = pipeline(
@@ -544,7 +553,20 @@ class ZImageGenerator:
                 **options,
             )
             steps.finish()
+            transformer.check_ranks()  # the last step may have lost one
         return latents, steps, notes
+
+    @contextmanager
+    def _loaded_again_after_loss(self, transformer: ZImageTransformer) -> Iterator[None]:
+        """Drop a transformer on several devices that has stopped; the next image loads it."""
+        try:
+            yield
+        except BaseException:
+            try:
+                transformer.check_ranks()
+            except RankError:
+                self._kept.pop("transformer", None)
+            raise
 
     def _decode(self, latents: torch.Tensor, report: GenerationCallback) -> list[torch.Tensor]:
         """Decode images [1, 3, height, width], one by one to bound the memory."""

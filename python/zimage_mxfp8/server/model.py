@@ -30,6 +30,7 @@ class ServedModel:
         model_dir: the diffusers folder.
         transformer: file or folder; None: the folder's own.
         device, compute, dtype, offload: see `ZImageGenerator`.
+        gpus: number of GPUs that share each image.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ServedModel:
     compute: str = "auto"
     dtype: str = "bfloat16"
     offload: bool = False
+    gpus: int = 1
 
     def load(self, progress: GenerationCallback | None = None) -> GeneratorEngine:
         """Load the model.
@@ -52,19 +54,21 @@ class ServedModel:
         """
         with needed("serve", "serve"):
             from ..generation.generator import ZImageGenerator
-        from ..system.devices import torch_device
+        from ..system.devices import first_gpus, torch_device
         from .engine import GeneratorEngine
 
+        devices = first_gpus(self.gpus) if self.gpus > 1 else None
         generator = ZImageGenerator(
             self.model_dir,
             self.transformer,
-            self.device,
+            None if devices else self.device,
             self.compute,
             self.dtype,
+            devices=devices,
             offload=self.offload,
             progress=progress,
         )
-        device = str(torch_device(self.device))
+        device = str(devices[0] if devices else torch_device(self.device))
         return GeneratorEngine(generator, self.name, (self.side, self.side), device)
 
 
@@ -75,6 +79,7 @@ def find_model(
     compute: str = "auto",
     dtype: str = "bfloat16",
     *,
+    gpus: int = 1,
     offload: bool = False,
     find: Find = hub.resolve,
 ) -> ServedModel:
@@ -87,13 +92,14 @@ def find_model(
         device: see `ZImageGenerator`, as are the next three.
         compute: its mode.
         dtype: its dtype.
+        gpus: number of GPUs that share each image.
         offload: whether parts are loaded in turn.
         find: returns the path of a name, see `hub.resolve`.
 
     Raises:
         CheckpointError: a part is missing.
     """
-    how = (device, compute, dtype, offload)
+    how = (device, compute, dtype, offload, gpus)
     if model_dir is None:
         return ServedModel(FOLDER.name, examples()[0], FOLDER, TRANSFORMER, *how)
     own = () if transformer else (hub.TRANSFORMER,)

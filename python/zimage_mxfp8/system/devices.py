@@ -131,6 +131,22 @@ def torch_device(device: str | torch.device | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if index < 0 else index)
 
 
+def first_gpus(count: int) -> list[torch.device]:
+    """Return the first CUDA devices.
+
+    Raises:
+        UnsupportedError: torch finds fewer.
+    """
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > found:
+        raise UnsupportedError(
+            f"{count} GPUs are asked for, and torch finds {found}; ask for no more than that"
+        )
+    return [torch.device("cuda", index) for index in range(count)]
+
+
 def core_index(device: torch.device) -> int:
     """Return the core's number of a torch device: a CUDA device's index, -1 for the CPU."""
     return int(device.index) if device.type == "cuda" else -1

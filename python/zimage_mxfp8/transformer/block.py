@@ -15,6 +15,7 @@ from .attention import attend
 from .epilogue import RotateHeads, SiluMultiply
 from .linear import Linear
 from .ops import Activation
+from .ranks.ulysses import attend_across
 from .sequence import Segment
 
 
@@ -152,7 +153,10 @@ class Block(nn.Module):
         """Compute the attention of normalised activations."""
         rotation = RotateHeads(self.q_norm, self.k_norm, part.rotations, self._heads)
         qkv = self.qkv(h, rotation)
-        attended = attend(qkv, self._heads, part.lengths)
+        if part.shares is None:
+            attended = attend(qkv, self._heads, part.lengths)
+        else:
+            attended = attend_across(qkv, self._heads, part.lengths, part.shares)
         del qkv  # the largest matrix here
         out: torch.Tensor = self.out(self.out.encode(attended))
         return out

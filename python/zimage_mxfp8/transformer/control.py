@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,16 +84,23 @@ class ZImageControlNet(nn.Module):
     Attributes:
         config: its sizes.
         compute: the compute mode, see `from_checkpoint`.
+        path: the file that it was loaded from; None for weights from elsewhere.
     """
 
     def __init__(
-        self, config: ControlConfig, parts: LoadedWeights, compute: Compute, dtype: torch.dtype
+        self,
+        config: ControlConfig,
+        parts: LoadedWeights,
+        compute: Compute,
+        dtype: torch.dtype,
+        path: Path | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.compute = compute
+        self.path = path
         self._dtype = dtype
-        self._graph_token = object()
+        self._weights_token = object()
         self.embedder = _projection(parts, EMBEDDER)
         self.modulation = PlainLinear(*parts.modulation)
         self.refiner = _ControlStack(parts, REFINER)
@@ -141,7 +149,7 @@ class ZImageControlNet(nn.Module):
         report_line(place, device)
         with shown(progress, byte_bar("loading the ControlNet")) as callback:
             parts = load_parts(file, place, mode, dtype, callback, file.config.table)
-        return cls(file.config, parts, mode, dtype)
+        return cls(file.config, parts, mode, dtype, Path(file.path))
 
     @property
     def device(self) -> torch.device:
@@ -159,9 +167,14 @@ class ZImageControlNet(nn.Module):
         return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     @property
+    def weights_token(self) -> object:
+        """An object that stands for the weights as they are now, and where."""
+        return self._weights_token
+
+    @property
     def graph_key(self) -> tuple[Any, ...]:
         """What a CUDA graph that holds this ControlNet depends on."""
-        return (self._graph_token, *(layer.adapter for layer in self._captured_linears))
+        return (self._weights_token, *(layer.adapter for layer in self._captured_linears))
 
     def __repr__(self) -> str:
         return (
@@ -171,7 +184,7 @@ class ZImageControlNet(nn.Module):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return new_object, (type(self),), {**self.__dict__, "_graph_token": object()}
+        return new_object, (type(self),), {**self.__dict__, "_weights_token": object()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, but for the transformer's modules that diffusers' pipelines set."""
@@ -181,7 +194,7 @@ class ZImageControlNet(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> ZImageControlNet:
         dtype = dtype_after(fn, self._dtype, self.device)
         super()._apply(fn, recurse)
-        self._graph_token = object()  # graphs hold the old addresses
+        self._weights_token = object()  # graphs hold the old addresses
         self._dtype = dtype
         for layer in self._captured_linears:
             layer.dtype = dtype
@@ -376,7 +389,8 @@ class ControlRun:
         self._of_refiner, self._of_layers = modulations[:refiners], modulations[refiners:]
         patches = [patchify(image) for image in inputs.images]
         c = net.embedder(net.embedder.encode(torch.cat(patches)))
-        self._c = fill_up(c, [len(each) for each in patches], layout.images.lengths, filler)
+        counts = [len(each) for each in patches]
+        self._c = layout.images.mine(fill_up(c, counts, layout.images.lengths, filler))
         self._hints: _StackHints | None = None
 
     def image_hints(self, x: torch.Tensor) -> Hints | None:
@@ -409,8 +423,9 @@ class ControlRun:
             joint: input of the transformer's main blocks, [tokens of all items, dim].
             captions: the refined captions, [tokens of captions, dim].
         """
-        c = self._c if self._hints is None else self._hints.finish()
-        start = self._net.layers.begin(joined(c, captions, self._layout), joint)
+        c = self._layout.images.whole(self._c if self._hints is None else self._hints.finish())
+        c = self._layout.joint.mine(joined(c, captions, self._layout))
+        start = self._net.layers.begin(c, joint)
         del self._c, self._hints  # memory that the main blocks need
         return _StackHints(
             self._net.layers,

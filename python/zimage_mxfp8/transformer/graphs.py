@@ -39,12 +39,17 @@ class GraphCache:
 
     The first call with a key runs the function itself, so that libraries are loaded and kernels
     chosen before a graph is captured, and so that a shape that occurs only once costs no capture.
+
+    Args:
+        has_exchanges: the function exchanges tensors with other processes by NCCL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_exchanges: bool = False) -> None:
         self._seen: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: Any = None  # a handle
+        # NCCL has a thread whose calls end captures of the mode "global".
+        self._error_mode = "thread_local" if has_exchanges else "global"
 
     def run(self, key: Hashable, function: Function, inputs: ForwardInputs) -> list[torch.Tensor]:
         """Return the function's outputs; `key` identifies everything except the inputs' values."""
@@ -80,6 +85,8 @@ class GraphCache:
             self._pool = torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
         # Graphs of this cache never run at the same time, so they can share one pool.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode=self._error_mode
+        ):
             outputs = function(static)
         return _Captured(graph, static, outputs)

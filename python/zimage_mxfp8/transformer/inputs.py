@@ -67,6 +67,15 @@ class ForwardInputs:
         controls = (tensor for control in self.controls for tensor in control.tensors)
         return (*self.images, self.times, *self.captions, *controls)
 
+    def of_items(self, items: slice) -> ForwardInputs:
+        """Return the inputs of some items."""
+        return ForwardInputs(
+            self.images[items],
+            self.times[items],
+            self.captions[items],
+            tuple(ControlInputs(x.images[items], x.strength) for x in self.controls),
+        )
+
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ForwardInputs:
         """Apply a function to each tensor."""
         return ForwardInputs(

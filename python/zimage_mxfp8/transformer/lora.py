@@ -181,7 +181,7 @@ class LoraSet:
             try:
                 self._attach(lora)
             except BaseException:
-                self.unload(name)
+                self._attach(self._forget(name))
                 raise
         return lora
 

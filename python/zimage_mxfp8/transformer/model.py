@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ from ..errors import (
 from ..printing.progress import byte_bar, shown
 from ..streaming.jobs import ProgressCallback
 from ..system.device_notes import report_line
-from ..system.devices import core_index, is_out_of_host_memory, torch_device
+from ..system.devices import core_index, is_out_of_host_memory
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import FINAL_NORM_EPS, HEAD_DIM, TIME_FEATURES, TIME_SCALE
 from ..zimage.layers import ZIMAGE
@@ -46,14 +48,19 @@ from .loading import LoadedWeights, load_parts
 from .lora import Lora, LoraSet, Weight
 from .peft_methods import PeftMethods
 from .places import LinearPlace, linear_places, norm_places
+from .ranks.devices import check_ranks, rank_devices
+from .ranks.division import divide
+from .ranks.group import RankGroup
+from .ranks.loras import SharedLoraSet
+from .ranks.peers import Peers
 from .sequence import (
     Segment,
     Shape,
     fill_up,
     image_tokens,
     joined,
+    joint_length,
     layout_of,
-    padded,
     patchify,
     unpatchify,
 )
@@ -102,6 +109,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
         dtype: torch.dtype,
         cuda_graphs: bool,
         table: LayerTable = ZIMAGE,
+        *,
+        ranks: RankGroup | None = None,
+        peers: Peers | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -109,7 +119,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
         self.max_fold_error = parts.max_fold_error
         self._dtype = dtype
         self._cuda_graphs = cuda_graphs
-        self._graphs = GraphCache()
+        self._graphs = GraphCache(has_exchanges=ranks is not None)
+        self._ranks = ranks
+        self._peers = peers
         self._stacks = table.stacks
         for stack in table.stacks:
             self.add_module(stack.name, nn.ModuleList(parts.blocks[stack.name]))
@@ -130,9 +142,13 @@ class ZImageTransformer(PeftMethods, nn.Module):
         self.register_buffer("cap_pad_token", tensors["cap_pad_token"])
         # Listed once, because that takes longer than to look for their adapters.
         self._captured_linears = tuple(self._linears())
-        self._loras = LoraSet(
-            config.shapes(), self._linear_places, self._norm_places, self._adapters_change
+        of_adapters = (
+            config.shapes(),
+            self._linear_places,
+            self._norm_places,
+            self._adapters_change,
         )
+        self._loras = SharedLoraSet(peers, *of_adapters) if peers else LoraSet(*of_adapters)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -147,6 +163,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         compute: str = "auto",
         dtype: torch.dtype = torch.bfloat16,
         *,
+        devices: Sequence[str | torch.device] | None = None,
         cuda_graphs: bool = True,
         progress: ProgressCallback | bool | None = None,
     ) -> ZImageTransformer:
@@ -175,6 +192,10 @@ class ZImageTransformer(PeftMethods, nn.Module):
                   decoded numbers; any device.
                 - "auto": the first of these that the device has fast; "weight-only" on the CPU.
             dtype: bfloat16 or float32, of everything that is not 8 bits wide.
+            devices: share each forward among these, each of which holds all weights; instead of
+                `device`. The first one takes inputs and has results; a process is started for each
+                of the others, which ends with the model. On CUDA devices never run so far, on
+                CPUs tested.
             cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
                 Without graphs, forward hooks on the model's modules, which include every linear
                 layer and every block, run in every call.
@@ -195,14 +216,25 @@ class ZImageTransformer(PeftMethods, nn.Module):
         """
         check_dtype(dtype)
         file = open_model(file_or_folder("path", path))
-        place = torch_device(device)
+        places = rank_devices(device, devices)
+        check_ranks(len(places), file.config)
+        place, *others = places
         mode = choose(compute, core_index(place), file.weights)
-        report_line(place, device)
+        report_line(place, device if devices is None else place)
         if place.type == "cuda":
             has_cudnn_attention(place)  # for its warning, now instead of in the middle of an image
-        with shown(progress, byte_bar("loading the transformer")) as callback:
-            parts = load_parts(file, place, mode, dtype, callback)
-        return cls(file.config, parts, mode, dtype, cuda_graphs)
+        peers = None
+        if others:
+            peers = Peers(Path(file.path), places, mode, dtype, cuda_graphs=cuda_graphs)
+        try:
+            with shown(progress, byte_bar("loading the transformer")) as callback:
+                parts = load_parts(file, place, mode, dtype, callback)
+            ranks = peers.join() if peers else None
+        except BaseException:
+            if peers:
+                peers.end()
+            raise
+        return cls(file.config, parts, mode, dtype, cuda_graphs, ranks=ranks, peers=peers)
 
     @classmethod
     def from_pretrained(
@@ -302,12 +334,18 @@ class ZImageTransformer(PeftMethods, nn.Module):
         layers = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
         return (
             f"ZImageTransformer({self.config.n_layers} layers, dim {self.config.dim}, "
-            f"{self.device}, {str(self._dtype).removeprefix('torch.')}, "
+            f"{self._places}, {str(self._dtype).removeprefix('torch.')}, "
             f"{self.nbytes / 2**30:.2f} GiB, compute={self.compute} "
             f"({DESCRIPTIONS[self.compute]}); linear layers: {layers})"
         )
 
+    @property
+    def _places(self) -> str:
+        return f"{self._ranks.size} devices from {self.device}" if self._ranks else str(self.device)
+
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._ranks is not None:
+            raise UnsupportedError("a transformer on several devices cannot be copied or pickled")
         return new_object, (type(self),), {**self.__dict__, "_graphs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -318,6 +356,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> ZImageTransformer:
         # .to() and similar calls: graphs hold the old addresses, and dtype may change.
         dtype = dtype_after(fn, self._dtype, self.device)
+        if self._ranks is not None:
+            self._check_stays(fn, dtype)
+            return self
         self._graphs.clear()
         super()._apply(fn, recurse)
         self._dtype = dtype
@@ -325,6 +366,23 @@ class ZImageTransformer(PeftMethods, nn.Module):
             layer.dtype = self._dtype
         self._loras.rebuild()
         return self
+
+    def check_ranks(self) -> None:
+        """Do nothing if all ranks of a transformer on several devices are alive.
+
+        Raises:
+            RankError: the process of one has ended, which a forward may not notice before its end.
+        """
+        if self._peers is not None:
+            self._peers.check()
+
+    def _check_stays(self, fn: Any, dtype: torch.dtype) -> None:
+        moved = fn(torch.empty(0, dtype=self._dtype, device=self.device))
+        if (moved.device, dtype) != (self.device, self._dtype):
+            raise UnsupportedError(
+                "a transformer on several devices stays where it is and in its dtype; load it "
+                "again to change them"
+            )
 
     def load_lora(
         self,
@@ -449,21 +507,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
             tuple(control.inputs(self.device, self._dtype) for control in controls),
         )
 
-        def compute(inputs: ForwardInputs) -> list[torch.Tensor]:
-            return self._compute(inputs, nets)
-
         try:
-            with (
-                torch.autocast(self.device.type, enabled=False),
-                self._loras.scaled(lora_scale(others)),
-            ):
-                if self.device.type == "cuda" and self._cuda_graphs:
-                    adapters = tuple(layer.adapter for layer in self._captured_linears)
-                    key = inputs.shapes, adapters, tuple(net.graph_key for net in nets)
-                    with torch.cuda.device(self.device):
-                        sample = self._graphs.run(key, compute, inputs)
-                else:
-                    sample = compute(inputs)
+            sample = self.run(inputs, nets, lora_scale(others))
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the activations of the forward
             raise CudaError(self._out_of_memory(inputs.shapes, nets)) from None
@@ -475,6 +520,39 @@ class ZImageTransformer(PeftMethods, nn.Module):
                 "smaller size or batch"
             ) from None
         return TransformerOutput(sample) if return_dict else (sample,)
+
+    @torch.no_grad()
+    def run(
+        self, inputs: ForwardInputs, nets: Sequence[ZImageControlNet], scale: float
+    ) -> list[torch.Tensor]:
+        """Compute a forward from checked inputs; each rank calls this with the same ones.
+
+        Args:
+            inputs: the tensors, on this device.
+            nets: the ControlNets of `inputs.controls`.
+            scale: multiplies the weights of adapters.
+
+        Returns:
+            The velocity of each item; on ranks other than 0 nothing.
+
+        Raises:
+            RankError: the process of another rank has ended.
+        """
+
+        def compute(inputs: ForwardInputs) -> list[torch.Tensor]:
+            return self._compute(inputs, nets)
+
+        with (
+            torch.autocast(self.device.type, enabled=False),
+            self._loras.scaled(scale),
+            self._peers.forward(inputs, nets, scale) if self._peers else nullcontext(),
+        ):
+            if self.device.type != "cuda" or not self._cuda_graphs:
+                return compute(inputs)
+            adapters = tuple(layer.adapter for layer in self._captured_linears)
+            key = inputs.shapes, adapters, tuple(net.graph_key for net in nets)
+            with torch.cuda.device(self.device):
+                return self._graphs.run(key, compute, inputs)
 
     def _out_of_memory(self, shapes: Sequence[Shape], nets: Sequence[ZImageControlNet]) -> str:
         torch.cuda.empty_cache()
@@ -497,8 +575,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
         The peak is in a block, of the transformer or of a ControlNet. In addition there are the
         tokens, separate and joined, the rotations of both, and the tokens of ControlNets.
         """
-        lengths = [padded(image_tokens(size)) + padded(caption) for size, caption in shapes]
-        tokens, ragged = sum(lengths), len(set(lengths)) > 1
+        lengths = [joint_length(shape) for shape in shapes]
+        ranks = self._ranks.size if self._ranks else 1
+        tokens, ragged = -(-sum(lengths) // ranks), len(set(lengths)) > 1
         kept = 2 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
         blocks = self._blocks_on("joint") or self._blocks_on("image")
         block = max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
@@ -513,15 +592,19 @@ class ZImageTransformer(PeftMethods, nn.Module):
     def _compute(
         self, inputs: ForwardInputs, nets: Sequence[ZImageControlNet] = ()
     ) -> list[torch.Tensor]:
+        """Return the velocity of each item, on ranks other than 0 nothing."""
+        sizes = [size for size, _ in inputs.shapes]
+        division = divide(inputs.shapes, self._ranks)
+        inputs = inputs.of_items(division.items)
         shapes = inputs.shapes
-        layout = layout_of(shapes, self.device)
+        layout = layout_of(shapes, self.device).shared(division.team)
         time = self._embed_time(inputs.times)
         modulations = self._modulations(time)
 
         patches = torch.cat([patchify(image) for image in inputs.images])
         x = _run(self.x_embedder, patches)
         counts = [image_tokens(size) for size, _ in shapes]
-        x = fill_up(x, counts, layout.images.lengths, self.x_pad_token)
+        x = layout.images.mine(fill_up(x, counts, layout.images.lengths, self.x_pad_token))
         runs = [
             ControlRun(net, control, self.config, time, self.x_pad_token, layout)
             for net, control in zip(nets, inputs.controls, strict=True)
@@ -540,14 +623,15 @@ class ZImageTransformer(PeftMethods, nn.Module):
         c = fill_up(c, [n for _, n in shapes], layout.captions.lengths, self.cap_pad_token)
         c = self._run_stacks("caption", c, modulations, layout.captions)
 
-        joint = joined(x, c, layout)
+        joint = layout.joint.mine(joined(layout.images.whole(x), c, layout))
         hints = [run.joint_hints(joint, c) for run in runs]
         joint = self._run_stacks("joint", joint, modulations, layout.joint, hints)
-        items = joint.split(list(layout.joint.lengths))
-        return [
-            unpatchify(self._final(tokens[:count], time[i]), size)
-            for i, (tokens, count, (size, _)) in enumerate(zip(items, counts, shapes, strict=True))
+        outputs = [
+            self._final(joint[tokens], time[i])
+            for i, tokens in enumerate(layout.joint.first_tokens(counts))
         ]
+        collected = division.collect(outputs, [image_tokens(size) for size in sizes])
+        return [unpatchify(tokens, size) for tokens, size in zip(collected, sizes, strict=False)]
 
     def _run_stacks(
         self,

@@ -21,6 +21,8 @@ from ..zimage.constants import (
     ROPE_THETA,
     SEQUENCE_MULTIPLE,
 )
+from .ranks.group import RankGroup
+from .ranks.shares import Shares, even, overlaps
 
 Size = tuple[int, int, int]  # frames, height and width of a latent image
 Shape = tuple[Size, int]  # of a batch's item: its image, the tokens of its caption
@@ -39,6 +41,12 @@ def image_tokens(size: Size) -> int:
     return frames * (height // PATCH_SIZE) * (width // PATCH_SIZE)
 
 
+def joint_length(shape: Shape) -> int:
+    """Return the number of tokens of an item in the main blocks, with fillers."""
+    size, caption = shape
+    return padded(image_tokens(size)) + padded(caption)
+
+
 def max_caption_tokens(frames: int) -> int:
     """Return the number of caption tokens for which positions remain after those of the frames."""
     # Position 0 is the fillers'; the caption's come from 1 on, and then those of the frames.
@@ -54,11 +62,35 @@ class Segment:
         lengths: tokens of each item.
         items: the item of each token, int32 [tokens]; None if there is only one item.
         rotations: cosine and sine of each token's rotary angles, float32 [tokens, 64, 2].
+        shares: the division of the tokens among ranks, of whose tokens `items` and `rotations` are
+            then; None if this process has all tokens.
     """
 
     lengths: tuple[int, ...]
     items: torch.Tensor | None
     rotations: torch.Tensor
+    shares: Shares | None = None
+
+    def shared(self, group: RankGroup | None) -> Segment:
+        """Divide the tokens evenly among ranks."""
+        if group is None:
+            return self
+        shares = Shares(group, even(sum(self.lengths), group.size))
+        items = None if self.items is None else self.items[shares.here]
+        return Segment(self.lengths, items, self.rotations[shares.here], shares)
+
+    def mine(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this rank's tokens of all tokens [n, C], in memory of their own."""
+        return x if self.shares is None else x[self.shares.here].clone()
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        """Return all tokens [n, C] from those of each rank."""
+        return x if self.shares is None else self.shares.whole(x)
+
+    def first_tokens(self, counts: Sequence[int]) -> tuple[slice, ...]:
+        """Return which of this rank's tokens are among the first `counts` of each item."""
+        here = slice(0, sum(self.lengths)) if self.shares is None else self.shares.here
+        return overlaps(self.lengths, counts, here.start, here.stop)
 
 
 @dataclass(frozen=True)
@@ -74,6 +106,10 @@ class Layout:
     images: Segment
     captions: Segment
     joint: Segment
+
+    def shared(self, group: RankGroup | None) -> Layout:
+        """Divide tokens among ranks; captions are few, and every rank has all of them."""
+        return Layout(self.images.shared(group), self.captions, self.joint.shared(group))
 
 
 @lru_cache(maxsize=16)

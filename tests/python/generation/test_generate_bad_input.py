@@ -68,6 +68,8 @@ def usual_but(*options: object) -> list[object]:
         (("--compute", "fast"), "--compute"),
         (("--dtype", "float16"), "--dtype"),
         (("--device", "tpu"), 'device must be "cpu", "cuda" or "cuda:N", not "tpu"'),
+        (("--device", "cpu", "--gpus", "2"), "--device cpu contradicts --gpus 2; leave one out"),
+        (("--gpus", "0"), "--gpus"),
         (("--colour", "red"), "--colour"),
     ],
 )
@@ -85,6 +87,11 @@ def test_needed_options(generate: Generate) -> None:
 
 def test_modes_that_are_not_to_be_had(generate: Generate) -> None:
     fails(generate(*USUAL, "--device", "cuda:99"), 1, "device cuda:99: ")
+    fails(
+        generate(*USUAL, "--device", "cuda", "--gpus", "99"),
+        1,
+        "99 GPUs are asked for, and torch finds ",
+    )
     fails(generate(*USUAL, "--compute", "mxfp8"), 1, "compute mode mxfp8: ", "the CPU has ")
     fails(
         generate(*USUAL, "--compute", "fp8", transformer=None),

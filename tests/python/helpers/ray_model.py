@@ -34,6 +34,7 @@ class NotingModel:
     name: str = "stub"
     side: int = 64
     device: str | None = None
+    gpus: int = 1
 
     def load(self) -> NotingEngine:
         return NotingEngine(self.notes)

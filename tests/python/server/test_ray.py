@@ -298,13 +298,18 @@ def test_a_cluster_that_is_too_small(running: Running) -> None:
         replicas_for(3, None, scaling=False)
     with pytest.raises(zm.UsageError, match="device cannot be cuda: the cluster has no GPU"):
         replicas_for(1, "cuda", scaling=False)
-    assert replicas_for(None, None, scaling=True) == Replicas(1, 1, on_gpu=False)
+    assert replicas_for(None, None, scaling=True) == Replicas(1, 1, gpus=0)
 
 
 def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
-    assert replicas_for(None, None, scaling=False) == Replicas(4, 4, on_gpu=True)
-    assert replicas_for(None, "cuda", scaling=True) == Replicas(1, 4, on_gpu=True)
-    assert replicas_for(2, "cpu", scaling=False) == Replicas(2, 2, on_gpu=False)
+    assert replicas_for(None, None, scaling=False) == Replicas(4, 4, gpus=1)
+    assert replicas_for(None, "cuda", scaling=True) == Replicas(1, 4, gpus=1)
+    assert replicas_for(2, "cpu", scaling=False) == Replicas(2, 2, gpus=0)
+    assert replicas_for(None, None, scaling=False, gpus_per_replica=2) == Replicas(2, 2, gpus=2)
+    with pytest.raises(zm.UsageError, match="must be at most 1: each has 3 GPUs of its own"):
+        replicas_for(2, None, scaling=False, gpus_per_replica=3)
+    with pytest.raises(zm.UsageError, match="gpus must be at most 4, the number of"):
+        replicas_for(None, None, scaling=False, gpus_per_replica=5)
     with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
         replicas_for(5, None, scaling=False)

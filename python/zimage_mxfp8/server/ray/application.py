@@ -41,12 +41,12 @@ class Replicas:
     Attributes:
         least: of them.
         most: of them; if more than `least`, Ray Serve starts and ends some as requests come.
-        on_gpu: whether each has a GPU of its own, or else one CPU.
+        gpus: GPUs that each has for itself; 0: each has one CPU.
     """
 
     least: int
     most: int
-    on_gpu: bool
+    gpus: int
 
 
 def drawing_application(model: ServedModel, replicas: Replicas, timeout: float) -> Application:
@@ -68,14 +68,15 @@ def drawing_application(model: ServedModel, replicas: Replicas, timeout: float) 
         }
     deployment = serve.deployment(
         name="Replica",
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if replicas.on_gpu else 0},
+        ray_actor_options={"num_cpus": 1, "num_gpus": replicas.gpus},
         max_ongoing_requests=1,
         max_constructor_retry_count=_TRIES,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=timeout,
         **scaling,
     )(Replica)
-    return deployment.bind(replace(model, device="cuda" if replicas.on_gpu else "cpu"))
+    device = "cuda" if replicas.gpus else "cpu"
+    return deployment.bind(replace(model, device=device, gpus=max(1, replicas.gpus)))
 
 
 class BuildArguments(BaseModel):
@@ -87,7 +88,8 @@ class BuildArguments(BaseModel):
         transformer: file or folder; None: the folder's own.
         replicas: processes that draw.
         max_replicas: if more, Ray Serve starts and ends processes as requests come.
-        device: "cuda" gives each process a GPU of its own, "cpu" one CPU.
+        device: "cuda" gives each process GPUs of its own, "cpu" one CPU.
+        gpus_per_replica: number of GPUs of each process, which share each image.
         compute: see `ZImageGenerator`, as are the next two.
         dtype: its dtype.
         offload: whether parts are loaded in turn.
@@ -105,6 +107,7 @@ class BuildArguments(BaseModel):
     replicas: int = Field(1, ge=1)
     max_replicas: int | None = Field(None, ge=1)
     device: str = Field("cuda", pattern="^(cpu|cuda)$")
+    gpus_per_replica: int = Field(1, ge=1)
     compute: str = "auto"
     dtype: str = "bfloat16"
     offload: bool = False
@@ -177,7 +180,8 @@ def build(args: Mapping[str, Any] | BuildArguments) -> Application:
         max_request_pixels=max(args.max_request_pixels, args.max_image_pixels),
         lora_dir=args.lora_dir,
     )
-    replicas = Replicas(args.replicas, most, args.device == "cuda")
+    gpus = args.gpus_per_replica if args.device == "cuda" else 0
+    replicas = Replicas(args.replicas, most, gpus)
     drawing = drawing_application(model, replicas, args.timeout)
     front = serve.deployment(
         name="Front",

@@ -17,6 +17,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from ...errors import Error, UnsupportedError, UsageError
+from ...text import plural
 from ..model import ServedModel
 from ..request_log import LogHandler, LogStream, LogWriter
 from .application import Replicas, drawing_application
@@ -107,13 +108,16 @@ def _check(address: str) -> None:
         raise UnsupportedError(f"there is no Ray at {address}: {error}", _REMEDY) from None
 
 
-def replicas_for(wanted: int | None, device: str | None, *, scaling: bool) -> Replicas:
-    """Return the replicas for a number of them, or by default one for each GPU of the cluster.
+def replicas_for(
+    wanted: int | None, device: str | None, *, scaling: bool, gpus_per_replica: int = 1
+) -> Replicas:
+    """Return the replicas for a number of them, or by default as many as the cluster has GPUs for.
 
     Args:
         wanted: their number.
         device: "cuda", "cpu", or None for GPUs if the cluster has any.
         scaling: have one at first, and up to that number as requests come.
+        gpus_per_replica: GPUs of each, unless they are on CPUs.
 
     Raises:
         UsageError: the cluster is too small.
@@ -123,11 +127,14 @@ def replicas_for(wanted: int | None, device: str | None, *, scaling: bool) -> Re
     if device == "cuda" and not gpus:
         raise UsageError("device", "cannot be cuda: the cluster has no GPU")
     on_gpu = bool(gpus) and device != "cpu"
-    there_are, kind = (gpus, "GPU") if on_gpu else (cpus, "CPU")
-    most = wanted or (gpus if on_gpu else 1)
+    if gpus_per_replica > 1 and gpus_per_replica > gpus:
+        raise UsageError("gpus", f"must be at most {gpus}, the number of the cluster's GPUs")
+    there_are, kind = (gpus // gpus_per_replica, "GPU") if on_gpu else (cpus, "CPU")
+    most = wanted or (there_are if on_gpu else 1)
     if most > there_are:
-        raise UsageError("replicas", f"must be at most {there_are}: each has a {kind} of its own")
-    return Replicas(1 if scaling else most, most, on_gpu)
+        each = plural(gpus_per_replica, kind) if gpus_per_replica > 1 else f"a {kind}"
+        raise UsageError("replicas", f"must be at most {there_are}: each has {each} of its own")
+    return Replicas(1 if scaling else most, most, gpus_per_replica if on_gpu else 0)
 
 
 @contextmanager

@@ -1,0 +1,55 @@
+"""The devices of ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ...errors import UnsupportedError, UsageError
+from ...system.devices import torch_device
+from ...zimage.config import ZImageConfig
+
+
+def rank_devices(
+    device: str | torch.device | None, devices: Sequence[str | torch.device] | None
+) -> list[torch.device]:
+    """Return the device of each rank; one for a model without ranks.
+
+    Args:
+        device: the argument for one device.
+        devices: the argument for several.
+
+    Raises:
+        UsageError: both are given, or the devices are not of one type, or not different GPUs.
+        UnsupportedError: this machine does not have a device, or this system cannot start ranks.
+    """
+    if devices is None:
+        return [torch_device(device)]
+    if device is not None:
+        raise UsageError("devices", "contradicts device", "give one of them")
+    if isinstance(devices, (str, torch.device)) or not isinstance(devices, Sequence) or not devices:
+        raise UsageError("devices", f"must be a list of devices, not {repr(devices)[:80]}")
+    places = [torch_device(each) for each in devices]
+    if len({place.type for place in places}) > 1:
+        raise UsageError("devices", "must be CUDA devices only or CPUs only")
+    if places[0].type == "cuda" and len(set(places)) < len(places):
+        raise UsageError("devices", "must be different GPUs", "name each once")
+    if len(places) > 1 and sys.platform == "win32":
+        raise UnsupportedError("several devices need Linux; use one device")
+    return places
+
+
+def check_ranks(ranks: int, config: ZImageConfig) -> None:
+    """Raise if a model has fewer heads than there are ranks.
+
+    Raises:
+        UsageError: it has.
+    """
+    if ranks > config.n_heads:
+        raise UsageError(
+            "devices",
+            f"must be {config.n_heads} at most, the number of the model's attention heads, not "
+            f"{ranks}",
+        )
