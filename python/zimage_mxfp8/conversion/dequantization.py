@@ -24,7 +24,7 @@ from ..streaming.jobs import (
     row_chunks,
     run_jobs,
 )
-from ..streaming.rows import has_nan, read_encoded
+from ..streaming.rows import check_encoded, read_encoded
 from ..streaming.worker import Worker
 
 
@@ -50,7 +50,7 @@ def dequantize_checkpoint(
 
     Raises:
         CheckpointError: the input is unreadable, is not quantised, breaks the contract, or has
-            NaN in its codes or scales.
+            codes or scales that no encoder writes, such as NaN or negative scales of INT8.
         UsageError: the output is the input.
         OutputError: the output cannot be written, or exists already.
     """
@@ -98,8 +98,7 @@ def _decode_jobs(layer: QuantizedLayer, position: int) -> list[Job]:
     def job(begin: int, end: int) -> Job:
         def run(worker: Worker) -> None:
             codes, scales = read_encoded(worker, layer, begin, end)
-            if form.has_nan(codes, scales):
-                raise has_nan(layer)
+            check_encoded(layer, codes, scales)
             real = min(end, rows) - begin
             at = position + begin * cols * 2
             plain = worker.scratch.take("plain", real * cols * 2, at)

@@ -37,7 +37,7 @@ from ..layout import SCALE_TILE_ROWS
 from ..printing.progress import byte_bar, shown
 from ..streaming.formats import FORMATS, format_of
 from ..streaming.jobs import Job, ProgressCallback, copy_jobs, header_job, row_chunks, run_jobs
-from ..streaming.rows import has_nan, not_encoded, read_encoded
+from ..streaming.rows import check_encoded, not_encoded, read_encoded
 from ..streaming.worker import Worker
 from ..text import plural
 from ..zimage.config import ZImageConfig
@@ -419,8 +419,7 @@ def _encode_jobs(layer: QuantizedLayer, codes_begin: int, scales_begin: int) -> 
 
     def encode(worker: Worker, begin: int, end: int) -> None:
         codes, scales = read_encoded(worker, layer, begin, end)
-        if source.has_nan(codes, scales):
-            raise has_nan(layer)
+        check_encoded(layer, codes, scales)
         real = min(end, rows) - begin
         plain = worker.scratch.take("plain", real * columns * 4).view(np.uint32)
         matrix = plain.reshape(real, columns)

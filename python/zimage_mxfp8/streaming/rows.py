@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _core
-from ..checkpoint.quantized_layers import QuantizedLayer
+from ..checkpoint.quantized_layers import QuantizedLayer, damaged
 from ..checkpoint.source import SourceTensor
 from ..conversion.nonfinite import nonfinite_error
 from ..dtypes import FLOAT_NAMES, DTypeName, as_integers
@@ -128,12 +128,16 @@ def not_encoded(tensor: SourceTensor, form: WeightFormat, error: Exception) -> C
     )
 
 
-def has_nan(layer: QuantizedLayer) -> CheckpointError:
-    """Return the error for a layer that decodes to NaN or infinity."""
-    return CheckpointError(
-        f'{layer.weight.segments[0].path}: layer "{layer.name}" has NaN codes or scales, so it is '
-        "damaged; zimage-mxfp8 validate says more"
-    )
+def check_encoded(layer: QuantizedLayer, codes: Bytes, scales: Bytes) -> None:
+    """Check codes and scales of some rows of a layer, or either alone with the other empty.
+
+    Raises:
+        CheckpointError: some are damaged, so that they stand for no weights; it names the layer.
+    """
+    form = format_of(layer)
+    counts = form.damaged_codes(codes) | form.damaged_scales(scales)
+    if problem := next((what for what, count in counts.items() if count), None):
+        raise damaged(layer.weight.segments[0].path, [layer.name], f"it {problem}")
 
 
 def decode_rows(

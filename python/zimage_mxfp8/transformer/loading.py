@@ -70,7 +70,7 @@ def load_parts(
         table: the model's layers.
 
     Raises:
-        CheckpointError: a file cannot be read, or a layer to fold has NaN.
+        CheckpointError: a file cannot be read, a layer to fold has NaN, or one in INT8 such scales.
         CudaError, UnsupportedError: the device has too little memory; nothing is left on it.
     """
     if device.type == "cuda":
@@ -261,8 +261,8 @@ class PartsLoader:
         return linear
 
     def _check_scales(self, scales: torch.Tensor, layers: Sequence[str]) -> None:
-        if not scales.isfinite().all():
-            raise damaged(self._file.path, layers, "there are NaN or infinite scales")
+        if not (scales.isfinite() & (scales > 0)).all():
+            raise damaged(self._file.path, layers, "it has scales that are not finite and positive")
 
     def _plain(self, raw: Raw, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return tensors by name, decoded if they are quantised."""

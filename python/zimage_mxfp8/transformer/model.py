@@ -172,7 +172,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
         All checks come before the first weight goes to the device, and host memory stays small.
         Weights are not searched for NaN and Inf, which on the CPU takes longer than reading them:
         `zimage-mxfp8 validate` does that, and `ZImageGenerator` names the step in which an image
-        becomes NaN or infinite. Only folding, which reads every weight anyway, refuses NaN.
+        becomes NaN or infinite. Only folding, which reads every weight anyway, refuses NaN. Of INT8
+        the scales are checked, which are few, and the codes are not.
 
         Args:
             path: an MXFP8 file of `convert` or of ComfyUI's, a plain single file, or a diffusers

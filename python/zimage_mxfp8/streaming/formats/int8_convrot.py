@@ -11,12 +11,11 @@ import numpy.typing as npt
 
 from ... import _core
 from ...checkpoint import quantization as markers
-from ...checkpoint.quantized_layers import QuantizedLayer
 from ...dtypes import DTypeName
 from ...errors import UsageError
 from ..encoder import Encoder
 from ..error_stats import ErrorStats, sum_of_squares
-from .weight_format import Bytes, Flaws, Matrix, Stored, WeightFormat
+from .weight_format import Bytes, Counts, Matrix, Stored, WeightFormat
 
 _GROUPS = (256, 64)  # columns that convert_to_quant rotates together; the first that divides K
 _SLICE = 1 << 18  # elements that are compared at once, so that they stay in the cache
@@ -67,9 +66,24 @@ class Int8ConvRot(WeightFormat):
         """Decode rows, and rotate them back."""
         _core.dequantize_convrot(codes, scales, self.group_of(matrix.shape[1]), matrix, dtype, 1)
 
-    def has_nan(self, codes: Bytes, scales: Bytes) -> bool:  # noqa: ARG002 - no code is NaN
-        """Return whether rows have scales that are NaN or infinite."""
-        return not np.isfinite(scales.view(np.float32)).all()
+    def damaged_codes(self, codes: Bytes) -> Counts:
+        """Return the number of codes that do not occur."""
+        return {
+            "has codes of -128, which no encoder writes": int(
+                np.count_nonzero(codes.view(np.int8) == -128)
+            )
+        }
+
+    def damaged_scales(self, scales: Bytes) -> Counts:
+        """Return the number of scales that are not finite and positive."""
+        numbers = scales.view(np.float32)
+        is_finite = np.isfinite(numbers)
+        return {
+            "has NaN or infinite scales": int(np.count_nonzero(~is_finite)),
+            "has scales of 0 or less, which no encoder writes": int(
+                np.count_nonzero(is_finite & (numbers <= 0))
+            ),
+        }
 
     def change_times(
         self, matrix: Matrix, dtype: DTypeName, codes: Bytes, scales: Bytes, vector: Any
@@ -98,27 +112,6 @@ class Int8ConvRot(WeightFormat):
             stats.squared_signal += sum_of_squares(original)
             stats.max_error = max(stats.max_error, float(change.max()), -float(change.min()))
         return stats
-
-    def flaws(self, layer: QuantizedLayer, codes: Bytes, scales: Bytes, begin: int) -> Flaws:  # noqa: ARG002
-        """Return scales that are not finite and positive, and the code that does not occur."""
-        numbers = scales.view(np.float32)
-        unused = int((codes.view(np.int8) == -128).sum())
-        return Flaws(
-            [
-                (layer.weight.name, "has codes of -128, which no encoder writes", unused),
-                (
-                    layer.scale.name,
-                    "has NaN or infinite scales",
-                    int((~np.isfinite(numbers)).sum()),
-                ),
-                (
-                    layer.scale.name,
-                    "has scales of 0 or less, which no encoder writes",
-                    int((numbers <= 0).sum()),
-                ),
-            ],
-            [],
-        )
 
     def _decoded(
         self, matrix: Matrix, dtype: DTypeName, codes: Bytes, scales: Bytes

@@ -14,7 +14,9 @@ from ...layout import padded_shape, scale_shape
 from ...text import plural
 from ..encoder import CPU, CudaEncoder, Encoder
 from ..error_stats import ErrorStats
-from .weight_format import Bytes, Flaws, Matrix, Stored, WeightFormat
+from .weight_format import Bytes, Counts, Flaws, Matrix, Stored, WeightFormat
+
+_NAN_SCALE = 255  # in E8M0
 
 
 class MXFP8(WeightFormat):
@@ -44,9 +46,13 @@ class MXFP8(WeightFormat):
         """Decode rows."""
         _core.dequantize(codes, scales, matrix, dtype, 1)
 
-    def has_nan(self, codes: Bytes, scales: Bytes) -> bool:
-        """Return whether rows have NaN codes or scales."""
-        return bool(((codes & 0x7F) == 0x7F).any() or (scales == 255).any())
+    def damaged_codes(self, codes: Bytes) -> Counts:
+        """Return the number of NaN."""
+        return {"has NaN codes": int(np.count_nonzero((codes & 0x7F) == 0x7F))}
+
+    def damaged_scales(self, scales: Bytes) -> Counts:
+        """Return the number of NaN."""
+        return {"has NaN scales": int(np.count_nonzero(scales == _NAN_SCALE))}
 
     def change_times(
         self, matrix: Matrix, dtype: DTypeName, codes: Bytes, scales: Bytes, vector: Any
@@ -66,30 +72,32 @@ class MXFP8(WeightFormat):
         return ErrorStats(error, signal, worst, rows * columns, histogram)
 
     def flaws(self, layer: QuantizedLayer, codes: Bytes, scales: Bytes, begin: int) -> Flaws:
-        """Return NaN, padding that is not zero, and scales of blocks of zeros."""
+        """Return NaN, padding that is not zero, and scales of blocks of zeros.
+
+        What is NaN is not counted as anything else.
+        """
+        flaws = super().flaws(layer, codes, scales, begin)
         codes = codes.reshape(-1, layer.weight.shape[1])
         rows, cols = layer.shape
-        real_rows = min(rows - begin, codes.shape[0])
+        real = min(rows - begin, codes.shape[0])
         blocks = -(-cols // 32)
         magnitude = codes & 0x7F
-        padding = int(np.count_nonzero(codes[real_rows:])) + int(np.count_nonzero(codes[:, cols:]))
+        padding = sum(
+            int(np.count_nonzero((part != 0) & (part & 0x7F != 0x7F)))
+            for part in (codes[real:], codes[:real, cols:])
+        )
         plain = np.empty((codes.shape[0], blocks), np.uint8)
         _core.from_blocked(scales, plain)
-        stray = int(np.count_nonzero(scales)) - int(np.count_nonzero(plain[:real_rows]))
-        words = magnitude.view(np.uint64).reshape(codes.shape[0], blocks, 4)
+        plain = plain[:real]
+        stray = _count_numbers(scales) - _count_numbers(plain)
+        words = magnitude[:real].view(np.uint64).reshape(real, blocks, 4)
         is_zero = (words[..., 0] | words[..., 1] | words[..., 2] | words[..., 3]) == 0
-        orphans = int((is_zero & (plain != 0)).sum())
         weight, scale = layer.weight.name, layer.scale.name
-        flaws = Flaws(
-            [
-                (weight, "has NaN codes", int((magnitude == 0x7F).sum())),
-                (weight, "has codes other than 0 in its padding", padding),
-                (scale, "has NaN scales", int((plain == 255).sum())),
-                (scale, "has scales other than 0 in its padding", stray),
-                (scale, "has scales other than 0 for blocks of zeros", orphans),
-            ],
-            [],
-        )
+        flaws.breaches += [
+            (weight, "has codes other than 0 in its padding", padding),
+            (scale, "has scales other than 0 in its padding", stray),
+            (scale, "has scales other than 0 for blocks of zeros", _count_numbers(plain[is_zero])),
+        ]
         if ambiguous := int((~is_zero & (plain == 0)).sum()):
             flaws.notes.append(
                 f'"{scale}" has {plural(ambiguous, "block")} of numbers with scale 0, '
@@ -109,3 +117,8 @@ class MXFP8(WeightFormat):
         if np.array_equal(np.sort(found), np.sort(expected.reshape(-1))):
             return "has the right scales in a wrong order"
         return None
+
+
+def _count_numbers(scales: Bytes) -> int:
+    """Return how many scales are neither 0 nor NaN."""
+    return int(np.count_nonzero((scales != 0) & (scales != _NAN_SCALE)))

@@ -17,6 +17,7 @@ from ..error_stats import ErrorStats
 
 Bytes = npt.NDArray[np.uint8]
 Matrix = npt.NDArray[np.generic]  # [rows, columns], as integers of the element's width
+Counts = dict[str, int]  # a problem, as a clause such as "has NaN codes", and how many there are
 
 
 class Stored(NamedTuple):
@@ -106,8 +107,12 @@ class WeightFormat(ABC):
         """Decode rows into a matrix [rows, K] of a dtype."""
 
     @abstractmethod
-    def has_nan(self, codes: Bytes, scales: Bytes) -> bool:
-        """Return whether rows have codes or scales that decode to NaN or infinity."""
+    def damaged_codes(self, codes: Bytes) -> Counts:
+        """Return the problems of codes that no sound layer has, whatever its shape."""
+
+    @abstractmethod
+    def damaged_scales(self, scales: Bytes) -> Counts:
+        """Return the same of scales."""
 
     @abstractmethod
     def change_times(
@@ -130,9 +135,19 @@ class WeightFormat(ABC):
     def measure(self, matrix: Matrix, dtype: DTypeName, codes: Bytes, scales: Bytes) -> ErrorStats:
         """Return error statistics of encoded rows; arguments as for `change_times`."""
 
-    @abstractmethod
-    def flaws(self, layer: QuantizedLayer, codes: Bytes, scales: Bytes, begin: int) -> Flaws:
+    def flaws(
+        self,
+        layer: QuantizedLayer,
+        codes: Bytes,
+        scales: Bytes,
+        begin: int,  # noqa: ARG002 - for subclasses
+    ) -> Flaws:
         """Return what is wrong with rows of a layer, from row `begin` on."""
+        found = (
+            (layer.weight.name, self.damaged_codes(codes)),
+            (layer.scale.name, self.damaged_scales(scales)),
+        )
+        return Flaws([(name, *each) for name, counts in found for each in counts.items()], [])
 
     def misordering(self, expected: Bytes, found: Bytes) -> str | None:  # noqa: ARG002
         """Return the order of a layer's scales, as a clause, if it is a known wrong one.
