@@ -11,7 +11,7 @@ from .arguments import add_json, add_overwrite, add_threads, checkpoint_path, sp
 from .wording import CommandLineError
 
 if TYPE_CHECKING:
-    from ..conversion.export import ExportPlan
+    from ..conversion.export_layouts import ExportPlan
 
 _FORMATS = {
     "diffusers": "MXFP8",

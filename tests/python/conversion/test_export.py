@@ -26,7 +26,7 @@ from helpers.checkpoints import (
 )
 from helpers.commands import Run
 from helpers.diffusers_reference import make_reference, save_in_bfloat16
-from zimage_mxfp8.conversion import export as export_module
+from zimage_mxfp8.conversion import export_formats
 from zimage_mxfp8.diffusers import ZImageMXFP8Config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -231,20 +231,39 @@ def test_layer_that_would_change_too_much_is_named(
         tensors[f"{LAYER}.weight_scale"] = zm.to_blocked(scales)
 
     wide = change(converted, tmp_path / "wide.safetensors", widen)
-    monkeypatch.setattr(export_module, "_FOLD_BOUND", 1e-7)
+    monkeypatch.setattr(export_formats, "_FOLD_BOUND", 1e-7)
     with pytest.raises(zm.PrecisionLossError, match=f'layer "{LAYER}" cannot be folded: '):
         zm.export(wide, tmp_path / "rows.safetensors", "fp8-rowwise")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["wide.safetensors"]
 
 
-def test_damaged_layer_is_named(converted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "value", "problem"),
+    [("weight", 0x7F, "NaN codes"), ("weight_scale", 255, "NaN scales")],
+)
+def test_damaged_layer_is_named(
+    tensor: str, value: int, problem: str, converted: Path, folder: Path, tmp_path: Path
+) -> None:
     def damage(tensors: Tensors, _: dict[str, str]) -> None:
-        tensors[f"{LAYER}.weight"].view(torch.uint8)[3, 5] = 0x7F
+        name = next(x for x in tensors if x.endswith(f"{attention}.{tensor}"))
+        tensors[name].view(torch.uint8)[3, 5] = value
 
+    attention = LAYER
     bad = change(converted, tmp_path / "bad.safetensors", damage)
-    with pytest.raises(zm.CheckpointError, match=rf'layer "{LAYER}" is damaged: '):
-        zm.export(bad, tmp_path / "rows.safetensors", "fp8-rowwise")
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["bad.safetensors"]
+    attention, bad_folder = "layers.0.attention.to_v", tmp_path / "bad"
+    shutil.copytree(folder, bad_folder)
+    change(folder / WEIGHTS, bad_folder / WEIGHTS, damage)
+    before = sorted(tmp_path.rglob("*"))
+    for source, to in (
+        (bad, "fp8-rowwise"),
+        (bad, "int8-convrot"),
+        (bad, "diffusers"),
+        (bad_folder, "comfyui"),
+    ):
+        with pytest.raises(zm.CheckpointError, match=rf'layer "{LAYER}" is damaged: ') as caught:
+            zm.export(source, tmp_path / "x.safetensors", to)
+        assert to == "fp8-rowwise" or f"it has {problem}; " in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ---- Errors

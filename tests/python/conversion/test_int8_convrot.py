@@ -38,7 +38,7 @@ from helpers.diffusers_reference import (
 from zimage_mxfp8 import _core
 from zimage_mxfp8.checkpoint.source import open_checkpoint
 from zimage_mxfp8.conversion.bias_correction import embedder_outputs
-from zimage_mxfp8.conversion.export import LAYOUTS
+from zimage_mxfp8.conversion.export_layouts import LAYOUTS
 from zimage_mxfp8.streaming.formats import FORMAT_NAMES
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES
 from zimage_mxfp8.zimage.layers import zimage_shapes
@@ -438,7 +438,7 @@ def test_export_of_parts_and_of_folders_gives_the_same_bytes(
 ) -> None:
     zm.convert(plain, tmp_path / "mxfp8.safetensors")
     zm.export(tmp_path / "mxfp8.safetensors", tmp_path / "whole.safetensors", "int8-convrot")
-    monkeypatch.setattr("zimage_mxfp8.conversion.export._DECODED", 1)
+    monkeypatch.setattr("zimage_mxfp8.conversion.export_formats._DECODED", 1)
     zm.export(tmp_path / "mxfp8.safetensors", tmp_path / "parts.safetensors", "int8-convrot")
     zm.export(tmp_path / "mxfp8.safetensors", tmp_path / "folder", "diffusers")
     zm.export(tmp_path / "folder", tmp_path / "stacked.safetensors", "int8-convrot")
