@@ -68,11 +68,13 @@ class QuantizedLayers:
         layers: the layers that can be read, by name.
         breaches: broken rules of the others.
         notes: details that ComfyUI reads and other programs may miss.
+        broken: names of the others, whose tensors a breach explains.
     """
 
     layers: list[QuantizedLayer]
     breaches: list[Breach]
     notes: list[str]
+    broken: frozenset[str]
 
     def require_sound(self, path: str | os.PathLike[str]) -> None:
         """Raise CheckpointError, with the first breach, if there are any."""
@@ -182,13 +184,14 @@ class LayerReader:
                 layer = name.removesuffix(markers.WEIGHT_SUFFIX)
                 described.setdefault(layer, Description(None, None))
         expected = self._expected_shapes(described)
-        layers = []
+        layers = {}
         for name in sorted(described):
             count = len(breaches)
             found = self._layer(name, described[name], expected)
             if found is not None and len(breaches) == count:
-                layers.append(found)
-        return QuantizedLayers(layers, breaches, self._notes(described))
+                layers[name] = found
+        broken = frozenset(described.keys() - layers.keys())
+        return QuantizedLayers(list(layers.values()), breaches, self._notes(described), broken)
 
     def _breach(self, tensor: str, problem: str, remedy: str = AGAIN) -> None:
         self._findings.breach(tensor, problem, remedy)
@@ -228,7 +231,8 @@ class LayerReader:
             return None
         if scale is None:
             self._breach(name + markers.SCALE_SUFFIX, "is missing")
-        if not self._is_described(name, description) or scale is None:
+            return None
+        if not self._is_described(name, description):
             return None
         return self._storage.layer(
             name, weight, scale, description, expected.get(weight.name), self._findings

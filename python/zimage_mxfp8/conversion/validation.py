@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..checkpoint.find_layers import find_layers
 from ..checkpoint.header import read_header
 from ..checkpoint.identify import Identified, open_for
 from ..checkpoint.provenance import PROVENANCE_KEY, read_provenance
-from ..checkpoint.quantized_layers import AGAIN, Breach, QuantizedLayer
+from ..checkpoint.quantized_layers import AGAIN, Breach, QuantizedLayer, QuantizedLayers
 from ..checkpoint.scopes import COMFYUI_PREFIXES
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.structure import missing_or_misshapen, unknown_weights
@@ -37,6 +37,7 @@ from .nonfinite import can_be_nonfinite, first_nonfinite
 from .options import AnyPath, weighted_files
 
 Bytes = npt.NDArray[np.uint8]
+_Flaws = dict[str, Counter[str]]  # how many elements have a problem, by tensor and problem
 
 
 @dataclass(repr=False)
@@ -139,13 +140,15 @@ def validate(
     )
     report.notes += quantized.notes
     _check_readable_by_others(checkpoint, report)
-    _check_model(found, layers, report)
+    original = None
+    if against is not None:
+        original = _original(against, adapters, checkpoint, layers, report)
+    _check_model(found, quantized, original, report)
     scan = _DataScan(report)
     comparison = None
     jobs: list[Job] = []
     scanned: set[str] = set()
-    if against is not None:
-        original = _original(against, adapters, checkpoint, layers, report)
+    if original is not None:
         comparison = _Comparison(checkpoint, layers, original, report, scan)
         jobs = comparison.jobs()
         scanned = comparison.compared
@@ -156,10 +159,13 @@ def validate(
     jobs += kept.jobs()
     with shown(progress, byte_bar("checking")) as callback:
         run_jobs(jobs, None, threads=threads, progress=callback)
-    scan.finish()
-    kept.finish()
+    flaws = scan.flaws()
+    kept.finish(comparison.changed if comparison else ())
     if comparison is not None:
-        comparison.finish()
+        comparison.finish(flaws)
+    for tensor, counts in sorted(flaws.items()):
+        for problem, count in sorted(counts.items()):
+            report.breaches.append(Breach(tensor, f"{problem} ({count:,})", AGAIN))
     return report
 
 
@@ -210,22 +216,40 @@ def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) 
         report.breaches.append(Breach(min(unseen), "is unseen by the safetensors library", AGAIN))
 
 
-def _check_model(found: Identified, layers: list[QuantizedLayer], report: ValidationReport) -> None:
+def _check_model(
+    found: Identified,
+    quantized: QuantizedLayers,
+    original: Checkpoint | None,
+    report: ValidationReport,
+) -> None:
     checkpoint, scope = found.checkpoint, found.scope
     if not scope.zimage:
         report.notes.append("not a Z-Image transformer: its tensors were not counted")
         return
-    shapes = {layer.weight.name: layer.shape for layer in layers}
-    remedy = "complete the original and " + AGAIN
-    for name, problem in missing_or_misshapen(checkpoint, scope, shapes):
-        report.breaches.append(Breach(name, problem, remedy))
-    scales = {layer.scale.name for layer in layers}
-    for name, problem in unknown_weights(checkpoint, scope, scales):
-        report.breaches.append(Breach(name, problem, remedy))
+    shapes = {layer.weight.name: layer.shape for layer in quantized.layers}
+    scales = {layer.scale.name for layer in quantized.layers}
+    scales |= {name + markers.SCALE_SUFFIX for name in quantized.broken}
+    explained = {name + markers.WEIGHT_SUFFIX for name in quantized.broken}
+    found_problems = (
+        ("complete", missing_or_misshapen(checkpoint, scope, shapes)),
+        ("take it out of", unknown_weights(checkpoint, scope, scales)),
+    )
+    for verb, problems in found_problems:
+        for name, problem in problems:
+            if name in explained:
+                continue
+            is_ours = original is not None and _shape(original, name) != _shape(checkpoint, name)
+            remedy = AGAIN if is_ours else f"{verb} the original and convert it again"
+            report.breaches.append(Breach(name, problem, remedy))
     if scope.prefix not in COMFYUI_PREFIXES:
         report.notes.append(
             f'the prefix "{scope.prefix}" is not one that ComfyUI strips: it does not load the file'
         )
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
+    tensor = checkpoint.tensors.get(name)
+    return None if tensor is None else tensor.shape
 
 
 class _KeptScan:
@@ -255,13 +279,13 @@ class _KeptScan:
 
         return Job(tensor.name, end - begin, run)
 
-    def finish(self) -> None:
+    def finish(self, changed: Collection[str]) -> None:
+        """Report what was found; `changed` are tensors that differ from the original's."""
         for name in sorted(self._bad):
             if name in self._found.scope:
                 problem = "has NaN or Inf, which make every image NaN"
-                self._report.breaches.append(
-                    Breach(name, problem, "repair the original and " + AGAIN)
-                )
+                remedy = AGAIN if name in changed else "repair the original and convert it again"
+                self._report.breaches.append(Breach(name, problem, remedy))
             else:
                 self._report.notes.append(f'"{name}", outside the transformer, has NaN or Inf')
 
@@ -290,12 +314,12 @@ class _DataScan:
         self._found += [breach for breach in flaws.breaches if breach[2]]
         self._report.notes += flaws.notes
 
-    def finish(self) -> None:
-        totals: Counter[tuple[str, str]] = Counter()
+    def flaws(self) -> _Flaws:
+        """Return the flaws of all rows that were scanned."""
+        totals: _Flaws = {}
         for tensor, what, count in self._found:
-            totals[tensor, what] += count
-        for (tensor, what), count in sorted(totals.items()):
-            self._report.breaches.append(Breach(tensor, f"{what} ({count:,})", AGAIN))
+            totals.setdefault(tensor, Counter())[what] += count
+        return totals
 
 
 class _Comparison:
@@ -311,6 +335,7 @@ class _Comparison:
     ) -> None:
         self._scan = scan
         self.compared: set[str] = set()  # layers with data that the jobs read, and so also scan
+        self.changed: set[str] = set()  # tensors that differ, though they are not quantised
         self._checkpoint = checkpoint
         self._layers = {layer.name: layer for layer in layers}
         self._original = original
@@ -319,7 +344,6 @@ class _Comparison:
         # appended to by all workers.
         self._differences: list[tuple[str, bool, int, int]] = []
         self._stats: dict[tuple[str, int], ErrorStats] = {}
-        self._changed: set[str] = set()
         self._bias_changes: list[float] = []
 
     def jobs(self) -> list[Job]:
@@ -352,7 +376,9 @@ class _Comparison:
         return jobs
 
     def _breach(self, tensor: str, problem: str) -> None:
-        self._report.breaches.append(Breach(tensor, problem, AGAIN))
+        """Report a tensor, unless a breach explains already why it differs from the original."""
+        if all(breach.tensor != tensor for breach in self._report.breaches):
+            self._report.breaches.append(Breach(tensor, problem, AGAIN))
 
     def _weight_jobs(self, layer: QuantizedLayer, original: SourceTensor) -> list[Job]:
         if original.shape != layer.shape or original.dtype not in FLOAT_NAMES:
@@ -402,7 +428,7 @@ class _Comparison:
             old = to_float64(original, worker.read(original, 0, original.nbytes))
             new = to_float64(found, worker.read(found, 0, found.nbytes, "file"))
             if np.isfinite(old).all() and not np.isfinite(new).all():
-                self._breach(found.name, "has NaN or Inf, which the original's does not have")
+                self.changed.add(found.name)
             elif old.size:
                 self._bias_changes.append(float(np.abs(new - old).max()))
 
@@ -429,20 +455,21 @@ class _Comparison:
                     expected = rounded.reshape(-1).view(np.uint8)
                 at = begin // item * 2 if cast else begin
                 if not np.array_equal(expected, worker.read(found, at, expected.size, "file")):
-                    self._changed.add(found.name)
+                    self.changed.add(found.name)
 
             return Job(found.name, end - begin, run)
 
         return [job(begin, end) for begin, end in byte_chunks(original)]
 
-    def finish(self) -> None:
+    def finish(self, flaws: _Flaws) -> None:
+        """Report the differences; removes the flaws that they explain."""
         moved = [change for change in self._bias_changes if change != 0]
         if moved:
             self._report.notes.append(
                 f"{plural(len(moved), 'bias differs', 'biases differ')} from the original's, by up "
                 f"to {max(moved):.2e}: the bias correction, which is not checked"
             )
-        for name in sorted(self._changed):
+        for name in sorted(self.changed):
             self._breach(name, "differs from the original, though it is not quantised")
         wrong: dict[str, dict[bool, list[int]]] = {}
         for name, rounding, codes, scales in self._differences:
@@ -453,17 +480,24 @@ class _Comparison:
             rounding = min(wrong[name], key=lambda way: sum(wrong[name][way]))
             codes, scales = wrong[name][rounding]
             layer = self._layers[name]
-            if scales:
-                problem = self._diagnose_scales(layer, rounding) or (
-                    f"has scales that differ from the original's ({scales:,})"
-                )
-                self._breach(layer.scale.name, problem)
-            if codes:
-                self._breach(
-                    layer.weight.name,
-                    f"has codes that are not the original's rounded to nearest ({codes:,})",
-                )
+            if scales and (order := self._diagnose_scales(layer, rounding)):
+                flaws.pop(layer.scale.name, None)
+                self._breach(layer.scale.name, order)
+            else:
+                what = "scales that differ from the original's"
+                self._report_differences(layer.scale.name, scales, what, flaws)
+            what = "codes that are not the original's rounded to nearest"
+            self._report_differences(layer.weight.name, codes, what, flaws)
         self._report.errors = merge_rows(self._stats)
+
+    def _report_differences(self, tensor: str, count: int, what: str, flaws: _Flaws) -> None:
+        """Report how many elements differ from the original's, without those that have flaws."""
+        if not count:  # what looks like a flaw is the original's, or another tensor's
+            flaws.pop(tensor, None)
+        others = count - sum(flaws.get(tensor, {}).values())
+        if others > 0:
+            more = "more " if tensor in flaws else ""
+            self._breach(tensor, f"has {more}{what} ({others:,})")
 
     def _diagnose_scales(self, layer: QuantizedLayer, source_rounding: bool) -> str | None:
         """Return the order of a layer's scales, if it is a known wrong one."""

@@ -160,12 +160,9 @@ def test_what_the_original_shows(
     original: Path, converted: Path, tmp_path: Path, change: object, tensor: str, problem: str
 ) -> None:
     path = damage(converted, tmp_path, change)  # type: ignore[arg-type]
-    report = validate(path, original)
-    assert not report.ok
-    assert any(b.tensor == tensor and problem in b.problem for b in report.breaches), sentences(
-        report
-    )
-    assert all(breach.remedy for breach in report.breaches)
+    (breach,) = validate(path, original).breaches  # one cause, one sentence
+    assert breach.tensor == tensor and problem in breach.problem
+    assert breach.remedy == "convert the original again"
 
 
 @pytest.mark.parametrize("layer", ["layers.0.attention.qkv", "layers.0.feed_forward.w1"])
@@ -266,12 +263,71 @@ WEIGHT, SCALE, MARKER = (f"{LAYER}.{part}" for part in ("weight", "weight_scale"
     ],
 )
 def test_what_the_file_itself_shows(
-    converted: Path, tmp_path: Path, change: object, tensor: str | None, problem: str
+    original: Path,
+    converted: Path,
+    tmp_path: Path,
+    change: object,
+    tensor: str | None,
+    problem: str,
 ) -> None:
-    report = validate(damage(converted, tmp_path, change))  # type: ignore[arg-type]
-    assert any(
-        (tensor is None or b.tensor == tensor) and problem in b.problem for b in report.breaches
-    ), sentences(report)
+    path = damage(converted, tmp_path, change)  # type: ignore[arg-type]
+    (breach,) = validate(path).breaches
+    assert tensor in (None, breach.tensor) and problem in breach.problem
+    assert len(validate(path, original).breaches) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor", "problem"),
+    [
+        (lambda t, _: t[WEIGHT].view(torch.uint8)[0].fill_(0), WEIGHT, "rounded to nearest (341)"),
+        (
+            lambda t, _: t["x_embedder.bias"].__setitem__(1, float("inf")),
+            "x_embedder.bias",
+            "NaN or Inf",
+        ),
+    ],
+)
+def test_the_original_shows_what_is_wrong(
+    original: Path, converted: Path, tmp_path: Path, change: object, tensor: str, problem: str
+) -> None:
+    path = damage(converted, tmp_path, change)  # type: ignore[arg-type]
+    (alone,) = validate(path).breaches
+    (compared,) = validate(path, original).breaches
+    assert compared.tensor == tensor and problem in compared.problem
+    assert compared.remedy == "convert the original again" and alone != compared
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda t, _: t.pop("x_pad_token"), "complete the original and convert it again"),
+        (
+            lambda t, _: t.update({"layers.0.extra.weight": torch.zeros(3, 3)}),
+            "take it out of the original and convert it again",
+        ),
+    ],
+)
+def test_a_sound_original_need_not_be_repaired(
+    original: Path, converted: Path, tmp_path: Path, change: object, remedy: str
+) -> None:
+    path = damage(converted, tmp_path, change)  # type: ignore[arg-type]
+    assert [b.remedy for b in validate(path).breaches] == [remedy]
+    assert [b.remedy for b in validate(path, original).breaches] == ["convert the original again"]
+
+
+def test_two_causes_in_one_tensor_are_two_breaches(
+    original: Path, converted: Path, tmp_path: Path
+) -> None:
+    def change(tensors: Tensors, _: object) -> None:
+        tensors[WEIGHT].view(torch.uint8)[3, :2] = 0x7F
+        tensors[WEIGHT].view(torch.uint8)[4, :5] ^= 1
+
+    assert [
+        b.problem for b in validate(damage(converted, tmp_path, change), original).breaches
+    ] == [
+        "has more codes that are not the original's rounded to nearest (5)",
+        "has NaN codes (2)",
+    ]
 
 
 def test_diffusers_names_with_quantised_layers(converted: Path, tmp_path: Path) -> None:
