@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..checkpoint.inspection import inspect
     from ..printing.inspection import print_inspection
+    from ..printing.screen import first_few
     from . import display
 
     found = inspect(arguments.file)
@@ -31,5 +32,5 @@ def run(arguments: argparse.Namespace) -> int:
         display.print_json(found.to_dict())
         return 0
     print_inspection(found, display.screen())
-    display.warn(found.breaches)
+    display.warn(first_few(found.breaches, "breaches", "--json"))
     return 0

@@ -15,6 +15,7 @@ from ..text import printable
 
 _PLAIN_WIDTH = 160  # of tables in a file or a pipe
 _UNKNOWN_WIDTH = 80  # of a terminal
+_MAX_SHOWN = 5  # of sentences about the same
 
 
 def console(stderr: bool = False) -> Console:
@@ -37,6 +38,20 @@ def size_text(nbytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def first_few(sentences: Sequence[str], what: str, complete: str) -> list[str]:
+    """Return the first five sentences, and one that counts the others.
+
+    Args:
+        sentences: all of them.
+        what: what they are, in the plural.
+        complete: the option or call that shows all of them.
+    """
+    shown = list(sentences[:_MAX_SHOWN])
+    if more := len(sentences) - len(shown):
+        shown.append(f"... and {more:,} more {what} ({complete} has all)")
+    return shown
 
 
 class Screen:

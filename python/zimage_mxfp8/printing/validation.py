@@ -5,20 +5,16 @@ from __future__ import annotations
 from ..conversion.validation import ValidationReport
 from ..text import plural
 from .errors import print_errors
-from .screen import Screen
-
-_MAX_SHOWN = 20
+from .screen import Screen, first_few
 
 
 def print_validation(report: ValidationReport, screen: Screen) -> None:
     """Print a `ValidationReport`."""
-    for breach in report.breaches[:_MAX_SHOWN]:
-        screen.text(f"breach: {breach}")
-    if len(report.breaches) > _MAX_SHOWN:
-        more = len(report.breaches) - _MAX_SHOWN
-        screen.text(f"... and {more} more breaches ({screen.complete} has all)")
-    for note in report.notes:
-        screen.text(f"note: {note}")
+    breaches = [f"breach: {breach}" for breach in report.breaches]
+    notes = [f"note: {note}" for note in report.notes]
+    for sentences, what in ((breaches, "breaches"), (notes, "notes")):
+        for sentence in first_few(sentences, what, screen.complete):
+            screen.text(sentence)
     if report.errors:
         print_errors(report.errors, screen)
     compared = "; codes, scales and their order equal the original's" if report.against else ""

@@ -422,6 +422,23 @@ def test_other_original(converted: Path, tmp_path: Path) -> None:
     assert any(
         "encodes [128, 341], but the original is BF16 [128, 400]" in s for s in sentences(report)
     )
+    printed = str(report).splitlines()
+    assert sum(line.startswith("breach: ") for line in printed) == 5
+    assert f"... and {len(report.breaches) - 5} more breaches (to_dict() has all)" in printed
+
+
+def test_inspect_names_some_breaches_and_counts_the_rest(
+    converted: Path, tmp_path: Path, in_process: Run
+) -> None:
+    def change(tensors: Tensors, _: object) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            del tensors[name]
+
+    path = damage(converted, tmp_path, change)
+    lines = in_process("inspect", path).stderr.splitlines()
+    assert len(lines) == 6 and all('.weight_scale" is missing' in line for line in lines[:5])
+    count = len(zm.inspect(path).breaches)
+    assert lines[5] == f"zimage-mxfp8: warning: ... and {count - 5} more breaches (--json has all)"
 
 
 def test_command(in_process: Run, original: Path, converted: Path, tmp_path: Path) -> None:
