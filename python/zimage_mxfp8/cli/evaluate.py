@@ -117,11 +117,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     report_line("checking the model folder, the prompts and the output ...")
+    from ..analysis.evaluate.folder import OWN_ENTRIES, save_report
+    from ..analysis.evaluate.inputs import find_files, image_settings
     from ..analysis.evaluate.prompts import read_prompts
     from ..analysis.evaluate.thresholds import Thresholds
     from ..checkpoint import hub
     from ..checkpoint.output_folder import check_target_folder
-    from ..generation.folder import open_model_folder
     from ..printing.evaluate import print_evaluation
     from ..printing.progress import analysis_bar
     from ..system.optional_packages import needed
@@ -138,17 +139,20 @@ def run(arguments: argparse.Namespace) -> int:
         None if name is None else resolve(name, (hub.TRANSFORMER,), download=arguments.download)
         for name in (arguments.transformer, arguments.against)
     ]
-    open_model_folder(model_dir)
+    assert files[0] is not None  # a required option
+    find_files(
+        model_dir, files[0], files[1], arguments.compute, arguments.against_compute, download=False
+    )
+    size = (arguments.size, arguments.size)
+    image_settings(prompts, arguments.seeds, arguments.steps, size, arguments.guidance)
+    if arguments.output is not None:
+        check_target_folder(arguments.output, OWN_ENTRIES, overwrite=arguments.overwrite)
     keep_libraries_quiet()
     report_line("loading torch and diffusers ...")
     with needed("evaluate", "evaluate"):
-        from ..analysis.evaluate.folder import OWN_ENTRIES, save_report
         from ..analysis.evaluate.run import evaluate
     from ..analysis.pages.page import Origin, links_above
 
-    assert files[0] is not None  # a required option
-    if arguments.output is not None:
-        check_target_folder(arguments.output, OWN_ENTRIES, overwrite=arguments.overwrite)
     with analysis_bar(report_line) as progress:
         report = evaluate(
             model_dir,
@@ -157,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
             prompts=prompts,
             seeds=arguments.seeds,
             steps=arguments.steps,
-            size=(arguments.size, arguments.size),
+            size=size,
             guidance=arguments.guidance,
             compute=arguments.compute,
             against_compute=arguments.against_compute,

@@ -192,8 +192,8 @@ def run(arguments: argparse.Namespace) -> int:
     report_line("checking the model folder and the output ...")  # before the slow imports
     from ..checkpoint import hub
     from ..checkpoint.output import check_target, write_file
-    from ..generation.folder import open_model_folder
     from ..generation.images import open_image, png_bytes, preview_path, write_new
+    from ..generation.parts import open_parts
     from ..printing.progress import stage_bar_or_lines
     from ..system.optional_packages import needed
     from . import display
@@ -224,7 +224,7 @@ def run(arguments: argparse.Namespace) -> int:
     controlnet = None
     if arguments.controlnet:
         controlnet = resolve(arguments.controlnet, (), download=arguments.download)
-    open_model_folder(model_dir)
+    open_parts(model_dir, transformer, controlnet, arguments.compute)
     keep_libraries_quiet()
     report_line("loading torch and diffusers ...")
     with needed("generate", "generate"):

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
+from ..system.devices import check_name
 from ..transformer.compute import COMPUTE_MODES
 from .arguments import count, spellings
 from .wording import CommandLineError
@@ -29,6 +31,7 @@ def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--dtype`."""
     parser.add_argument(
         "--device",
+        type=_device,
         metavar="cpu|cuda|cuda:N",
         help="where to run (default: cuda if torch has it)",
     )
@@ -96,6 +99,15 @@ def add_offload(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load text encoder, transformer and VAE one after another, so that memory holds one",
     )
+
+
+def _device(text: str) -> str:
+    """Return the name of a device, for `type=`: torch is not asked whether it is there."""
+    try:
+        check_name(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(error.problem) from None
+    return text
 
 
 def keep_libraries_quiet() -> None:

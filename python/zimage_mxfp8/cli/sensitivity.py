@@ -85,10 +85,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    from ..analysis.sensitivity.settings import check_settings
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..checkpoint.source import open_checkpoint
     from ..conversion.recipes import recipe_toml
     from ..printing.progress import analysis_bar
+    from ..transformer.model_file import open_model
     from . import display
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
@@ -101,16 +103,17 @@ def run(arguments: argparse.Namespace) -> int:
         if output is not None:
             check_target(output, inputs, overwrite=arguments.overwrite, argument=name)
     check_distinct({**outputs, "state": arguments.state})
+    # Reported now, not after torch was imported and the text encoder loaded.
+    size = (arguments.size, arguments.size)
+    check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
+    open_model(arguments.file, "measure")
     with needed("torch", "sensitivity"):
         import torch
 
         from ..analysis.sensitivity.recipe import sensitivity_recipe
-        from ..analysis.sensitivity.run import analyse_sensitivity, check_settings
+        from ..analysis.sensitivity.run import analyse_sensitivity
         from ..printing.sensitivity import print_sensitivity
         from ..streaming.jobs import StageProgress
-    size = (arguments.size, arguments.size)
-    # Reported now, not after the text encoder was loaded.
-    check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
     dtype = getattr(torch, arguments.dtype)
     with _keeping(arguments.state), analysis_bar(report_line) as progress:
         captions = None
@@ -181,7 +184,7 @@ def _keeping(state: Path | None) -> Iterator[None]:
 def _captions(arguments: argparse.Namespace, dtype: Any) -> list[Any]:
     from ..generation.folder import open_model_folder
     from ..system.devices import memory_for, torch_device
-    from ..transformer.weights import open_model
+    from ..transformer.model_file import open_model
 
     prompts = [text("prompt", prompt) for prompt in arguments.prompt]
     folder = open_model_folder(arguments.model_dir)

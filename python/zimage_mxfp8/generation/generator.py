@@ -19,23 +19,22 @@ from diffusers.image_processor import VaeImageProcessor
 from .. import _core
 from ..checkpoint import hub
 from ..checks import file_or_folder, whole_number
-from ..errors import CheckpointError, CudaError, GenerationError, RankError, UsageError
+from ..errors import CudaError, GenerationError, RankError, UsageError
 from ..printing.progress import shown, stage_bar
 from ..streaming.jobs import Progress
 from ..system.device_notes import report_line
 from ..system.devices import core_index, memory_for
-from ..transformer.compute import MODES, Compute, choose
+from ..transformer.compute import Compute, choose
 from ..transformer.control import ZImageControlNet
 from ..transformer.model import ZImageTransformer
 from ..transformer.ranks.devices import check_ranks, rank_devices
-from ..transformer.weights import ModelFile, open_control, open_model
-from ..zimage.config import ZImageConfig
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
 from .controlled import ControlledTransformer
 from .folder import open_model_folder
 from .images import open_image
 from .limits import PIXELS_PER_TOKEN
 from .loras import LoraCache
+from .parts import open_parts
 from .preview import PreviewCallback, Previews
 from .settings import GenerationSettings
 from .steps import StepCallback, Steps
@@ -190,29 +189,26 @@ class ZImageGenerator:
             raise UsageError("dtype", f"must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
         self._dtype = dtype
         file_or_folder("model_dir", model_dir)  # for its error
-        parts = hub.COMPONENTS if transformer is not None else (*hub.COMPONENTS, hub.TRANSFORMER)
-        self._folder = open_model_folder(hub.resolve(model_dir, parts, download=download))
-        if transformer is None and not self._folder.transformer.is_dir():
-            raise CheckpointError(
-                f"{model_dir} has no transformer/",
-                "name a file with `transformer`, or download the model again",
-            )
-        if transformer is None:
-            self._file = self._folder.transformer
-        else:
+        own = () if transformer is not None else (hub.TRANSFORMER,)
+        folder = hub.resolve(model_dir, (*hub.COMPONENTS, *own), download=download)
+        open_model_folder(folder)  # before anything else is downloaded
+        file = control_file = None
+        if transformer is not None:
             file_or_folder("transformer", transformer)
-            self._file = hub.resolve(transformer, (hub.TRANSFORMER,), download=download)
-        self._devices = rank_devices(device, devices)
-        self._device = self._devices[0]
-        headers = open_model(self._file)
-        check_ranks(len(self._devices), headers.config)
-        self._folder.check_captions_fit(self._file, headers.config.cap_feat_dim)
-        self._compute = choose(compute, core_index(self._device), headers.weights)
-        self._control_file: Path | None = None
+            file = hub.resolve(transformer, (hub.TRANSFORMER,), download=download)
         if controlnet is not None:
             file_or_folder("controlnet", controlnet)
-            self._control_file = hub.resolve(controlnet, (), download=download)
-            self._control_compute = self._check_controlnet(self._control_file, headers, compute)
+            control_file = hub.resolve(controlnet, (), download=download)
+        parts = open_parts(folder, file, control_file, compute)
+        self._folder, self._file, self._control_file = parts.folder, parts.file, parts.control_file
+        self._devices = rank_devices(device, devices)
+        self._device = self._devices[0]
+        check_ranks(len(self._devices), parts.transformer.config)
+        index = core_index(self._device)
+        self._compute = choose(compute, index, parts.transformer.weights)
+        if parts.controlnet is not None:
+            mode = parts.control_compute
+            self._control_compute = choose(mode, index, parts.controlnet.weights)
         report_line(self._device, device if devices is None else self._device)
         self._scheduler = load_scheduler(self._folder)
         self._offload = offload
@@ -441,23 +437,6 @@ class ZImageGenerator:
             captions = [encoder.encode(prompt) for prompt in prompts]
         report(GenerationProgress("encoding", 1, 1))
         return captions
-
-    def _check_controlnet(
-        self, file: Path, model: ModelFile[ZImageConfig], compute: str
-    ) -> Compute:
-        """Return the compute mode of a ControlNet.
-
-        Raises:
-            CheckpointError: it is none, or for another model.
-        """
-        headers = open_control(file)
-        if problem := headers.config.misfit(model.config):
-            raise CheckpointError(
-                f"the ControlNet {file} does not fit the transformer {self._file}: {problem}"
-            )
-        # A mode is meant for the files that have layers for it.
-        mode = compute if compute in MODES[headers.weights] else "auto"
-        return choose(mode, core_index(self._device), headers.weights)
 
     def _open_control_image(self, settings: GenerationSettings) -> Image | None:
         if settings.control_image is None:

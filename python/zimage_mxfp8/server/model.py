@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint import hub
-from ..generation.folder import open_model_folder
 from ..generation.limits import DEFAULT_SIZE
+from ..generation.parts import open_parts
 from ..generation.small_model import FOLDER, TRANSFORMER, examples
 from ..system.optional_packages import needed
 
@@ -105,6 +105,6 @@ def find_model(
     own = () if transformer else (hub.TRANSFORMER,)
     folder = find(model_dir, (*hub.COMPONENTS, *own))
     file = find(transformer, (hub.TRANSFORMER,)) if transformer else None
-    open_model_folder(folder)
+    open_parts(folder, file, None, compute)
     name = file.stem if file and file.is_file() else hub.name_of(folder)
     return ServedModel(name, DEFAULT_SIZE, folder, file, *how)

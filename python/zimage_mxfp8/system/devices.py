@@ -93,6 +93,15 @@ def cuda_index(device: str) -> int | None:
     return max(index, 0)
 
 
+def check_name(device: str) -> None:
+    """Check the name of a device, which this machine need not have.
+
+    Raises:
+        UsageError: not the name of a device.
+    """
+    _index(device)
+
+
 def _index(device: object) -> int | None:
     """Return the index in a name: None for the CPU, -1 for a CUDA device without a number."""
     name = str(device)  # also of a torch.device

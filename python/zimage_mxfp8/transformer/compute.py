@@ -83,25 +83,21 @@ def supported(device: int) -> list[Compute]:
     return [mode for mode in COMPUTE_MODES if not unsupported(mode, device)]
 
 
-def choose(compute: str, device: int, weights: Weights) -> Compute:
-    """Return the mode to run in.
+def check_mode(compute: str, weights: Weights) -> Compute | Literal["auto"]:
+    """Return a mode that layers can be multiplied in on some device, or "auto".
 
     Args:
-        compute: "auto" (the fastest that the device has) or a mode.
-        device: where the model will be: index of a CUDA device, or -1 for the CPU.
+        compute: "auto" or a mode.
         weights: what the layers are stored in.
 
     Raises:
         UsageError: no such mode, or one that the layers cannot be multiplied in.
-        UnsupportedError: the device does not have the mode.
     """
     modes = {str(mode): mode for mode in COMPUTE_MODES}
     if not isinstance(compute, str) or compute not in ("auto", *modes):
         raise UsageError("compute", f"must be auto, {', '.join(modes)}, not {repr(compute)[:80]}")
     if compute == "auto":
-        # On the CPU nothing is faster in 8 bits.
-        on_gpu = (mode for mode in MODES[weights] if not unsupported(mode, device))
-        return next(on_gpu) if device >= 0 else "weight-only"
+        return "auto"
     mode = modes[compute]
     if mode not in MODES[weights] and weights == "int8-convrot":
         raise UsageError(
@@ -115,6 +111,26 @@ def choose(compute: str, device: int, weights: Weights) -> Compute:
             f"{mode} is for MXFP8 checkpoints, and this one is not quantised",
             'convert it first (zimage-mxfp8 convert), or use `compute="weight-only"`',
         )
+    return mode
+
+
+def choose(compute: str, device: int, weights: Weights) -> Compute:
+    """Return the mode to run in.
+
+    Args:
+        compute: "auto" (the fastest that the device has) or a mode.
+        device: where the model will be: index of a CUDA device, or -1 for the CPU.
+        weights: what the layers are stored in.
+
+    Raises:
+        UsageError: as for `check_mode`.
+        UnsupportedError: the device does not have the mode.
+    """
+    mode = check_mode(compute, weights)
+    if mode == "auto":
+        # On the CPU nothing is faster in 8 bits.
+        on_gpu = (mode for mode in MODES[weights] if not unsupported(mode, device))
+        return next(on_gpu) if device >= 0 else "weight-only"
     if why := unsupported(mode, device):
         place = f"cuda:{device}" if device >= 0 else "the CPU"
         raise UnsupportedError(

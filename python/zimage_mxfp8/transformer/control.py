@@ -32,8 +32,8 @@ from .floating_dtype import check_dtype, dtype_after
 from .inputs import ControlInputs
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
+from .model_file import open_control
 from .sequence import Layout, Segment, fill_up, joined, patchify
-from .weights import open_control
 
 # The transformer's stacks that hints are added in.
 CONTROLLED_STACKS = ("noise_refiner", "layers")

@@ -23,7 +23,8 @@ from . import arithmetic
 from .block import Block
 from .compute import Compute
 from .linear import Linear, PlainLinear, int8_linear, quantized_linear
-from .weights import ModelFile, TensorStream
+from .model_file import ModelFile
+from .weights import TensorStream
 
 _SCALES = " scales"  # behind the key of the codes that they belong to
 _HEADROOM = 1 << 30  # bytes for a forward and for temporaries while a block is built
@@ -83,8 +84,9 @@ def load_parts(
     except RuntimeError as error:
         if not is_out_of_host_memory(error):
             raise
+        needed = file.nbytes(dtype.itemsize) / 2**30
         raise UnsupportedError(
-            f"the {table.title} needs {file.nbytes(dtype) / 2**30:.1f} GiB of memory, which this "
+            f"the {table.title} needs {needed:.1f} GiB of memory, which this "
             "machine does not have free; convert the checkpoint to MXFP8 if it is not"
         ) from None
 
@@ -94,7 +96,7 @@ def _check_memory(
 ) -> None:
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    needed = file.nbytes(dtype) + _HEADROOM
+    needed = file.nbytes(dtype.itemsize) + _HEADROOM
     if needed > free:
         raise CudaError(
             f"the {table.title} needs {needed / 2**30:.1f} GiB on {device} with what a forward "

@@ -46,6 +46,7 @@ from .inputs import ForwardInputs, check_arguments, lora_scale
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
 from .lora import Lora, LoraSet, Weight
+from .model_file import open_model
 from .peft_methods import PeftMethods
 from .places import LinearPlace, linear_places, norm_places
 from .ranks.devices import check_ranks, rank_devices
@@ -65,7 +66,6 @@ from .sequence import (
     unpatchify,
 )
 from .unsupported import alternative_to
-from .weights import open_model
 
 # Values of diffusers' arguments that match the behaviour here.
 _WITHOUT_EFFECT = {

@@ -14,7 +14,7 @@ from helpers.checkpoints import change, random_tensors
 from zimage_mxfp8.analysis.evaluate import weights as module
 from zimage_mxfp8.analysis.evaluate.weights import WeightComparison, compare_weights
 from zimage_mxfp8.streaming.jobs import Progress
-from zimage_mxfp8.transformer.weights import open_model
+from zimage_mxfp8.transformer.model_file import open_model
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
 RAGGED = {"dim": 128, "refiner_layers": 1, "caption_dim": 50, "hidden": 75}

@@ -23,9 +23,10 @@ from helpers.diffusers_reference import CAPTION, make_reference, quantize_inputs
 from helpers.model_folder import make_pipeline
 from helpers.terminal import first_column, tables_in_terminal
 from zimage_mxfp8.analysis.sensitivity import run as analysis
-from zimage_mxfp8.analysis.sensitivity.cases import chosen_steps, record_cases
+from zimage_mxfp8.analysis.sensitivity.cases import record_cases
 from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error
 from zimage_mxfp8.analysis.sensitivity.search import smallest_prefix
+from zimage_mxfp8.analysis.sensitivity.settings import chosen_steps
 from zimage_mxfp8.analysis.sensitivity.targets import find_targets, quantized, round_to_mxfp8
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.streaming.jobs import StageProgress
@@ -70,7 +71,7 @@ def test_targets_are_the_layers_that_recipes_know(
     zm.convert(folder, tmp_path / "all.safetensors", recipe=write_keep_nothing(tmp_path))
     layers = zm.inspect(tmp_path / "all.safetensors")
     assert layers is not None
-    from zimage_mxfp8.transformer.weights import open_model
+    from zimage_mxfp8.transformer.model_file import open_model
 
     blocks = {
         name: layer.shape
@@ -468,7 +469,7 @@ def test_convert_takes_the_recipe(folder: Path, tmp_path: Path, in_process: Run)
     assert ran.returncode == 0, ran.stderr
     report = json.loads(ran.stdout)
     zm.convert(folder, tmp_path / "out.safetensors", recipe=tmp_path / "found.toml")
-    from zimage_mxfp8.transformer.weights import open_model
+    from zimage_mxfp8.transformer.model_file import open_model
 
     layers = set(open_model(tmp_path / "out.safetensors").layers)
     everything = {layer["name"] for layer in report["layers"]}
@@ -568,7 +569,7 @@ def test_prompts_are_measured_with(zimage_folder: Path, tmp_path: Path, in_proce
         (["--html", "x", "--state", "x"], "and another output are the same file"),
         (["--prompt", "a fox"], "--prompt and --model-dir go together"),
         (["--model-dir", "x"], "--prompt and --model-dir go together"),
-        (["--device", "tpu"], "device must be"),
+        (["--device", "tpu"], "--device: must be"),
     ],
 )
 def test_wrong_usage(options: list[str], sentence: str, folder: Path, in_process: Run) -> None:

@@ -30,7 +30,7 @@ from zimage_mxfp8.checkpoint.structure import missing_or_misshapen
 from zimage_mxfp8.conversion.recipes import rules_outside_blocks
 from zimage_mxfp8.transformer.loading import LoadedWeights, load_parts
 from zimage_mxfp8.transformer.model import ZImageTransformer
-from zimage_mxfp8.transformer.weights import ModelFile
+from zimage_mxfp8.transformer.model_file import ModelFile
 from zimage_mxfp8.zimage.config import ZImageConfig
 from zimage_mxfp8.zimage.layers import ZIMAGE
 from zimage_mxfp8.zimage.rows import Layer, Size, Stack, TokenKind

@@ -124,7 +124,7 @@ def single_valued_options() -> Iterator[tuple[str, str, str]]:
         for action in parser._actions:
             if type(action) is not argparse._StoreAction or not action.option_strings:
                 continue
-            values = ("1", "64", "1024", "a.safetensors")
+            values = ("1", "64", "1024", "a.safetensors", "cpu")
             for value in action.choices or values:
                 try:
                     (action.type or str)(value)  # type: ignore[operator]

@@ -33,7 +33,7 @@ from helpers.checkpoints import (
 from helpers.commands import Run, drop_the_right_to_ignore_permissions, fails, only
 from zimage_mxfp8.checkpoint.output import AtomicFile
 from zimage_mxfp8.errors import OutputError
-from zimage_mxfp8.transformer.weights import open_model
+from zimage_mxfp8.transformer.model_file import open_model
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
 # ---- what the input can be

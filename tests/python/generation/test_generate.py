@@ -735,16 +735,51 @@ def test_demo_without_torch_says_how_to_get_it() -> None:
     assert "sound, 185 MXFP8 layers" in result.stdout
 
 
-def test_wrong_names_are_told_before_anything_is_imported(
-    zimage_folder: Path, tmp_path: Path
+def test_wrong_names_are_told_before_torch_is_imported(
+    zimage_folder: Path, zimage_quantized: Path, tmp_path: Path
 ) -> None:
-    output = ("--prompt", "a", "-o", tmp_path / "o.png")
-    for folder, options, sentence in (
-        ("nowhere/model/folder", (), "nowhere/model/folder does not exist"),
-        (zimage_folder, ("--init-image", "none.png"), "the init image none.png does not exist"),
-    ):
-        result = without("torch", "generate", "--model-dir", folder, *output, *options)
-        assert result.returncode == 1 and sentence in result.stderr
+    """Which takes several seconds."""
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "used" / "of another").mkdir(parents=True)
+    model, nothing = ("--model-dir", zimage_folder), ("--transformer", "none.safetensors")
+    plain = ("--transformer", zimage_folder / "transformer")
+    draw = ("generate", *model, "--prompt", "a", "-o", tmp_path / "o.png")
+    judge = ("evaluate", *model, "--prompts", tmp_path / "prompts.txt")
+    serve = ("serve", *model, "--port", "0")
+    settings_file = next((zimage_folder / "transformer").glob("*.json"))
+    cases = (
+        (1, "nowhere does not exist", ("generate", "--model-dir", "nowhere", *draw[3:])),
+        (1, "the init image none.png does not exist", (*draw, "--init-image", "none.png")),
+        (1, "none.safetensors does not exist", (*draw, *nothing)),
+        (1, "is a JSON file, not a safetensors file", (*draw, "--transformer", settings_file)),
+        (2, "--compute fp8 is for MXFP8 checkpoints", (*draw, *plain, "--compute", "fp8")),
+        (2, 'must be "cpu", "cuda" or "cuda:N", not "gpu"', (*draw, "--device", "gpu")),
+        (1, "none.safetensors does not exist", (*judge, *nothing)),
+        (2, "--compute fp8 is for MXFP8 checkpoints", (*judge, *plain, "--compute", "fp8")),
+        (
+            2,
+            "--against-compute fp8 is for MXFP8 checkpoints",
+            (*judge, "--transformer", zimage_quantized, "--against-compute", "fp8"),
+        ),
+        (2, "--size must be a multiple of 16", (*judge, *plain, "--size", "33")),
+        (1, "used has other content", (*judge, *plain, "-o", tmp_path / "used", "--overwrite")),
+        (1, "is quantised already (MXFP8", ("sensitivity", zimage_quantized)),
+        (2, "--timesteps must be 1 to 8", ("sensitivity", zimage_folder, "--timesteps", "9")),
+        (1, "none.safetensors does not exist", (*serve, *nothing)),
+        (2, "--compute fp8 is for MXFP8 checkpoints", (*serve, *plain, "--compute", "fp8")),
+    )
+    lines = [[str(word) for word in words] for _, _, words in cases]
+    code = (
+        "import json, sys; sys.modules['torch'] = None; from zimage_mxfp8.cli.main import main; "
+        "print([(main(x), print('end', file=sys.stderr))[0] for x in json.load(sys.stdin)])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(lines), capture_output=True, text=True
+    )
+    assert json.loads(result.stdout) == [code for code, _, _ in cases], result.stderr
+    found = result.stderr.split("end\n")
+    for (_, sentence, words), errors in zip(cases, found, strict=False):
+        assert sentence in errors.splitlines()[-1], (words, errors)
 
 
 @pytest.mark.parametrize("library", ["torch", "diffusers", "transformers", "PIL"])

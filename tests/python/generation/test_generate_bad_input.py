@@ -67,7 +67,7 @@ def usual_but(*options: object) -> list[object]:
         (("-o", "folder/"), "folder/ is a folder"),
         (("--compute", "fast"), "--compute"),
         (("--dtype", "float16"), "--dtype"),
-        (("--device", "tpu"), 'device must be "cpu", "cuda" or "cuda:N", not "tpu"'),
+        (("--device", "tpu"), '--device: must be "cpu", "cuda" or "cuda:N", not "tpu"'),
         (("--device", "cpu", "--gpus", "2"), "--device cpu contradicts --gpus 2; leave one out"),
         (("--gpus", "0"), "--gpus"),
         (("--colour", "red"), "--colour"),

@@ -29,7 +29,7 @@ import zimage_mxfp8 as zm
 from zimage_mxfp8.adapters.files import open_adapter
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 from zimage_mxfp8.cli.main import main
-from zimage_mxfp8.transformer.weights import open_model
+from zimage_mxfp8.transformer.model_file import open_model
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
 Entries = dict[str, Any]

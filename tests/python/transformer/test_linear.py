@@ -30,8 +30,8 @@ from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 from zimage_mxfp8.transformer.epilogue import RotateHeads, SiluMultiply
 from zimage_mxfp8.transformer.inputs import ForwardInputs
 from zimage_mxfp8.transformer.linear import FP8Linear, Linear
+from zimage_mxfp8.transformer.model_file import open_model
 from zimage_mxfp8.transformer.ops import PLAIN, rotate_heads, silu_multiply
-from zimage_mxfp8.transformer.weights import open_model
 
 FLOAT32 = 1e-5  # relative error of sums in another order
 MODES = ("plain", *COMPUTE_MODES)

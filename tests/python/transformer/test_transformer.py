@@ -29,8 +29,8 @@ from helpers.live_bytes import LiveBytes
 from zimage_mxfp8.transformer import compute as compute_module
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
 from zimage_mxfp8.transformer.linear import Linear
+from zimage_mxfp8.transformer.model_file import open_model
 from zimage_mxfp8.transformer.sequence import layout_of
-from zimage_mxfp8.transformer.weights import open_model
 
 SINGLE_FILE_PREFIX = "model.diffusion_model."
 BATCHES = {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ...checkpoint.output_folder import write_folder
 from ...checks import path
 from ..pages.page import Origin
-from .page import evaluation_page
-from .report import EvaluationReport
+
+if TYPE_CHECKING:
+    from .report import EvaluationReport
 
 OWN_ENTRIES = ("evaluate.html", "evaluate.json", "images")
 
@@ -34,6 +36,8 @@ def save_report(
 
 
 def _files(report: EvaluationReport, origin: Origin) -> Iterator[tuple[str, bytes]]:
+    from .page import evaluation_page  # which imports torch
+
     names = _image_names(report)
     yield "evaluate.html", evaluation_page(report, names, origin).encode()
     document = report.to_dict()

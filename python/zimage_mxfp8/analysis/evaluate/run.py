@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ...checkpoint import hub
-from ...checks import file_or_folder, text, whole_number
-from ...errors import CheckpointError, UsageError
-from ...generation.folder import open_model_folder
 from ...generation.generator import GenerationProgress, ZImageGenerator
 from ...generation.images import png_bytes
 from ...generation.memory import PeakMemory
@@ -26,14 +21,14 @@ from ...generation.settings import GenerationSettings
 from ...printing.progress import analysis_bar, shown
 from ...streaming.jobs import Progress, StageCallback, StageProgress
 from ...system.devices import torch_device
-from ...transformer.weights import open_model
+from ...transformer.model_file import open_model
+from .inputs import find_files, image_settings, naming
 from .metrics import compare_images
 from .report import EvaluationReport, ImagePair, TransformerRun
 from .thresholds import Thresholds
 from .weights import WeightComparison, compare_weights
 
 DEFAULT_SEEDS = (0, 1)
-MAX_PAIRS = 1000
 
 
 @dataclass(frozen=True)
@@ -102,9 +97,11 @@ def evaluate(
     """
     thresholds = Thresholds(min_psnr, min_ssim, max_flip)
     settings = image_settings(prompts, seeds, steps, size, guidance)
-    folder, *paths = _find_files(model_dir, transformer, against, download)
+    folder, *paths = find_files(
+        model_dir, transformer, against, compute, against_compute, download=download
+    )
     generators = [ZImageGenerator(folder, paths[0], device, compute, dtype, offload=True)]
-    with _naming("compute", "against_compute"):
+    with naming("compute", "against_compute"):
         generators.append(
             ZImageGenerator(folder, paths[1], device, against_compute, dtype, offload=True)
         )
@@ -134,90 +131,6 @@ def evaluate(
         dtype=dtype,
         warnings=tuple(dict.fromkeys(each for made in made_a for each in made.warnings)),
     )
-
-
-def image_settings(
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    steps: int,
-    size: tuple[int, int],
-    guidance: float,
-) -> list[GenerationSettings]:
-    """Return the settings of all images, by prompt and then by seed.
-
-    Raises:
-        UsageError: an argument of `evaluate` that cannot be.
-    """
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-        raise UsageError("prompts", f"must be a list of texts, not {repr(prompts)[:80]}")
-    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not seeds:
-        raise UsageError("seeds", f"must be a list of whole numbers, not {repr(seeds)[:80]}")
-    prompts = [text("prompts", prompt) for prompt in prompts]
-    seeds = [whole_number("seeds", seed) for seed in seeds]
-    _check_different("prompts", prompts)
-    _check_different("seeds", seeds)
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
-        raise UsageError("size", f"must be (height, width), not {repr(size)[:80]}")
-    pairs = len(prompts) * len(seeds)
-    if pairs > MAX_PAIRS:
-        raise UsageError(
-            "prompts",
-            f"and seeds make {pairs:,} pairs of images, and {MAX_PAIRS:,} are allowed",
-            "use fewer",
-        )
-    try:
-        return [
-            GenerationSettings(
-                prompt, steps=steps, height=size[0], width=size[1], guidance=guidance, seed=seed
-            )
-            for prompt in prompts
-            for seed in seeds
-        ]
-    except UsageError as error:
-        name = {"height": "size", "width": "size", "seed": "seeds"}.get(error.argument)
-        raise UsageError(name or error.argument, error.problem, error.hint) from None
-
-
-def _check_different(argument: str, values: Sequence[object]) -> None:
-    if len(set(values)) < len(values):
-        repeated = next(value for i, value in enumerate(values) if value in values[:i])
-        raise UsageError(
-            argument, f"must be different, but {repr(repeated)[:80]} is there more than once"
-        )
-
-
-def _find_files(
-    model_dir: str | os.PathLike[str],
-    transformer: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None,
-    download: bool,
-) -> tuple[Path, Path, Path]:
-    """Return the folder, A and B on this machine."""
-    own = () if against is not None else (hub.TRANSFORMER,)
-    file_or_folder("model_dir", model_dir)
-    folder = open_model_folder(hub.resolve(model_dir, (*hub.COMPONENTS, *own), download=download))
-    file_or_folder("transformer", transformer)
-    found = hub.resolve(transformer, (hub.TRANSFORMER,), download=download)
-    if against is not None:
-        file_or_folder("against", against)
-        return folder.path, found, hub.resolve(against, (hub.TRANSFORMER,), download=download)
-    if not folder.transformer.is_dir():
-        raise CheckpointError(
-            f"{model_dir} has no transformer/ to compare with", "name a file with `against`"
-        )
-    return folder.path, found, folder.transformer
-
-
-@contextmanager
-def _naming(argument: str, ours: str) -> Iterator[None]:
-    """Let errors about an argument of the generator name that of `evaluate`."""
-    try:
-        yield
-    except UsageError as error:
-        if error.argument != argument:
-            raise
-        hint = error.hint.replace(f"`{argument}=", f"`{ours}=")
-        raise UsageError(ours, error.problem, hint) from None
 
 
 class _Work:
@@ -284,7 +197,7 @@ class _Work:
         run = TransformerRun(
             path=str(path),
             compute=compute,
-            nbytes=open_model(path).nbytes(getattr(torch, self._dtype)),
+            nbytes=open_model(path).nbytes(getattr(torch, self._dtype).itemsize),
             step_seconds=median(each.step_seconds for each in made),
             peak_nbytes=peak.nbytes(),
         )

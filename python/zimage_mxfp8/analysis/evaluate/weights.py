@@ -20,7 +20,7 @@ from ...streaming.jobs import Job, ProgressCallback, run_jobs
 from ...streaming.rows import decode_rows
 from ...streaming.worker import Worker
 from ...text import natural_order
-from ...transformer.weights import ModelFile
+from ...transformer.model_file import ModelFile
 from ...zimage.config import ZImageConfig
 
 _CHUNK = 1 << 21  # elements that a job decodes, of A and of B

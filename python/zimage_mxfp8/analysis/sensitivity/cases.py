@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import UsageError
 from ...generation.sampler import denoise
 from ...transformer.model import ZImageTransformer
+from .settings import chosen_steps
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,6 @@ class Case:
         t = torch.full((len(self.latents),), self.time, device=model.device)
         (velocities,) = model(self.latents, t, self.captions, return_dict=False)
         return [velocity.float() for velocity in velocities]
-
-
-def chosen_steps(timesteps: int, steps: int = 8) -> list[int]:
-    """Return some steps of a sampling run, the first and the last among them if there are two.
-
-    Raises:
-        UsageError: if `timesteps` is more than the run's steps, or less than 1.
-    """
-    if not 1 <= timesteps <= steps:
-        raise UsageError("timesteps", f"must be 1 to {steps}, not {timesteps}")
-    if timesteps == 1:
-        return [steps // 2]
-    return [round(i * (steps - 1) / (timesteps - 1)) for i in range(timesteps)]
 
 
 def record_cases(

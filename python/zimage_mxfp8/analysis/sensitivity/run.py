@@ -12,22 +12,21 @@ from typing import Any
 import torch
 
 from ...checkpoint.output import check_target
-from ...checks import number, whole_number
 from ...conversion.recipes import Recipe, load_recipe
 from ...errors import CheckpointError, UsageError
-from ...generation.limits import MAX_PIXELS, PIXELS_PER_TOKEN, SEEDS
 from ...printing.progress import analysis_bar, shown
 from ...streaming.jobs import StageCallback, StageProgress
 from ...text import plural
 from ...transformer.model import ZImageTransformer
-from ...transformer.weights import ModelFile, open_model
+from ...transformer.model_file import ModelFile, open_model
 from ...zimage.config import ZImageConfig
 from ...zimage.layers import ZIMAGE
 from ...zimage.table import LayerTable
-from .cases import Case, chosen_steps, record_cases
+from .cases import Case, record_cases
 from .measure import OutputError, mean_error, measure
 from .salience import Salience, measure_salience
 from .search import by_worth, smallest_prefix
+from .settings import check_settings
 from .state import State
 from .targets import Target, find_targets
 
@@ -201,32 +200,6 @@ def analyse_sensitivity(
         return _Analysis(str(path), file, model, cases, memory, bound, conditions, report).run()
 
 
-def check_settings(
-    bound: float, size: tuple[int, int], timesteps: int, seed: int
-) -> tuple[float, tuple[int, int], int, int]:
-    """Return the arguments of `analyse_sensitivity` as Python numbers.
-
-    Raises:
-        UsageError: if an argument is invalid.
-    """
-    bound = number("bound", bound)
-    if not (bound > 0 and math.isfinite(bound)):
-        raise UsageError("bound", f"must be a number above 0, not {bound}")
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
-        raise UsageError("size", f"must be (height, width), not {repr(size)[:80]}")
-    height, width = (whole_number("size", side) for side in size)
-    if any(n % PIXELS_PER_TOKEN or not 0 < n <= MAX_PIXELS for n in (height, width)):
-        raise UsageError(
-            "size",
-            f"must be multiples of {PIXELS_PER_TOKEN} up to {MAX_PIXELS}, not {height} and {width}",
-        )
-    timesteps, seed = whole_number("timesteps", timesteps), whole_number("seed", seed)
-    chosen_steps(timesteps)  # for its check
-    if not 0 <= seed < SEEDS:
-        raise UsageError("seed", "must be 0 or more, and below 2^63")
-    return bound, (height, width), timesteps, seed
-
-
 def _check_captions(captions: Any, features: int) -> None:
     if not isinstance(captions, (list, tuple)) or not captions:
         raise UsageError("captions", f"must be a list of tensors [tokens, {features}]")
@@ -348,7 +321,8 @@ class _Analysis:
         rounded = [target for target in self._targets if target.name not in names]
         key = "all but " + " ".join(sorted(names))
         error = math.sqrt(mean_error(self._errors(key, rounded)).total) if rounded else 0.0
-        nbytes = self._file.nbytes(torch.bfloat16) - sum(target.saved for target in rounded)
+        whole = self._file.nbytes(torch.bfloat16.itemsize)
+        nbytes = whole - sum(target.saved for target in rounded)
         return Choice(name, tuple(sorted(names)), nbytes, error)
 
 
