@@ -78,7 +78,7 @@ def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _wrong_type(name, "a text", value)
     if any("\ud800" <= c <= "\udfff" for c in value):  # Python's stand-ins for other bytes
-        raise UsageError(name, "is not UTF-8 text")
+        raise UsageError(name, "must be UTF-8 text")
     return value
 
 

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import errno
+from typing import TYPE_CHECKING, Any, Final
 
 from .text import printable
 
 if TYPE_CHECKING:
     from .checkpoint.kinds import Kind
+
+
+_FREE_SPACE = "free some space, or choose another disk"
+_REMEDIES: Final = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.ELOOP: "check the path",
+    errno.EACCES: "allow this user to use it",
+    errno.EPERM: "allow this user to use it",
+    errno.EROFS: "choose a folder that is not read-only",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "choose a disk that takes larger files",
+    errno.EMFILE: "raise the limit of open files",
+    errno.ENFILE: "close other programs",
+}
 
 
 class Error(Exception):
@@ -41,6 +60,11 @@ def _restored(kind: type[Error], args: tuple[Any, ...], state: dict[str, Any]) -
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+def remedy(error: OSError) -> str:
+    """Return what a user can do about an error of the operating system, in the imperative."""
+    return _REMEDIES.get(error.errno or 0, "check the disk")
 
 
 class InvalidArgumentError(Error, ValueError):

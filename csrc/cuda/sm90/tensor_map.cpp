@@ -17,7 +17,9 @@ EncodeTiled encode_tiled() {
     cudaDriverEntryPointQueryResult found{};
     ZM_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
                                                    cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess) throw Unsupported("the CUDA driver is too old");
+    if (found != cudaDriverEntryPointSuccess) {
+      throw Unsupported("the CUDA driver is too old; install a newer one");
+    }
     return reinterpret_cast<EncodeTiled>(entry);
   }();
   return function;

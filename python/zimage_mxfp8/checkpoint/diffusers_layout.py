@@ -169,7 +169,7 @@ def _stack(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> SourceT
             raise CheckpointError(
                 f"{checkpoint.path} has tensors that cannot be stacked: "
                 f'"{first.name}" is {first.dtype} {list(first.shape)}, '
-                f'"{other.name}" is {other.dtype} {list(other.shape)}'
+                f'"{other.name}" is {other.dtype} {list(other.shape)}; download it again'
             )
     if not first.shape:
         raise CheckpointError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..dtypes import SAFETENSORS_BITS
-from ..errors import CheckpointError
+from ..errors import CheckpointError, remedy
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_BITS)}
@@ -119,7 +119,8 @@ def layout_header(
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"the output's header would have {len(text):,} bytes, over the format's limit of 100 MB"
+            f"the output's header would have {len(text):,} bytes, and the format allows 100 MB; "
+            "take metadata out of the input"
         )
     start = 8 + len(text)
     infos = {
@@ -140,7 +141,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
         return CheckpointError(f"{path} does not exist; check the path")
     if isinstance(error, PermissionError):
         return CheckpointError(f"{path} cannot be read: no permission; allow this user to read it")
-    return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}; {remedy(error)}")
 
 
 def _fail(path: Path, what: str, remedy: str = "download or export it again") -> NoReturn:

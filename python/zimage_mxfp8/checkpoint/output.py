@@ -28,7 +28,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import OutputError, UsageError
+from ..errors import OutputError, UsageError, remedy
 
 BLOCK = max(4096, mmap.PAGESIZE)  # bytes; the unit of disks and page caches
 MAX_NAME_BYTES = 200  # of a target, for its hidden name to stay under the usual 255
@@ -85,11 +85,11 @@ def check_target(
     try:
         is_folder = folder.is_dir()
     except OSError:
-        raise OutputError(f"the output folder {folder} is not writable") from None
+        raise OutputError(f"the output folder {folder} is not writable; choose another") from None
     if not is_folder:
         raise OutputError(f"the output folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"the output folder {folder} is not writable")
+        raise OutputError(f"the output folder {folder} is not writable; choose another")
     for source in sources:
         if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
             raise UsageError(argument, f"{target} is the input", "choose another name")
@@ -313,7 +313,8 @@ class AtomicFile:
         if self.size > free:
             place = self._named.parent
             raise OutputError(
-                f"{self._named} needs {self.size:,} bytes, but {place} has {free:,} free"
+                f"{self._named} needs {self.size:,} bytes, but {place} has {free:,} free; "
+                "free some space, or choose another disk"
             )
         try:
             with interrupts_held():  # an unknown file would stay behind
@@ -341,7 +342,10 @@ class AtomicFile:
             file.close()  # another process cleans it up, or writes it
             if locked is False:
                 if time.monotonic() > deadline:
-                    raise OutputError(f"another process is writing {self.target}")
+                    raise OutputError(
+                        f"another process is writing {self.target}; wait for it, or choose "
+                        "another name"
+                    )
                 time.sleep(_PATIENCE / 25)
 
     def open(self) -> Writer:
@@ -358,7 +362,8 @@ class AtomicFile:
                 f"{self._named} could not be written: {error.strerror}; "
                 f"{self.size:,} bytes are needed, nothing was kept"
             )
-        return OutputError(f"{self._named} could not be written: {error.strerror or error}")
+        cause = error.strerror or str(error)
+        return OutputError(f"{self._named} could not be written: {cause}; {remedy(error)}")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:

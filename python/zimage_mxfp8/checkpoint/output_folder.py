@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from ..errors import OutputError
+from ..errors import OutputError, remedy
 from .output import (
     MAX_NAME_BYTES,
     PARTIAL_SUFFIX,
@@ -43,7 +43,7 @@ def check_target_folder(target: Path, own: Collection[str], *, overwrite: bool) 
     if not above.is_dir():
         raise OutputError(f"the folder {above} for {target} does not exist; create it first")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise OutputError(f"the folder {above} for {target} is not writable")
+        raise OutputError(f"the folder {above} for {target} is not writable; choose another")
     if not final.exists():
         return
     if not final.is_dir():
@@ -107,7 +107,8 @@ def new_folder(target: Path, own: Collection[str], *, overwrite: bool) -> Iterat
 
 
 def _failure(target: Path, error: OSError) -> OutputError:
-    return OutputError(f"{target} could not be written: {error.strerror or error}")
+    cause = error.strerror or str(error)
+    return OutputError(f"{target} could not be written: {cause}; {remedy(error)}")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import SAFETENSORS_BITS
-from ..errors import CheckpointError
+from ..errors import CheckpointError, remedy
 from .foreign_files import check_file, no_weights
 from .header import read_header, unreadable
 
@@ -193,15 +193,20 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(f"{index} is not JSON; download it again") from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map that names the shard of each tensor")
+        raise CheckpointError(
+            f"{index} has no weight_map that names the shard of each tensor; download it again"
+        )
     shards: dict[Path, set[str] | None] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or shard in (".", "..", "./"):
-            raise CheckpointError(f'{index} gives tensor "{tensor}" no shard name')
+            raise CheckpointError(
+                f'{index} gives tensor "{tensor}" no shard name; download it again'
+            )
         shard = shard.removeprefix("./")
         if any(mark in shard for mark in ("/", "\\", ":", "\0")):
             raise CheckpointError(
-                f'{index} puts tensor "{tensor}" into "{shard}", which is outside its folder'
+                f'{index} puts tensor "{tensor}" into "{shard}", which is outside its folder; '
+                "move the shard there, and correct the name"
             )
         file = index.parent / shard
         if not file.is_file():
@@ -251,9 +256,9 @@ class TensorReader:
             try:
                 complete = self._read_piece(path, position, view[:count])
             except OSError as error:
-                complete, cause = False, error.strerror or str(error)
+                complete, cause = False, f"{error.strerror or error}; {remedy(error)}"
             else:
-                cause = "the file became shorter"
+                cause = "the file became shorter; download it again"
             if not complete:
                 raise CheckpointError(f'{path} cannot be read at tensor "{tensor.name}": {cause}')
             view = view[count:]

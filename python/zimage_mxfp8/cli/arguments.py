@@ -6,10 +6,10 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ..text import did_you_mean
 from .streams import report_line
@@ -26,6 +26,8 @@ def spellings(*names: str) -> list[str]:
     return result
 
 
+_T = TypeVar("_T")
+_LONGEST_SHOWN = 40  # characters of a wrong value
 _NAMES = re.compile("FILE|PATH|DIR|FOLDER|ORIGINAL|OUT|PNG")  # in placeholders of files
 
 
@@ -125,17 +127,37 @@ def checkpoint_path(text: str) -> Path:
     return path
 
 
-def count(minimum: int) -> type[int]:
-    """Return a whole number of at least `minimum`, for `type=`."""
+def converter(convert: Callable[[str], _T], what: str) -> Callable[[str], _T]:
+    """Return a function for `type=` that says what the text must be if `convert` fails.
 
-    def parse(text: str) -> int:
+    Args:
+        convert: raises ValueError for a wrong text.
+        what: completes "must be ...".
+    """
+
+    def parse(text: str) -> _T:
+        try:
+            return convert(text)
+        except ValueError:
+            shown = text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+            raise argparse.ArgumentTypeError(f'must be {what}, not "{shown}"') from None
+
+    return parse
+
+
+def count(minimum: int) -> Callable[[str], int]:
+    """Return a function for `type=` that takes whole numbers of at least `minimum`."""
+
+    def convert(text: str) -> int:
         number = int(text)
         if number < minimum:
             raise ValueError
         return number
 
-    parse.__name__ = f"number of at least {minimum}"
-    return parse  # type: ignore[return-value]
+    return converter(convert, f"a whole number of at least {minimum}")
+
+
+number = converter(float, "a number")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

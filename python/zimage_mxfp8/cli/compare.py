@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ..text import plural
-from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
+from .arguments import add_json, add_overwrite, add_threads, converter, file_path, spellings
 
 
 def _fraction(text: str) -> float:
@@ -22,10 +22,6 @@ def _error_bound(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise ValueError
     return number
-
-
-_fraction.__name__ = "fraction above 0 and up to 1"  # argparse puts it into its sentence
-_error_bound.__name__ = "relative squared error"
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -48,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         "--sample",
-        type=_fraction,
+        type=converter(_fraction, "a fraction above 0 and up to 1"),
         default=1 / 8,
         metavar="FRACTION",
         help="of the rows, for all formats but MXFP8 E4M3, which is measured on every row "
@@ -78,7 +74,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         "--bound",
-        type=_error_bound,
+        type=converter(_error_bound, "a finite number of at least 0"),
         default=1e-3,
         metavar="ERROR",
         help="relative squared error in MXFP8 above which a layer is kept (default: 0.001)",

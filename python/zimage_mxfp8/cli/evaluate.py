@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..transformer.compute import COMPUTE_MODES
-from .arguments import add_json, add_overwrite, count, spellings
+from .arguments import add_json, add_overwrite, count, number, spellings
 from .download import add_download, resolve
 from .models import add_device_and_dtype, add_model_dir, keep_libraries_quiet
 from .streams import report_line
@@ -74,7 +74,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         "--guidance",
-        type=float,
+        type=number,
         default=0.0,
         metavar="SCALE",
         help="classifier-free guidance, ComfyUI's CFG minus 1 (default: 0, none, for Turbo)",
@@ -93,19 +93,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         *spellings("--min-psnr"),
-        type=float,
+        type=number,
         metavar="DB",
         help="fail if the mean PSNR is lower",
     )
     parser.add_argument(
         *spellings("--min-ssim"),
-        type=float,
+        type=number,
         metavar="0-1",
         help="fail if the mean SSIM is lower",
     )
     parser.add_argument(
         *spellings("--max-flip"),
-        type=float,
+        type=number,
         metavar="0-1",
         help="fail if the mean FLIP is higher",
     )

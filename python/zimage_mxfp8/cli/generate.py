@@ -18,7 +18,7 @@ from ..generation.limits import (
     MAX_GUIDANCE,
     MAX_IMAGES,
 )
-from .arguments import add_overwrite, count, file_path, spellings
+from .arguments import add_overwrite, count, file_path, number, spellings
 from .download import add_download, resolve
 from .loras import weighted_file
 from .models import (
@@ -97,7 +97,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         "--guidance",
-        type=float,
+        type=number,
         metavar="SCALE",
         help=f"classifier-free guidance up to {MAX_GUIDANCE}, ComfyUI's CFG minus 1; twice the "
         "work (default: 0, none, for Turbo)",
@@ -124,7 +124,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         "--strength",
-        type=float,
+        type=number,
         metavar="0.01-1",
         help="how much of the init image turns into noise, and of the steps is made "
         f"(default: {DEFAULT_STRENGTH}, with a mask {DEFAULT_MASKED_STRENGTH:g})",
@@ -157,14 +157,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         *spellings("--control-strength"),
-        type=float,
+        type=number,
         metavar="NUMBER",
         help=f"how much it counts (default: {DEFAULT_CONTROL_STRENGTH})",
     )
     for end, default in (("start", 0), ("end", 1)):
         parser.add_argument(
             *spellings(f"--control-{end}"),
-            type=float,
+            type=number,
             metavar="0-1",
             help=f"fraction of the steps at which it {end}s (default: {default})",
         )

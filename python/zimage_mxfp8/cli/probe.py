@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..text import plural
-from .arguments import add_json, add_overwrite, add_threads, file_path, spellings
+from .arguments import add_json, add_overwrite, add_threads, file_path, number, spellings
 from .next_commands import convert_command, convert_with_recipe
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "rules", "Parameters of the recommendations, and their defaults."
     )
     for name, metavar, text in _RULES:
-        rules.add_argument(*spellings(name), type=float, metavar=metavar, help=text)
+        rules.add_argument(*spellings(name), type=number, metavar=metavar, help=text)
     rules.add_argument(
         *spellings("--spread-filter-exempt"),
         nargs="*",

@@ -11,7 +11,7 @@ from typing import Any
 from ..checks import text
 from ..system.optional_packages import needed
 from ..text import plural
-from .arguments import add_json, add_overwrite, count, file_path, spellings
+from .arguments import add_json, add_overwrite, count, file_path, number, spellings
 from .interrupts import Interrupted, is_interrupt
 from .models import add_device_and_dtype, keep_libraries_quiet
 from .next_commands import convert_with_recipe
@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser.add_argument("file", type=Path, metavar="FILE", help="plain checkpoint or folder")
     parser.add_argument(
         "--bound",
-        type=float,
+        type=number,
         default=0.05,
         metavar="ERROR",
         help="relative error of the output that the set has to hold (default: 0.05)",
@@ -95,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
         raise CommandLineError(
-            "--prompt and --model-dir go together: the folder has the text encoder"
+            "--prompt and --model-dir go together, because the folder has the text encoder; "
+            "give both or neither"
         )
     inputs = open_checkpoint(arguments.file).inputs
     outputs = {name: getattr(arguments, name) for name in ("write_recipe", "html")}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from ..system.optional_packages import needed
 from ..text import plural
-from .arguments import count, spellings
+from .arguments import converter, count, spellings
 from .download import add_download, resolve
 from .models import (
     add_compute,
@@ -127,7 +127,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         "--replicas",
-        type=_count_or_auto,
+        type=converter(_count_or_auto, "auto, or a whole number of at least 1"),
         metavar="N|auto",
         help="with --ray: processes that draw, or as many as requests need (default: one per GPU "
         "of the cluster)",
@@ -174,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_ray(arguments: argparse.Namespace) -> None:
     if not arguments.ray and arguments.replicas is not None:
-        raise CommandLineError("--replicas needs --ray")
+        raise CommandLineError("--replicas needs --ray; add it, or leave out --replicas")
     if arguments.ray and arguments.device not in (None, "cpu", "cuda"):
         raise CommandLineError(
             f"--device {arguments.device} cannot be used with --ray, which gives each replica a "
@@ -197,7 +197,9 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
             f"{API_KEY_VARIABLE} or --api-key"
         )
     if arguments.lora_dir is not None and not arguments.lora_dir.is_dir():
-        raise UsageError("lora_dir", f"{arguments.lora_dir} is not a folder")
+        raise UsageError(
+            "lora_dir", f"{arguments.lora_dir} is not a folder", "name the folder of the adapters"
+        )
     return ServerOptions(
         api_key=key,
         queue=arguments.queue,
@@ -215,14 +217,18 @@ def _listener(host: str, port: int) -> socket.socket:
     Binding alone does not take the port: with SO_REUSEADDR another server could bind it, too.
     """
     if port > _MAX_PORT:  # the system would take the rest of it by 65536
-        raise CommandLineError(f"--port {port} cannot be used: ports end at {_MAX_PORT}")
+        raise CommandLineError(
+            f"--port {port} cannot be used: ports end at {_MAX_PORT}; choose another"
+        )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise CommandLineError(f"--host {host} --port {port} cannot be used: {error}") from None
+        raise CommandLineError(
+            f"--host {host} --port {port} cannot be used: {error}; choose another"
+        ) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -300,7 +306,9 @@ def _engine_on_ray(arguments: argparse.Namespace, log: LogWriter, port: int) -> 
 
 
 def _count_or_auto(text: str) -> int | str:
-    return _AUTO if text == _AUTO else count(1)(text)
-
-
-_count_or_auto.__name__ = "number of at least 1, or auto"  # for argparse
+    if text == _AUTO:
+        return text
+    replicas = int(text)
+    if replicas < 1:
+        raise ValueError
+    return replicas

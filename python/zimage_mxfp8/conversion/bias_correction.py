@@ -111,7 +111,8 @@ def correction_inputs(plan: Plan) -> tuple[dict[str, Vector], list[str]]:
         if weight.shape[1] != mean.size:
             raise CheckpointError(
                 f'{plan.checkpoint.path}: tensor "{layer}.weight" has {weight.shape[1]} columns, '
-                f"but {ZIMAGE.time_embedder} gives {mean.size} values"
+                f"but {ZIMAGE.time_embedder} gives {mean.size} values",
+                'use `bias_correction="none"`',
             )
     return dict.fromkeys(known, mean), sorted(layers.keys() - known.keys())
 
@@ -133,7 +134,8 @@ def _random_means(checkpoint: Checkpoint, samples: int, seed: int) -> dict[int, 
             except RuntimeError:
                 raise UnsupportedError(
                     f"torch could not draw {samples:,} x {columns:,} random numbers: not enough "
-                    "memory"
+                    "memory",
+                    "use a smaller `calibration_samples`",
                 ) from None
             means[columns] = drawn.mean(dim=0, dtype=torch.float64).numpy()
     return means

@@ -78,7 +78,7 @@ def plan_export(source: str | os.PathLike[str], to: Layout) -> ExportPlan:
         raise refuse(path, kinds.ZIMAGE)
     own = "diffusers" if found.diffusers else "comfyui"
     if to == own:
-        raise UsageError("to", f"is {to}, and {path} has that layout already")
+        raise UsageError("to", f"is {to}, and {path} has that layout already", "choose another")
     layers = _checked_layers(found)
     return plan_layout(found, layers, to)
 

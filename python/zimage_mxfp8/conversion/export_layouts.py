@@ -203,7 +203,7 @@ class _Planner:
             raise CheckpointError(
                 f"{self._checkpoint.path} is {sizes.dim} wide with feed-forward layers of "
                 f"{sizes.hidden_dim}, and diffusers' class needs a multiple of {HEAD_DIM} with "
-                f"layers of {wanted}"
+                f"layers of {wanted}; leave it in ComfyUI's layout"
             )
         config = model_config(sizes)
         if self._layers:

@@ -110,7 +110,9 @@ class Merge:
         """
         if not found.scope.zimage:
             raise UsageError(
-                "loras", f"need a Z-Image checkpoint, and {found.checkpoint.path} is another model"
+                "loras",
+                f"can be merged into a Z-Image only, and {found.checkpoint.path} is another model",
+                "leave them out",
             )
         self._checkpoint, self._scope = found.checkpoint, found.scope
         names = found.scope.inner_names(found.checkpoint.tensors)

@@ -299,7 +299,8 @@ def _output_tensors(
             if planned.layer + suffix in tensors:
                 raise CheckpointError(
                     f'{checkpoint.path} already has a tensor "{planned.layer + suffix}", which '
-                    f'quantising "{name}" would add'
+                    f'quantising "{name}" would add',
+                    "take it out of the file",
                 )
             outputs[planned.layer + suffix] = added
     return outputs

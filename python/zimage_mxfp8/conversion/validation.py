@@ -126,7 +126,7 @@ def validate(
     """
     adapters = weighted_files(loras)
     if adapters and against is None:
-        raise UsageError("loras", "need the original too", "give `against`")
+        raise UsageError("loras", "cannot be used without the original", "give `against`")
     found = open_for(file, "validate")
     checkpoint = found.checkpoint
     quantized = find_layers(found)

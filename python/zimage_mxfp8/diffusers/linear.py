@@ -139,7 +139,9 @@ class MXFP8Linear(nn.Linear):
         except PrecisionLossError:
             return False
         except InvalidArgumentError as error:  # NaN among the codes or scales
-            raise InvalidArgumentError(f'layer "{name}" is damaged: {error}') from None
+            raise InvalidArgumentError(
+                f'layer "{name}" is damaged: {error}; quantise the model again'
+            ) from None
         # As integers, which `to(dtype)` leaves alone.
         bits = folded.scales.view(torch.int32)
         self.register_buffer("row_scale_bits", bits, persistent=False)

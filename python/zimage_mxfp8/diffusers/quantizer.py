@@ -60,7 +60,7 @@ def quantize_(
     """
     config = ZImageMXFP8Config(recipe, exclude_layers, compute)
     if getattr(transformer, "is_quantized", False):
-        raise UsageError("transformer", "is quantised already")
+        raise UsageError("transformer", "is quantised already", "load it without a quantizer")
     quantizer = ZImageMXFP8Quantizer(config, pre_quantized=False)
     _check_model(transformer)
     if any(parameter.is_meta for parameter in transformer.parameters()):
@@ -147,7 +147,10 @@ class ZImageMXFP8Quantizer(DiffusersQuantizer):  # type: ignore[misc]
         stored = state_dict.get(param_name, param_value)
         if layer in self.layers:
             if self.pre_quantized and tensor == "weight" and stored.dtype != torch.float8_e4m3fn:
-                raise CheckpointError(f'"{param_name}" is {stored.dtype}, not float8_e4m3fn codes')
+                raise CheckpointError(
+                    f'"{param_name}" is {stored.dtype}, not float8_e4m3fn codes; '
+                    "save the model again"
+                )
             return tensor == "weight" or (self.pre_quantized and tensor == "weight_scale")
         if stored.dtype.itemsize == 1:
             raise CheckpointError(

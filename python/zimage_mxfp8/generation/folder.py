@@ -69,7 +69,7 @@ class ModelFolder:
             raise CheckpointError(
                 f"the transformer {transformer} takes captions of {features} features, and "
                 f"{self.path / 'text_encoder'} gives {self.caption_features}: they belong to "
-                "different models"
+                "different models; use parts of one"
             )
 
 
@@ -99,7 +99,9 @@ def _open(folder: Path) -> ModelFolder:
     index = _read(folder / "model_index.json", f"{folder} is not a diffusers folder")
     pipeline = str(index.get("_class_name"))
     if not pipeline.startswith("ZImage"):
-        raise CheckpointError(f"{folder} is a model for {pipeline}, not for Z-Image")
+        raise CheckpointError(
+            f"{folder} is a model for {pipeline}, not for Z-Image; name a folder of Z-Image"
+        )
     for part, needed in _FILES.items():
         if not (folder / part).is_dir():
             raise CheckpointError(
@@ -178,7 +180,7 @@ def _wrong_setting(file: Path, settings: dict[str, Any], name: str) -> Checkpoin
 def _read(file: Path, problem: str = "") -> dict[str, Any]:
     """Return a JSON object; `problem` begins the error for a missing file."""
     if problem and not file.is_file():
-        raise CheckpointError(f"{problem}: it has no {file.name}")
+        raise CheckpointError(f"{problem}: it has no {file.name}; name the folder that has it")
     try:
         document = json.loads(file.read_text("utf-8"))
     except OSError as error:

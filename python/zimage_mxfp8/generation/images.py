@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..checkpoint.output import write_file
-from ..errors import CheckpointError, OutputError, UsageError
+from ..errors import CheckpointError, OutputError, UsageError, remedy
 from . import infotext
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def decode_image(content: bytes, what: str, max_pixels: int) -> Image:
 
     name = f"the {what}"
     if not content:
-        raise CheckpointError(f"{name} is empty")
+        raise CheckpointError(f"{name} is empty; send another")
     with _reading(name):
         try:
             opened = Image.open(io.BytesIO(content), formats=_SENT_FORMATS)
@@ -205,13 +205,18 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise CheckpointError(f"{name} does not exist") from None
+        raise CheckpointError(f"{name} does not exist; check the path") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise CheckpointError(f"{name} is too large; scale it down") from None
     except UnidentifiedImageError:
-        raise CheckpointError(f"{name} has a format unknown to Pillow") from None
+        raise CheckpointError(
+            f"{name} has a format unknown to Pillow; save it as PNG or JPEG"
+        ) from None
     except (OSError, SyntaxError, ValueError) as error:  # any error of a damaged file
-        raise CheckpointError(f"{name} cannot be read: {error}") from None
+        cause, what_to_do = str(error), "save it again"
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not Pillow's
+            cause, what_to_do = str(error.strerror), remedy(error)
+        raise CheckpointError(f"{name} cannot be read: {cause}; {what_to_do}") from None
 
 
 def _as_rgb(image: Image) -> Image:

@@ -69,6 +69,7 @@ def open_parts(
     control = None if controlnet is None else open_control(controlnet)
     if control is not None and (problem := control.config.misfit(headers.config)):
         raise CheckpointError(
-            f"the ControlNet {controlnet} does not fit the transformer {file}: {problem}"
+            f"the ControlNet {controlnet} does not fit the transformer {file}: {problem}; "
+            "use one that was made for this model"
         )
     return ModelParts(folder, file, headers, controlnet, control, compute)

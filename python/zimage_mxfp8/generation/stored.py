@@ -62,13 +62,13 @@ class StoredSettings:
             if argument not in given:
                 raise UsageError(
                     argument,
-                    f"is missing: {self.path} was made from the image {image[:80]!r}",
+                    f"must be given: {self.path} was made from the image {image[:80]!r}",
                     "name that image",
                 )
         if self.loras and "loras" not in given:
             raise UsageError(
                 "loras",
-                f"are missing: {self.path} was made with {', '.join(self.loras)[:200]}",
+                f"must be given: {self.path} was made with {', '.join(self.loras)[:200]}",
                 "name those files",
             )
         values = {**self.values, **given}
@@ -119,7 +119,9 @@ def read_settings(path: Path) -> StoredSettings:
     try:
         values = infotext.read_infotext(texts[infotext.KEY])
     except ValueError as error:
-        raise CheckpointError(f'the text "{infotext.KEY}" of {path} {error}') from None
+        raise CheckpointError(
+            f'the text "{infotext.KEY}" of {path} {error}; use another image'
+        ) from None
     if values.get("guidance", 0) < 0:
         raise CheckpointError(
             f"{path} has a CFG scale below 1, which has no counterpart here",
@@ -134,7 +136,9 @@ def _of_generate(path: Path, text: str) -> StoredSettings:
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        raise CheckpointError(f'the text "{METADATA_KEY}" of {path} is not a JSON object')
+        raise CheckpointError(
+            f'the text "{METADATA_KEY}" of {path} is not a JSON object; use another image'
+        )
     values = {name: document[name] for name in _SETTINGS if document.get(name) is not None}
     images = {name: str(document[name]) for name in _IMAGES if document.get(name) is not None}
     for image, names in (("init_image", ("strength",)), ("control_image", _CONTROL)):

@@ -184,7 +184,9 @@ def run_jobs(
                 thread.start()
             except RuntimeError:  # the system has no more threads; those that started go on
                 if not pool:
-                    raise UnsupportedError("the system cannot start a thread") from None
+                    raise UnsupportedError(
+                        "the system cannot start a thread", "close other programs"
+                    ) from None
                 break
             pool.append(thread)
         running = len(pool)

@@ -467,16 +467,20 @@ def check_controls(
     for control in controls:
         net = control.net
         if problem := net.config.misfit(model):
-            raise InvalidArgumentError(f"the ControlNet does not fit this transformer: {problem}")
+            raise InvalidArgumentError(
+                f"the ControlNet does not fit this transformer: {problem}", "use one for this model"
+            )
         if (net.device, net.dtype) != (device, dtype):
             raise InvalidArgumentError(
                 f"the ControlNet is on {net.device} in {net.dtype}, but the model is on {device} "
-                f"in {dtype}"
+                f"in {dtype}",
+                "load both alike",
             )
         if len(control.images) != len(x):
             raise InvalidArgumentError(
                 f"there are {plural(len(control.images), 'control image')} for "
-                f"{plural(len(x), 'latent image')}"
+                f"{plural(len(x), 'latent image')}",
+                "give one for each",
             )
         for i, (image, latent) in enumerate(zip(control.images, x, strict=True)):
             wanted = [net.config.control_in_dim, *latent.shape[1:]]
@@ -487,6 +491,7 @@ def check_controls(
                 )
             if image.device != device:
                 raise InvalidArgumentError(
-                    f"control image {i} is on {image.device}, but the model is on {device}"
+                    f"control image {i} is on {image.device}, but the model is on {device}",
+                    "move it there",
                 )
     return tuple(controls)

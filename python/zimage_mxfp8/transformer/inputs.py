@@ -117,7 +117,9 @@ def check_arguments(
         expected = {"patch_size": PATCH_SIZE, "f_patch_size": 1}.get(name)
         is_expected = value is None or (isinstance(value, int) and value == expected)
         if name != "joint_attention_kwargs" and not is_expected:
-            raise InvalidArgumentError(f"{name} is not supported by this transformer")
+            raise InvalidArgumentError(
+                f"{name} is not supported by this transformer", "leave it out"
+            )
     if not isinstance(x, (list, tuple)) or not x:
         raise InvalidArgumentError("x must be a list of latent images, [16, 1, H, W] each")
     channels, features = config.in_channels, config.cap_feat_dim
@@ -159,7 +161,9 @@ def _check_tensor(tensor: Any, name: str, device: torch.device) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise InvalidArgumentError(f"{name} must be a torch tensor, not {type(tensor).__name__}")
     if tensor.device != device:
-        raise InvalidArgumentError(f"{name} is on {tensor.device}, but the model is on {device}")
+        raise InvalidArgumentError(
+            f"{name} is on {tensor.device}, but the model is on {device}", "move it there"
+        )
     if tensor.layout != torch.strided:
         raise InvalidArgumentError(f"{name} must be a dense tensor")
     if not tensor.is_floating_point():

@@ -132,7 +132,7 @@ def _read_structure(path: str | os.PathLike[str], found: Identified) -> _Structu
     if anchor[0] % HEAD_DIM:
         raise CheckpointError(
             f'{path}: "{scope.prefix}{table.anchor}" is {list(anchor)}, not [dim, features] with '
-            f"dim a multiple of {HEAD_DIM}"
+            f"dim a multiple of {HEAD_DIM}; download the checkpoint again"
         )
     tensors = {name: inner[name] for name in table.expected_shapes(shapes)}
     for source in tensors.values():

@@ -58,7 +58,9 @@ class PeftMethods:
         if not isinstance(weights, (list, tuple)):
             weights = [weights] * len(names)
         if len(names) != len(weights):
-            raise UsageError("weights", f"are {len(weights)} for {len(names)} adapters")
+            raise UsageError(
+                "weights", f"are {len(weights)} for {len(names)} adapters", "give one for each"
+            )
         given: dict[str, Weight] = {
             name: 1.0 if weight is None else weight
             for name, weight in zip(names, weights, strict=True)

@@ -239,7 +239,7 @@ def test_wrong_usage(folder: Path, tmp_path: Path, capsys) -> None:
         zm.merge_loras(folder, output, [])
     other = {"blocks.0.self_attn.q.weight": torch.ones(64, 64)}
     save_file(other, tmp_path / "wan.safetensors")
-    with pytest.raises(zm.UsageError, match="loras need a Z-Image"):
+    with pytest.raises(zm.UsageError, match="loras can be merged into a Z-Image only"):
         zm.convert(tmp_path / "wan.safetensors", output, any_model=True, loras=[adapter])
     only(tmp_path, "a.safetensors", "wan.safetensors")
 

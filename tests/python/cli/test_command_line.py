@@ -558,6 +558,45 @@ def test_empty_names_are_refused(words: list[str], capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["probe", "a", "--threads", "x"],
+            '--threads: must be a whole number of at least 0, not "x"',
+        ),
+        (["probe", "a", "--threads", "-1"], 'must be a whole number of at least 0, not "-1"'),
+        (["compare", "a", "--sample", "0"], 'must be a fraction above 0 and up to 1, not "0"'),
+        (["compare", "a", "--bound", "nan"], 'must be a finite number of at least 0, not "nan"'),
+        (["serve", "--ray", "--replicas", "0"], "must be auto, or a whole number of at least 1"),
+        (["sensitivity", "a", "--bound", "x" * 99], f'must be a number, not "{"x" * 40}..."'),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_wrong_numbers_are_told_in_a_sentence(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line and "invalid" not in line
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["validate", "a", "--lora", "b"],
+            "--lora cannot be used without the original; give --against",
+        ),
+    ],
+)
+def test_options_in_sentences_of_the_library(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"zimage-mxfp8: error: {sentence}\n"
+
+
+@pytest.mark.parametrize(
     ("words", "commands"),
     [
         (["--help"], set()),

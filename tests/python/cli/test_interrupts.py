@@ -135,7 +135,7 @@ start("recipes")
     interrupted(run(program, tmp_path))
 
 
-def test_in_a_library_that_makes_another_error_of_it(tmp_path: Path, small_file: Path) -> None:
+def test_in_a_library_that_makes_another_error_of_it(tmp_path: Path, zimage_folder: Path) -> None:
     program = f"""
 def act():
     try:
@@ -143,7 +143,7 @@ def act():
     except KeyboardInterrupt as error:
         raise ImportError("torch cannot be imported") from error
 on_import("torch", act)
-start("sensitivity", {str(small_file)!r})
+start("sensitivity", {str(zimage_folder)!r})
 """
     interrupted(run(program, tmp_path))
 

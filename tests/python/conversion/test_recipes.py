@@ -74,7 +74,7 @@ def test_toml_file_alone(small_file: Path, tmp_path: Path) -> None:
         ('colour = "red"', 'the unknown key "colour"'),
         ("title = 3", '"title" must be a str'),
         ('extends = "theirs"', 'extends "theirs", which is not one of'),
-        ('source_rounding = "float8"', '"source_rounding" can only be'),
+        ('source_rounding = "float8"', '"source_rounding" must be'),
         ('[[keep]]\nname = "a"', "number 1 must have exactly"),
         ('[[keep]]\nname = "a"\npattern = "("\nreason = "b"', 'number 1: the pattern "("'),
         ('[[keep]]\nname = "a"\npattern = 3\nreason = "b"', "must be text"),

@@ -263,7 +263,7 @@ def test_the_init_image_must_be_named(generate: Generate, tmp_path: Path) -> Non
     fails(
         generate(*again),
         2,
-        "--init-image is missing: a.png was made from the image 'in.png'; name ",
+        "--init-image must be given: a.png was made from the image 'in.png'; name ",
     )
     code, _, err = generate(*again, "--init-image", "in.png")
     assert code == 0, err
@@ -337,7 +337,7 @@ def test_cfg_1_is_no_guidance(tmp_path: Path) -> None:
                 ({"guidance": float("nan")}, "guidance must be a finite number, not nan"),
                 ({"guidance": {}}, "guidance must be a finite number, not {}"),
                 ({"guidance": 1, "negative_prompt": 2}, "negative_prompt must be a text, not 2"),
-                ({"prompt": "\ud800"}, "prompt is not UTF-8 text"),
+                ({"prompt": "\ud800"}, "prompt must be UTF-8 text"),
             )
         ),
         ({"parameters": "just a prompt"}, 'text "parameters" of i.png does not end with a line of'),

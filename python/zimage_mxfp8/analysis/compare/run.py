@@ -204,7 +204,9 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
     try:
         pattern = compile_pattern("" if layers is None else layers)
     except ValueError as error:
-        raise UsageError("layers", f'"{layers}" is not a regular expression: {error}') from None
+        raise UsageError(
+            "layers", f'"{layers}" is not a regular expression: {error}', "correct it"
+        ) from None
     linears = []
     for name in sorted(checkpoint.tensors, key=natural_order):
         tensor = checkpoint.tensors[name]
@@ -228,9 +230,13 @@ def _find_linears(checkpoint: Checkpoint, scope: Scope, layers: str | None) -> l
                 _LEAVE_OUT,
             )
     if not linears and layers is not None:
-        raise UsageError("layers", f'"{layers}" finds no weight matrix in {checkpoint.path}')
+        raise UsageError(
+            "layers", f'"{layers}" finds no weight matrix in {checkpoint.path}', "give another"
+        )
     if not linears:
-        raise CheckpointError(f"{checkpoint.path} has no weight matrices")
+        raise CheckpointError(
+            f"{checkpoint.path} has no weight matrices", "name the file of a transformer"
+        )
     return linears
 
 

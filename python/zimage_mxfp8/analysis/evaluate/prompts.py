@@ -26,7 +26,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     try:
         if not file.is_file():
             what = "is not a regular file" if file.exists() else "does not exist"
-            raise CheckpointError(f"the prompts file {file} {what}")
+            raise CheckpointError(f"the prompts file {file} {what}; check the path")
         with file.open("rb") as opened:
             content = opened.read(_MAX_BYTES + 1)
     except OSError as error:
@@ -42,7 +42,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
             prompt = line.decode("utf-8").strip()
         except UnicodeDecodeError:
             raise CheckpointError(
-                f"line {number:,} of the prompts file {file} is not UTF-8 text"
+                f"line {number:,} of the prompts file {file} is not UTF-8 text; save it as UTF-8"
             ) from None
         if not prompt or prompt.startswith("#"):
             continue

@@ -205,7 +205,8 @@ def _targets(checkpoint: Checkpoint, scope: Scope) -> list[Target]:
     if not targets:
         raise CheckpointError(
             f"{checkpoint.path} has no weight to probe: no name is like those of Z-Image's "
-            f'blocks, such as "{scope.prefix}{table.main.name}.0.{table.block[0].weight}"'
+            f'blocks, such as "{scope.prefix}{table.main.name}.0.{table.block[0].weight}"',
+            "name the file of a transformer",
         )
     return targets
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checks import path as path_argument
-from ...errors import RecipeError, UsageError
+from ...errors import RecipeError, UsageError, remedy
 from ...text import did_you_mean
 from ...zimage.layers import ZIMAGE
 from ...zimage.table import LayerTable
@@ -99,7 +99,9 @@ class Recipe:
                 compiled = compile_pattern(pattern)
             except ValueError as error:
                 raise UsageError(
-                    "exclude_layers", f'"{pattern}" is not a regular expression: {error}'
+                    "exclude_layers",
+                    f'"{pattern}" is not a regular expression: {error}',
+                    "correct it",
                 ) from None
             rules.append(KeepRule(f"excluded {pattern}", compiled, "excluded by a pattern", True))
         return Recipe(
@@ -147,7 +149,7 @@ def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
         raise _unreadable(path, error) from None
     if not is_file:
         if path.suffix == ".toml":
-            raise UsageError("recipe", f"{path} does not exist")
+            raise UsageError("recipe", f"{path} does not exist", "check the path")
         raise UsageError(
             "recipe",
             f'"{text}" does not exist',
@@ -183,7 +185,8 @@ def _toml_text(text: str) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> RecipeError:
-    return RecipeError(f"recipe {path} cannot be read: {error.strerror or error}")
+    cause = error.strerror or str(error)
+    return RecipeError(f"recipe {path} cannot be read: {cause}; {remedy(error)}")
 
 
 def _read(path: Path, name: str) -> Recipe:
@@ -196,7 +199,7 @@ def _read(path: Path, name: str) -> Recipe:
             f"recipe {path} is not TOML: byte {error.start} is not UTF-8; save it as UTF-8 text"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+        raise RecipeError(f"recipe {path} is not TOML: {error}; correct it") from None
     known = {
         "title": str,
         "description": str,
@@ -206,12 +209,14 @@ def _read(path: Path, name: str) -> Recipe:
     }
     for key, value in document.items():
         if key not in known:
-            raise RecipeError(f'recipe {path} has the unknown key "{key}"')
+            raise RecipeError(
+                f'recipe {path} has the unknown key "{key}"; a recipe has {", ".join(known)}'
+            )
         if not isinstance(value, known[key]):
             raise RecipeError(f'recipe {path}: "{key}" must be a {known[key].__name__}')
     rounding = document.get("source_rounding", "")
     if rounding not in ("", "bfloat16"):
-        raise RecipeError(f'recipe {path}: "source_rounding" can only be "bfloat16"')
+        raise RecipeError(f'recipe {path}: "source_rounding" must be "bfloat16" or left out')
     keep: tuple[KeepRule, ...] = ()
     base = None
     if "extends" in document:
@@ -245,6 +250,7 @@ def _rule(path: Path, number: int, entry: Any) -> KeepRule:
         pattern = compile_pattern(entry["pattern"])
     except ValueError as error:
         raise RecipeError(
-            f'{where}: the pattern "{entry["pattern"]}" is not a regular expression: {error}'
+            f'{where}: the pattern "{entry["pattern"]}" is not a regular expression: {error}; '
+            "correct it"
         ) from None
     return KeepRule(entry["name"], pattern, entry["reason"])

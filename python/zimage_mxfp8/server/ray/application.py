@@ -171,7 +171,9 @@ def build(args: Mapping[str, Any] | BuildArguments) -> Application:
         offload=args.offload,
     )
     if args.lora_dir is not None and not args.lora_dir.is_dir():
-        raise UsageError("lora_dir", f"{args.lora_dir} is not a folder")
+        raise UsageError(
+            "lora_dir", f"{args.lora_dir} is not a folder", "name the folder of the adapters"
+        )
     options = ServerOptions(
         api_key=key,
         queue=args.queue,

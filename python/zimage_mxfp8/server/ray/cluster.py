@@ -125,7 +125,7 @@ def replicas_for(
     resources = ray.cluster_resources()
     gpus, cpus = (int(resources.get(name, 0)) for name in ("GPU", "CPU"))
     if device == "cuda" and not gpus:
-        raise UsageError("device", "cannot be cuda: the cluster has no GPU")
+        raise UsageError("device", "cannot be cuda: the cluster has no GPU", "use cpu")
     on_gpu = bool(gpus) and device != "cpu"
     if gpus_per_replica > 1 and gpus_per_replica > gpus:
         raise UsageError("gpus", f"must be at most {gpus}, the number of the cluster's GPUs")
