@@ -18,7 +18,10 @@ from .identify import Identified, identify
 from .provenance import PROVENANCE_KEY, read_provenance
 from .scopes import group_of
 
-_ADAPTER_USES = ("convert (as an adapter)", "merge-lora", "ZImageTransformer.load_lora")
+_ADAPTER_USES = (
+    "convert, merge-lora, validate, generate, serve (as an adapter)",
+    "ZImageTransformer.load_lora",
+)
 
 
 @dataclass
@@ -132,7 +135,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         title = group_of(name, scope)
         group = groups.setdefault(title, Group(title))
         group.nbytes += tensor.nbytes
-        if name in parts:
+        if name in parts or (found.format and markers.is_scale(checkpoint, name)):
             continue
         format_name = found.format.title if found.format and name in weights else tensor.dtype
         group.formats[format_name] = group.formats.get(format_name, 0) + 1
@@ -141,6 +144,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     hidden = (markers.HEADER_KEY, PROVENANCE_KEY)
     adapter = summarise(checkpoint) if found.kind is kinds.ADAPTER else None
     fits = adapter is not None and adapter.fitting > 0
+    accepted_by = list(_ADAPTER_USES) if fits else _commands_for(found)
     return Inspection(
         path=str(path),
         kind=_describe(found),
@@ -149,10 +153,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         metadata={k: v for k, v in checkpoint.metadata.items() if k not in hidden},
         groups=sorted(groups.values(), key=lambda group: -group.nbytes),
         breaches=[str(breach) for breach in quantized.breaches] if quantized else [],
-        accepted_by=list(_ADAPTER_USES)
-        if fits
-        else [commands for use, commands in kinds.USES.items() if _accepts(found, use)],
-        refusal="" if fits else _refusal(found),
+        accepted_by=accepted_by,
+        refusal="" if accepted_by else _refusal(found),
         provenance=read_provenance(checkpoint.metadata),
         adapter=adapter,
     )
@@ -181,17 +183,27 @@ def _describe(found: Identified) -> str:
     return f"{title}, {layout} layout{prefix}"
 
 
-def _accepts(found: Identified, use: kinds.Use) -> bool:
+def _commands_for(found: Identified) -> list[str]:
+    """Return the commands that take a file."""
+    commands = []
+    for use, named in kinds.USES.items():
+        if _accepts(found, use, any_model=use == "original"):  # as `validate` opens it
+            commands.append(named)
+        elif use in kinds.USES_AS_OTHER_MODEL and _accepts(found, use, any_model=True):
+            commands.append(kinds.USES_AS_OTHER_MODEL[use])
+    return commands
+
+
+def _accepts(found: Identified, use: kinds.Use, *, any_model: bool) -> bool:
     try:
-        found.check_use(use)
+        found.check_use(use, any_model=any_model)
     except WrongKindError:
         return False
     return True
 
 
 def _refusal(found: Identified) -> str:
-    if any(_accepts(found, use) for use in kinds.USES):
-        return ""
+    """Return why no command takes a file."""
     try:
         found.check_use("run")
     except WrongKindError as error:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 Use = Literal[
     "convert",
     "original",
+    "merge",
     "analyse",
     "measure",
     "validate",
@@ -26,17 +27,23 @@ Use = Literal[
 USES: Final[dict[Use, str]] = {
     "convert": "convert",
     "original": "validate (as the original)",
+    "merge": "merge-lora",
     "analyse": "probe, compare",
     "validate": "validate",
     "dequantize": "dequantize",
     "export": "export",
     "measure": "sensitivity",
-    "run": "generate, evaluate, ZImageTransformer",
+    "run": "generate, serve, evaluate, ZImageTransformer",
     "control": "generate with a ControlNet, ZImageControlNet",
+}
+# Those that take other models with `any_model`.
+USES_AS_OTHER_MODEL: Final[dict[Use, str]] = {
+    "convert": "convert (any model)",
+    "analyse": "compare (any model)",
 }
 
 _PLAIN: Final[frozenset[Use]] = frozenset(
-    ("convert", "original", "analyse", "measure", "export", "run")
+    ("convert", "original", "merge", "analyse", "measure", "export", "run")
 )
 _MXFP8: Final[frozenset[Use]] = frozenset(("validate", "dequantize", "export", "run", "control"))
 _INT8: Final[frozenset[Use]] = _MXFP8 - {"export"}

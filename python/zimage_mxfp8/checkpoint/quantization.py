@@ -31,6 +31,15 @@ ROWWISE_FORMAT = "float8_e4m3fn_rowwise"  # convert_to_quant's name
 _MARKER_LIMIT = 4096  # bytes; a marker has about 100
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
 _PER_ROW_KEY = "per_row"
+# Tensors that quantised layers of any format have beside their weight.
+_BESIDE_WEIGHTS = (
+    MARKER_SUFFIX,
+    SCALE_SUFFIX,
+    ".weight_scale_2",
+    ".scale_weight",
+    ".scale_input",
+    ".input_scale",
+)
 _SCALED_FP8 = "scaled_fp8"  # a tensor that older ComfyUI files have next to the model's
 _KINDS = {
     MXFP8_FORMAT: kinds.MXFP8,
@@ -249,6 +258,12 @@ def find_format(checkpoint: Checkpoint, scope: Scope) -> tuple[Kind, str] | None
         if (by_dtype := _format_by_dtype(checkpoint, name, is_token)) is not None:
             return by_dtype, name
     return None
+
+
+def is_scale(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether a tensor of a quantised model is a scale or marker of one of its layers."""
+    layer = next((name.removesuffix(x) for x in _BESIDE_WEIGHTS if name.endswith(x)), None)
+    return layer is not None and layer + WEIGHT_SUFFIX in checkpoint.tensors
 
 
 def _has_block_scales(checkpoint: Checkpoint, layer: str) -> bool:

@@ -98,7 +98,7 @@ def merge_loras(
     pairs = weighted_files(loras)
     if not pairs:
         raise UsageError("loras", "must name an adapter")
-    found = open_for(file_or_folder("source", source), "convert")
+    found = open_for(file_or_folder("source", source), "merge")
     check_target(
         target, [*found.checkpoint.inputs, *(path for path, _ in pairs)], overwrite=overwrite
     )

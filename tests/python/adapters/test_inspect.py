@@ -88,8 +88,7 @@ def test_report(file: Path) -> None:
     assert len(adapter.unmatched) == 3 and "something.else" in adapter.unmatched
     assert len(adapter.text_encoder) == 2
     assert found.accepted_by == [
-        "convert (as an adapter)",
-        "merge-lora",
+        "convert, merge-lora, validate, generate, serve (as an adapter)",
         "ZImageTransformer.load_lora",
     ]
     assert found.refusal == ""
@@ -108,7 +107,8 @@ def test_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         'does not fit: "layers.4.attention.out" is OFT, which is not supported',
         "3 tensors belong to nothing in Z-Image",
         "2 tensors are for the text encoder, and not applied",
-        "accepted by convert (as an adapter), merge-lora, ZImageTransformer.load_lora",
+        "accepted by convert, merge-lora, validate, generate, serve (as an adapter), "
+        "ZImageTransformer.load_lora",
     ):
         assert part in shown, (part, shown)
     assert main(["inspect", str(file), "--json"]) == 0
