@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..analysis.compare.formats import BASE_FORMATS, FORMATS
 from ..analysis.compare.report import MXFP8, CompareReport, LayerComparison
-from ..streaming.error_stats import snr_db
+from ..streaming.error_stats import snr_db, snr_text
 from ..text import plural
 from .screen import Screen, size_text
 
@@ -25,7 +25,7 @@ def print_compare(report: CompareReport, screen: Screen) -> None:
             [
                 layer.tensor,
                 f"{_mxfp8_error(layer):.3e}",
-                f"{layer.formats[MXFP8].snr_db:.2f}",
+                snr_text(layer.formats[MXFP8].snr_db, 2),
             ]
             for layer in order
         ],
@@ -58,7 +58,7 @@ def _print_formats(report: CompareReport, screen: Screen) -> None:
             [
                 kind.title,
                 f"{error.relative_squared_error:.3e}",
-                f"{error.snr_db:.2f}",
+                snr_text(error.snr_db, 2),
                 f"{size.bits_per_weight:.2f}",
                 size_text(size.model_bytes),
                 f"{gains[name]:+.2f}",
@@ -87,7 +87,7 @@ def _print_groups(report: CompareReport, screen: Screen) -> None:
         [
             [
                 group.name,
-                *(f"{group.formats[name].snr_db:.2f}" for name in names),
+                *(snr_text(group.formats[name].snr_db, 2) for name in names),
                 str(group.layers),
             ]
             for group in [report.total, *report.groups]
@@ -107,7 +107,7 @@ def _print_low_rank(report: CompareReport, screen: Screen) -> None:
                 summary.format,
                 str(summary.rank),
                 f"{summary.bits_per_weight:.2f}",
-                f"{snr_db(summary.plain):.2f}",
+                snr_text(snr_db(summary.plain), 2),
                 f"{summary.residual_gain_db:+.3f}",
                 f"{summary.svdquant_gain_db:+.3f}",
             ]

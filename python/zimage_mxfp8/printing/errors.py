@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..streaming.error_stats import ErrorStats, total
+from ..streaming.error_stats import ErrorStats, snr_text, total
 from .screen import Screen
 
 _WORST = 10
@@ -19,7 +19,7 @@ def print_errors(errors: Mapping[str, ErrorStats], screen: Screen) -> None:
         "error is relative to the squared weights",
         ["tensor", "squared error>", "SNR (dB)>", "largest difference>"],
         [
-            [name, f"{s.relative_squared_error:.3e}", f"{s.snr_db:.1f}", f"{s.max_error:.3e}"]
+            [name, f"{s.relative_squared_error:.3e}", snr_text(s.snr_db, 1), f"{s.max_error:.3e}"]
             for name, s in rows.items()
         ],
         spare=1,

@@ -18,6 +18,11 @@ def snr_db(relative_squared_error: float) -> float:
     return -10.0 * math.log10(relative_squared_error) if relative_squared_error else _INFINITE_DB
 
 
+def snr_text(snr: float, decimals: int, unit: str = "") -> str:
+    """Return a ratio of `snr_db` as people read it: "exact" where there is no error."""
+    return "exact" if snr == _INFINITE_DB else f"{snr:.{decimals}f}{unit}"
+
+
 def sum_of_squares(matrix: npt.NDArray[np.float32]) -> float:
     """Return the sum of squares: of a row in float32, of all rows in float64."""
     return float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))

@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ from zimage_mxfp8.analysis.compare.page import compare_page
 from zimage_mxfp8.analysis.compare.report import LayerComparison
 from zimage_mxfp8.analysis.compare.run import _ratio
 from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 Floats = npt.NDArray[np.float32]
 WEIGHT = "layers.0.feed_forward.w1.weight"
@@ -884,3 +886,15 @@ def test_failing_callback_stops_the_work(checkpoint: Path, tmp_path: Path) -> No
     with pytest.raises(KeyError, match="reading"):
         zm.compare(checkpoint, csv=tmp_path / "c.csv", progress=stop)
     only(tmp_path)
+
+
+def test_weights_without_an_error_are_exact(tmp_path: Path) -> None:
+    """Ones are numbers of every format: the ratio of signal and noise is infinite."""
+    source, output = tmp_path / "ones.safetensors", tmp_path / "ones-mxfp8.safetensors"
+    shapes = zimage_shapes(dim=128, layers=1, caption_dim=64, hidden=128)
+    save_file({name: torch.ones(shape).bfloat16() for name, shape in shapes.items()}, source)
+    found = zm.compare(source, low_rank="all", layers="layers.0.attention.out")
+    zm.convert(source, output)
+    page = compare_page(found, 1e-3)
+    for text in (str(found), page, str(zm.validate(output, source))):
+        assert "exact" in text and not re.search(r"\b400\.0", text)

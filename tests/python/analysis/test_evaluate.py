@@ -208,17 +208,26 @@ def test_equal_images() -> None:
     assert compare_images(image, image.copy()) == type(compare_images(image, image))(math.inf, 1, 0)
 
 
+ANY = (-math.inf, math.inf)
+
+
+def test_intervals_end_where_the_metric_does() -> None:
+    found = summarize([0.01, 0.2], high_is_good=False, limits=(0, 1))
+    assert found.low == 0 and found.high == 1  # Student's t alone: -1.1 to 1.3
+    assert found.mean == pytest.approx(0.105)
+
+
 def test_summaries() -> None:
-    found = summarize([4.0, 1.0, 3.0, 2.0], high_is_good=True)
+    found = summarize([4.0, 1.0, 3.0, 2.0], high_is_good=True, limits=ANY)
     # The table of Student's t has 3.182446 for 3 degrees of freedom and 97.5 %.
     half = 3.182446 * math.sqrt(5 / 3) / 2
     assert (found.mean, found.worst) == (2.5, 1.0)
     assert (found.low, found.high) == pytest.approx((2.5 - half, 2.5 + half), abs=1e-5)
-    assert summarize([4.0, 1.0], high_is_good=False).worst == 4.0
-    assert summarize([4.0], high_is_good=True).low is None
-    some = summarize([math.inf, 30.0, 20.0], high_is_good=True)
+    assert summarize([4.0, 1.0], high_is_good=False, limits=ANY).worst == 4.0
+    assert summarize([4.0], high_is_good=True, limits=ANY).low is None
+    some = summarize([math.inf, 30.0, 20.0], high_is_good=True, limits=ANY)
     assert (some.mean, some.worst) == (25.0, 20.0)  # an equal pair hides no other
-    assert summarize([math.inf] * 2, high_is_good=True).mean == math.inf
+    assert summarize([math.inf] * 2, high_is_good=True, limits=ANY).mean == math.inf
 
 
 def test_metrics_of_the_report_are_those_of_its_images(report: zm.EvaluationReport) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from ...checkpoint.file_names import base_name
 from ...conversion.recipes import DEFAULT, load_recipe
 from ...printing.screen import size_text
+from ...streaming.error_stats import snr_text
 from ...text import natural_order, plural
 from ...zimage.layers import ZIMAGE
 from ..pages.blocks import Cell, Column, Paragraph, Table
@@ -17,7 +18,7 @@ from ..pages.page import FROM_PROGRAM, Fact, Origin, Page, Section, Tile, render
 from ..pages.units import fitting_unit
 from ..pages.weight_error import weight_error
 from .formats import BASE_FORMATS, FORMATS
-from .report import MXFP8, CompareReport, LayerComparison, gain_db
+from .report import MXFP8, CompareReport, FormatError, LayerComparison, gain_db
 
 _SHORT_TITLES = {
     "mxfp8-e4m3": "MXFP8 E4M3",
@@ -99,7 +100,7 @@ def _tiles(report: CompareReport, bound: float) -> list[Tile]:
         Tile(
             "MXFP8 loses",
             f"{100 * error.relative_squared_error:.4f} %",
-            f"of the squared weights; SNR {error.snr_db:.1f} dB",
+            f"of the squared weights; SNR {snr_text(error.snr_db, 1, ' dB')}",
         ),
         Tile(
             "Layers above the bound",
@@ -114,8 +115,8 @@ def _tiles(report: CompareReport, bound: float) -> list[Tile]:
         ),
         Tile(
             "Best in 8 bits",
-            f"{report.total.formats[best].snr_db:.1f} dB",
-            f"{FORMATS[best].title}: {gain:+.1f} dB; NVFP4: {nvfp4.snr_db:.1f} dB",
+            snr_text(report.total.formats[best].snr_db, 1, " dB"),
+            f"{FORMATS[best].title}: {gain:+.1f} dB; NVFP4: {snr_text(nvfp4.snr_db, 1, ' dB')}",
         ),
         Tile(
             "Claims that hold",
@@ -200,7 +201,7 @@ def _formats(report: CompareReport) -> Table:
         rows.append(
             [
                 *(FORMATS[name].title, 100 * error.relative_squared_error),
-                *(100 * error.standard_error, error.snr_db),
+                *(100 * error.standard_error, _snr(error)),
                 gain_db(all_in_mxfp8, error.relative_squared_error),
                 *(size.bits_per_weight, size.model_bytes / divisor),
             ]
@@ -223,13 +224,18 @@ def _answers(report: CompareReport) -> Table:
     )
 
 
+def _snr(error: FormatError) -> Cell:
+    """Return a cell with a signal-to-noise ratio, which is infinite without an error."""
+    return error.snr_db if error.relative_squared_error else snr_text(error.snr_db, 2)
+
+
 def _groups(report: CompareReport) -> Table:
     columns = [Column("group"), Column("layers", 0), Column("weights", 0), *_SNR_COLUMNS]
     groups = sorted(report.groups, key=lambda group: natural_order(group.name))
     rows: list[list[Cell]] = [
         [
             *(group.name, group.layers, group.parameters),
-            *(group.formats[name].snr_db for name in BASE_FORMATS),
+            *(_snr(group.formats[name]) for name in BASE_FORMATS),
         ]
         for group in [report.total, *groups]
     ]
@@ -244,7 +250,7 @@ def _layers(report: CompareReport) -> Table:
     rows: list[list[Cell]] = [
         [
             *(layer.tensor, *layer.shape, 100 * _error(layer)),
-            *(layer.formats[name].snr_db for name in BASE_FORMATS),
+            *(_snr(layer.formats[name]) for name in BASE_FORMATS),
         ]
         for layer in report.layers
     ]

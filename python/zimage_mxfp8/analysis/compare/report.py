@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ...checkpoint.file_names import base_name
 from ...conversion.recipes import KeepRule, Recipe, rules_outside_blocks
-from ...streaming.error_stats import snr_db
+from ...streaming.error_stats import snr_db, snr_text
 from ...text import plural, printable
 from .formats import FORMATS
 
@@ -313,7 +313,7 @@ class CompareReport:
             error = layer.formats[MXFP8]
             reason = (
                 f"relative squared error {error.relative_squared_error:.3e} in MXFP8 "
-                f"(SNR {error.snr_db:.1f} dB), above {bound:g}"
+                f"(SNR {snr_text(error.snr_db, 1, ' dB')}), above {bound:g}"
             )
             rules.append(KeepRule(layer.name, re.compile(f"^{re.escape(layer.name)}$"), reason))
         title = f"MXFP8 where its relative squared error is at most {bound:g}"
@@ -463,7 +463,7 @@ def _answers(report: CompareReport) -> list[Answer]:
     return [
         Answer(
             "the relative squared error of MXFP8 is below 0.1 %",
-            f"{mxfp8:.4%} of the squared weights (SNR {snr_db(mxfp8):.1f} dB); "
+            f"{mxfp8:.4%} of the squared weights (SNR {snr_text(snr_db(mxfp8), 1, ' dB')}); "
             f"{plural(above, 'layer')} of {len(report.layers):,} above 0.1 %, the worst "
             f"{worst.formats[MXFP8].relative_squared_error:.4%} ({worst.tensor})",
             mxfp8 < _CARD_ERROR,

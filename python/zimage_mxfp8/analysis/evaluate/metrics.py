@@ -81,7 +81,9 @@ def compare_images(image: Image, reference: Image) -> ImageMetrics:
     )
 
 
-def summarize(values: Sequence[float], *, high_is_good: bool) -> Summary:
+def summarize(
+    values: Sequence[float], *, high_is_good: bool, limits: tuple[float, float]
+) -> Summary:
     """Return mean, confidence interval and worst value.
 
     Infinite values (the PSNR of equal images) count in neither mean nor interval unless all are
@@ -90,6 +92,8 @@ def summarize(values: Sequence[float], *, high_is_good: bool) -> Summary:
     Args:
         values: of all pairs, one at least.
         high_is_good: whether the lowest value is the worst.
+        limits: the least and the largest value that the metric can have. The interval ends there:
+            Student's t knows no limits, and its intervals of few pairs are wide.
     """
     worst = min(values) if high_is_good else max(values)
     finite = [value for value in values if math.isfinite(value)]
@@ -100,7 +104,7 @@ def summarize(values: Sequence[float], *, high_is_good: bool) -> Summary:
         return Summary(mean, None, None, worst)
     error = float(np.std(finite, ddof=1)) / math.sqrt(len(finite))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(finite) - 1)) * error
-    return Summary(mean, mean - reach, mean + reach, worst)
+    return Summary(mean, max(mean - reach, limits[0]), min(mean + reach, limits[1]), worst)
 
 
 def _as_fractions(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -75,8 +75,8 @@ _TERMS = {
     "SSIM": "Structural similarity in Gaussian windows of 11 x 11 pixels, 1 for equal images.",
     "FLIP": "NVIDIA's model of the difference that people see when they flip between two images, "
     "0 for equal images and at most 1; for a screen with 67 pixels per degree.",
-    "95 % interval": "Where the mean of more pairs is to be expected (Student's t). Seeds of one "
-    "prompt count as independent.",
+    "95 % interval": "Where the mean of more pairs is to be expected (Student's t), as far as the "
+    "metric goes. Seeds of one prompt count as independent.",
 }
 
 

@@ -97,23 +97,27 @@ class EvaluationReport:
     @cached_property
     def psnr(self) -> Summary:
         """The PSNR of all pairs; the mean leaves out equal images unless all are equal."""
-        return summarize([pair.psnr for pair in self.pairs], high_is_good=True)
+        return summarize(
+            [pair.psnr for pair in self.pairs], high_is_good=True, limits=(0, math.inf)
+        )
 
     @cached_property
     def ssim(self) -> Summary:
         """The SSIM of all pairs."""
-        return summarize([pair.ssim for pair in self.pairs], high_is_good=True)
+        return summarize([pair.ssim for pair in self.pairs], high_is_good=True, limits=(-1, 1))
 
     @cached_property
     def flip(self) -> Summary:
         """The FLIP of all pairs."""
-        return summarize([pair.flip for pair in self.pairs], high_is_good=False)
+        return summarize([pair.flip for pair in self.pairs], high_is_good=False, limits=(0, 1))
 
     @cached_property
     def latent_errors(self) -> tuple[Summary, ...]:
         """The relative error of the latents after each step, over all pairs."""
         by_step = zip(*(pair.latent_errors for pair in self.pairs), strict=True)
-        return tuple(summarize(errors, high_is_good=False) for errors in by_step)
+        return tuple(
+            summarize(errors, high_is_good=False, limits=(0, math.inf)) for errors in by_step
+        )
 
     @property
     def equal_pairs(self) -> int:
