@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             temporary.cleanup()  # once more: Ctrl-C may have ended the first time
         kept = f"them and the picture {_SHEET}" if drawn else "them"
         print(f"\nThe files were temporary; zimage-mxfp8 demo -o FOLDER keeps {kept}.")
-        _print_next("your.safetensors", "your-mxfp8.safetensors")
+        _print_next("your.safetensors", "your-mxfp8.safetensors", can_draw=drawn)
         return code
     from . import display
 
@@ -68,17 +68,29 @@ def run(arguments: argparse.Namespace) -> int:
     display.wrote(converted, "the same in MXFP8")
     if drawn:
         display.wrote(arguments.output / _SHEET, "images of the small trained model")
-    _print_next(str(original), str(converted))
+    _print_next(str(original), str(converted), can_draw=drawn)
     return code
 
 
-def _print_next(original: str, converted: str) -> None:
-    """Three commands to copy."""
+def _print_next(original: str, converted: str, *, can_draw: bool) -> None:
+    """Commands to copy."""
     original, converted = shlex.quote(original), shlex.quote(converted)
     print("\nTo try next:")
     print(f"zimage-mxfp8 convert {original} --recipe zimage --dry-run")
     print(f"zimage-mxfp8 probe {original}")
     print(f"zimage-mxfp8 inspect {converted}")
+    if can_draw:
+        print(_drawing_command())
+
+
+def _drawing_command() -> str:
+    """Return the command line that draws an example of the small trained model."""
+    from ..generation.small_model import FOLDER, TRANSFORMER, examples
+
+    side, (example, *_) = examples()
+    words = ["zimage-mxfp8", "generate", "--model-dir", FOLDER, "--transformer", TRANSFORMER]
+    words += ["--prompt", example.prompt, "--seed", example.seed, "--height", side, "--width", side]
+    return shlex.join(map(str, words))
 
 
 def _demo(folder: Path, overwrite: bool) -> tuple[int, bool]:
