@@ -7,7 +7,8 @@
 //
 // A recipe is a TOML file of the Python package; its lines `pattern = '...'` are read. With a
 // prefix, such as model.diffusion_model., only tensors that have it are converted, and patterns
-// see their names without it.
+// see their names without it. What the source's header says of other quantised layers is left out,
+// with a line about it.
 #include <zimage_mxfp8/checkpoint.h>
 #include <zimage_mxfp8/error.h>
 #include <zimage_mxfp8/quantize.h>
@@ -116,8 +117,13 @@ void convert(const Options& options) {
     throw std::runtime_error(options.source + " is in MXFP8 already");
   }
   zm::CheckpointPlan plan;
+  bool has_others = false;  // descriptions of layers that are not converted here
   for (const auto& [key, value] : source.metadata()) {
-    if (key != "_quantization_metadata") plan.metadata.emplace_back(key, value);
+    if (key == "_quantization_metadata") {
+      has_others = true;
+    } else {
+      plan.metadata.emplace_back(key, value);
+    }
   }
   int layers = 0;
   for (const auto& [name, tensor] : source.tensors()) {
@@ -139,6 +145,12 @@ void convert(const Options& options) {
   }
   writer.finish();
   std::printf("%d layers in MXFP8: %s\n", layers, options.target.c_str());
+  if (has_others) {
+    std::fprintf(stderr,
+                 "convert: the header of %s describes other quantised layers, and these "
+                 "descriptions are left out; zimage-mxfp8 convert keeps them\n",
+                 options.source.c_str());
+  }
 }
 
 }  // namespace

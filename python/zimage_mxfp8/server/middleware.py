@@ -45,7 +45,26 @@ def notes_of(scope: Scope) -> Notes:
     return notes
 
 
-class Boundary:
+class _Layer:
+    """A layer around an application, which passes on what is not HTTP: the server's start and end.
+
+    Args:
+        app: the layers inside.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        answer = self._answer if scope["type"] == "http" else self._app
+        await answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class Boundary(_Layer):
     """The outermost layer: answers errors of all kinds, and writes the log.
 
     The rest of a refused request is read, within the limits of requests: if the server closed the
@@ -62,17 +81,13 @@ class Boundary:
     def __init__(
         self, app: ASGIApp, log: LogWriter, metrics: Metrics, max_bytes: int, seconds: float
     ) -> None:
-        self._app = app
+        super().__init__(app)
         self._log = log
         self._metrics = metrics
         self._max_bytes = max_bytes
         self._seconds = seconds
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         notes = Notes()
         scope.setdefault("state", {})["notes"] = notes
         begin, status = time.monotonic(), 0
@@ -154,7 +169,7 @@ class _Body:
             await asyncio.wait_for(read(), max(0.0, seconds))
 
 
-class Access:
+class Access(_Layer):
     """Lets a request in: by the API key, or without one only programs and pages of this machine.
 
     The key comes as `Authorization: Bearer KEY`, or as the password of `Authorization: Basic`.
@@ -167,12 +182,11 @@ class Access:
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self._app = app
+        super().__init__(app)
         self._key = None if api_key is None else api_key.encode()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in _OPEN:
             headers = Headers(scope=scope)
             if self._key is None:
                 _check_origin(headers)
@@ -200,7 +214,7 @@ class Access:
         return hmac.compare_digest(secret, self._key)
 
 
-class Limits:
+class Limits(_Layer):
     """Bounds a request's body in bytes and time, and the time that a client takes to read.
 
     Args:
@@ -210,15 +224,11 @@ class Limits:
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
-        self._app = app
+        super().__init__(app)
         self._max_bytes = max_bytes
         self._seconds = seconds
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_bytes:
             raise self._too_large()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections import Counter
@@ -108,6 +109,23 @@ def test_a_converted_file_is_that_of_the_python_package(
         assert first[place.begin : place.end] == second[other.begin : other.end], name
     assert f"{sum(n.endswith('.weight_scale') for n in found.tensors)} layers" in done.stdout
     assert zm.validate(tmp_path / "cpp.safetensors").ok
+
+
+def test_descriptions_that_are_left_out_are_told(
+    programs: Path, small_file: Path, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(small_file).items()}
+    others = {"text_encoder.x": {"format": "float8_e4m3fn"}}
+    key = "_quantization_metadata"
+    save_file(tensors, source, {key: json.dumps({"layers": others})})
+    done = run(programs / "convert" / "convert", source, target, "--prefix", "model.")
+    assert done.returncode == 0 and "describes other quantised layers" in done.stderr
+    with safe_open(target, "np") as found:
+        assert "text_encoder.x" not in found.metadata().get(key, "")
+    zm.convert(source, tmp_path / "python.safetensors")
+    with safe_open(tmp_path / "python.safetensors", "np") as found:
+        assert json.loads(found.metadata()[key])["layers"] == others
 
 
 def test_a_conversion_that_fails_is_one_sentence_and_leaves_nothing(
