@@ -238,18 +238,25 @@ def _tensors_of(module: Any) -> tuple[dict[str, torch.Tensor], dict[str, Adopted
 
 
 def _put_together(first: Any, second: Any) -> None:
-    """Move two MXFP8 weights into one piece of memory, first before second."""
+    """Move two MXFP8 weights into one piece of memory, first before second.
+
+    Codes that follow one another stay where they are, also if ComfyUI has moved the scales, which
+    it does in every load.
+    """
     pair = [first.weight, second.weight]
     if not all(map(_is_mxfp8, pair)) or first.weight._qdata.device != second.weight._qdata.device:
         return
-    codes, scales = [x._qdata for x in pair], [x._params.scale for x in pair]
-    if all(map(follow, (codes, scales))):
-        return
-    together = [torch.cat([x.view(torch.uint8) for x in each]) for each in (codes, scales)]
-    for i, weight in enumerate(pair):
-        new_codes, new_scales = (
-            whole[i * len(each[i]) : (i + 1) * len(each[i])].view(each[i].dtype)
-            for whole, each in zip(together, (codes, scales), strict=True)
-        )
+    codes = _following([x._qdata for x in pair])
+    scales = _following([x._params.scale for x in pair])
+    for weight, new_codes, new_scales in zip(pair, codes, scales, strict=True):
         weight._qdata = new_codes
         weight._params = dataclasses.replace(weight._params, scale=new_scales)
+
+
+def _following(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of one dtype each behind the one before; the same ones if they are so."""
+    if follow(tensors):
+        return tensors
+    whole = torch.cat([tensor.view(torch.uint8) for tensor in tensors])
+    parts = whole.split([len(tensor) for tensor in tensors])
+    return [part.view(tensors[0].dtype) for part in parts]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from ..streaming.jobs import ProgressCallback
 from ..transformer.compute import IN_PLACE_MODES
+from .loading import load_model
 from .native import NativeForward
 from .patches import AdapterTensors, take_adapters
 
 _KEY = "zimage_mxfp8"
 _CATEGORY = "Z-Image MXFP8"
+_FOLDER = "diffusion_models"
 _FORWARD = "diffusion_model._forward"
 _RECIPES = ("uniform", "zimage")
 # Names of comfy.patcher_extension.CallbacksMP: of copies, and when weights have changed.
@@ -101,6 +104,27 @@ class SpeedUp:
         return (speed_up(model, compute),)
 
 
+class Load:
+    """A Z-Image file of models/diffusion_models to MODEL."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    CATEGORY = _CATEGORY
+    DESCRIPTION = (
+        "Loads a Z-Image file, in MXFP8, INT8 ConvRot or plain, without dynamic VRAM. Put the LoRA "
+        "nodes and the speed-up behind it."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
+        """Return the inputs."""
+        return {"required": {"file": (_files(),)}}
+
+    def load(self, file: str) -> tuple[Any]:
+        """Run the node."""
+        return (load_model(_path(file), _progress_bar()),)
+
+
 class Convert:
     """A file in models/diffusion_models to an MXFP8 file beside it."""
 
@@ -113,17 +137,13 @@ class Convert:
         "Converts a Z-Image file of models/diffusion_models to MXFP8, beside it. Refresh ComfyUI "
         "to see the file in Load Diffusion Model."
     )
-    _FOLDER: ClassVar[str] = "diffusion_models"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         """Return the inputs."""
-        import folder_paths
-
-        files = folder_paths.get_filename_list(cls._FOLDER)
         return {
             "required": {
-                "file": (files,),
+                "file": (_files(),),
                 "recipe": (list(_RECIPES),),
                 "overwrite": ("BOOLEAN", {"default": False}),
             }
@@ -131,27 +151,49 @@ class Convert:
 
     def convert(self, file: str, recipe: str, overwrite: bool) -> dict[str, Any]:
         """Run the node; the result is the name of the new file."""
-        import folder_paths
-        from comfy.utils import ProgressBar
-
         from ..conversion.convert import convert, default_output
 
-        source = Path(folder_paths.get_full_path_or_raise(self._FOLDER, file))
+        source = _path(file)
         target = default_output(source)
-        bar = ProgressBar(1)
         report = convert(
             source,
             target,
             recipe=recipe,
             overwrite=overwrite,
-            progress=lambda done: bar.update_absolute(done.done, done.total),
+            progress=_progress_bar(),
         )
         name = str(Path(file).with_name(target.name))
         return {"ui": {"text": [*report.warnings, f"wrote {name}"]}, "result": (name,)}
 
 
-NODE_CLASS_MAPPINGS = {"ZImageMXFP8SpeedUp": SpeedUp, "ZImageMXFP8Convert": Convert}
+def _files() -> list[str]:
+    import folder_paths
+
+    files: list[str] = folder_paths.get_filename_list(_FOLDER)
+    return files
+
+
+def _path(file: str) -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_full_path_or_raise(_FOLDER, file))
+
+
+def _progress_bar() -> ProgressCallback:
+    """Return a callback that moves the bar on the node which is running."""
+    from comfy.utils import ProgressBar
+
+    bar = ProgressBar(1)
+    return lambda done: bar.update_absolute(done.done, done.total)
+
+
+NODE_CLASS_MAPPINGS = {
+    "ZImageMXFP8Load": Load,
+    "ZImageMXFP8SpeedUp": SpeedUp,
+    "ZImageMXFP8Convert": Convert,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
+    "ZImageMXFP8Load": "Load Z-Image MXFP8",
     "ZImageMXFP8SpeedUp": "Z-Image MXFP8 speed-up",
     "ZImageMXFP8Convert": "Convert to MXFP8 (Z-Image)",
 }

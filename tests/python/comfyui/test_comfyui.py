@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
 from helpers.adapter_files import random
@@ -18,7 +18,7 @@ from zimage_mxfp8.comfy.nodes import NODE_CLASS_MAPPINGS, speed_up
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("ignore")]
 
 
-def load(comfy: SimpleNamespace, path: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load(comfy: SimpleNamespace, path: Path, dtype: torch.dtype | None = torch.float32) -> Any:
     return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype})
 
 
@@ -43,6 +43,12 @@ def run(
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
+
+
+def addresses_of(model: Any) -> list[int]:
+    """Where the codes are; ComfyUI moves the scales in every load."""
+    weights = (x for x in model.model.diffusion_model.parameters() if hasattr(x, "_qdata"))
+    return [x._qdata.data_ptr() for x in weights]
 
 
 def forward_of(model: Any) -> Any:
@@ -387,12 +393,9 @@ def test_it_can_be_cancelled(comfy: SimpleNamespace, stock: Any) -> None:
     assert forward_of(fast).native_calls < 8
 
 
-def test_the_convert_node(
-    comfy: SimpleNamespace, original: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("in_models_folder")
+def test_the_convert_node(quantized: Path) -> None:
     node = NODE_CLASS_MAPPINGS["ZImageMXFP8Convert"]
-    paths = ([str(original.parent)], {".safetensors"})
-    monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "diffusion_models", paths)
     (files,) = node.INPUT_TYPES()["required"]["file"]
     assert "z.safetensors" in files
     before = quantized.read_bytes()
@@ -401,3 +404,54 @@ def test_the_convert_node(
     assert quantized.read_bytes() == before
     with pytest.raises(zm.Error, match="exists"):
         node().convert("z.safetensors", "uniform", overwrite=False)
+
+
+@pytest.fixture
+def in_models_folder(
+    comfy: SimpleNamespace, original: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = ([str(original.parent)], {".safetensors"})
+    monkeypatch.setitem(comfy.folder_paths.folder_names_and_paths, "diffusion_models", paths)
+
+
+@pytest.mark.usefixtures("in_models_folder")
+def test_the_load_node(comfy: SimpleNamespace, stock: Any, quantized: Path) -> None:
+    """The same model as ComfyUI's loader makes, on weights that do not move afterwards."""
+    node, given = NODE_CLASS_MAPPINGS["ZImageMXFP8Load"], inputs()
+    assert quantized.name in node.INPUT_TYPES()["required"]["file"][0]
+    (model,) = node().load(quantized.name)
+    assert not model.is_dynamic()
+    wanted, found = stock.model.state_dict(), model.model.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        if not name.endswith("comfy_quant"):
+            assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    addresses = addresses_of(model)
+    fast = speed_up(model, "weight-only")
+    assert error(run(comfy, fast, given), run(comfy, stock, given)) < 5e-5
+    assert forward_of(fast).native_calls == 1
+    assert len(addresses) >= 20 and addresses_of(model) == addresses
+    copy = fast.deepclone_multigpu(new_load_device=torch.device("cpu"))
+    assert copy.model is not fast.model and forward_of(copy).module is copy.model.diffusion_model
+
+
+@pytest.mark.usefixtures("in_models_folder")
+@pytest.mark.parametrize("kind", ["int8-convrot", "plain"])
+def test_the_load_node_takes_other_formats(
+    comfy: SimpleNamespace, original: Path, kind: str
+) -> None:
+    file = original
+    if kind != "plain":
+        file = original.with_name(f"z-{kind}.safetensors")
+        zm.convert(original, file, format=kind)
+    (model,) = NODE_CLASS_MAPPINGS["ZImageMXFP8Load"]().load(file.name)
+    wanted = load(comfy, file, None)
+    assert error(run(comfy, model, inputs()), run(comfy, wanted, inputs())) == 0
+
+
+@pytest.mark.usefixtures("in_models_folder")
+def test_the_load_node_refuses_other_files(comfy: SimpleNamespace, original: Path) -> None:
+    other = original.with_name("lora.safetensors")
+    save_file({"transformer.layers.0.attention.to_q.lora_A.weight": torch.zeros(4, DIM)}, other)
+    with pytest.raises(zm.CheckpointError, match=r"lora\.safetensors"):
+        NODE_CLASS_MAPPINGS["ZImageMXFP8Load"]().load(other.name)
