@@ -1,4 +1,4 @@
-"""A transformer around weights that another program has loaded, without copying the 8-bit ones."""
+"""Models around weights that another program has loaded, without copying the 8-bit ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from ..layout import MXFP8_BLOCK
 from ..ops.codec import MXFP8Array, to_blocked
 from ..ops.gemm import RowScaledArray
 from ..zimage.config import ZImageConfig
+from ..zimage.control import REFINER, ControlConfig, control_table
 from ..zimage.layers import ZIMAGE
+from ..zimage.table import LayerTable
 from . import arithmetic
 from .compute import Compute
+from .control import ZImageControlNet
 from .linear import FP8Linear, Linear
 from .loading import PartsLoader
 from .model import ZImageTransformer
@@ -63,10 +66,43 @@ def adopt(
     Raises:
         CheckpointError: a tensor of Z-Image's is missing, or a layer to fold has NaN.
     """
-    model = _Model(plain, layers)
+    config = ZImageConfig.of_shapes(_shapes(plain, layers))
+    model = _Model(plain, layers, config, ZIMAGE)
     shared = {x.data_ptr() for layer in layers.values() for x in (layer.codes, layer.scale)}
-    parts = _Loader(model, _Adopted(), compute, dtype, shared).load()
-    return ZImageTransformer(model.config, parts, compute, dtype, cuda_graphs)
+    parts = _Loader(model, compute, dtype, shared).load()
+    return ZImageTransformer(config, parts, compute, dtype, cuda_graphs)
+
+
+def adopt_control(
+    plain: Mapping[str, torch.Tensor], dtype: torch.dtype, *, trained_refiner: bool
+) -> ZImageControlNet:
+    """Return a ControlNet that computes with the given tensors, none of them quantised.
+
+    It shares the memory of weights that are in `dtype`, as `adopt` does, but for modulations.
+
+    Args:
+        plain: tensors by name in ComfyUI's layout, on one device.
+        dtype: bfloat16 or float32.
+        trained_refiner: see `ControlConfig.of_shapes`.
+
+    Raises:
+        CheckpointError: a tensor of the ControlNet is missing.
+    """
+    config = ControlConfig.of_shapes(
+        _shapes(plain, {}), control_table(plain), trained_refiner=trained_refiner
+    )
+    unused = () if config.n_refiner_layers else (f"{REFINER}.",)
+    used = {name: x for name, x in plain.items() if not name.startswith(unused)}
+    model = _Model(used, {}, config, config.table)
+    parts = _Loader(model, "weight-only", dtype, set()).load()
+    return ZImageControlNet(config, parts, "weight-only", dtype)
+
+
+def _shapes(
+    plain: Mapping[str, torch.Tensor], layers: Mapping[str, AdoptedLayer]
+) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in plain.items()}
+    return shapes | {f"{name}.weight": layer.shape for name, layer in layers.items()}
 
 
 class _Model:
@@ -75,17 +111,19 @@ class _Model:
     path = "the loaded model"
 
     def __init__(
-        self, plain: Mapping[str, torch.Tensor], layers: Mapping[str, AdoptedLayer]
+        self,
+        plain: Mapping[str, torch.Tensor],
+        layers: Mapping[str, AdoptedLayer],
+        config: ZImageConfig | ControlConfig,
+        table: LayerTable,
     ) -> None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in plain.items()}
-        shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
-        self.config = ZImageConfig.of_shapes(shapes)
+        self.config, self.table = config, table
         self.layers = {
             name: replace(x, codes=x.codes.view(torch.uint8), scale=x.scale.view(torch.uint8))
             for name, x in layers.items()
         }
         present = {**plain, **{f"{name}.weight": x.codes for name, x in self.layers.items()}}
-        wanted = ZIMAGE.expected_shapes(shapes)
+        wanted = table.expected_shapes(_shapes(plain, layers))
         if lacking := [name for name in wanted if name not in present]:
             raise CheckpointError(f'{self.path} has no "{lacking[0]}"')
         self.tensors = {name: present[name] for name in wanted}
@@ -105,12 +143,11 @@ class _Loader(PartsLoader):
     def __init__(
         self,
         model: _Model,
-        stream: _Adopted,
         compute: Compute,
         dtype: torch.dtype,
         shared: set[int],
     ) -> None:
-        super().__init__(model, stream, compute, dtype, ZIMAGE)
+        super().__init__(model, _Adopted(), compute, dtype, model.table)
         self._shared = shared  # addresses of codes and scales
 
     def _quantized(

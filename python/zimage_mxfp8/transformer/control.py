@@ -6,8 +6,9 @@ computed so far: its tokens before the noise refiner and before the main blocks.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from .inputs import ControlInputs
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
 from .model_file import open_control
-from .sequence import Layout, Segment, fill_up, joined, patchify
+from .sequence import Layout, Segment, Shape, fill_up, image_part, joined, patchify
 
 # The transformer's stacks that hints are added in.
 CONTROLLED_STACKS = ("noise_refiner", "layers")
@@ -54,17 +55,21 @@ class Control:
         net: the ControlNet.
         images: its input for each item, [16 or 33, 1, H, W], as large as the latent image.
         strength: what its hints are multiplied by.
+        image_only: whether its blocks see the tokens of the image alone, as in ComfyUI, and not
+            also its fillers and those of the caption, as in training and in diffusers.
     """
 
     net: ZImageControlNet
     images: tuple[torch.Tensor, ...]
     strength: float
+    image_only: bool = False
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> ControlInputs:
         """Return the tensors of the forward."""
         return ControlInputs(
             tuple(image.to(dtype) for image in self.images),
             torch.tensor(self.strength, dtype=torch.float32, device=device),
+            self.image_only,
         )
 
     def __contains__(self, _: object) -> bool:
@@ -291,11 +296,13 @@ class _ControlStack(nn.Module):
             _projection(parts, f"{name}.{i}.after_proj") for i in range(len(blocks) * has_hints)
         )
 
-    def begin(self, c: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return its input from the control tokens c and the transformer's x, [tokens, dim]."""
+    def begin(self, c: torch.Tensor, x: torch.Tensor, rows: _Rows) -> torch.Tensor:
+        """Return its input from the control tokens c and rows of the transformer's x."""
         assert self.before is not None
         start: torch.Tensor = self.before(self.before.encode(c))
-        return start.add_(x)
+        for own, theirs in rows.pairs(start, x):
+            own.add_(theirs)
+        return start
 
     @property
     def block_list(self) -> list[Block]:
@@ -312,6 +319,30 @@ def _projection(parts: LoadedWeights, name: str) -> PlainLinear:
     return PlainLinear(parts.others[f"{name}.weight"], parts.others[f"{name}.bias"])
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of the transformer's tokens that belong to those of a ControlNet.
+
+    Attributes:
+        lengths: tokens of each item in the ControlNet.
+        starts: row of the first in the transformer; empty if all rows belong together.
+    """
+
+    lengths: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+
+    def pairs(
+        self, own: torch.Tensor, theirs: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Return views of both, [tokens, dim], that have the same tokens."""
+        if not self.starts:
+            yield own, theirs
+            return
+        items = own.split(list(self.lengths))
+        for item, start in zip(items, self.starts, strict=True):
+            yield item, theirs[start : start + len(item)]
+
+
 class _StackHints:
     """The hints of a stack, each computed when its turn comes, so that memory holds one."""
 
@@ -322,13 +353,15 @@ class _StackHints:
         start: torch.Tensor,
         modulations: Sequence[Modulation],
         part: Segment,
+        rows: _Rows,
         strength: torch.Tensor,
     ) -> None:
-        """Begin with tokens of `_ControlStack.begin`, [tokens, dim]."""
+        """Begin with tokens of `_ControlStack.begin`, [tokens, dim]; hints are added to `rows`."""
         self.places = places
         self._stack = stack
         self._modulations = modulations
         self._part = part
+        self._rows = rows
         self._strength = strength
         blocks = stack.block_list
         self._norms = [b.input_norm(m) for b, m in zip(blocks, modulations, strict=True)]
@@ -340,8 +373,9 @@ class _StackHints:
     def add_next(self, x: torch.Tensor) -> None:
         self._run_block()
         after = self._stack.after_list[self._done - 1]
-        hint = after(after.encode(self._state.x))
-        x.add_(hint.float() * self._strength)
+        hint = after(after.encode(self._state.x)).float() * self._strength
+        for own, theirs in self._rows.pairs(hint, x):
+            theirs.add_(own)
 
     def finish(self) -> torch.Tensor:
         """Run the blocks that are left, and return the control tokens."""
@@ -368,6 +402,7 @@ class ControlRun:
         time: torch.Tensor,
         filler: torch.Tensor,
         layout: Layout,
+        shapes: Sequence[Shape],
     ) -> None:
         """Embed the control images.
 
@@ -378,10 +413,12 @@ class ControlRun:
             time: the transformer's embedded times, [items, modulation width].
             filler: the transformer's token for filling up images, [1, dim].
             layout: of the batch.
+            shapes: of the batch's items.
         """
         self._net = net
         self._model = model
         self._layout = layout
+        self._image_part = image_part(tuple(shapes), filler.device) if inputs.image_only else None
         self._strength = inputs.strength
         modulation = net.modulation(net.modulation.encode(time))
         modulations = split_modulations(modulation, net.config.dim)
@@ -389,16 +426,25 @@ class ControlRun:
         self._of_refiner, self._of_layers = modulations[:refiners], modulations[refiners:]
         patches = [patchify(image) for image in inputs.images]
         c = net.embedder(net.embedder.encode(torch.cat(patches)))
-        counts = [len(each) for each in patches]
-        self._c = layout.images.mine(fill_up(c, counts, layout.images.lengths, filler))
+        part, _ = self._place(layout.images)
+        c = fill_up(c, [len(each) for each in patches], part.lengths, filler)
+        self._c = part.mine(c)
         self._hints: _StackHints | None = None
+
+    def _place(self, whole: Segment) -> tuple[Segment, _Rows]:
+        """Return the layout of its tokens, and their rows in the transformer's segment."""
+        part = self._image_part
+        if part is None:
+            return whole, _Rows()
+        starts = itertools.accumulate(whole.lengths[:-1], initial=0)  # an item's image comes first
+        return part, _Rows(part.lengths, tuple(starts))
 
     def image_hints(self, x: torch.Tensor) -> Hints | None:
         """Return the hints of the noise refiner, from its input x [tokens of images, dim].
 
         None for a ControlNet that gives none there.
         """
-        net, part = self._net, self._layout.images
+        net, (part, rows) = self._net, self._place(self._layout.images)
         if net.config.refiner == "plain":
             self._c = run_blocks(net.refiner.block_list, self._c, self._of_refiner, part)
             return None
@@ -407,9 +453,10 @@ class ControlRun:
         self._hints = _StackHints(
             stack,
             net.config.refiner_places(self._model),
-            stack.begin(self._c, x),
+            stack.begin(self._c, x, rows),
             self._of_refiner if own else self._of_layers,
             part,
+            rows,
             self._strength,
         )
         return self._hints
@@ -423,16 +470,19 @@ class ControlRun:
             joint: input of the transformer's main blocks, [tokens of all items, dim].
             captions: the refined captions, [tokens of captions, dim].
         """
-        c = self._layout.images.whole(self._c if self._hints is None else self._hints.finish())
-        c = self._layout.joint.mine(joined(c, captions, self._layout))
-        start = self._net.layers.begin(c, joint)
+        c = self._c if self._hints is None else self._hints.finish()
+        part, rows = self._place(self._layout.joint)
+        if self._image_part is None:
+            c = part.mine(joined(self._layout.images.whole(c), captions, self._layout))
+        start = self._net.layers.begin(c, joint, rows)
         del self._c, self._hints  # memory that the main blocks need
         return _StackHints(
             self._net.layers,
             self._net.config.places(self._model),
             start,
             self._of_layers,
-            self._layout.joint,
+            part,
+            rows,
             self._strength,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ class ControlInputs:
     Attributes:
         images: its input for each item, [16 or 33, F, H, W].
         strength: of its hints, float32 [].
+        image_only: as of `Control`; the same in every call of a CUDA graph.
     """
 
     images: tuple[torch.Tensor, ...]
     strength: torch.Tensor
+    image_only: bool = False
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -34,7 +36,9 @@ class ControlInputs:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ControlInputs:
         """Apply a function to each tensor."""
-        return ControlInputs(tuple(map(function, self.images)), function(self.strength))
+        return ControlInputs(
+            tuple(map(function, self.images)), function(self.strength), self.image_only
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,7 @@ class ForwardInputs:
             self.images[items],
             self.times[items],
             self.captions[items],
-            tuple(ControlInputs(x.images[items], x.strength) for x in self.controls),
+            tuple(replace(x, images=x.images[items]) for x in self.controls),
         )
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ForwardInputs:

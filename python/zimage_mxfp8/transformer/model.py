@@ -500,6 +500,10 @@ class ZImageTransformer(PeftMethods, nn.Module):
         given = others.pop("controlnet_block_samples", None)
         check_arguments(x, t, cap_feats, others, self.config, self.device)
         controls = check_controls(given, x, self.config, self.device, self._dtype)
+        if self._ranks is not None and any(control.image_only for control in controls):
+            raise UnsupportedError(
+                "a ControlNet that sees the image alone needs a transformer on one device"
+            )
         nets = tuple(control.net for control in controls)
         inputs = ForwardInputs(
             tuple(image.to(self._dtype) for image in x),
@@ -551,7 +555,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
             if self.device.type != "cuda" or not self._cuda_graphs:
                 return compute(inputs)
             adapters = tuple(layer.adapter for layer in self._captured_linears)
-            key = inputs.shapes, adapters, tuple(net.graph_key for net in nets)
+            of_controls = zip(nets, inputs.controls, strict=True)
+            keys = tuple((net.graph_key, control.image_only) for net, control in of_controls)
+            key = inputs.shapes, adapters, keys
             with torch.cuda.device(self.device):
                 return self._graphs.run(key, compute, inputs)
 
@@ -607,7 +613,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         counts = [image_tokens(size) for size, _ in shapes]
         x = layout.images.mine(fill_up(x, counts, layout.images.lengths, self.x_pad_token))
         runs = [
-            ControlRun(net, control, self.config, time, self.x_pad_token, layout)
+            ControlRun(net, control, self.config, time, self.x_pad_token, layout, shapes)
             for net, control in zip(nets, inputs.controls, strict=True)
         ]
         hints = [hints for run in runs if (hints := run.image_hints(x)) is not None]

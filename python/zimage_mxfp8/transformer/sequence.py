@@ -116,13 +116,26 @@ class Layout:
 def layout_of(shapes: tuple[Shape, ...], device: torch.device) -> Layout:
     """Return the layout of a batch; the last few are cached."""
     images, captions = [], []
-    for (frames, height, width), caption in shapes:
-        length = padded(caption)
-        captions.append(_grid((1, 0, 0), (length, 1, 1)))
-        grid = _grid((length + 1, 0, 0), (frames, height // PATCH_SIZE, width // PATCH_SIZE))
+    for size, caption in shapes:
+        captions.append(_grid((1, 0, 0), (padded(caption), 1, 1)))
+        grid = _image_grid(size, caption)
         images.append(F.pad(grid, (0, 0, 0, padded(len(grid)) - len(grid))))
     joint = [torch.cat(pair) for pair in zip(images, captions, strict=True)]
     return Layout(_part(images, device), _part(captions, device), _part(joint, device))
+
+
+@lru_cache(maxsize=16)
+def image_part(shapes: tuple[Shape, ...], device: torch.device) -> Segment:
+    """Return the layout of the images of a batch without fillers; the last few are cached."""
+    grids = [_image_grid(size, caption) for size, caption in shapes]
+    return _part(grids, device)
+
+
+def _image_grid(size: Size, caption: int) -> torch.Tensor:
+    """Return the positions of an image's tokens, which come after those of its caption."""
+    frames, height, width = size
+    start = (padded(caption) + 1, 0, 0)
+    return _grid(start, (frames, height // PATCH_SIZE, width // PATCH_SIZE))
 
 
 def _grid(start: Size, size: Size) -> torch.Tensor:

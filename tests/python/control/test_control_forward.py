@@ -20,6 +20,7 @@ from helpers.control_reference import (
     write_controlnet,
 )
 from helpers.diffusers_reference import make_reference, random_inputs, relative_error
+from zimage_mxfp8.transformer.control import Control
 
 LAYERS, REFINERS = 4, 2
 SIZES, CAPTIONS = [(8, 12), (4, 6)], [5, 40]
@@ -104,6 +105,25 @@ def test_every_generation_equals_the_authors_forward(
     want = authors_forward(reference, *inputs, [Controlled(kind, tensors, images, 0.8)])
     found = transformer(*inputs, controlnet_block_samples=net.control(images, 0.8)).sample
     assert relative_error(found, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["1.0", "2.0", "2.1"])
+def test_the_tokens_of_the_image_alone(
+    kind: Kind,
+    reference: ZImageTransformer2DModel,
+    transformer: zm.ZImageTransformer,
+    tmp_path: Path,
+) -> None:
+    """As ComfyUI computes it; the images need fillers."""
+    net, tensors = load(kind, make_controlnet(kind, EVERY_OTHER), tmp_path)
+    inputs, images = random_inputs(SIZES, CAPTIONS), control_images(SIZES, CHANNELS[kind])
+    alone = Controlled(kind, tensors, images, 0.8, image_only=True)
+    want = authors_forward(reference, *inputs, [alone])
+    control = Control(net, tuple(images), 0.8, image_only=True)
+    found = transformer(*inputs, controlnet_block_samples=control).sample
+    assert relative_error(found, want) < TOLERANCE
+    whole = transformer(*inputs, controlnet_block_samples=net.control(images, 0.8)).sample
+    assert relative_error(whole, want) > 0.01
 
 
 def test_diffusers_leaves_the_refiner_hints_out(

@@ -85,12 +85,16 @@ def control_images(
 
 @dataclass
 class Controlled:
-    """A ControlNet and its input, for `authors_forward`."""
+    """A ControlNet and its input, for `authors_forward`.
+
+    With `image_only` it sees the tokens of the image alone, as in ComfyUI.
+    """
 
     kind: Kind
     tensors: Tensors
     images: Sequence[torch.Tensor]
     strength: float
+    image_only: bool = False
 
 
 @torch.no_grad()
@@ -116,6 +120,11 @@ def _tokens(image: torch.Tensor) -> torch.Tensor:
 
 def _filled(tokens: torch.Tensor, filler: torch.Tensor) -> torch.Tensor:
     return torch.cat([tokens, filler.expand(-len(tokens) % 32, -1)])
+
+
+def _lengthened(hint: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Append zeros for the tokens that a hint does not have."""
+    return F.pad(hint, (0, 0, 0, tokens.shape[1] - hint.shape[1]))
 
 
 class _Blocks:
@@ -180,36 +189,40 @@ def _one(
     controls = []
     for net, control in nets:
         weight, bias = (net.tensors[f"{EMBEDDER}.{part}"] for part in ("weight", "bias"))
-        c = _filled(F.linear(_tokens(control), weight, bias), base.x_pad_token)[None]
+        c = F.linear(_tokens(control), weight, bias)[None]
+        if not net.image_only:
+            c = _filled(c[0], base.x_pad_token)[None]
+        seen, positions = x[:, : c.shape[1]], image_angles[:, : c.shape[1]]
         main, hints = _Blocks(net.tensors, "control_layers"), []
         if net.kind == "1.0":
             for block in _Blocks(net.tensors, "control_noise_refiner").blocks:
-                c = block(c, mask(c), image_angles, temb)
+                c = block(c, mask(c), positions, temb)
         else:
             own = _Blocks(net.tensors, "control_noise_refiner")
             blocks = main if net.kind == "2.0" else own
-            hints, c = blocks.hints(c, x, mask(c), image_angles, temb)
+            hints, c = blocks.hints(c, seen, mask(c), positions, temb)
         controls.append((net, main, c, hints))
     for i, block in enumerate(base.noise_refiner):
         x = block(x, mask(x), image_angles, temb)
         for net, _, _, hints in controls:
             if hints:
-                x = x + hints[i] * net.strength
+                x = x + _lengthened(hints[i], x) * net.strength
     y = _filled(base.cap_embedder(caption), base.cap_pad_token)[None]
     for block in base.context_refiner:
         y = block(y, mask(y), caption_angles)
     joint = torch.cat([x, y], dim=1)
     added = []
     for net, main, c, _ in controls:
-        both = torch.cat([c, y], dim=1)
-        hints, _ = main.hints(both, joint, mask(joint), angles, temb)
+        both = c if net.image_only else torch.cat([c, y], dim=1)
+        seen, positions = joint[:, : both.shape[1]], angles[:, : both.shape[1]]
+        hints, _ = main.hints(both, seen, mask(both), positions, temb)
         step = len(base.layers) // len(hints)
         added.append({i * step: hint * net.strength for i, hint in enumerate(hints)})
     for i, block in enumerate(base.layers):
         joint = block(joint, mask(joint), angles, temb)
         for hints in added:
             if i in hints:
-                joint = joint + hints[i]
+                joint = joint + _lengthened(hints[i], joint)
     out = base.all_final_layer["2-1"](joint, c=temb)[0, :count]
     patches = out.reshape(rows, columns, 2, 2, 16).permute(4, 0, 2, 1, 3)
     return patches.reshape(16, 1, height, width)
