@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,30 @@ from .patches import AdapterTensors
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
 class _Branch:
-    """What an adapter adds to some rows of a layer: strength (x down^T) up^T, or x up^T."""
+    """What an adapter adds to some rows of a layer: strength (x A^T) B^T, or strength x B^T.
 
-    rows: slice
-    down: torch.Tensor | None
-    up: torch.Tensor
-    strength: float
+    The matrices are copied to the device and dtype of x once, see `forget`.
+    """
+
+    def __init__(self, rows: slice, factors: Sequence[Matrix], strength: float) -> None:
+        """Take A and B, or B alone, from host memory."""
+        self._rows, self._strength = rows, strength
+        self._factors = [torch.from_numpy(np.ascontiguousarray(matrix)) for matrix in factors]
+        self._copies: list[torch.Tensor] = []
 
     def add_to(self, result: torch.Tensor, x: torch.Tensor) -> None:
         """Add it to a layer's result, in place."""
-        up = self.up.to(x)
-        narrow = x if self.down is None else F.linear(x, self.down.to(x))
-        result[..., self.rows] += self.strength * F.linear(narrow, up)
+        copies = self._copies
+        if not copies or (copies[0].device, copies[0].dtype) != (x.device, x.dtype):
+            self._copies = copies = [factor.to(x) for factor in self._factors]
+        for factor in copies:
+            x = F.linear(x, factor)
+        result[..., self._rows] += self._strength * x
+
+    def forget(self) -> None:
+        """Drop the copies, so that their memory is free."""
+        self._copies = []
 
 
 class Branches:
@@ -47,11 +56,9 @@ class Branches:
                     continue  # ComfyUI keeps changes of biases, see patches.py
                 rows = target.rows(shapes[f"{target.layer}.weight"][0])
                 low = branch.matrix.low_rank()
-                down, up = (None, branch.matrix.dense()) if low is None else (low.down, low.up)
+                factors = (branch.matrix.dense(),) if low is None else (low.down, low.up)
                 self._of_layer.setdefault(target.layer, []).append(
-                    _Branch(
-                        rows, None if down is None else _tensor(down), _tensor(up), adapter.strength
-                    )
+                    _Branch(rows, factors, adapter.strength)
                 )
 
     @contextmanager
@@ -63,6 +70,12 @@ class Branches:
                 stack.callback(hook.remove)
             yield
 
+    def forget(self) -> None:
+        """Drop the copies of matrices on the device; the next call makes new ones."""
+        for branches in self._of_layer.values():
+            for branch in branches:
+                branch.forget()
+
 
 def _hook(branches: list[_Branch]) -> Any:
     def add(_: Any, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
@@ -72,7 +85,3 @@ def _hook(branches: list[_Branch]) -> Any:
         return total
 
     return add
-
-
-def _tensor(matrix: Matrix) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(matrix))
