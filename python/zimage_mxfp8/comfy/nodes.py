@@ -21,6 +21,7 @@ _RECIPES = ("uniform", "zimage")
 # Names of comfy.patcher_extension.CallbacksMP: of copies, and when weights have changed.
 _CLONE = "on_clone"
 _WEIGHTS_CHANGE = ("on_load_after", "on_detach_after", "on_apply_hooks")
+_END = "on_cleanup"  # of a sampling
 
 
 def speed_up(model: Any, compute: str = "auto") -> Any:
@@ -68,10 +69,11 @@ def _clone(model: Any) -> Any:
 def _attach(model: Any, compute: str, adapters: Mapping[str, AdapterTensors]) -> None:
     forward = NativeForward(model.model.diffusion_model, compute, adapters)
     model.add_object_patch(_FORWARD, forward)
-    for event in (*_WEIGHTS_CHANGE, _CLONE):
+    for event in (*_WEIGHTS_CHANGE, _END, _CLONE):
         model.remove_callbacks_with_key(event, _KEY)
     for event in _WEIGHTS_CHANGE:
         model.add_callback_with_key(event, _KEY, lambda *_: forward.forget())
+    model.add_callback_with_key(_END, _KEY, lambda *_: forward.forget_controls())
     model.add_callback_with_key(_CLONE, _KEY, _follow)
 
 

@@ -12,47 +12,17 @@ from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
 from helpers.adapter_files import random
+from helpers.comfyui import error, forward_of, inputs, load, run
 from helpers.comfyui_sizes import CAPTION, DIM
 from zimage_mxfp8.comfy.nodes import NODE_CLASS_MAPPINGS, speed_up
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("ignore")]
 
 
-def load(comfy: SimpleNamespace, path: Path, dtype: torch.dtype | None = torch.float32) -> Any:
-    return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype})
-
-
-def inputs(height: int = 16, width: int = 24, items: int = 2, tokens: int = 21) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(height + tokens)
-    x = torch.randn(items, 16, height, width, generator=generator)
-    context = torch.randn(items, tokens, CAPTION, generator=generator)
-    return x, torch.linspace(0.9, 0.2, items), context
-
-
-def run(
-    comfy: SimpleNamespace, model: Any, given: tuple[Any, ...], dtype=torch.float32, **options: Any
-) -> torch.Tensor:
-    comfy.management.load_models_gpu([model], force_patch_weights=True)
-    x, times, context = given
-    with torch.inference_mode():
-        found = model.model.diffusion_model(
-            x.to(dtype), times, context.to(dtype), context.shape[1], transformer_options=options
-        )
-    return found.float().clone()
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
-
-
 def addresses_of(model: Any) -> list[int]:
     """Where the codes are; ComfyUI moves the scales in every load."""
     weights = (x for x in model.model.diffusion_model.parameters() if hasattr(x, "_qdata"))
     return [x._qdata.data_ptr() for x in weights]
-
-
-def forward_of(model: Any) -> Any:
-    return model.object_patches["diffusion_model._forward"]
 
 
 @pytest.fixture(scope="module")
