@@ -23,7 +23,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_there_are_some() -> None:
-    assert [path.stem for path in FILES] == ["lora", "text-to-image"]
+    assert [path.stem for path in FILES] == ["controlnet", "lora", "text-to-image"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -50,8 +50,8 @@ def test_the_speed_up_is_behind_the_loaders(path: Path) -> None:
     while node in sources:
         node = sources[node]
         before.append(nodes[node]["type"])
-    loras = ["LoraLoaderModelOnly"] if path.stem == "lora" else []
-    assert before == [*loras, "UNETLoader"]
+    patches = {"lora": ["LoraLoaderModelOnly"], "controlnet": ["ZImageFunControlnet"]}
+    assert before == [*patches.get(path.stem, []), "UNETLoader"]
 
 
 @pytest.mark.comfyui
