@@ -83,7 +83,7 @@ class VAE:
         with _loading(folder, "vae") as path:
             model, found = AutoencoderKL.from_pretrained(
                 path,
-                dtype=dtype,
+                torch_dtype=dtype,  # SGLang 0.5.23 pins diffusers 0.37, which lacks `dtype`
                 local_files_only=True,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,  # it stops at the first shape that does not fit

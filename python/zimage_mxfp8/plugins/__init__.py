@@ -1,0 +1,1 @@
+"""This package's generator inside other servers: vLLM-Omni and SGLang."""

@@ -1,0 +1,10 @@
+"""The command `sglang`, after what it needs on a machine without CUDA."""
+
+from __future__ import annotations
+
+import torchvision_operators  # noqa: F401 - before torchvision
+
+if __name__ == "__main__":
+    from sglang.cli.main import main
+
+    main()
