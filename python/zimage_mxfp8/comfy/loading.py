@@ -19,7 +19,8 @@ from ..checkpoint.quantization import (
 from ..checkpoint.quantized_layers import QuantizedLayer
 from ..errors import UnsupportedError
 from ..streaming.jobs import ProgressCallback
-from ..transformer.weights import ModelFile, TensorStream, open_model
+from ..transformer.model_file import ModelFile, open_model
+from ..transformer.weights import TensorStream
 from ..zimage.config import ZImageConfig
 from ..zimage.layers import ZIMAGE
 

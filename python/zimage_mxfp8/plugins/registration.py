@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,13 +37,19 @@ def register_sglang() -> None:
 
 def _is_tested(package: str, series: str) -> bool:
     """Return whether a package's version is one of a series, and say so if it is not."""
-    installed = version(package)
+    try:
+        installed = version(package)
+    except PackageNotFoundError:  # a build under another name
+        installed = "an unknown version"
     if installed == series or installed.startswith(f"{series}."):
         return True
     _LOG.warning(
-        "zimage-mxfp8 was tested with %s %s and leaves %s alone: it will not draw with MXFP8 files",
+        "zimage-mxfp8 draws inside %s %s, and this is %s, which it leaves alone; "
+        'run pip install "%s==%s.*" for the other',
         package,
         series,
         installed,
+        package,
+        series,
     )
     return False

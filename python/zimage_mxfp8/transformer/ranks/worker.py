@@ -14,7 +14,7 @@ from ...errors import Error
 from ..control import ZImageControlNet
 from ..loading import load_parts
 from ..model import ZImageTransformer
-from ..weights import open_model
+from ..model_file import open_model
 from .group import RankGroup
 from .messages import (
     ChangeAdapters,
