@@ -64,6 +64,16 @@ else:
         return True
 
 
+def why_no_folder(path: Path) -> str:
+    """Return why a path is no folder to write to, with a remedy, as the end of a sentence."""
+    if os.path.lexists(path) and not path.is_symlink():
+        return "is a file; choose another"
+    above = next((place for place in path.parents if os.path.lexists(place)), path)
+    if not above.is_dir():
+        return f"does not exist, and {above} is a file; choose another"
+    return "does not exist; create it first"
+
+
 def check_target(
     target: Path, sources: Iterable[Path], *, overwrite: bool, argument: str = "output"
 ) -> None:
@@ -87,7 +97,7 @@ def check_target(
     except OSError:
         raise OutputError(f"the output folder {folder} is not writable; choose another") from None
     if not is_folder:
-        raise OutputError(f"the output folder {folder} does not exist; create it first")
+        raise OutputError(f"the output folder {folder} {why_no_folder(folder)}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the output folder {folder} is not writable; choose another")
     for source in sources:

@@ -23,6 +23,7 @@ from .output import (
     interrupts_held,
     target_exists,
     try_lock,
+    why_no_folder,
 )
 
 
@@ -41,7 +42,7 @@ def check_target_folder(target: Path, own: Collection[str], *, overwrite: bool) 
     final = final_path(target)
     above = final.parent
     if not above.is_dir():
-        raise OutputError(f"the folder {above} for {target} does not exist; create it first")
+        raise OutputError(f"the folder {above} for {target} {why_no_folder(above)}")
     if not os.access(above, os.W_OK | os.X_OK):
         raise OutputError(f"the folder {above} for {target} is not writable; choose another")
     if not final.exists():

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_mxfp8.checkpoint import output
-from zimage_mxfp8.checkpoint.output import BLOCK, AtomicFile, Writer, write_file
+from zimage_mxfp8.checkpoint.output import BLOCK, AtomicFile, Writer, check_target, write_file
 from zimage_mxfp8.errors import OutputError
 from zimage_mxfp8.streaming.jobs import Worker
 
@@ -385,3 +385,16 @@ def test_long_names(tmp_path: Path) -> None:
     name = "ö" * 120  # 240 bytes: legal, but not with a suffix
     write_file(tmp_path / name, b"content", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for target, problem in (
+        (file / "out", f"the output folder {file} is a file; choose another"),
+        (file / "a" / "out", f"{file / 'a'} does not exist, and {file} is a file; choose another"),
+        (tmp_path / "a" / "out", f"{tmp_path / 'a'} does not exist; create it first"),
+    ):
+        with pytest.raises(OutputError) as caught:
+            check_target(target, (), overwrite=False)
+        assert str(caught.value).endswith(problem)
