@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .._core import __version__
-from ..errors import Error, UsageError
+from ..errors import Error, UsageError, remedy
 from . import device_warnings, streams
 from .arguments import Parser
 from .interrupts import is_interrupt
@@ -98,7 +98,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         code = error.code if isinstance(error.code, int) else 2
     unprinted = streams.flush_stdout()
     if unprinted and code == 0 and not isinstance(unprinted, BrokenPipeError):
-        return _fail(f"standard output: {unprinted.strerror}", 1)
+        return _fail(f"standard output: {unprinted.strerror}; {remedy(unprinted)}", 1)
     return code
 
 
@@ -136,7 +136,7 @@ def _sentence(error: Error | MemoryError | OSError, arguments: argparse.Namespac
     # a buffer this is a full disk: errors of other files name the file.
     if not place and (streams.flush_stdout() or error.errno in _FULL):
         place = "standard output"
-    return f"{place}: {reason}" if place else reason
+    return f"{place}: {reason}; {remedy(error)}" if place else reason
 
 
 def _remedy_for_memory(arguments: argparse.Namespace) -> str:

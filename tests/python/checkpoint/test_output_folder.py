@@ -112,7 +112,7 @@ def test_bad_targets(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for target, problem in (
         (tmp_path / "none" / "out", "does not exist; create it first"),
-        (tmp_path / "file" / "out", "file is a file; choose another"),
+        (tmp_path / "file" / "out", "for .* is a file; choose another"),
         (tmp_path / "file" / "a" / "out", f"does not exist, and {tmp_path / 'file'} is a file"),
         (tmp_path / "file", "is a file; name a folder"),
     ):

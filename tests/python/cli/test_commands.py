@@ -259,7 +259,10 @@ def test_output_that_goes_nowhere(small_file: Path, command: str, ending: str) -
         assert result.stderr == FULL
 
 
-FULL = "zimage-mxfp8: error: standard output: No space left on device\n"
+FULL = (
+    "zimage-mxfp8: error: standard output: No space left on device; free some space, or choose "
+    "another disk\n"
+)
 
 
 @pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}])
@@ -309,5 +312,8 @@ def test_dequantize_refuses_nan_codes(in_process: Run, converted: Path, tmp_path
     save_file(tensors, tmp_path / "broken.safetensors", metadata_of(converted))
     result = in_process("dequantize", "broken.safetensors", "-o", "plain.safetensors")
     assert result.returncode == 1
-    assert 'broken.safetensors: layer "layers.3.attention.out" has NaN codes' in result.stderr
+    assert (
+        'broken.safetensors: layer "layers.3.attention.out" is damaged: it has NaN codes'
+        in result.stderr
+    )
     assert not (tmp_path / "plain.safetensors").exists()
