@@ -80,7 +80,4 @@ def _print_adapter(adapter: AdapterSummary, screen: Screen) -> None:
 
 def _merged(loras: Any) -> str:
     """Return the adapters of a file's origin: the beginning of each SHA-256, and its weight."""
-    try:
-        return ", ".join(f"{str(lora['sha256'])[:12]} at {lora['weight']}" for lora in loras)
-    except (TypeError, KeyError):  # other programs may write there what they like
-        return str(loras)
+    return ", ".join(f"{lora['sha256'][:12]} at {lora['weight']}" for lora in loras)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
-from helpers.checkpoints import Tensors, random_tensors, small_shapes, to_diffusers
+from helpers.checkpoints import Tensors, change, random_tensors, small_shapes, to_diffusers
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
@@ -368,6 +368,26 @@ def test_provenance(model: Tensors, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert zm.validate(output, source).ok
     zm.dequantize_checkpoint(output, tmp_path / "plain.safetensors")
     assert origin(tmp_path / "plain.safetensors") is None
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "3", "null"])
+def test_provenance_that_is_none(text: str, model: Tensors, tmp_path: Path) -> None:
+    save_file(model, tmp_path / "in.safetensors", {"zimage_mxfp8": text})
+    assert origin(tmp_path / "in.safetensors") is None
+
+
+def test_provenance_of_other_types_is_left_out(model: Tensors, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(model, source)
+    zm.convert(source, output)
+    odd = {"version": [1], "recipe": {}, "exclude_layers": [{}], "loras": [{"sha256": 3}], "x": 1}
+
+    def edit(_: Tensors, metadata: dict[str, str]) -> None:
+        metadata["zimage_mxfp8"] = json.dumps(odd)
+
+    file = change(output, tmp_path / "odd.safetensors", edit)
+    assert origin(file) == {"x": 1} and "x 1" in str(zm.inspect(file))
+    assert zm.validate(file, source).ok
 
 
 def test_no_provenance_where_convert_to_quant_is_reproduced(

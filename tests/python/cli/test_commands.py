@@ -312,8 +312,6 @@ def test_dequantize_refuses_nan_codes(in_process: Run, converted: Path, tmp_path
     save_file(tensors, tmp_path / "broken.safetensors", metadata_of(converted))
     result = in_process("dequantize", "broken.safetensors", "-o", "plain.safetensors")
     assert result.returncode == 1
-    assert (
-        'broken.safetensors: layer "layers.3.attention.out" is damaged: it has NaN codes'
-        in result.stderr
-    )
+    sentence = 'layer "layers.3.attention.out" is damaged: it has NaN codes'
+    assert f"broken.safetensors: {sentence}" in result.stderr
     assert not (tmp_path / "plain.safetensors").exists()
