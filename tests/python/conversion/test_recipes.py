@@ -60,7 +60,7 @@ def test_toml_file_extends_a_recipe(small_file: Path, tmp_path: Path) -> None:
 
 def test_toml_file_alone(small_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text("")
+    file.write_text("keep = []")
     plan = zm.plan_conversion(small_file, zm.ConversionOptions(recipe=file))
     assert len(plan.quantized) == 34 * 5 + 32 + 6, "every 2-D weight"
 
@@ -74,6 +74,7 @@ def test_toml_file_alone(small_file: Path, tmp_path: Path) -> None:
         ('colour = "red"', 'the unknown key "colour"'),
         ("title = 3", '"title" must be a str'),
         ('extends = "theirs"', 'extends "theirs", which is not one of'),
+        ("# nothing\n", "is empty; to keep no layer, write keep = []"),
         ('source_rounding = "float8"', '"source_rounding" must be'),
         ('[[keep]]\nname = "a"', "number 1 must have exactly"),
         ('[[keep]]\nname = "a"\npattern = "("\nreason = "b"', 'number 1: the pattern "("'),

@@ -200,6 +200,8 @@ def _read(path: Path, name: str) -> Recipe:
         ) from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}; correct it") from None
+    if not document:
+        raise RecipeError(f"recipe {path} is empty; to keep no layer, write keep = []")
     known = {
         "title": str,
         "description": str,
