@@ -89,11 +89,13 @@ class Server:
         )
         return images_of(made)
 
-    def edit(self, image: bytes, size: str = "auto", **fields: Any) -> list[Image.Image]:
+    def edit(self, image: bytes, **fields: Any) -> list[Image.Image]:
         """Ask for an image by another one."""
-        more = {"num_inference_steps": STEPS, **fields}
         made = self.client.images.edit(
-            image=("image.png", image, "image/png"), prompt=PROMPT, size=size, extra_body=more
+            image=("image.png", image, "image/png"),
+            prompt=PROMPT,
+            size="auto",
+            extra_body={"num_inference_steps": STEPS, **fields},
         )
         return images_of(made)
 
@@ -134,9 +136,13 @@ def images_of(made: Any) -> list[Image.Image]:
     return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
 
 
-def picture(width: int, height: int) -> tuple[bytes, Image.Image]:
+def as_url(file: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
+
+
+def picture(width: int, height: int, seed: int = 0) -> tuple[bytes, Image.Image]:
     """Return a PNG file of random pixels, and the image."""
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     image = Image.fromarray(pixels)
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -168,6 +174,13 @@ def check_vllm_omni(server: Server) -> None:
     server.check("image to image", server.edit(file, seed=1), init_image=image)
     server.check(
         "strength", server.edit(file, seed=1, strength=0.9), init_image=image, strength=0.9
+    )
+    mask_file, mask = picture(80, 72, seed=1)
+    server.check(
+        "a mask",
+        server.edit(file, seed=1, mask_image=as_url(mask_file)),
+        init_image=image,
+        mask_image=mask,
     )
     lora = server.folder / "lora.safetensors"
     write_lora(lora)
@@ -222,9 +235,34 @@ def command_of_sglang(python: Path, port: int, folder: Path) -> list[str]:
     ]
 
 
+# Without this package's options the servers must use their own pipelines. vLLM-Omni's cannot be
+# made without the libraries of vLLM, so a class takes its place.
+OWN_IN_VLLM_OMNI = """
+import torchvision_operators
+from types import SimpleNamespace
+from zimage_mxfp8.plugins import vllm_omni
+
+class Own:
+    def __init__(self, *, od_config, prefix):
+        pass
+
+vllm_omni.own.ZImagePipeline = Own
+for given in (None, {}, {"other": 1}):
+    config = SimpleNamespace(custom_pipeline_args=given)
+    assert type(vllm_omni.ZImagePipeline(od_config=config)) is Own, given
+"""
+OWN_IN_SGLANG = """
+import torchvision_operators
+from sglang.multimodal_gen.registry import get_pipeline_class
+from sglang.multimodal_gen.runtime.platforms.plugins import load_plugins
+
+load_plugins()
+assert get_pipeline_class("ZImagePipeline").__module__.startswith("sglang.")
+assert get_pipeline_class("ZImageMXFP8Pipeline").__module__ == "zimage_mxfp8.plugins.sglang"
+"""
 SERVERS = {
-    "vllm-omni": (command_of_vllm_omni, check_vllm_omni),
-    "sglang": (command_of_sglang, check_sglang),
+    "vllm-omni": (command_of_vllm_omni, check_vllm_omni, OWN_IN_VLLM_OMNI),
+    "sglang": (command_of_sglang, check_sglang, OWN_IN_SGLANG),
 }
 
 
@@ -275,7 +313,9 @@ def main(server: str, environment: Path | None) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         print(server, flush=True)
-        command, check = SERVERS[server]
+        command, check, own = SERVERS[server]
+        subprocess.run([python, "-c", own], check=True, capture_output=True, text=True)
+        print("  its own pipeline for others: there", flush=True)
         with running(command(python, port, folder), port, folder / "log.txt") as address:
             check(Server(address, folder))
 
