@@ -273,7 +273,12 @@ def running(words: list[str], port: int, log: Path) -> Iterator[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as file:
         process = subprocess.Popen(
-            words, stdout=file, stderr=file, env=environment, start_new_session=True
+            words,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            cwd=log.parent,  # SGLang writes images there
+            start_new_session=True,
         )
     try:
         end = time.monotonic() + 180
@@ -323,6 +328,10 @@ def main(server: str, environment: Path | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("server", choices=SERVERS)
-    parser.add_argument("--environment", type=Path, help="folder to keep or take the server from")
+    parser.add_argument(
+        "--environment",
+        type=lambda name: Path(name).resolve(),
+        help="folder to keep or take the server from",
+    )
     arguments = parser.parse_args()
     main(arguments.server, arguments.environment)
