@@ -83,7 +83,8 @@ def test_settings_are_stored_and_used_again(
             in image.text["parameters"]
         )
     again = ("--settings-from", "o.png", "-o", "again.png")
-    fails(generate(*again), 2, "--control-image", "must be given", "made from the image 'edges.png'")
+    found = generate(*again)
+    fails(found, 2, "--control-image", "must be given", "made from the image 'edges.png'")
     code, _, err = generate(*again, "--controlnet", net, "--control-image", "edges.png")
     assert (code, err) == (0, "")
     assert abs(levels(tmp_path / "again.png") - levels(tmp_path / "o.png")).max() == 0
