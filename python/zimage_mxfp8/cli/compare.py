@@ -74,7 +74,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument(
         "--bound",
-        type=converter(_error_bound, "a finite number of at least 0"),
+        type=converter(_error_bound, "a relative squared error: finite, and at least 0"),
         default=1e-3,
         metavar="ERROR",
         help="relative squared error in MXFP8 above which a layer is kept (default: 0.001)",

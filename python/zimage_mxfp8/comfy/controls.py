@@ -86,11 +86,16 @@ class ControlNets:
 
 def _adopted(module: Any, dtype: torch.dtype) -> ZImageControlNet:
     check_formats(module, "the ControlNet's")
-    put_together((*module.control_noise_refiner, *module.control_layers))
+    try:
+        stacks = (*module.control_noise_refiner, *module.control_layers)
+        is_broken = module.broken
+    except AttributeError as error:
+        raise UnsupportedError(f"the ControlNet is of an unknown kind: {error}") from None
+    put_together(stacks)
     plain, layers = tensors_of(module)
     if layers:
         raise UnsupportedError("a ControlNet in MXFP8 is not supported")
-    return adopt_control(plain, dtype, trained_refiner=not module.broken)
+    return adopt_control(plain, dtype, trained_refiner=not is_broken)
 
 
 def _images(encoded: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -219,6 +219,7 @@ class ZImageGenerator:
         self._adapters = threading.Lock()
         self._loras = LoraCache()
         self._kept: dict[Part, Any] = {}
+        self._lost_transformer = False
         if not offload:
             with shown(progress, stage_bar) as callback:
                 for part in get_args(Part):
@@ -375,6 +376,9 @@ class ZImageGenerator:
         """Return a part, loaded if necessary; with offloading only the caller refers to it."""
         if name in self._kept:
             return self._kept[name]
+        if name == "transformer" and self._lost_transformer:
+            self._collect()  # its weights, which references in a circle keep
+            self._lost_transformer = False
         report = progress or (lambda _: None)
         dtype = _DTYPES[self._dtype]
         report(GenerationProgress(name, 0, 1))
@@ -408,9 +412,12 @@ class ZImageGenerator:
     def _free(self) -> None:
         """Free the memory of parts without references."""
         if self._offload:
-            gc.collect()  # the libraries' objects refer to one another
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._collect()
+
+    def _collect(self) -> None:
+        gc.collect()  # the libraries' objects refer to one another
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @contextmanager
     def _memory_for(self, what: str) -> Iterator[None]:
@@ -545,6 +552,7 @@ class ZImageGenerator:
                 transformer.check_ranks()
             except RankError:
                 self._kept.pop("transformer", None)
+                self._lost_transformer = True
             raise
 
     def _decode(self, latents: torch.Tensor, report: GenerationCallback) -> list[torch.Tensor]:

@@ -154,7 +154,7 @@ class ZImageControlNet(nn.Module):
         report_line(place, device)
         with shown(progress, byte_bar("loading the ControlNet")) as callback:
             parts = load_parts(file, place, mode, dtype, callback, file.config.table)
-        return cls(file.config, parts, mode, dtype, Path(file.path))
+        return cls(file.config, parts, mode, dtype, Path(file.path).absolute())
 
     @property
     def device(self) -> torch.device:

@@ -53,7 +53,7 @@ from .ranks.devices import check_ranks, rank_devices
 from .ranks.division import divide
 from .ranks.group import RankGroup
 from .ranks.loras import SharedLoraSet
-from .ranks.peers import Peers
+from .ranks.other_ranks import OtherRanks, check_nets
 from .sequence import (
     Segment,
     Shape,
@@ -111,7 +111,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         table: LayerTable = ZIMAGE,
         *,
         ranks: RankGroup | None = None,
-        peers: Peers | None = None,
+        others: OtherRanks | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -121,7 +121,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
         self._cuda_graphs = cuda_graphs
         self._graphs = GraphCache(has_exchanges=ranks is not None)
         self._ranks = ranks
-        self._peers = peers
+        self._other_ranks = others
+        if others is not None:
+            others.use_graphs(self._graphs)
         self._stacks = table.stacks
         for stack in table.stacks:
             self.add_module(stack.name, nn.ModuleList(parts.blocks[stack.name]))
@@ -148,7 +150,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
             self._norm_places,
             self._adapters_change,
         )
-        self._loras = SharedLoraSet(peers, *of_adapters) if peers else LoraSet(*of_adapters)
+        self._loras = SharedLoraSet(others, *of_adapters) if others else LoraSet(*of_adapters)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -195,8 +197,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
             dtype: bfloat16 or float32, of everything that is not 8 bits wide.
             devices: share each forward among these, each of which holds all weights; instead of
                 `device`. The first one takes inputs and has results; a process is started for each
-                of the others, which ends with the model. On CUDA devices never run so far, on
-                CPUs tested.
+                of the others, which ends when the model is garbage. Hooks and adapters that are set
+                on layers by hand are not shared. Tested on CPUs; never run on CUDA devices.
             cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
                 Without graphs, forward hooks on the model's modules, which include every linear
                 layer and every block, run in every call.
@@ -208,8 +210,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
                 sentence names the tensor.
             UsageError: not a path, no such device, mode or dtype, or a mode for MXFP8 and the
                 checkpoint has none; the sentence names the argument.
-            UnsupportedError: the device does not have the mode.
+            UnsupportedError: the device does not have the mode, or the system no several devices.
             CudaError: the device has too little memory.
+            RankError: the process of another device has ended.
 
         Warns:
             DeviceWarning: once per process, if no device was named and a GPU is not used, or this
@@ -219,23 +222,23 @@ class ZImageTransformer(PeftMethods, nn.Module):
         file = open_model(file_or_folder("path", path))
         places = rank_devices(device, devices)
         check_ranks(len(places), file.config)
-        place, *others = places
+        place = places[0]
         mode = choose(compute, core_index(place), file.weights)
         report_line(place, device if devices is None else place)
         if place.type == "cuda":
             has_cudnn_attention(place)  # for its warning, now instead of in the middle of an image
-        peers = None
-        if others:
-            peers = Peers(Path(file.path), places, mode, dtype, cuda_graphs=cuda_graphs)
+        others = None
+        if len(places) > 1:
+            others = OtherRanks(Path(file.path), places, mode, dtype, cuda_graphs=cuda_graphs)
         try:
             with shown(progress, byte_bar("loading the transformer")) as callback:
                 parts = load_parts(file, place, mode, dtype, callback)
-            ranks = peers.join() if peers else None
+            ranks = others.join() if others else None
         except BaseException:
-            if peers:
-                peers.end()
+            if others:
+                others.end()
             raise
-        return cls(file.config, parts, mode, dtype, cuda_graphs, ranks=ranks, peers=peers)
+        return cls(file.config, parts, mode, dtype, cuda_graphs, ranks=ranks, others=others)
 
     @classmethod
     def from_pretrained(
@@ -374,8 +377,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
         Raises:
             RankError: the process of one has ended, which a forward may not notice before its end.
         """
-        if self._peers is not None:
-            self._peers.check()
+        if self._other_ranks is not None:
+            self._other_ranks.check()
 
     def _check_stays(self, fn: Any, dtype: torch.dtype) -> None:
         moved = fn(torch.empty(0, dtype=self._dtype, device=self.device))
@@ -496,6 +499,9 @@ class ZImageTransformer(PeftMethods, nn.Module):
         Raises:
             InvalidArgumentError: an argument has another shape or device; the sentence names it.
             CudaError: the device ran out of memory.
+            RankError: the process of another device has ended. After it and after any other error,
+                a transformer on several devices must be loaded again.
+            UnsupportedError: a ControlNet that cannot run on several devices.
         """
         given = others.pop("controlnet_block_samples", None)
         check_arguments(x, t, cap_feats, others, self.config, self.device)
@@ -504,6 +510,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
             raise UnsupportedError(
                 "a ControlNet that sees the image alone needs a transformer on one device"
             )
+        if self._ranks is not None:
+            check_nets([control.net for control in controls])
         nets = tuple(control.net for control in controls)
         inputs = ForwardInputs(
             tuple(image.to(self._dtype) for image in x),
@@ -543,6 +551,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         Raises:
             RankError: the process of another rank has ended.
         """
+        others = self._other_ranks
 
         def compute(inputs: ForwardInputs) -> list[torch.Tensor]:
             return self._compute(inputs, nets)
@@ -550,7 +559,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         with (
             torch.autocast(self.device.type, enabled=False),
             self._loras.scaled(scale),
-            self._peers.forward(inputs, nets, scale) if self._peers else nullcontext(),
+            others.forward(inputs, nets, scale) if others else nullcontext(),
         ):
             if self.device.type != "cuda" or not self._cuda_graphs:
                 return compute(inputs)

@@ -440,7 +440,7 @@ def test_prompts(zimage_folder: Path, tmp_path: Path, in_process: Run) -> None:
         (
             ["--model-dir", zimage_folder, *one, "--prompt", os.fsdecode(b"\xff")],
             2,
-            "is not UTF-8 text",
+            "--prompt must be UTF-8 text",
         ),
         (["--model-dir", zimage_folder, "--timesteps", 9], 2, "--timesteps must be 1 to 8"),
     ):

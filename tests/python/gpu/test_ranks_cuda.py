@@ -46,7 +46,7 @@ def inputs_of(batch: str):
     return [x.cuda() for x in images], times.cuda(), [x.cuda() for x in captions]
 
 
-@pytest.mark.parametrize("count", range(2, max(2, torch.cuda.device_count()) + 1))
+@pytest.mark.parametrize("count", range(2, max(2, min(HEADS, torch.cuda.device_count())) + 1))
 @pytest.mark.parametrize("compute", ["weight-only", "fp8"])
 def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> None:
     alone, shared = load(file, 1, compute), load(file, count, compute)
@@ -65,8 +65,8 @@ def test_a_rank_that_is_killed_ends_the_call(file: Path) -> None:
     inputs = inputs_of("one image")
     for _ in range(3):
         model(*inputs)
-    assert model._peers is not None
-    os.kill(model._peers._processes[0].program.pid, signal.SIGKILL)
+    assert model._other_ranks is not None
+    os.kill(model._other_ranks._parts.processes[0].program.pid, signal.SIGKILL)
     with pytest.raises(zm.RankError, match=r"rank 1 \(cuda:1\) was ended by signal 9"):
         for _ in range(100):
             model(*inputs)

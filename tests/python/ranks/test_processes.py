@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from helpers.diffusers_reference import (
     relative_error,
 )
 from helpers.model_folder import make_folder
-from zimage_mxfp8.transformer.ranks.peers import Peers
+from zimage_mxfp8.transformer.ranks.other_ranks import OtherRanks
 
 pytestmark = pytest.mark.slow
 
@@ -72,8 +73,8 @@ def load(file: Path, ranks: int, compute: str = "weight-only") -> zm.ZImageTrans
 
 
 def pids(model: zm.ZImageTransformer) -> list[int]:
-    assert model._peers is not None
-    return [process.program.pid for process in model._peers._processes]
+    assert model._other_ranks is not None
+    return [process.program.pid for process in model._other_ranks._parts.processes]
 
 
 def is_running(pid: int) -> bool:
@@ -210,11 +211,36 @@ def test_a_rank_that_is_killed_ends_the_call(file: Path) -> None:
     wait_until(lambda: not any(map(is_running, processes)))
 
 
+def test_a_model_that_lost_a_rank_can_be_freed(file: Path) -> None:
+    model = load(file, 2)
+    inputs = random_inputs([(4, 4)], [3])
+    os.kill(pids(model)[0], signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(zm.RankError):
+            model(*inputs)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_adapters_are_found_from_another_folder(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = modules_of(make_model(), "to_q")
+    written = write_pairs(modules, lambda name: name, ".lora_A.weight", ".lora_B.weight")
+    save_file(written.tensors, tmp_path / "lora.safetensors")
+    model = load(file, 2)
+    monkeypatch.chdir(tmp_path)
+    assert model.load_lora("lora.safetensors", "a").name == "a"
+
+
 def test_an_error_of_a_rank_is_told(file: Path) -> None:
     model = load(file, 2)
-    assert model._peers is not None
-    with pytest.raises(zm.UsageError, match='"nobody" is no adapter that is loaded'):
-        model._peers.change_adapters("unload", "nobody")
+    assert model._other_ranks is not None
+    change = model._other_ranks.change_adapters("unload", "nobody")
+    with pytest.raises(zm.UsageError, match='"nobody" is no adapter that is loaded'), change:
+        pass
     with pytest.raises(zm.RankError, match=r"rank 1 \(cpu\) failed: .*nobody"):
         model(*random_inputs([(4, 4)], [3]))
 
@@ -233,12 +259,12 @@ def test_an_error_of_rank_0_ends_the_others(file: Path) -> None:
 
 def test_a_checkpoint_that_a_rank_cannot_read(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    peers = Peers(
+    others = OtherRanks(
         tmp_path / "missing.safetensors", [cpu, cpu], "weight-only", torch.float32, cuda_graphs=True
     )
     with pytest.raises(zm.CheckpointError, match=r"missing\.safetensors"):
-        peers.join()
-    peers.end()
+        others.join()
+    others.end()
 
 
 def test_processes_end_when_rank_0_is_killed(file: Path) -> None:
@@ -247,7 +273,7 @@ def test_processes_end_when_rank_0_is_killed(file: Path) -> None:
         model = zm.ZImageTransformer.from_checkpoint(
             {str(file)!r}, compute="weight-only", devices=["cpu"] * 2
         )
-        print(model._peers._processes[0].program.pid, flush=True)
+        print(model._other_ranks._parts.processes[0].program.pid, flush=True)
         time.sleep(600)
     """
     # Not guarded by `if __name__ == "__main__"`: the ranks must not run it.

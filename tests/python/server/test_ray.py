@@ -303,13 +303,15 @@ def test_a_cluster_that_is_too_small(running: Running) -> None:
 
 def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
+    machines = [{"Alive": True, "Resources": {"GPU": n}} for n in (3.0, 1.0)]
+    monkeypatch.setattr("ray.nodes", lambda: machines)
     assert replicas_for(None, None, scaling=False) == Replicas(4, 4, gpus=1)
     assert replicas_for(None, "cuda", scaling=True) == Replicas(1, 4, gpus=1)
     assert replicas_for(2, "cpu", scaling=False) == Replicas(2, 2, gpus=0)
-    assert replicas_for(None, None, scaling=False, gpus_per_replica=2) == Replicas(2, 2, gpus=2)
+    assert replicas_for(None, None, scaling=False, gpus_per_replica=2) == Replicas(1, 1, gpus=2)
     with pytest.raises(zm.UsageError, match="must be at most 1: each has 3 GPUs of its own"):
         replicas_for(2, None, scaling=False, gpus_per_replica=3)
-    with pytest.raises(zm.UsageError, match="gpus must be at most 4, the number of"):
+    with pytest.raises(zm.UsageError, match="gpus must be at most 3, the GPUs of one machine"):
         replicas_for(None, None, scaling=False, gpus_per_replica=5)
     with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
         replicas_for(5, None, scaling=False)

@@ -127,11 +127,11 @@ def test_our_own_mistakes_are_no_missing_packages() -> None:
     assert not isinstance(caught.value, zm.Error)
 
 
-def test_commands_say_the_same(small_file: Path) -> None:
+def test_commands_say_the_same(small_file: Path, zimage_folder: Path) -> None:
     for module, words, sentence in (
         (
             "torch",
-            ["sensitivity", small_file],
+            ["sensitivity", zimage_folder],
             "sensitivity needs torch, which is not installed; run pip",
         ),
         (

@@ -127,9 +127,16 @@ def replicas_for(
     if device == "cuda" and not gpus:
         raise UsageError("device", "cannot be cuda: the cluster has no GPU", "use cpu")
     on_gpu = bool(gpus) and device != "cpu"
-    if gpus_per_replica > 1 and gpus_per_replica > gpus:
-        raise UsageError("gpus", f"must be at most {gpus}, the number of the cluster's GPUs")
-    there_are, kind = (gpus // gpus_per_replica, "GPU") if on_gpu else (cpus, "CPU")
+    of_machines = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if gpus_per_replica > max([1, *of_machines]):
+        raise UsageError(
+            "gpus",
+            f"must be at most {max(of_machines)}, the GPUs of one machine of the cluster",
+            "ask for fewer",
+        )
+    there_are, kind = sum(n // gpus_per_replica for n in of_machines), "GPU"
+    if not on_gpu:
+        there_are, kind = cpus, "CPU"
     most = wanted or (there_are if on_gpu else 1)
     if most > there_are:
         each = plural(gpus_per_replica, kind) if gpus_per_replica > 1 else f"a {kind}"

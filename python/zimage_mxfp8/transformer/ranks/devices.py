@@ -33,11 +33,11 @@ def rank_devices(
         raise UsageError("devices", f"must be a list of devices, not {repr(devices)[:80]}")
     places = [torch_device(each) for each in devices]
     if len({place.type for place in places}) > 1:
-        raise UsageError("devices", "must be CUDA devices only or CPUs only")
+        raise UsageError("devices", "must all be GPUs, or all be the CPU")
     if places[0].type == "cuda" and len(set(places)) < len(places):
         raise UsageError("devices", "must be different GPUs", "name each once")
     if len(places) > 1 and sys.platform == "win32":
-        raise UnsupportedError("several devices need Linux; use one device")
+        raise UnsupportedError("several devices are not possible on Windows", "use one device")
     return places
 
 

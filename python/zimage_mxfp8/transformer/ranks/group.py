@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import torch
 import torch.distributed
 
 _c10d: Any = torch.distributed  # its classes are public, its type stubs incomplete
-_TIMEOUT = timedelta(minutes=10)  # of one exchange: ranks wait for the slowest
+_TIMEOUT = timedelta(minutes=10)  # of one exchange on the CPU: ranks wait for the slowest
+_NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 class RankGroup:
@@ -47,7 +51,9 @@ class RankGroup:
     @classmethod
     def connect(cls, store: Path, rank: int, size: int, device: torch.device) -> RankGroup:
         """Return the group of all ranks, as soon as all have called this with the same file."""
-        return cls(_c10d.FileStore(str(store), size), rank, size, device)
+        group = cls(_c10d.FileStore(str(store), size), rank, size, device)
+        group.broadcast_(torch.zeros(1, device=device))  # NCCL connects with the first exchange
+        return group
 
     def team(self, count: int) -> RankGroup | None:
         """Return this rank's team of `count` teams of as many consecutive ranks each.
@@ -118,18 +124,35 @@ class RankGroup:
         self._backend.broadcast([x]).wait()
 
     def abort(self) -> None:
-        """End exchanges that wait for a rank that has died, on this rank."""
-        for team in self._teams.values():
-            if team is not None and team is not self:
-                team.abort()
-        self._backend.abort()
+        """End exchanges that wait for a rank that has died, on this rank.
+
+        This returns before they have ended. Gloo notices by itself, and nothing is done for it.
+        """
+        if self._device.type != "cuda":
+            return
+        teams = [team for team in list(self._teams.values()) if team is not None]
+        for backend in {id(each): each for each in (self, *teams)}.values():
+            # Each may wait until no graph holds its exchanges.
+            threading.Thread(target=backend._backend.abort, daemon=True).start()
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _backend(store: Any, rank: int, size: int, device: torch.device) -> Any:
     if device.type == "cuda":
-        options = _c10d.ProcessGroupNCCL.Options()
-        options._timeout = _TIMEOUT
-        return _c10d.ProcessGroupNCCL(store, rank, size, options)
+        with _environment(_NCCL_ERRORS, "0"):  # else an error ends the whole program
+            return _c10d.ProcessGroupNCCL(store, rank, size, _c10d.ProcessGroupNCCL.Options())
     gloo = _c10d.ProcessGroupGloo._Options()
     # By default gloo looks up the machine's name, which needs not be an address of this machine.
     gloo._devices = [_c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]

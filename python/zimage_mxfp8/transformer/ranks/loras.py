@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..lora import Lora, LoraSet, Weight
-from .peers import Peers
+from ..lora import Lora, LoraSet, Weight, check_weight
+from .other_ranks import OtherRanks
 
 
 class SharedLoraSet(LoraSet):
@@ -18,9 +19,9 @@ class SharedLoraSet(LoraSet):
     Rank 0 comes first: what it refuses changes nothing anywhere.
     """
 
-    def __init__(self, peers: Peers, *arguments: Any) -> None:
+    def __init__(self, others: OtherRanks, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._peers = peers
+        self._others = others
 
     def load(
         self,
@@ -30,9 +31,10 @@ class SharedLoraSet(LoraSet):
         metadata: Mapping[str, Any] | None = None,
     ) -> Lora:
         """Load an adapter."""
-        lora = super().load(source, name, weight, metadata)
-        self._peers.change_adapters("load", _portable(source), lora.name, weight, metadata)
-        return lora
+        name, weight = self._new_name(name), check_weight("weight", weight)
+        arguments = _portable(source), name, weight, _plain(metadata)
+        with self._others.change_adapters("load", *arguments):
+            return super().load(source, name, weight, metadata)
 
     def replace(
         self,
@@ -41,51 +43,61 @@ class SharedLoraSet(LoraSet):
         metadata: Mapping[str, Any] | None = None,
     ) -> Lora:
         """Load an adapter in place of one."""
-        lora = super().replace(source, name, metadata)
-        self._peers.change_adapters("replace", _portable(source), name, metadata)
-        return lora
+        arguments = _portable(source), name, _plain(metadata)
+        with self._others.change_adapters("replace", *arguments):
+            return super().replace(source, name, metadata)
 
     def set(self, weights: Mapping[str, Weight]) -> None:
         """Set weights."""
-        super().set(weights)
-        self._peers.change_adapters("set", dict(weights))
+        if isinstance(weights, Mapping):
+            weights = {name: _plain(weight) for name, weight in weights.items()}
+        with self._others.change_adapters("set", weights):
+            super().set(weights)
 
     def unload(self, name: str) -> None:
         """Take an adapter off."""
-        super().unload(name)
-        self._peers.change_adapters("unload", name)
+        with self._others.change_adapters("unload", name):
+            super().unload(name)
 
     def unload_all(self) -> None:
         """Take all adapters off."""
-        super().unload_all()
-        self._peers.change_adapters("unload_all")
+        with self._others.change_adapters("unload_all"):
+            super().unload_all()
 
     def enable(self, enabled: bool) -> None:
         """Let adapters count, or none of them."""
-        super().enable(enabled)
-        self._peers.change_adapters("enable", enabled)
+        with self._others.change_adapters("enable", enabled):
+            super().enable(enabled)
 
     def fuse(self, scale: float, names: Sequence[str] | None = None) -> None:
         """Fix adapters."""
-        super().fuse(scale, names)
-        self._peers.change_adapters("fuse", scale, names)
+        with self._others.change_adapters("fuse", scale, names):
+            super().fuse(scale, names)
 
     def unfuse(self) -> None:
         """End what `fuse` did."""
-        super().unfuse()
-        self._peers.change_adapters("unfuse")
+        with self._others.change_adapters("unfuse"):
+            super().unfuse()
 
     def place(self, name: str, device: torch.device) -> None:
         """Keep an adapter with the model, or in host memory alone."""
-        super().place(name, device)
-        self._peers.change_adapters("place", name, device)
+        with self._others.change_adapters("place", name, device):
+            super().place(name, device)
 
 
-def _portable(source: str | os.PathLike[str] | Mapping[str, Any]) -> Any:
-    """Return an adapter's source for another process, which has other tensors on its device."""
+def _portable(source: Any) -> Any:
+    """Return an adapter's source for a process with another device and another current folder."""
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source).absolute()
     if not isinstance(source, Mapping):
-        return os.fspath(source)
+        return source
     return {
-        key: value.cpu() if isinstance(value, torch.Tensor) else value
+        # Cloned, because a view would be sent with all of the memory that it shows a part of.
+        key: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
         for key, value in source.items()
     }
+
+
+def _plain(given: Any) -> Any:
+    """Return a mapping as a dict, which other processes can be sent."""
+    return dict(given) if isinstance(given, Mapping) else given

@@ -104,12 +104,12 @@ class Failed:
     problem: str
 
 
-def send(connection: Connection, message: Any) -> None:
-    """Send a message.
+def pickled(message: Any) -> bytes:
+    """Return a message for `Connection.send_bytes`.
 
-    Not by `Connection.send`, for which torch registers a way to share the memory of tensors.
+    `Connection.send` would share the memory of tensors in a way that torch registers for it.
     """
-    connection.send_bytes(pickle.dumps(message))
+    return pickle.dumps(message)
 
 
 def receive(connection: Connection) -> Any:

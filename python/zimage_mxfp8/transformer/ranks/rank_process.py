@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -25,10 +26,12 @@ from .messages import (
     Load,
     LoadControlNet,
     packed_nbytes,
+    pickled,
     receive,
-    send,
     unpack,
 )
+
+_SECONDS_BETWEEN_LOOKS = 2
 
 
 def main(descriptor: int) -> None:
@@ -37,28 +40,32 @@ def main(descriptor: int) -> None:
     Args:
         descriptor: file descriptor of the connection with it.
     """
-    threading.Thread(target=_end_with_rank_0, daemon=True).start()
+    threading.Thread(target=_end_with_rank_0, args=[os.getppid()], daemon=True).start()
     connection = Connection(descriptor)
     try:
-        worker = _Worker(connection, receive(connection))
+        rank = _Rank(connection, receive(connection))
         while True:
-            worker.obey(receive(connection))
+            rank.obey(receive(connection))
     except EOFError:
         pass
     except BaseException as error:
         own = error if isinstance(error, Error) else None
         problem = str(error).partition("\n")[0] or type(error).__name__
-        send(connection, Failed(own, problem))
+        connection.send_bytes(pickled(Failed(own, problem)))
     os._exit(0)  # other threads may wait for other ranks
 
 
-def _end_with_rank_0() -> None:
+def _end_with_rank_0(parent: int) -> None:
     """End this process when rank 0's has ended, also in the middle of an exchange."""
-    sys.stdin.buffer.read()  # rank 0 holds the other end, and writes nothing
+    # Rank 0 holds the other end of the input and writes nothing, but a program that it forks may
+    # hold it for longer.
+    while not select.select([sys.stdin], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
+        if os.getppid() != parent:
+            break
     os._exit(0)
 
 
-class _Worker:
+class _Rank:
     def __init__(self, connection: Connection, order: Load) -> None:
         if order.device.type == "cpu":
             torch.set_num_threads(order.threads)
@@ -66,7 +73,7 @@ class _Worker:
             torch.cuda.set_device(order.device)
         file = open_model(order.path)
         parts = load_parts(file, order.device, order.compute, order.dtype, None)
-        send(connection, Done())
+        connection.send_bytes(pickled(Done()))
         joined = receive(connection)
         assert isinstance(joined, Join)
         self._connection = connection
@@ -87,7 +94,7 @@ class _Worker:
             self._nets[order.number] = ZImageControlNet.from_checkpoint(
                 order.path, self._order.device, order.compute, self._order.dtype
             )
-        send(self._connection, Done())
+        self._connection.send_bytes(pickled(Done()))
 
     def _forward(self, order: Forward) -> None:
         self._nets = {n: net for n, net in self._nets.items() if n in order.kept_nets}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import queue
@@ -20,9 +21,10 @@ from typing import Any
 
 import torch
 
-from ...errors import RankError, UnsupportedError
+from ...errors import Error, RankError, UnsupportedError
 from ..compute import Compute
 from ..control import ZImageControlNet
+from ..graphs import GraphCache
 from ..inputs import ForwardInputs
 from .group import RankGroup
 from .messages import (
@@ -33,8 +35,8 @@ from .messages import (
     Load,
     LoadControlNet,
     packed_nbytes,
+    pickled,
     receive,
-    send,
     unpack,
 )
 
@@ -42,11 +44,11 @@ _SECONDS_TO_END = 5  # for processes whose input is closed
 _SECONDS_TO_NOTICE = 10  # from an error in an exchange to the end of the process that caused it
 _RUN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from zimage_mxfp8.transformer.ranks.worker import main; main(int(sys.argv[2]))"
+    "from zimage_mxfp8.transformer.ranks.rank_process import main; main(int(sys.argv[2]))"
 )
 
 
-class Peers:
+class OtherRanks:
     """The processes of ranks 1 and up, which do what rank 0 does.
 
     They are started as programs of their own, not by `multiprocessing`, which would run the
@@ -71,31 +73,29 @@ class Peers:
             dtype: of everything that is not 8 bits wide.
             cuda_graphs: whether to run shapes through CUDA graphs.
         """
-        self._directory = Path(tempfile.mkdtemp(prefix="zimage-mxfp8-ranks-"))
         self._devices = list(devices)
-        self._processes = [_Process(rank) for rank in range(1, len(devices))]
-        self._watch = _Watch(self._processes, self._devices)
-        self._end = weakref.finalize(self, _end, self._watch, self._processes, self._directory)
+        self._parts = _Parts(Path(tempfile.mkdtemp(prefix="zimage-mxfp8-ranks-")))
+        self._watch = _Watch(self._parts, self._devices)
+        self._end = weakref.finalize(self, _end, self._watch, self._parts)
         self._turn = threading.RLock()
-        self._group: RankGroup | None = None
         self._numbers = itertools.count()
         self._nets: weakref.WeakKeyDictionary[ZImageControlNet, tuple[object, int]]
         self._nets = weakref.WeakKeyDictionary()
-        for process in self._processes:
-            self._send(
-                process,
-                Load(
-                    path=path,
-                    device=devices[process.rank],
-                    rank=process.rank,
-                    size=len(devices),
-                    compute=compute,
-                    dtype=dtype,
-                    cuda_graphs=cuda_graphs,
-                    store=self._directory / "store",
-                    threads=max(1, torch.get_num_threads() // len(devices)),
-                ),
+        for rank in range(1, len(devices)):
+            process = _Process(rank)
+            self._parts.processes.append(process)
+            order = Load(
+                path=path.absolute(),
+                device=devices[rank],
+                rank=rank,
+                size=len(devices),
+                compute=compute,
+                dtype=dtype,
+                cuda_graphs=cuda_graphs,
+                store=self._parts.store,
+                threads=max(1, torch.get_num_threads() // len(devices)),
             )
+            process.send(pickled(order))
         threading.Thread(target=self._watch.run, daemon=True).start()
 
     def join(self) -> RankGroup:
@@ -104,13 +104,16 @@ class Peers:
         Raises:
             Error: a process failed.
         """
-        self._wait_for_answers()
-        self._tell(Join())
-        size, device = len(self._devices), self._devices[0]
         with self._errors_of_ranks():
-            self._group = RankGroup.connect(self._directory / "store", 0, size, device)
-        self._watch.group = self._group
-        return self._group
+            self._wait_for_answers()
+            self._tell(Join())
+            size, device = len(self._devices), self._devices[0]
+            self._parts.group = RankGroup.connect(self._parts.store, 0, size, device)
+        return self._parts.group
+
+    def use_graphs(self, graphs: GraphCache) -> None:
+        """Take the graphs of rank 0, which are dropped before the exchanges in them end."""
+        self._parts.graphs = graphs
 
     def check(self) -> None:
         """Do nothing if all ranks are alive.
@@ -118,18 +121,25 @@ class Peers:
         Raises:
             RankError: one has ended.
         """
-        if self._watch.failure is not None:
-            raise self._watch.failure
+        if self._watch.failure:
+            raise self._lost()
 
-    def change_adapters(self, method: str, *arguments: Any) -> None:
-        """Call a method of `LoraSet` on all of them.
+    @contextmanager
+    def change_adapters(self, method: str, *arguments: Any) -> Iterator[None]:
+        """Call a method of `LoraSet` on all of them, after the block has done so on rank 0.
+
+        An error in the block changes nothing on the others.
 
         Raises:
             Error: a process failed.
         """
+        order = pickled(ChangeAdapters(method, arguments))
         with self._turn:
-            self._tell(ChangeAdapters(method, arguments))
-            self._wait_for_answers()
+            self.check()
+            yield
+            with self._errors_of_ranks():
+                self._tell_pickled(order)
+                self._wait_for_answers()
 
     @contextmanager
     def forward(
@@ -145,18 +155,19 @@ class Peers:
         Raises:
             RankError: a process has ended.
         """
-        assert self._group is not None
+        group = self._parts.group
+        assert group is not None
         with self._turn:
             self.check()
-            numbers = tuple(self._number(net) for net in nets)
-            kept = frozenset(number for _, number in self._nets.values())
-            like = inputs.map(lambda tensor: torch.empty_like(tensor, device="meta"))
             with self._errors_of_ranks():
+                numbers = tuple(self._number(net) for net in nets)
+                kept = frozenset(number for _, number in self._nets.values())
+                like = inputs.map(lambda tensor: torch.empty_like(tensor, device="meta"))
                 self._tell(Forward(like, numbers, kept, scale))
                 nbytes = packed_nbytes(inputs)
                 buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._devices[0])
                 unpack(buffer, like).copy_(inputs)
-                self._group.broadcast_(buffer)
+                group.broadcast_(buffer)
                 yield
 
     def end(self) -> None:
@@ -167,11 +178,7 @@ class Peers:
         """Return the number of a ControlNet, which the processes load if they have not yet."""
         token, number = self._nets.get(net, (None, -1))
         if token is not net.weights_token:
-            if net.path is None:
-                raise UnsupportedError(
-                    "a ControlNet that was not loaded from a file cannot run on several devices",
-                    "load it with `ZImageControlNet.from_checkpoint`",
-                )
+            assert net.path is not None  # `check_nets`
             number = next(self._numbers)
             self._tell(LoadControlNet(number, net.path, net.compute))
             self._wait_for_answers()
@@ -179,16 +186,15 @@ class Peers:
         return number
 
     def _tell(self, order: Any) -> None:
-        self.check()
-        for process in self._processes:
-            self._send(process, order)
+        self._tell_pickled(pickled(order))
 
-    def _send(self, process: _Process, order: Any) -> None:
-        with suppress(OSError):  # it has ended, which the watch tells
-            send(process.connection, order)
+    def _tell_pickled(self, order: bytes) -> None:
+        self.check()
+        for process in self._parts.processes:
+            process.send(order)
 
     def _wait_for_answers(self) -> None:
-        for process in self._processes:
+        for process in self._parts.processes:
             if isinstance(process.answers.get(), Failed):
                 raise self._watch.cause()
 
@@ -198,12 +204,55 @@ class Peers:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                self._watch.noticed.wait(_SECONDS_TO_NOTICE)  # the other side of an exchange
-            if (failure := self._watch.failure) is not None:
-                raise failure from None
+            is_of_exchange = isinstance(error, RuntimeError) and not isinstance(
+                error, (Error, torch.OutOfMemoryError)
+            )
+            if is_of_exchange:  # by which a rank that has ended is noticed
+                self._watch.noticed.wait(_SECONDS_TO_NOTICE)
             self._watch.fail(f"rank 0 had an error ({type(error).__name__})")
+            if is_of_exchange and self._watch.failure_of_others:
+                raise self._lost() from None
             raise
+
+    def _lost(self) -> RankError:
+        if self._parts.graphs is not None:
+            self._parts.graphs.clear()  # exchanges end when no graph holds them
+        return RankError(self._watch.failure, "load it again")
+
+
+def check_nets(nets: Sequence[ZImageControlNet]) -> None:
+    """Raise if a ControlNet cannot run on several devices.
+
+    Raises:
+        UnsupportedError: it was not loaded from a file.
+    """
+    if any(net.path is None for net in nets):
+        raise UnsupportedError(
+            "a ControlNet that was not loaded from a file cannot run on several devices",
+            "load it with `ZImageControlNet.from_checkpoint`",
+        )
+
+
+class _Parts:
+    """What ends with `OtherRanks`, without a reference to it.
+
+    Attributes:
+        processes: the other ranks.
+        group: all ranks; None until they have joined.
+        graphs: those of rank 0; None until there is a model.
+        directory: with the file in which ranks find each other.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.processes: list[_Process] = []
+        self.group: RankGroup | None = None
+        self.graphs: GraphCache | None = None
+        self.directory = directory
+
+    @property
+    def store(self) -> Path:
+        """The file in which ranks find each other."""
+        return self.directory / "store"
 
 
 class _Process:
@@ -226,6 +275,11 @@ class _Process:
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the others
             )
 
+    def send(self, order: bytes) -> None:
+        """Send an order; if the process has ended, nothing happens, and the watch tells it."""
+        with suppress(OSError):
+            self.connection.send_bytes(order)
+
     def end(self) -> None:
         """Wait for the end of the program, whose input is closed."""
         try:
@@ -239,24 +293,24 @@ class _Watch:
     """Receives the answers of processes, and notices when one has ended.
 
     Attributes:
-        failure: why the ranks can compute no more; None while they can.
+        failure: why the ranks can compute no more, a sentence; "" while they can.
+        failure_of_others: whether that was not rank 0's error.
         noticed: set with `failure`.
-        group: exchanges to abort then.
     """
 
-    def __init__(self, processes: Sequence[_Process], devices: Sequence[torch.device]) -> None:
-        self.failure: RankError | None = None
+    def __init__(self, parts: _Parts, devices: Sequence[torch.device]) -> None:
+        self.failure = ""
+        self.failure_of_others = False
         self.noticed = threading.Event()
-        self.group: RankGroup | None = None
-        self._processes = processes
+        self._parts = parts
         self._devices = devices
         self._is_ending = False
         self._error: Exception | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `end` may come from a finalizer at any time
 
     def run(self) -> None:
         """Receive until the processes have ended."""
-        waiting = {process.connection: process for process in self._processes}
+        waiting = {process.connection: process for process in self._parts.processes}
         while waiting:
             for connection in wait(list(waiting)):
                 process = waiting[connection]  # type: ignore[index]
@@ -267,8 +321,7 @@ class _Watch:
                     self._ended(process)
                     continue
                 if isinstance(answer, Failed):
-                    problem = f"{self._name(process)} failed: {answer.problem}"
-                    self.fail(problem, answer.error)
+                    self._fail(f"{self._name(process)} failed: {answer.problem}", answer.error)
                 else:
                     process.answers.put(answer)
 
@@ -280,40 +333,46 @@ class _Watch:
     def cause(self) -> Exception:
         """Return the error of the rank that failed first, if it is one of this package's."""
         self.noticed.wait()
-        assert self.failure is not None
-        return self._error or self.failure
+        if self._error is None:
+            return RankError(self.failure, "load it again")
+        return copy.copy(self._error)  # raising one adds frames to it, which hold the model
 
-    def fail(self, problem: str, error: Exception | None = None) -> None:
-        """Remember why the ranks can compute no more, and end all exchanges."""
+    def fail(self, problem: str) -> None:
+        """Remember an error of rank 0, and end the others."""
+        self._fail(problem, None, of_others=False)
+
+    def _fail(self, problem: str, error: Exception | None, *, of_others: bool = True) -> None:
         with self._lock:
-            if self.failure is not None or self._is_ending:
+            if self.failure or self._is_ending:
                 return
-            self.failure = RankError(
-                f"the transformer on {len(self._devices)} devices has stopped: {problem}",
-                "load it again",
-            )
-            self._error = error
+            devices = len(self._devices)
+            self.failure = f"the transformer on {devices} devices has stopped: {problem}"
+            self.failure_of_others, self._error = of_others, error
         self.noticed.set()
-        for process in self._processes:
+        for process in self._parts.processes:
             process.program.kill()
             process.answers.put(Failed(error, problem))
-        if self.group is not None and self._devices[0].type == "cuda":
-            self.group.abort()
+        if self._parts.group is not None:
+            self._parts.group.abort()
 
     def _ended(self, process: _Process) -> None:
         code = process.program.wait()
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        self.fail(f"{self._name(process)} {how}")
+        self._fail(f"{self._name(process)} {how}", None)
 
     def _name(self, process: _Process) -> str:
         return f"rank {process.rank} ({self._devices[process.rank]})"
 
 
-def _end(watch: _Watch, processes: Sequence[_Process], directory: Path) -> None:
+def _end(watch: _Watch, parts: _Parts) -> None:
     watch.end()
-    for process in processes:
+    if parts.graphs is not None:
+        parts.graphs.clear()  # exchanges end when no graph holds them
+    if parts.group is not None:
+        parts.group.abort()
+    for process in parts.processes:
         assert process.program.stdin is not None
         process.program.stdin.close()
-    for process in processes:
+    for process in parts.processes:
         process.end()
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(parts.directory, ignore_errors=True)
