@@ -571,7 +571,10 @@ def test_empty_names_are_refused(words: list[str], capsys: pytest.CaptureFixture
         ),
         (["probe", "a", "--threads", "-1"], 'must be a whole number of at least 0, not "-1"'),
         (["compare", "a", "--sample", "0"], 'must be a fraction above 0 and up to 1, not "0"'),
-        (["compare", "a", "--bound", "nan"], 'must be a finite number of at least 0, not "nan"'),
+        (
+            ["compare", "a", "--bound", "nan"],
+            'must be a relative squared error: finite, and at least 0, not "nan"',
+        ),
         (["serve", "--ray", "--replicas", "0"], "must be auto, or a whole number of at least 1"),
         (["sensitivity", "a", "--bound", "x" * 99], f'must be a number, not "{"x" * 40}..."'),
     ],
