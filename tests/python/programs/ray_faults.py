@@ -15,6 +15,7 @@ import base64
 import hashlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,14 +160,16 @@ def check(what: str, counts: Counter[int], allowed: set[int], least: int = 1) ->
 
 def check_a_damaged_model(cluster: Cluster) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "cut.safetensors"
-        file.write_bytes(TRANSFORMER.read_bytes()[:-1])
-        options = ("--model-dir", FOLDER, "--transformer", file, "--replicas", 1, "--port", 0)
-        process = start(cluster.address, *options, stderr=subprocess.PIPE)
+        model = Path(folder) / "model"
+        shutil.copytree(FOLDER, model)
+        (file,) = (model / "vae").glob("*.safetensors")  # which the server itself does not read
+        file.write_bytes(file.read_bytes()[:-1])
+        options = ("--model-dir", model, "--transformer", TRANSFORMER, "--replicas", 1)
+        process = start(cluster.address, *options, "--port", 0, stderr=subprocess.PIPE)
         out, err = process.communicate(timeout=120)
     print(f"a damaged model: {err.splitlines()[-1]}", flush=True)
     assert (process.returncode, out) == (1, "")
-    assert "no replica can start" in err and "cut.safetensors" in err.splitlines()[-1]
+    assert "no replica can start" in err and str(file) in err.splitlines()[-1]
 
 
 def check_command(cluster: Cluster) -> None:
