@@ -101,7 +101,8 @@ def check_target(
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"the output folder {folder} is not writable; choose another")
     for source in sources:
-        if target.absolute() == source.absolute() or (target.exists() and target.samefile(source)):
+        both_exist = target.exists() and source.exists()
+        if target.absolute() == source.absolute() or (both_exist and target.samefile(source)):
             raise UsageError(argument, f"{target} is the input", "choose another name")
     if target.is_dir():
         raise OutputError(f"the output {target} is a folder; name a file")

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "directory", f"{target} is a link to another folder", "remove the link, then install"
         )
-    package = files("zimage_mxfp8.comfy") / "node_package"
+    package = files("zimage_mxfp8") / "comfy" / "node_package"  # importing comfy would need torch
     contents = ((name, (package / name).read_bytes()) for name in _FILES)
     write_folder(target, contents, (*_FILES, *_OTHERS), overwrite=arguments.overwrite)
     display.wrote(target, "the node package; start ComfyUI again")

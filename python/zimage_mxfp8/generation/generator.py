@@ -307,14 +307,21 @@ class ZImageGenerator:
                 float32 [batch, 16, height / 8, width / 8] on the device.
 
         Raises:
-            UsageError: `preview_every` is not a whole number from 1 on, the number of captions
-                does not go with the guidance, or the mask has another size than the init image.
+            UsageError: these are no settings, `preview_every` is not a whole number from 1 on, the
+                number of captions does not go with the guidance, or the mask has another size than
+                the init image.
             CheckpointError: an image or an adapter cannot be read, an adapter does not fit, or,
                 with offloading, a part cannot be read.
             GenerationError: an image became NaN or infinite; the sentence says at which step.
             RankError: with `devices`, the process of one has ended; the next call starts anew.
             CudaError, UnsupportedError: too little memory.
         """
+        if not isinstance(settings, GenerationSettings):
+            raise UsageError(
+                "settings",
+                f"must be GenerationSettings, not {repr(settings)[:80]}",
+                'give `GenerationSettings("a fox")`, for example',
+            )
         if whole_number("preview_every", preview_every) < 1:
             raise UsageError("preview_every", f"must be 1 or more, not {preview_every}")
         needed = 2 if settings.guidance else 1

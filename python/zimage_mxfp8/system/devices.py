@@ -151,7 +151,8 @@ def first_gpus(count: int) -> list[torch.device]:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count > found:
         raise UnsupportedError(
-            f"{count} GPUs are asked for, and torch finds {found}; ask for no more than that"
+            f"{count} GPUs are asked for, and torch finds {found}",
+            "ask for no more than that" if found else "ask for none",
         )
     return [torch.device("cuda", index) for index in range(count)]
 

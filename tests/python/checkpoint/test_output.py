@@ -398,3 +398,12 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         with pytest.raises(OutputError) as caught:
             check_target(target, (), overwrite=False)
         assert str(caught.value).endswith(problem)
+
+
+def test_an_input_that_does_not_exist_is_another_error(tmp_path: Path) -> None:
+    """Which the command tells when it reads the input."""
+    target = tmp_path / "out.safetensors"
+    target.write_bytes(b"old")
+    check_target(target, [tmp_path / "missing.safetensors"], overwrite=True)
+    with pytest.raises(OutputError, match="exists"):
+        check_target(target, [tmp_path / "missing.safetensors"], overwrite=False)

@@ -28,6 +28,17 @@ def test_the_command_writes_the_folder_for_copying(in_process: Run, tmp_path: Pa
     only(written, *FILES)
 
 
+def test_the_command_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "custom_nodes").mkdir()
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from zimage_mxfp8.cli.main import main\n"
+        "sys.exit(main(['comfyui', 'install', '.']))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    only(tmp_path / "custom_nodes" / "zimage-mxfp8", *FILES)
+
+
 def test_the_package_exports_what_comfyui_looks_for() -> None:
     """Loaded as ComfyUI loads it, by its path."""
     code = (

@@ -80,6 +80,12 @@ def test_options(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_prompt_is_no_settings(model: Path) -> None:
+    generator = zm.ZImageGenerator(model, device="cpu", offload=True)
+    with pytest.raises(zm.UsageError, match="settings must be GenerationSettings, not 'a fox'"):
+        generator.generate("a fox")  # type: ignore[arg-type]
+
+
 def test_needed_options(generate: Generate) -> None:
     sentence = "the following arguments are required: --prompt, or --settings-from"
     fails(generate(*USUAL[2:]), 2, sentence)
