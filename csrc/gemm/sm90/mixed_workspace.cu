@@ -12,7 +12,7 @@
 // and those wait for earlier units only; so the kernel completes, whichever of its blocks are
 // resident.
 //
-// The stages of a low-rank addend, in BF16 too, follow those of the product in the same ring.
+// The stages of a low-rank addend, which is BF16 too, follow the product's in the same ring.
 #include <algorithm>
 
 #include "cuda/launch.cuh"

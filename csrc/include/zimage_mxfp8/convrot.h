@@ -40,7 +40,7 @@ struct Int8View {
 //   not rotated:  factor = 1 / max(amax, 1e-12) * 127, scale = 1 / factor, code = r * factor
 //
 // to nearest even. -128 does not occur. The sums of the rotation are float32 and add columns in
-// order, as a GEMM on a CPU does, so the bytes equal those of convert_to_quant on a CPU. They
+// order, as torch does on Intel CPUs, so the bytes are those of convert_to_quant there. They
 // depend neither on the CPU target nor on `threads`.
 //
 // Throws InvalidArgument if shapes disagree, a size is negative, `group` is no power of 4 that

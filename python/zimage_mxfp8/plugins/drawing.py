@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UsageError
 from ..generation.settings import GenerationSettings
-from ..server.request_errors import request_error
+from ..server.request_errors import FIELDS, request_error
 from ..system.optional_packages import import_part
 
 if TYPE_CHECKING:
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _OPTIONS = ("transformer", "compute", "download")
-# The fields of requests for arguments of `GenerationSettings`: the servers have the same names.
-_FIELDS = {
-    "batch": "n",
-    "guidance": "guidance_scale",
-    "height": "size",
-    "init_image": "image",
-    "loras": "lora",
-    "steps": "num_inference_steps",
-    "width": "size",
-}
 
 
 class ClientError(Exception):
@@ -99,4 +89,4 @@ def draw(
 
 
 def _for_client(error: UsageError) -> ClientError:
-    return ClientError(request_error(error, _FIELDS).message)
+    return ClientError(request_error(error, FIELDS).message)

@@ -25,24 +25,14 @@ from .event_stream import EventStream
 from .jobs import Done, Event, Failed, Job, Queued
 from .loras import MAX_WEIGHT
 from .middleware import notes_of
-from .request_errors import RequestError, invalid
+from .request_errors import FIELDS, RequestError, invalid
 from .service import Service, events_for, may_begin
 
 MAX_PROMPT = 32_000  # characters
 MAX_IMAGES = 10
 _MAX_PREVIEWS = 3
 _MAX_FILES, _MAX_FIELDS = 4, 64  # of a form
-# Of arguments of `GenerationSettings`.
-_FIELDS = {
-    "batch": "n",
-    "guidance": "guidance_scale",
-    "height": "size",
-    "init_image": "image",
-    "loras": "lora",
-    "mask_image": "mask",
-    "steps": "num_inference_steps",
-    "width": "size",
-}
+_FIELDS = {**FIELDS, "mask_image": "mask"}
 _SIZE = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 _NO_USAGE = {
     "input_tokens": 0,

@@ -23,6 +23,16 @@ from ..text import printable
 from .engine import EngineLostError
 from .jobs import DeadlineError, QueueFullError, StoppedError, StoppingError
 
+# The fields of requests for arguments of `GenerationSettings`, in OpenAI's API and its like.
+FIELDS = {
+    "batch": "n",
+    "guidance": "guidance_scale",
+    "height": "size",
+    "init_image": "image",
+    "loras": "lora",
+    "steps": "num_inference_steps",
+    "width": "size",
+}
 _ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*))?`")  # in hints, see `Error`
 # OpenAI's client repeats failed requests by itself, unless it is told not to.
 _NO_RETRY = {"x-should-retry": "false"}

@@ -53,7 +53,7 @@ from .ranks.devices import check_ranks, rank_devices
 from .ranks.division import divide
 from .ranks.group import RankGroup
 from .ranks.loras import SharedLoraSet
-from .ranks.other_ranks import OtherRanks, check_nets
+from .ranks.other_ranks import OtherRanks, check_shared
 from .sequence import (
     Segment,
     Shape,
@@ -506,12 +506,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
         given = others.pop("controlnet_block_samples", None)
         check_arguments(x, t, cap_feats, others, self.config, self.device)
         controls = check_controls(given, x, self.config, self.device, self._dtype)
-        if self._ranks is not None and any(control.image_only for control in controls):
-            raise UnsupportedError(
-                "a ControlNet that sees the image alone needs a transformer on one device"
-            )
         if self._ranks is not None:
-            check_nets([control.net for control in controls])
+            check_shared(controls)
         nets = tuple(control.net for control in controls)
         inputs = ForwardInputs(
             tuple(image.to(self._dtype) for image in x),

@@ -79,7 +79,7 @@ def find_files(
     """Return the folder, A and B on this machine, checked from their headers.
 
     Raises:
-        CheckpointError, UsageError: those of `evaluate` about these arguments.
+        CheckpointError, UsageError: as from `evaluate`, about these arguments.
     """
     own = () if against is not None else (hub.TRANSFORMER,)
     file_or_folder("model_dir", model_dir)

@@ -112,7 +112,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def damaged_scales(self, scales: Bytes) -> Counts:
-        """Return the same of scales."""
+        """Return the problems of scales that no sound layer has, whatever its shape."""
 
     @abstractmethod
     def change_times(

@@ -23,7 +23,7 @@ import torch
 
 from ...errors import Error, RankError, UnsupportedError
 from ..compute import Compute
-from ..control import ZImageControlNet
+from ..control import Control, ZImageControlNet
 from ..graphs import GraphCache
 from ..inputs import ForwardInputs
 from .group import RankGroup
@@ -178,7 +178,7 @@ class OtherRanks:
         """Return the number of a ControlNet, which the processes load if they have not yet."""
         token, number = self._nets.get(net, (None, -1))
         if token is not net.weights_token:
-            assert net.path is not None  # `check_nets`
+            assert net.path is not None  # `check_shared`
             number = next(self._numbers)
             self._tell(LoadControlNet(number, net.path, net.compute))
             self._wait_for_answers()
@@ -220,13 +220,17 @@ class OtherRanks:
         return RankError(self._watch.failure, "load it again")
 
 
-def check_nets(nets: Sequence[ZImageControlNet]) -> None:
+def check_shared(controls: Sequence[Control]) -> None:
     """Raise if a ControlNet cannot run on several devices.
 
     Raises:
-        UnsupportedError: it was not loaded from a file.
+        UnsupportedError: it was not loaded from a file, or sees the image alone.
     """
-    if any(net.path is None for net in nets):
+    if any(control.image_only for control in controls):
+        raise UnsupportedError(
+            "a ControlNet that sees the image alone needs a transformer on one device"
+        )
+    if any(control.net.path is None for control in controls):
         raise UnsupportedError(
             "a ControlNet that was not loaded from a file cannot run on several devices",
             "load it with `ZImageControlNet.from_checkpoint`",
