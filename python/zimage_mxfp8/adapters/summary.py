@@ -42,6 +42,7 @@ class AdapterSummary:
         alphas: number of modules by alpha; of those without one alpha is the rank.
         targets: number of modules that fit Z-Image, by stack and layer.
         misfits: modules of Z-Image's names that do not fit it, each with the reason.
+        resized: how many of them would fit a Z-Image of other widths.
         unmatched: names of tensors that belong to nothing in Z-Image.
         text_encoder: names of tensors for the text encoder.
     """
@@ -55,6 +56,7 @@ class AdapterSummary:
     alphas: dict[float, int] = field(default_factory=dict)
     targets: dict[str, int] = field(default_factory=dict)
     misfits: dict[str, str] = field(default_factory=dict)
+    resized: int = 0
     unmatched: list[str] = field(default_factory=list)
     text_encoder: list[str] = field(default_factory=list)
 
@@ -99,8 +101,11 @@ def summarise(checkpoint: Checkpoint) -> AdapterSummary:
             target = targets.find(module)
             if target is None or f"{target.layer}.weight" not in shapes:
                 summary.unmatched += [tensor.name for tensor in roles.values()]
-            elif problem := _problem(roles, target, shapes[f"{target.layer}.weight"]):
+            elif problem := _problem(roles):
                 summary.misfits[prefix + module] = problem
+            elif problem := _other_size(roles, target, shapes[f"{target.layer}.weight"]):
+                summary.misfits[prefix + module] = problem
+                summary.resized += 1
             else:
                 counts["targets"][_title(target)] += 1
             counts["kinds"][_kind(roles)] += 1
@@ -159,14 +164,19 @@ def _alpha(roles: Mapping[Role, SourceTensor], reader: TensorReader) -> float | 
     return None if values is None else float(values.reshape(()))
 
 
-def _problem(roles: Mapping[Role, SourceTensor], target: Target, shape: Shape) -> str | None:
-    """Return why a module does not fit its layer, as a clause; None if it does."""
+def _problem(roles: Mapping[Role, SourceTensor]) -> str | None:
+    """Return why a module fits no layer of any size, as a clause; None if it may fit one."""
     if "unsupported" in roles or "mid" in roles:
         return f"is {_kind(roles)}, which is not supported"
+    if _shape(roles) is None and not roles.keys() <= {"diff_bias", "up_bias", "alpha"}:
+        return "lacks a matrix, or has one of another number of axes"
+    return None
+
+
+def _other_size(roles: Mapping[Role, SourceTensor], target: Target, shape: Shape) -> str | None:
+    """Return for which size of its layer a module is, as a clause; None if it fits `shape`."""
     found = _shape(roles)
     want = (shape[0] // target.parts, *shape[1:])
-    if found is None and not roles.keys() <= {"diff_bias", "up_bias", "alpha"}:
-        return "lacks a matrix, or has one of another number of axes"
     if found is None or found == want:
         return None
     return f"is for a layer of {_times(found)}, not {_times(want)}"

@@ -19,7 +19,8 @@ from .provenance import PROVENANCE_KEY, read_provenance
 from .scopes import group_of
 
 _ADAPTER_USES = (
-    "convert, merge-lora, validate, generate, serve (as an adapter)",
+    "convert, merge-lora, validate, generate (with `loras`)",
+    "serve (in `lora_dir`)",
     "ZImageTransformer.load_lora",
 )
 
@@ -54,7 +55,8 @@ class Inspection:
         metadata: metadata of the header, without the description of quantised layers.
         groups: sums by group, the largest first.
         breaches: broken rules of its quantised layers.
-        accepted_by: the commands that take it.
+        accepted_by: the commands that take it. Arguments are between backticks, as in the hints of
+            `Error`.
         refusal: why no command takes it, and what to do instead, as a clause; "" if one does.
         provenance: details of the conversion that `convert` wrote; None without them.
         adapter: changes that an adapter makes; None for other files.
@@ -143,8 +145,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         group.parameters += math.prod(shape)
     hidden = (markers.HEADER_KEY, PROVENANCE_KEY)
     adapter = summarise(checkpoint) if found.kind is kinds.ADAPTER else None
-    fits = adapter is not None and adapter.fitting > 0
-    accepted_by = list(_ADAPTER_USES) if fits else _commands_for(found)
+    accepted_by = _commands_for(found) if adapter is None else _uses_of(adapter)
     return Inspection(
         path=str(path),
         kind=_describe(found),
@@ -154,7 +155,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         groups=sorted(groups.values(), key=lambda group: -group.nbytes),
         breaches=[str(breach) for breach in quantized.breaches] if quantized else [],
         accepted_by=accepted_by,
-        refusal="" if accepted_by else _refusal(found),
+        refusal="" if accepted_by else _refusal(found, adapter),
         provenance=read_provenance(checkpoint.metadata),
         adapter=adapter,
     )
@@ -183,6 +184,11 @@ def _describe(found: Identified) -> str:
     return f"{title}, {layout} layout{prefix}"
 
 
+def _uses_of(adapter: AdapterSummary) -> list[str]:
+    """Return the commands and calls that take an adapter."""
+    return list(_ADAPTER_USES) if adapter.fitting or adapter.resized else []
+
+
 def _commands_for(found: Identified) -> list[str]:
     """Return the commands that take a file."""
     commands = []
@@ -202,8 +208,14 @@ def _accepts(found: Identified, use: kinds.Use, *, any_model: bool) -> bool:
     return True
 
 
-def _refusal(found: Identified) -> str:
+def _refusal(found: Identified, adapter: AdapterSummary | None) -> str:
     """Return why no command takes a file."""
+    if adapter is not None:
+        problem = "has no module that fits Z-Image"
+        if not adapter.misfits:
+            return f"{problem}; use it with the model that it was trained for"
+        name, misfit = next(iter(adapter.misfits.items()))
+        return f'{problem} ("{name}" {misfit}); merge it with the program that trained it'
     try:
         found.check_use("run")
     except WrongKindError as error:

@@ -174,7 +174,8 @@ OTHER_FORMAT = _format("ComfyUI quantised")
 ADAPTER = Kind(
     "adapter",
     "is an adapter, not a model: {0}",
-    "merge it into a BF16 checkpoint with convert or merge-lora, or draw with it by generate",
+    "name a model, and give this file to convert, merge-lora or generate with `loras`, in Python "
+    "also to load_lora",
 )
 ZIMAGE_CONTROLNET = Kind(
     "ControlNet for Z-Image",

@@ -26,8 +26,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ..printing.inspection import print_inspection
     from ..printing.screen import first_few
     from . import display
+    from .command_line import command_parsers
+    from .wording import with_options
 
     found = inspect(arguments.file)
+    parsers = command_parsers(arguments.command)
+    found.accepted_by = [with_options(use, parsers) for use in found.accepted_by]
+    found.refusal = with_options(found.refusal, parsers)
     if arguments.json:
         display.print_json(found.to_dict())
         return 0

@@ -28,15 +28,20 @@ def sentence(error: Error, parsers: Sequence[argparse.ArgumentParser]) -> str:
         parsers: the command's parser, then those of other commands: an error may advise another
             command.
     """
+    begin = f"{_option(error.argument, parsers)} " if isinstance(error, UsageError) else ""
+    end = f"; {with_options(error.hint, parsers)}" if error.hint else ""
+    return printable(f"{begin}{error.problem}{end}")
+
+
+def with_options(text: str, parsers: Sequence[argparse.ArgumentParser]) -> str:
+    """Replace the arguments between backticks in a text of the library by their options."""
 
     def spelled(match: re.Match[str]) -> str:
         name, value = match.groups()
         option = _option(name, parsers)
         return option if value in (None, "True") else f"{option} {value.strip(chr(34))}"
 
-    begin = f"{_option(error.argument, parsers)} " if isinstance(error, UsageError) else ""
-    end = f"; {_ARGUMENT.sub(spelled, error.hint)}" if error.hint else ""
-    return printable(f"{begin}{error.problem}{end}")
+    return _ARGUMENT.sub(spelled, text)
 
 
 def _option(argument: str, parsers: Sequence[argparse.ArgumentParser]) -> str:

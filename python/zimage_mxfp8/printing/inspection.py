@@ -67,6 +67,8 @@ def _print_adapter(adapter: AdapterSummary, screen: Screen) -> None:
     if adapter.targets:
         rows = [[title, f"{count:,}"] for title, count in adapter.targets.items()]
         screen.table("Fits Z-Image", ["layer", "modules>"], rows)
+    elif adapter.resized:
+        screen.text("fits a Z-Image of other widths than the released ones'")
     for name, problem in list(adapter.misfits.items())[:_MAX_SHOWN]:
         screen.text(f'does not fit: "{name}" {problem}')
     for names, what in (

@@ -191,7 +191,7 @@ def test_an_adapter_as_checkpoint(folder: Path, tmp_path: Path, capsys) -> None:
         assert main(command) == 1
         error = capsys.readouterr().err
         assert "is an adapter, not a model: LoRA of rank 4 for Z-Image" in error
-        assert "merge it into a BF16 checkpoint with convert or merge-lora" in error
+        assert "give this file to convert, merge-lora or generate with --lora" in error
     only(tmp_path, "a.safetensors")
 
 

@@ -88,7 +88,8 @@ def test_report(file: Path) -> None:
     assert len(adapter.unmatched) == 3 and "something.else" in adapter.unmatched
     assert len(adapter.text_encoder) == 2
     assert found.accepted_by == [
-        "convert, merge-lora, validate, generate, serve (as an adapter)",
+        "convert, merge-lora, validate, generate (with `loras`)",
+        "serve (in `lora_dir`)",
         "ZImageTransformer.load_lora",
     ]
     assert found.refusal == ""
@@ -107,8 +108,8 @@ def test_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         'does not fit: "layers.4.attention.out" is OFT, which is not supported',
         "3 tensors belong to nothing in Z-Image",
         "2 tensors are for the text encoder, and not applied",
-        "accepted by convert, merge-lora, validate, generate, serve (as an adapter), "
-        "ZImageTransformer.load_lora",
+        "accepted by convert, merge-lora, validate, generate (with --lora), "
+        "serve (in --lora-dir), ZImageTransformer.load_lora",
     ):
         assert part in shown, (part, shown)
     assert main(["inspect", str(file), "--json"]) == 0
@@ -136,9 +137,35 @@ def test_adapters_of_other_models_are_named(stem: str, model: str, tmp_path: Pat
     assert found.adapter is not None
     assert (found.adapter.model, found.adapter.fitting) == (model, 0)
     assert f"for {model}" in found.kind
-    assert found.accepted_by == [] and "is an adapter, not a model" in found.refusal
+    assert found.accepted_by == []
+    assert found.refusal == (
+        "has no module that fits Z-Image; use it with the model that it was trained for"
+    )
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     assert "no command takes it" in capsys.readouterr().out
+
+
+def test_an_adapter_for_a_model_of_other_widths(tmp_path: Path, capsys) -> None:
+    """As for the small trained model, which takes it."""
+    save_file(pair("transformer.layers.0.attention.to_q", 256, 256), tmp_path / "a.safetensors")
+    found = zm.inspect(tmp_path / "a.safetensors")
+    assert found.adapter is not None
+    assert (found.adapter.fitting, found.adapter.resized, found.refusal) == (0, 1, "")
+    assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "is for a layer of 256 x 256, not 3840 x 3840" in shown
+    assert "fits a Z-Image of other widths" in shown and "generate (with --lora)" in shown
+    assert "no command" not in shown
+
+
+def test_an_adapter_of_a_type_that_is_not_supported(tmp_path: Path) -> None:
+    save_file({"layers.4.attention.out.oft_blocks": torch.zeros(4, 4)}, tmp_path / "a.safetensors")
+    found = zm.inspect(tmp_path / "a.safetensors")
+    assert found.accepted_by == []
+    assert found.refusal == (
+        'has no module that fits Z-Image ("layers.4.attention.out" is OFT, which is not '
+        "supported); merge it with the program that trained it"
+    )
 
 
 def test_other_files_have_no_adapter(small_file: Path) -> None:

@@ -89,47 +89,47 @@ KINDS: dict[str, tuple[Make, str, str]] = {
     "LoRA of PEFT": (
         lora("transformer.", LORA + "A.weight", LORA + "B.weight"),
         'is an adapter, not a model: LoRA of rank 8 for Z-Image, names begin with "transformer."',
-        "merge it into a BF16 checkpoint",
+        "give this file to convert, merge-lora or generate with",
     ),
     "LoRA without prefix": (
         lora("", LORA + "A.default.weight", LORA + "B.default.weight"),
         "LoRA of rank 8 for Z-Image, such as",
-        "merge it",
+        "give this file to",
     ),
     "LoRA of kohya and musubi": (
         lora("", KOHYA + "down.weight", KOHYA + "up.weight"),
         'LoRA of rank 8 for Z-Image, names begin with "lora_unet_"',
-        "merge it",
+        "give this file to",
     ),
     "LoRA of VideoX-Fun": (
         lora("", KOHYA.replace("unet_", "unet__") + "down.weight", KOHYA + "up.weight"),
         "LoRA of rank 8 for Z-Image",
-        "merge it",
+        "give this file to",
     ),
     "LoHa": (
         named(*(f"lora_unet_layers_0_attention_to_q.hada_{w}" for w in ("w1_a", "w1_b", "w2_a"))),
         "is an adapter, not a model: LoHa",
-        "merge it",
+        "give this file to",
     ),
     "LoKr": (
         named("lycoris_layers_0_attention_to_q.lokr_w1", "lycoris_layers_0_attention_to_q.lokr_w2"),
         'LoKr for Z-Image, names begin with "lycoris_"',
-        "merge it",
+        "give this file to",
     ),
     "LoRA of Flux": (
         lora("", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
         "LoRA of rank 8 for Flux",
-        "merge it",
+        "give this file to",
     ),
     "LoRA of SDXL": (
         lora("", "lora_unet_input_blocks_4_1_proj_in.lora_down.weight"),
         "LoRA of rank 8 for Stable Diffusion",
-        "merge it",
+        "give this file to",
     ),
     "full difference": (
         named("diffusion_model.layers.0.attention.qkv.diff"),
         "full difference for Z-Image",
-        "merge it",
+        "give this file to",
     ),
     "VAE": (
         named("decoder.conv_in.weight", "encoder.conv_in.weight"),
@@ -391,7 +391,8 @@ def test_refused_by_name(
     described = capsys.readouterr().out
     assert "in.safetensors: " in described
     others = {"validate (as the original)", "convert (any model)", "compare (any model)"}
-    assert set(zm.inspect("in.safetensors").accepted_by) <= others
+    found = zm.inspect("in.safetensors")
+    assert found.adapter is not None or set(found.accepted_by) <= others
 
 
 @pytest.mark.parametrize(
