@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UsageError
+from .text import is_web_address
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,6 +95,8 @@ def check_threads(threads: Any) -> None:
 
 def _path(value: Any) -> Path:
     text = os.fspath(value)
+    if isinstance(text, str) and is_web_address(text):
+        raise ValueError
     if not text or b"\0" in os.fsencode(text):  # an empty path would be the current folder
         raise ValueError
     return Path(text)

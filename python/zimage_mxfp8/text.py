@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 _MAX_DIGITS = 9  # of a number in a name that is sorted as one
 
@@ -23,9 +23,24 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_web_address(text: str) -> bool:
+    """Return whether a text begins like "https://", as no path does."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
+
+
 def did_you_mean(words: Collection[str], known: Collection[str]) -> str:
     """Return the end of a sentence about unknown words: the most similar known ones, or nothing."""
+    return suggestion(near for word in words for near in nearest(word, known))
+
+
+def nearest(word: str, known: Collection[str], cutoff: float = 0.6) -> list[str]:
+    """Return the known word that is most similar, if one is at least as similar as `cutoff`."""
     from difflib import get_close_matches
 
-    found = dict.fromkeys(near for word in words for near in get_close_matches(word, known, 1))
-    return f"; did you mean {' '.join(found)}?" if found else ""
+    return get_close_matches(word, known, 1, cutoff)
+
+
+def suggestion(words: Iterable[str]) -> str:
+    """Return the end of a sentence that asks whether these words were meant, or nothing."""
+    distinct = list(dict.fromkeys(words))
+    return f"; did you mean {' '.join(distinct)}?" if distinct else ""

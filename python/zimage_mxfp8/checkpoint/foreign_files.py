@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import WrongKindError
+from ..text import plural
 from . import kinds
 from .kinds import Kind
 
@@ -63,11 +64,15 @@ def check_file(path: Path) -> None:
         raise refuse(path, kind, str(path.parent))
 
 
+def single_files(folder: Path) -> list[Path]:
+    """Return the safetensors files in a folder, by name."""
+    return sorted(folder.glob("*.safetensors"))
+
+
 def no_weights(folder: Path) -> WrongKindError:
     """Return the error for a folder without a diffusers checkpoint; name its other files."""
-    singles = sorted(path.name for path in folder.glob("*.safetensors"))
-    if singles:
-        remedy = f"name one of its files, such as {singles[0]}"
+    if singles := single_files(folder):
+        remedy = f"name one of its {plural(len(singles), 'safetensors file')}"
     elif any(
         next(place.glob(pattern), None)
         for place in (folder, folder / "transformer")

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..system.optional_packages import needed
-from ..text import plural
+from ..text import is_web_address, plural
 
 TRANSFORMER = "transformer"
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "scheduler")
@@ -157,9 +157,14 @@ def resolve(
         A path, unchecked if `text` is one; the folder of a repository holds `parts`.
 
     Raises:
-        CheckpointError: not in the cache, or the download failed.
+        CheckpointError: a web address, not in the cache, or the download failed.
         MissingExtraError: huggingface_hub is not installed.
     """
+    if isinstance(text, str) and is_web_address(text):
+        raise CheckpointError(
+            f"{text} is a web address; name a file or folder, or a model on the Hugging Face hub "
+            "as OWNER/NAME"
+        )
     reference = parse(text)
     if reference is None:
         return Path(text)

@@ -6,8 +6,11 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..checks import file_or_folder
+from ..errors import CheckpointError, WrongKindError
+from ..text import plural
 from ..zimage.control import control_table
 from ..zimage.layers import ZIMAGE
 from ..zimage.table import LayerTable
@@ -19,7 +22,7 @@ from .diffusers_layout import (
     other_patch_size,
     to_comfyui_layout,
 )
-from .foreign_files import refuse
+from .foreign_files import refuse, single_files
 from .kinds import Kind, Use
 from .quantization import find_format
 from .scopes import WHOLE_FILE, Scope, find_scopes
@@ -208,9 +211,27 @@ def open_for(path: str | os.PathLike[str], use: Use, *, any_model: bool = False)
         WrongKindError: its kind cannot be used this way.
         CheckpointError: unreadable or malformed, or tensors that do not fit together.
     """
-    found = identify(path)
+    try:
+        found = identify(path)
+    except WrongKindError as error:
+        if error.kind is not kinds.NO_WEIGHTS or not single_files(Path(path)):
+            raise
+        raise _name_a_file(Path(path), use, any_model=any_model) from None
     found.check_use(use, any_model=any_model)
     return found
+
+
+def _name_a_file(folder: Path, use: Use, *, any_model: bool) -> WrongKindError:
+    """Return the error for a folder of single files, with one of them that can be used."""
+    files = single_files(folder)
+    for file in files:
+        try:
+            identify(file).check_use(use, any_model=any_model)
+        except CheckpointError:
+            continue
+        return refuse(folder, kinds.NO_WEIGHTS, f"name one of its files, such as {file.name}")
+    remedy = f"name another file: its {plural(len(files), 'safetensors file')} cannot be used here"
+    return refuse(folder, kinds.NO_WEIGHTS, remedy)
 
 
 def _controlnet(checkpoint: Checkpoint, evidence: str) -> Identified:

@@ -11,31 +11,28 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ..text import did_you_mean
+from ..text import did_you_mean, is_web_address, nearest, suggestion
 from .streams import report_line
-
-
-def spellings(*names: str) -> list[str]:
-    """Return each option name in its dash and its underscore spelling."""
-    result = list(names)
-    for name in names:
-        body = name.lstrip("-")
-        for other in (body.replace("-", "_"), body.replace("_", "-")):
-            if name.startswith("--") and f"--{other}" not in result:
-                result.append(f"--{other}")
-    return result
-
 
 _T = TypeVar("_T")
 _LONGEST_SHOWN = 40  # characters of a wrong value
 _NAMES = re.compile("FILE|PATH|DIR|FOLDER|ORIGINAL|OUT|PNG")  # in placeholders of files
+_TEXT = "TEXT"  # placeholder of texts with spaces
+# Options of other programs, and the options of a command that do the same.
+_ELSEWHERE = {
+    "--size": ("--width", "--height"),
+    "--resolution": ("--width", "--height"),
+    "--cfg": ("--guidance",),
+    "--num-images": ("--batch",),
+    "--force": ("--overwrite",),
+}
 
 
 class Parser(argparse.ArgumentParser):
     """A parser with one-sentence errors, without the usage before them.
 
     Options cannot be abbreviated: an abbreviation may become ambiguous in a later version. Giving
-    an option with one value twice is an error.
+    an option with one value twice is an error. Dashes and underscores in options are the same.
 
     Args:
         intermixed: take positional arguments between options too.
@@ -52,18 +49,20 @@ class Parser(argparse.ArgumentParser):
         """Parse; report words that a command does not know as that command's error."""
         if self._is_parsing:  # one of the passes below
             return super().parse_known_args(args, namespace)
-        if self._subparsers is None and args is not None:
-            self._check_options(args)
+        words = self._as_documented(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:
+            self._check_options(words)
         self._is_parsing = self._intermixed
         self._given.clear()
         try:
             parse = super().parse_known_args
             if self._intermixed:
                 parse = self.parse_known_intermixed_args
-            known, unknown = parse(args, namespace)
+            known, unknown = parse(words, namespace)
         finally:
             self._is_parsing = False
         if unknown:
+            self._check_texts(words, unknown)
             self._refuse(unknown)
         return known, unknown
 
@@ -71,6 +70,39 @@ class Parser(argparse.ArgumentParser):
         """Exit with code 2."""
         report_line(f"error: {message} (see {self.prog} --help)")
         sys.exit(2)
+
+    def _as_documented(self, words: Sequence[str]) -> list[str]:
+        """Return a command line with the options in the spelling of the documentation."""
+        documented = {_with_dashes(option): option for option in self._option_string_actions}
+        options = list(takewhile(lambda word: word != "--", words))
+        for i, word in enumerate(options):
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                options[i] = documented.get(_with_dashes(name), name) + equals + value
+        return [*options, *words[len(options) :]]
+
+    def _check_texts(self, words: Sequence[str], unknown: Sequence[str]) -> None:
+        """Refuse texts that the shell split into words."""
+        texts = [
+            option
+            for action in self._actions
+            if action.metavar == _TEXT
+            for option in action.option_strings
+        ]
+        if not texts or any(word.startswith("-") for word in unknown):
+            return
+        before = words[: words.index(unknown[0])]
+        option = next((word for word in reversed(before) if word.startswith("-")), None)
+        if option in texts:
+            self.error(
+                f'{option} takes one text, and "{unknown[0]}" follows it; put the whole text in '
+                "quotes"
+            )
+        if all(action.option_strings for action in self._actions):
+            self.error(
+                f"unrecognized arguments: {' '.join(unknown)}; did you mean "
+                f'{texts[0]} "{" ".join(unknown)}"?'
+            )
 
     def _check_options(self, words: Sequence[str]) -> None:
         """Refuse unknown options first: the word after one may be a wrong positional argument."""
@@ -82,9 +114,15 @@ class Parser(argparse.ArgumentParser):
 
     def _refuse(self, unknown: Sequence[str]) -> NoReturn:
         actions = [action for action in self._actions if action.help != argparse.SUPPRESS]
-        known = [option for action in actions for option in action.option_strings]
-        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(names, known)}")
+        options = (option for action in actions for option in action.option_strings)
+        known = [option for option in options if option.startswith("--")]
+        near = [
+            option
+            for word in unknown
+            if word.startswith("-")
+            for option in _similar(_with_dashes(word.partition("=")[0]), known)
+        ]
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion(near)}")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         # argparse calls it each time that an option is given.
@@ -107,12 +145,42 @@ class Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(action, f'invalid choice "{value}" {rest}')
 
 
+def _with_dashes(option: str) -> str:
+    return option[:2] + option[2:].replace("_", "-")
+
+
+def _similar(option: str, known: Sequence[str]) -> list[str]:
+    """Return the options that may be meant by an unknown one."""
+    if found := [other for other in _ELSEWHERE.get(option, ()) if other in known]:
+        return found
+    sharing = [
+        other
+        for other in known
+        if other.startswith(option)
+        or option.startswith(f"{other}-")
+        or option.endswith(other[1:])  # with the dash before a whole word
+    ]
+    return nearest(option, sharing, 0) or nearest(option, known)
+
+
+def local_path(text: str) -> Path:
+    """Return a file or folder, for `type=`."""
+    if is_web_address(text):  # of which a path would lose a slash
+        raise argparse.ArgumentTypeError(
+            f"{text} is a web address; download what it leads to, and name that"
+        )
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("the name has a NUL byte; name a file or folder")
+    return Path(text)
+
+
 def file_path(text: str) -> Path:
     """Return a file to write, for `type=`."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; name a file")
-    path = Path(text)
-    if text.endswith(("/", os.sep)) or path.name in ("", ".."):
+    path = local_path(text)
+    is_folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for names of any length
+    if is_folder or text.endswith(("/", os.sep)) or path.name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
     return path
 

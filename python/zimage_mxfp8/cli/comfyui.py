@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .arguments import add_overwrite
+from .arguments import add_overwrite, local_path
 
 _NAME = "zimage-mxfp8"
 _FILES = ("__init__.py", "pyproject.toml")
@@ -21,8 +20,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "that runs ComfyUI, and start ComfyUI again.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("action", choices=("install",), help="what to do")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the folder of ComfyUI")
+    parser.add_argument("action", choices=("install",), metavar="install", help="what to do")
+    parser.add_argument("directory", type=local_path, metavar="DIR", help="the folder of ComfyUI")
     add_overwrite(parser)
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from ..text import plural
-from .arguments import add_json, add_overwrite, add_threads, converter, file_path, spellings
+from .arguments import (
+    add_json,
+    add_overwrite,
+    add_threads,
+    converter,
+    file_path,
+    local_path,
+)
 
 
 def _fraction(text: str) -> float:
@@ -35,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "file", type=Path, metavar="PATH", help="safetensors file, or diffusers folder"
+        "file", type=local_path, metavar="PATH", help="safetensors file, or diffusers folder"
     )
     parser.add_argument(
         "--layers",
@@ -51,7 +57,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "(default: 0.125; 1 takes several times as long)",
     )
     parser.add_argument(
-        *spellings("--low-rank"),
+        "--low-rank",
         choices=("groups", "all", "none"),
         default="groups",
         help="measure low-rank branches on one layer per group (default), on all, or not",
@@ -66,7 +72,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="write a page with a map of the network and tables",
     )
     parser.add_argument(
-        *spellings("--write-recipe"),
+        "--write-recipe",
         type=file_path,
         metavar="FILE.toml",
         help="write a recipe for 'convert --recipe' that keeps the layers above --bound, the "
@@ -80,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="relative squared error in MXFP8 above which a layer is kept (default: 0.001)",
     )
     parser.add_argument(
-        *spellings("--any-model"),
+        "--any-model",
         action="store_true",
         help="accept a checkpoint that is not Z-Image",
     )
@@ -94,13 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
     # Before NumPy is imported: its GEMMs then run on --threads cores, see `compare_low_rank`.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ..analysis.compare.run import compare
+    from ..checkpoint.identify import open_for
     from ..checkpoint.output import check_distinct, check_target, write_file
-    from ..checkpoint.source import open_checkpoint
     from ..printing.compare import print_compare
     from . import display
 
     if arguments.html is not None:
-        inputs = open_checkpoint(arguments.file).inputs
+        found = open_for(arguments.file, "analyse", any_model=arguments.any_model)
+        inputs = found.checkpoint.inputs
         check_target(arguments.html, inputs, overwrite=arguments.overwrite, argument="html")
         check_distinct({name: getattr(arguments, name) for name in ("html", "csv", "write_recipe")})
     report = compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from argcomplete.completers import BaseCompleter, FilesCompleter
 from argcomplete.finders import CompletionFinder
@@ -37,18 +37,4 @@ class _Values(BaseCompleter):
 
 def answer(parser: argparse.ArgumentParser) -> None:
     """Print the completions that the shell requested, and exit."""
-    second_spellings = [option for option in _options(parser) if "_" in option]
-    CompletionFinder()(
-        parser,
-        always_complete_options=False,
-        exclude=second_spellings,
-        default_completer=_Values(),
-    )
-
-
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    for action in parser._actions:
-        yield from action.option_strings
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _options(command)
+    CompletionFinder()(parser, always_complete_options=False, default_completer=_Values())

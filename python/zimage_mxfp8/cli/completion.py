@@ -18,7 +18,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "completion fish | source in ~/.config/fish/config.fish.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("shell", choices=_SHELLS)
+    parser.add_argument("shell", choices=_SHELLS, metavar="|".join(_SHELLS))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,6 @@ from .arguments import (
     add_threads,
     checkpoint_path,
     file_path,
-    spellings,
 )
 from .wording import CommandLineError
 
@@ -63,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "TOML file (default: uniform; controlnet for a ControlNet)",
     )
     parser.add_argument(
-        *spellings("--exclude-layers"),
+        "--exclude-layers",
         action="append",
         default=[],
         metavar="REGEX",
@@ -71,7 +70,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     loras.add_lora(parser)
     parser.add_argument(
-        *spellings("--any-model"),
+        "--any-model",
         action="store_true",
         help="accept a checkpoint that is not Z-Image; every 2-D weight that no pattern excludes "
         "is quantised",
@@ -83,19 +82,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="a tensor with NaN or Inf stops the conversion (default), or is kept",
     )
     parser.add_argument(
-        *spellings("--modulation-matmul"),
+        "--modulation-matmul",
         choices=("quantised", "full"),
         default="quantised",
         help="full: mark quantised modulations so that ComfyUI does not quantise their input on "
         "GPUs that multiply the format (default: quantised)",
     )
     parser.add_argument(
-        *spellings("--hash-source"),
+        "--hash-source",
         action="store_true",
         help="write the SHA-256 of the input's files into the output's header",
     )
     parser.add_argument(
-        *spellings("--bias-correction"),
+        "--bias-correction",
         choices=("timesteps", "synthetic", "none"),
         default="timesteps",
         help="timesteps: exact, from the checkpoint's own timestep embedder (default); synthetic: "
@@ -108,7 +107,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="the sampler's steps for --bias-correction timesteps: turbo is 8 (default), base 50",
     )
     parser.add_argument(
-        *spellings("--dry-run"),
+        "--dry-run",
         action="store_true",
         help="show the plan, by groups, and the exact output size",
     )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from .arguments import count, spellings
+from .arguments import count
 from .wording import CommandLineError
 
 if TYPE_CHECKING:
@@ -67,16 +67,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options to the parser of `convert`."""
     group = parser.add_argument_group("options of convert_to_quant 1.3.4, for its command lines")
     group.add_argument("--zimage", action="store_true", help="recipe zimage")
-    group.add_argument(
-        *spellings("--zimage-refiner"), action="store_true", help="recipe zimage-refiner"
-    )
+    group.add_argument("--zimage-refiner", action="store_true", help="recipe zimage-refiner")
     for flag in _ALWAYS_SO:
         short = ["-lm"] if flag == "--low-memory" else []
-        group.add_argument(
-            *spellings(flag), *short, action="store_true", help="accepted: always so"
-        )
+        group.add_argument(flag, *short, action="store_true", help="accepted: always so")
     group.add_argument(
-        *spellings("--calib-samples"),
+        "--calib-samples",
         dest="calibration_samples",
         type=count(1),
         default=3072,
@@ -84,7 +80,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="rows of random input for --bias-correction synthetic (default: 3072)",
     )
     group.add_argument(
-        *spellings("--manual-seed"),
+        "--manual-seed",
         dest="seed",
         type=count(0),
         default=42,
@@ -92,14 +88,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="seed for --bias-correction synthetic (default: 42)",
     )
     group.add_argument("--verbose", metavar="LEVEL", help="accepted, changes nothing")
-    group.add_argument(
-        *spellings("--verbose-pinned"), action="store_true", help="accepted, changes nothing"
-    )
+    group.add_argument("--verbose-pinned", action="store_true", help="accepted, changes nothing")
     for what, flags in _REFUSED.items():
         for flag in flags:
-            parser.add_argument(
-                *spellings(flag), nargs="?", action=_Refuse, help=argparse.SUPPRESS, const=what
-            )
+            parser.add_argument(flag, nargs="?", action=_Refuse, help=argparse.SUPPRESS, const=what)
 
 
 class _Refuse(argparse.Action):
@@ -139,7 +131,7 @@ def choose_recipe(arguments: argparse.Namespace) -> Recipe:
         return load_recipe(arguments.recipe or DEFAULT)
     if arguments.recipe is not None:
         raise CommandLineError(
-            "--zimage and --zimage_refiner choose recipes; drop them or --recipe"
+            "--zimage and --zimage-refiner choose recipes; drop them or --recipe"
         )
     recipes = [load_recipe(name.replace("_", "-")) for name in filters]
     return recipes[0] if len(recipes) == 1 else recipes[0].with_rules_of(recipes[1])

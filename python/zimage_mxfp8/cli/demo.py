@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import MissingExtraError
 from ..system.optional_packages import needed
-from .arguments import add_overwrite
+from .arguments import add_overwrite, local_path
 from .models import keep_libraries_quiet
 
 _ORIGINAL, _CONVERTED = "z-image-demo.safetensors", "z-image-demo-mxfp8.safetensors"
@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="keep the files in this folder (default: a temporary one, deleted at the end)",
     )

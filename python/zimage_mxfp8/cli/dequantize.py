@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .arguments import add_overwrite, add_threads, checkpoint_path
+from .arguments import add_overwrite, add_threads, checkpoint_path, local_path
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -16,7 +15,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         description="Write the BF16 checkpoint that a file in MXFP8 or INT8 ConvRot encodes.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=local_path, metavar="FILE")
     parser.add_argument("-o", "--output", type=checkpoint_path, required=True, metavar="OUT")
     add_overwrite(parser)
     add_threads(parser)

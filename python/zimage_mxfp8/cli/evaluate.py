@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..transformer.compute import COMPUTE_MODES
-from .arguments import add_json, add_overwrite, count, number, spellings
+from .arguments import add_json, add_overwrite, count, local_path, number
 from .download import add_download, resolve
 from .models import add_device_and_dtype, add_model_dir, keep_libraries_quiet
 from .streams import report_line
@@ -38,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     add_download(parser)
     parser.add_argument(
         "--prompts",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="FILE",
         help="text file in UTF-8 with one prompt per line; lines that begin with # are skipped",
@@ -46,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=local_path,
         metavar="FOLDER",
         help="folder for evaluate.html, evaluate.json and the images (default: only the tables)",
     )
@@ -86,25 +85,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="how quantised layers of A are multiplied (default: the fastest that the device has)",
     )
     parser.add_argument(
-        *spellings("--against-compute"),
+        "--against-compute",
         choices=("auto", *COMPUTE_MODES),
         default="weight-only",
         help="the same for B (default: weight-only)",
     )
     parser.add_argument(
-        *spellings("--min-psnr"),
+        "--min-psnr",
         type=number,
         metavar="DB",
         help="fail if the mean PSNR is lower",
     )
     parser.add_argument(
-        *spellings("--min-ssim"),
+        "--min-ssim",
         type=number,
         metavar="0-1",
         help="fail if the mean SSIM is lower",
     )
     parser.add_argument(
-        *spellings("--max-flip"),
+        "--max-flip",
         type=number,
         metavar="0-1",
         help="fail if the mean FLIP is higher",

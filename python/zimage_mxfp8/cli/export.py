@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..text import plural
-from .arguments import add_json, add_overwrite, add_threads, checkpoint_path, spellings
+from .arguments import add_json, add_overwrite, add_threads, checkpoint_path, local_path
 from .wording import CommandLineError
 
 if TYPE_CHECKING:
@@ -34,20 +33,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "source", type=Path, metavar="FILE", help="safetensors file or diffusers folder"
+        "source", type=local_path, metavar="FILE", help="safetensors file or diffusers folder"
     )
     parser.add_argument("--to", choices=tuple(_FORMATS), required=True, help="the layout")
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="OUT",
         help="file to write; for diffusers the transformer's folder",
     )
-    parser.add_argument(
-        *spellings("--dry-run"), action="store_true", help="show the exact output size"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="show the exact output size")
     add_overwrite(parser)
     add_threads(parser)
     add_json(parser)

@@ -18,7 +18,7 @@ from ..generation.limits import (
     MAX_GUIDANCE,
     MAX_IMAGES,
 )
-from .arguments import add_overwrite, count, file_path, number, spellings
+from .arguments import add_overwrite, count, file_path, local_path, number
 from .download import add_download, resolve
 from .loras import weighted_file
 from .models import (
@@ -62,8 +62,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     add_download(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="description of the image")
     parser.add_argument(
-        *spellings("--settings-from"),
-        type=Path,
+        "--settings-from",
+        type=local_path,
         metavar="PNG",
         help="take prompt, seed, size and other settings from an image that generate made, or from "
         "its text in AUTOMATIC1111's format; other options replace them",
@@ -103,7 +103,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "work (default: 0, none, for Turbo)",
     )
     parser.add_argument(
-        *spellings("--negative-prompt"),
+        "--negative-prompt",
         metavar="TEXT",
         help="description of what to avoid, with --guidance",
     )
@@ -113,12 +113,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         metavar="N",
         help=f"images to make together, up to {MAX_IMAGES} (default: 1)",
     )
+    parser.add_argument("--init-image", type=local_path, metavar="FILE", help="image to start from")
     parser.add_argument(
-        *spellings("--init-image"), type=Path, metavar="FILE", help="image to start from"
-    )
-    parser.add_argument(
-        *spellings("--mask-image"),
-        type=Path,
+        "--mask-image",
+        type=local_path,
         metavar="FILE",
         help="what of the init image is drawn anew (white); the rest stays (black)",
     )
@@ -138,7 +136,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="adapter to add to the transformer's layers, which stay as they are; repeatable",
     )
     parser.add_argument(
-        *spellings("--no-lora"),
+        "--no-lora",
         dest="loras",
         action="store_const",
         const=[],
@@ -150,20 +148,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="ControlNet for Z-Image (Fun-Controlnet-Union), plain or not, with --control-image",
     )
     parser.add_argument(
-        *spellings("--control-image"),
-        type=Path,
+        "--control-image",
+        type=local_path,
         metavar="FILE",
         help="what the ControlNet follows (edges, depth, a pose), as large as the image",
     )
     parser.add_argument(
-        *spellings("--control-strength"),
+        "--control-strength",
         type=number,
         metavar="NUMBER",
         help=f"how much it counts (default: {DEFAULT_CONTROL_STRENGTH})",
     )
     for end, default in (("start", 0), ("end", 1)):
         parser.add_argument(
-            *spellings(f"--control-{end}"),
+            f"--control-{end}",
             type=number,
             metavar="0-1",
             help=f"fraction of the steps at which it {end}s (default: {default})",

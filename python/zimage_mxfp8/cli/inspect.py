@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .arguments import add_json
+from .arguments import add_json, local_path
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -16,7 +15,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         description="Show the tensors of a safetensors file or a diffusers folder, by groups.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("file", type=Path, metavar="PATH")
+    parser.add_argument("file", type=local_path, metavar="PATH")
     add_json(parser)
 
 

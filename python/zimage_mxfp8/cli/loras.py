@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from .arguments import local_path
+
 _HELP = (
     "merge an adapter (LoRA, DoRA, LoHa, LoKr, differences) into the weights before they are "
     "rounded, at a weight (default: 1, may be negative); repeatable"
@@ -34,6 +36,7 @@ def weighted_file(text: str) -> tuple[Path, float]:
     A colon counts only before a number, and only if there is no file of the whole name: it may
     stand in a name, and after the letter of a drive.
     """
+    local_path(text)
     head, colon, tail = text.rpartition(":")
     try:
         whole = Path(text).exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..text import plural
 from . import loras
-from .arguments import add_json, add_overwrite, add_threads, checkpoint_path
+from .arguments import add_json, add_overwrite, add_threads, checkpoint_path, local_path
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -21,7 +21,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         intermixed=True,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("source", type=Path, metavar="FILE", help="safetensors file or folder")
+    parser.add_argument(
+        "source", type=local_path, metavar="FILE", help="safetensors file or folder"
+    )
     parser.add_argument("output", type=checkpoint_path, metavar="OUT", help="file to write")
     loras.add_lora(parser, required=True)
     add_overwrite(parser)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from ..system.devices import check_name
 from ..transformer.compute import COMPUTE_MODES
-from .arguments import count, spellings
+from .arguments import count
 from .wording import CommandLineError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def add_model_dir(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add `--model-dir`."""
     parser.add_argument(
-        *spellings("--model-dir"),
+        "--model-dir",
         required=required,
         metavar="DIR",
         help="diffusers folder of Z-Image, or OWNER/NAME[@REVISION] from the Hugging Face cache",
@@ -52,7 +52,8 @@ def add_gpus(parser: argparse.ArgumentParser, *names: str, of_what: str = "each 
         of_what: what the GPUs share.
     """
     parser.add_argument(
-        *spellings("--gpus", *names),
+        "--gpus",
+        *names,
         type=count(1),
         default=1,
         metavar="N",

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..text import plural
-from .arguments import add_json, add_overwrite, add_threads, file_path, number, spellings
+from .arguments import (
+    add_json,
+    add_overwrite,
+    add_threads,
+    file_path,
+    local_path,
+    number,
+)
 from .next_commands import convert_command, convert_with_recipe
 
 if TYPE_CHECKING:
@@ -45,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     parser.set_defaults(run=run)
     parser.add_argument(
         "file",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="the checkpoint before quantisation: safetensors file, or diffusers folder",
     )
@@ -59,7 +66,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="write a page with a map of the network and tables, which needs no network connection",
     )
     parser.add_argument(
-        *spellings("--write-recipe"),
+        "--write-recipe",
         type=file_path,
         metavar="FILE.toml",
         help="write the recipe that keeps the recommended weights, for convert --recipe",
@@ -68,9 +75,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "rules", "Parameters of the recommendations, and their defaults."
     )
     for name, metavar, text in _RULES:
-        rules.add_argument(*spellings(name), type=number, metavar=metavar, help=text)
+        rules.add_argument(name, type=number, metavar=metavar, help=text)
     rules.add_argument(
-        *spellings("--spread-filter-exempt"),
+        "--spread-filter-exempt",
         nargs="*",
         metavar="TYPE",
         help="layer types that are decided weight by weight (attention.qkv attention.out)",
@@ -83,8 +90,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..analysis.probe.run import probe
+    from ..checkpoint.identify import open_for
     from ..checkpoint.output import check_distinct, check_target, write_file
-    from ..checkpoint.source import open_checkpoint
     from ..conversion.recipes import recipe_toml
     from ..printing.probe import print_probe
     from . import display
@@ -92,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     rules = _rules(arguments)
     outputs = {name: getattr(arguments, name) for name in ("csv", "html", "write_recipe")}
     check_distinct(outputs)
-    inputs = open_checkpoint(arguments.file).inputs
+    inputs = open_for(arguments.file, "analyse").checkpoint.inputs
     for name, path in outputs.items():
         if path is not None:
             check_target(path, inputs, overwrite=arguments.overwrite, argument=name)

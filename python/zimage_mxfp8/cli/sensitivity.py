@@ -11,7 +11,7 @@ from typing import Any
 from ..checks import text
 from ..system.optional_packages import needed
 from ..text import plural
-from .arguments import add_json, add_overwrite, count, file_path, number, spellings
+from .arguments import add_json, add_overwrite, count, file_path, local_path, number
 from .interrupts import Interrupted, is_interrupt
 from .models import add_device_and_dtype, keep_libraries_quiet
 from .next_commands import convert_with_recipe
@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "that holds a bound. For a GPU; on the CPU for small models.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("file", type=Path, metavar="FILE", help="plain checkpoint or folder")
+    parser.add_argument("file", type=local_path, metavar="FILE", help="plain checkpoint or folder")
     parser.add_argument(
         "--bound",
         type=number,
@@ -44,8 +44,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="caption to measure with, repeatable; needs --model-dir (default: synthetic ones)",
     )
     parser.add_argument(
-        *spellings("--model-dir"),
-        type=Path,
+        "--model-dir",
+        type=local_path,
         metavar="DIR",
         help="diffusers folder with the text encoder for --prompt",
     )
@@ -67,7 +67,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="keep measurements in this file, so that an interrupted run can continue",
     )
     parser.add_argument(
-        *spellings("--write-recipe"),
+        "--write-recipe",
         type=file_path,
         metavar="FILE.toml",
         help="write the set that was found as a recipe for convert",
@@ -87,7 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from ..analysis.sensitivity.settings import check_settings
     from ..checkpoint.output import check_distinct, check_target, write_file
-    from ..checkpoint.source import open_checkpoint
     from ..conversion.recipes import recipe_toml
     from ..printing.progress import analysis_bar
     from ..transformer.model_file import open_model
@@ -98,16 +97,15 @@ def run(arguments: argparse.Namespace) -> int:
             "--prompt and --model-dir go together, because the folder has the text encoder; "
             "give both or neither"
         )
-    inputs = open_checkpoint(arguments.file).inputs
+    # Reported now, not after torch was imported and the text encoder loaded.
+    size = (arguments.size, arguments.size)
+    check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
+    inputs = open_model(arguments.file, "measure").checkpoint.inputs
     outputs = {name: getattr(arguments, name) for name in ("write_recipe", "html")}
     for name, output in outputs.items():
         if output is not None:
             check_target(output, inputs, overwrite=arguments.overwrite, argument=name)
     check_distinct({**outputs, "state": arguments.state})
-    # Reported now, not after torch was imported and the text encoder loaded.
-    size = (arguments.size, arguments.size)
-    check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
-    open_model(arguments.file, "measure")
     with needed("torch", "sensitivity"):
         import torch
 

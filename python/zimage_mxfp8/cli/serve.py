@@ -9,13 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..system.optional_packages import needed
 from ..text import plural
-from .arguments import converter, count, spellings
+from .arguments import converter, count, local_path
 from .download import add_download, resolve
 from .models import (
     add_compute,
@@ -79,7 +78,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help=f"0 takes a free one (default: {_PORT})",
     )
     parser.add_argument(
-        *spellings("--api-key"),
+        "--api-key",
         metavar="KEY",
         help="what clients must send; needed for other hosts than this one. "
         f"{API_KEY_VARIABLE} in the environment is safer: command lines are visible to other users",
@@ -99,7 +98,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help=f"for waiting and drawing, of each request (default: {DEFAULT_TIMEOUT:.0f})",
     )
     parser.add_argument(
-        *spellings("--max-image-pixels"),
+        "--max-image-pixels",
         type=count(256),
         default=DEFAULT_MAX_IMAGE_PIXELS,
         metavar="N",
@@ -107,15 +106,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         f"(default: {DEFAULT_MAX_IMAGE_PIXELS}, 2048 x 2048)",
     )
     parser.add_argument(
-        *spellings("--max-request-pixels"),
+        "--max-request-pixels",
         type=count(256),
         metavar="N",
         help="most pixels of all images of a request together (default: "
         f"{DEFAULT_MAX_REQUEST_PIXELS}, 10 x 1024 x 1024, or one largest image if that is more)",
     )
     parser.add_argument(
-        *spellings("--lora-dir"),
-        type=Path,
+        "--lora-dir",
+        type=local_path,
         metavar="DIR",
         help="folder of adapters (*.safetensors) that clients may name",
     )

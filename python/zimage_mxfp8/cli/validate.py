@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from . import loras
-from .arguments import add_json, add_threads
+from .arguments import add_json, add_threads, local_path
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -18,10 +17,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "if one is broken.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=local_path, metavar="FILE")
     parser.add_argument(
         "--against",
-        type=Path,
+        type=local_path,
         metavar="ORIGINAL",
         help="the checkpoint that it was converted from: checks codes, scales and their order, "
         "and measures errors",

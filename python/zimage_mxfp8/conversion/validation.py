@@ -23,7 +23,7 @@ from ..checkpoint.scopes import COMFYUI_PREFIXES
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.structure import missing_or_misshapen, unknown_weights
 from ..dtypes import FLOAT_NAMES, SAFETENSORS_BITS, as_integers
-from ..errors import CheckpointError, NonFiniteError, UsageError
+from ..errors import CheckpointError, NonFiniteError, UsageError, WrongKindError
 from ..printing.progress import byte_bar, shown
 from ..streaming.error_stats import ErrorStats, merge_rows
 from ..streaming.formats import format_of
@@ -127,7 +127,15 @@ def validate(
     adapters = weighted_files(loras)
     if adapters and against is None:
         raise UsageError("loras", "cannot be used without the original", "give `against`")
-    found = open_for(file, "validate")
+    try:
+        found = open_for(file, "validate")
+    except WrongKindError:
+        if against is not None and _are_swapped(file, against):
+            raise CheckpointError(
+                f"{file} is an original and {against} is quantised, so they are swapped",
+                "name the quantised file first, and the original with `against`",
+            ) from None
+        raise
     checkpoint = found.checkpoint
     quantized = find_layers(found)
     layers = quantized.layers
@@ -167,6 +175,16 @@ def validate(
         for problem, count in sorted(counts.items()):
             report.breaches.append(Breach(tensor, f"{problem} ({count:,})", AGAIN))
     return report
+
+
+def _are_swapped(file: str | os.PathLike[str], against: str | os.PathLike[str]) -> bool:
+    """Return whether the first is an original, and the second can be checked against it."""
+    try:
+        open_for(file, "original", any_model=True)
+        open_for(against, "validate")
+    except CheckpointError:
+        return False
+    return True
 
 
 def _original(

@@ -345,7 +345,7 @@ KINDS: dict[str, tuple[Make, str, str]] = {
     "folder of single files": (
         folder("one.safetensors"),
         "is not a diffusers folder",
-        "name one of its files, such as one.safetensors",
+        "name another file: its 1 safetensors file cannot be used here",
     ),
     "folder of pickles": (
         folder("pytorch_model.bin"),
@@ -393,6 +393,22 @@ def test_refused_by_name(
     others = {"validate (as the original)", "convert (any model)", "compare (any model)"}
     found = zm.inspect("in.safetensors")
     assert found.adapter is not None or set(found.accepted_by) <= others
+
+
+def test_a_folder_of_files_names_one_that_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    named("decoder.conv_in.weight")(Path("in/ae.safetensors"))
+    save_file(random_tensors(small_shapes(2)), "in/plain.safetensors")
+    zm.convert("in/plain.safetensors", "in/encoded.safetensors")
+    for command, arguments in COMMANDS.items():
+        assert main([argument.format(file="in") for argument in arguments]) == 1
+        error = capsys.readouterr().err
+        name = "encoded" if command in ("validate", "dequantize", "export") else "plain"
+        assert f"name one of its files, such as {name}.safetensors" in error
+    assert "name one of its 3 safetensors files" in zm.inspect("in").refusal
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,20 @@ def test_names_on_the_hub(text: str, want: tuple[str | None, ...]) -> None:
     [
         *("model", "/a/b", "./a/b", "../a", "a/../b", "a/b/", "a/b/c", "a/b/c.bin", "a//b", ""),
         *("folder/model.safetensors", "a/b@", "a/..", "~/a", "a/b/../c.safetensors", "-a/b"),
-        *("C:\\a/b", "https://host/a/b", "a/" + "b" * 96, "a/b\n"),
+        *("C:\\a/b", "a/" + "b" * 96, "a/b\n"),
     ],
 )
 def test_paths_are_no_names(text: str) -> None:
     assert hub_module.parse(text) is None
     assert hub_module.resolve(text, ("transformer",)) == Path(text)
+
+
+def test_web_addresses_are_neither_names_nor_paths() -> None:
+    assert hub_module.parse("https://host/a/b") is None
+    with pytest.raises(zm.CheckpointError, match="https://host/a/b is a web address; name a"):
+        hub_module.resolve("https://host/a/b", ("transformer",), download=True)
+    with pytest.raises(zm.UsageError, match="not 'https://host/a/b'"):
+        zm.GenerationSettings("a", init_image="https://host/a/b")  # type: ignore[arg-type]
 
 
 def test_what_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

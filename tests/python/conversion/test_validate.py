@@ -415,6 +415,15 @@ def test_unquantised_file(original: Path) -> None:
         validate(original)
 
 
+def test_files_that_are_swapped(in_process: Run, original: Path, converted: Path) -> None:
+    result = in_process("validate", original, "--against", converted)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"zimage-mxfp8: error: {original} is an original and {converted} is quantised, so they are "
+        "swapped; name the quantised file first, and the original with --against\n"
+    )
+
+
 def test_other_original(converted: Path, tmp_path: Path) -> None:
     shapes = zimage_shapes(dim=128, layers=3, caption_dim=48, hidden=400)
     save_file(random_tensors(shapes), tmp_path / "other.safetensors")
