@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .conversion.plan import Plan
     from .conversion.recipes import Recipe, load_recipe
     from .conversion.report import ConversionReport
-    from .conversion.validation import ValidationReport, validate
+    from .conversion.validation.report import ValidationReport
+    from .conversion.validation.run import validate
     from .errors import (
         CheckpointError,
         CudaError,
@@ -141,8 +142,8 @@ _HOME = {
     "Control": "transformer.control",
     "ZImageControlNet": "transformer.control",
     "ZImageTransformer": "transformer.model",
-    "ValidationReport": "conversion.validation",
-    "validate": "conversion.validation",
+    "ValidationReport": "conversion.validation.report",
+    "validate": "conversion.validation.run",
 }
 
 __all__ = [

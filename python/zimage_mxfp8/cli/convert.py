@@ -149,13 +149,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ..conversion.convert import default_output, plan_conversion, run_conversion
     from ..conversion.options import ConversionOptions
     from ..printing.conversion import print_conversion
-    from ..system.devices import cuda_index
     from . import display, dry_run
 
     names = [field.name for field in fields(ConversionOptions) if field.init]
     options = ConversionOptions(**{name: getattr(arguments, name) for name in names})
     # Reported now, not after weights were read.
-    options.weight_format.encoder(cuda_index(arguments.device))
+    options.weight_format.encoder(arguments.device)
     output = arguments.output or default_output(arguments.input, options.format)
     plan = plan_conversion(arguments.input, options, threads=arguments.threads)
     if arguments.dry_run:

@@ -98,7 +98,7 @@ def _demo(folder: Path, overwrite: bool) -> tuple[int, bool]:
     from ..checkpoint.output import check_target
     from ..checkpoint.synthetic import write_synthetic_checkpoint
     from ..conversion.convert import convert
-    from ..conversion.validation import validate
+    from ..conversion.validation.run import validate
     from ..printing.conversion import print_conversion
     from ..printing.validation import print_validation
     from ..zimage.layers import zimage_shapes

@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     loras.limit_blas(arguments.loras)
-    from ..conversion.validation import validate
+    from ..conversion.validation.run import validate
     from ..printing.validation import print_validation
     from . import display
 

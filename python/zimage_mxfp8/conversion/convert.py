@@ -33,7 +33,6 @@ from ..streaming.formats import FormatName
 from ..streaming.jobs import Job, ProgressCallback, row_chunks, run_jobs
 from ..streaming.rows import read_rows
 from ..streaming.worker import Worker
-from ..system.devices import cuda_index
 from ..text import plural
 from ..zimage.sampling import Vector
 from .bias_correction import correction_inputs
@@ -144,10 +143,9 @@ def run_conversion(
         MissingExtraError: the synthetic bias correction needs torch.
     """
     started = time.perf_counter()
-    cuda_device = cuda_index(device)
+    encoder = plan.options.weight_format.encoder(device)
     check_threads(threads)
     source = plan.checkpoint.path
-    encoder = plan.options.weight_format.encoder(cuda_device)
     target = (
         default_output(source, plan.options.format)
         if output is None
@@ -235,7 +233,7 @@ def convert(
     """
     # Errors in these are reported now, not after weights were read.
     checked = ConversionOptions(**options)
-    checked.weight_format.encoder(cuda_index(device))
+    checked.weight_format.encoder(device)
     path = file_or_folder("source", source)
     target = (
         default_output(path, checked.format) if output is None else path_argument("output", output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..conversion.validation import ValidationReport
+from ..conversion.validation.report import ValidationReport
 from ..text import plural
 from .errors import print_errors
 from .screen import Screen, first_few

@@ -35,6 +35,17 @@ def _has_cuda_kernels(device: int) -> bool:
     return device < len(found) and found[device].major >= _FIRST_MAJOR
 
 
+def can_have_kernels(device: str | None) -> bool:
+    """Return whether a name may mean a GPU with kernels; does not import torch.
+
+    Args:
+        device: its name; None: the one that torch chooses.
+    """
+    if device is None:
+        return bool(_core.cuda_devices())
+    return not is_cpu(device)
+
+
 # The result is a constant for torch.compile. This is what torch.compiler.assume_constant_result
 # does, but that imports the compiler, which takes longer than importing torch.
 has_kernels.__dict__["_dynamo_marked_constant"] = True
@@ -100,6 +111,15 @@ def check_name(device: str) -> None:
         UsageError: not the name of a device.
     """
     _index(device)
+
+
+def is_cpu(device: str) -> bool:
+    """Return whether a name is the CPU's.
+
+    Raises:
+        UsageError: not the name of a device.
+    """
+    return _index(device) is None
 
 
 def _index(device: object) -> int | None:

@@ -530,7 +530,7 @@ def test_a_device_encodes_with_an_object_for_each_thread(
     small_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_core, "StagedQuantizer", _StagedOnCpu)
-    monkeypatch.setattr("zimage_mxfp8.conversion.convert.cuda_index", lambda device: 3)
+    monkeypatch.setattr("zimage_mxfp8.streaming.formats.mxfp8.cuda_index", lambda device: 3)
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     zm.convert(small_file, a, device="cuda:3")
     monkeypatch.undo()

@@ -386,12 +386,12 @@ def test_the_command_line_names_every_format(small_file: Path, in_process: Run) 
         assert all(name in option.stderr for name in names)
 
 
-def test_gpus_do_not_encode_it(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("zimage_mxfp8.conversion.convert.cuda_index", lambda device: 0)
+def test_gpus_do_not_encode_it(plain: Path, tmp_path: Path, in_process: Run) -> None:
+    """Whether or not this machine has one."""
     with pytest.raises(zm.UsageError, match="device must be cpu for int8-convrot"):
         zm.convert(plain, tmp_path / "x.safetensors", format="int8-convrot", device="cuda")
+    result = in_process("convert", plain, "--format", "int8-convrot", "--device", "cuda")
+    assert result.returncode == 2 and result.stderr.endswith("; leave out --device\n")
 
 
 def test_nan_is_named_and_can_be_kept(plain: Path, tmp_path: Path) -> None:

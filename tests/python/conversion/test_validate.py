@@ -15,7 +15,8 @@ import zimage_mxfp8 as zm
 from helpers.checkpoints import PREFIX, Tensors, random_tensors, small_shapes, to_diffusers
 from helpers.commands import Run
 from helpers.convert_to_quant import card_command
-from zimage_mxfp8.conversion.validation import ValidationReport, validate
+from zimage_mxfp8.conversion.validation.report import ValidationReport
+from zimage_mxfp8.conversion.validation.run import validate
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
 LAYER = "layers.1.feed_forward.w2"
@@ -378,12 +379,21 @@ def test_wrong_order_is_named_for_wide_sources_too(tmp_path: Path, recipe: str) 
     assert [b.problem for b in report.breaches if "swizzled twice" in b.problem]
 
 
-def test_scale_0_over_numbers_is_a_note(converted: Path, tmp_path: Path) -> None:
-    def change(tensors: Tensors, _: object) -> None:
-        tensors[SCALE].view(-1)[0] = 0
+def test_scale_0_over_numbers_is_a_note(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for a tensor, in however many pieces it is read."""
+    scale = "layers.1.feed_forward.w1.weight_scale"
 
+    def change(tensors: Tensors, _: object) -> None:
+        tensors[scale].view(-1)[[0, 512]] = 0  # of rows 0 and 128
+
+    monkeypatch.setattr("zimage_mxfp8.streaming.jobs.CHUNK_BYTES", 1 << 14)
     report = validate(damage(converted, tmp_path, change))
-    assert any("comfy-kitchen reads as 0" in note for note in report.notes)
+    assert [note for note in report.notes if "comfy-kitchen" in note] == [
+        f'"{scale}" has blocks of numbers with scale 0, which comfy-kitchen reads as 0 and the '
+        "hardware as 2^-127 (2)"
+    ]
 
 
 def test_stray_block_numbers_cost_nothing(converted: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ... import _core
 from ...checkpoint import quantization as markers
 from ...dtypes import DTypeName
 from ...errors import UsageError
+from ...system.devices import is_cpu
 from ..encoder import Encoder
 from ..error_stats import ErrorStats, sum_of_squares
 from .weight_format import Bytes, Counts, Matrix, Stored, WeightFormat
@@ -53,12 +54,13 @@ class Int8ConvRot(WeightFormat):
             return self.group
         return next((group for group in _GROUPS if columns % group == 0), 1)
 
-    def encoder(self, device: int | None = None) -> Encoder:
+    def encoder(self, device: str = "cpu") -> Encoder:
         """Return an encoder on the CPU."""
-        if device is not None:
+        if not is_cpu(device):  # before the question whether this machine has such a device
             raise UsageError(
                 "device",
                 f"must be cpu for {self.name}: its bytes follow from the order of sums on a CPU",
+                "leave out `device`",
             )
         return _Encoder(self)
 

@@ -11,7 +11,7 @@ from ...checkpoint import quantization as markers
 from ...checkpoint.quantized_layers import QuantizedLayer
 from ...dtypes import DTypeName
 from ...layout import padded_shape, scale_shape
-from ...text import plural
+from ...system.devices import cuda_index
 from ..encoder import CPU, CudaEncoder, Encoder
 from ..error_stats import ErrorStats
 from .weight_format import Bytes, Counts, Flaws, Matrix, Stored, WeightFormat
@@ -38,9 +38,10 @@ class MXFP8(WeightFormat):
         """Return the description of a layer."""
         return markers.layer_marker(shape, full_precision=full_precision)
 
-    def encoder(self, device: int | None = None) -> Encoder:
+    def encoder(self, device: str = "cpu") -> Encoder:
         """Return an encoder on a CUDA device or on the CPU."""
-        return CPU if device is None else CudaEncoder(device)
+        index = cuda_index(device)
+        return CPU if index is None else CudaEncoder(index)
 
     def decode(self, codes: Bytes, scales: Bytes, matrix: Matrix, dtype: DTypeName) -> None:
         """Decode rows."""
@@ -98,11 +99,11 @@ class MXFP8(WeightFormat):
             (scale, "has scales other than 0 in its padding", stray),
             (scale, "has scales other than 0 for blocks of zeros", _count_numbers(plain[is_zero])),
         ]
-        if ambiguous := int((~is_zero & (plain == 0)).sum()):
-            flaws.notes.append(
-                f'"{scale}" has {plural(ambiguous, "block")} of numbers with scale 0, '
-                "which comfy-kitchen reads as 0 and the hardware as 2^-127"
-            )
+        what = (
+            "has blocks of numbers with scale 0, which comfy-kitchen reads as 0 and the hardware "
+            "as 2^-127"
+        )
+        flaws.notes.append((scale, what, int((~is_zero & (plain == 0)).sum())))
         return flaws
 
     def misordering(self, expected: Bytes, found: Bytes) -> str | None:

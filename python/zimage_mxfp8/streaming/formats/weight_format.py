@@ -53,11 +53,11 @@ class Flaws:
 
     Attributes:
         breaches: (tensor, problem, number of elements).
-        notes: sentences about what only some programs read otherwise.
+        notes: the same of what only some programs read otherwise.
     """
 
     breaches: list[tuple[str, str, int]]
-    notes: list[str]
+    notes: list[tuple[str, str, int]]
 
 
 class WeightFormat(ABC):
@@ -95,11 +95,12 @@ class WeightFormat(ABC):
         """
 
     @abstractmethod
-    def encoder(self, device: int | None = None) -> Encoder:
-        """Return an encoder on a CUDA device, given by its index, or on the CPU.
+    def encoder(self, device: str = "cpu") -> Encoder:
+        """Return an encoder on a device, given by its name.
 
         Raises:
-            UsageError: the format is not encoded on GPUs.
+            UsageError: not the name of a device, or the format is not encoded on GPUs.
+            UnsupportedError: this build has no CUDA, or this machine does not have the device.
         """
 
     @abstractmethod

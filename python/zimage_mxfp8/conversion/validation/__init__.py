@@ -1,0 +1,1 @@
+"""Validation of a quantised checkpoint against the file contract and its original."""
