@@ -358,4 +358,7 @@ def _problem(errors: Any, error: Exception) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "cannot be downloaded: HF_HUB_OFFLINE is set; unset it"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"cannot be downloaded: {reason.rstrip('.')}; complete files stay in the cache"
+    return (
+        f"cannot be downloaded: {reason.rstrip('.')}; check the network, and start it again: "
+        "complete files stay in the cache"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..transformer.compute import COMPUTE_MODES
+from ..transformer.compute import COMPUTE_MODES, check_device
 from .arguments import add_json, add_overwrite, count, local_path, number
 from .download import add_download, resolve
 from .models import add_device_and_dtype, add_model_dir, keep_libraries_quiet
@@ -115,6 +115,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    for compute in (arguments.compute, arguments.against_compute):
+        check_device(compute, arguments.device)
     report_line("checking the model folder, the prompts and the output ...")
     from ..analysis.evaluate.folder import OWN_ENTRIES, save_report
     from ..analysis.evaluate.inputs import find_files, image_settings

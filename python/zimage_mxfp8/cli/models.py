@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..system.devices import check_name
-from ..transformer.compute import COMPUTE_MODES
+from ..transformer.compute import COMPUTE_MODES, check_device
 from .arguments import count
 from .wording import CommandLineError
 
@@ -75,12 +75,17 @@ def gpus_or_none(arguments: argparse.Namespace) -> list[torch.device] | None:
     return first_gpus(arguments.gpus)
 
 
-def check_gpus(arguments: argparse.Namespace) -> None:
-    """Raise if `--device` contradicts `--gpus`."""
+def check_devices(arguments: argparse.Namespace) -> None:
+    """Raise if `--device` contradicts `--gpus`, or cannot have the mode of `--compute`.
+
+    Raises:
+        CommandLineError, UnsupportedError: see above.
+    """
     if arguments.gpus > 1 and arguments.device not in (None, "cuda"):
         raise CommandLineError(
             f"--device {arguments.device} contradicts --gpus {arguments.gpus}; leave one out"
         )
+    check_device(arguments.compute, arguments.device)
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from .loras import LoraFolder
 from .metrics import Metrics
 from .middleware import Access, Boundary, Limits
 from .options import ServerOptions
-from .request_errors import request_error
+from .request_errors import check_content_type, request_error
 from .request_log import LogWriter
 from .service import Service
 
@@ -90,7 +90,8 @@ def create_app(
         raise request_error(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> Response:
+    async def invalid_body(http: Request, error: RequestValidationError) -> Response:
+        check_content_type(http, "application/json")  # without it fields cannot be found
         raise openai_api.validation_error(error.errors())
 
     # The last one is the outermost.

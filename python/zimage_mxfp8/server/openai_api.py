@@ -25,7 +25,7 @@ from .event_stream import EventStream
 from .jobs import Done, Event, Failed, Job, Queued
 from .loras import MAX_WEIGHT
 from .middleware import notes_of
-from .request_errors import FIELDS, RequestError, invalid
+from .request_errors import FIELDS, RequestError, check_content_type, invalid
 from .service import Service, events_for, may_begin
 
 MAX_PROMPT = 32_000  # characters
@@ -33,6 +33,7 @@ MAX_IMAGES = 10
 _MAX_PREVIEWS = 3
 _MAX_FILES, _MAX_FIELDS = 4, 64  # of a form
 _FIELDS = {**FIELDS, "mask_image": "mask"}
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _SIZE = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 _NO_USAGE = {
     "input_tokens": 0,
@@ -144,6 +145,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/images/edits")
     async def edits(http: Request) -> Response:
         service.queue.check_room()
+        check_content_type(http, *_FORMS)
         async with http.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS) as form:
             texts = {name: value for name, value in form.items() if isinstance(value, str)}
             sent = [*form.getlist("image"), *form.getlist("image[]")]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import (
@@ -74,6 +75,27 @@ class ClientGoneError(Exception):
 def invalid(param: str, problem: str) -> RequestError:
     """Return the error for a field; the sentence is its name and the problem."""
     return RequestError(400, "invalid_value", f"{param} {problem}", param)
+
+
+def check_content_type(http: Request, *accepted: str) -> None:
+    """Check what a request says its body is.
+
+    Args:
+        http: the request.
+        accepted: media types; the first is advised.
+
+    Raises:
+        RequestError: it says nothing, or something else.
+    """
+    given = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given in accepted:
+        return
+    said = f'is "{given[:80]}"' if given else "is not given"
+    raise RequestError(
+        415,
+        "unsupported_media_type",
+        f"the type of the body {said}; send it with the header Content-Type: {accepted[0]}",
+    )
 
 
 def request_error(error: Exception, fields: Mapping[str, str] | None = None) -> RequestError:

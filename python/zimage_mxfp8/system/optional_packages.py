@@ -84,11 +84,22 @@ def _missing_module(error: BaseException | None) -> str:
     return found
 
 
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # half of it
+        return False
+
+
 def _problem(extra: str, module: str, error: BaseException) -> str:
     from .extras import requirements
 
     packages = {each.module: each.package for each in requirements()[extra]}
-    if module in packages and find_spec(module) is None:
-        return f"{packages[module]}, which is not installed"
+    absent = [package for name, package in packages.items() if not _is_there(name)]
+    if module in packages and packages[module] in absent:
+        *others, last = absent
+        if not others:
+            return f"{last}, which is not installed"
+        return f"{', '.join(others)} and {last}, which are not installed"
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return f"{' and '.join(packages.values())}, which cannot be imported ({reason[0]})"

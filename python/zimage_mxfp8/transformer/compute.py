@@ -43,6 +43,10 @@ def unsupported(compute: Compute, device: int) -> str:
         device: index of a CUDA device, or -1 for the CPU.
     """
     if compute == "mxfp8":
+        if device < 0:
+            return (
+                "it needs the block-scaled tensor cores of a GPU, and this package's CUDA kernels"
+            )
         if not devices.has_kernels(device):
             return f"it needs CUDA kernels, and {devices.why_no_kernels()}"
         return devices.native_gemm_unsupported("mxfp8", device)
@@ -114,6 +118,20 @@ def check_mode(compute: str, weights: Weights) -> Compute | Literal["auto"]:
     return mode
 
 
+def check_device(compute: str, device: str | None) -> None:
+    """Check that a device can have a mode, as far as this is known without torch.
+
+    Args:
+        compute: "auto" or a mode.
+        device: its name; None: the one that torch chooses.
+
+    Raises:
+        UnsupportedError: no device of that name has the mode.
+    """
+    if compute == "mxfp8" and not devices.can_have_kernels(device):
+        raise _no_such_mode("mxfp8", -1)
+
+
 def choose(compute: str, device: int, weights: Weights) -> Compute:
     """Return the mode to run in.
 
@@ -131,9 +149,14 @@ def choose(compute: str, device: int, weights: Weights) -> Compute:
         # On the CPU nothing is faster in 8 bits.
         on_gpu = (mode for mode in MODES[weights] if not unsupported(mode, device))
         return next(on_gpu) if device >= 0 else "weight-only"
-    if why := unsupported(mode, device):
-        place = f"cuda:{device}" if device >= 0 else "the CPU"
-        raise UnsupportedError(
-            f"compute mode {mode}: {why}", f"{place} has {', '.join(supported(device))}"
-        )
+    if unsupported(mode, device):
+        raise _no_such_mode(mode, device)
     return mode
+
+
+def _no_such_mode(mode: Compute, device: int) -> UnsupportedError:
+    place = f"cuda:{device}" if device >= 0 else "the CPU"
+    return UnsupportedError(
+        f"compute mode {mode}: {unsupported(mode, device)}",
+        f"{place} has {', '.join(supported(device))}",
+    )

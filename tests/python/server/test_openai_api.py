@@ -154,6 +154,31 @@ def test_refused_fields(
     assert not engine.drawn
 
 
+@pytest.mark.parametrize(
+    ("route", "needed"),
+    [
+        (GENERATIONS, "application/json"),
+        (EDITS, "multipart/form-data"),
+        ("/sdapi/v1/txt2img", "application/json"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("given", "said"), [(None, "is not given"), ("Text/Plain; charset=utf-8", 'is "text/plain"')]
+)
+def test_the_type_of_the_body(
+    serve: Serve, engine: StubEngine, route: str, needed: str, given: str | None, said: str
+) -> None:
+    headers = {} if given is None else {"Content-Type": given}
+    answer = serve().post(route, content=b'{"prompt": "a fox"}', headers=headers)
+    assert answer.status_code == 415
+    document = answer.json()
+    message = document["detail"] if "detail" in document else document["error"]["message"]
+    assert message == (
+        f"the type of the body {said}; send it with the header Content-Type: {needed}"
+    )
+    assert not engine.drawn
+
+
 def test_a_lora_that_is_misspelt(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "watercolour.safetensors").touch()
     (tmp_path / "folder.safetensors").mkdir()

@@ -146,6 +146,18 @@ def test_commands_say_the_same(small_file: Path, zimage_folder: Path) -> None:
         assert sentence in result.stderr
 
 
+def test_all_missing_packages_are_named() -> None:
+    absent = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+    code = f"sys.modules.update(dict.fromkeys({absent}))\n"
+    code += "from zimage_mxfp8.cli.main import main; sys.exit(main(['serve']))"
+    result = run_without("fastapi", code)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "zimage-mxfp8: error: serve needs fastapi, prometheus-client, python-multipart and "
+        'uvicorn, which are not installed; run pip install "zimage-mxfp8[serve]"\n'
+    )
+
+
 def test_extras_that_are_named_exist_with_their_modules() -> None:
     """Those of `needed("torch", ...)` and the like, and what Python calls their packages."""
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
