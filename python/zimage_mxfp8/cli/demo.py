@@ -19,6 +19,7 @@ _MODES = {
     "weight-only": "not quantised",
     "fp8": "FP8 with a scale per token, as on Hopper",
     "mxfp8-emulated": "MXFP8, as on Blackwell",
+    "int8": "INT8 with a scale per token, rotated",
 }
 
 
@@ -29,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help=line,
         description="Make a small checkpoint with Z-Image's 30 layers and random weights, convert "
         "it to MXFP8, validate it against its original and print the tables; then draw with the "
-        "small trained model of the package in three compute modes, next to its BF16 original. No "
+        "small trained model of the package in four compute modes, next to its BF16 original. No "
         "network.",
     )
     parser.set_defaults(run=run)
@@ -125,7 +126,7 @@ def _demo(folder: Path, overwrite: bool) -> tuple[int, bool]:
 
 
 def _draw(sheet: Path, overwrite: bool) -> bool:
-    """Draw in three compute modes next to the BF16 original; return whether that was possible."""
+    """Draw in the compute modes next to the BF16 original; return whether that was possible."""
     keep_libraries_quiet()
     try:
         with needed("generate", "drawing"):

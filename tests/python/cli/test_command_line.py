@@ -482,8 +482,8 @@ def test_demo_proposes_commands_that_run(in_process: Run, tmp_path: Path) -> Non
     only(folder, *names)
     for name in names:
         assert f"wrote my demo/{name}: " in result.stdout
-    with Image.open(folder / "z-image-demo.png") as sheet:  # four columns
-        assert sheet.format == "PNG" and sheet.width >= 4 * (128 + 8) + 8
+    with Image.open(folder / "z-image-demo.png") as sheet:  # five columns
+        assert sheet.format == "PNG" and sheet.width >= 5 * (128 + 8) + 8
     for path in folder.iterdir():
         path.unlink()
     for name in names:

@@ -172,7 +172,12 @@ def test_demo(in_process: Run, tmp_path: Path) -> None:
     result = in_process("demo")
     assert result.returncode == 0, result.stderr
     assert "185" in result.stdout and "sound, 185 MXFP8 layers" in result.stdout
-    for mode in ("weight-only", "fp8", "mxfp8-emulated"):  # test_small_model.py has the images
+    for mode in (
+        "weight-only",
+        "fp8",
+        "mxfp8-emulated",
+        "int8",
+    ):  # test_small_model.py has the images
         row = re.search(rf"│ {mode}\s*│[^│]*│\s*([\d.]+) │\s*([\d.]+) │", result.stdout)
         assert row and 40 < float(row[2]) <= float(row[1]) < 60
     assert not list(tmp_path.iterdir())

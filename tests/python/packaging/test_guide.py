@@ -33,6 +33,8 @@ from helpers.documents import (
 from helpers.images import init_image, settings_of
 from helpers.serving import StubEngine, serving
 from zimage_mxfp8.cli.command_line import build_parser
+from zimage_mxfp8.generation.example_images import psnr
+from zimage_mxfp8.generation.small_model import examples
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +46,7 @@ PYTHON_BLOCKS = {
     "controlnet.md": 1,
     "diffusers.md": 2,
     "lora.md": 2,
-    "python.md": 2,
+    "python.md": 3,
     "serving.md": 1,
 }  # which the tests run
 
@@ -119,6 +121,19 @@ def test_python_conversion(small_file: Path, tmp_path: Path) -> None:
 
 def test_python_matrices(tmp_path: Path) -> None:
     run_in_python(block_with(GUIDE / "python.md", "python", "zm.gemm"), tmp_path)
+
+
+def test_python_images(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # see `ExamplePainter.draw`
+    try:
+        printed = run_in_python(block_with(GUIDE / "python.md", "python", "zm.ZImageGen"), tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert printed.startswith("8 steps in mode ")
+    _, (example, *_) = examples()
+    with Image.open(tmp_path / "circle.png") as made, Image.open(example.image) as original:
+        assert psnr(made, original) > 40  # diffusers, by the weights before they were quantised
 
 
 def test_diffusers_image_to_image(turbo: Path) -> None:
