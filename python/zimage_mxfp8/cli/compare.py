@@ -99,7 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     # Before NumPy is imported: its GEMMs then run on --threads cores, see `compare_low_rank`.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from ..analysis.compare.run import compare
+    from ..analysis.compare.outputs import CompareOutputs
+    from ..analysis.compare.run import compare_weights
     from ..checkpoint.identify import open_for
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..printing.compare import print_compare
@@ -110,31 +111,34 @@ def run(arguments: argparse.Namespace) -> int:
         inputs = found.checkpoint.inputs
         check_target(arguments.html, inputs, overwrite=arguments.overwrite, argument="html")
         check_distinct({name: getattr(arguments, name) for name in ("html", "csv", "write_recipe")})
-    report = compare(
+    outputs = CompareOutputs(
+        arguments.csv, arguments.write_recipe, arguments.bound, arguments.overwrite
+    )
+    report = compare_weights(
         arguments.file,
+        outputs,
         any_model=arguments.any_model,
         layers=arguments.layers,
         sample=arguments.sample,
         low_rank=arguments.low_rank,
-        csv=arguments.csv,
-        write_recipe=arguments.write_recipe,
-        bound=arguments.bound,
-        overwrite=arguments.overwrite,
         threads=arguments.threads,
         progress=True,
     )
     display.warn(report.warnings)
-    if arguments.html is not None:
-        from ..analysis.compare.page import compare_page
-        from ..analysis.pages.page import Origin, links_beside
+    try:
+        if arguments.json:
+            display.print_json(report.to_dict())
+        else:
+            print_compare(report, display.screen())
+    finally:  # also if nobody reads standard output any more
+        outputs.write(report)
+        if arguments.html is not None:
+            from ..analysis.compare.page import compare_page
+            from ..analysis.pages.page import Origin, links_beside
 
-        origin = Origin(arguments.command_line, links_beside(arguments.html))
-        content = compare_page(report, arguments.bound, origin).encode()
-        write_file(arguments.html, content, overwrite=arguments.overwrite)
-    if arguments.json:
-        display.print_json(report.to_dict())
-    else:
-        print_compare(report, display.screen())
+            origin = Origin(arguments.command_line, links_beside(arguments.html))
+            content = compare_page(report, arguments.bound, origin).encode()
+            write_file(arguments.html, content, overwrite=arguments.overwrite)
     kept, above = report.kept(arguments.bound), report.above(arguments.bound)
     for path, what in (
         (arguments.csv, f"the figures of {plural(len(report.layers), 'layer')}"),

@@ -174,13 +174,15 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     display.warn(report.warnings)
-    if arguments.output is not None:
-        origin = Origin(arguments.command_line, links_above(arguments.output))
-        save_report(report, arguments.output, origin, overwrite=arguments.overwrite)
-    if arguments.json:
-        display.print_json(report.to_dict())
-    else:
-        print_evaluation(report, display.screen())
+    try:
+        if arguments.json:
+            display.print_json(report.to_dict())
+        else:
+            print_evaluation(report, display.screen())
+    finally:  # also if nobody reads standard output any more
+        if arguments.output is not None:
+            origin = Origin(arguments.command_line, links_above(arguments.output))
+            save_report(report, arguments.output, origin, overwrite=arguments.overwrite)
     if arguments.output is not None:
         what = "evaluate.html, evaluate.json and the images"
         display.wrote(arguments.output, what, as_json=arguments.json)

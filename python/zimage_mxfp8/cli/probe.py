@@ -121,14 +121,16 @@ def run(arguments: argparse.Namespace) -> int:
         page = probe_page(report, origin)
         contents.append((arguments.html, page, "a page with a map and tables"))
     written = [(path, text, what) for path, text, what in contents if path is not None]
-    for path, text, _ in written:
-        write_file(path, text.encode(), overwrite=arguments.overwrite)
-    if arguments.json:
-        display.print_json(report.to_dict())
-    else:
-        screen = display.screen()
-        print_probe(report, screen)
-        _print_commands(report, screen, arguments.write_recipe)
+    try:
+        if arguments.json:
+            display.print_json(report.to_dict())
+        else:
+            screen = display.screen()
+            print_probe(report, screen)
+            _print_commands(report, screen, arguments.write_recipe)
+    finally:  # also if nobody reads standard output any more
+        for path, text, _ in written:
+            write_file(path, text.encode(), overwrite=arguments.overwrite)
     for path, _, what in written:
         display.wrote(path, what, as_json=arguments.json)
     return 0

@@ -131,16 +131,6 @@ def run(arguments: argparse.Namespace) -> int:
             state=arguments.state,
             progress=progress,
         )
-    if arguments.write_recipe:
-        content = recipe_toml(sensitivity_recipe(report)).encode()
-        write_file(arguments.write_recipe, content, overwrite=arguments.overwrite)
-    if arguments.html:
-        from ..analysis.pages.page import Origin, links_beside
-        from ..analysis.sensitivity.page import sensitivity_page
-
-        origin = Origin(arguments.command_line, links_beside(arguments.html))
-        content = sensitivity_page(report, origin).encode()
-        write_file(arguments.html, content, overwrite=arguments.overwrite)
     if len(report.smallest.kept) == len(report.layers):
         display.warn(
             [
@@ -148,14 +138,26 @@ def run(arguments: argparse.Namespace) -> int:
                 "convert refuses a recipe that keeps them all"
             ]
         )
-    if arguments.json:
-        display.print_json(report.to_dict())
-    else:
-        screen = display.screen()
-        print_sensitivity(report, screen)
+    try:
+        if arguments.json:
+            display.print_json(report.to_dict())
+        else:
+            screen = display.screen()
+            print_sensitivity(report, screen)
+            if arguments.write_recipe:
+                screen.line()
+                screen.line(convert_with_recipe(report.path, arguments.write_recipe))
+    finally:  # also if nobody reads standard output any more
         if arguments.write_recipe:
-            screen.line()
-            screen.line(convert_with_recipe(report.path, arguments.write_recipe))
+            content = recipe_toml(sensitivity_recipe(report)).encode()
+            write_file(arguments.write_recipe, content, overwrite=arguments.overwrite)
+        if arguments.html:
+            from ..analysis.pages.page import Origin, links_beside
+            from ..analysis.sensitivity.page import sensitivity_page
+
+            origin = Origin(arguments.command_line, links_beside(arguments.html))
+            content = sensitivity_page(report, origin).encode()
+            write_file(arguments.html, content, overwrite=arguments.overwrite)
     kept = plural(len(report.smallest.kept), "layer")
     for path, what in (
         (arguments.write_recipe, f"the recipe that keeps {kept} of the blocks"),

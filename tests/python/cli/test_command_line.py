@@ -32,6 +32,7 @@ from helpers.commands import Run, fails, only
 from helpers.interruption import interrupted
 from helpers.interruption import run as run_program
 from helpers.terminal import run_in_terminal, tables_in_terminal
+from zimage_mxfp8.checkpoint.output import AtomicFile
 from zimage_mxfp8.cli.command_line import build_parser
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.generation.example_images import ExamplePainter
@@ -577,6 +578,41 @@ def test_a_pattern_longer_than_the_terminal(tmp_path: Path) -> None:
     lines = run_in_terminal(["recipes", str(tmp_path / "own.toml")], 80).split("\r\n")
     assert f"    {pattern}" in lines
     assert sum(line.count("because") for line in lines) == 30
+
+
+def test_results_are_shown_before_files_are_written(
+    in_process: Run, tiny_here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk does not take minutes of measuring along."""
+
+    def full(file: AtomicFile) -> AtomicFile:
+        raise zm.OutputError(f"{file.target} could not be written: no space")
+
+    monkeypatch.setattr(AtomicFile, "__enter__", full)
+    for words, shown in (
+        ("probe tiny.safetensors --csv o", "To keep only them"),
+        ("compare tiny.safetensors --low-rank none --csv o", "mxfp8-e4m3"),
+        ("compare tiny.safetensors --low-rank none --write-recipe o", "mxfp8-e4m3"),
+        (
+            "sensitivity tiny.safetensors --size 32 --timesteps 1 --device cpu --html o",
+            "layers.0.feed_forward.w1",
+        ),
+    ):
+        result = in_process(*words.split())
+        assert result.returncode == 1 and result.stderr.endswith("could not be written: no space\n")
+        assert shown in result.stdout, result.stdout
+    only(tiny_here, "in.safetensors", "tiny.safetensors")
+
+
+def test_files_are_written_though_nobody_reads_the_results(tiny_here: Path) -> None:
+    words = ["compare", "tiny.safetensors", "--low-rank", "none", "--csv", "c.csv", "--json"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, "-u", "-m", "zimage_mxfp8", *words]
+    result = subprocess.run(program, cwd=tiny_here, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (1, b"")
+    assert (tiny_here / "c.csv").read_text().count("\n") > 10
 
 
 # ---- an interrupted analysis

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -16,12 +15,12 @@ import numpy.typing as npt
 from ... import _core
 from ...checkpoint import quantization as markers
 from ...checkpoint.identify import open_for
-from ...checkpoint.output import check_distinct, check_target, write_file
 from ...checkpoint.scopes import Scope, group_of
 from ...checkpoint.source import Checkpoint, SourceTensor
 from ...checks import check_threads, number
+from ...checks import path as path_argument
 from ...conversion.plan import MAX_COLUMNS
-from ...conversion.recipes import compile_pattern, recipe_toml
+from ...conversion.recipes import compile_pattern
 from ...dtypes import FLOAT_NAMES, SAFETENSORS_BITS
 from ...errors import CheckpointError, UsageError
 from ...printing.progress import compare_bar, shown
@@ -32,6 +31,7 @@ from ...streaming.worker import Worker
 from ...text import natural_order
 from .formats import E4M3, FORMATS, element, measure
 from .low_rank import MAX_ELEMENTS, STEPS, measure_low_rank
+from .outputs import CompareOutputs
 from .report import (
     MXFP8,
     CompareReport,
@@ -134,17 +134,59 @@ def compare(
         OutputError: an output cannot be written, or exists already.
         MissingExtraError: the package ml_dtypes is not installed.
     """
+    outputs = CompareOutputs(
+        csv=None if csv is None else path_argument("csv", csv),
+        write_recipe=None if write_recipe is None else path_argument("write_recipe", write_recipe),
+        bound=number("bound", bound),
+        overwrite=overwrite,
+    )
+    report = compare_weights(
+        source,
+        outputs,
+        any_model=any_model,
+        layers=layers,
+        sample=sample,
+        low_rank=low_rank,
+        threads=threads,
+        progress=progress,
+    )
+    outputs.write(report)
+    return report
+
+
+def compare_weights(
+    source: str | os.PathLike[str],
+    outputs: CompareOutputs,
+    *,
+    any_model: bool,
+    layers: str | None,
+    sample: float,
+    low_rank: LowRank,
+    threads: int,
+    progress: CompareCallback | bool | None,
+) -> CompareReport:
+    """Do the work of `compare`, and leave it to the caller to write the files.
+
+    Args:
+        source: as for `compare`, as are all arguments but the next.
+        outputs: the files to write later, which are checked.
+        any_model: see `compare`.
+        layers: see `compare`.
+        sample: see `compare`.
+        low_rank: see `compare`.
+        threads: see `compare`.
+        progress: see `compare`.
+
+    Raises:
+        Error: as `compare`.
+    """
     started = time.perf_counter()
-    sample, bound = number("sample", sample), number("bound", bound)
-    _check_options(sample, low_rank, bound, layers, write_recipe, threads)
+    sample = number("sample", sample)
+    _check_options(sample, low_rank, outputs, layers, threads)
     element(E4M3)  # raises before any work is done
     found = open_for(source, "analyse", any_model=any_model)
     checkpoint, scope = found.checkpoint, found.scope
-    named = {"csv": csv, "write_recipe": write_recipe}
-    outputs = {name: Path(path) for name, path in named.items() if path is not None}
-    for name, output in outputs.items():
-        check_target(output, checkpoint.inputs, overwrite=overwrite, argument=name)
-    check_distinct(outputs)
+    outputs.check(checkpoint.inputs)
     linears = _find_linears(checkpoint, scope, layers)
 
     warnings: list[str] = []
@@ -172,30 +214,21 @@ def compare(
         warnings=warnings,
         seconds=time.perf_counter() - started,
     )
-    if write_recipe is not None:
-        if len(report.kept(bound)) == len(report.layers):
-            warnings.append(
-                f"the recipe for a bound of {bound:g} keeps every layer, which convert refuses: "
-                "choose a larger bound"
-            )
-        content = recipe_toml(report.recipe(bound)).encode()
-        write_file(Path(write_recipe), content, overwrite=overwrite)
-    if csv is not None:
-        write_file(Path(csv), report.to_csv().encode(), overwrite=overwrite)
+    warnings += outputs.warnings(report)
     return report
 
 
 def _check_options(
-    sample: float, low_rank: str, bound: float, layers: object, write_recipe: object, threads: Any
+    sample: float, low_rank: str, outputs: CompareOutputs, layers: object, threads: Any
 ) -> None:
     if not 0 < sample <= 1:
         raise UsageError("sample", "must be above 0 and at most 1")
     if low_rank not in get_args(LowRank):
         raise UsageError("low_rank", f"must be one of {', '.join(get_args(LowRank))}")
-    if not 0 <= bound < math.inf:
+    if not 0 <= outputs.bound < math.inf:
         raise UsageError("bound", "must be a relative squared error, 0 or more")
     check_threads(threads)
-    if layers is not None and write_recipe is not None:
+    if layers is not None and outputs.write_recipe is not None:
         raise UsageError("write_recipe", "needs the errors of all layers", "drop `layers`")
 
 
