@@ -112,6 +112,18 @@ def test_options_of_the_tables_exist(page: str, command: str) -> None:
         assert option in help_text, option
 
 
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [("generate.md", "generate"), ("compare.md", "compare"), ("serving.md", "serve")],
+)
+def test_every_option_is_in_the_guide(page: str, command: str) -> None:
+    help_text, text = help_of(command), text_of(GUIDE / page)
+    options = re.findall(r"^  (--?[\w-]+)", help_text, re.MULTILINE)
+    assert len(options) > 10
+    named = [name for name in options if re.search(rf"(?<![\w-]){name}(?![\w-])", text)]
+    assert set(options) - set(named) == {"-h"}
+
+
 def test_python_conversion(small_file: Path, tmp_path: Path) -> None:
     shutil.copy(small_file, tmp_path / "in.safetensors")
     printed = run_in_python(block_with(GUIDE / "python.md", "python", "zm.convert"), tmp_path)
