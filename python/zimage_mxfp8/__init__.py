@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .ops.gemm import (
         FoldStats,
         GemmCandidate,
+        Int8Array,
         RowScaledArray,
         explain_gemm,
         fold,
@@ -125,6 +126,7 @@ _HOME = {
     "ZImageGenerator": "generation.generator",
     "GenerationSettings": "generation.settings",
     "FoldStats": "ops.gemm",
+    "Int8Array": "ops.gemm",
     "RowScaledArray": "ops.gemm",
     "fold": "ops.gemm",
     "gemm": "ops.gemm",
@@ -167,6 +169,7 @@ __all__ = [
     "GenerationProgress",
     "GenerationSettings",
     "Inspection",
+    "Int8Array",
     "InvalidArgumentError",
     "MXFP8Array",
     "MergeReport",

@@ -120,6 +120,9 @@ class BuildInfo:
 def build_info() -> BuildInfo:
     """Describe this build."""
 
+def quantize_rotated(source: Any, target: tuple[Any, ...], stream: int = 0) -> None:
+    """Rotate the rows of [M, K] and encode them in INT8."""
+
 def silu_multiply(gate: Any, up: Any, target: tuple[Any, ...], stream: int = 0) -> None: ...
 def norm_modulate(
     x: Any,

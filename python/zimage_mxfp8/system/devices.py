@@ -51,7 +51,7 @@ def native_gemm_unsupported(operand_format: str, device: int) -> str:
     Kernels that take other operands too, because they decode them, do not count.
 
     Args:
-        operand_format: "mxfp8" or "row-scaled".
+        operand_format: "mxfp8", "row-scaled" or "int8".
         device: index of a CUDA device with kernels, or -1 for the CPU.
     """
     problem = _core.GemmProblem(128, 128, 128, operand_format, operand_format, "bfloat16", False)

@@ -56,9 +56,11 @@ def unsupported(compute: Compute, device: int) -> str:
         return scaled_mm.unsupported(device)
     if compute == "int8" and device >= 0:
         try:
-            from .arithmetic import int8
+            from .arithmetic import by_core, int8
         except ImportError:
             return "torch is not installed"
+        if devices.has_kernels(device) and not by_core.int8_unsupported(device):
+            return ""
         return int8.unsupported(device)
     return ""
 
