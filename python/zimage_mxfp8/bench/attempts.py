@@ -33,27 +33,31 @@ class Attempts:
         self._progress = progress
 
     def begin(self, what: str) -> None:
-        """Report that an item begins."""
+        """Report that an item begins, and free the memory of the one before."""
+        self._free()
         if self._progress is not None:
             self._progress(StageProgress(f"measuring {what}", "", self._begun, self._total))
         self._begun += 1
 
     @contextmanager
     def at(self, part: str, what: str) -> Iterator[None]:
-        """Run a block; keep the reason if it fails, and free the memory that it took."""
+        """Run a block; if it fails, keep the reason and free the memory that it took."""
         try:
             with memory_for(what, self._device, "measure on another device"):
                 yield
+            return
         except (Error, RuntimeError) as error:
             self.leave_out(part, what, _reason(error))
-        finally:
-            gc.collect()  # modules refer to each other
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+        self._free()  # here, where the error no longer holds the frames
 
     def leave_out(self, part: str, what: str, reason: str) -> None:
         """Keep why something is not measured."""
         self.missing.append(Missing(part, what, reason))
+
+    def _free(self) -> None:
+        gc.collect()  # a model's parts refer to each other
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _reason(error: Exception) -> str:

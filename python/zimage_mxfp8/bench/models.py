@@ -80,15 +80,23 @@ def deep_parts(
         mode: a compute mode that the device has.
     """
     few, parts = adopt_parts(plain, layers, mode, DTYPE)
-    blocks, weights, biases = {}, [], []
-    of_few = [iter(tensor.split(4 * config.dim)) for tensor in parts.modulation]
-    for stack in ZIMAGE.stacks:
-        own, count = getattr(few, stack.count), getattr(config, stack.count)
-        blocks[stack.name] = _repeated(parts.blocks[stack.name], count)
-        if stack.modulated:
-            for repeated, distinct in zip((weights, biases), of_few, strict=True):
-                repeated += _repeated(list(islice(distinct, own)), count)
-    return replace(parts, blocks=blocks, modulation=(torch.cat(weights), torch.cat(biases)))
+    blocks = {
+        stack.name: _repeated(parts.blocks[stack.name], getattr(config, stack.count))
+        for stack in ZIMAGE.stacks
+    }
+
+    def stacked(distinct: torch.Tensor) -> torch.Tensor:
+        """Repeat the rows of modulated blocks, which are in the order of the stacks."""
+        rows = iter(distinct.split(4 * config.dim))
+        repeated: list[torch.Tensor] = []
+        for stack in ZIMAGE.stacks:
+            if stack.modulated:
+                own = list(islice(rows, getattr(few, stack.count)))
+                repeated += _repeated(own, getattr(config, stack.count))
+        return torch.cat(repeated)
+
+    weight, bias = parts.modulation
+    return replace(parts, blocks=blocks, modulation=(stacked(weight), stacked(bias)))
 
 
 def diffusers_model(config: ZImageConfig, device: torch.device) -> ZImageTransformer2DModel:
