@@ -30,12 +30,17 @@ def installed_commit() -> str:
 
 
 def _described(folder: Path) -> str:
-    """Return the commit of a clone, with "-dirty" if files differ from it."""
+    """Return the commit of a clone, with "-dirty" if tracked files differ from it."""
     if not (folder / ".git").exists():  # a wheel's folder may be in a clone of something else
         return ""
-    command = ["git", "describe", "--always", "--dirty"]
     try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(folder, "status", "-s", "-uno") else commit
+    except (OSError, subprocess.CalledProcessError):
         return ""
-    return result.stdout.strip()
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from .. import _core
-from ..ops.gemm import ENCODERS, gemm
+from ..ops.fused import ActivationFormat
+from ..ops.gemm import gemm
 from ..ops.gemm_epilogues import EPILOGUES
 from ..system.devices import core_index, has_kernels, why_no_kernels
-from ..transformer import arithmetic
+from ..transformer import ops
 from ..transformer.arithmetic import int8, scaled_mm
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import HEAD_DIM, NORM_EPS
@@ -25,12 +27,22 @@ from .timing import Captured, capture, microseconds_in_turn
 from .workload import Workload
 
 _REPEATS = 10
+_CACHE = 128 << 20  # bytes, as large as those of the largest GPUs
 _FOR_CHECKS = "reference"  # the kernel that is not measured: it is slow
 _NO_EPILOGUE = "none"
 # What the transformer computes behind the layers of a slot.
 _EPILOGUES = {"qkv": "rotate_heads", "ffn_in": "silu_multiply"}
 
-_Encoder = Callable[[torch.Tensor], Any]
+
+def _encode(matrix: torch.Tensor, operand: str) -> Any:
+    """Encode a matrix as an operand of a kernel: the formats of activations have the same names."""
+    to = cast(ActivationFormat, operand)
+    return ops.encode(matrix, {to})[to]
+
+
+def _integers(matrix: torch.Tensor, _operand: str) -> torch.Tensor:
+    """Round a matrix to INT8 without its scales, which torch's sums of integers do not take."""
+    return int8.quantize(matrix.float()).codes
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,8 @@ class _Way:
     a: str
     b: str
     epilogue: str
-    encode_a: _Encoder = field(compare=False)
-    encode_b: _Encoder = field(compare=False)
     multiply: Callable[..., object] = field(compare=False)  # takes A, B, the epilogue's arguments
+    encode: Callable[[torch.Tensor, str], Any] = field(default=_encode, compare=False)
 
     def __str__(self) -> str:
         return f"{self.kernel} of {self.a} x {self.b}"
@@ -107,30 +118,16 @@ class Gemms:
     def _ways_of_torch(self) -> Iterator[_Way]:
         """Yield those that the device has, and leave out the others."""
         index = core_index(self._device)
-
-        def way(name: str, operand: str, encode: _Encoder, multiply: Callable[..., object]) -> _Way:
-            return _Way(name, operand, operand, _NO_EPILOGUE, encode, encode, multiply)
-
-        yield way("torch linear", "bfloat16", lambda matrix: matrix, F.linear)
+        yield _Way("torch linear", "bfloat16", "bfloat16", _NO_EPILOGUE, F.linear)
         if why := scaled_mm.unsupported(index):
             self._attempts.leave_out("gemm", "torch._scaled_mm", why)
         else:
-            encode = arithmetic.on(self._device).quantize_rows
-            yield way(
-                "torch._scaled_mm",
-                "row-scaled",
-                encode,
-                lambda a, b: scaled_mm.multiply(a, b, DTYPE),
-            )
+            multiply = partial(scaled_mm.multiply, dtype=DTYPE)
+            yield _Way("torch._scaled_mm", "row-scaled", "row-scaled", _NO_EPILOGUE, multiply)
         if why := int8.unsupported(index):
             self._attempts.leave_out("gemm", "torch._int_mm", why)
         else:
-            yield way(
-                "torch._int_mm",
-                "int8",
-                lambda matrix: int8.quantize(matrix).codes,
-                int8.integer_sums,
-            )
+            yield _Way("torch._int_mm", "int8", "int8", _NO_EPILOGUE, int8.integer_sums, _integers)
 
     def _ways_of_kernels(self) -> Iterator[_Way]:
         """Yield those of the library's table that the device has, and leave out the others."""
@@ -142,32 +139,25 @@ class Gemms:
             if kernel.name == _FOR_CHECKS:
                 continue
             size = self._workload.config.dim
+            sizes = size, 3 * size, size
             problem = _core.GemmProblem(
-                size, 3 * size, size, *kernel.operands[0], "bfloat16", False, kernel.epilogues[0]
+                *sizes, *kernel.operands[0], "bfloat16", False, kernel.epilogues[0]
             )
             if why := _core.gemm_unsupported(kernel.name, problem, index):
                 self._attempts.leave_out("gemm", kernel.name, why)
                 continue
-            fused = [name for name in kernel.epilogues if name in EPILOGUES]
             for a, b in kernel.operands:
                 if b == "bfloat16":  # weights that are not quantised
                     continue
-                for epilogue in [_NO_EPILOGUE] if _NO_EPILOGUE in kernel.epilogues else fused:
-                    yield _Way(
-                        kernel.name,
-                        a,
-                        b,
-                        epilogue,
-                        ENCODERS[a],
-                        ENCODERS[b],
-                        _multiplication(kernel.name, epilogue),
-                    )
+                for epilogue in kernel.epilogues:
+                    multiply = _multiplication(kernel.name, epilogue)
+                    yield _Way(kernel.name, a, b, epilogue, multiply)
 
     def _measure(self, problem: BlockGemm, tokens: int, ways: list[_Way]) -> None:
         x = torch.randn(tokens, problem.columns, dtype=DTYPE, device=self._device)
-        cache = torch.cuda.get_device_properties(self._device).L2_cache_size
         # Calls take turns with these weights, so that the cache does not keep them.
-        copies = 1 + 2 * cache // (problem.rows * problem.columns)
+        touched = problem.rows * (problem.columns + tokens * DTYPE.itemsize)  # 8-bit weights, D
+        copies = 1 + _CACHE // touched
         captured: dict[_Way, Captured] = {}
         for way in ways:
             if way.epilogue not in (_NO_EPILOGUE, problem.epilogue):
@@ -180,10 +170,11 @@ class Gemms:
             self.times.append(GemmTime(*names, *sizes, us))
 
     def _capture(self, way: _Way, problem: BlockGemm, x: torch.Tensor, copies: int) -> Captured:
-        a, arguments = way.encode_a(x), self._arguments(way.epilogue, len(x))
+        a, arguments = way.encode(x, way.a), self._arguments(way.epilogue, len(x))
 
         def call() -> Callable[[], object]:
-            b = way.encode_b(random_weights((problem.rows, problem.columns), self._device))
+            weights = random_weights((problem.rows, problem.columns), self._device)
+            b = way.encode(weights, way.b)
             return lambda: way.multiply(a, b, *arguments)
 
         return capture([call() for _ in range(copies)])

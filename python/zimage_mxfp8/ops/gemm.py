@@ -21,7 +21,6 @@ the problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -48,7 +47,7 @@ from .arrays import (
     thread_count,
     vector,
 )
-from .codec import MXFP8Array, mxfp8_parts, quantize
+from .codec import MXFP8Array, mxfp8_parts
 
 __all__ = [
     "FoldStats",
@@ -265,13 +264,6 @@ class GemmCandidate:
 
 
 Operand = tuple[str, Any, Any, int, int]
-
-# How a matrix of bfloat16 becomes an operand of each format in the core's table.
-ENCODERS: Mapping[str, Callable[[Any], Any]] = {
-    "bfloat16": lambda matrix: matrix,
-    "mxfp8": quantize,
-    "row-scaled": quantize_rows,
-}
 
 
 def operand(array: Any, name: str) -> Operand:

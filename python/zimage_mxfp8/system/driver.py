@@ -6,6 +6,7 @@ The driver's library has a C interface that does not change between versions; ct
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -66,13 +67,13 @@ def release() -> str:
 
     The library that `look` calls has only the version of CUDA.
     """
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = ["nvidia-smi", "-q", "-x"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return ""
-    lines = result.stdout.split() if result.returncode == 0 else []
-    return lines[0] if lines else ""
+    found = re.search(r"<driver_version>\s*([\d.]+)", result.stdout)
+    return found[1] if found else ""
 
 
 class _DriverError(Exception):
