@@ -30,8 +30,9 @@ def bench(
 ) -> BenchReport:
     """Measure forwards of the transformer in every compute mode, and on CUDA devices its GEMMs.
 
-    Weights are random, and few blocks have weights of their own, so that 4 GiB of device memory
-    are enough. What the device lacks, or has no memory for, is left out with a reason.
+    Weights are random, and few blocks have weights of their own, so that GPUs with little memory
+    can be measured. What the device lacks, or has no memory for, is left out with a reason. Never
+    run on a CUDA device.
 
     Args:
         device: see `ZImageTransformer.from_checkpoint`.

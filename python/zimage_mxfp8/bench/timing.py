@@ -24,11 +24,11 @@ class Captured:
 
     Attributes:
         graph: runs all of them.
-        calls: their number.
+        calls: the calls, which hold the memory that the graph reads.
     """
 
     graph: torch.cuda.CUDAGraph
-    calls: int
+    calls: Calls
 
 
 def capture(calls: Calls) -> Captured:
@@ -40,7 +40,7 @@ def capture(calls: Calls) -> Captured:
     with torch.cuda.graph(graph):
         results = [call() for call in calls]  # alive until the end, so each has its own memory
     del results
-    return Captured(graph, len(calls))
+    return Captured(graph, calls)
 
 
 def microseconds_in_turn(ways: Mapping[_Way, Captured], repeats: int) -> dict[_Way, float]:
@@ -52,7 +52,7 @@ def microseconds_in_turn(ways: Mapping[_Way, Captured], repeats: int) -> dict[_W
     for _ in range(repeats + _GRAPH_WARM_UP):
         for way, captured in ways.items():
             elapsed = _milliseconds_on_cuda(captured.graph.replay)
-            times[way].append(elapsed * 1000 / captured.calls)
+            times[way].append(elapsed * 1000 / len(captured.calls))
     return {way: statistics.median(of_way[_GRAPH_WARM_UP:]) for way, of_way in times.items()}
 
 

@@ -61,7 +61,7 @@ def _print_forwards(report: BenchReport, screen: Screen) -> None:
             *(f"{side}x{side}{', graph' if graph else ''}>" for side, graph in columns),
         ],
         [
-            [program, _FORMATS[weights], mode or "BF16", *_cells(of_model, columns, 1)]
+            [program, _FORMATS[weights], mode or "BF16", *_cells(of_model, columns)]
             for (program, weights, mode), of_model in times.items()
         ],
     )
@@ -77,9 +77,9 @@ def _print_gemms(gemms: list[GemmTime], tokens: int, screen: Screen) -> None:
     screen.table(
         f"TFLOP/s of a block's GEMMs at {tokens:,} tokens, without encoding the activations",
         ["kernel", "operands", *(f"{layer}>" for layer in layers)],
-        [[*way, *_cells(of_way, layers, 0)] for way, of_way in rates.items()],
+        [[*way, *_cells(of_way, layers)] for way, of_way in rates.items()],
     )
 
 
-def _cells(found: Mapping[_Key, float], columns: Sequence[_Key], digits: int) -> list[str]:
-    return [f"{found[key]:.{digits}f}" if key in found else "" for key in columns]
+def _cells(found: Mapping[_Key, float], columns: Sequence[_Key]) -> list[str]:
+    return [f"{found[key]:.1f}" if key in found else "" for key in columns]

@@ -237,7 +237,7 @@ def test_rows_follow_the_table_of_kernels(
     def captured(calls: timing.Calls) -> timing.Captured:
         for call in calls:
             call()
-        return timing.Captured(torch.cuda.CUDAGraph, len(calls))  # type: ignore[arg-type]
+        return timing.Captured(torch.cuda.CUDAGraph, calls)  # type: ignore[arg-type]
 
     monkeypatch.setattr(_core, "gemm_kernels", lambda: table)
     monkeypatch.setattr(_core, "gemm_unsupported", lambda name, *_: "no" if name == "old" else "")
