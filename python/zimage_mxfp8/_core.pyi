@@ -98,6 +98,9 @@ class CudaDevice:
 def cuda_devices() -> list[CudaDevice]:
     """Return the devices that the CUDA runtime sees; none without a driver."""
 
+def capability_limit() -> int:
+    """Return the compute capability that devices have at most, such as 80; 0 for no limit."""
+
 class BuildInfo:
     """Versions and CUDA targets of this build."""
 

@@ -42,7 +42,8 @@ def _encode(matrix: torch.Tensor, operand: str) -> Any:
 
 def _integers(matrix: torch.Tensor, _operand: str) -> torch.Tensor:
     """Round a matrix to INT8 without its scales, which torch's sums of integers do not take."""
-    return int8.quantize(matrix.float()).codes
+    codes: torch.Tensor = int8.quantize(matrix.float()).codes
+    return codes
 
 
 @dataclass(frozen=True)

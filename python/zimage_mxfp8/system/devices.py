@@ -40,6 +40,18 @@ def _has_cuda_kernels(device: int) -> bool:
 has_kernels.__dict__["_dynamo_marked_constant"] = True
 
 
+def capability(device: int) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device that torch finds.
+
+    ZIMAGE_MXFP8_CAPABILITY in the environment limits it, for tests of what older devices do.
+    """
+    import torch
+
+    found: tuple[int, int] = torch.cuda.get_device_capability(device)
+    limit = _core.capability_limit()
+    return min(found, divmod(limit, 10)) if limit else found
+
+
 def has_fused_kernels(device: torch.device) -> bool:
     """Return whether a torch device has the kernels of `fused` and `gemm_epilogues` (CUDA only)."""
     return device.type == "cuda" and has_kernels(device.index)

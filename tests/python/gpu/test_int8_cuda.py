@@ -5,6 +5,10 @@ pytest -m gpu
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -196,3 +200,54 @@ def test_a_layer_gives_the_bits_of_integers(n: int, k: int) -> None:
     activation = layer.encode(x)
     want = product(activation["int8"], layer.weights)[:, :n]
     assert np.array_equal(bits(layer(activation).contiguous()), want)
+
+
+PLANS = {
+    "7.5": ("int8", "int8"),  # no kernels of this build; torch multiplies
+    "8.0": ("int8", "int8_sm80"),
+    "8.9": ("int8", "int8_sm80"),
+    "9.0": ("fp8", "int8_sm90"),
+}
+PLAN = """
+import sys
+import torch, zimage_mxfp8 as zm
+from helpers.diffusers_reference import random_inputs
+
+model = zm.ZImageTransformer.from_checkpoint(sys.argv[1], "cuda", sys.argv[2])
+images, times, captions = random_inputs([(32, 48)], [40])
+inputs = [x.cuda() for x in images], times.cuda(), [x.cuda() for x in captions]
+for _ in range(3):  # eager, captured, replayed
+    result = model(*inputs).sample[0]
+torch.save((model.compute, result.cpu()), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("capability", PLANS)
+def test_older_devices_get_the_same_images(
+    capability: str, quantized: Path, tmp_path: Path
+) -> None:
+    """The plan of a capability on this device, whose own kernels give the reference."""
+    require("int8_sm90")
+    results = {}
+    for told, mode in ((capability, "auto"), (capability, "int8"), ("9.0", "int8")):
+        environment = {**os.environ, "ZIMAGE_MXFP8_CAPABILITY": told, "ZIMAGE_MXFP8_GEMM_LOG": "1"}
+        out = tmp_path / f"{told}-{mode}.pt"
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        done = subprocess.run(
+            [sys.executable, "-c", PLAN, str(quantized), mode, str(out)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        results[told, mode] = (*torch.load(out), done.stderr)
+    auto, kernel = PLANS[capability]
+    assert results[capability, "auto"][0] == auto
+    _, found, log = results[capability, "int8"]
+    if kernel != "int8":
+        assert f": {kernel} (cost " in log
+        assert torch.equal(found, results["9.0", "int8"][1])
+    else:  # rotations and norms by torch, with sums in another order
+        assert "int8_sm" not in log
+        want = results["9.0", "int8"][1].float()
+        assert (found.float() - want).norm() < 0.02 * want.norm()

@@ -125,13 +125,14 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
     ada, blackwell = found["devices"]
     assert (ada["name"], ada["capability"], ada["memory"]) == ("Fake RTX 4090", "8.9", 24 << 30)
     assert not ada["kernels"] and ada["with_kernels"] == [
+        "int8",
         "fp8",
         "weight-only",
-        "int8",
         "mxfp8-emulated",
     ]
-    assert blackwell["with_kernels"] == ["mxfp8", *ada["with_kernels"]]
-    assert blackwell["without_kernels"] == ada["without_kernels"] == ada["with_kernels"]
+    assert ada["without_kernels"] == ada["with_kernels"]
+    assert blackwell["without_kernels"] == ["fp8", "weight-only", "int8", "mxfp8-emulated"]
+    assert blackwell["with_kernels"] == ["mxfp8", *blackwell["without_kernels"]]
     assert ada["gemm"]["compute"] == []
     reason = f"the torch that is installed ({torch.__version__}) does not find this device"
     assert set(ada["gemm"]["missing_modes"].values()) == {reason}
