@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-Calls = Sequence[Callable[[], object]]
-
-
-def _graph(calls: Calls) -> torch.cuda.CUDAGraph:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = [call() for call in calls]  # alive until the end, so each has its own memory
-    del results
-    return graph
+from zimage_mxfp8.bench import timing
+from zimage_mxfp8.bench.timing import Calls, capture
 
 
 def microseconds_in_turn(ways: Mapping[str, Calls], repeats: int = 20) -> dict[str, float]:
     """Return the median time of one call of each way to do the same, in CUDA graphs.
 
-    All calls of a way are in one graph, so that launching costs nothing. Calls that work on
-    different memory, more than the cache holds, keep the cache from helping. The ways take turns,
-    so that clocks, which fall under load, are the same for all.
+    All calls of a way are in one graph. Calls that work on different memory, more than the cache
+    holds, keep the cache from helping.
     """
-    graphs = {way: _graph(calls) for way, calls in ways.items()}
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(repeats + 3):
-        for way, graph in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[way].append(begin.elapsed_time(end) * 1000 / len(ways[way]))
-    return {way: statistics.median(of_way[3:]) for way, of_way in times.items()}
+    return timing.microseconds_in_turn(
+        {way: capture(calls) for way, calls in ways.items()}, repeats
+    )
 
 
 def microseconds(calls: Calls, repeats: int = 20) -> float:

@@ -23,7 +23,7 @@ from ..timing import copy_bandwidth, microseconds
 
 ROWS, HIDDEN, FEED_FORWARD, HEADS = 4224, 3840, 10240, 30
 ROTATED_BYTES = 1 << 30
-FORMATS: tuple[fused.ActivationFormat, ...] = ("bfloat16", "row-scaled", "mxfp8")
+FORMATS: tuple[fused.ActivationFormat, ...] = ("bfloat16", "row-scaled", "mxfp8", "int8")
 COLUMNS = {
     "operation": "",
     "format": "",
@@ -33,7 +33,7 @@ COLUMNS = {
     "bandwidth": "TB/s",
     "share": "of the best device copy",
 }
-BITS = {"bfloat16": 16.0, "row-scaled": 8.0, "mxfp8": 8.25}
+BITS = {"bfloat16": 16.0, "row-scaled": 8.0, "mxfp8": 8.25, "int8": 8.0}
 
 Tensors = Sequence[torch.Tensor]
 
@@ -84,7 +84,8 @@ def torch_rotate(t: Tensors) -> None:
 
 
 def encode(t: Tensors, output_format: fused.ActivationFormat) -> object:
-    return zm.quantize_rows(t[0]) if output_format == "row-scaled" else zm.quantize(t[0])
+    encoders = {"row-scaled": zm.quantize_rows, "int8": fused.quantize_rotated}
+    return encoders.get(output_format, zm.quantize)(t[0])
 
 
 KERNELS = (
@@ -150,8 +151,8 @@ def measure(
         plain = kernel.torch(tensors)
         return encode_rows(plain) if output_format == "row-scaled" else plain
 
-    # The blocked scales of MXFP8 have no short composition in torch.
-    for peer in peers if output_format != "mxfp8" else ():
+    # The blocked scales of MXFP8 and the rotation of INT8 have no short composition in torch.
+    for peer in peers if output_format not in ("mxfp8", "int8") else ():
         function = torch.compile(composition, dynamic=False) if peer == "compile" else composition
         result[f"torch {peer}"] = microseconds([lambda x=x, f=function: f(x) for x in inputs])
     return result

@@ -1,4 +1,4 @@
-"""Speed of GEMMs on a CUDA device, next to cuBLAS and `torch._scaled_mm`, in one run.
+"""Speed of GEMMs on a CUDA device, next to cuBLAS and torch's 8-bit GEMMs, in one run.
 
 Shapes are Z-Image's linears; M is the number of tokens. A CUDA graph holds the calls of each way to
 multiply, and the ways take turns; with few tokens calls rotate through several weights, more than
@@ -14,6 +14,7 @@ import torch
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
+from zimage_mxfp8.ops import fused
 
 from ..report import Report
 from ..timing import microseconds_in_turn
@@ -52,6 +53,7 @@ def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
     encoded = [zm.quantize(w) for w in weights]
     x_mx, x_rows = zm.quantize(x), zm.quantize_rows(x)
     row_scaled = [zm.quantize_rows(w) for w in weights]
+    x_int8, in_int8 = fused.quantize_rotated(x), [fused.quantize_rotated(w) for w in weights]
 
     def scaled_mm(b: zm.RowScaledArray) -> Call:
         return lambda: torch._scaled_mm(
@@ -68,7 +70,16 @@ def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
     }
     if torch.cuda.get_device_capability() >= (8, 9):
         calls["torch._scaled_mm"] = [scaled_mm(b) for b in row_scaled]
+    if m >= 32:  # with fewer rows torch refuses
+        # Sums alone, without scales and in int32.
+        calls["torch._int_mm"] = [
+            lambda b=b: torch._int_mm(x_int8.codes, b.codes.t()) for b in in_int8
+        ]
     for kernel in KERNELS:
+        if supported(kernel, x_int8, in_int8[0]):
+            calls[kernel] = [
+                lambda b=b, kernel=kernel: zm.gemm(x_int8, b, kernel=kernel) for b in in_int8
+            ]
         if supported(kernel, x_rows, row_scaled[0]):
             calls[kernel] = [
                 lambda b=b, kernel=kernel: zm.gemm(x_rows, b, kernel=kernel) for b in row_scaled
@@ -82,7 +93,7 @@ def measure(m: int, n: int, k: int, only: str) -> dict[str, float]:
                 calls[f"{kernel}, {name} x MXFP8"] = [
                     lambda a=a, b=b, kernel=kernel: zm.gemm(a, b, kernel=kernel) for b in encoded
                 ]
-    peers = ("cuBLAS BF16", "torch._scaled_mm")
+    peers = ("cuBLAS BF16", "torch._scaled_mm", "torch._int_mm")
     return microseconds_in_turn({w: c for w, c in calls.items() if w in peers or only in w}, 40)
 
 

@@ -44,7 +44,7 @@ PARTS = ("load", "start", "generate", "ours", "profile", "errors", "peer")
 # Pixels of a side, images, caption tokens.
 SHAPES = [(1024, 1, 128), (512, 1, 128), (1536, 1, 128), (2048, 1, 128), (1024, 4, 128)]
 SHAPES.append((1024, 1, 512))
-MODES: tuple[Compute, ...] = ("fp8", "weight-only")
+MODES: tuple[Compute, ...] = ("fp8", "weight-only", "int8")
 COLUMNS = {
     "part": "",
     "mode": "",
@@ -311,7 +311,7 @@ def measure_errors(checkpoint: Path, file: Path, report: Report) -> None:
         "ours BF16": lambda: zm.ZImageTransformer.from_checkpoint(checkpoint, "cuda"),
         **{
             mode: lambda mode=mode: zm.ZImageTransformer.from_checkpoint(file, "cuda", mode)
-            for mode in modes(("weight-only", "mxfp8-emulated", "fp8"))
+            for mode in modes(("weight-only", "mxfp8-emulated", "fp8", "int8"))
         },
     }
     for name, make in models.items():

@@ -9,15 +9,24 @@
 
 namespace zimage_mxfp8::detail {
 
+// Launches blocks with up to 48 KiB of dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads, CudaStream stream,
-            Arguments&&... arguments) {
+void launch_with_shared_memory(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads,
+                               int shared_bytes, CudaStream stream, Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   // Unlike <<<>>>, this reports errors of this launch only, not earlier ones.
   ZM_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 blocks, uint32_t threads, CudaStream stream,
+            Arguments&&... arguments) {
+  launch_with_shared_memory(kernel, blocks, threads, 0, stream,
+                            static_cast<Arguments&&>(arguments)...);
 }
 
 // Launches clusters of blocks with dynamic shared memory. The kernel may begin before those ahead

@@ -6,6 +6,7 @@
 #include "gemm/dispatch/missing.h"
 #include "gemm/dispatch/table.h"
 #include "quantize/quantize_cuda.h"
+#include "rotated/quantize_rotated_cuda.h"
 #include "row_scaled/fold_cuda.h"
 #include "row_scaled/quantize_rows_cuda.h"
 #include "zimage_mxfp8/block.h"
@@ -64,6 +65,7 @@ void attend_cuda(const ConstMatrixView&, std::int64_t, const std::vector<std::in
 void quantize_cuda(const QuantizeTask&, CudaStream) { refuse(); }
 void dequantize_cuda(const DequantizeTask&, CudaStream) { refuse(); }
 void quantize_rows_cuda(const QuantizeRowsTask&, CudaStream) { refuse(); }
+void quantize_rotated_cuda(const ConstMatrixView&, const Int8View&, CudaStream) { refuse(); }
 void fold_cuda(const ConstMXFP8View&, const RowScaledView&, FoldRowStats*, CudaStream) { refuse(); }
 void silu_multiply_cuda(const ConstMatrixView&, const ConstMatrixView&, const ActivationView&,
                         CudaStream) {
@@ -92,6 +94,7 @@ struct NoCuda {
 const GemmImplementation kReference = missing_kernel<NoCuda>();
 const GemmImplementation kDequantize = missing_kernel<NoCuda>();
 const GemmImplementation kFP8Rowwise = missing_kernel<NoCuda>();
+const GemmImplementation kInt8SM80 = missing_kernel<NoCuda>();
 
 }  // namespace detail
 }  // namespace zimage_mxfp8

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 namespace zimage_mxfp8 {
 namespace {
 
@@ -15,7 +17,9 @@ std::vector<CudaDevice> look_up_devices() {
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties{};
     ZM_CUDA_CHECK(cudaGetDeviceProperties(&properties, i));
-    devices.push_back({i, properties.name, properties.major, properties.minor,
+    int capability = properties.major * 10 + properties.minor;
+    if (capability_limit() > 0) capability = std::min(capability, capability_limit());
+    devices.push_back({i, properties.name, capability / 10, capability % 10,
                        properties.multiProcessorCount, properties.totalGlobalMem});
   }
   return devices;

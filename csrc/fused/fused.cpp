@@ -6,6 +6,8 @@
 #include "check.h"
 #include "cuda/runtime.h"
 #include "fused/fused_cuda.h"
+#include "rotated/quantize_rotated_cuda.h"
+#include "zimage_mxfp8/rotated.h"
 
 namespace zimage_mxfp8 {
 namespace {
@@ -85,6 +87,17 @@ ActivationMemory check_target(const RowScaledView& target, const ConstMatrixView
                      target.rows * static_cast<std::int64_t>(sizeof(float)), sizeof(float));
 }
 
+ActivationMemory check_target(const Int8View& target, const ConstMatrixView& source,
+                              const char* source_what) {
+  check_size(target.rows, target.cols, "the target", source, source_what);
+  if (target.cols % kRotationColumns != 0) {
+    throw InvalidArgument("INT8 needs a multiple of " + std::to_string(kRotationColumns) +
+                          " columns, not " + std::to_string(target.cols));
+  }
+  return check_codes(target.codes, target.rows * target.cols, target.scales,
+                     target.rows * static_cast<std::int64_t>(sizeof(float)), sizeof(float));
+}
+
 ActivationMemory check_activation(const ActivationView& target, const ConstMatrixView& source,
                                   const char* source_what) {
   return std::visit([&](const auto& view) { return check_target(view, source, source_what); },
@@ -123,6 +136,18 @@ MemoryRange check_items(Items items, std::int64_t rows) {
 }
 
 }  // namespace
+
+void quantize_rotated(const ConstMatrixView& source, const Int8View& target, CudaStream stream) {
+  check_bfloat16(source, "the source");
+  check_columns(source.cols);
+  const MemoryRange from = range_of(source, "the source");
+  if (source.rows == 0) return;
+  const ActivationMemory to = check_target(target, source, "the source");
+  detail::check_disjoint(to.values, {to.scales, from});
+  detail::check_disjoint(to.scales, {from});
+  detail::check_device_memory({from, to.values, to.scales});
+  detail::quantize_rotated_cuda(source, target, stream);
+}
 
 void silu_multiply(const ConstMatrixView& gate, const ConstMatrixView& up,
                    const ActivationView& target, CudaStream stream) {

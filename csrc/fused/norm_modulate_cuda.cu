@@ -5,9 +5,6 @@
 namespace zimage_mxfp8::detail {
 namespace {
 
-// Z-Image's 3840 columns.
-using HiddenRow = RowLayout<256, 2>;
-
 // NormWeights as a kernel reads them.
 struct NormTask {
   const uint16_t* weight;
@@ -161,14 +158,6 @@ __global__ void __launch_bounds__(Layout::kThreads)
 bool has_whole_chunks(const NormWeights& norm) {
   return reinterpret_cast<uintptr_t>(norm.weight) % 16 == 0 &&
          (!norm.modulation || detail::has_whole_chunks(*norm.modulation));
-}
-
-// Calls `function` with the layout for the row and whether its chunks are whole.
-template <typename Function>
-void with_row_layout(int64_t cols, bool whole, Function function) {
-  if (!whole) return function(WidestRow{}, std::false_type{});
-  if (cols <= HiddenRow::kColumns) return function(HiddenRow{}, std::true_type{});
-  return function(WidestRow{}, std::true_type{});
 }
 
 }  // namespace

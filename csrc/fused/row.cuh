@@ -7,7 +7,9 @@
 
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
 #include "fused/arithmetic.cuh"
+#include "rotated/encode_row.cuh"
 #include "row_scaled/encode_row.cuh"
 #include "zimage_mxfp8/fused.h"
 #include "zimage_mxfp8/scale_layout.h"
@@ -27,9 +29,19 @@ struct RowLayout {
   static __device__ int column(int chunk) { return (chunk * threads + int(threadIdx.x)) * 8; }
 };
 
+// Z-Image's 3840 columns.
+using HiddenRow = RowLayout<256, 2>;
 // Takes every row.
 using WidestRow = RowLayout<512, 4>;
 static_assert(WidestRow::kColumns == kMaxFusedColumns);
+
+// Calls `function` with the layout for a row and whether its chunks are whole; on the host.
+template <typename Function>
+void with_row_layout(int64_t cols, bool whole, Function function) {
+  if (!whole) return function(WidestRow{}, std::false_type{});
+  if (cols <= HiddenRow::kColumns) return function(HiddenRow{}, std::true_type{});
+  return function(WidestRow{}, std::true_type{});
+}
 
 // Loads elements [column, column + 8) of a row, zeros from `cols` on. In a row of `whole` chunks
 // the row begins at a multiple of 16 bytes and `cols` is a multiple of 8. Not through __ldg, as
@@ -135,6 +147,30 @@ __device__ void store_row(const MXFP8View& target, int64_t row,
   }
 }
 
+template <typename Layout, bool>
+__device__ void store_row(const Int8View& target, int64_t row,
+                          const Chunk (&values)[Layout::kChunks], uint32_t) {
+  float sums[Layout::kChunks][8], amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Layout::kChunks; ++i) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sums[i][e] = BFloat16::widen(values[i].element[e]);
+    add_and_subtract_columns(sums[i]);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) amax = larger_magnitude(amax, sums[i][e]);
+  }
+  __shared__ uint32_t of_warp[Layout::kWarps];
+  const Int8Encoder encoder(block_max(__float_as_uint(amax), of_warp));
+  if (threadIdx.x == 0) target.scales[row] = encoder.scale();
+  int8_t* codes = target.codes + row * target.cols;
+#pragma unroll
+  for (int i = 0; i < Layout::kChunks; ++i) {
+    if (Layout::column(i) < target.cols) {
+      *reinterpret_cast<uint2*>(codes + Layout::column(i)) = encoder.encode(sums[i]);
+    }
+  }
+}
+
 template <typename Target>
 inline constexpr bool kIsRowScaled = false;
 template <>
@@ -143,6 +179,7 @@ inline constexpr bool kIsRowScaled<RowScaledView> = true;
 // Blocks that write all rows of an activation, padding included.
 inline uint32_t blocks_for(const MatrixView& target) { return checked_count(target.rows); }
 inline uint32_t blocks_for(const RowScaledView& target) { return checked_count(target.rows); }
+inline uint32_t blocks_for(const Int8View& target) { return checked_count(target.rows); }
 inline uint32_t blocks_for(const MXFP8View& target) {
   return checked_count(MXFP8Shape{target.rows, target.cols}.scale_rows());
 }
@@ -169,5 +206,6 @@ bool has_whole_chunks(const View& matrix) {
 // store_row() needs no whole chunks for codes.
 inline bool has_whole_chunks(const MXFP8View&) { return true; }
 inline bool has_whole_chunks(const RowScaledView&) { return true; }
+inline bool has_whole_chunks(const Int8View&) { return true; }
 
 }  // namespace zimage_mxfp8::detail

@@ -13,6 +13,7 @@
 #include "gemm/epilogues.h"
 #include "gemm/reference/reference.h"
 #include "zimage_mxfp8/quantize.h"
+#include "zimage_mxfp8/rotated.h"
 #include "zimage_mxfp8/row_scaled.h"
 
 namespace zimage_mxfp8 {
@@ -137,7 +138,8 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
         if constexpr (std::is_same_v<View, ConstMatrixView>) {
           detail::check_matrix(view, name);
           if (view.dtype != DType::kBFloat16) {
-            throw InvalidArgument(std::string(name) + " must be BF16, MXFP8 or row-scaled FP8");
+            throw InvalidArgument(std::string(name) +
+                                  " must be BF16, MXFP8, row-scaled FP8 or INT8");
           }
           const std::int64_t row_stride = view.rows > 1 ? view.row_stride : view.cols;
           return {{OperandFormat::kBFloat16, view.data, nullptr, row_stride, view.dtype},
@@ -147,7 +149,7 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
                   detail::range_of(view, name),
                   {nullptr, 0, name}};
         } else {
-          const bool mx = std::is_same_v<View, ConstMXFP8View>;
+          constexpr bool mx = std::is_same_v<View, ConstMXFP8View>;
           if (view.rows < 0 || view.cols < 0) {
             throw InvalidArgument(std::string(name) + " has a negative size " +
                                   detail::shape_text(view.rows, view.cols));
@@ -156,7 +158,7 @@ OperandParts parts_of(const GemmOperand& operand, const char* name) {
             throw InvalidArgument(std::string("the codes or scales of ") + name +
                                   " are a null pointer");
           }
-          const auto format = mx ? OperandFormat::kMXFP8 : OperandFormat::kRowScaled;
+          const auto format = static_cast<OperandFormat>(operand.index());
           const std::int64_t scale_bytes =
               mx ? MXFP8Shape{view.rows, view.cols}.scale_bytes() : view.rows * 4;
           return {{format, view.codes, view.scales, view.cols, DType::kBFloat16},
@@ -180,7 +182,7 @@ struct Outputs {
 
 Outputs outputs_of(const ActivationView& d) {
   return std::visit(
-      [](const auto& view) -> Outputs {
+      [&d](const auto& view) -> Outputs {
         using View = std::decay_t<decltype(view)>;
         if constexpr (std::is_same_v<View, MatrixView>) {
           detail::check_matrix(view, "D");
@@ -203,7 +205,7 @@ Outputs outputs_of(const ActivationView& d) {
           return {{nullptr, DType::kBFloat16, view.rows, view.cols, view.cols},
                   view.rows,
                   view.cols,
-                  mx ? OperandFormat::kMXFP8 : OperandFormat::kRowScaled,
+                  static_cast<OperandFormat>(d.index()),
                   {view.codes, mx ? shape.code_bytes() : view.rows * view.cols, "the codes of D"},
                   {view.scales, mx ? shape.scale_bytes() : view.rows * 4, "the scales of D"}};
         }
@@ -309,6 +311,9 @@ bool is_empty(const GemmProblem& problem) { return problem.m == 0 || problem.n =
 
 void encode(const ConstMatrixView& matrix, const ActivationView& target, CudaStream stream) {
   if (const auto* mxfp8 = std::get_if<MXFP8View>(&target)) return quantize(matrix, *mxfp8, stream);
+  if (const auto* int8 = std::get_if<Int8View>(&target)) {
+    return quantize_rotated(matrix, *int8, stream);
+  }
   quantize_rows(matrix, std::get<RowScaledView>(target), stream);
 }
 
@@ -334,10 +339,8 @@ const GemmKernel& find_gemm_kernel(const std::string& kernel_name) {
 
 std::vector<std::pair<OperandFormat, OperandFormat>> operand_formats(const GemmKernel& kernel) {
   std::vector<std::pair<OperandFormat, OperandFormat>> pairs;
-  constexpr OperandFormat formats[] = {OperandFormat::kBFloat16, OperandFormat::kMXFP8,
-                                       OperandFormat::kRowScaled};
-  for (const OperandFormat a : formats) {
-    for (const OperandFormat b : formats) {
+  for (const OperandFormat a : kOperandFormats) {
+    for (const OperandFormat b : kOperandFormats) {
       if (kernel.operands & detail::operands(a, b)) pairs.emplace_back(a, b);
     }
   }

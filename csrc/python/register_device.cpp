@@ -18,6 +18,9 @@ void register_device(py::module_& module) {
       .def_readonly("memory", &CudaDevice::memory, "Bytes of device memory.");
   module.def("cuda_devices", &cuda_devices, py::call_guard<py::gil_scoped_release>(),
              "Return the devices that the CUDA runtime sees; none without a driver.");
+  module.def(
+      "capability_limit", &capability_limit,
+      "Return the compute capability that devices have at most, such as 80; 0 for no limit.");
   py::class_<BuildInfo>(module, "BuildInfo", "Versions and CUDA targets of this build.")
       .def_readonly("version", &BuildInfo::version, "Version of this library.")
       .def_readonly("cuda", &BuildInfo::cuda, "Version of the CUDA compiler; empty without CUDA.")

@@ -10,13 +10,14 @@
 #include "python/register.h"
 #include "python/views.h"
 #include "zimage_mxfp8/fused.h"
+#include "zimage_mxfp8/rotated.h"
 
 namespace py = pybind11;
 
 namespace zimage_mxfp8::python {
 namespace {
 
-using Activation = FormattedMatrix<MatrixView, MXFP8View, RowScaledView>;
+using Activation = FormattedMatrix<MatrixView, MXFP8View, RowScaledView, Int8View>;
 
 // An array or None.
 struct OptionalArray {
@@ -69,6 +70,20 @@ struct Norm {
 Items items_of(const OptionalArray& items, std::int64_t rows) {
   if (!items.array) return nullptr;
   return reinterpret_cast<Items>(vector(*items.array, rows, sizeof(std::int32_t)));
+}
+
+void py_quantize_rotated(const py::object& source, const py::tuple& target, std::uintptr_t stream) {
+  const Array from(source, "the source", kRead, kAnywhere);
+  const Activation to(target, "the target", kWrite);
+  Arrays arrays;
+  arrays.add(from), arrays.add(to);
+  const int device = arrays.device();
+  const auto view = matrix<ConstMatrixView>(from, "bfloat16");
+  const auto* const int8 = std::get_if<Int8View>(&to.view);
+  if (!int8) throw InvalidArgument("the target must be INT8");
+  const py::gil_scoped_release release;
+  const detail::DeviceGuard guard(device);
+  quantize_rotated(view, *int8, cuda_stream(stream));
 }
 
 void py_silu_multiply(const py::object& gate, const py::object& up, const py::tuple& target,
@@ -153,6 +168,8 @@ void py_rotate_heads(const py::object& qkv, const py::object& q_weight, const py
 
 void register_fused(py::module_& module) {
   using py::arg;
+  module.def("quantize_rotated", &py_quantize_rotated, arg("source"), arg("target"),
+             arg("stream") = 0, "Rotate the rows of [M, K] and encode them in INT8.");
   module.def("silu_multiply", &py_silu_multiply, arg("gate"), arg("up"), arg("target"),
              arg("stream") = 0);
   module.def("norm_modulate", &py_norm_modulate, arg("x"), arg("weight"), arg("scale"),

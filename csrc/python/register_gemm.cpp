@@ -20,9 +20,9 @@ namespace py = pybind11;
 namespace zimage_mxfp8::python {
 namespace {
 
-using Operand = FormattedMatrix<ConstMatrixView, ConstMXFP8View, ConstRowScaledView>;
+using Operand = FormattedMatrix<ConstMatrixView, ConstMXFP8View, ConstRowScaledView, ConstInt8View>;
 
-using Activation = FormattedMatrix<MatrixView, MXFP8View, RowScaledView>;
+using Activation = FormattedMatrix<MatrixView, MXFP8View, RowScaledView, Int8View>;
 
 const char* text(OperandFormat format) {
   switch (format) {
@@ -32,6 +32,8 @@ const char* text(OperandFormat format) {
       return "mxfp8";
     case OperandFormat::kRowScaled:
       return "row-scaled";
+    case OperandFormat::kInt8:
+      return "int8";
   }
   return "";
 }

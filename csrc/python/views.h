@@ -69,16 +69,17 @@ inline OperandFormat parse_format(const std::string& name) {
   if (name == "bfloat16") return OperandFormat::kBFloat16;
   if (name == "mxfp8") return OperandFormat::kMXFP8;
   if (name == "row-scaled") return OperandFormat::kRowScaled;
+  if (name == "int8") return OperandFormat::kInt8;
   throw InvalidArgument("unknown operand format \"" + name + "\"");
 }
 
-// A matrix in one of three formats, as Python describes it: (format, elements or codes, scales or
+// A matrix in one of four formats, as Python describes it: (format, elements or codes, scales or
 // None, rows, cols).
-template <typename Plain, typename MXFP8, typename RowScaled>
+template <typename Plain, typename MXFP8, typename RowScaled, typename Int8>
 struct FormattedMatrix {
   Array data;
   std::optional<Array> scales;
-  std::variant<Plain, MXFP8, RowScaled> view;
+  std::variant<Plain, MXFP8, RowScaled, Int8> view;
 
   FormattedMatrix(const pybind11::tuple& parts, const char* name, Array::Access access)
       : data(parts[1], name, access, kAnywhere) {
@@ -90,6 +91,9 @@ struct FormattedMatrix {
     scales.emplace(parts[2], name, access, kAnywhere);
     if (format == OperandFormat::kRowScaled) {
       view = row_scaled<RowScaled>(data, *scales);
+    } else if (format == OperandFormat::kInt8) {
+      const auto rows = row_scaled<RowScaledView>(data, *scales);
+      view = Int8{reinterpret_cast<std::int8_t*>(rows.codes), rows.scales, rows.rows, rows.cols};
     } else {
       view =
           mxfp8<MXFP8>(data, *scales, parts[3].cast<std::int64_t>(), parts[4].cast<std::int64_t>());

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .ops.gemm import (
         FoldStats,
         GemmCandidate,
+        Int8Array,
         RowScaledArray,
         explain_gemm,
         fold,
@@ -126,6 +127,7 @@ _HOME = {
     "ZImageGenerator": "generation.generator",
     "GenerationSettings": "generation.settings",
     "FoldStats": "ops.gemm",
+    "Int8Array": "ops.gemm",
     "RowScaledArray": "ops.gemm",
     "fold": "ops.gemm",
     "gemm": "ops.gemm",
@@ -168,6 +170,7 @@ __all__ = [
     "GenerationProgress",
     "GenerationSettings",
     "Inspection",
+    "Int8Array",
     "InvalidArgumentError",
     "MXFP8Array",
     "MergeReport",

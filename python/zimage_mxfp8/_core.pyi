@@ -98,6 +98,9 @@ class CudaDevice:
 def cuda_devices() -> list[CudaDevice]:
     """Return the devices that the CUDA runtime sees; none without a driver."""
 
+def capability_limit() -> int:
+    """Return the compute capability that devices have at most, such as 80; 0 for no limit."""
+
 class BuildInfo:
     """Versions and CUDA targets of this build."""
 
@@ -119,6 +122,9 @@ class BuildInfo:
 
 def build_info() -> BuildInfo:
     """Describe this build."""
+
+def quantize_rotated(source: Any, target: tuple[Any, ...], stream: int = 0) -> None:
+    """Rotate the rows of [M, K] and encode them in INT8."""
 
 def silu_multiply(gate: Any, up: Any, target: tuple[Any, ...], stream: int = 0) -> None: ...
 def norm_modulate(

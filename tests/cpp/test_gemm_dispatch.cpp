@@ -16,6 +16,7 @@ namespace {
 constexpr auto kBF16 = OperandFormat::kBFloat16;
 constexpr auto kMX = OperandFormat::kMXFP8;
 constexpr auto kRows = OperandFormat::kRowScaled;
+constexpr auto kInt8 = OperandFormat::kInt8;
 constexpr auto kNone = GemmEpilogue::kNone;
 constexpr auto kSilu = GemmEpilogue::kSiluMultiply;
 constexpr auto kRotate = GemmEpilogue::kRotateHeads;
@@ -99,6 +100,13 @@ TEST_CASE("the kernel for each shape") {
       {kH100, problem(128, 20480, 3840, kRows, kRows, kSilu), "fp8_rowwise + launch"},
       {kH100, problem(1, 20480, 3840, kRows, kRows, kSilu), "fp8_rowwise + launch"},
       {kH100, problem(4224, 20480, 3840, kBF16, kMX, kSilu), "mixed_sm90 + launch"},
+      {kH100, problem(4224, 3840, 10240, kInt8, kInt8), "int8_sm90"},
+      {kH100, problem(1, 20480, 3840, kInt8, kInt8, kSilu), "int8_sm90"},
+      {kH100, problem(1152, 11520, 3840, kInt8, kInt8, kRotate), "int8_sm90"},
+      {kH100, problem(1152, 3840, 3840, kInt8, kMX), "none"},
+      {kA100, problem(4224, 3840, 10240, kInt8, kInt8), "int8_sm80"},
+      {kA100, problem(4224, 20480, 3840, kInt8, kInt8, kSilu), "int8_sm80 + launch"},
+      {kRTX5090, problem(4224, 11520, 3840, kInt8, kInt8, kRotate), "int8_sm80 + launch"},
       {kA100, problem(4224, 3840, 3840, kBF16, kMX), "dequantize"},
       {kA100, problem(4224, 3840, 3840, kMX, kMX), "dequantize"},
       {kA100, problem(4224, 3840, 3840, kRows, kRows), "none"},
@@ -124,6 +132,13 @@ TEST_CASE("a fused epilogue needs full waves") {
 }
 
 TEST_CASE("variants within a kernel") {
+  // On 66 clusters: 9 x 8 tiles of 512 rows in 2 waves, 9 x 10 of 384 in 2; 33 x 8 in 4, 33 x 10 in
+  // 5; 33 x 23 in 12, 33 x 30 in 15; 5 x 8 in 1, 5 x 10 in 1.
+  CHECK(detail::int8_sm90_takes_narrow_tiles(1152, 3840, 132));
+  CHECK(detail::int8_sm90_takes_narrow_tiles(4224, 3840, 132));
+  CHECK(detail::int8_sm90_takes_narrow_tiles(4224, 11520, 132));
+  CHECK(detail::int8_sm90_takes_narrow_tiles(640, 3840, 132));
+  CHECK(!detail::int8_sm90_takes_narrow_tiles(1024, 4096, 132));  // 8 x 8 in 1, 8 x 11 in 2
   CHECK(!detail::mixed_sm90_uses_workspace(2047));
   CHECK(detail::mixed_sm90_uses_workspace(2048));
   using Register = detail::MixedRegisterTile;

@@ -31,4 +31,9 @@ inline CUtensorMap operand_map(const ConstRowScaledView& matrix, int box_rows) {
                     matrix.cols, box_rows);
 }
 
+inline CUtensorMap operand_map(const ConstInt8View& matrix, int box_rows) {
+  return tensor_map(matrix.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix.rows, matrix.cols,
+                    matrix.cols, box_rows);
+}
+
 }  // namespace zimage_mxfp8::detail

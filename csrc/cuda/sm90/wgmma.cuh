@@ -1,6 +1,6 @@
 // Hopper's warpgroup multiplications (PTX ISA, wgmma.mma_async): D[64, N] += A[64, 16] B[N, 16]^T
-// in BF16 or A[64, 32] B[N, 32]^T in E4M3, with A in registers or shared memory, B in shared
-// memory, and float32 sums.
+// in BF16 or A[64, 32] B[N, 32]^T in E4M3 or INT8, with A in registers or shared memory, B in
+// shared memory, and float32 sums, of INT8 int32.
 //
 // Lane l of warp w of the warpgroup holds, with r = 16 w + l / 4 and c = 2 (l % 4),
 //   a[0]: A[r][c, c + 1]     a[1]: A[r + 8][c, c + 1]
@@ -44,6 +44,13 @@ __device__ void wgmma_wait(float (&sums)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
+template <int count>
+__device__ void wgmma_wait(int32_t (&sums)[count]) {
+  wgmma_wait_pending<0>();
+#pragma unroll
+  for (int i = 0; i < count; ++i) asm volatile("" : "+r"(sums[i])::"memory");
+}
+
 // Wgmma<N>::multiply(d, a, b): D += A B^T.
 template <int n>
 struct Wgmma;
@@ -56,6 +63,10 @@ struct WgmmaShared;
 // B [N, 32] in E4M3, both in shared memory.
 template <int n>
 struct WgmmaFP8;
+
+// WgmmaInt8<N>: the same of INT8.
+template <int n>
+struct WgmmaInt8;
 
 // clang-format off
 #define ZM_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -131,6 +142,25 @@ ZM_WGMMA_FP8(128, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 "
              ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56))
 ZM_WGMMA_FP8(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128", "%129", "%130",
              ZM_F8(0), ZM_F8(8), ZM_F8(16), ZM_F8(24), ZM_F8(32), ZM_F8(40), ZM_F8(48), ZM_F8(56), ZM_F8(64), ZM_F8(72), ZM_F8(80), ZM_F8(88), ZM_F8(96), ZM_F8(104), ZM_F8(112), ZM_F8(120))
+#define ZM_I8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), \
+                 "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
+#define ZM_WGMMA_INT8(n, sums, a_descriptor, b_descriptor, adds, ...)                             \
+  template <>                                                                                     \
+  struct WgmmaInt8<n> {                                                                           \
+    static __device__ void multiply(int32_t (&d)[n / 2], uint64_t a, uint64_t b, bool add) {      \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, " adds ", 0;\n"                                \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k32.s32.s8.s8 {" sums "}, "            \
+                   a_descriptor ", " b_descriptor ", p; }"                                        \
+                   : __VA_ARGS__                                                                  \
+                   : "l"(a), "l"(b), "r"(int{add}));                                              \
+    }                                                                                             \
+  };
+ZM_WGMMA_INT8(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96", "%97", "%98",
+              ZM_I8(0), ZM_I8(8), ZM_I8(16), ZM_I8(24), ZM_I8(32), ZM_I8(40), ZM_I8(48), ZM_I8(56), ZM_I8(64), ZM_I8(72), ZM_I8(80), ZM_I8(88))
+ZM_WGMMA_INT8(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128", "%129", "%130",
+              ZM_I8(0), ZM_I8(8), ZM_I8(16), ZM_I8(24), ZM_I8(32), ZM_I8(40), ZM_I8(48), ZM_I8(56), ZM_I8(64), ZM_I8(72), ZM_I8(80), ZM_I8(88), ZM_I8(96), ZM_I8(104), ZM_I8(112), ZM_I8(120))
+#undef ZM_WGMMA_INT8
+#undef ZM_I8
 #undef ZM_WGMMA
 #undef ZM_WGMMA_SHARED
 #undef ZM_WGMMA_FP8

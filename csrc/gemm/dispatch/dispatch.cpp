@@ -20,6 +20,8 @@ const char* text(OperandFormat format) {
       return "MXFP8";
     case OperandFormat::kRowScaled:
       return "row-scaled FP8";
+    case OperandFormat::kInt8:
+      return "INT8";
   }
   return "";
 }

@@ -27,6 +27,9 @@ constexpr std::int64_t kMixedPartsPerTile = 2;
 // utilization of 0.91 and more, slower at 0.78 and less.
 constexpr double kFusedBreakEven = 0.85;
 
+// Hopper's older instructions have half the rate of wgmma.
+constexpr double kWgmmaInt8Cost = 0.5;
+
 // ---- By counting waves. Not measured: no Blackwell GPU was available.
 
 // Few rows take one SM per tile; 256x256 tiles need two waves of all pairs of SMs.
@@ -64,9 +67,22 @@ double cost_fp8_sm90(const GemmProblem& problem, const CudaDevice& device) {
   return kFusedBreakEven / wave_utilization(tiles, device.multiprocessors / kFP8SM90Cluster);
 }
 
+double cost_int8_sm90(const GemmProblem&, const CudaDevice&) { return kWgmmaInt8Cost; }
+
+double cost_int8_sm80(const GemmProblem&, const CudaDevice&) { return 1; }
+
 double cost_mxfp8_sm100(const GemmProblem&, const CudaDevice&) { return kBlockScaledCost; }
 
 double cost_mxfp8_sm120(const GemmProblem&, const CudaDevice&) { return kBlockScaledCost; }
+
+bool int8_sm90_takes_narrow_tiles(std::int64_t m, std::int64_t n, int multiprocessors) {
+  // Waves of clusters, times the duration of a tile, which is proportional to its rows of B.
+  const auto duration = [&](std::int64_t rows) {
+    const std::int64_t tiles = ceil_div(m, kFP8SM90TileM) * ceil_div(n, rows);
+    return ceil_div(tiles, multiprocessors / kFP8SM90Cluster) * rows;
+  };
+  return duration(kInt8SM90NarrowTileN) < duration(kFP8SM90TileN);
+}
 
 bool mixed_sm90_uses_workspace(std::int64_t m) { return m >= kMixedWorkspaceFrom; }
 

@@ -20,11 +20,18 @@ double cost_dequantize(const GemmProblem& problem, const CudaDevice& device);
 double cost_mixed_sm90(const GemmProblem& problem, const CudaDevice& device);
 double cost_fp8_rowwise(const GemmProblem& problem, const CudaDevice& device);
 double cost_fp8_sm90(const GemmProblem& problem, const CudaDevice& device);
+double cost_int8_sm90(const GemmProblem& problem, const CudaDevice& device);
+double cost_int8_sm80(const GemmProblem& problem, const CudaDevice& device);
 double cost_mxfp8_sm100(const GemmProblem& problem, const CudaDevice& device);
 double cost_mxfp8_sm120(const GemmProblem& problem, const CudaDevice& device);
 
-// Tiles of the kernel fp8_sm90: rows of A, and rows of B for a cluster of two blocks.
+// Tiles of the kernels fp8_sm90 and int8_sm90: rows of A, and rows of B for a cluster of two
+// blocks.
 inline constexpr std::int64_t kFP8SM90TileM = 128, kFP8SM90TileN = 512, kFP8SM90Cluster = 2;
+
+// Narrow tiles of int8_sm90, for GEMMs without an epilogue.
+inline constexpr std::int64_t kInt8SM90NarrowTileN = 384;
+bool int8_sm90_takes_narrow_tiles(std::int64_t m, std::int64_t n, int multiprocessors);
 
 // Whether mixed_sm90 decodes the weights once, to the workspace, instead of in registers for each
 // tile of tokens.

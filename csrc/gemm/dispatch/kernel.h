@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 #include "gemm/task.h"
 #include "zimage_mxfp8/gemm.h"
@@ -27,7 +28,7 @@ struct GemmImplementation {
 
 // Sets of operand pairs, outputs and epilogues, as bits.
 constexpr std::uint32_t operands(OperandFormat a, OperandFormat b) {
-  return 1u << (static_cast<unsigned>(a) * 3 + static_cast<unsigned>(b));
+  return 1u << (static_cast<unsigned>(a) * std::size(kOperandFormats) + static_cast<unsigned>(b));
 }
 constexpr std::uint32_t output(DType dtype) { return 1u << static_cast<unsigned>(dtype); }
 constexpr std::uint32_t epilogue(GemmEpilogue kind) { return 1u << static_cast<unsigned>(kind); }

@@ -17,6 +17,6 @@ GemmTable gemm_table();
 
 // Implementations that the kernels' files define, or `missing_*.cpp` in builds without them.
 extern const GemmImplementation kReference, kDequantize, kFP8Rowwise, kMixedSM90, kFP8SM90,
-    kMXFP8SM100, kMXFP8SM120;
+    kMXFP8SM100, kMXFP8SM120, kInt8SM90, kInt8SM80;
 
 }  // namespace zimage_mxfp8::detail

@@ -7,8 +7,14 @@ namespace zimage_mxfp8::detail::ZM_TARGET {
 
 namespace {
 
-// Row `row` of an operand as `k` floats, `stride` floats apart, and zeros up to a whole block;
-// without the scale of a row.
+// The codes of a row of INT8, `stride` apart, and zeros up to a whole block.
+void decode_row(const GemmOperandTask& operand, int64_t row, int64_t k, int32_t* out,
+                int64_t stride) {
+  const int8_t* codes = static_cast<const int8_t*>(operand.codes) + row * operand.row_stride;
+  for (int64_t i = 0; i < ceil_div(k, kBlock) * kBlock; ++i) out[i * stride] = i < k ? codes[i] : 0;
+}
+
+// Row `row` of another operand as `k` floats; without the scale of a row.
 void decode_row(const GemmOperandTask& operand, int64_t row, int64_t k, float* out,
                 int64_t stride) {
   const int64_t blocks = ceil_div(k, kBlock);
@@ -32,26 +38,26 @@ void decode_row(const GemmOperandTask& operand, int64_t row, int64_t k, float* o
 }
 
 float row_scale(const GemmOperandTask& operand, int64_t row) {
-  return operand.format == OperandFormat::kRowScaled
+  return operand.format == OperandFormat::kRowScaled || operand.format == OperandFormat::kInt8
              ? static_cast<const float*>(operand.scales)[row]
              : 1.0f;
 }
 
-}  // namespace
-
-void gemm_panel(const GemmTask& task, int64_t panel, float* scratch) {
+// Sums are float32 in order of K, or exact in int32.
+template <typename Sum>
+void multiply_panel(const GemmTask& task, int64_t panel, Sum* scratch) {
   const int64_t first = panel * kGemmPanel;
   const int64_t columns = task.n - first < kGemmPanel ? task.n - first : kGemmPanel;
   const int64_t depth = ceil_div(task.k, kBlock) * kBlock;
-  float* b = scratch;                       // [depth, kGemmPanel]
-  float* a = scratch + depth * kGemmPanel;  // [depth, kGemmRows]
-  memset(scratch, 0, static_cast<size_t>(gemm_scratch(task.k)) * sizeof(float));
+  Sum* b = scratch;                       // [depth, kGemmPanel]
+  Sum* a = scratch + depth * kGemmPanel;  // [depth, kGemmRows]
+  memset(scratch, 0, static_cast<size_t>(gemm_scratch(task.k)) * sizeof(Sum));
   for (int64_t j = 0; j < columns; ++j) decode_row(task.b, first + j, task.k, b + j, kGemmPanel);
 
   for (int64_t row = 0; row < task.m; row += kGemmRows) {
     const int64_t rows = task.m - row < kGemmRows ? task.m - row : kGemmRows;
     for (int64_t i = 0; i < rows; ++i) decode_row(task.a, row + i, task.k, a + i, kGemmRows);
-    float sum[kGemmRows][kGemmPanel] = {};
+    Sum sum[kGemmRows][kGemmPanel] = {};
     for (int64_t k = 0; k < task.k; ++k) {
       for (int64_t i = 0; i < kGemmRows; ++i) {
         for (int64_t j = 0; j < kGemmPanel; ++j) {
@@ -62,7 +68,8 @@ void gemm_panel(const GemmTask& task, int64_t panel, float* scratch) {
     for (int64_t i = 0; i < rows; ++i) {
       uint32_t bits[kBlock] = {};
       for (int64_t j = 0; j < columns; ++j) {
-        float value = sum[i][j] * row_scale(task.a, row + i) * row_scale(task.b, first + j);
+        float value = static_cast<float>(sum[i][j]) * row_scale(task.a, row + i) *
+                      row_scale(task.b, first + j);
         if (task.bias) {
           uint16_t bias;
           memcpy(&bias, static_cast<const char*>(task.bias) + (first + j) * 2, 2);
@@ -75,6 +82,17 @@ void gemm_panel(const GemmTask& task, int64_t panel, float* scratch) {
         store_block<Type>(bits, task.d, (row + i) * task.d_row_stride + first, columns);
       });
     }
+  }
+}
+
+}  // namespace
+
+void gemm_panel(const GemmTask& task, int64_t panel, float* scratch) {
+  if (task.a.format == OperandFormat::kInt8) {
+    static_assert(sizeof(int32_t) == sizeof(float));
+    multiply_panel(task, panel, reinterpret_cast<int32_t*>(scratch));
+  } else {
+    multiply_panel(task, panel, scratch);
   }
 }
 

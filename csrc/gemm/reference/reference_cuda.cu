@@ -36,24 +36,38 @@ __device__ void load_operand8(const GemmOperandTask& operand, int64_t row, int64
   }
 }
 
+// The same of INT8 codes.
+__device__ void load_operand8(const GemmOperandTask& operand, int64_t row, int64_t k, int64_t,
+                              int32_t (&out)[8]) {
+  const auto* codes = static_cast<const int8_t*>(operand.codes) + row * operand.row_stride + k;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = __ldg(codes + i);
+}
+
+__device__ float add_product(float sum, float a, float b) {
+  return __fadd_rn(sum, __fmul_rn(a, b));
+}
+__device__ int32_t add_product(int32_t sum, int32_t a, int32_t b) { return sum + a * b; }
+
 __device__ float row_scale(const GemmOperandTask& operand, int64_t row) {
-  return operand.format == OperandFormat::kRowScaled
+  return operand.format == OperandFormat::kRowScaled || operand.format == OperandFormat::kInt8
              ? static_cast<const float*>(operand.scales)[row]
              : 1.0f;
 }
 
-template <typename Type>
+// `Sum` is int32_t for INT8, which is exact.
+template <typename Type, typename Sum>
 __global__ void __launch_bounds__(kThreads)
     reference_kernel(const GemmTask task, uint32_t tile_columns) {
-  __shared__ float a[kDepth][kTile + 4], b[kDepth][kTile + 4];
+  __shared__ Sum a[kDepth][kTile + 4], b[kDepth][kTile + 4];
   const int64_t row0 = int64_t(blockIdx.x / tile_columns) * kTile;
   const int64_t column0 = int64_t(blockIdx.x % tile_columns) * kTile;
   const int64_t tiles_per_row = ceil_div(task.k, 128);
   const int load_row = threadIdx.x / 4, load_k = threadIdx.x % 4 * 8;
   const int tile_row = threadIdx.x / 16 * 4, tile_column = threadIdx.x % 16 * 4;
-  float sum[4][4] = {};
+  Sum sum[4][4] = {};
   for (int64_t k = 0; k < task.k; k += kDepth) {
-    float from_a[8] = {}, from_b[8] = {};
+    Sum from_a[8] = {}, from_b[8] = {};
     if (row0 + load_row < task.m) {
       load_operand8(task.a, row0 + load_row, k + load_k, tiles_per_row, from_a);
     }
@@ -70,13 +84,12 @@ __global__ void __launch_bounds__(kThreads)
     // In order of k for every element, so that the result does not depend on the device.
 #pragma unroll 8
     for (int depth = 0; depth < kDepth; ++depth) {
-      const float4 x = *reinterpret_cast<const float4*>(&a[depth][tile_row]);
-      const float4 y = *reinterpret_cast<const float4*>(&b[depth][tile_column]);
-      const float xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] = __fadd_rn(sum[i][j], __fmul_rn(xs[i], ys[j]));
+        for (int j = 0; j < 4; ++j) {
+          sum[i][j] = add_product(sum[i][j], a[depth][tile_row + i], b[depth][tile_column + j]);
+        }
       }
     }
   }
@@ -88,8 +101,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < 4; ++j) {
       const int64_t column = column0 + tile_column + j;
       if (column >= task.n) continue;
-      float value =
-          __fmul_rn(__fmul_rn(sum[i][j], row_scale(task.a, row)), row_scale(task.b, column));
+      float value = __fmul_rn(__fmul_rn(static_cast<float>(sum[i][j]), row_scale(task.a, row)),
+                              row_scale(task.b, column));
       if (task.bias) {
         value = __fadd_rn(value, BFloat16::widen(static_cast<const uint16_t*>(task.bias)[column]));
       }
@@ -104,7 +117,10 @@ void run(const GemmTask& task, Workspace, CudaStream stream) {
   const uint32_t tiles = checked_count(ceil_div(task.m, kTile) * columns);
   if (tiles == 0) return;
   with_type(task.d_dtype, [&](auto type) {
-    launch(reference_kernel<decltype(type)>, tiles, kThreads, stream, task, columns);
+    using Type = decltype(type);
+    launch(task.a.format == OperandFormat::kInt8 ? reference_kernel<Type, int32_t>
+                                                 : reference_kernel<Type, float>,
+           tiles, kThreads, stream, task, columns);
   });
 }
 

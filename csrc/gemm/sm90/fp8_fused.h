@@ -13,9 +13,7 @@ void gemm_silu_multiply_sm90(const ConstRowScaledView& a, const ConstRowScaledVi
                              const LowRankAddend* addend, const MatrixView& target,
                              CudaStream stream);
 void gemm_rotate_heads_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
-                            const void* q_weight, const void* k_weight,
-                            const ConstMatrixView& rotations, std::int64_t heads, float eps,
-                            const LowRankAddend* addend, const MatrixView& target,
-                            CudaStream stream);
+                            const RotateHeads& heads, const LowRankAddend* addend,
+                            const MatrixView& target, CudaStream stream);
 
 }  // namespace zimage_mxfp8::detail

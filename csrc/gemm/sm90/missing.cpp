@@ -16,6 +16,7 @@ struct Reason {
 
 const GemmImplementation kMixedSM90 = missing_kernel<Reason>();
 const GemmImplementation kFP8SM90 = missing_kernel<Reason>();
+const GemmImplementation kInt8SM90 = missing_kernel<Reason>();
 
 void narrow_gemm_sm90(const ConstRowScaledView&, const ConstRowScaledView&, const float*,
                       const MatrixView&, CudaStream) {

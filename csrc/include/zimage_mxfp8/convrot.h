@@ -19,21 +19,6 @@ namespace zimage_mxfp8 {
 
 inline constexpr std::int64_t kMaxConvrotGroup = 1024;
 
-// Codes are [rows, cols] bytes, row-major; scales are [rows].
-struct ConstInt8View {
-  const std::int8_t* codes;
-  const float* scales;
-  std::int64_t rows;
-  std::int64_t cols;
-};
-
-struct Int8View {
-  std::int8_t* codes;
-  float* scales;
-  std::int64_t rows;
-  std::int64_t cols;
-};
-
 // Rotates and encodes `source`. With r the rotated row, all in float32:
 //
 //   rotated:      scale = max(amax / 127, 1e-30),  code = r / scale

@@ -2,8 +2,8 @@
 // and writes activations in the format that the next GEMM takes.
 //
 // Matrices are BF16, the arithmetic is float32, and every result is rounded to BF16 once. The 8-bit
-// formats encode the rounded value: the bytes equal quantize() or quantize_rows() of the BF16
-// result.
+// formats encode the rounded value: the bytes equal quantize(), quantize_rows() or
+// quantize_rotated() of the BF16 result.
 //
 // All run on the current CUDA device (see CudaStream in device.h). Elements need no alignment, but
 // codes and block scales are aligned to 16 bytes; matrices with rows, and vectors, that begin at
@@ -26,8 +26,9 @@ namespace zimage_mxfp8 {
 // The widest row that these operations take.
 inline constexpr std::int64_t kMaxFusedColumns = 16384;
 
-// An activation to write, [M, C] in one of three formats.
-using ActivationView = std::variant<MatrixView, MXFP8View, RowScaledView>;
+// An activation to write, [M, C] in one of four formats. In INT8 it is rotated, see rotated.h, and
+// C is a multiple of 32.
+using ActivationView = std::variant<MatrixView, MXFP8View, RowScaledView, Int8View>;
 
 // target = silu(gate) * up, all [M, C]. `gate` and `up` may be parts of one matrix. Where gate is
 // between -88.8 and -87.3 the result is 0, which is off by 1e-36 * up.

@@ -16,7 +16,12 @@
 
 namespace zimage_mxfp8 {
 
-enum class OperandFormat : std::uint8_t { kBFloat16, kMXFP8, kRowScaled };
+enum class OperandFormat : std::uint8_t { kBFloat16, kMXFP8, kRowScaled, kInt8 };
+
+// All operand formats.
+inline constexpr OperandFormat kOperandFormats[] = {OperandFormat::kBFloat16, OperandFormat::kMXFP8,
+                                                    OperandFormat::kRowScaled,
+                                                    OperandFormat::kInt8};
 
 // The operation on the sums, see fused.h: silu_multiply() of the upper and the lower half of B's
 // rows, or rotate_heads() where B is [3 * heads * 128, K].
@@ -52,7 +57,9 @@ struct GemmProblem {
   std::int64_t addend_rank = 0;
 };
 
-// A kernel of the table, which all builds have. All accumulate in float32.
+// A kernel of the table, which all builds have. All accumulate in float32, and products of INT8 in
+// int32. The latter are exact, so all kernels give the same D of INT8, bit for bit, with an
+// epilogue fused or not: float32(sum) * scale of A's row * scale of B's row, rounded at each step.
 //
 //   reference    Decoded operands, sums in order of K. Runs on the CPU and on every CUDA device of
 //                compute capability 8.0 or newer with the same result; slow. The others are tested
@@ -64,6 +71,8 @@ struct GemmProblem {
 //   fp8_sm90     The same with a fused epilogue, a low-rank addend or both: sums over all of K
 //                ("fast accumulation") are rounded to BF16, then scaled, then comes the epilogue,
 //                both in float32; the result is rounded once more. Compute capability 9.0.
+//   int8_sm90    INT8 operands, with or without a fused epilogue. Compute capability 9.0.
+//   int8_sm80    INT8 operands. Compute capability 8.0 or newer. Run on 9.0 alone.
 //   mixed_sm90   BF16 activations and MXFP8 weights, which are decoded to BF16 (exact for scale
 //                bytes of 3 and more) on their way to the tensor cores. A block with scale 255 is
 //                NaN, but codes 0x7F and 0xFF under another scale, which no encoder writes, count
@@ -127,8 +136,10 @@ const GemmKernel& choose_gemm(const GemmProblem& problem, int device);
 // problem, naming those that do.
 std::size_t workspace_size(const GemmKernel& kernel, const GemmProblem& problem, int device);
 
-// BF16 elements, MXFP8 codes and blocked scales, or row-scaled codes. K is the matrix's width.
-using GemmOperand = std::variant<ConstMatrixView, ConstMXFP8View, ConstRowScaledView>;
+// BF16 elements, MXFP8 codes and blocked scales, row-scaled codes, or INT8. K is the matrix's
+// width. In the order of OperandFormat. INT8 operands are multiplied with INT8.
+using GemmOperand =
+    std::variant<ConstMatrixView, ConstMXFP8View, ConstRowScaledView, ConstInt8View>;
 
 struct SiluMultiply {};
 

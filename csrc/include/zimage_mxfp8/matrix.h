@@ -87,4 +87,20 @@ struct RowScaledView {
   std::int64_t cols;
 };
 
+// A matrix in INT8 with one float32 scale per row: element = code * scale of its row, codes from
+// -127 to 127. Codes are [rows, cols] bytes, row-major.
+struct ConstInt8View {
+  const std::int8_t* codes;
+  const float* scales;
+  std::int64_t rows;
+  std::int64_t cols;
+};
+
+struct Int8View {
+  std::int8_t* codes;
+  float* scales;
+  std::int64_t rows;
+  std::int64_t cols;
+};
+
 }  // namespace zimage_mxfp8

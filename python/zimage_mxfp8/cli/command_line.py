@@ -38,6 +38,7 @@ _COMMANDS = {
     "comfyui": "install the nodes in ComfyUI",
     "recipes": "show the recipes: which layers are kept, and why",
     "doctor": "show versions, devices and their kernels",
+    "bench": "measure the speed of a device in every compute mode",
     "demo": "make a small Z-Image checkpoint, convert it, check the result and run it",
     "completion": "print the script that completes commands and options in a shell",
 }

@@ -27,14 +27,19 @@ def add_model_dir(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     )
 
 
-def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
-    """Add `--device` and `--dtype`."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
     parser.add_argument(
         "--device",
         type=_device,
         metavar="cpu|cuda|cuda:N",
         help="where to run (default: cuda if torch has it)",
     )
+
+
+def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` and `--dtype`."""
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),

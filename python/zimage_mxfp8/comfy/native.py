@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ..errors import Error
 from ..system.devices import core_index
 from ..transformer.adoption import adopt
-from ..transformer.compute import Weights, choose
+from ..transformer.compute import IN_PLACE_MODES, Weights, choose
 from ..transformer.model import ZImageTransformer
 from ..zimage.constants import PATCH_SIZE
 from .branches import Branches
@@ -196,7 +196,8 @@ class NativeForward:
         put_together(block for stack in stacks for block in stack)
         plain, layers = tensors_of(self.module)
         weights: Weights = "mxfp8" if layers else "plain"
-        mode = choose(self.compute, core_index(next(iter(plain.values())).device), weights)
+        device = core_index(next(iter(plain.values())).device)
+        mode = choose(self.compute, device, weights, IN_PLACE_MODES)
         transformer = adopt(plain, layers, mode, dtype)
         for name, adapter in self.adapters.items():
             transformer.load_lora(adapter.tensors, name, adapter.strength)

@@ -7,6 +7,8 @@ bfloat16 once. An activation comes back in the format that the next GEMM takes:
     bfloat16    a tensor [M, C]
     row-scaled  a RowScaledArray, with the bytes of quantize_rows() over the bfloat16 result
     mxfp8       an MXFP8Array, with the bytes of quantize() over the bfloat16 result
+    int8        an Int8Array, with the bytes of quantize_rotated() over the bfloat16 result; C is a
+                multiple of 32
 
 C is 1 to 16384. NaN and infinity are encoded as by quantize() on CUDA and quantize_rows(). All
 functions raise InvalidArgumentError for shapes, dtypes, devices and strides that do not fit
@@ -24,17 +26,18 @@ from ..layout import padded_shape, scale_shape
 from ..zimage.constants import HEAD_DIM
 from .arrays import as_float8, call_core, empty, is_tensor, plain, require_2d, vector
 from .codec import MXFP8Array
-from .gemm import RowScaledArray
+from .gemm import Int8Array, RowScaledArray
 
 __all__ = [
     "ActivationFormat",
     "add_norm_modulate",
     "norm_modulate",
+    "quantize_rotated",
     "rotate_heads",
     "silu_multiply",
 ]
 
-ActivationFormat = Literal["bfloat16", "row-scaled", "mxfp8"]
+ActivationFormat = Literal["bfloat16", "row-scaled", "mxfp8", "int8"]
 
 
 def _matrix(array: Any, name: str) -> Any:
@@ -115,24 +118,44 @@ class ActivationMemory:
         self.scales = None
         if self._format == "bfloat16":
             self.values = empty(shape, "bfloat16", like=like)
-        elif self._format == "row-scaled":
-            self.values = empty(shape, "uint8", like=like)
+        elif self._format in ("row-scaled", "int8"):
+            self.values = empty(shape, "int8" if self._format == "int8" else "uint8", like=like)
             self.scales = empty((rows,), "float32", like=like)
         elif self._format == "mxfp8":
             self.values = empty(padded_shape(shape), "uint8", like=like)
             self.scales = empty(scale_shape(shape), "uint8", like=like)
         else:
-            raise InvalidArgumentError("output_format must be bfloat16, row-scaled or mxfp8")
+            raise InvalidArgumentError("output_format must be bfloat16, row-scaled, mxfp8 or int8")
         self.parts = (self._format, self.values, self.scales, rows, cols)
 
     def result(self) -> Any:
         """Return the activation, as users get it."""
         if self._format == "bfloat16":
             return self.values
+        if self._format == "int8":
+            return Int8Array(self.values, self.scales)
         codes = as_float8(self.values)
         if self._format == "row-scaled":
             return RowScaledArray(codes, self.scales)
         return MXFP8Array(codes, self.scales, self.shape)
+
+
+def quantize_rotated(matrix: Any) -> Int8Array:
+    """Rotate the rows of a matrix and encode them in INT8, with one scale per row.
+
+    Every 32 columns are multiplied by Sylvester's Hadamard matrix / sqrt(32). Then `scale = amax /
+    127` in float32, codes `x * (127 / amax)` to nearest even; csrc/include/zimage_mxfp8/rotated.h
+    has each rounding. A row of zeros, or nearly so, becomes zeros; one with NaN or infinity gets
+    the scale NaN.
+
+    Args:
+        matrix: [M, C] of bfloat16, C a multiple of 32 up to 16384.
+    """
+    matrix = _matrix(matrix, "matrix")
+    target = ActivationMemory(require_2d(matrix, "matrix"), "int8", matrix)
+    call_core(_core.quantize_rotated, matrix, target.parts, like=matrix)
+    result: Int8Array = target.result()
+    return result
 
 
 def silu_multiply(gate: Any, up: Any, output_format: ActivationFormat = "bfloat16") -> Any:

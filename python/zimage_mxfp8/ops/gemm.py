@@ -1,12 +1,15 @@
 """GEMM with 8-bit operands, D = A B^T + bias, for NumPy arrays and torch tensors.
 
-Operands are MXFP8 (`codec.MXFP8Array`), E4M3 with one scale per row (`RowScaledArray`) or plain
-bfloat16. The core has a table of kernels and takes the one of least cost:
+Operands are MXFP8 (`codec.MXFP8Array`), E4M3 with one scale per row (`RowScaledArray`), INT8 with
+one scale per row (`Int8Array`, times the same) or plain bfloat16. The core has a table of kernels
+and takes the one of least cost:
 
     reference    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
     dequantize   operands decoded to bfloat16 in a workspace, then cuBLASLt
     fp8_rowwise  cuBLASLt's FP8 GEMM of two row-scaled operands; Hopper
     fp8_sm90     the same with a fused epilogue or a low-rank addend (`gemm_epilogues`); Hopper
+    int8_sm90    INT8 operands, with or without a fused epilogue; Hopper
+    int8_sm80    INT8 operands; compute capability 8.0 and newer, run on Hopper alone
     mixed_sm90   bfloat16 times MXFP8, decoded in the GEMM kernel; Hopper
     mxfp8_sm100  block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
     mxfp8_sm120  the same for 12.0 and 12.1; never run on one
@@ -49,6 +52,7 @@ from .codec import MXFP8Array, mxfp8_parts
 __all__ = [
     "FoldStats",
     "GemmCandidate",
+    "Int8Array",
     "RowScaledArray",
     "explain_gemm",
     "fold",
@@ -75,6 +79,32 @@ class RowScaledArray:
     def __repr__(self) -> str:
         size = "x".join(map(str, getattr(self.codes, "shape", "?")))
         return f"RowScaledArray({size}, {kind_of(self.codes)})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        rows, cols = self.codes.shape
+        return int(rows), int(cols)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Int8Array:
+    """A matrix in INT8 with one scale per row: element = code * scale of its row.
+
+    Sums of products are exact, so all kernels give the same result, bit for bit: float32(sum) *
+    scale of A's row * scale of B's row, rounded at each step.
+
+    Attributes:
+        codes: int8 from -127 to 127, [N, K], row-major.
+        scales: float32, [N].
+    """
+
+    codes: Any
+    scales: Any
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, getattr(self.codes, "shape", "?")))
+        return f"Int8Array({size}, {kind_of(self.codes)})"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -203,13 +233,14 @@ def _bound(bound: Any) -> float:
         raise InvalidArgumentError("bound must be a number") from None
 
 
-def row_scaled_parts(array: RowScaledArray, name: str) -> tuple[Any, Any, int, int]:
-    """Return codes, scales, rows and columns of a `RowScaledArray`, as the core accepts them.
+def row_scaled_parts(array: RowScaledArray | Int8Array, name: str) -> tuple[Any, Any, int, int]:
+    """Return codes, scales, rows and columns of a matrix with a scale per row, for the core.
 
     Raises:
         InvalidArgumentError: if its parts do not fit together.
     """
-    codes = as_bytes(array.codes, CODES, f"codes of {name}")
+    of_codes = "int8" if isinstance(array, Int8Array) else CODES
+    codes = as_bytes(array.codes, of_codes, f"codes of {name}")
     rows, cols = require_2d(codes, f"codes of {name}")
     return codes, vector(array.scales, "float32", rows, f"scales of {name}"), rows, cols
 
@@ -245,7 +276,9 @@ def operand(array: Any, name: str) -> Operand:
         return "mxfp8", *mxfp8_parts(array, name)
     if isinstance(array, RowScaledArray):
         return "row-scaled", *row_scaled_parts(array, name)
-    kinds = "an MXFP8Array, a RowScaledArray or an array of bfloat16"
+    if isinstance(array, Int8Array):
+        return "int8", *row_scaled_parts(array, name)
+    kinds = "an MXFP8Array, a RowScaledArray, an Int8Array or an array of bfloat16"
     matrix, dtype = plain(array, name, kinds)
     if dtype != "bfloat16":
         raise InvalidArgumentError(f"{name} must be {kinds}, not of {dtype}")
@@ -373,7 +406,7 @@ def gemm(
     On CUDA it runs on torch's current stream; workspace comes from torch's allocator.
 
     Args:
-        a: [M, K], an `MXFP8Array`, a `RowScaledArray` or bfloat16.
+        a: [M, K], an `MXFP8Array`, a `RowScaledArray`, an `Int8Array` or bfloat16.
         b: [N, K], likewise, and on the same device. N is a multiple of 8, K of 32.
         bias: [N] of bfloat16, or None.
         dtype: dtype of the result: bfloat16, float16 or float32.

@@ -1,10 +1,11 @@
 """GEMMs with an epilogue of Z-Image's DiT, a low-rank addend, or both; CUDA only.
 
 If a kernel of the device fuses the epilogue and has the least cost, the sums stay on the
-chip: they are rounded to bfloat16, then scaled, then comes the operation of `fused`, both in
-float32; the result is rounded once more. Otherwise the operation is a launch of its own. Arguments
-are torch tensors on one CUDA device; the work goes to torch's current stream and can be captured in
-a CUDA graph.
+chip. Those of row-scaled operands are rounded to bfloat16, then scaled, then comes the operation of
+`fused`, both in float32; the result is rounded once more. Those of INT8 are scaled and rounded, so
+that the result is the same as from two launches. Otherwise the operation is a launch of its own.
+Arguments are torch tensors on one CUDA device; the work goes to torch's current stream and can be
+captured in a CUDA graph.
 
 All functions raise InvalidArgumentError for shapes, dtypes and devices that do not fit together,
 and UnsupportedError if the device has no kernel for the operands.
@@ -89,24 +90,26 @@ def _gemm(
 
 def workspace_nbytes(
     epilogue: str,
+    operands: ActivationFormat,
     tokens: int,
     shape: tuple[int, int],
     output_format: ActivationFormat,
     device: int,
     addend_rank: int = 0,
 ) -> int:
-    """Return the bytes that a GEMM of row-scaled operands with an epilogue takes.
+    """Return the bytes that a GEMM with an epilogue takes.
 
     Args:
         epilogue: a key of `EPILOGUES`, or "none".
+        operands: the format of both operands.
         tokens: M.
         shape: (N, K) of the weights.
         output_format: format of the result.
         device: index of a CUDA device that has a kernel for it.
         addend_rank: of the addend; 0 without one.
     """
-    operands = ("row-scaled", "row-scaled", "bfloat16", False)
-    problem = (tokens, *shape, *operands, epilogue, output_format, addend_rank)
+    plain = (tokens, *shape, operands, operands, "bfloat16", False)
+    problem = (*plain, epilogue, output_format, addend_rank)
     return choice(problem, device)[1]
 
 

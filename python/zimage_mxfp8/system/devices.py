@@ -51,6 +51,18 @@ def can_have_kernels(device: str | None) -> bool:
 has_kernels.__dict__["_dynamo_marked_constant"] = True
 
 
+def capability(device: int) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device that torch finds.
+
+    ZIMAGE_MXFP8_CAPABILITY in the environment limits it, for tests of what older devices do.
+    """
+    import torch
+
+    found: tuple[int, int] = torch.cuda.get_device_capability(device)
+    limit = _core.capability_limit()
+    return min(found, divmod(limit, 10)) if limit else found
+
+
 def has_fused_kernels(device: torch.device) -> bool:
     """Return whether a torch device has the kernels of `fused` and `gemm_epilogues` (CUDA only)."""
     return device.type == "cuda" and has_kernels(device.index)
@@ -62,7 +74,7 @@ def native_gemm_unsupported(operand_format: str, device: int) -> str:
     Kernels that take other operands too, because they decode them, do not count.
 
     Args:
-        operand_format: "mxfp8" or "row-scaled".
+        operand_format: "mxfp8", "row-scaled" or "int8".
         device: index of a CUDA device with kernels, or -1 for the CPU.
     """
     problem = _core.GemmProblem(128, 128, 128, operand_format, operand_format, "bfloat16", False)

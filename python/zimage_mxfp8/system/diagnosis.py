@@ -24,6 +24,7 @@ _GEMMS = {
     "MXFP8 x MXFP8": ("mxfp8", "mxfp8"),
     "BF16 x MXFP8": ("bfloat16", "mxfp8"),
     "row-scaled FP8": ("row-scaled", "row-scaled"),
+    "INT8": ("int8", "int8"),
 }
 _SIZE = 4096  # of the problems to find kernels for
 

@@ -6,6 +6,8 @@ The driver's library has a C interface that does not change between versions; ct
 from __future__ import annotations
 
 import ctypes
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -58,6 +60,20 @@ def look() -> Driver:
     except (_DriverError, AttributeError) as error:
         return Driver(version, (), f"the NVIDIA driver finds no GPU: {error}")
     return Driver(version, gpus, "" if gpus else "the NVIDIA driver finds no GPU")
+
+
+def release() -> str:
+    """Return the driver's own version, such as "580.95.05", by nvidia-smi; "" if that is missing.
+
+    The library that `look` calls has only the version of CUDA.
+    """
+    command = ["nvidia-smi", "-q", "-x"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    found = re.search(r"<driver_version>\s*([\d.]+)", result.stdout)
+    return found[1] if found else ""
 
 
 class _DriverError(Exception):

@@ -19,7 +19,7 @@ from . import arithmetic
 from .compute import Compute
 from .control import ZImageControlNet
 from .linear import FP8Linear, Linear
-from .loading import PartsLoader
+from .loading import LoadedWeights, PartsLoader
 from .model import ZImageTransformer
 
 _BIAS_OF_E8M0 = 127
@@ -66,11 +66,32 @@ def adopt(
     Raises:
         CheckpointError: a tensor of Z-Image's is missing, or a layer to fold has NaN.
     """
+    config, parts = adopt_parts(plain, layers, compute, dtype)
+    return ZImageTransformer(config, parts, compute, dtype, cuda_graphs)
+
+
+def adopt_parts(
+    plain: Mapping[str, torch.Tensor],
+    layers: Mapping[str, AdoptedLayer],
+    compute: Compute,
+    dtype: torch.dtype,
+) -> tuple[ZImageConfig, LoadedWeights]:
+    """Return the sizes and parts of the transformer that `adopt` makes.
+
+    Args:
+        plain: see `adopt`.
+        layers: likewise.
+        compute: a mode that the device has; those not in `IN_PLACE_MODES` make weights of their
+            own.
+        dtype: see `adopt`.
+
+    Raises:
+        CheckpointError: as for `adopt`.
+    """
     config = ZImageConfig.of_shapes(_shapes(plain, layers))
     model = _Model(plain, layers, config, ZIMAGE)
     shared = {x.data_ptr() for layer in layers.values() for x in (layer.codes, layer.scale)}
-    parts = _Loader(model, compute, dtype, shared).load()
-    return ZImageTransformer(config, parts, compute, dtype, cuda_graphs)
+    return config, _Loader(model, compute, dtype, shared).load()
 
 
 def adopt_control(

@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 import torch
 
 from ..ops.fused import ActivationFormat
-from ..ops.gemm import RowScaledArray
+from ..ops.gemm import Int8Array, RowScaledArray
 from ..ops.low_rank import LowRankAddend
 from ..zimage.constants import NORM_EPS
 from . import fused_kernels, ops
 from .ops import PLAIN, Activation
+
+Operand = RowScaledArray | Int8Array  # of the GEMMs that take epilogues
 
 
 class Epilogue(ABC):
@@ -35,7 +37,7 @@ class Epilogue(ABC):
         return PLAIN
 
     @abstractmethod
-    def gemm(self, a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend | None) -> Any:
+    def gemm(self, a: Operand, b: Operand, addend: LowRankAddend | None) -> Any:
         """Compute a B^T, the addend and the operation in one call of the core.
 
         Returns what `apply` returns.
@@ -63,7 +65,7 @@ class RotateHeads(Epilogue):
     heads: int
     name: ClassVar[str] = "rotate_heads"
 
-    def gemm(self, a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend | None) -> Any:
+    def gemm(self, a: Operand, b: Operand, addend: LowRankAddend | None) -> Any:
         """Multiply, norm and rotate: [M, 3 * heads * 128]."""
         arguments = (self.q_weight, self.k_weight, self.rotations, self.heads, NORM_EPS)
         return fused_kernels.gemm_with_epilogue(self.name, a, b, addend, *arguments)
@@ -90,9 +92,7 @@ class SiluMultiply(Epilogue):
         """The only format of the result, or the one that others are made of."""
         return next(iter(self.output_formats)) if len(self.output_formats) == 1 else PLAIN
 
-    def gemm(
-        self, a: RowScaledArray, b: RowScaledArray, addend: LowRankAddend | None
-    ) -> Activation:
+    def gemm(self, a: Operand, b: Operand, addend: LowRankAddend | None) -> Activation:
         """Multiply with gate and up, one above the other [2 * C, K], and multiply the results."""
         written = self.written_format
         result = fused_kernels.gemm_with_epilogue(self.name, a, b, addend, written)

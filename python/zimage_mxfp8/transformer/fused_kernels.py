@@ -12,7 +12,7 @@ import torch
 from ..ops import fused, gemm_epilogues, low_rank
 from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
-from ..ops.gemm import RowScaledArray
+from ..ops.gemm import Int8Array, RowScaledArray
 from ..ops.low_rank import LowRankAddend
 from .arithmetic import torch_library
 
@@ -24,6 +24,8 @@ def _result(parts: torch_library.Pair, output_format: ActivationFormat, shape: t
         return values
     if output_format == "row-scaled":
         return RowScaledArray(values, scales)
+    if output_format == "int8":
+        return Int8Array(values, scales)
     return MXFP8Array(values, scales, (shape[0], shape[1]))
 
 
@@ -117,8 +119,8 @@ def gemm_low_rank(
 
 def gemm_with_epilogue(
     epilogue: str,
-    a: RowScaledArray,
-    b: RowScaledArray,
+    a: RowScaledArray | Int8Array,
+    b: RowScaledArray | Int8Array,
     addend: LowRankAddend | None,
     *arguments: Any,
 ) -> Any:

@@ -12,7 +12,7 @@ from ..errors import PrecisionLossError
 from ..ops import gemm_epilogues
 from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
-from ..ops.gemm import FoldStats, RowScaledArray
+from ..ops.gemm import FoldStats, Int8Array, RowScaledArray
 from ..ops.low_rank import LowRankAddend
 from ..system import devices
 from . import arithmetic, fused_kernels, ops
@@ -240,22 +240,67 @@ class BlockScaledLinear(_MXFP8Linear):
         return arithmetic.on(device).decoded_workspace(tokens, self._shape, self.dtype, device)
 
 
-class FP8Linear(Linear):
+class _RowScaledLinear(Linear):
+    """A layer with 8-bit codes and one scale per row; activations have one per token.
+
+    With kernels the core computes epilogues after the GEMM in the same call (see `gemm_epilogues`).
+    """
+
+    codes: torch.Tensor
+    scale_bits: torch.Tensor
+
+    def __init__(
+        self, codes: torch.Tensor, scales: torch.Tensor, n: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(n, dtype)
+        self.register_buffer("codes", codes)
+        # As integers, which nn.Module.to(dtype) leaves alone.
+        self.register_buffer("scale_bits", scales.view(torch.int32))
+
+    @property
+    def weights(self) -> Any:
+        """[N, K], with the padding that it was given."""
+        raise NotImplementedError
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Rows and columns of the weights, with padding."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def _gemm_with(self, epilogue: Epilogue, x: Any, addend: LowRankAddend | None) -> Any:
+        return epilogue.gemm(x, self.weights, addend)
+
+    @property
+    def _core_takes_epilogues(self) -> bool:
+        codes = self.codes
+        return (
+            self.dtype == torch.bfloat16
+            and len(codes) == self.out_features
+            and codes.is_cuda
+            and arithmetic.by_core.takes_epilogues(codes.get_device(), self._input_format)
+        )
+
+    def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
+        index, written, nbytes, rank = self.codes.device.index, epilogue.written_format, 0, 0
+        if (fused := self._fused_adapter) is not None:
+            nbytes, rank = fused.workspace_nbytes(tokens), fused.rank
+        return nbytes + gemm_epilogues.workspace_nbytes(
+            epilogue.name, self._input_format, tokens, self._shape, written, index, rank
+        )
+
+
+class FP8Linear(_RowScaledLinear):
     """A layer with weights in E4M3 and one power of two per row; activations are scaled per token.
 
-    On Hopper the core computes epilogues with the GEMM (see `gemm_epilogues`).
+    On Hopper its kernel has the epilogues and low-rank addends inside.
     """
 
     weight_format = "fp8"
     _input_format: ActivationFormat = "row-scaled"
-    codes: torch.Tensor
-    scale_bits: torch.Tensor
 
     def __init__(self, weights: RowScaledArray, n: int, dtype: torch.dtype) -> None:
-        super().__init__(n, dtype)
-        self.register_buffer("codes", weights.codes.view(torch.uint8))
-        # As integers, which nn.Module.to(dtype) leaves alone.
-        self.register_buffer("scale_bits", weights.scales.view(torch.int32))
+        super().__init__(weights.codes.view(torch.uint8), weights.scales, n, dtype)
 
     @property
     def weights(self) -> RowScaledArray:
@@ -283,91 +328,90 @@ class FP8Linear(Linear):
     def _gemm_low_rank(self, x: RowScaledArray, addend: LowRankAddend) -> torch.Tensor:
         return fused_kernels.gemm_low_rank(x, self.weights, addend)
 
-    def _gemm_with(
-        self, epilogue: Epilogue, x: RowScaledArray, addend: LowRankAddend | None
-    ) -> Any:
-        return epilogue.gemm(x, self.weights, addend)
-
-    @property
-    def _core_takes_epilogues(self) -> bool:
-        codes = self.codes
-        return (
-            self.dtype == torch.bfloat16
-            and len(codes) == self.out_features
-            and codes.is_cuda
-            and arithmetic.by_core.takes_epilogues(codes.get_device())
-        )
-
-    def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
-        rows, columns = self.codes.shape
-        shape, index = (rows, columns), self.codes.device.index
-        written, nbytes, rank = epilogue.written_format, 0, 0
-        if (fused := self._fused_adapter) is not None:
-            nbytes, rank = fused.workspace_nbytes(tokens), fused.rank
-        return nbytes + gemm_epilogues.workspace_nbytes(
-            epilogue.name, tokens, shape, written, index, rank
-        )
-
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         if self._fused_adapter is not None:
             return 0
-        device, (rows, columns) = self.codes.device, self.codes.shape
+        device = self.codes.device
         of_device = arithmetic.on(device)
-        return of_device.row_scaled_workspace(tokens, (rows, columns), self.dtype, device)
+        return of_device.row_scaled_workspace(tokens, self._shape, self.dtype, device)
 
 
-class _Int8Linear(Linear):
-    """A layer with rotated weights in INT8 and one scale per row, see `arithmetic.int8`."""
-
-    codes: torch.Tensor
-    scale_bits: torch.Tensor
-    rotation: torch.Tensor
-
-    def __init__(
-        self, weights: int8.Int8Matrix, rotation: torch.Tensor, n: int, dtype: torch.dtype
-    ) -> None:
-        """Take weights [N, K], padded or not, and the signs of the matrix that rotated them."""
-        super().__init__(n, dtype)
-        self.register_buffer("codes", weights.codes)
-        # As integers, which nn.Module.to(dtype) leaves alone.
-        self.register_buffer("scale_bits", weights.scales.view(torch.int32))
-        self.register_buffer("rotation", rotation)
+class _Int8Linear(_RowScaledLinear):
+    """A layer with weights in INT8 and one scale per row, see `arithmetic.int8`."""
 
     @property
-    def weights(self) -> int8.Int8Matrix:
+    def weights(self) -> Int8Array:
         """[N, K], with the padding that it was given."""
-        return int8.Int8Matrix(self.codes, self.scale_bits.view(torch.float32))
+        return Int8Array(self.codes, self.scale_bits.view(torch.float32))
 
-    @property
-    def _shape(self) -> tuple[int, int]:
-        rows, columns = self.codes.shape
-        return rows, columns
+    def _multiply(self, x: Int8Array) -> torch.Tensor:
+        multiply = arithmetic.on(self.codes.device).multiply_int8
+        return multiply(x, self.weights, self.dtype)[:, : self.out_features]
 
-    def decode(self) -> torch.Tensor:
-        """Return the weights as float32 [N, K], rotated back, with K as it is stored."""
-        return int8.decode(self.weights, self.rotation)[: self.out_features]
+    def _multiply_workspace_nbytes(self, tokens: int) -> int:
+        device = self.codes.device
+        of_device = arithmetic.on(device)
+        return of_device.int8_workspace(tokens, self._shape, self.dtype, device)
 
 
 class Int8Linear(_Int8Linear):
     """A layer in INT8 whose activations are rotated and rounded too, with one scale per token."""
 
     weight_format = "int8 (rotated)"
+    _input_format: ActivationFormat = "int8"
 
     @classmethod
     def from_mxfp8(cls, weights: MXFP8Array, n: int, dtype: torch.dtype) -> Int8Linear:
         """Encode weights in MXFP8 [N, K], with padding to multiples of 32 of both."""
-        signs = int8.hadamard(int8.rotation_block(weights.shape[1])).to(weights.codes.device)
-        return cls(int8.encode_weights(weights, signs), signs, n, dtype)
+        of_device = arithmetic.on(weights.codes.device)
+        encoded = int8.encode_weights(weights, of_device.dequantize, of_device.quantize_int8)
+        return cls(encoded.codes, encoded.scales, n, dtype)
 
-    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        encoded = int8.encode(pad_columns(x, self.codes.shape[1]), self.rotation)
-        return int8.multiply(encoded, self.weights, self.dtype)[:, : self.out_features]
+    def decode(self) -> torch.Tensor:
+        """Return the weights as float32 [N, K], rotated back, with K as it is stored."""
+        signs = int8.signs_for(self._shape[1], self.codes.device)
+        return int8.decode(self.weights, signs)[: self.out_features]
+
+    def _gemm(self, x: Int8Array) -> torch.Tensor:
+        return self._multiply(x)
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
-        return int8.workspace(tokens, self._shape)
+        return self._multiply_workspace_nbytes(tokens)
 
 
-class Int8WeightOnlyLinear(_Int8Linear):
+class _ConvrotLinear(_Int8Linear):
+    """A layer of an INT8 ConvRot file, which may be rotated in another way than activations are."""
+
+    rotation: torch.Tensor
+
+    def __init__(self, weights: Int8Array, rotation: torch.Tensor, dtype: torch.dtype) -> None:
+        """Take weights [N, K], and the signs of the matrix that rotated them."""
+        super().__init__(weights.codes, weights.scales, len(weights.codes), dtype)
+        self.register_buffer("rotation", rotation)
+
+    def decode(self) -> torch.Tensor:
+        """Return the weights as float32 [N, K], rotated back."""
+        return int8.decode(self.weights, self.rotation)
+
+    @property
+    def _core_takes_epilogues(self) -> bool:
+        return False  # it would have to encode the input in a way of its own
+
+
+class ConvrotLinear(_ConvrotLinear):
+    """A layer in INT8 whose activations are rotated as the file's weights and rounded."""
+
+    weight_format = "int8 (rotated)"
+
+    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
+        return self._multiply(int8.encode(x, self.rotation))
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        encoding = int8.encoding_workspace(tokens, self._shape[1])
+        return encoding + self._multiply_workspace_nbytes(tokens)
+
+
+class ConvrotWeightOnlyLinear(_ConvrotLinear):
     """A layer in INT8 that decodes its weights, with activations that are not quantised."""
 
     weight_format = "int8 (weight-only)"
@@ -379,7 +423,7 @@ class Int8WeightOnlyLinear(_Int8Linear):
         return int8.weight_only_workspace(tokens, self._shape)
 
 
-def int8_linear(
+def convrot_linear(
     codes: torch.Tensor, scales: torch.Tensor, group: int, compute: Compute, dtype: torch.dtype
 ) -> Linear:
     """Return the layer for weights that a file stores in INT8.
@@ -391,10 +435,10 @@ def int8_linear(
         compute: "int8" or "weight-only".
         dtype: dtype of the activations and results that are not encoded.
     """
-    weights = int8.Int8Matrix(codes, scales.flatten())
+    weights = Int8Array(codes, scales.flatten())
     signs = int8.regular_hadamard(group).to(codes.device)
-    layer = Int8Linear if compute == "int8" else Int8WeightOnlyLinear
-    return layer(weights, signs, len(codes), dtype)
+    layer = ConvrotLinear if compute == "int8" else ConvrotWeightOnlyLinear
+    return layer(weights, signs, dtype)
 
 
 def quantized_linear(

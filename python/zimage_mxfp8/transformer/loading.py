@@ -22,7 +22,7 @@ from ..zimage.table import LayerTable
 from . import arithmetic
 from .block import Block
 from .compute import Compute
-from .linear import Linear, PlainLinear, int8_linear, quantized_linear
+from .linear import Linear, PlainLinear, convrot_linear, quantized_linear
 from .model_file import ModelFile
 from .weights import TensorStream
 
@@ -253,7 +253,7 @@ class PartsLoader:
         compute: Compute = "weight-only" if first.full_precision else self._compute
         if isinstance(first, Int8Layer):
             self._check_scales(scales, layers)
-            return int8_linear(codes, scales, first.group, compute, self._dtype)
+            return convrot_linear(codes, scales, first.group, compute, self._dtype)
         try:
             linear, stats = quantized_linear(codes, scales, rows, compute, self._dtype)
         except InvalidArgumentError as error:  # NaN among the codes or scales
@@ -281,6 +281,6 @@ class PartsLoader:
         layer = self._file.layers[name]
         if isinstance(layer, Int8Layer):
             self._check_scales(scales, [name])
-            return int8_linear(codes, scales, layer.group, "weight-only", self._dtype).decode()
+            return convrot_linear(codes, scales, layer.group, "weight-only", self._dtype).decode()
         encoded = MXFP8Array(codes, scales, layer.shape)
         return arithmetic.on(codes.device).dequantize(encoded, torch.float32)

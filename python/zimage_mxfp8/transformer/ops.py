@@ -39,6 +39,8 @@ def _encode(matrix: torch.Tensor, to: ActivationFormat) -> Any:
         return matrix
     matrix = pad_columns(matrix, -(-matrix.shape[1] // _BLOCK) * _BLOCK)
     of_device = arithmetic.on(matrix.device)
+    if to == "int8":
+        return of_device.quantize_int8(matrix)
     return of_device.quantize_rows(matrix) if to == "row-scaled" else of_device.quantize(matrix)
 
 
@@ -47,6 +49,7 @@ def activation_nbytes(formats: Set[ActivationFormat], elements: int, dtype: torc
     nbytes = {
         PLAIN: elements * dtype.itemsize,
         "row-scaled": elements,
+        "int8": elements,
         "mxfp8": elements + elements // _BLOCK,
     }
     return sum(nbytes[each] for each in formats)

@@ -267,7 +267,7 @@ def test_nul_bytes_in_names(command: str, capsys: pytest.CaptureFixture[str]) ->
                 "comfyui" if action.choices else "a\0b.safetensors",
             ]
     if len(words) == 1:
-        words += ["-o", "a\0b"] if command == "demo" else ["--model-dir", "a\0b"]
+        words += ["--model-dir" if command == "serve" else "-o", "a\0b"]
     if command == "generate":
         words += ["--prompt", "a"]
     assert main(words) in (1, 2)

@@ -238,7 +238,7 @@ def test_bad_arguments() -> None:
     for changed, sentence in (
         ({"heads": 2}, "B has 384 rows, which is not 3 . 2 heads of 128"),
         ({"heads": 0}, "heads must be 1 or more"),
-        ({"a": a.codes}, "a must be an MXFP8Array, a RowScaledArray or an array of bfloat16"),
+        ({"a": a.codes}, "a must be an MXFP8Array, a RowScaledArray, an Int8Array or"),
         ({"b": operand(384, 64, 16)}, "a is .4, 128. and b is .384, 64.: their widths differ"),
         ({"rotations": rotations[:3]}, "rotations must be float32 .4, 64, 2., not"),
         ({"q_weight": weight[:64]}, "q_weight must be .128."),

@@ -30,7 +30,7 @@ ROTATIONS = torch.ones(4, 64, 2)
         (lambda: fused.silu_multiply(X.half(), X), "gate must be bfloat16, not float16"),
         (
             lambda: fused.silu_multiply(X, X, "fp8"),
-            "output_format must be bfloat16, row-scaled or mxfp8",
+            "output_format must be bfloat16, row-scaled, mxfp8 or int8",
         ),  # type: ignore[arg-type]
         (lambda: fused.silu_multiply(X[0], X[0]), "gate must have 2 dimensions"),
         (lambda: fused.silu_multiply(np.ones((4, 64)), X), "gate must be a torch tensor"),

@@ -85,6 +85,42 @@ def test_emulated_product_is_the_definition(
         np.testing.assert_array_equal(result.view(bits), want.view(bits))
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    m=st.integers(1, 20),
+    n=st.integers(1, 9).map(lambda i: 8 * i),
+    k=st.sampled_from([32, 96, 2080]),
+    dtype=st.sampled_from(list(DTYPES)),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_sums_of_int8_are_exact(m: int, n: int, k: int, dtype: str, bias: bool, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    a, b = (
+        zm.Int8Array(
+            random.integers(-127, 128, (rows, k), dtype=np.int8),
+            random.random(rows, dtype=np.float32) * np.float32(0.01),
+        )
+        for rows in (m, n)
+    )
+    a.codes[0], b.codes[0] = 127, 127  # beyond what float32 adds up exactly
+    sums = a.codes.astype(np.int64) @ b.codes.astype(np.int64).T
+    want = sums.astype(np.float32) * a.scales[:, None] * b.scales
+    added = random.standard_normal(n).astype(BFLOAT16) if bias else None
+    if added is not None:
+        want += added.astype(np.float32)
+    found = zm.gemm(a, b, added, dtype=dtype, kernel="reference")
+    assert np.array_equal(found, want.astype(DTYPES[dtype]))
+
+
+def test_int8_is_multiplied_with_int8() -> None:
+    int8 = zm.Int8Array(np.zeros((8, 32), np.int8), np.ones(8, np.float32))
+    with pytest.raises(zm.UnsupportedError, match="INT8 x MXFP8"):
+        zm.gemm(int8, zm.quantize(np.ones((8, 32), np.float32)))
+    with pytest.raises(zm.InvalidArgumentError, match="codes of a must be uint8 or int8"):
+        zm.gemm(zm.Int8Array(np.zeros((8, 32), np.int16), int8.scales), int8)
+
+
 def test_every_cpu_target_gives_the_same_bits(cpu_target: str) -> None:
     a, b = zm.quantize(spread(37, 256, 1)), zm.quantize_rows(spread(40, 256, 2))
     want = product_in_order(a, b, None)
@@ -240,7 +276,10 @@ def shaped(shape: Any) -> zm.MXFP8Array:
             "K must be a multiple of 32, not 40",
         ),
         (lambda: zm.gemm(ENCODED, np.ones((16, 64), np.float32)), "not of float32"),
-        (lambda: zm.gemm(None, ENCODED), "a must be an MXFP8Array, a RowScaledArray or"),
+        (
+            lambda: zm.gemm(None, ENCODED),
+            "a must be an MXFP8Array, a RowScaledArray, an Int8Array or",
+        ),
         (lambda: zm.gemm(ENCODED, ENCODED, np.ones(15, BFLOAT16)), r"bias must be \[16\]"),
         (lambda: zm.gemm(ENCODED, ENCODED, np.ones(16, np.float32)), "bias must be bfloat16"),
         (lambda: zm.gemm(ENCODED, ENCODED, [1.0] * 16), "bias must be a NumPy array"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -233,3 +234,23 @@ def test_other_warnings_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
     assert [(other.category, str(other.message)) for other in others] == [
         (RuntimeWarning, "of a library")
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        ("", "0"),
+        ("8.0", "80"),
+        ("12.1", "121"),
+        *((bad, "compute capability such as 8.0") for bad in ("80", "8.x", ".5", "8.05", "900.0")),
+    ],
+)
+def test_the_capability_that_tests_set(value: str, printed: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from zimage_mxfp8 import _core; print(_core.capability_limit())"],
+        env={**os.environ, "ZIMAGE_MXFP8_CAPABILITY": value},
+        capture_output=True,
+        text=True,
+    )
+    assert printed in done.stdout + done.stderr
+    assert (done.returncode == 0) == printed.isdigit()

@@ -21,12 +21,15 @@ from helpers.commands import Run
 from helpers.fake_driver import make_driver
 from zimage_mxfp8 import _core
 from zimage_mxfp8.system.extras import find_extras
+from zimage_mxfp8.transformer.arithmetic.int8 import quantize_rotated
 
 CMAKE = Path(__file__).parents[3] / "CMakeLists.txt"
 LIBRARIES = (torch, np, safetensors, diffusers, transformers)
 MADE_FOR = {
     "dequantize": "BF16 x MXFP8",
     "fp8_rowwise": "row-scaled FP8",
+    "int8_sm90": "INT8",
+    "int8_sm80": "INT8",
     "mixed_sm90": "BF16 x MXFP8",
     "mxfp8_sm100": "MXFP8 x MXFP8",
     "mxfp8_sm120": "MXFP8 x MXFP8",
@@ -38,6 +41,9 @@ def operands(what: str, matrix: torch.Tensor) -> tuple[Any, Any]:
     """Those of a kind of product, by the name that the command gives it."""
     if what == "row-scaled FP8":
         return zm.quantize_rows(matrix), zm.quantize_rows(matrix)
+    if what == "INT8":
+        encoded = quantize_rotated(matrix)
+        return encoded, encoded
     first, second = what.split(" x ")
     assert second == "MXFP8" and first in ("MXFP8", "BF16")
     return zm.quantize(matrix) if first == "MXFP8" else matrix, zm.quantize(matrix)
@@ -119,13 +125,14 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
     ada, blackwell = found["devices"]
     assert (ada["name"], ada["capability"], ada["memory"]) == ("Fake RTX 4090", "8.9", 24 << 30)
     assert not ada["kernels"] and ada["with_kernels"] == [
+        "int8",
         "fp8",
         "weight-only",
-        "int8",
         "mxfp8-emulated",
     ]
-    assert blackwell["with_kernels"] == ["mxfp8", *ada["with_kernels"]]
-    assert blackwell["without_kernels"] == ada["without_kernels"] == ada["with_kernels"]
+    assert ada["without_kernels"] == ada["with_kernels"]
+    assert blackwell["without_kernels"] == ["fp8", "weight-only", "int8", "mxfp8-emulated"]
+    assert blackwell["with_kernels"] == ["mxfp8", *blackwell["without_kernels"]]
     assert ada["gemm"]["compute"] == []
     reason = f"the torch that is installed ({torch.__version__}) does not find this device"
     assert set(ada["gemm"]["missing_modes"].values()) == {reason}

@@ -148,7 +148,10 @@ def force_fusion(device: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     if device == "cpu" or torch.cuda.get_device_capability() != (9, 0):
         return False
     choose = gemm_epilogues.choose
-    monkeypatch.setattr(gemm_epilogues, "choose", lambda p, like, _: choose(p, like, "fp8_sm90"))
+    kernels = {"row-scaled": "fp8_sm90", "int8": "int8_sm90"}
+    monkeypatch.setattr(
+        gemm_epilogues, "choose", lambda p, like, _: choose(p, like, kernels[str(p[3])])
+    )
     return True
 
 
@@ -161,7 +164,7 @@ def test_hooks_run_on_every_linear_and_block(
     model = files.load(mode, device, torch.bfloat16, cuda_graphs=False)
     inputs = to(device, random_inputs(*RAGGED))
     without = model(*inputs).sample
-    assert model.layers[0].qkv.takes_epilogues == (fuses and mode == "fp8")
+    assert model.layers[0].qkv.takes_epilogues == (fuses and mode in ("fp8", "int8"))
     calls: Counter[str] = Counter()
 
     def count(name: str) -> Callable[..., None]:

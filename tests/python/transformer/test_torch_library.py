@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import zimage_mxfp8 as zm
 from zimage_mxfp8.transformer import linear, ops
 from zimage_mxfp8.transformer.arithmetic import torch_library
+from zimage_mxfp8.transformer.arithmetic.int8 import quantize_rotated
 from zimage_mxfp8.transformer.compute import Compute
 from zimage_mxfp8.transformer.epilogue import SiluMultiply
 
@@ -24,6 +25,7 @@ SHAPES = {
     "bfloat16": [((ROWS, WIDTH), torch.bfloat16), ((0,), torch.bfloat16)],
     "row-scaled": [((ROWS, WIDTH), torch.float8_e4m3fn), ((ROWS,), torch.float32)],
     "mxfp8": [((32, WIDTH), torch.float8_e4m3fn), ((128, 4), torch.uint8)],
+    "int8": [((ROWS, WIDTH), torch.int8), ((ROWS,), torch.float32)],
 }
 
 
@@ -45,12 +47,16 @@ def codec_calls(device: str) -> dict[str, tuple[Any, ...]]:
     stored = parts(mxfp8_weights)
     gemm = (*parts(mxfp8), ROWS, *stored, 64, WIDTH)
     fp8 = (*parts(rows), *parts(row_weights))
+    in_int8 = [quantize_rotated(y) for y in (x, weights)]
+    int8_operands = [part for y in in_int8 for part in (y.codes, y.scales)]
     return {
         "quantize": (x,),
         "quantize_rows": (x,),
+        "quantize_int8": (x,),
         "dequantize": (*stored, 64, WIDTH, torch.float32),
         "gemm_weight_only": (x, *stored, 64, WIDTH),
         "gemm_row_scaled": (*fp8, torch.bfloat16),
+        "gemm_int8": (*int8_operands, torch.bfloat16),
         "gemm_mxfp8": (*gemm, True, torch.bfloat16),
     }
 
@@ -67,7 +73,7 @@ def fused_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "add_norm": (x, y, weight, scale, items, 1e-5),
         "rotate_heads": (qkv, head, head, rotations, HEADS, 1e-5),
     }
-    for form in ("bfloat16", "row-scaled", "mxfp8"):
+    for form in SHAPES:
         calls[f"silu_multiply {form}"] = (x, y, form)
         calls[f"norm_modulate {form}"] = (x, weight, scale, items, form, 1e-5)
         calls[f"add_norm_modulate {form}"] = (
@@ -87,8 +93,16 @@ def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
     plain = random(ROWS, WIDTH, seed=9, device=device)
     narrow, up = random(ROWS, 32, seed=7, device=device), random(len(weights.codes), 32, seed=8)
     addend = (narrow, up.to(device))
+    in_int8 = [
+        quantize_rotated(random(rows, WIDTH, device=device)) for rows in (ROWS, len(weights.codes))
+    ]
+    int8_operands = tuple(part for x in in_int8 for part in (x.codes, x.scales))
     return {
         **{f"gemm_silu_multiply {form}": (*operands, None, None, form) for form in SHAPES},
+        "gemm_silu_multiply of int8": (*int8_operands, None, None, "int8"),
+        "gemm_rotate_heads of int8": (
+            *(*int8_operands, None, None, head, head, rotations, HEADS, 1e-5),
+        ),
         "gemm_silu_multiply with an addend": (*operands, *addend, "row-scaled"),
         "gemm_rotate_heads": (*operands, None, None, head, head, rotations, HEADS, 1e-5),
         "gemm_low_rank": (*operands, *addend),
@@ -209,13 +223,13 @@ def assert_traced_equals_eager(compute: Compute, device: str) -> None:
         assert torch.equal(compiled(x), eager)
     exported = torch.export.export(layers, (x,))
     assert torch.equal(exported.module()(x), eager)
-    names = {"weight-only": "gemm_weight_only", "fp8": "gemm_"}
+    names = {"weight-only": "gemm_weight_only", "fp8": "gemm_", "int8": "gemm_"}
     for graph in (graphs[0], exported.graph_module):
         calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         assert sum(names.get(compute, "gemm_mxfp8") in call for call in calls) == 2
 
 
-@pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
+@pytest.mark.parametrize("compute", ["weight-only", "fp8", "int8", "mxfp8-emulated"])
 def test_layers_compile_and_export(compute: Compute) -> None:
     assert_traced_equals_eager(compute, "cpu")
 
@@ -233,7 +247,7 @@ def test_an_epilogue_that_the_core_takes_is_one_operation(monkeypatch: pytest.Mo
 @pytest.mark.gpu
 # A library of torch 2.11's compiler for CUDA warns of itself.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("compute", ["weight-only", "fp8", "mxfp8-emulated"])
+@pytest.mark.parametrize("compute", ["weight-only", "fp8", "int8", "mxfp8-emulated"])
 def test_layers_compile_and_export_on_cuda(compute: Compute) -> None:
     assert_traced_equals_eager(compute, "cuda")
 

@@ -1,8 +1,8 @@
 """8-bit arithmetic of the transformer: by the core's kernels, or by torch without them.
 
 All functions take torch tensors, run on torch's current stream and, except for `fold`, do not wait
-for the device. Both implementations give the same bytes, except for the bits of NaN, and the same
-GEMM results, except for the order of sums.
+for the device. Both implementations give the same bytes, except for the bits of NaN and the order
+of a rotation's sums, and the same GEMM results, except for the order of sums that are not exact.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from ...ops.codec import MXFP8Array
-from ...ops.gemm import FoldStats, RowScaledArray
+from ...ops.gemm import FoldStats, Int8Array, RowScaledArray
 from ...system import devices
 from . import by_core, by_operations, by_torch
 
@@ -49,6 +49,17 @@ class Arithmetic(Protocol):
         self, tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> int:
         """Return the bytes of `multiply_row_scaled` on CUDA for x [M, K], weights [N, K]."""
+
+    def quantize_int8(self, matrix: torch.Tensor) -> Int8Array:
+        """Rotate a matrix and encode it in INT8, see `ops.fused.quantize_rotated`."""
+
+    def multiply_int8(self, x: Int8Array, weights: Int8Array, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply [M, K] with weights [N, K]: [M, N] of `dtype`."""
+
+    def int8_workspace(
+        self, tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """Return the bytes of `multiply_int8` on CUDA for x [M, K], weights [N, K]."""
 
     def multiply_mxfp8(
         self, x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype

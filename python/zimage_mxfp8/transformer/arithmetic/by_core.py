@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from ... import _core
-from ...ops import codec
+from ...ops import codec, fused
 from ...ops import gemm as matmul
 from ...ops.arrays import dtype_name
 from ...ops.codec import MXFP8Array
 from ...ops.fused import ActivationFormat
-from ...ops.gemm import FoldStats, RowScaledArray, gemm
+from ...ops.gemm import FoldStats, Int8Array, RowScaledArray, gemm
 from ...ops.low_rank import NARROW_ROWS
 from ...system.devices import core_index, has_kernels, native_gemm_unsupported
-from . import scaled_mm
+from . import int8, scaled_mm
 
 LIBRARY_WORKSPACE = 32 << 20  # bytes of cuBLASLt's workspace, which the model counts once
 
@@ -83,12 +83,49 @@ def row_scaled_unsupported(device: int) -> str:
     Args:
         device: its index, or -1 for the CPU, which has no fast way and uses the core.
     """
-    return "" if device < 0 else _cuda_row_scaled_unsupported(device)
+    return "" if device < 0 else _cuda_unsupported("row-scaled", device)
 
 
-def takes_epilogues(device: int) -> bool:
-    """Return whether row-scaled GEMMs of a CUDA device take epilogues."""
-    return has_kernels(device) and not row_scaled_unsupported(device)
+def int8_unsupported(device: int) -> str:
+    """Return why the core does not multiply INT8 on a CUDA device with kernels; "" if it does.
+
+    Args:
+        device: its index.
+    """
+    return _cuda_unsupported("int8", device)
+
+
+def quantize_int8(matrix: torch.Tensor) -> Int8Array:
+    """Rotate a matrix and encode it in INT8; by torch on the CPU."""
+    is_fast = matrix.is_cuda and matrix.dtype == torch.bfloat16
+    return fused.quantize_rotated(matrix) if is_fast else int8.quantize_rotated(matrix)
+
+
+def multiply_int8(x: Int8Array, weights: Int8Array, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply INT8 with a scale per row; by torch if the core has no kernel."""
+    if not _core_multiplies_int8(weights.shape, dtype, x.codes.device):
+        return int8.multiply(x, weights, dtype)
+    out: torch.Tensor = gemm(x, weights, dtype=dtype)
+    return out
+
+
+def int8_workspace(
+    tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return bytes that `multiply_int8` takes on CUDA beyond `LIBRARY_WORKSPACE`."""
+    of_core = _core_multiplies_int8(shape, dtype, device)
+    return 0 if of_core else int8.workspace(tokens, shape)
+
+
+def _core_multiplies_int8(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    rows, columns = shape
+    fits = rows % 8 == 0 and columns % int8.MAX_BLOCK == 0 and dtype == torch.bfloat16
+    return fits and device.type == "cuda" and not int8_unsupported(device.index)
+
+
+def takes_epilogues(device: int, operands: ActivationFormat) -> bool:
+    """Return whether GEMMs of two operands in a format take epilogues on a CUDA device."""
+    return has_kernels(device) and not _cuda_unsupported(operands, device)
 
 
 @cache
@@ -102,12 +139,13 @@ def takes_addends(device: int, a: ActivationFormat, b: ActivationFormat) -> bool
 
 # Constants to torch.compile, see `devices.has_kernels`.
 row_scaled_unsupported.__dict__["_dynamo_marked_constant"] = True
+int8_unsupported.__dict__["_dynamo_marked_constant"] = True
 takes_epilogues.__dict__["_dynamo_marked_constant"] = True
 
 
 @cache
-def _cuda_row_scaled_unsupported(device: int) -> str:
-    return native_gemm_unsupported("row-scaled", device)
+def _cuda_unsupported(operands: ActivationFormat, device: int) -> str:
+    return native_gemm_unsupported(operands, device)
 
 
 def multiply_mxfp8(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:

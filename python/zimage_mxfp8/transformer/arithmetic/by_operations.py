@@ -5,19 +5,28 @@ from __future__ import annotations
 import torch
 
 from ...ops.codec import MXFP8Array
-from ...ops.gemm import RowScaledArray
+from ...ops.gemm import Int8Array, RowScaledArray
 from . import torch_library
-from .by_core import decoded_workspace, fold, row_scaled_workspace, weight_only_workspace
+from .by_core import (
+    decoded_workspace,
+    fold,
+    int8_workspace,
+    row_scaled_workspace,
+    weight_only_workspace,
+)
 
 __all__ = [
     "decoded_workspace",
     "dequantize",
     "fold",
+    "int8_workspace",
     "multiply_decoded",
+    "multiply_int8",
     "multiply_mxfp8",
     "multiply_row_scaled",
     "multiply_weight_only",
     "quantize",
+    "quantize_int8",
     "quantize_rows",
     "row_scaled_workspace",
     "weight_only_workspace",
@@ -54,6 +63,19 @@ def multiply_row_scaled(
 ) -> torch.Tensor:
     """Multiply FP8 with a scale per row."""
     out: torch.Tensor = torch_library.gemm_row_scaled(
+        x.codes, x.scales, weights.codes, weights.scales, dtype
+    )
+    return out
+
+
+def quantize_int8(matrix: torch.Tensor) -> Int8Array:
+    """Rotate a matrix and encode it in INT8."""
+    return Int8Array(*torch_library.quantize_int8(matrix))
+
+
+def multiply_int8(x: Int8Array, weights: Int8Array, dtype: torch.dtype) -> torch.Tensor:
+    """Multiply INT8 with a scale per row."""
+    out: torch.Tensor = torch_library.gemm_int8(
         x.codes, x.scales, weights.codes, weights.scales, dtype
     )
     return out

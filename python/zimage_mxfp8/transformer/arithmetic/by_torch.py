@@ -8,18 +8,21 @@ from ...layout import SCALE_TILE_ROWS
 from ...ops import gemm as matmul
 from ...ops.codec import MXFP8Array
 from ...ops.gemm import FoldStats, RowScaledArray
-from . import scaled_mm, tiles, torch_codec
+from . import int8, scaled_mm, tiles, torch_codec
 from .torch_codec import dequantize, quantize, quantize_rows
 
 __all__ = [
     "decoded_workspace",
     "dequantize",
     "fold",
+    "int8_workspace",
     "multiply_decoded",
+    "multiply_int8",
     "multiply_mxfp8",
     "multiply_row_scaled",
     "multiply_weight_only",
     "quantize",
+    "quantize_int8",
     "quantize_rows",
     "row_scaled_workspace",
     "weight_only_workspace",
@@ -58,6 +61,20 @@ def row_scaled_workspace(
 ) -> int:
     """Return the bytes that `multiply_row_scaled` takes."""
     return scaled_mm.workspace(tokens, shape, dtype)
+
+
+quantize_int8 = int8.quantize_rotated
+multiply_int8 = int8.multiply
+
+
+def int8_workspace(
+    tokens: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,  # noqa: ARG001 - of the interface
+    device: torch.device,  # noqa: ARG001 - of the interface
+) -> int:
+    """Return the bytes that `multiply_int8` takes."""
+    return int8.workspace(tokens, shape)
 
 
 def multiply_decoded(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:

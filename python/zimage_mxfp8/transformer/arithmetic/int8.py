@@ -1,4 +1,4 @@
-"""INT8 GEMMs of rotated operands by torch, on the CPU and on CUDA devices with INT8 tensor cores.
+"""INT8 of rotated operands by torch, on the CPU and where the core has no kernels for it.
 
 Both operands are multiplied along K by the same orthonormal matrix, a Hadamard matrix per block of
 columns, which leaves their product as it is and spreads outliers over the block (QuaRot, Ashkboos
@@ -9,7 +9,6 @@ int32, so they are exact on every device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,28 +16,16 @@ from torch.nn.functional import pad
 
 from ...layout import SCALE_TILE_ROWS
 from ...ops.codec import MXFP8Array
+from ...ops.gemm import Int8Array
 from . import tiles, torch_codec, torch_gemm
-from .torch_codec import dequantize
 
 LARGEST = 127  # of the codes; -128 is not used
-# Columns that are rotated together. On the small trained model images were closer with 32 than with
-# up to 128 or without a rotation (docs/methodology.md).
+_SMALLEST_MAXIMUM = 2.0**-100  # of a row; below it codes and scale are 0
+# Columns that are rotated together, as the core's kernels do it. On the small trained model images
+# were closer with 32 than with up to 128 or without a rotation (docs/methodology.md).
 MAX_BLOCK = 32
 _FIRST = (7, 5)  # compute capability with INT8 tensor cores
 _FEWEST_ROWS, _ALIGNMENT = 32, 8  # rows, and divisor of columns, that torch's GEMM takes on CUDA
-
-
-@dataclass(frozen=True, eq=False)
-class Int8Matrix:
-    """A rotated matrix in INT8 with one scale per row.
-
-    Attributes:
-        codes: int8 [rows, K].
-        scales: float32 [rows].
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
 
 
 def rotation_block(columns: int) -> int:
@@ -67,7 +54,7 @@ def regular_hadamard(size: int) -> torch.Tensor:
     return matrix
 
 
-def decode(weights: Int8Matrix, signs: torch.Tensor, tile: slice = slice(None)) -> torch.Tensor:
+def decode(weights: Int8Array, signs: torch.Tensor, tile: slice = slice(None)) -> torch.Tensor:
     """Decode a matrix or some of its rows and rotate them back: float32 [rows, K]."""
     return rotate(weights.codes[tile].float().mul_(weights.scales[tile, None]), signs)
 
@@ -88,46 +75,69 @@ def rotate(matrix: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     return rotated
 
 
-def quantize(matrix: torch.Tensor) -> Int8Matrix:
-    """Round each row of a float32 matrix; one with NaN or infinity gets such a scale."""
-    scales = matrix.abs().amax(1) / LARGEST
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    codes = (matrix * inverse[:, None]).nan_to_num_(0, 0, 0).round_().clamp_(-LARGEST, LARGEST)
-    return Int8Matrix(codes.to(torch.int8), scales)
+def quantize(matrix: torch.Tensor) -> Int8Array:
+    """Round each row of a float32 matrix, as `ops.fused.quantize_rotated` does."""
+    largest = matrix.abs().amax(1)
+    is_finite, is_zero = largest.isfinite(), largest < _SMALLEST_MAXIMUM
+    factors = torch.where(is_zero | ~is_finite, 0.0, LARGEST / largest)
+    scales = torch.where(is_zero, 0.0, largest / LARGEST).where(is_finite, torch.nan)
+    codes = (matrix * factors[:, None]).nan_to_num_(0, 0, 0).round_()
+    return Int8Array(codes.to(torch.int8), scales)
 
 
-def encode(matrix: torch.Tensor, signs: torch.Tensor) -> Int8Matrix:
+def quantize_rotated(matrix: torch.Tensor) -> Int8Array:
     """Rotate and round a matrix [rows, K], some rows at a time."""
-    rows, columns = matrix.shape
-    return _encode((rows, columns), 1, lambda tile: matrix[tile], signs)
+    return encode(matrix, signs_for(matrix.shape[1], matrix.device))
 
 
-def encode_weights(weights: MXFP8Array, signs: torch.Tensor) -> Int8Matrix:
-    """Decode MXFP8 weights [N, K], rotate and round them, some rows at a time."""
-
-    def decoded(tile: slice) -> torch.Tensor:
-        return dequantize(torch_codec.rows_of(weights, tile), torch.float32)
-
-    return _encode(weights.shape, SCALE_TILE_ROWS, decoded, signs)
+def signs_for(columns: int, device: torch.device) -> torch.Tensor:
+    """Return the Hadamard matrix that `quantize_rotated` rotates a number of columns with."""
+    return hadamard(rotation_block(columns)).to(device)
 
 
-def _encode(
-    shape: tuple[int, int],
+def encode(matrix: torch.Tensor, signs: torch.Tensor) -> Int8Array:
+    """Rotate by any Hadamard matrix and round a matrix [rows, K], some rows at a time."""
+    return _in_tiles(
+        tuple(matrix.shape), 1, matrix.device, lambda tile: quantize(rotate(matrix[tile], signs))
+    )
+
+
+def encode_weights(
+    weights: MXFP8Array,
+    decode_rows: Callable[[MXFP8Array, torch.dtype], torch.Tensor],
+    encode_rows: Callable[[torch.Tensor], Int8Array],
+) -> Int8Array:
+    """Decode MXFP8 weights [N, K] and encode them, some rows at a time.
+
+    Args:
+        weights: the weights.
+        decode_rows: `dequantize` of an `Arithmetic`. bfloat16 holds decoded MXFP8 exactly.
+        encode_rows: its `quantize_int8`.
+    """
+
+    def encoded(tile: slice) -> Int8Array:
+        return encode_rows(decode_rows(torch_codec.rows_of(weights, tile), torch.bfloat16))
+
+    return _in_tiles(weights.shape, SCALE_TILE_ROWS, weights.codes.device, encoded)
+
+
+def _in_tiles(
+    shape: tuple[int, ...],
     multiple: int,
-    rows_of: Callable[[slice], torch.Tensor],
-    signs: torch.Tensor,
-) -> Int8Matrix:
-    """Rotate and round a matrix, whose rows `rows_of` returns in tiles of `multiple` rows."""
+    device: torch.device,
+    encoded: Callable[[slice], Int8Array],
+) -> Int8Array:
+    """Return a matrix, whose rows `encoded` returns in tiles of `multiple` rows."""
     rows, columns = shape
-    codes = torch.empty(shape, dtype=torch.int8, device=signs.device)
-    scales = torch.empty(rows, device=signs.device)
+    codes = torch.empty(shape, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, device=device)
     for tile in tiles.row_tiles(rows, columns, tiles.TILE, multiple):
-        part = quantize(rotate(rows_of(tile), signs))
+        part = encoded(tile)
         codes[tile], scales[tile] = part.codes, part.scales
-    return Int8Matrix(codes, scales)
+    return Int8Array(codes, scales)
 
 
-def multiply(x: Int8Matrix, weights: Int8Matrix, dtype: torch.dtype) -> torch.Tensor:
+def multiply(x: Int8Array, weights: Int8Array, dtype: torch.dtype) -> torch.Tensor:
     """Multiply x [M, K] with weights [N, K]: [M, N] of `dtype`, some rows at a time."""
     tokens, rows = len(x.codes), len(weights.codes)
     out = torch.empty((tokens, rows), dtype=dtype, device=x.codes.device)
@@ -137,7 +147,7 @@ def multiply(x: Int8Matrix, weights: Int8Matrix, dtype: torch.dtype) -> torch.Te
     return out
 
 
-def multiply_weight_only(x: torch.Tensor, weights: Int8Matrix, signs: torch.Tensor) -> torch.Tensor:
+def multiply_weight_only(x: torch.Tensor, weights: Int8Array, signs: torch.Tensor) -> torch.Tensor:
     """Multiply x [M, K] with decoded weights [N, K]: [M, N] of x's dtype, some rows at a time."""
     rows, columns = weights.codes.shape
     out = x.new_empty(len(x), rows)
@@ -169,11 +179,14 @@ def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def workspace(tokens: int, shape: tuple[int, int]) -> int:
-    """Return the bytes that `encode` and `multiply` take for x [tokens, K] and weights [N, K]."""
-    rows, columns = shape
-    encoding = 3 * min(tokens * columns, tiles.TILE) * torch.float32.itemsize
-    multiplying = 2 * min(tokens * rows, tiles.TILE) * torch.float32.itemsize
-    return tokens * (columns + torch.float32.itemsize) + max(encoding, multiplying)
+    """Return the bytes that `multiply` takes for x [tokens, K] and weights [N, K]."""
+    return 2 * min(tokens * shape[0], tiles.TILE) * torch.float32.itemsize
+
+
+def encoding_workspace(tokens: int, columns: int) -> int:
+    """Return the bytes that `encode` takes for a matrix [tokens, columns], with its result."""
+    rotating = 3 * min(tokens * columns, tiles.TILE) * torch.float32.itemsize
+    return tokens * (columns + torch.float32.itemsize) + rotating
 
 
 @cache

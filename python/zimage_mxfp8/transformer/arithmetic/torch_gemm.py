@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from ...system import devices
+
 
 def unsupported(
     device: int,
@@ -27,7 +29,7 @@ def unsupported(
     """
     if device >= torch.cuda.device_count():
         return f"the torch that is installed ({torch.__version__}) finds no CUDA device {device}"
-    capability = torch.cuda.get_device_capability(device)
+    capability = devices.capability(device)
     name = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
     if capability < first:
         needed = f"{first[0]}.{first[1]} or newer"

@@ -4,9 +4,10 @@ torch.compile and torch.export put them in their graphs unchanged. Eager code ca
 which costs less than a registered operation. Each has a schema of plain tensors, which declares
 mutated arguments, and a fake version, which gives shapes and dtypes. There are no derivatives.
 
-An MXFP8 matrix is codes, scales, rows and columns, a row-scaled one codes and scales. A result in
-one of the formats of `ops.fused` is two tensors: codes and scales, or the values in bfloat16 and an
-empty tensor. Shapes, dtypes and errors are those of the functions of `ops` with the same names.
+An MXFP8 matrix is codes, scales, rows and columns, one with a scale per row codes and scales. A
+result in one of the formats of `ops.fused` is two tensors: codes and scales, or the values in
+bfloat16 and an empty tensor. Shapes, dtypes and errors are those of the functions of `ops` with the
+same names.
 """
 
 # ruff: noqa: ARG005 - a fake version has the arguments of its operation
@@ -21,7 +22,7 @@ import torch
 from ...layout import padded_shape, scale_shape
 from ...ops import fused, gemm_epilogues, low_rank
 from ...ops.codec import MXFP8Array
-from ...ops.gemm import RowScaledArray
+from ...ops.gemm import Int8Array, RowScaledArray
 from ...ops.gemm_epilogues import GemmEpilogue
 from ...ops.low_rank import LowRankAddend
 from . import by_core
@@ -45,9 +46,14 @@ def _register(schema: str, fake: _Function, writes: tuple[str, ...] = ()) -> Cal
 
 
 def _parts(result: Any) -> Pair:
-    if isinstance(result, (MXFP8Array, RowScaledArray)):
+    if isinstance(result, (MXFP8Array, RowScaledArray, Int8Array)):
         return result.codes, result.scales
     return result, result.new_empty(0)
+
+
+def _with_row_scales(codes: torch.Tensor, scales: torch.Tensor) -> RowScaledArray | Int8Array:
+    """Return the matrix of codes, which are int8 or E4M3, and scales of rows."""
+    return (Int8Array if codes.dtype == torch.int8 else RowScaledArray)(codes, scales)
 
 
 def _fake_parts(like: torch.Tensor, columns: Any, output_format: str) -> Pair:
@@ -55,8 +61,9 @@ def _fake_parts(like: torch.Tensor, columns: Any, output_format: str) -> Pair:
     shape = (like.shape[0], columns)
     if output_format == "bfloat16":
         return like.new_empty(shape, dtype=torch.bfloat16), like.new_empty(0, dtype=torch.bfloat16)
-    if output_format == "row-scaled":
-        codes = like.new_empty(shape, dtype=torch.float8_e4m3fn)
+    if output_format in ("row-scaled", "int8"):
+        dtype = torch.int8 if output_format == "int8" else torch.float8_e4m3fn
+        codes = like.new_empty(shape, dtype=dtype)
         return codes, like.new_empty(shape[:1], dtype=torch.float32)
     codes = like.new_empty(padded_shape(shape), dtype=torch.float8_e4m3fn)
     return codes, like.new_empty(scale_shape(shape), dtype=torch.uint8)
@@ -78,6 +85,15 @@ def quantize(matrix: torch.Tensor) -> Pair:
 def quantize_rows(matrix: torch.Tensor) -> Pair:
     """Encode [M, K] in E4M3 with a scale per row."""
     return _parts(by_core.quantize_rows(matrix))
+
+
+@_register(
+    "(Tensor matrix) -> (Tensor, Tensor)",
+    lambda matrix: _fake_parts(matrix, matrix.shape[1], "int8"),
+)
+def quantize_int8(matrix: torch.Tensor) -> Pair:
+    """Rotate [M, K] and encode it in INT8 with a scale per row."""
+    return _parts(by_core.quantize_int8(matrix))
 
 
 @_register(
@@ -119,6 +135,25 @@ def gemm_row_scaled(
     """Multiply row-scaled [M, K] with row-scaled weights [N, K]: [M, N] of `dtype`."""
     x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
     return by_core.multiply_row_scaled(x, weights, dtype)
+
+
+@_register(
+    "(Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales, ScalarType dtype)"
+    " -> Tensor",
+    lambda codes, scales, weight_codes, weight_scales, dtype: codes.new_empty(
+        (codes.shape[0], weight_codes.shape[0]), dtype=dtype
+    ),
+)
+def gemm_int8(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    weight_codes: torch.Tensor,
+    weight_scales: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply INT8 [M, K] with INT8 weights [N, K]: [M, N] of `dtype`."""
+    weights = Int8Array(weight_codes, weight_scales)
+    return by_core.multiply_int8(Int8Array(codes, scales), weights, dtype)
 
 
 @_register(
@@ -312,7 +347,7 @@ def gemm_weight_only_low_rank(
 
 
 def _register_gemm(epilogue: GemmEpilogue) -> Any:
-    """Register a GEMM of row-scaled operands with an epilogue, as `gemm_` and its name.
+    """Register a GEMM of operands with row scales and an epilogue, as `gemm_` and its name.
 
     Its `x` and `u` are the low-rank addend; both are None without one.
     """
@@ -332,7 +367,7 @@ def _register_gemm(epilogue: GemmEpilogue) -> Any:
         u: torch.Tensor | None,
         *arguments: Any,
     ) -> Any:
-        a, b = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+        a, b = _with_row_scales(codes, scales), _with_row_scales(weight_codes, weight_scales)
         addend = None if x is None else LowRankAddend(x, u)
         result = epilogue.gemm(a, b, *arguments, addend=addend)
         return _parts(result) if epilogue.encodes else result

@@ -1,0 +1,335 @@
+// GEMMs of 8-bit operands on Hopper, fused with the DiT's next operation.
+//
+// D = A B^T in tiles of 128 tokens and 256 or 192 rows of B, from tile to tile. In a block
+// - a thread copies tiles of A and B into a ring of stages;
+// - two warpgroups multiply, 64 tokens each, and leave BF16 of their sums in shared memory;
+// - three warps read them from there and apply the epilogue: they have the time of a whole tile,
+//   while the tensor cores work on the next one.
+//
+// Two blocks with rows of B of their own share the tiles of A.
+//
+// An Element says how codes are multiplied and how sums become BF16:
+//   Sum       of products: float or int32_t
+//   Scaling   what is left to the epilogue
+//   kAddends  whether a low-rank addend may follow in the sums
+//   multiply(sums, a, b, add)                                    32 columns of A and B
+//   store_sums(sums, boxes, operands, epilogue, token, tile)     a warp's 16 tokens
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+#include "cuda/sm90/cluster.cuh"
+#include "cuda/sm90/mbarrier.cuh"
+#include "cuda/sm90/pipeline.cuh"
+#include "cuda/sm90/scheduler.cuh"
+#include "cuda/sm90/shared_memory.cuh"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/tma.cuh"
+#include "cuda/sm90/wgmma.cuh"
+#include "gemm/dispatch/heuristics.h"
+#include "gemm/sm90/fused_epilogues.cuh"
+#include "zimage_mxfp8/gemm.h"
+
+namespace zimage_mxfp8::detail::fused_gemm {
+
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+constexpr int kEpilogueWarps = 3;  // the warp before them copies
+
+constexpr int kCluster = 2;  // blocks that share tiles of A
+constexpr int kTokens = kConsumers * kGroupTokens;
+constexpr int kDepth = 128;  // of K in a stage: as wide as TMA's swizzle
+static_assert(kTokens == kFP8SM90TileM && kCluster * kWideRows == kFP8SM90TileN &&
+              kCluster == kFP8SM90Cluster);
+// Pairs of tiles of B that all tokens are multiplied with before the next ones: they stay in the
+// cache.
+constexpr int kGroupPairs = 4;
+constexpr int kABytes = kTokens * kDepth;
+constexpr int kWarps = kConsumers * 4;  // that multiply
+using SumBarriers = BarrierPairs<kWarps>;
+
+// Shared memory with tiles of `rows` rows of B.
+template <int rows>
+struct Memory {
+  static constexpr int kStages = rows > 192 ? 3 : 4;
+  using Ring = Pipeline<kStages, kConsumers, kCluster>;
+  static constexpr int kBBytes = rows * kDepth;
+  static constexpr int kBoxes = rows / kBoxColumns;
+  static constexpr int kBAt = kStages * kABytes;
+  static constexpr int kOutAt = kBAt + kStages * kBBytes;
+  static constexpr int kBarriersAt = kOutAt + kConsumers * kBoxes * kBoxBytes;
+  static constexpr int kSumBarriersAt = kBarriersAt + Ring::Barriers::bytes;
+  static constexpr int kBytes = kSumBarriersAt + SumBarriers::bytes + kTmaAlignment;
+  static_assert(kBytes <= 232448);
+  static_assert(kABytes / kCluster % kTmaAlignment == 0 && kBBytes / 2 % kTmaAlignment == 0 &&
+                kBoxBytes % kTmaAlignment == 0 && rows % kBoxColumns == 0);
+};
+
+template <class Epilogue>
+struct Parameters {
+  Epilogue epilogue;
+  Operands operands;
+  int m_tiles, n_tiles;
+  int addend_steps;  // stages of the addend
+};
+
+// How wide a low-rank addend is: a multiple of a stage's columns, or half of them more. The
+// compiler serializes the multiplications of a kernel that decides that while it runs.
+enum class Addend { kNone, kWhole, kEndsHalf };
+
+constexpr std::true_type kWholeStage;
+constexpr std::false_type kHalfStage;
+
+// Multiplies half of a stage and adds to the sums, which a tile's first stage begins.
+template <class Element, int count>
+__device__ void multiply(typename Element::Sum (&sums)[count], uint64_t a, uint64_t b, int half,
+                         bool first) {
+  constexpr uint64_t step_of_32 = 32 / 16;
+#pragma unroll
+  for (int i = 2 * half; i < 2 * half + 2; ++i) {
+    Element::multiply(sums, a + i * step_of_32, b + i * step_of_32, !(first && i == 0));
+  }
+  wgmma_commit();
+}
+
+// The same of the addend, half of 64 columns of BF16.
+template <int count>
+__device__ void multiply_addend(float (&sums)[count], uint64_t a, uint64_t b, int half) {
+  constexpr uint64_t step_of_16 = 32 / 16;
+#pragma unroll
+  for (int i = 2 * half; i < 2 * half + 2; ++i) {
+    WgmmaShared<2 * count>::multiply(sums, a + i * step_of_16, b + i * step_of_16);
+  }
+  wgmma_commit();
+}
+
+// Leaves values of a warp's 16 tokens in its boxes, rounded. value(i) is the sum i of the thread
+// (see wgmma.cuh), scaled or not.
+template <int rows, class Value>
+__device__ void store_values(SmemTile boxes, Value value) {
+  // Four 8x8 matrices at a time: eight tokens and those 8 below, two groups of eight columns.
+  const int lane = threadIdx.x % 32, matrix = lane / 8, row = matrix % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int i = 0; i < rows / 8; i += 2) {
+    uint32_t words[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) words[w] = round2(value(4 * i + 2 * w), value(4 * i + 2 * w + 1));
+    store_matrices(boxes.piece(row, i / 8, i % 8 + matrix / 2), words);
+  }
+}
+
+template <class Element, class Epilogue, Addend addend>
+__global__ void __launch_bounds__(kThreads, 1)
+    fused_gemm_kernel(const __grid_constant__ CUtensorMap a_map,
+                      const __grid_constant__ CUtensorMap b_map,
+                      const __grid_constant__ CUtensorMap x_map,
+                      const __grid_constant__ CUtensorMap u_map,
+                      const __grid_constant__ CUtensorMap d_map, const Parameters<Epilogue> p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kRows = Epilogue::kRows;
+  using Layout = Memory<kRows>;
+  using Ring = typename Layout::Ring;
+  constexpr int kBBytes = Layout::kBBytes;
+  launch_dependents();
+  extern __shared__ uint8_t unaligned[];
+  const uint32_t shared = tma_aligned(unaligned);
+  const uint32_t a_tiles = shared, b_tiles = shared + Layout::kBAt;
+  // For each warp: full when its sums are in its boxes, empty when they have been taken.
+  const SumBarriers sum_barriers{shared + Layout::kSumBarriersAt};
+  const auto boxes_of = [&](int warp) {
+    return SmemTile{shared + Layout::kOutAt + warp / 4 * Layout::kBoxes * kBoxBytes +
+                    warp % 4 * kWarpTokens * kBoxColumns * 2};
+  };
+  const int block = block_of_cluster();
+  const Ring pipeline{{shared + Layout::kBarriersAt}, block};
+  const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    pipeline.init();
+    sum_barriers.init(1, 1);
+    mbarrier_init_fence();
+  }
+  cluster_sync();
+  await_predecessors();
+  const TileScheduler<GroupedOrder, kCluster> scheduler(
+      GroupedOrder{p.m_tiles, (p.n_tiles + kCluster - 1) / kCluster, kGroupPairs});
+  const int steps = (p.operands.k + kDepth - 1) / kDepth;
+
+  if (warpgroup < kConsumers) {
+    const int thread = threadIdx.x % kWarpgroup, warp = threadIdx.x / 32;
+    typename Ring::State state;
+    uint32_t empty_phase = 1;  // all boxes are empty at first
+    for (const TileIndex at : scheduler) {
+      typename Element::Sum sums[kRows / 2];
+      int previous = 0;
+      // Multiplies a stage, or the first half of it. The one before is released as soon as it has
+      // been read, while the tensor cores have work.
+      const auto multiply_stage = [&](bool first, auto whole, auto multiply_half) {
+        pipeline.wait(state);
+        const uint64_t a =
+            wgmma_descriptor(a_tiles + state.stage * kABytes + warpgroup * kGroupTokens * kDepth);
+        const uint64_t b = wgmma_descriptor(b_tiles + state.stage * kBBytes);
+        wgmma_fence();
+        multiply_half(a, b, 0);
+        wgmma_wait_pending<1>();
+        if (!first) pipeline.release(previous, thread);
+        if constexpr (whole) multiply_half(a, b, 1);
+        previous = state.stage;
+        state.advance();
+      };
+      for (int step = 0; step < steps; ++step) {
+        multiply_stage(step == 0, kWholeStage, [&](uint64_t a, uint64_t b, int half) {
+          multiply<Element>(sums, a, b, half, step == 0 && half == 0);
+        });
+      }
+      if constexpr (addend != Addend::kNone) {
+        const auto multiply_columns = [&](uint64_t a, uint64_t b, int half) {
+          multiply_addend(sums, a, b, half);
+        };
+        constexpr bool ends_half = addend == Addend::kEndsHalf;
+        for (int step = ends_half ? 1 : 0; step < p.addend_steps; ++step) {
+          multiply_stage(false, kWholeStage, multiply_columns);
+        }
+        if constexpr (ends_half) multiply_stage(false, kHalfStage, multiply_columns);
+      }
+      wgmma_wait(sums);
+      pipeline.release(previous, thread);
+      const int b_tile = at.n * kCluster + block;
+      if (b_tile >= p.n_tiles) continue;
+      mbarrier_wait(sum_barriers.empty(warp), empty_phase);
+      empty_phase ^= 1;
+      Element::store_sums(sums, boxes_of(warp), p.operands, p.epilogue,
+                          at.m * kTokens + warp * kWarpTokens, b_tile);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(sum_barriers.full(warp));
+    }
+  } else {
+    const int epilogue_warp = threadIdx.x % kWarpgroup / 32 - 1;
+    if (epilogue_warp >= 0) {
+      uint32_t full_phase = 0;
+      for (const TileIndex at : scheduler) {
+        const int first_token = at.m * kTokens, b_tile = at.n * kCluster + block;
+        if (b_tile >= p.n_tiles) continue;
+#pragma unroll 1
+        for (int warp = epilogue_warp; warp < kWarps; warp += kEpilogueWarps) {
+          const int token = first_token + warp * kWarpTokens;
+          const SmemTile boxes = boxes_of(warp);
+          mbarrier_wait(sum_barriers.full(warp), full_phase);
+          p.epilogue(boxes, p.operands, token, b_tile);
+          tma_store_fence();
+          __syncwarp();
+          if (lane == 0) {
+            for (int box = 0; box < Epilogue::kColumns / kBoxColumns; ++box) {
+              tma_store_2d(d_map, boxes.address + box * kBoxBytes,
+                           b_tile * Epilogue::kColumns + box * kBoxColumns, token);
+            }
+            tma_store_commit();
+            tma_store_wait_read();
+            mbarrier_arrive(sum_barriers.empty(warp));
+          }
+          __syncwarp();
+        }
+        full_phase ^= 1;
+      }
+    } else if (lane == 0) {
+      prefetch_tensor_map(a_map);
+      prefetch_tensor_map(b_map);
+      typename Ring::State state;
+      for (const TileIndex at : scheduler) {
+        const int token = at.m * kTokens, b_tile = at.n * kCluster + block;
+        const int b_rows[2] = {p.epilogue.row_of_b(b_tile, 0), p.epilogue.row_of_b(b_tile, 1)};
+        const auto load = [&](const CUtensorMap& of_a, const CUtensorMap& of_b, int column) {
+          const uint32_t full = pipeline.acquire(state, kABytes + kBBytes);
+          const uint32_t a = a_tiles + state.stage * kABytes, b = b_tiles + state.stage * kBBytes;
+          constexpr int part = kTokens / kCluster;
+          tma_load_2d_multicast(of_a, full, a + block * part * kDepth, column, token + block * part,
+                                (1 << kCluster) - 1);
+          tma_load_2d(of_b, full, b, column, b_rows[0]);
+          tma_load_2d(of_b, full, b + kBBytes / 2, column, b_rows[1]);
+          state.advance();
+        };
+        for (int step = 0; step < steps; ++step) load(a_map, b_map, step * kDepth);
+        if constexpr (addend != Addend::kNone) {
+          for (int step = 0; step < p.addend_steps; ++step) load(x_map, u_map, step * kDepth / 2);
+        }
+      }
+    }
+    __syncwarp();
+  }
+  // No block leaves while the other may still write to its shared memory.
+  cluster_sync();
+#endif
+}
+
+// `addend` may be null unless the epilogue is only there to scale sums with one. `a` and `b` are
+// operands that operand_map() describes.
+template <class Element, class Operand, class Epilogue>
+void run(const Operand& a, const Operand& b, const Epilogue& epilogue, const LowRankAddend* addend,
+         const MatrixView& target, CudaStream stream) {
+  Parameters<Epilogue> p{};
+  p.epilogue = epilogue;
+  p.operands = {a.scales, b.scales, static_cast<int>(a.rows), static_cast<int>(b.rows),
+                static_cast<int>(a.cols)};
+  p.m_tiles = static_cast<int>(ceil_div(a.rows, kTokens));
+  p.n_tiles = static_cast<int>(ceil_div(target.cols, Epilogue::kColumns));
+  const int64_t tiles = int64_t{p.m_tiles} * ((p.n_tiles + 1) / 2);
+  const int64_t clusters =
+      std::min<int64_t>(checked_count(tiles), multiprocessors(current_device()) / kCluster);
+  const int64_t row_stride = target.rows > 1 ? target.row_stride : target.cols;
+  const CUtensorMap a_map = operand_map(a, kTokens / kCluster),
+                    b_map = operand_map(b, Epilogue::kRows / 2);
+  const CUtensorMap d_map =
+      bf16_map(target.data, target.rows, target.cols, row_stride, kWarpTokens);
+  const auto start = [&](auto kernel, const CUtensorMap& x_map, const CUtensorMap& u_map) {
+    launch_clusters(kernel, static_cast<uint32_t>(clusters), kCluster, kThreads,
+                    Memory<Epilogue::kRows>::kBytes, stream, a_map, b_map, x_map, u_map, d_map, p);
+  };
+  if constexpr (!Element::kAddends ||
+                !std::is_same_v<Epilogue, Scale<ScaleValues, Epilogue::kRows>>) {
+    if (!addend) {
+      return start(fused_gemm_kernel<Element, Epilogue, Addend::kNone>, a_map, b_map);
+    }
+  }
+  if constexpr (Element::kAddends) {
+    constexpr int kColumns = kDepth / 2;  // of BF16 in a stage
+    p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kColumns));
+    const CUtensorMap x_map = operand_map(addend->x, kTokens / kCluster),
+                      u_map = operand_map(addend->u, Epilogue::kRows / 2);
+    if (p.addend_steps * kColumns - addend->x.cols < kColumns / 2) {
+      start(fused_gemm_kernel<Element, Epilogue, Addend::kWhole>, x_map, u_map);
+    } else {
+      start(fused_gemm_kernel<Element, Epilogue, Addend::kEndsHalf>, x_map, u_map);
+    }
+  }
+}
+
+// The same with each epilogue of gemm.h. `rows` of B are in a tile.
+template <class Element, int rows = kWideRows, class Operand>
+void run_scale(const Operand& a, const Operand& b, const LowRankAddend* addend,
+               const MatrixView& target, CudaStream stream) {
+  run<Element>(a, b, Scale<typename Element::Scaling, rows>{}, addend, target, stream);
+}
+
+template <class Element, class Operand>
+void run_silu_multiply(const Operand& a, const Operand& b, const LowRankAddend* addend,
+                       const MatrixView& target, CudaStream stream) {
+  const SiluMultiply<typename Element::Scaling> epilogue{static_cast<int>(target.cols)};
+  run<Element>(a, b, epilogue, addend, target, stream);
+}
+
+template <class Element, class Operand>
+void run_rotate_heads(const Operand& a, const Operand& b, const zimage_mxfp8::RotateHeads& heads,
+                      const LowRankAddend* addend, const MatrixView& target, CudaStream stream) {
+  const RotateHeads<typename Element::Scaling> epilogue{
+      static_cast<const uint4*>(heads.q_weight),
+      static_cast<const uint4*>(heads.k_weight),
+      static_cast<const float4*>(heads.rotations.data),
+      heads.rotations.row_stride / 4,
+      static_cast<int>(heads.heads),
+      heads.eps};
+  run<Element>(a, b, epilogue, addend, target, stream);
+}
+
+}  // namespace zimage_mxfp8::detail::fused_gemm

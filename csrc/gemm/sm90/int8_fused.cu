@@ -1,0 +1,69 @@
+// INT8 GEMMs with one float32 scale per row, see fused_gemm.cuh. Sums are exact, so D has the same
+// bits as from any other kernel, with an epilogue as without.
+#include "gemm/sm90/fused_gemm.cuh"
+#include "gemm/sm90/int8_fused.h"
+
+namespace zimage_mxfp8::detail {
+namespace {
+
+using namespace fused_gemm;
+
+struct Int8 {
+  using Sum = int32_t;
+  using Scaling = KeepValues;
+  static constexpr bool kAddends = false;
+
+  template <int count>
+  static __device__ void multiply(int32_t (&sums)[count], uint64_t a, uint64_t b, bool add) {
+    WgmmaInt8<2 * count>::multiply(sums, a, b, add);
+  }
+
+  // Leaves the sums scaled: rounded to BF16 as they are they would lose more than the codes.
+  template <class Epilogue>
+  static __device__ void store_sums(const int32_t (&sums)[Epilogue::kRows / 2], SmemTile boxes,
+                                    const Operands& operands, const Epilogue& epilogue, int token,
+                                    int tile) {
+    const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+    const auto of_token = [&](int at) {
+      return __ldg(operands.a_scales + min(token + at, operands.m - 1));
+    };
+    const float of_rows[2] = {of_token(row), of_token(row + 8)};
+    const int halves[2] = {epilogue.row_of_b(tile, 0), epilogue.row_of_b(tile, 1)};
+    store_values<Epilogue::kRows>(boxes, [&](int i) {
+      constexpr int kPerHalf = Epilogue::kRows / 16;  // groups of eight columns
+      const int group = i / 4, last = operands.n - 2;
+      const int of_b = halves[group / kPerHalf] + group % kPerHalf * 8 + column;
+      const float2 of_columns =
+          __ldg(reinterpret_cast<const float2*>(operands.b_scales + min(of_b, last)));
+      return __fmul_rn(__fmul_rn(__int2float_rn(sums[i]), of_rows[i / 2 % 2]),
+                       i % 2 == 0 ? of_columns.x : of_columns.y);
+    });
+  }
+};
+
+constexpr int kNarrowRows = 192;  // of B in a tile
+static_assert(kCluster * kNarrowRows == kInt8SM90NarrowTileN);
+
+}  // namespace
+
+void gemm_int8_sm90(const ConstInt8View& a, const ConstInt8View& b, const MatrixView& target,
+                    CudaStream stream) {
+  if (int8_sm90_takes_narrow_tiles(a.rows, b.rows, multiprocessors(current_device()))) {
+    run_scale<Int8, kNarrowRows>(a, b, nullptr, target, stream);
+  } else {
+    run_scale<Int8>(a, b, nullptr, target, stream);
+  }
+}
+
+void gemm_int8_silu_multiply_sm90(const ConstInt8View& a, const ConstInt8View& b,
+                                  const MatrixView& target, CudaStream stream) {
+  run_silu_multiply<Int8>(a, b, nullptr, target, stream);
+}
+
+void gemm_int8_rotate_heads_sm90(const ConstInt8View& a, const ConstInt8View& b,
+                                 const zimage_mxfp8::RotateHeads& heads, const MatrixView& target,
+                                 CudaStream stream) {
+  run_rotate_heads<Int8>(a, b, heads, nullptr, target, stream);
+}
+
+}  // namespace zimage_mxfp8::detail
