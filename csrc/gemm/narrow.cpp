@@ -40,7 +40,8 @@ Operand operand(const ConstMatrixView& view, const char* name) {
           {nullptr, 0, name}};
 }
 
-Operand operand(const ConstRowScaledView& view, const char* name) {
+template <typename View>  // with codes and scales of rows
+Operand operand(const View& view, const char* name) {
   check_size(view, name);
   return {view.rows,
           view.cols,
@@ -94,7 +95,10 @@ void narrow_gemm(const GemmOperand& a, const GemmOperand& b, const float* factor
   const auto* const scaled_a = std::get_if<ConstRowScaledView>(&a);
   const auto* const scaled_b = std::get_if<ConstRowScaledView>(&b);
   if (scaled_a && scaled_b) return run(*scaled_a, *scaled_b, 2);
-  throw InvalidArgument("A and B of a narrow GEMM must both be BF16 or both row-scaled FP8");
+  const auto* const int8_a = std::get_if<ConstInt8View>(&a);
+  const auto* const int8_b = std::get_if<ConstInt8View>(&b);
+  if (int8_a && int8_b) return run(*int8_a, *int8_b, 2);
+  throw InvalidArgument("A and B of a narrow GEMM must both be BF16, row-scaled FP8 or INT8");
 }
 
 }  // namespace zimage_mxfp8

@@ -208,6 +208,10 @@ TEST_CASE("a made-up kernel is chosen, refused with its reason, and listed") {
   GemmProblem mixed_sum = problem(4224, 3840, 3840, kBF16, kMX);
   mixed_sum.addend_rank = 32;
   CHECK(built.choice(mixed_sum, kH100) == "mixed_sm90");
+  GemmProblem int8_sum = problem(4224, 20480, 3840, kInt8, kInt8, kSilu);
+  int8_sum.addend_rank = 32;
+  CHECK(built.choice(int8_sum, kH100) == "int8_sm90");
+  CHECK(built.choice(int8_sum, kA100) == "none");
 
   const std::string line =
       detail::log_line(few, &kH100, detail::explain(built.table(), few, &kH100, ""));

@@ -64,7 +64,12 @@ struct WgmmaShared;
 template <int n>
 struct WgmmaFP8;
 
-// WgmmaInt8<N>: the same of INT8.
+// WgmmaSharedBits<N>: WgmmaShared with float32 sums in integers. A kernel whose sums of INT8 become
+// floats has too few registers for both.
+template <int n>
+struct WgmmaSharedBits;
+
+// WgmmaInt8<N>: WgmmaFP8 of INT8.
 template <int n>
 struct WgmmaInt8;
 
@@ -155,11 +160,30 @@ ZM_WGMMA_FP8(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 "
                    : "l"(a), "l"(b), "r"(int{add}));                                              \
     }                                                                                             \
   };
+ZM_WGMMA_INT8(64, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3, "%32", "%33", "%34",
+              ZM_I8(0), ZM_I8(8), ZM_I8(16), ZM_I8(24))
+ZM_WGMMA_INT8(128, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7, "%64", "%65", "%66",
+              ZM_I8(0), ZM_I8(8), ZM_I8(16), ZM_I8(24), ZM_I8(32), ZM_I8(40), ZM_I8(48), ZM_I8(56))
 ZM_WGMMA_INT8(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96", "%97", "%98",
               ZM_I8(0), ZM_I8(8), ZM_I8(16), ZM_I8(24), ZM_I8(32), ZM_I8(40), ZM_I8(48), ZM_I8(56), ZM_I8(64), ZM_I8(72), ZM_I8(80), ZM_I8(88))
 ZM_WGMMA_INT8(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128", "%129", "%130",
               ZM_I8(0), ZM_I8(8), ZM_I8(16), ZM_I8(24), ZM_I8(32), ZM_I8(40), ZM_I8(48), ZM_I8(56), ZM_I8(64), ZM_I8(72), ZM_I8(80), ZM_I8(88), ZM_I8(96), ZM_I8(104), ZM_I8(112), ZM_I8(120))
 #undef ZM_WGMMA_INT8
+#define ZM_WGMMA_SHARED_BITS(n, sums, a_descriptor, b_descriptor, ...)                            \
+  template <>                                                                                     \
+  struct WgmmaSharedBits<n> {                                                                     \
+    static __device__ void multiply(int32_t (&d)[n / 2], uint64_t a, uint64_t b) {                \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, "        \
+                   a_descriptor ", " b_descriptor ", 1, 1, 1, 0, 0;"                              \
+                   : __VA_ARGS__                                                                  \
+                   : "l"(a), "l"(b));                                                             \
+    }                                                                                             \
+  };
+ZM_WGMMA_SHARED_BITS(192, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11, "%96", "%97",
+                     ZM_I8(0), ZM_I8(8), ZM_I8(16), ZM_I8(24), ZM_I8(32), ZM_I8(40), ZM_I8(48), ZM_I8(56), ZM_I8(64), ZM_I8(72), ZM_I8(80), ZM_I8(88))
+ZM_WGMMA_SHARED_BITS(256, ZM_R0 ", " ZM_R1 ", " ZM_R2 ", " ZM_R3 ", " ZM_R4 ", " ZM_R5 ", " ZM_R6 ", " ZM_R7 ", " ZM_R8 ", " ZM_R9 ", " ZM_R10 ", " ZM_R11 ", " ZM_R12 ", " ZM_R13 ", " ZM_R14 ", " ZM_R15, "%128", "%129",
+                     ZM_I8(0), ZM_I8(8), ZM_I8(16), ZM_I8(24), ZM_I8(32), ZM_I8(40), ZM_I8(48), ZM_I8(56), ZM_I8(64), ZM_I8(72), ZM_I8(80), ZM_I8(88), ZM_I8(96), ZM_I8(104), ZM_I8(112), ZM_I8(120))
+#undef ZM_WGMMA_SHARED_BITS
 #undef ZM_I8
 #undef ZM_WGMMA
 #undef ZM_WGMMA_SHARED

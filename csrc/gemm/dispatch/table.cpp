@@ -32,7 +32,7 @@ constexpr GemmKernel kTable[] = {
     {"mxfp8_sm120", kMXFP8Pair,     kToAny,  kPlain, kNoAddend,       {120, 121},  false, &kMXFP8SM120, cost_mxfp8_sm120},
     {"fp8_sm90",    kRowScaledPair, kToBF16, kFused, kPlain | kFused, {90},        false, &kFP8SM90,    cost_fp8_sm90},
     {"fp8_rowwise", kRowScaledPair, kToAny,  kPlain, kNoAddend,       {90},        false, &kFP8Rowwise, cost_fp8_rowwise},
-    {"int8_sm90",   kInt8Pair,      kToBF16, kPlain | kFused, kNoAddend, {90},      false, &kInt8SM90,   cost_int8_sm90},
+    {"int8_sm90",   kInt8Pair,      kToBF16, kPlain | kFused, kPlain | kFused, {90}, false, &kInt8SM90,   cost_int8_sm90},
     {"int8_sm80",   kInt8Pair,      kToBF16, kPlain, kNoAddend,       {-80},       false, &kInt8SM80,   cost_int8_sm80},
     {"mixed_sm90",  kMixedPair,     kToBF16, kPlain, kPlain,          {90},        false, &kMixedSM90,  cost_mixed_sm90},
     {"dequantize",  kDecodable,     kToAny,  kPlain, kNoAddend,       {80, 86, 87, 89, 90, 100, 103, 120, 121},

@@ -1,8 +1,7 @@
 // FP8 GEMMs with one float32 scale per row, see fused_gemm.cuh.
 //
-// With a low-rank addend, D = (A B^T + X U^T) scaled: X and U are BF16, and their stages of 64
-// columns, which have as many bytes as those of A and B, follow in the same ring. X is divided by
-// A's scales and U by B's beforehand, because sums are scaled at the end.
+// With a low-rank addend, D = (A B^T + X U^T) scaled: X is divided by A's scales and U by B's
+// beforehand, because sums are scaled at the end.
 #include "gemm/sm90/fp8_fused.h"
 #include "gemm/sm90/fused_gemm.cuh"
 
@@ -14,18 +13,17 @@ using namespace fused_gemm;
 struct E4M3 {
   using Sum = float;
   using Scaling = ScaleValues;
-  static constexpr bool kAddends = true;
 
   template <int count>
   static __device__ void multiply(float (&sums)[count], uint64_t a, uint64_t b, bool add) {
     WgmmaFP8<2 * count>::multiply(sums, a, b, add);
   }
 
-  // Leaves the sums, rounded.
+  // The epilogue scales.
   template <class Epilogue>
-  static __device__ void store_sums(const float (&sums)[kWideRows / 2], SmemTile boxes,
-                                    const Operands&, const Epilogue&, int, int) {
-    store_values<kWideRows>(boxes, [&](int i) { return sums[i]; });
+  static __device__ auto scaled(const float (&sums)[Epilogue::kRows / 2], const Operands&,
+                                const Epilogue&, int, int) {
+    return [&sums](int i) { return sums[i]; };
   }
 };
 

@@ -11,9 +11,13 @@
 // An Element says how codes are multiplied and how sums become BF16:
 //   Sum       of products: float or int32_t
 //   Scaling   what is left to the epilogue
-//   kAddends  whether a low-rank addend may follow in the sums
-//   multiply(sums, a, b, add)                                    32 columns of A and B
-//   store_sums(sums, boxes, operands, epilogue, token, tile)     a warp's 16 tokens
+//   multiply(sums, a, b, add)                           32 columns of A and B
+//   scaled(sums, operands, epilogue, token, tile)       a function of i: the value of sum i, of a
+//                                                       warp whose first token is `token`
+//
+// With a low-rank addend X U^T, X and U are BF16. Their stages of 64 columns, which have as many
+// bytes as those of A and B, follow in the same ring, and their products add to the values: to
+// float sums as they are, to integers once they are scaled.
 #pragma once
 
 #include <algorithm>
@@ -94,13 +98,15 @@ __device__ void multiply(typename Element::Sum (&sums)[count], uint64_t a, uint6
   wgmma_commit();
 }
 
-// The same of the addend, half of 64 columns of BF16.
-template <int count>
-__device__ void multiply_addend(float (&sums)[count], uint64_t a, uint64_t b, int half) {
+// The same of the addend, half of 64 columns of BF16. Integers hold the bits of floats.
+template <typename Sum, int count>
+__device__ void multiply_addend(Sum (&sums)[count], uint64_t a, uint64_t b, int half) {
+  using Wgmma = std::conditional_t<std::is_same_v<Sum, float>, WgmmaShared<2 * count>,
+                                   WgmmaSharedBits<2 * count>>;
   constexpr uint64_t step_of_16 = 32 / 16;
 #pragma unroll
   for (int i = 2 * half; i < 2 * half + 2; ++i) {
-    WgmmaShared<2 * count>::multiply(sums, a + i * step_of_16, b + i * step_of_16);
+    Wgmma::multiply(sums, a + i * step_of_16, b + i * step_of_16);
   }
   wgmma_commit();
 }
@@ -184,26 +190,45 @@ __global__ void __launch_bounds__(kThreads, 1)
           multiply<Element>(sums, a, b, half, step == 0 && half == 0);
         });
       }
-      if constexpr (addend != Addend::kNone) {
+      const int b_tile = at.n * kCluster + block;
+      const auto scaled = [&] {
+        const int token = at.m * kTokens + warp * kWarpTokens;
+        return Element::scaled(sums, p.operands, p.epilogue, token, b_tile);
+      };
+      // Adds the products of the addend's stages; `first` if no stage before is to be released.
+      const auto add = [&](bool first) {
         const auto multiply_columns = [&](uint64_t a, uint64_t b, int half) {
           multiply_addend(sums, a, b, half);
         };
         constexpr bool ends_half = addend == Addend::kEndsHalf;
         for (int step = ends_half ? 1 : 0; step < p.addend_steps; ++step) {
-          multiply_stage(false, kWholeStage, multiply_columns);
+          multiply_stage(first, kWholeStage, multiply_columns);
+          first = false;
         }
-        if constexpr (ends_half) multiply_stage(false, kHalfStage, multiply_columns);
-      }
+        if constexpr (ends_half) multiply_stage(first, kHalfStage, multiply_columns);
+      };
+      const auto store = [&](auto value) {
+        mbarrier_wait(sum_barriers.empty(warp), empty_phase);
+        empty_phase ^= 1;
+        store_values<kRows>(boxes_of(warp), value);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(sum_barriers.full(warp));
+      };
+      constexpr bool is_float = std::is_same_v<typename Element::Sum, float>;
+      if constexpr (addend != Addend::kNone && is_float) add(false);
       wgmma_wait(sums);
       pipeline.release(previous, thread);
-      const int b_tile = at.n * kCluster + block;
-      if (b_tile >= p.n_tiles) continue;
-      mbarrier_wait(sum_barriers.empty(warp), empty_phase);
-      empty_phase ^= 1;
-      Element::store_sums(sums, boxes_of(warp), p.operands, p.epilogue,
-                          at.m * kTokens + warp * kWarpTokens, b_tile);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(sum_barriers.full(warp));
+      if constexpr (addend != Addend::kNone && !is_float) {
+        const auto value = scaled();
+#pragma unroll
+        for (int i = 0; i < kRows / 2; ++i) sums[i] = __float_as_int(value(i));
+        add(true);
+        wgmma_wait(sums);
+        pipeline.release(previous, thread);
+        if (b_tile < p.n_tiles) store([&](int i) { return __int_as_float(sums[i]); });
+      } else if (b_tile < p.n_tiles) {
+        store(scaled());
+      }
     }
   } else {
     const int epilogue_warp = threadIdx.x % kWarpgroup / 32 - 1;
@@ -286,22 +311,20 @@ void run(const Operand& a, const Operand& b, const Epilogue& epilogue, const Low
     launch_clusters(kernel, static_cast<uint32_t>(clusters), kCluster, kThreads,
                     Memory<Epilogue::kRows>::kBytes, stream, a_map, b_map, x_map, u_map, d_map, p);
   };
-  if constexpr (!Element::kAddends ||
-                !std::is_same_v<Epilogue, Scale<ScaleValues, Epilogue::kRows>>) {
+  // Float sums that are only scaled come from a library's kernel, unless there is an addend.
+  if constexpr (!std::is_same_v<Epilogue, Scale<ScaleValues, Epilogue::kRows>>) {
     if (!addend) {
       return start(fused_gemm_kernel<Element, Epilogue, Addend::kNone>, a_map, b_map);
     }
   }
-  if constexpr (Element::kAddends) {
-    constexpr int kColumns = kDepth / 2;  // of BF16 in a stage
-    p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kColumns));
-    const CUtensorMap x_map = operand_map(addend->x, kTokens / kCluster),
-                      u_map = operand_map(addend->u, Epilogue::kRows / 2);
-    if (p.addend_steps * kColumns - addend->x.cols < kColumns / 2) {
-      start(fused_gemm_kernel<Element, Epilogue, Addend::kWhole>, x_map, u_map);
-    } else {
-      start(fused_gemm_kernel<Element, Epilogue, Addend::kEndsHalf>, x_map, u_map);
-    }
+  constexpr int kColumns = kDepth / 2;  // of BF16 in a stage
+  p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kColumns));
+  const CUtensorMap x_map = operand_map(addend->x, kTokens / kCluster),
+                    u_map = operand_map(addend->u, Epilogue::kRows / 2);
+  if (p.addend_steps * kColumns - addend->x.cols < kColumns / 2) {
+    start(fused_gemm_kernel<Element, Epilogue, Addend::kWhole>, x_map, u_map);
+  } else {
+    start(fused_gemm_kernel<Element, Epilogue, Addend::kEndsHalf>, x_map, u_map);
   }
 }
 

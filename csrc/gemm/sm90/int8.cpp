@@ -18,10 +18,12 @@ void run(const GemmTask& task, Workspace, CudaStream stream) {
   const ConstInt8View a = view(task.a, task.m, task.k), b = view(task.b, task.n, task.k);
   run_fused(
       "int8_sm90", task,
-      [&](std::monostate, const MatrixView& d) { gemm_int8_sm90(a, b, d, stream); },
-      [&](SiluMultiply, const MatrixView& d) { gemm_int8_silu_multiply_sm90(a, b, d, stream); },
+      [&](std::monostate, const MatrixView& d) { gemm_int8_sm90(a, b, task.addend, d, stream); },
+      [&](SiluMultiply, const MatrixView& d) {
+        gemm_int8_silu_multiply_sm90(a, b, task.addend, d, stream);
+      },
       [&](const RotateHeads& heads, const MatrixView& d) {
-        gemm_int8_rotate_heads_sm90(a, b, heads, d, stream);
+        gemm_int8_rotate_heads_sm90(a, b, heads, task.addend, d, stream);
       });
 }
 

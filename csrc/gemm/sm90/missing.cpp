@@ -23,6 +23,11 @@ void narrow_gemm_sm90(const ConstRowScaledView&, const ConstRowScaledView&, cons
   throw Unsupported(Reason::text);
 }
 
+void narrow_gemm_sm90(const ConstInt8View&, const ConstInt8View&, const float*, const MatrixView&,
+                      CudaStream) {
+  throw Unsupported(Reason::text);
+}
+
 void narrow_gemm_sm90(const ConstMatrixView&, const ConstMatrixView&, const float*,
                       const MatrixView&, CudaStream) {
   throw Unsupported(Reason::text);

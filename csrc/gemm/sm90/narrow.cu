@@ -1,4 +1,4 @@
-// Narrow GEMMs on Hopper, D[M, R] = A[M, K] B[R, K]^T for a small R, of BF16 or of E4M3 codes.
+// Narrow GEMMs on Hopper, D[M, R] = A[M, K] B[R, K]^T for a small R, of BF16 or of 8-bit codes.
 //
 // B of codes is a sum of two matrices (see narrow_gemm in gemm.h), whose rows alternate, so that a
 // thread holds both sums of an element of D. A block multiplies 128 tokens with up to 128 columns
@@ -32,6 +32,7 @@ constexpr double kFilled = 0.9;      // clusters do not fill every multiprocesso
 
 // What A and B are made of.
 struct BF16 {
+  using Sum = float;
   static constexpr int bytes = 2;
   static constexpr int terms = 1;  // rows of B for a column of D
   template <int n>
@@ -40,12 +41,23 @@ struct BF16 {
   }
 };
 
-struct Codes {
+struct E4M3 {
+  using Sum = float;
   static constexpr int bytes = 1;
   static constexpr int terms = 2;
   template <int n>
   static __device__ void multiply(float (&sums)[n / 2], uint64_t a, uint64_t b) {
     WgmmaFP8<n>::multiply(sums, a, b, true);
+  }
+};
+
+struct Int8 {
+  using Sum = int32_t;
+  static constexpr int bytes = 1;
+  static constexpr int terms = 2;
+  template <int n>
+  static __device__ void multiply(int32_t (&sums)[n / 2], uint64_t a, uint64_t b) {
+    WgmmaInt8<n>::multiply(sums, a, b, true);
   }
 };
 
@@ -67,7 +79,8 @@ struct Tile {
 };
 
 struct Parameters {
-  const float2* scales;  // of the two rows of codes for each column of D
+  const float* a_scales;  // null if D leaves them out
+  const float2* scales;   // of the two rows of codes for each column of D
   const float* factors;
   __nv_bfloat16* d;
   int64_t d_stride;
@@ -100,9 +113,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
   if (warpgroup < kConsumers) {
     const int thread = threadIdx.x % kWarpgroup;
-    float sums[T::b_rows / 2];
+    typename T::Element::Sum sums[T::b_rows / 2];
 #pragma unroll
-    for (float& sum : sums) sum = 0.0f;
+    for (auto& sum : sums) sum = 0;
     typename T::Ring::State state;
     int previous = 0;
     for (int step = begin; step < end; ++step) {
@@ -131,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t of_token = shared + (token + 8 * half) * T::pitch * 4;
-        const float2 two = {sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]};
+        const float2 two = {static_cast<float>(sums[4 * i + 2 * half]),
+                            static_cast<float>(sums[4 * i + 2 * half + 1])};
         if constexpr (T::Element::terms == 2) {
           const float2 scales = __ldg(p.scales + first_column + pair);
           store_shared(of_token + pair * 4, __fmaf_rn(two.y, scales.y, __fmul_rn(two.x, scales.x)));
@@ -166,7 +180,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       total = {total.x + sums.x, total.y + sums.y};
     }
     const int at = first_column + column;
-    const float2 factors = __ldg(reinterpret_cast<const float2*>(p.factors + at));
+    float2 factors = __ldg(reinterpret_cast<const float2*>(p.factors + at));
+    if (p.a_scales) {
+      const float of_token = __ldg(p.a_scales + first_token + token);
+      factors = {factors.x * of_token, factors.y * of_token};
+    }
     *reinterpret_cast<uint32_t*>(p.d + (first_token + token) * p.d_stride + at) =
         round2(total.x * factors.x, total.y * factors.y);
   }
@@ -176,10 +194,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- Host
 
+// Scales of rows, null where D leaves them out or the operands have none.
+struct RowScales {
+  const float* of_a;
+  const float* of_b;
+};
+
 template <class T, class View>
-void run(const View& a, const View& b, const float* scales, const float* factors,
-         const MatrixView& d, CudaStream stream) {
-  const Parameters p{reinterpret_cast<const float2*>(scales),
+void run(const View& a, const View& b, RowScales scales, const float* factors, const MatrixView& d,
+         CudaStream stream) {
+  const Parameters p{scales.of_a,
+                     reinterpret_cast<const float2*>(scales.of_b),
                      factors,
                      static_cast<__nv_bfloat16*>(d.data),
                      d.rows > 1 ? d.row_stride : d.cols,
@@ -196,7 +221,7 @@ void run(const View& a, const View& b, const float* scales, const float* factors
 }
 
 template <class Element, class View>
-void run_widest(const View& a, const View& b, const float* scales, const float* factors,
+void run_widest(const View& a, const View& b, RowScales scales, const float* factors,
                 const MatrixView& d, CudaStream stream) {
   static_assert(kNarrowColumns == 32);
   if (d.cols % 128 == 0) return run<Tile<Element, 128>>(a, b, scales, factors, d, stream);
@@ -208,12 +233,17 @@ void run_widest(const View& a, const View& b, const float* scales, const float* 
 
 void narrow_gemm_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
                       const float* factors, const MatrixView& d, CudaStream stream) {
-  run_widest<Codes>(a, b, b.scales, factors, d, stream);
+  run_widest<E4M3>(a, b, {nullptr, b.scales}, factors, d, stream);
+}
+
+void narrow_gemm_sm90(const ConstInt8View& a, const ConstInt8View& b, const float* factors,
+                      const MatrixView& d, CudaStream stream) {
+  run_widest<Int8>(a, b, {a.scales, b.scales}, factors, d, stream);
 }
 
 void narrow_gemm_sm90(const ConstMatrixView& a, const ConstMatrixView& b, const float* factors,
                       const MatrixView& d, CudaStream stream) {
-  run_widest<BF16>(a, b, nullptr, factors, d, stream);
+  run_widest<BF16>(a, b, {nullptr, nullptr}, factors, d, stream);
 }
 
 }  // namespace zimage_mxfp8::detail

@@ -9,6 +9,8 @@ inline constexpr std::int64_t kNarrowColumns = 32;  // of D, whose number is a m
 
 void narrow_gemm_sm90(const ConstRowScaledView& a, const ConstRowScaledView& b,
                       const float* factors, const MatrixView& d, CudaStream stream);
+void narrow_gemm_sm90(const ConstInt8View& a, const ConstInt8View& b, const float* factors,
+                      const MatrixView& d, CudaStream stream);
 void narrow_gemm_sm90(const ConstMatrixView& a, const ConstMatrixView& b, const float* factors,
                       const MatrixView& d, CudaStream stream);
 

@@ -154,8 +154,8 @@ struct RotateHeads {
 // In the order of GemmEpilogue.
 using EpilogueArguments = std::variant<std::monostate, SiluMultiply, RotateHeads>;
 
-// X U^T, which is added to D. The products of row-scaled codes are scaled afterwards: to add Y Z^T
-// to such a D, X is Y divided by A's scales (see narrow_gemm) and U is Z divided by B's.
+// X U^T, which is added to D. The products of row-scaled FP8 are scaled afterwards: to add Y Z^T to
+// such a D, X is Y divided by A's scales (see narrow_gemm) and U is Z divided by B's.
 struct LowRankAddend {
   ConstMatrixView x;  // [M, rank] BF16
   ConstMatrixView u;  // [N, rank] BF16
@@ -196,7 +196,8 @@ void gemm(const GemmKernel& kernel, const GemmArguments& arguments, Workspace wo
 // With BF16 `a` [M, K] and `b` [R, K], D[m, r] = factors[r] * sum over k of A[m, k] * B[r, k].
 // With row-scaled `a` [M, K] and `b` [2 R, K], D[m, r] = factors[r] * sum over k of code(A[m, k]) *
 // (B[2 r, k] + B[2 r + 1, k]), without A's scales. B holds each row of a matrix as two terms: the
-// row encoded, and what that encoding left out, encoded. Together they are as exact as BF16.
+// row encoded, and what that encoding left out, encoded. Together they are as exact as BF16. With
+// INT8 it is the same, multiplied by A's scales.
 //
 // Sums are those of the tensor cores; D is rounded once. K is a multiple of 32, and so is R.
 // `factors` is [R], `d` [M, R] BF16. Rows are aligned to 16 bytes. Throws InvalidArgument for

@@ -117,8 +117,8 @@ def gemm_low_rank(a: Any, b: Any, addend: LowRankAddend, *, kernel: str | None =
     """Compute a b^T with a low-rank addend.
 
     Args:
-        a: [M, K] on CUDA, a `RowScaledArray` or of bfloat16. K is a multiple of 32.
-        b: [N, K], a `RowScaledArray`, or an `MXFP8Array` if `a` is of bfloat16. N is a multiple of
+        a: [M, K] on CUDA, a `RowScaledArray`, an `Int8Array` or of bfloat16. K is a multiple of 32.
+        b: [N, K] of the same format, or an `MXFP8Array` if `a` is of bfloat16. N is a multiple of
             8.
         addend: what is added, to row-scaled operands before the scales.
         kernel: name of the kernel; by default the one of least cost.

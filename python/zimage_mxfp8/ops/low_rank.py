@@ -25,7 +25,7 @@ class LowRankAddend:
     """X U^T, which a GEMM of A and B adds to its sums.
 
     Row-scaled A and B are scaled afterwards: to add Y Z^T, X is Y divided by A's scales and U is Z
-    divided by B's. With bfloat16 A and MXFP8 B, X U^T itself is added.
+    divided by B's. To the products of INT8, and of bfloat16 and MXFP8, X U^T itself is added.
 
     Attributes:
         x: [M, rank] of bfloat16.
@@ -62,11 +62,11 @@ def narrow_gemm(a: Any, down: Any, factors: Any) -> Any:
     Sums are those of the tensor cores; the result is rounded once.
 
     Args:
-        a: [M, K] on CUDA, of bfloat16, or a `RowScaledArray`, of which the scales are not used. K
-            is a multiple of 32.
-        down: D [rank, K] of bfloat16. For a row-scaled `a`, a `RowScaledArray` [2 rank, K] with D
-            as a sum of two terms whose rows alternate: row r of D is the sum of rows 2 r and
-            2 r + 1. Encode D, and then what that encoding left out. The rank is a multiple of 32.
+        a: [M, K] on CUDA, of bfloat16, an `Int8Array`, or a `RowScaledArray`, of which the scales
+            are not used. K is a multiple of 32.
+        down: D [rank, K] of bfloat16. For an 8-bit `a` a matrix of its format [2 rank, K] with D as
+            a sum of two terms whose rows alternate: row r of D is the sum of rows 2 r and 2 r + 1.
+            Encode D, and then what that encoding left out. The rank is a multiple of 32.
         factors: [rank] of float32.
 
     Returns:
@@ -77,7 +77,7 @@ def narrow_gemm(a: Any, down: Any, factors: Any) -> Any:
         UnsupportedError: the device is not of compute capability 9.0, or the build lacks 90a.
     """
     first, second = cuda_operands(a, down, ("a", "down"))
-    rank = second[3] // 2 if second[0] == "row-scaled" else second[3]
+    rank = second[3] if second[0] == "bfloat16" else second[3] // 2
     of_rank = vector(factors, "float32", rank, "factors")
     result = empty((first[3], rank), "bfloat16", like=first[1])
     call_core(_core.narrow_gemm, first, second, of_rank, result, like=first[1])

@@ -90,11 +90,11 @@ def rotate_heads(
 
 
 def narrow_gemm(a: Any, down: Any, factors: torch.Tensor) -> torch.Tensor:
-    """Compute factors * A D^T, of row-scaled operands or of bfloat16."""
+    """Compute factors * A D^T, of operands with row scales or of bfloat16."""
     result: torch.Tensor
     if not torch.compiler.is_compiling():
         result = low_rank.narrow_gemm(a, down, factors)
-    elif isinstance(a, RowScaledArray):
+    elif isinstance(a, (RowScaledArray, Int8Array)):
         result = torch_library.narrow_gemm(a.codes, a.scales, down.codes, down.scales, factors)
     else:
         result = torch_library.narrow_gemm_plain(a, down, factors)
@@ -102,15 +102,17 @@ def narrow_gemm(a: Any, down: Any, factors: torch.Tensor) -> torch.Tensor:
 
 
 def gemm_low_rank(
-    a: RowScaledArray | torch.Tensor, b: RowScaledArray | MXFP8Array, addend: LowRankAddend
+    a: RowScaledArray | Int8Array | torch.Tensor,
+    b: RowScaledArray | Int8Array | MXFP8Array,
+    addend: LowRankAddend,
 ) -> torch.Tensor:
-    """Compute a b^T with a low-rank addend, of row-scaled operands, or of bfloat16 and MXFP8."""
+    """Compute a b^T with a low-rank addend, of operands with row scales, or bfloat16 and MXFP8."""
     result: torch.Tensor
     if not torch.compiler.is_compiling():
         result = gemm_epilogues.gemm_low_rank(a, b, addend)
     else:
         factors = (b.codes, b.scales, addend.x, addend.u)
-        if isinstance(a, RowScaledArray):
+        if isinstance(a, (RowScaledArray, Int8Array)):
             result = torch_library.gemm_low_rank(a.codes, a.scales, *factors)
         else:
             result = torch_library.gemm_weight_only_low_rank(a, *factors)

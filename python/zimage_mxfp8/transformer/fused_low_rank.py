@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from ..ops.codec import MXFP8Array
-from ..ops.gemm import RowScaledArray, quantize_rows
+from ..ops.gemm import Int8Array, RowScaledArray, quantize_rows
 from ..ops.low_rank import NARROW_ROWS, LowRankAddend
 from . import fused_kernels
 from .adapter import FusedAdapter
-from .linear import FP8Linear, Linear, WeightOnlyLinear
+from .arithmetic import int8
+from .linear import FP8Linear, Int8Linear, Linear, WeightOnlyLinear
 from .low_rank import Addend, SharedAdapter
 from .ops import pad_columns
 
@@ -22,6 +23,8 @@ def fused_adapter(linear: Linear, addends: Sequence[Addend]) -> SharedAdapter | 
         return None
     if isinstance(linear, WeightOnlyLinear):
         return WeightOnlyLowRankAdapter(addends, linear.weights)
+    if isinstance(linear, Int8Linear):
+        return Int8LowRankAdapter(addends, linear.weights)
     assert isinstance(linear, FP8Linear)
     adapter = FP8LowRankAdapter(addends, linear.weights)
     return adapter if adapter.is_finite else None
@@ -50,6 +53,24 @@ def two_terms(matrix: torch.Tensor) -> RowScaledArray:
         for part in ("codes", "scales")
     ]
     return RowScaledArray(*(pair.flatten(0, 1) for pair in pairs))
+
+
+def two_int8_terms(matrix: torch.Tensor) -> Int8Array:
+    """Rotate a matrix and encode it as a sum of two INT8 ones, see `two_terms`.
+
+    Args:
+        matrix: [N, K] of float32, K a multiple of 32.
+
+    Returns:
+        [2 N, K]: row n of the rotated matrix is the sum of rows 2 n and 2 n + 1.
+    """
+    rotated = int8.rotate(matrix, int8.signs_for(matrix.shape[1], matrix.device))
+    first = int8.quantize(rotated)
+    second = int8.quantize(rotated - first.codes.float() * first.scales[:, None])
+    return Int8Array(
+        torch.stack((first.codes, second.codes), dim=1).flatten(0, 1),
+        torch.stack((first.scales, second.scales), dim=1).flatten(),
+    )
 
 
 class _FusedLowRankAdapter(SharedAdapter, FusedAdapter):
@@ -107,6 +128,35 @@ class FP8LowRankAdapter(_FusedLowRankAdapter):
         return bool(self.up.isfinite().all())
 
     def addend(self, x: RowScaledArray) -> LowRankAddend:
+        """Return the branch for the layer's input [M, K]."""
+        return LowRankAddend(fused_kernels.narrow_gemm(x, self.down, self.scales), self.up)
+
+
+class Int8LowRankAdapter(_FusedLowRankAdapter):
+    """The branch of an `Int8Linear`.
+
+    Attributes:
+        down_codes: int8 [2 rank, K], see `two_int8_terms`.
+        down_scale_bits: their scales, as integers, which nn.Module.to(dtype) leaves alone.
+    """
+
+    down_codes: torch.Tensor
+    down_scale_bits: torch.Tensor
+
+    def __init__(self, addends: Sequence[Addend], weights: Int8Array) -> None:
+        """Take low-rank addends, and the layer's weights [N, K]."""
+        down, up = _factors(addends, weights.shape, weights.codes.device)
+        super().__init__(addends, up.bfloat16())
+        terms = two_int8_terms(down)
+        self.register_buffer("down_codes", terms.codes)
+        self.register_buffer("down_scale_bits", terms.scales.view(torch.int32))
+
+    @property
+    def down(self) -> Int8Array:
+        """The first factors, rotated [2 rank, K], see `two_int8_terms`."""
+        return Int8Array(self.down_codes, self.down_scale_bits.view(torch.float32))
+
+    def addend(self, x: Int8Array) -> LowRankAddend:
         """Return the branch for the layer's input [M, K]."""
         return LowRankAddend(fused_kernels.narrow_gemm(x, self.down, self.scales), self.up)
 

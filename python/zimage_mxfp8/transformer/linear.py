@@ -271,6 +271,17 @@ class _RowScaledLinear(Linear):
     def _gemm_with(self, epilogue: Epilogue, x: Any, addend: LowRankAddend | None) -> Any:
         return epilogue.gemm(x, self.weights, addend)
 
+    def _gemm_low_rank(self, x: Any, addend: LowRankAddend) -> torch.Tensor:
+        return fused_kernels.gemm_low_rank(x, self.weights, addend)
+
+    @property
+    def takes_fused_adapters(self) -> bool:
+        """Whether the layer's GEMM can add a low-rank addend: on Hopper, in bfloat16."""
+        operands = self._input_format
+        return self._core_takes_epilogues and arithmetic.by_core.takes_addends(
+            self.codes.device.index, operands, operands
+        )
+
     @property
     def _core_takes_epilogues(self) -> bool:
         codes = self.codes
@@ -314,19 +325,9 @@ class FP8Linear(_RowScaledLinear):
         decoded: torch.Tensor = codes * weights.scales[:, None]
         return decoded[: self.out_features]
 
-    @property
-    def takes_fused_adapters(self) -> bool:
-        """Whether the layer's GEMM can add a low-rank addend: on Hopper, in bfloat16."""
-        return self._core_takes_epilogues and arithmetic.by_core.takes_addends(
-            self.codes.device.index, "row-scaled", "row-scaled"
-        )
-
     def _gemm(self, x: RowScaledArray) -> torch.Tensor:
         multiply = arithmetic.on(self.codes.device).multiply_row_scaled
         return multiply(x, self.weights, self.dtype)[:, : self.out_features]
-
-    def _gemm_low_rank(self, x: RowScaledArray, addend: LowRankAddend) -> torch.Tensor:
-        return fused_kernels.gemm_low_rank(x, self.weights, addend)
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         if self._fused_adapter is not None:
@@ -349,6 +350,8 @@ class _Int8Linear(_RowScaledLinear):
         return multiply(x, self.weights, self.dtype)[:, : self.out_features]
 
     def _multiply_workspace_nbytes(self, tokens: int) -> int:
+        if self._fused_adapter is not None:
+            return 0
         device = self.codes.device
         of_device = arithmetic.on(device)
         return of_device.int8_workspace(tokens, self._shape, self.dtype, device)

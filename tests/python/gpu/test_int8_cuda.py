@@ -250,4 +250,4 @@ def test_older_devices_get_the_same_images(
     else:  # rotations and norms by torch, with sums in another order
         assert "int8_sm" not in log
         want = results["9.0", "int8"][1].float()
-        assert (found.float() - want).norm() < 0.02 * want.norm()
+        assert (found.float() - want).norm() < 0.06 * want.norm()

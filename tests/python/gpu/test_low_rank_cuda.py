@@ -14,8 +14,8 @@ import zimage_mxfp8 as zm
 from zimage_mxfp8.ops import fused
 from zimage_mxfp8.ops.gemm_epilogues import gemm_low_rank, gemm_rotate_heads, gemm_silu_multiply
 from zimage_mxfp8.ops.low_rank import LowRankAddend, narrow_gemm
-from zimage_mxfp8.transformer.arithmetic import by_core
-from zimage_mxfp8.transformer.fused_low_rank import two_terms
+from zimage_mxfp8.transformer.arithmetic import by_core, int8
+from zimage_mxfp8.transformer.fused_low_rank import two_int8_terms, two_terms
 
 pytestmark = pytest.mark.gpu
 
@@ -151,6 +151,75 @@ def test_rotate_heads(tokens: int) -> None:
     exact = exact_sums(a, b, addend)[0].bfloat16()
     fused.rotate_heads(exact, weight, weight, rotations, 30)
     assert ((result.double() - exact.double()).norm() / exact.double().norm()).item() < 8e-3
+
+
+def int8_values(array: zm.Int8Array) -> torch.Tensor:
+    values: torch.Tensor = array.codes.double() * array.scales.double()[:, None]
+    return values
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 129, 1152, 4224])
+@pytest.mark.parametrize(
+    ("rank", "depth"), [(32, 3840), (128, 10240), (64, 352), (32, 32), (256, 416)]
+)
+def test_narrow_gemm_of_int8(tokens: int, rank: int, depth: int) -> None:
+    a = fused.quantize_rotated(random(tokens, depth, seed=1).bfloat16())
+    matrix, factors = random(rank, depth, seed=2), random(rank, seed=3)
+    down = two_int8_terms(matrix)
+    terms = int8_values(down)
+    rotated = int8.rotate(matrix, int8.hadamard(32).cuda()).double()
+    assert ((terms[0::2] + terms[1::2] - rotated).norm() / rotated.norm()).item() < 1e-4
+    exact = int8_values(a) @ (terms[0::2] + terms[1::2]).T * factors
+    result = narrow_gemm(a, down, factors)
+    # Both sums of integers are exact; their sum in float32 and the scales are not.
+    size = int8_values(a).norm(dim=1)[:, None] * terms[0::2].norm(dim=1) * factors.abs()
+    allowed = 1.01 * ROUNDING * exact.abs() + 1e-5 * size
+    assert ((result.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 129, 1152, 4224])
+@pytest.mark.parametrize(
+    ("rows", "depth", "rank"),
+    [(3840, 3840, 32), (3840, 10240, 128), (200, 352, 64), (8, 32, 96), (4096, 128, 160)],
+)
+def test_gemm_low_rank_of_int8(tokens: int, rows: int, depth: int, rank: int) -> None:
+    a, b = (
+        fused.quantize_rotated((random(count, depth, seed=seed) / depth**0.5).bfloat16())
+        for count, seed in ((tokens, 1), (rows, 2))
+    )
+    x, u = random(tokens, rank, seed=3).bfloat16(), random(rows, rank, seed=4).bfloat16()
+    exact = int8_values(a) @ int8_values(b).T + x.double() @ u.double().T
+    result = gemm_low_rank(a, b, LowRankAddend(x, u))
+    size = x.double().norm(dim=1)[:, None] * u.double().norm(dim=1)
+    allowed = 1.01 * ROUNDING * exact.abs() + 2.0**-12 * size
+    assert ((result.double() - exact).abs() <= allowed).all()
+    assert torch.equal(result, gemm_low_rank(a, b, LowRankAddend(x, u)))
+
+
+@pytest.mark.parametrize("tokens", [1, 129, 4224])
+@pytest.mark.parametrize(("columns", "depth", "rank"), [(10240, 3840, 64), (200, 128, 32)])
+def test_epilogues_of_int8_follow_the_addend(
+    tokens: int, columns: int, depth: int, rank: int
+) -> None:
+    """Computed from the rounded sums, as they would be apart."""
+    a, b = (
+        fused.quantize_rotated((random(count, depth, seed=seed) / depth**0.5).bfloat16())
+        for count, seed in ((tokens, 1), (2 * columns, 2))
+    )
+    x, u = random(tokens, rank, seed=3).bfloat16(), random(2 * columns, rank, seed=4).bfloat16()
+    addend = LowRankAddend(x, u)
+    gate, up = gemm_low_rank(a, b, addend).chunk(2, dim=1)
+    assert torch.equal(gemm_silu_multiply(a, b, addend=addend), fused.silu_multiply(gate, up))
+    rows = 384 * (columns // 384) or 384
+    if 2 * columns < rows:
+        return
+    b, addend = zm.Int8Array(b.codes[:rows], b.scales[:rows]), LowRankAddend(x, u[:rows])
+    weight = random(128, seed=5).bfloat16()
+    rotations = torch.nn.functional.normalize(random(tokens, 64, 2, seed=6), dim=-1)
+    want = gemm_low_rank(a, b, addend)
+    fused.rotate_heads(want, weight, weight, rotations, rows // 384)
+    found = gemm_rotate_heads(a, b, weight, weight, rotations, rows // 384, addend=addend)
+    assert torch.equal(found, want)
 
 
 def test_an_addend_of_zeros_changes_nothing() -> None:

@@ -106,9 +106,14 @@ def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "gemm_silu_multiply with an addend": (*operands, *addend, "row-scaled"),
         "gemm_rotate_heads": (*operands, None, None, head, head, rotations, HEADS, 1e-5),
         "gemm_low_rank": (*operands, *addend),
+        "gemm_low_rank of int8": (*int8_operands, *addend),
         "gemm_weight_only_low_rank": (plain, *parts(mxfp8), *addend),
         "narrow_gemm_plain": (plain, plain[:1].repeat(32, 1), torch.ones(32, device=device)),
         "narrow_gemm": (*parts(x), *parts(down), torch.ones(32, device=device)),
+        "narrow_gemm of int8": (
+            *(*int8_operands[:2], int8_operands[2][:64], int8_operands[3][:64]),
+            torch.ones(32, device=device),
+        ),
     }
 
 

@@ -287,8 +287,8 @@ def narrow_gemm(
     down_scales: torch.Tensor,
     factors: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute `ops.low_rank.narrow_gemm` of row-scaled operands."""
-    a, down = RowScaledArray(codes, scales), RowScaledArray(down_codes, down_scales)
+    """Compute `ops.low_rank.narrow_gemm` of operands with row scales."""
+    a, down = _with_row_scales(codes, scales), _with_row_scales(down_codes, down_scales)
     result: torch.Tensor = low_rank.narrow_gemm(a, down, factors)
     return result
 
@@ -320,8 +320,8 @@ def gemm_low_rank(
     x: torch.Tensor,
     u: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute `ops.gemm_epilogues.gemm_low_rank` of row-scaled operands."""
-    a, b = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+    """Compute `ops.gemm_epilogues.gemm_low_rank` of operands with row scales."""
+    a, b = _with_row_scales(codes, scales), _with_row_scales(weight_codes, weight_scales)
     result: torch.Tensor = gemm_epilogues.gemm_low_rank(a, b, LowRankAddend(x, u))
     return result
 
