@@ -16,7 +16,8 @@ from ..errors import UnsupportedError
 from ..text import plural
 from ..transformer.adoption import adopt_control
 from ..transformer.control import Control, ZImageControlNet
-from .weights import check_formats, places, put_together, tensors_of
+from .watch import Watch
+from .weights import check_formats, put_together, tensors_of
 
 _CLASS = "ZImageControlPatch"
 _LISTS = {"noise_refiner", "double_block"}
@@ -58,6 +59,7 @@ class ControlNets:
 
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], ZImageControlNet] = {}
+        self._watches: dict[Any, Watch] = {}  # by module
 
     def controls(self, patches: Sequence[Any], x: torch.Tensor) -> list[Control]:
         """Return what the transformer's forward takes, for latents x [items, 16, H, W].
@@ -66,22 +68,27 @@ class ControlNets:
             UnsupportedError: a ControlNet cannot be run here, with the reason as a clause.
         """
         made: dict[tuple[Any, ...], ZImageControlNet] = {}
+        watches: dict[Any, Watch] = {}
         controls = []
         for patch in patches:
             module = patch.model_patch.model
-            elsewhere, addresses = places(module, x.device)
-            if elsewhere:
-                raise UnsupportedError(f"a part of the ControlNet is on {elsewhere[0]} (low VRAM)")
-            key = (module, x.dtype, *addresses)
+            watch = watches[module] = self._watches.get(module) or Watch(module)
+            state = watch.state()
+            if state.patched:
+                raise UnsupportedError(f'a node patches "{state.patched}" of the ControlNet')
+            if elsewhere := state.devices - {x.device}:
+                where = next(iter(elsewhere))
+                raise UnsupportedError(f"a part of the ControlNet is on {where} (low VRAM)")
+            key = (module, x.dtype, state.addresses)
             net = made[key] = made.get(key) or self._made.get(key) or _adopted(module, x.dtype)
             images = _images(patch.encoded_image, x)
             controls.append(Control(net, images, float(patch.strength), image_only=True))
-        self._made = made
+        self._made, self._watches = made, watches
         return controls
 
     def forget(self) -> None:
         """Drop the ControlNets, and with them the references to the weights."""
-        self._made = {}
+        self._made, self._watches = {}, {}
 
 
 def _adopted(module: Any, dtype: torch.dtype) -> ZImageControlNet:

@@ -25,11 +25,10 @@ from ..zimage.constants import PATCH_SIZE
 from .branches import Branches
 from .controls import ControlNets, control_patches, encode_images
 from .patches import AdapterTensors
-from .weights import check_formats, places, put_together, tensors_of
+from .watch import Watch
+from .weights import check_formats, put_together, tensors_of
 
 _log = logging.getLogger(__name__)
-# What nodes put on single modules of the model.
-_ON_MODULES = ("_forward_hooks", "_forward_pre_hooks", "weight_function", "bias_function")
 # Values of transformer_options that change what happens between the layers.
 _HOOKED = ("patches_replace", "optimized_attention_override", "rope_options")
 _EXTRA_INPUTS = ("ref_latents", "ref_contexts", "siglip_feats")
@@ -54,6 +53,7 @@ class NativeForward:
     def __init__(self, module: Any, compute: str, adapters: Mapping[str, AdapterTensors]) -> None:
         """Take the model, see the attributes."""
         self.module, self.compute, self.adapters = module, compute, dict(adapters)
+        self._watch = Watch(module)
         self._transformer: ZImageTransformer | None = None
         self._branches: Branches | None = None
         self._nets = ControlNets()
@@ -100,6 +100,7 @@ class NativeForward:
     def forget(self) -> None:
         """Drop everything on the device: the model, references to weights, copies of adapters."""
         self._transformer, self._made_of = None, ()
+        self._watch.forget()
         self.forget_controls()
         if self._branches is not None:
             self._branches.forget()
@@ -140,7 +141,6 @@ class NativeForward:
         given = {} if known else hooks.get("patches") or {}
         patches = [name for name, each in given.items() if each]
         patches += [name for name in _HOOKED if hooks.get(name)]
-        patches += [name for name, each in self.module.named_modules() if name and _changed(each)]
         if patches:
             return f'a node patches "{patches[0]}"'
         for name in _EXTRA_INPUTS:
@@ -154,11 +154,13 @@ class NativeForward:
 
     def _current(self, x: torch.Tensor) -> tuple[ZImageTransformer | None, str]:
         """Return the transformer of the weights as they are now, or why there is none."""
-        elsewhere, addresses = places(self.module, x.device)
-        if elsewhere:
+        state = self._watch.state()
+        if state.patched:
+            return None, f'a node patches "{state.patched}"'
+        if elsewhere := state.devices - {x.device}:
             self.forget()  # so that the memory of weights that were moved away is free
-            return None, f"a part of the weights is on {elsewhere[0]} (low VRAM)"
-        made_of = (x.dtype, *addresses)
+            return None, f"a part of the weights is on {next(iter(elsewhere))} (low VRAM)"
+        made_of = (x.dtype, state.addresses)
         if self._refused[0] == made_of:
             return None, self._refused[1]
         if self._transformer is None or made_of != self._made_of:
@@ -168,7 +170,7 @@ class NativeForward:
             except Exception as error:  # of any kind: ComfyUI's own forward still works
                 reason = str(error) if isinstance(error, Error) else repr(error)
             # Making it may have moved w1 and w3 together.
-            made_of = (x.dtype, *places(self.module, x.device)[1])
+            made_of = (x.dtype, self._watch.state().addresses)
             if self._transformer is None:
                 self._refused = (made_of, reason)
                 return None, reason
@@ -209,12 +211,6 @@ def _padded(x: torch.Tensor) -> torch.Tensor:
     height, width = x.shape[-2:]
     wrapped = (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE)
     return F.pad(x, wrapped, mode="circular") if any(wrapped) else x
-
-
-def _changed(module: Any) -> bool:
-    """Return whether a node has put something on a module."""
-    own = vars(module)
-    return "forward" in own or any(own.get(name) for name in _ON_MODULES)
 
 
 def _stop_if_cancelled() -> None:

@@ -1,4 +1,4 @@
-"""The weights of ComfyUI's modules: what they are, where they are, and in which order."""
+"""The weights of ComfyUI's modules: what they are, and in which order."""
 
 from __future__ import annotations
 
@@ -18,20 +18,6 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def is_mxfp8(weight: Any) -> bool:
     """Return whether a parameter is a QuantizedTensor of comfy-kitchen in MXFP8."""
     return getattr(weight, "_layout_cls", None) == _LAYOUT
-
-
-def places(module: Any, device: torch.device) -> tuple[tuple[torch.device, ...], tuple[int, ...]]:
-    """Return the other devices that weights of a module are on, and the addresses of all.
-
-    Every step asks for it, so it looks at each weight once.
-    """
-    addresses, others = [], set()
-    for parameter in module.parameters():
-        weight = parameter._qdata if is_mxfp8(parameter) else parameter
-        addresses.append(weight.data_ptr())
-        if weight.device != device:
-            others.add(weight.device)
-    return tuple(others), tuple(addresses)
 
 
 def check_formats(module: Any, whose: str) -> None:

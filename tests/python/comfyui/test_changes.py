@@ -1,0 +1,100 @@
+"""What changes in the real ComfyUI between calls of the speed-up, against its own forward."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.adapter_files import random
+from helpers.comfyui import error, forward_of, inputs, load, run
+from helpers.comfyui_sizes import DIM
+from zimage_mxfp8.comfy.nodes import speed_up
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.filterwarnings("ignore")]
+
+LAYER = "layers.0.feed_forward"
+
+
+@pytest.fixture
+def model(comfy: SimpleNamespace, quantized: Path) -> Any:
+    return load(comfy, quantized)
+
+
+def test_an_object_patch_comes_and_goes(comfy: SimpleNamespace, model: Any) -> None:
+    """ComfyUI leaves the class's own method on the module where it undoes the patch."""
+    given, layer = inputs(), model.model.diffusion_model.get_submodule(LAYER)
+    fast = speed_up(model, "weight-only")
+    before = run(comfy, fast, given)
+    patched = fast.clone()
+    patched.add_object_patch(
+        f"diffusion_model.{LAYER}.forward", lambda x: type(layer).forward(layer, x) + x
+    )
+    assert error(run(comfy, patched, given), before) > 0.01
+    assert forward_of(fast).fallback_calls == {f'a node patches "{LAYER}"': 1}
+    assert torch.equal(run(comfy, fast, given), before)
+    assert "forward" in vars(layer) and forward_of(fast).native_calls == 2
+
+
+def test_a_layer_replaced(comfy: SimpleNamespace, model: Any) -> None:
+    given, name = inputs(), f"diffusion_model.{LAYER}.w2"
+    fast = speed_up(model, "weight-only")
+    before = run(comfy, fast, given)
+    other = copy.deepcopy(model.model.diffusion_model.get_submodule(f"{LAYER}.w2"))
+    codes = other.weight._qdata
+    codes.copy_((-codes.float()).to(codes.dtype))
+    stock, patched = model.clone(), fast.clone()
+    for each in (stock, patched):
+        each.add_object_patch(name, other)
+    wanted = run(comfy, stock, given)
+    assert error(wanted, before) > 0.01
+    assert error(run(comfy, patched, given), wanted) < 5e-5
+    assert torch.equal(run(comfy, fast, given), before)
+    assert forward_of(fast).native_calls == 3
+
+
+def test_weights_patched_by_another_workflow(comfy: SimpleNamespace, model: Any) -> None:
+    """ComfyUI computes new weights, and sets the old ones back."""
+    given = inputs()
+    fast = speed_up(model, "weight-only")
+    before = run(comfy, fast, given)
+    stock = model.clone()
+    change = ("diff", (random(DIM, DIM, seed=3) * 0.05,))
+    stock.add_patches({"diffusion_model.layers.0.attention.out.weight": change}, 1.0)
+    assert error(run(comfy, stock, given), before) > 0.01
+    assert torch.equal(run(comfy, fast, given), before)
+    assert forward_of(fast).native_calls == 2
+
+
+def test_a_hook_comes_and_goes(comfy: SimpleNamespace, model: Any) -> None:
+    given = inputs()
+    fast = speed_up(model, "weight-only")
+    before = run(comfy, fast, given)
+    layer = model.model.diffusion_model.get_submodule(LAYER)
+    hook = layer.register_forward_hook(lambda module, given, result: 2 * result)
+    wanted = run(comfy, model, given)
+    assert torch.equal(run(comfy, fast, given), wanted) and error(wanted, before) > 0.01
+    hook.remove()
+    assert torch.equal(run(comfy, fast, given), before)
+    assert forward_of(fast).native_calls == 2
+
+
+def test_weights_cast_without_an_event(comfy: SimpleNamespace, original: Path) -> None:
+    model, given = load(comfy, original), inputs()
+    fast = speed_up(model)
+    before = run(comfy, fast, given)
+    module = model.model.diffusion_model
+    x, times, context = given
+    rounded = {name: weight.to(torch.float8_e4m3fn) for name, weight in module.named_parameters()}
+    with torch.inference_mode():
+        for name, weight in module.named_parameters():
+            if name.endswith("w2.weight"):
+                weight.data = rounded[name].to(weight.dtype)
+        found = module(x, times, context, context.shape[1], transformer_options={})
+        wanted = type(module)._forward(module, x, times, context, context.shape[1])
+    assert error(found, wanted) < 5e-5 and error(found, before) > 1e-3
+    assert forward_of(fast).native_calls == 2
