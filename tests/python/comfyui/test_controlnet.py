@@ -132,6 +132,18 @@ def test_other_patches_fall_back(comfy: SimpleNamespace, model: Any) -> None:
     assert forward_of(fast).native_calls == 0
 
 
+def test_a_hook_on_the_controlnet_falls_back(comfy: SimpleNamespace, model: Any) -> None:
+    given, patch = inputs(8, 8), controlnet("1.0")
+    patched = with_control(model, patch, image=picture(64, 64))
+    fast = speed_up(patched, "weight-only")
+    before, name = outputs(comfy, fast, given), "control_layers.0.feed_forward"
+    layer = patch.model.get_submodule(name)
+    layer.register_forward_hook(lambda module, given, result: -result)
+    wanted = outputs(comfy, patched, given)
+    assert torch.equal(outputs(comfy, fast, given), wanted) and error(wanted, before) > 1e-3
+    assert list(forward_of(fast).fallback_calls) == [f'a node patches "{name}" of the ControlNet']
+
+
 def test_too_few_pictures_are_comfyuis_error(comfy: SimpleNamespace, model: Any) -> None:
     pictures = picture(64, 64, items=2)
     fast = speed_up(with_control(model, controlnet("1.0"), image=pictures), "weight-only")

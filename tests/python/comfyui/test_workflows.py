@@ -60,7 +60,8 @@ def test_the_speed_up_is_behind_the_loaders(path: Path) -> None:
 def test_comfyui_has_the_other_nodes(comfy: SimpleNamespace, path: Path) -> None:
     import nodes
 
-    extras = {"ModelSamplingAuraFlow", "EmptySD3LatentImage"}  # of comfy_extras
+    extras = {"ModelSamplingAuraFlow", "EmptySD3LatentImage", "Canny"}  # of comfy_extras
+    extras |= {"ModelPatchLoader", "ZImageFunControlnet"}
     for node in read(path)["nodes"]:
         known = nodes.NODE_CLASS_MAPPINGS.keys() | NODE_CLASS_MAPPINGS.keys() | extras
         assert node["type"] in known
