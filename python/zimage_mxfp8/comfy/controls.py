@@ -79,7 +79,7 @@ class ControlNets:
             if elsewhere := state.devices - {x.device}:
                 where = next(iter(elsewhere))
                 raise UnsupportedError(f"a part of the ControlNet is on {where} (low VRAM)")
-            key = (module, x.dtype, state.addresses)
+            key = (module, x.dtype, state.names, state.addresses)
             net = made[key] = made.get(key) or self._made.get(key) or _adopted(module, x.dtype)
             images = _images(patch.encoded_image, x)
             controls.append(Control(net, images, float(patch.strength), image_only=True))

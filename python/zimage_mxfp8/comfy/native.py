@@ -160,7 +160,7 @@ class NativeForward:
         if elsewhere := state.devices - {x.device}:
             self.forget()  # so that the memory of weights that were moved away is free
             return None, f"a part of the weights is on {next(iter(elsewhere))} (low VRAM)"
-        made_of = (x.dtype, state.addresses)
+        made_of = (x.dtype, state.names, state.addresses)
         if self._refused[0] == made_of:
             return None, self._refused[1]
         if self._transformer is None or made_of != self._made_of:
@@ -170,7 +170,8 @@ class NativeForward:
             except Exception as error:  # of any kind: ComfyUI's own forward still works
                 reason = str(error) if isinstance(error, Error) else repr(error)
             # Making it may have moved w1 and w3 together.
-            made_of = (x.dtype, self._watch.state().addresses)
+            state = self._watch.state()
+            made_of = (x.dtype, state.names, state.addresses)
             if self._transformer is None:
                 self._refused = (made_of, reason)
                 return None, reason

@@ -28,12 +28,14 @@ class State:
     Attributes:
         patched: the name of a module that a node has put something on; "" if there is none.
         devices: of the weights.
-        addresses: of the weights; of one in MXFP8 that of its codes. While they stay the same, so
-            does the tuple, which makes comparing it quick.
+        names: of the weights.
+        addresses: of the weights, in the same order; of one in MXFP8 that of its codes. While names
+            and addresses stay the same, so do the tuples, which makes comparing them quick.
     """
 
     patched: str
     devices: frozenset[torch.device]
+    names: tuple[str, ...]
     addresses: tuple[int, ...]
 
 
@@ -72,9 +74,11 @@ class _Walk:
         self._filled = [own for own in self._own if _parameters_of(own)]
         self._empty = [own for own in self._own if not _parameters_of(own)]
         self._parameters = self._read_parameters()
-        present = [each for each in self._parameters if each is not None]
-        self._mxfp8 = [each for each in present if is_mxfp8(each)]
-        self._plain = [each for each in present if not is_mxfp8(each)]
+        present = list(module.named_parameters())
+        mxfp8 = [(name, each) for name, each in present if is_mxfp8(each)]
+        plain = [(name, each) for name, each in present if not is_mxfp8(each)]
+        self._names = tuple(name for name, _ in (*mxfp8, *plain))
+        self._mxfp8, self._plain = ([each for _, each in some] for some in (mxfp8, plain))
         self._addresses: tuple[int, ...] = ()
         self._devices: frozenset[torch.device] = frozenset()
 
@@ -95,7 +99,7 @@ class _Walk:
         if addresses != self._addresses:
             self._addresses = addresses
             self._devices = frozenset(weight.device for weight in weights)
-        return State(self._patched(), self._devices, self._addresses)
+        return State(self._patched(), self._devices, self._names, self._addresses)
 
     def _read_parameters(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, map(_parameters_of, self._filled))))

@@ -54,6 +54,35 @@ def test_a_layer_replaced(comfy: SimpleNamespace, model: Any, quantized: Path) -
     assert forward_of(fast).native_calls == 3
 
 
+class Negated(torch.nn.Module):
+    """Another node's module around a layer, on the same weights."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Any, **options: Any) -> torch.Tensor:
+        return -self.inner(*given, **options)
+
+
+def test_a_layer_wrapped(comfy: SimpleNamespace, model: Any) -> None:
+    """Between two calls of a sampling, without an event."""
+    fast = speed_up(model, "weight-only")
+    before = run(comfy, fast, inputs())
+    module = model.model.diffusion_model
+    block, layer = module.layers[0], module.layers[0].attention
+    x, times, context = inputs()
+    given = x, times, context, context.shape[1]
+    block.attention = Negated(layer)
+    with torch.inference_mode():
+        found, wanted = module(*given), type(module)._forward(module, *given)
+        assert torch.equal(found, wanted) and error(wanted, before) > 0.01
+        block.attention = layer
+        assert torch.equal(module(*given), before)
+    (reason,) = forward_of(fast).fallback_calls
+    assert 'has no "layers.0.attention.' in reason and forward_of(fast).native_calls == 2
+
+
 def test_weights_patched_by_another_workflow(comfy: SimpleNamespace, model: Any) -> None:
     """ComfyUI computes new weights, and sets the old ones back."""
     given = inputs()

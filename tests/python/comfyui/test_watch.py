@@ -38,6 +38,10 @@ def replace_a_module_without_children(whole: Any) -> None:
     whole.layers[1].act[0] = nn.Linear(4, 4)
 
 
+def wrap_a_module(whole: Any) -> None:
+    whole.layers[1].first = nn.Sequential(whole.layers[1].first)  # on the same weights
+
+
 def delete_a_block(whole: Any) -> None:
     del whole.layers[1]  # torch makes a new dictionary
 
@@ -97,10 +101,10 @@ def move_a_layer(whole: Any) -> None:
 
 
 CHANGES: list[Callable[[Any], None]] = [
-    *(replace_a_module, replace_a_module_without_children, delete_a_block, append_a_block),
-    *(swap_blocks, add_a_module_to_a_leaf, replace_a_parameter, remove_a_parameter),
-    *(fill_an_empty_parameter, add_a_parameter, add_a_parameter_at_the_end, parametrize),
-    *(replace_data, cast, move_all, move_a_layer),
+    *(replace_a_module, replace_a_module_without_children, wrap_a_module, delete_a_block),
+    *(append_a_block, swap_blocks, add_a_module_to_a_leaf, replace_a_parameter),
+    *(remove_a_parameter, fill_an_empty_parameter, add_a_parameter, add_a_parameter_at_the_end),
+    *(parametrize, replace_data, cast, move_all, move_a_layer),
 ]
 
 
@@ -109,14 +113,16 @@ def test_weights_are_those_of_now(change: Callable[[Any], None]) -> None:
     whole = model()
     watch = Watch(whole)
     before = watch.state()
-    assert watch.state().addresses is before.addresses
+    same = watch.state()
+    assert same.names is before.names and same.addresses is before.addresses
     assert before.devices == {CPU} and len(before.addresses) == 1 + 3 * 3
     kept = list(whole.parameters())  # so that no address is used again
     change(whole)
     found = watch.state()
-    assert sorted(found.addresses) == sorted(each.data_ptr() for each in whole.parameters())
+    weights = {name: each.data_ptr() for name, each in whole.named_parameters()}
+    assert dict(zip(found.names, found.addresses, strict=True)) == weights
     assert found.devices == {each.device for each in whole.parameters()}
-    assert found.addresses != before.addresses
+    assert (found.names, found.addresses) != (before.names, before.addresses)
     assert kept and not found.patched
 
 
