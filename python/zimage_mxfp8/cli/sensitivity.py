@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..analysis.sensitivity.settings import MEASURED_MODES, check_settings
 from ..checks import text
 from ..system.optional_packages import needed
 from ..text import plural
@@ -61,6 +62,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     parser.add_argument("--seed", type=count(0), default=0, metavar="N", help="of the noise (0)")
     parser.add_argument(
+        "--compute",
+        choices=MEASURED_MODES,
+        default="mxfp8",
+        help="compute mode that the MXFP8 file will run in, on this device or another "
+        "(default: mxfp8)",
+    )
+    parser.add_argument(
         "--state",
         type=file_path,
         metavar="FILE.json",
@@ -85,7 +93,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from ..analysis.sensitivity.settings import check_settings
     from ..checkpoint.output import check_distinct, check_target, write_file
     from ..conversion.recipes import recipe_toml
     from ..printing.progress import analysis_bar
@@ -99,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     # Reported now, not after torch was imported and the text encoder loaded.
     size = (arguments.size, arguments.size)
-    check_settings(arguments.bound, size, arguments.timesteps, arguments.seed)
+    check_settings(arguments.bound, size, arguments.timesteps, arguments.seed, arguments.compute)
     inputs = open_model(arguments.file, "measure").checkpoint.inputs
     outputs = {name: getattr(arguments, name) for name in ("write_recipe", "html")}
     for name, output in outputs.items():
@@ -126,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
             size=size,
             timesteps=arguments.timesteps,
             seed=arguments.seed,
+            compute=arguments.compute,
             device=arguments.device,
             dtype=dtype,
             state=arguments.state,

@@ -21,8 +21,9 @@ def print_sensitivity(report: SensitivityReport, screen: Screen) -> None:
         return [f"{x:.2e}" for x in (e.total, e.low, e.high, steps[0], steps[-1])]
 
     screen.table(
-        "Squared error of the output relative to its energy, each group quantised alone: of all "
-        "frequencies, of low and of high ones, of all at the first and the last timestep",
+        "Squared error of the output relative to its energy, each group quantised alone for "
+        f"compute mode {report.conditions.compute}: of all frequencies, of low and of high ones, "
+        "of all at the first and the last timestep",
         ["group", "layers>", *columns],
         [[m.name, str(m.layers), *row(m)] for m in report.groups],
         spare=2,

@@ -166,8 +166,7 @@ class _MXFP8Linear(Linear):
 
     def decode(self) -> torch.Tensor:
         """Return the weights as float32 [N, K], with K padded to a multiple of 32."""
-        decoded = arithmetic.on(self.codes.device).dequantize(self.weights, torch.float32)
-        return decoded[: self.out_features]
+        return ops.decode(self.weights, "mxfp8")[: self.out_features]
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -320,10 +319,7 @@ class FP8Linear(_RowScaledLinear):
 
     def decode(self) -> torch.Tensor:
         """Return the folded weights as float32 [N, K], with K padded to a multiple of 32."""
-        weights = self.weights
-        codes: torch.Tensor = weights.codes.view(torch.float8_e4m3fn).float()
-        decoded: torch.Tensor = codes * weights.scales[:, None]
-        return decoded[: self.out_features]
+        return ops.decode(self.weights, "row-scaled")[: self.out_features]
 
     def _gemm(self, x: RowScaledArray) -> torch.Tensor:
         multiply = arithmetic.on(self.codes.device).multiply_row_scaled
@@ -372,8 +368,7 @@ class Int8Linear(_Int8Linear):
 
     def decode(self) -> torch.Tensor:
         """Return the weights as float32 [N, K], rotated back, with K as it is stored."""
-        signs = int8.signs_for(self._shape[1], self.codes.device)
-        return int8.decode(self.weights, signs)[: self.out_features]
+        return ops.decode(self.weights, "int8")[: self.out_features]
 
     def _gemm(self, x: Int8Array) -> torch.Tensor:
         return self._multiply(x)

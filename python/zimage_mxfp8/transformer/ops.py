@@ -18,7 +18,7 @@ from ..system import devices
 from ..zimage.constants import HEAD_DIM, NORM_EPS
 from . import arithmetic
 from . import fused_kernels as fused
-from .arithmetic import tiles
+from .arithmetic import int8, tiles
 
 # A matrix of activations in all formats that its consumers take.
 Activation = dict[ActivationFormat, Any]
@@ -42,6 +42,23 @@ def _encode(matrix: torch.Tensor, to: ActivationFormat) -> Any:
     if to == "int8":
         return of_device.quantize_int8(matrix)
     return of_device.quantize_rows(matrix) if to == "row-scaled" else of_device.quantize(matrix)
+
+
+def decode(matrix: Any, written: ActivationFormat) -> torch.Tensor:
+    """Decode a matrix [M, C] in a format of `encode` to float32 [M, C], with its padding.
+
+    INT8 is rotated back.
+    """
+    if written == PLAIN:
+        plain: torch.Tensor = matrix
+        return plain.float()
+    device = matrix.codes.device
+    if written == "int8":
+        return int8.decode(matrix, int8.signs_for(matrix.shape[1], device))
+    if written == "row-scaled":
+        values: torch.Tensor = matrix.codes.view(torch.float8_e4m3fn).float()
+        return values.mul_(matrix.scales[:, None])
+    return arithmetic.on(device).dequantize(matrix, torch.float32)
 
 
 def activation_nbytes(formats: Set[ActivationFormat], elements: int, dtype: torch.dtype) -> int:

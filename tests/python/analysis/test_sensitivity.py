@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_dtypes import float8_e4m3fn
 from safetensors.torch import save_file
+from scipy.linalg import hadamard
 
 import zimage_mxfp8 as zm
 from helpers.checkpoints import Tensors, random_tensors
@@ -25,11 +28,14 @@ from helpers.terminal import first_column, tables_in_terminal
 from zimage_mxfp8.analysis.sensitivity import run as analysis
 from zimage_mxfp8.analysis.sensitivity.cases import record_cases
 from zimage_mxfp8.analysis.sensitivity.measure import measure, output_error
+from zimage_mxfp8.analysis.sensitivity.rounding import quantized, round_to_mxfp8
 from zimage_mxfp8.analysis.sensitivity.search import smallest_prefix
-from zimage_mxfp8.analysis.sensitivity.settings import chosen_steps
-from zimage_mxfp8.analysis.sensitivity.targets import find_targets, quantized, round_to_mxfp8
+from zimage_mxfp8.analysis.sensitivity.settings import MEASURED_MODES, chosen_steps
+from zimage_mxfp8.analysis.sensitivity.targets import find_targets
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.conversion.recipes import Recipe, recipe_toml, rules_outside_blocks
 from zimage_mxfp8.streaming.jobs import StageProgress
+from zimage_mxfp8.transformer.compute import Compute
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
 SIZE = (64, 64)
@@ -86,31 +92,61 @@ def write_keep_nothing(folder: Path) -> Path:
     return folder / "nothing.toml"
 
 
+def round_to_fp8(matrix: torch.Tensor) -> torch.Tensor:
+    """E4M3 with a scale per row."""
+    values = matrix.numpy()
+    factors = np.abs(values).max(1, keepdims=True) / np.float32(448)
+    return torch.from_numpy((values / factors).astype(float8_e4m3fn).astype(np.float32) * factors)
+
+
+def round_to_int8(matrix: torch.Tensor) -> torch.Tensor:
+    """INT8 with a scale per row, of columns that are rotated in blocks of 32."""
+    values = np.pad(matrix.numpy(), ((0, 0), (0, -matrix.shape[1] % 32)))
+    blocks = hadamard(32) / 32**0.5
+    rotated = (values.reshape(len(values), -1, 32) @ blocks).reshape(values.shape)
+    factors = np.abs(rotated).max(1, keepdims=True) / 127
+    rounded = (np.rint(rotated / factors) * factors).reshape(len(values), -1, 32) @ blocks.T
+    return torch.from_numpy(rounded.reshape(values.shape).astype(np.float32))[:, : matrix.shape[1]]
+
+
+# What a mode makes of a layer's weights and of its input, tokens as rows.
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+ROUNDINGS: dict[str, tuple[Rounding, Rounding]] = {
+    "mxfp8": (round_to_mxfp8, round_to_mxfp8),
+    "fp8": (round_to_mxfp8, round_to_fp8),  # folding changes no weight here
+    "weight-only": (round_to_mxfp8, lambda x: x),
+    "int8": (lambda weight: round_to_int8(round_to_mxfp8(weight)), round_to_int8),
+}
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("compute", "name"),
     [
-        "layers.1.attention.qkv",
-        "layers.0.feed_forward.w1",
-        "layers.0.feed_forward.w3",
-        "layers.1.feed_forward.w2",
-        "context_refiner.0.attention.out",
-        "noise_refiner.0.adaLN_modulation.0",
+        ("mxfp8", "layers.1.attention.qkv"),
+        ("mxfp8", "layers.0.feed_forward.w1"),
+        ("mxfp8", "layers.0.feed_forward.w3"),
+        ("mxfp8", "layers.1.feed_forward.w2"),
+        ("mxfp8", "context_refiner.0.attention.out"),
+        ("mxfp8", "noise_refiner.0.adaLN_modulation.0"),
+        *((mode, "layers.1.attention.qkv") for mode in ("fp8", "weight-only", "int8")),
+        ("int8", "layers.0.feed_forward.w3"),
     ],
 )
 def test_one_layer_alone_is_what_diffusers_gives_with_it_rounded(
-    name: str, model: zm.ZImageTransformer, cases
+    compute: Compute, name: str, model: zm.ZImageTransformer, cases
 ) -> None:
     target = next(t for t in find_targets(model) if t.name == name)
-    found = measure(model, [target], cases)
+    found = measure(model, [target], cases, compute)
+    of_weight, of_input = ROUNDINGS[compute]
     reference = make_reference(dim=128, layers=2)
-    quantize_inputs(reference, {name}, lambda x: round_to_mxfp8(x.flatten(0, -2)).view(x.shape))
+    quantize_inputs(reference, {name}, lambda x: of_input(x.flatten(0, -2)).view(x.shape))
     with torch.no_grad():
         for parameter_name, parameter in reference.named_parameters():
             ours = parameter_name.replace("to_out.0", "out")
             for part in ("to_q", "to_k", "to_v"):
                 ours = ours.replace(f"attention.{part}", "attention.qkv")
             if ours == f"{name}.weight":
-                parameter.copy_(round_to_mxfp8(parameter))
+                parameter.copy_(of_weight(parameter))
         for case, error in zip(cases, found, strict=True):
             t = torch.full((2,), case.time)
             velocities = reference(case.latents, t, case.captions, return_dict=False)[0]
@@ -122,10 +158,42 @@ def test_one_layer_alone_is_what_diffusers_gives_with_it_rounded(
 
 def test_the_model_is_as_before_afterwards(model: zm.ZImageTransformer, cases) -> None:
     before = [x.clone() for x in cases[0].run(model)]
-    with torch.no_grad(), quantized(model, find_targets(model)):
+    with torch.no_grad(), quantized(model, find_targets(model), "int8"):
         changed = cases[0].run(model)
     assert not torch.equal(changed[0], before[0])
     assert all(torch.equal(a, b) for a, b in zip(cases[0].run(model), before, strict=True))
+
+
+@pytest.mark.parametrize("compute", MEASURED_MODES)
+def test_all_layers_are_what_a_converted_model_gives(
+    compute: Compute, tensors: Tensors, tmp_path: Path
+) -> None:
+    """With 18 columns in a layer, which are padded and rotated with their padding."""
+    save_file(tensors, tmp_path / "plain.safetensors")
+    recipe = Recipe("all", "all", "Every layer of the blocks.", rules_outside_blocks())
+    (tmp_path / "all.toml").write_text(recipe_toml(recipe))
+    zm.convert(
+        *(tmp_path / "plain.safetensors", tmp_path / "all.safetensors"),
+        recipe=tmp_path / "all.toml",
+        bias_correction="none",
+    )
+
+    def load(name: str, mode: str) -> zm.ZImageTransformer:
+        return zm.ZImageTransformer.from_checkpoint(tmp_path / name, "cpu", mode, torch.float32)
+
+    original = load("plain.safetensors", "weight-only")
+    captions = analysis._synthetic_captions(CAPTION, 0)
+    (case,) = record_cases(original, captions, (32, 32), 1, 0)
+    with torch.no_grad(), quantized(original, find_targets(original), compute):
+        found = case.run(original)
+    error = output_error(found, case.velocities).total
+    # Where sums in another order decide a rounding, a step of the format differs.
+    of_mode = {"mxfp8": "mxfp8-emulated"}.get(compute, compute)
+    want = case.run(load("all.safetensors", of_mode))
+    assert output_error(found, want).total < 0.01 * error
+    for other in {"mxfp8-emulated", "fp8", "weight-only", "int8"} - {of_mode}:
+        want = case.run(load("all.safetensors", other))
+        assert output_error(found, want).total > 0.05 * error, other
 
 
 def test_bands_are_those_of_the_transform() -> None:
@@ -263,6 +331,11 @@ def test_a_state_of_another_run(folder: Path, tmp_path: Path) -> None:
     analyse(folder, state=state)
     with pytest.raises(zm.UsageError, match=r"state.json is of a run with another seed \(0, not 5"):
         analyse(folder, state=state, seed=5)
+    with pytest.raises(
+        zm.UsageError,
+        match=r"of a run with another compute mode \(mxfp8, not int8\); name another file, or",
+    ):
+        analyse(folder, state=state, compute="int8")
     state.write_text("[]")
     with pytest.raises(
         zm.UsageError, match=r"state.json is not the state of a sensitivity run; name"
@@ -491,8 +564,23 @@ def test_convert_takes_the_recipe(folder: Path, tmp_path: Path, in_process: Run)
 def test_the_tables(folder: Path, in_process: Run) -> None:
     ran = in_process("sensitivity", folder, "--size", 64, "--timesteps", 1, "--device", "cpu")
     assert ran.returncode == 0, ran.stderr
+    assert "each group quantised alone for compute mode mxfp8" in " ".join(ran.stdout.split())
     assert "the model card's exclusions" in ran.stdout
     assert "layers.0.feed_forward.w2" in ran.stdout
+
+
+def test_the_mode_is_in_every_output(folder: Path, tmp_path: Path, in_process: Run) -> None:
+    outputs = ("--html", "s.html", "--write-recipe", "s.toml", "--state", "s.json")
+    ran = in_process(
+        *("sensitivity", folder, "--size", 32, "--timesteps", 1, "--device", "cpu"),
+        *("--dtype", "float32", "--compute", "int8", "--json", *outputs),
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["conditions"]["compute"] == "int8"
+    text = re.sub(r"<[^>]*>", " ", (tmp_path / "s.html").read_text("utf-8"))
+    assert re.search(r"compute mode\s+int8", text)
+    assert "in compute mode int8" in (tmp_path / "s.toml").read_text()
+    assert json.loads((tmp_path / "s.json").read_text())["run"]["compute mode"] == "int8"
 
 
 def test_a_log_tells_each_stage(folder: Path, in_process: Run) -> None:
@@ -565,6 +653,7 @@ def test_prompts_are_measured_with(zimage_folder: Path, tmp_path: Path, in_proce
         (["--size", "99999999984"], "--size must be multiples of 16 up to 8192"),
         (["--seed", "99999999999999999999"], "seed must be 0 or more, and below 2^63"),
         (["--timesteps", "9"], "--timesteps must be 1 to 8, not 9"),
+        (["--compute", "mxfp8-emulated"], '--compute: invalid choice "mxfp8-emulated"'),
         (["--html", "x", "--write-recipe", "./x"], "and another output are the same file"),
         (["--html", "x", "--state", "x"], "and another output are the same file"),
         (["--prompt", "a fox"], "--prompt and --model-dir go together"),
@@ -608,6 +697,8 @@ def test_no_output_replaces_the_weights(option: str, tmp_path: Path, in_process:
         ({"timesteps": 2.5}, "timesteps must be a whole number, not 2.5"),
         ({"seed": None}, "seed must be a whole number, not None"),
         ({"seed": -1}, "seed must be 0 or more"),
+        ({"compute": "auto"}, "compute must be mxfp8, fp8, weight-only, int8, not 'auto'"),
+        ({"compute": 8}, "compute must be mxfp8, fp8, weight-only, int8, not 8"),
         ({"captions": []}, f"captions must be a list of tensors [tokens, {CAPTION}]"),
         ({"captions": ["a fox"]}, "captions must be floating-point tensors"),
         ({"captions": [torch.zeros(3, 4)]}, "number 0 is torch.float32 [3, 4]"),

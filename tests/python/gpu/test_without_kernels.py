@@ -21,6 +21,7 @@ from helpers.cuda_sync import no_waiting
 from helpers.diffusers_reference import random_inputs, relative_error
 from helpers.images import levels
 from helpers.matrices import encoded_of, equal_but_for_nan, matrix_of
+from zimage_mxfp8.analysis.sensitivity.settings import MEASURED_MODES
 from zimage_mxfp8.ops import gemm as matmul
 from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer.arithmetic import scaled_mm, tiles, torch_codec
@@ -234,8 +235,9 @@ def test_the_command(cli: Run, zimage_folder: Path, zimage_quantized: Path, tmp_
     assert line.startswith("zimage-mxfp8: warning: cuda:0 works through torch, without CUDA")
 
 
-def test_sensitivity(folder: Path, tmp_path: Path) -> None:
-    settings = {"size": (32, 32), "timesteps": 1, "dtype": torch.float32}
+@pytest.mark.parametrize("compute", MEASURED_MODES)
+def test_sensitivity(compute: str, folder: Path) -> None:
+    settings = {"size": (32, 32), "timesteps": 1, "dtype": torch.float32, "compute": compute}
     found = zm.analyse_sensitivity(folder, device="cuda", **settings)
     want = zm.analyse_sensitivity(folder, device="cpu", **settings)
     errors = {layer.name: layer.error.total for layer in want.layers}

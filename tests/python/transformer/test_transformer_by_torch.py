@@ -17,7 +17,7 @@ from helpers.control_reference import (
 )
 from helpers.diffusers_reference import make_reference, random_inputs, relative_error
 from helpers.live_bytes import LiveBytes
-from zimage_mxfp8.analysis.sensitivity.targets import round_to_mxfp8
+from zimage_mxfp8.analysis.sensitivity.rounding import round_to_mxfp8
 from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer import arithmetic, block, ops
 from zimage_mxfp8.transformer.arithmetic import by_core, by_torch, scaled_mm, tiles

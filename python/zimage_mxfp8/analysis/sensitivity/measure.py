@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ...transformer.compute import Compute
 from ...transformer.model import ZImageTransformer
 from .cases import Case
-from .targets import Target, quantized
+from .rounding import quantized
+from .targets import Target
 
 # Cycles per latent pixel up to which a frequency counts as low: a quarter of the highest.
 LOW_FREQUENCY = 0.125
@@ -65,10 +67,10 @@ def _low_frequencies(image: torch.Tensor) -> torch.Tensor:
 
 
 def measure(
-    model: ZImageTransformer, targets: Iterable[Target], cases: Sequence[Case]
+    model: ZImageTransformer, targets: Iterable[Target], cases: Sequence[Case], compute: Compute
 ) -> list[OutputError]:
-    """Return the error in each case with only these layers quantised."""
-    with torch.no_grad(), quantized(model, targets):
+    """Return the error in each case with only these layers quantised, in a compute mode."""
+    with torch.no_grad(), quantized(model, targets, compute):
         return [output_error(case.run(model), case.velocities) for case in cases]
 
 

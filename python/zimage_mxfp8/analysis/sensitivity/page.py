@@ -86,6 +86,7 @@ def _facts(report: SensitivityReport) -> list[Fact]:
         Fact("checkpoint", base_name(report.path)),
         Fact("size in BF16", size_text(_nbytes_in_bf16(report))),
         Fact("bound", f"{report.bound:g}"),
+        Fact("compute mode", found.compute),
         Fact("image", f"{width:,} x {height:,} pixels"),
         Fact("captions", f"{found.captions:,}"),
         Fact("steps", f"{', '.join(steps)} of 0 to 7"),

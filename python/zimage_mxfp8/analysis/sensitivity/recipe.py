@@ -27,6 +27,6 @@ def sensitivity_recipe(report: SensitivityReport) -> Recipe:
     description = (
         f"Keeps {plural(len(rules), 'layer')}: relative error of the output "
         f"{report.smallest.error:.4f}, instead of {report.everything.error:.4f} with every layer "
-        "quantised. By zimage-mxfp8 sensitivity."
+        f"quantised, in compute mode {report.conditions.compute}. By zimage-mxfp8 sensitivity."
     )
     return Recipe(title, title, description, (*rules_outside_blocks(), *rules))

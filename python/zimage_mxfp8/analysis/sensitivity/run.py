@@ -17,6 +17,7 @@ from ...errors import CheckpointError, UsageError
 from ...printing.progress import analysis_bar, shown
 from ...streaming.jobs import StageCallback, StageProgress
 from ...text import plural
+from ...transformer.compute import Compute
 from ...transformer.model import ZImageTransformer
 from ...transformer.model_file import ModelFile, open_model
 from ...zimage.config import ZImageConfig
@@ -75,6 +76,7 @@ class Conditions:
     """What the model was measured with.
 
     Attributes:
+        compute: the compute mode that layers are rounded for.
         size: height and width of the images in pixels.
         captions: number of captions, one image each.
         seed: of the noise and of synthetic captions.
@@ -82,6 +84,7 @@ class Conditions:
         dtype: of the model.
     """
 
+    compute: Compute
     size: tuple[int, int]
     captions: int
     seed: int
@@ -140,6 +143,7 @@ def analyse_sensitivity(
     size: tuple[int, int] = (512, 512),
     timesteps: int = 4,
     seed: int = 0,
+    compute: str = "mxfp8",
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     state: str | os.PathLike[str] | None = None,
@@ -147,8 +151,8 @@ def analyse_sensitivity(
 ) -> SensitivityReport:
     """Measure the effect of quantising each layer to MXFP8 on the transformer's output.
 
-    Weights and activations are rounded as block-scaled tensor cores take them, one layer or group
-    at a time, at several timesteps of a sampling run of the original model.
+    Weights and activations are rounded as a compute mode rounds them, one layer or group at a time,
+    at several timesteps of a sampling run of the original model.
 
     Args:
         path: a plain checkpoint, as `ZImageTransformer.from_checkpoint` takes it.
@@ -158,6 +162,8 @@ def analyse_sensitivity(
         size: height and width of the images, multiples of 16 up to 8192.
         timesteps: number of the 8 steps of Turbo's sampler to measure at.
         seed: seed of the noise and of synthetic captions.
+        compute: the compute mode that the MXFP8 file will run in: "mxfp8", "fp8", "weight-only" or
+            "int8". Decoded numbers are multiplied, so that any device can measure any mode.
         device: as for `ZImageTransformer.from_checkpoint`.
         dtype: dtype of the model: bfloat16, or float32 to exclude its own rounding from the errors.
         state: a JSON file to keep measurements in, so that an interrupted run can go on.
@@ -171,16 +177,17 @@ def analyse_sensitivity(
             run.
         OutputError: `state` cannot be written.
     """
-    bound, size, timesteps, seed = check_settings(bound, size, timesteps, seed)
+    settings = check_settings(bound, size, timesteps, seed, compute)
     file = open_model(path, "measure")
     if captions is None:
-        captions = _synthetic_captions(file.config.cap_feat_dim, seed)
+        captions = _synthetic_captions(file.config.cap_feat_dim, settings.seed)
     _check_captions(captions, file.config.cap_feat_dim)
     run = {
         "checkpoint": _fingerprint(file),
-        "size": list(size),
-        "timesteps": timesteps,
-        "seed": seed,
+        "compute mode": settings.compute,
+        "size": list(settings.size),
+        "timesteps": settings.timesteps,
+        "seed": settings.seed,
         "dtype": str(dtype),
         "captions": [[*caption.shape, float(caption.double().sum())] for caption in captions],
     }
@@ -192,12 +199,20 @@ def analyse_sensitivity(
         report(StageProgress("loading the model", "", 0, 0))
         model = ZImageTransformer.from_checkpoint(path, device, dtype=dtype, cuda_graphs=False)
         report(StageProgress("running the original model", "", 0, 0))
-        cases = record_cases(model, captions, size, timesteps, seed)
+        cases = record_cases(model, captions, settings.size, settings.timesteps, settings.seed)
         _check_outputs(path, cases)
         conditions = Conditions(
-            size, len(captions), seed, str(model.device), str(dtype).removeprefix("torch.")
+            compute=settings.compute,
+            size=settings.size,
+            captions=len(captions),
+            seed=settings.seed,
+            device=str(model.device),
+            dtype=str(dtype).removeprefix("torch."),
         )
-        return _Analysis(str(path), file, model, cases, memory, bound, conditions, report).run()
+        analysis = _Analysis(
+            str(path), file, model, cases, memory, settings.bound, conditions, report
+        )
+        return analysis.run()
 
 
 def _check_captions(captions: Any, features: int) -> None:
@@ -296,7 +311,7 @@ class _Analysis:
         return errors
 
     def _measure(self, name: str, targets: Sequence[Target]) -> list[OutputError]:
-        errors = measure(self._model, targets, self._cases)
+        errors = measure(self._model, targets, self._cases, self._conditions.compute)
         if not all(math.isfinite(error.total) for error in errors):
             raise CheckpointError(
                 f"{self._path}: the output has NaN or Inf with {name[:80]} quantised: weights near "

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from ...checks import number, whole_number
 from ...errors import UsageError
 from ...generation.limits import MAX_PIXELS, PIXELS_PER_TOKEN, SEEDS
+from ...transformer.compute import COMPUTE_MODES, Compute
+
+# Without `mxfp8-emulated`, which rounds as `mxfp8` does.
+MEASURED_MODES: tuple[Compute, ...] = tuple(m for m in COMPUTE_MODES if m != "mxfp8-emulated")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of `analyse_sensitivity` that have been checked, under their names there."""
+
+    bound: float
+    size: tuple[int, int]
+    timesteps: int
+    seed: int
+    compute: Compute
 
 
 def check_settings(
-    bound: float, size: tuple[int, int], timesteps: int, seed: int
-) -> tuple[float, tuple[int, int], int, int]:
-    """Return the arguments of `analyse_sensitivity` as Python numbers.
+    bound: float, size: tuple[int, int], timesteps: int, seed: int, compute: str
+) -> Settings:
+    """Check arguments of `analyse_sensitivity`, and return numbers as Python's own.
 
     Raises:
         UsageError: if an argument is invalid.
@@ -32,7 +48,14 @@ def check_settings(
     chosen_steps(timesteps)  # for its check
     if not 0 <= seed < SEEDS:
         raise UsageError("seed", "must be 0 or more, and below 2^63")
-    return bound, (height, width), timesteps, seed
+    return Settings(bound, (height, width), timesteps, seed, _mode(compute))
+
+
+def _mode(compute: str) -> Compute:
+    modes = {str(mode): mode for mode in MEASURED_MODES}
+    if not isinstance(compute, str) or compute not in modes:
+        raise UsageError("compute", f"must be {', '.join(modes)}, not {repr(compute)[:80]}")
+    return modes[compute]
 
 
 def chosen_steps(timesteps: int, steps: int = 8) -> list[int]:

@@ -1,16 +1,10 @@
-"""The layers that a recipe may quantise, in a model with plain weights, and their rounding."""
+"""The layers that a recipe may quantise, in a model with plain weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 from ...layout import padded_shape, scale_shape
-from ...transformer import arithmetic
 from ...transformer.linear import PlainLinear
 from ...transformer.model import ZImageTransformer
 from ...transformer.places import linear_places
@@ -68,50 +62,3 @@ def find_targets(model: ZImageTransformer, table: LayerTable = ZIMAGE) -> list[T
                 module = modules[place.linear]
                 targets.append(Target(name, stack.name, number, layer.name, shape, module, rows))
     return targets
-
-
-def round_to_mxfp8(matrix: torch.Tensor) -> torch.Tensor:
-    """Round a matrix to MXFP8, and return it in its own dtype."""
-    of_device = arithmetic.on(matrix.device)
-    return of_device.dequantize(of_device.quantize(matrix), matrix.dtype)
-
-
-@contextmanager
-def quantized(model: ZImageTransformer, targets: Iterable[Target]) -> Iterator[None]:
-    """Make layers compute as block-scaled tensor cores do: weights and activations in MXFP8.
-
-    For modulations only the weights are rounded, as in the compute modes. Weights are rounded when
-    they are used, so that no second copy of the model is needed.
-    """
-    rows: dict[str, list[tuple[int, int]]] = {}
-    with ExitStack() as restore:
-        for target in targets:
-            if target.module:
-                rows.setdefault(target.module, []).append(target.rows)
-            else:
-                weight = model.modulation.weight[slice(*target.rows)]
-                before = weight.clone()
-                weight.copy_(round_to_mxfp8(weight))
-                restore.callback(weight.copy_, before)
-        for name, places in rows.items():
-            parent, _, attribute = name.rpartition(".")
-            module, layer = model.get_submodule(parent), model.get_submodule(name)
-            assert isinstance(layer, PlainLinear)
-            setattr(module, attribute, _RoundingLinear(layer, places))
-            restore.callback(setattr, module, attribute, layer)
-        yield
-
-
-class _RoundingLinear(PlainLinear):
-    """A layer that rounds some of its rows, and its input for them, to MXFP8."""
-
-    def __init__(self, layer: PlainLinear, places: list[tuple[int, int]]) -> None:
-        super().__init__(layer.weight, layer.bias)
-        self._places = places
-
-    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        result = super()._gemm(x)
-        rounded = round_to_mxfp8(x)
-        for begin, end in self._places:
-            result[:, begin:end] = F.linear(rounded, round_to_mxfp8(self.weight[begin:end]))
-        return result
