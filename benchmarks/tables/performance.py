@@ -23,7 +23,9 @@ def image_label(rows: Rows) -> str:
     )
 
 
-def transformer() -> str:
+def forwards(results: str, modes: Sequence[str]) -> str:
+    """Compare forwards in some modes with the peer's: time, speed-up, memory."""
+
     def speedup(mode: str) -> Callable[[Rows], str]:
         def show(rows: Rows) -> str:
             ours, peer = one(rows, mode=mode), one(rows, mode="diffusers")
@@ -36,14 +38,20 @@ def transformer() -> str:
         Column("image", image_label, right=False),
         Column("peer", cell("{ms:.1f}", mode="diffusers")),
     ]
-    for mode in ("fp8", "weight-only"):
+    for mode in modes:
         columns.append(Column(f"`{mode}`", cell("{ms:.1f}", mode=mode)))
         columns.append(Column("", speedup(mode)))
     columns.append(Column("peer GB", cell("{peak_gb:.1f}", mode="diffusers")))
-    columns += [
-        Column(f"`{mode}`", cell("{peak_gb:.1f}", mode=mode)) for mode in ("fp8", "weight-only")
-    ]
-    return table(rows_of("transformer", part="forward"), FORWARD, columns)
+    columns += [Column(f"`{mode}`", cell("{peak_gb:.1f}", mode=mode)) for mode in modes]
+    return table(rows_of(results, part="forward"), FORWARD, columns)
+
+
+def transformer() -> str:
+    return forwards("transformer", ("fp8", "weight-only"))
+
+
+def int8_forwards() -> str:
+    return forwards("transformer-h200", ("fp8", "int8", "weight-only"))
 
 
 def goals() -> str:
@@ -144,13 +152,17 @@ def fused_gemm() -> str:
     return table(rows_of("fused_gemm"), ["tokens", "rows"], columns)
 
 
-def errors() -> str:
+def errors(results: str = "transformer") -> str:
     columns = [
         Column("", label("{mode}"), right=False),
         Column("output", label("{output_error:.4f}")),
         Column("final latents", label("{latents_error:.4f}")),
     ]
-    return table(rows_of("transformer", part="errors"), ["mode"], columns)
+    return table(rows_of(results, part="errors"), ["mode"], columns)
+
+
+def int8_errors() -> str:
+    return errors("transformer-h200")
 
 
 TIME_AND_SHARE = "{us:.1f} us, {percent} %"
@@ -160,13 +172,22 @@ def with_percent(rows: Iterable[Row]) -> list[Row]:
     return [{**row, "percent": round(100 * row["share"])} for row in rows if "share" in row]
 
 
-def fused() -> str:
-    def kernel(rows: Rows) -> str:
-        name = rows[0]["operation"]
-        return "encoding the result of attention" if " " in name else f"`{name}`"
+def fused_kernel(rows: Rows) -> str:
+    name = rows[0]["operation"]
+    return "encoding the result of attention" if " " in name else f"`{name}`"
 
+
+def int8_fused() -> str:
+    formats = ("row-scaled", "int8")
+    columns = [Column("kernel", fused_kernel, right=False)]
+    columns += [Column(each, cell(TIME_AND_SHARE, format=each)) for each in formats]
+    rows = [row for row in with_percent(rows_of("fused-h200")) if row.get("format") in formats]
+    return table(rows, ["operation"], columns)
+
+
+def fused() -> str:
     columns = [
-        Column("kernel", kernel, right=False),
+        Column("kernel", fused_kernel, right=False),
         Column("result in", label("{format}"), right=False),
         Column("ours", cell(TIME_AND_SHARE, by="ours")),
         Column("torch.compile", cell(TIME_AND_SHARE, by="torch compile")),
@@ -261,6 +282,31 @@ def gemm_between() -> str:
     return gemm_of((2048, 1024), columns)
 
 
+def int8_gemms() -> str:
+    ways = {
+        "cuBLAS BF16": "cuBLAS BF16",
+        "`_scaled_mm` FP8": "torch._scaled_mm",
+        "`_int_mm` INT8, sums alone": "torch._int_mm",
+        "`fp8_rowwise`": "fp8_rowwise",
+        "`int8_sm90`": "int8_sm90",
+        "`int8_sm80`": "int8_sm80",
+    }
+    columns = [TOKENS, LINEAR]
+    columns += [Column(title, microseconds(way)) for title, way in ways.items()]
+    return table(rows_of("gemm-h200"), ["m", "linear"], columns)
+
+
+def int8_adapters() -> str:
+    columns = [
+        Column("addition", label("{with}"), right=False),
+        Column("mode", label("{mode}"), right=False),
+        Column("ms", label("{ms:.1f}")),
+        Column("of the forward without", label("{ratio:.2f}")),
+    ]
+    rows = [row for row in rows_of("additions-h200") if "ratio" in row]
+    return table(rows, ["with", "mode"], columns)
+
+
 def convert() -> str:
     columns = [
         Column("program", label("{program}"), right=False),
@@ -330,6 +376,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "goals": goals,
     "without-kernels": without_kernels,
     "without-kernels-generate": without_kernels_generate,
+    "int8-forwards": int8_forwards,
+    "int8-errors": int8_errors,
+    "int8-gemms": int8_gemms,
+    "int8-fused": int8_fused,
+    "int8-adapters": int8_adapters,
     "profile": profile,
     "fused-gemm": fused_gemm,
     "errors": errors,

@@ -11,7 +11,7 @@ from ..system import devices
 Compute = Literal["mxfp8", "fp8", "weight-only", "int8", "mxfp8-emulated"]
 COMPUTE_MODES: tuple[Compute, ...] = ("mxfp8", "fp8", "weight-only", "int8", "mxfp8-emulated")
 
-_HOPPER = (9, 0)
+_HOPPER, _BLACKWELL = (9, 0), (10, 0)
 
 # Modes that multiply the codes of the file. The others make weights of their own from them.
 IN_PLACE_MODES: tuple[Compute, ...] = tuple(mode for mode in COMPUTE_MODES if mode != "int8")
@@ -28,7 +28,7 @@ DESCRIPTIONS: dict[Compute, str] = {
     "mxfp8": "MXFP8 x MXFP8 on block-scaled tensor cores (never run on such a device yet)",
     "fp8": "scales folded to one per row, FP8 tensor cores",
     "weight-only": "weights decoded exactly, activations not quantised",
-    "int8": "weights and activations rotated and rounded to INT8 (run on an H200 alone)",
+    "int8": "weights and activations rotated and rounded to INT8 (of GPUs it ran on an H200 alone)",
     "mxfp8-emulated": "Blackwell's numerics: activations in MXFP8 too, GEMMs of decoded numbers",
 }
 
@@ -71,17 +71,25 @@ def unsupported(compute: Compute, device: int) -> str:
     return ""
 
 
-def preference(capability: tuple[int, int]) -> list[Compute]:
+def preference(capability: tuple[int, int], kernels: bool) -> list[Compute]:
     """Return all modes in the order in which "auto" prefers them on CUDA devices.
 
-    Before Hopper INT8 is at least as fast as FP8, and its images are closer to those of BF16. On
-    Hopper both take about as long, but kernels for FP8 add adapters at next to no cost.
+    INT8 has the rate of FP8 up to Hopper, where torch's GEMMs alone reach half of it, and its
+    images are closer to those of BF16 (docs/performance.md, docs/methodology.md).
+
+    Args:
+        capability: compute capability of the device.
+        kernels: whether it has kernels of this package.
     """
     modes = list(COMPUTE_MODES)
-    if capability < _HOPPER:
+    if capability < (_BLACKWELL if kernels else _HOPPER):
         modes.remove("int8")
         modes.insert(modes.index("fp8"), "int8")
     return modes
+
+
+def _preference_of(device: int) -> list[Compute]:
+    return preference(devices.capability(device), devices.has_kernels(device))
 
 
 def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
@@ -90,7 +98,7 @@ def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
     They are in the order of `preference`. An installation may support fewer; `unsupported` says
     which and why.
     """
-    modes = preference(capability)
+    modes = preference(capability, kernels)
     if not kernels or capability not in _NATIVE_CAPABILITIES:
         modes.remove("mxfp8")
     if capability < _FP8_CAPABILITY:
@@ -102,7 +110,7 @@ def modes_of(capability: tuple[int, int], kernels: bool) -> list[Compute]:
 
 def supported(device: int) -> list[Compute]:
     """Return the modes that a device has, on a GPU in the order of `preference`."""
-    modes = preference(devices.capability(device)) if device >= 0 else COMPUTE_MODES
+    modes = _preference_of(device) if device >= 0 else COMPUTE_MODES
     return [mode for mode in modes if not unsupported(mode, device)]
 
 
@@ -170,7 +178,7 @@ def choose(
     if mode == "auto":
         if device < 0:  # nothing is faster in 8 bits there
             return "weight-only"
-        modes = preference(devices.capability(device))
+        modes = _preference_of(device)
         allowed = [mode for mode in modes if mode in MODES[weights] and mode in among]
         return next(mode for mode in allowed if not unsupported(mode, device))
     if unsupported(mode, device):

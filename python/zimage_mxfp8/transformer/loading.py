@@ -79,7 +79,8 @@ def load_parts(
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     total += sum(layer.scale.nbytes for layer in file.layers.values())
     try:
-        with TensorStream(device, total, progress) as stream:
+        # Other threads, which are in no such mode, write to the tensors.
+        with torch.inference_mode(False), TensorStream(device, total, progress) as stream:
             return PartsLoader(file, stream, compute, dtype, table).load()
     except RuntimeError as error:
         if not is_out_of_host_memory(error):

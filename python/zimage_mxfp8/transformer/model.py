@@ -189,8 +189,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
                 - "fp8": scales folded into one per row, FP8 tensor cores of 8.9 and newer;
                   activations are quantised per token.
                 - "weight-only": weights decoded exactly, activations not quantised; any device.
-                - "int8": weights and activations rotated and rounded to INT8, multiplied by torch;
-                  the CPU and 7.5 and newer (run on an H200 alone, not timed).
+                - "int8": weights and activations rotated and rounded to INT8; the CPU and 7.5 and
+                  newer (of GPUs it ran on an H200 alone).
                 - "mxfp8-emulated": activations in MXFP8 too, as on 10.x and 12.x, with GEMMs of
                   decoded numbers; any device.
                 - "auto": the first of these that the device has fast; "weight-only" on the CPU.
@@ -198,7 +198,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
             devices: share each forward among these, each of which holds all weights; instead of
                 `device`. The first one takes inputs and has results; a process is started for each
                 of the others, which ends when the model is garbage. Hooks and adapters that are set
-                on layers by hand are not shared. Tested on CPUs; never run on CUDA devices.
+                on layers by hand are not shared. Tested on CPUs and on two H200s, never timed.
             cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
                 Without graphs, forward hooks on the model's modules, which include every linear
                 layer and every block, run in every call.

@@ -1,4 +1,4 @@
-"""A transformer that several CUDA devices share, next to one device. Never run so far.
+"""A transformer that several CUDA devices share, next to one device.
 
 pytest -m gpu
 """

@@ -682,3 +682,15 @@ def test_features_of_diffusers_say_what_to_do_instead(model: zm.ZImageTransforme
     with pytest.raises(AttributeError, match="has no attribute 'colour'") as e:
         model.colour  # noqa: B018
     assert not isinstance(e.value, zm.Error)
+
+
+def test_weights_that_are_loaded_in_inference_mode_are_ordinary(quantized: Path) -> None:
+    """So that threads can write them, and programs change them afterwards."""
+    with torch.inference_mode():
+        models = [
+            zm.ZImageTransformer.from_checkpoint(quantized, "cpu", compute)
+            for compute in ("weight-only", "fp8", "int8")
+        ]
+    for model in models:
+        tensors = [*model.parameters(), *model.buffers()]
+        assert tensors and not any(tensor.is_inference() for tensor in tensors)

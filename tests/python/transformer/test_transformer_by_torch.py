@@ -174,13 +174,17 @@ def test_memory_of_a_forward(compute: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_modes_by_the_rule() -> None:
     """In the order in which "auto" takes them."""
-    exact, others = ["weight-only", "mxfp8-emulated"], ["weight-only", "int8", "mxfp8-emulated"]
+    exact, in_fp8 = ["weight-only", "mxfp8-emulated"], ["fp8", "weight-only", "mxfp8-emulated"]
     assert modes_of((7, 0), kernels=False) == exact
     for capability in ((7, 5), (8, 0), (8, 6)):
         assert modes_of(capability, kernels=capability >= (8, 0)) == ["int8", *exact]
-    assert modes_of((8, 9), kernels=False) == ["int8", "fp8", *exact]
-    assert modes_of((9, 0), kernels=True) == ["fp8", *others]
-    assert modes_of((12, 0), kernels=True) == ["mxfp8", "fp8", *others]
+    for kernels in (False, True):
+        assert modes_of((8, 9), kernels=kernels) == ["int8", *in_fp8]
+    assert modes_of((9, 0), kernels=True) == ["int8", *in_fp8]
+    by_torch = ["fp8", "weight-only", "int8", "mxfp8-emulated"]
+    for capability in ((9, 0), (10, 0), (12, 0)):
+        assert modes_of(capability, kernels=False) == by_torch
+    assert modes_of((12, 0), kernels=True) == ["mxfp8", *by_torch]
 
 
 @pytest.mark.usefixtures("without_kernels")

@@ -92,7 +92,14 @@ def quantize_rotated(matrix: torch.Tensor) -> Int8Array:
 
 def signs_for(columns: int, device: torch.device) -> torch.Tensor:
     """Return the Hadamard matrix that `quantize_rotated` rotates a number of columns with."""
-    return hadamard(rotation_block(columns)).to(device)
+    return _hadamard_on(rotation_block(columns), device)
+
+
+@cache
+def _hadamard_on(size: int, device: torch.device) -> torch.Tensor:
+    """Return the matrix once made: a CUDA graph that is captured cannot copy it to the device."""
+    with torch.inference_mode(False):
+        return hadamard(size).to(device)
 
 
 def encode(matrix: torch.Tensor, signs: torch.Tensor) -> Int8Array:
