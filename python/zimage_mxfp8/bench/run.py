@@ -31,8 +31,7 @@ def bench(
     """Measure forwards of the transformer in every compute mode, and on CUDA devices its GEMMs.
 
     Weights are random, and few blocks have weights of their own, so that GPUs with little memory
-    can be measured. What the device lacks, or has no memory for, is left out with a reason. Never
-    run on a CUDA device.
+    can be measured. What the device lacks, or has no memory for, is left out with a reason.
 
     Args:
         device: see `ZImageTransformer.from_checkpoint`.

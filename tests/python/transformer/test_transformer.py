@@ -26,8 +26,14 @@ from helpers.diffusers_reference import (
     relative_error,
 )
 from helpers.live_bytes import LiveBytes
+from zimage_mxfp8.system import devices
 from zimage_mxfp8.transformer import compute as compute_module
-from zimage_mxfp8.transformer.compute import COMPUTE_MODES, choose, unsupported
+from zimage_mxfp8.transformer.compute import (
+    COMPUTE_MODES,
+    IN_PLACE_MODES,
+    choose,
+    unsupported,
+)
 from zimage_mxfp8.transformer.linear import Linear
 from zimage_mxfp8.transformer.model_file import open_model
 from zimage_mxfp8.transformer.sequence import layout_of
@@ -399,12 +405,26 @@ def test_auto_is_exact_on_the_cpu(quantized: Path) -> None:
         assert choose("auto", -1, weights) == "weight-only"
 
 
-def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "kernels", "mode"),
+    [
+        *(((8, 6), False, "int8"), ((8, 9), True, "int8"), ((9, 0), True, "int8")),
+        *(((9, 0), False, "fp8"), ((12, 0), True, "fp8")),
+    ],
+)
+def test_auto_on_a_gpu(
+    capability: tuple[int, int], kernels: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the device has no mode `mxfp8`."""
+    monkeypatch.setattr(devices, "capability", lambda _: capability)
+    monkeypatch.setattr(devices, "has_kernels", lambda _: kernels)
     monkeypatch.setattr(
         compute_module, "unsupported", lambda mode, _: {"mxfp8": "no"}.get(mode, "")
     )
-    for weights, mode in (("plain", "weight-only"), ("mxfp8", "fp8"), ("int8-convrot", "int8")):
-        assert choose("auto", 0, weights) == mode
+    for weights, wanted in (("plain", "weight-only"), ("mxfp8", mode), ("int8-convrot", "int8")):
+        assert choose("auto", 0, weights) == wanted
+    in_place = "fp8" if mode == "int8" else mode
+    assert choose("auto", 0, "mxfp8", IN_PLACE_MODES) == in_place
 
 
 @pytest.mark.parametrize("compute", COMPUTE_MODES)
