@@ -81,10 +81,9 @@ def preference(capability: tuple[int, int], kernels: bool) -> list[Compute]:
         capability: compute capability of the device.
         kernels: whether it has kernels of this package.
     """
-    modes = list(COMPUTE_MODES)
-    if capability < (_BLACKWELL if kernels else _HOPPER):
-        modes.remove("int8")
-        modes.insert(modes.index("fp8"), "int8")
+    modes = [mode for mode in COMPUTE_MODES if mode != "int8"]
+    is_first = capability < (_BLACKWELL if kernels else _HOPPER)
+    modes.insert(modes.index("fp8") + (not is_first), "int8")
     return modes
 
 

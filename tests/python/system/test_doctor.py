@@ -131,7 +131,7 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
         "mxfp8-emulated",
     ]
     assert ada["without_kernels"] == ada["with_kernels"]
-    assert blackwell["without_kernels"] == ["fp8", "weight-only", "int8", "mxfp8-emulated"]
+    assert blackwell["without_kernels"] == ["fp8", "int8", "weight-only", "mxfp8-emulated"]
     assert blackwell["with_kernels"] == ["mxfp8", *blackwell["without_kernels"]]
     assert ada["gemm"]["compute"] == []
     reason = f"the torch that is installed ({torch.__version__}) does not find this device"
@@ -141,7 +141,7 @@ def test_gpus_that_only_the_driver_shows(cli: Run, tmp_path: Path) -> None:
     assert "Fake RTX 5090, compute capability 12.0, 32.00 GiB" in shown.stdout
     assert re.search(r"compute modes +│ none ", shown.stdout)
     assert re.search(
-        r"compute modes with kernels +│ mxfp8, fp8, weight-only, int8, mxfp8-emulated ",
+        r"compute modes with kernels +│ mxfp8, fp8, int8, weight-only, mxfp8-emulated ",
         shown.stdout,
     )
     assert "To get CUDA kernels, install nvcc 12.8" in shown.stdout

@@ -181,7 +181,7 @@ def test_modes_by_the_rule() -> None:
     for kernels in (False, True):
         assert modes_of((8, 9), kernels=kernels) == ["int8", *in_fp8]
     assert modes_of((9, 0), kernels=True) == ["int8", *in_fp8]
-    by_torch = ["fp8", "weight-only", "int8", "mxfp8-emulated"]
+    by_torch = ["fp8", "int8", "weight-only", "mxfp8-emulated"]
     for capability in ((9, 0), (10, 0), (12, 0)):
         assert modes_of(capability, kernels=False) == by_torch
     assert modes_of((12, 0), kernels=True) == ["mxfp8", *by_torch]
