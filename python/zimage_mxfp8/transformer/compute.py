@@ -81,7 +81,7 @@ def preference(capability: tuple[int, int], kernels: bool) -> list[Compute]:
         capability: compute capability of the device.
         kernels: whether it has kernels of this package.
     """
-    modes = [mode for mode in COMPUTE_MODES if mode != "int8"]
+    modes: list[Compute] = [mode for mode in COMPUTE_MODES if mode != "int8"]
     is_first = capability < (_BLACKWELL if kernels else _HOPPER)
     modes.insert(modes.index("fp8") + (not is_first), "int8")
     return modes
