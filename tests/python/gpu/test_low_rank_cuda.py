@@ -247,7 +247,7 @@ def test_views_and_wrong_arguments() -> None:
     refused(addend.x.float(), addend.u, "must be bfloat16")
     with pytest.raises(zm.InvalidArgumentError, match="multiple of 64 rows"):
         narrow_gemm(a, operand(40, 64, 17), torch.zeros(20, device="cuda"))
-    with pytest.raises(zm.InvalidArgumentError, match="both be BF16 or both row-scaled"):
+    with pytest.raises(zm.InvalidArgumentError, match="both be BF16, row-scaled FP8 or INT8"):
         narrow_gemm(a, zm.quantize(random(64, 64, seed=17)), torch.zeros(64, device="cuda"))
     with pytest.raises(zm.InvalidArgumentError, match=r"factors must be \[32\]"):
         narrow_gemm(a, operand(64, 64, 17), torch.zeros(64, device="cuda"))
