@@ -1,6 +1,6 @@
 #include "cuda/reduce.cuh"
 #include "fused/fused_cuda.h"
-#include "fused/row.cuh"
+#include "fused/store_row.cuh"
 
 namespace zimage_mxfp8::detail {
 namespace {

@@ -1,3 +1,4 @@
+#include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "fused/fused_cuda.h"
 #include "fused/row.cuh"

@@ -33,6 +33,10 @@ void check_sizes(const GemmProblem& problem) {
   if (problem.k % kBlockSize != 0) {
     throw InvalidArgument("K must be a multiple of 32, not " + std::to_string(problem.k));
   }
+  if (problem.a == OperandFormat::kInt8 && problem.k > kMaxInt8Depth) {
+    throw InvalidArgument("K of INT8 must be at most " + std::to_string(kMaxInt8Depth) + ", not " +
+                          std::to_string(problem.k));
+  }
 }
 
 std::string encoding_epilogues() {

@@ -97,7 +97,13 @@ void narrow_gemm(const GemmOperand& a, const GemmOperand& b, const float* factor
   if (scaled_a && scaled_b) return run(*scaled_a, *scaled_b, 2);
   const auto* const int8_a = std::get_if<ConstInt8View>(&a);
   const auto* const int8_b = std::get_if<ConstInt8View>(&b);
-  if (int8_a && int8_b) return run(*int8_a, *int8_b, 2);
+  if (int8_a && int8_b) {
+    if (int8_a->cols > kMaxInt8Depth) {
+      throw InvalidArgument("A of INT8 must have at most " + std::to_string(kMaxInt8Depth) +
+                            " columns");
+    }
+    return run(*int8_a, *int8_b, 2);
+  }
   throw InvalidArgument("A and B of a narrow GEMM must both be BF16, row-scaled FP8 or INT8");
 }
 

@@ -1,5 +1,5 @@
 #include "cuda/launch.cuh"
-#include "fused/row.cuh"
+#include "fused/store_row.cuh"
 #include "rotated/quantize_rotated_cuda.h"
 
 namespace zimage_mxfp8::detail {

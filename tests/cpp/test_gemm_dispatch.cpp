@@ -166,6 +166,7 @@ TEST_CASE("a made-up kernel is chosen, refused with its reason, and listed") {
       detail::output(DType::kBFloat16),
       detail::epilogue(kNone) | detail::epilogue(kSilu),
       detail::epilogue(kNone),
+      false,
       {90},
       false,
       &nothing,
@@ -198,6 +199,10 @@ TEST_CASE("a made-up kernel is chosen, refused with its reason, and listed") {
   GemmProblem wide = few;
   wide.d = DType::kFloat32;
   CHECK(reason(wide, &kH100) == "made_up does not write F32");
+  GemmProblem biased = few;
+  biased.bias = true;
+  CHECK(reason(biased, &kH100) == "made_up adds no bias");
+  CHECK(built.choice(biased, kH100) == "fp8_rowwise");
   GemmProblem sum = few;
   sum.addend_rank = 32;
   CHECK(built.choice(sum, kH100) == "made_up");

@@ -92,13 +92,14 @@ std::string cost_text(double cost) {
 
 // Why a kernel does not compute a problem. It becomes a sentence only for errors and lists, because
 // a kernel is chosen for each call.
-enum class Refusal { kNo, kCpu, kOperands, kEpilogue, kOutput, kCapability, kUnavailable };
+enum class Refusal { kNo, kCpu, kOperands, kEpilogue, kBias, kOutput, kCapability, kUnavailable };
 
 Refusal refusal(const GemmKernel& kernel, const GemmProblem& problem, Where where) {
   if (!where && !kernel.on_cpu) return Refusal::kCpu;
   if (!(kernel.operands & operands(problem.a, problem.b))) return Refusal::kOperands;
   const std::uint32_t fused = problem.addend_rank > 0 ? kernel.addend_epilogues : kernel.epilogues;
   if (!(fused & epilogue(problem.epilogue))) return Refusal::kEpilogue;
+  if (problem.bias && !kernel.bias) return Refusal::kBias;
   if (!(kernel.outputs & output(problem.d))) return Refusal::kOutput;
   if (!where) return Refusal::kNo;
   if (!has_capability(kernel, *where)) return Refusal::kCapability;
@@ -172,6 +173,8 @@ Support supports_on(const GemmKernel& kernel, const GemmProblem& problem, Where 
       return no(problem.epilogue == GemmEpilogue::kNone
                     ? name + " computes GEMMs with an epilogue or an addend only"
                     : name + " does not fuse " + info(problem.epilogue).name);
+    case Refusal::kBias:
+      return no(name + " adds no bias");
     case Refusal::kOutput:
       return no(name + " does not write " + text(problem.d));
     case Refusal::kCapability:

@@ -27,6 +27,8 @@ constexpr std::int64_t kMixedPartsPerTile = 2;
 // utilization of 0.91 and more, slower at 0.78 and less.
 constexpr double kFusedBreakEven = 0.85;
 
+// ---- NVIDIA H200, commit 91eb7fa; docs/performance.md, "INT8"
+
 // Hopper's older instructions have half the rate of wgmma.
 constexpr double kWgmmaInt8Cost = 0.5;
 
@@ -62,9 +64,8 @@ double cost_mixed_sm90(const GemmProblem& problem, const CudaDevice&) {
 double cost_fp8_rowwise(const GemmProblem&, const CudaDevice&) { return 1; }
 
 double cost_fp8_sm90(const GemmProblem& problem, const CudaDevice& device) {
-  const std::int64_t tiles =
-      ceil_div(problem.m, kFP8SM90TileM) * ceil_div(problem.n, kFP8SM90TileN);
-  return kFusedBreakEven / wave_utilization(tiles, device.multiprocessors / kFP8SM90Cluster);
+  const std::int64_t tiles = ceil_div(problem.m, kFusedTileM) * ceil_div(problem.n, kFusedTileN);
+  return kFusedBreakEven / wave_utilization(tiles, device.multiprocessors / kFusedCluster);
 }
 
 double cost_int8_sm90(const GemmProblem&, const CudaDevice&) { return kWgmmaInt8Cost; }
@@ -78,10 +79,10 @@ double cost_mxfp8_sm120(const GemmProblem&, const CudaDevice&) { return kBlockSc
 bool int8_sm90_takes_narrow_tiles(std::int64_t m, std::int64_t n, int multiprocessors) {
   // Waves of clusters, times the duration of a tile, which is proportional to its rows of B.
   const auto duration = [&](std::int64_t rows) {
-    const std::int64_t tiles = ceil_div(m, kFP8SM90TileM) * ceil_div(n, rows);
-    return ceil_div(tiles, multiprocessors / kFP8SM90Cluster) * rows;
+    const std::int64_t tiles = ceil_div(m, kFusedTileM) * ceil_div(n, rows);
+    return ceil_div(tiles, multiprocessors / kFusedCluster) * rows;
   };
-  return duration(kInt8SM90NarrowTileN) < duration(kFP8SM90TileN);
+  return duration(kInt8SM90NarrowTileN) < duration(kFusedTileN);
 }
 
 bool mixed_sm90_uses_workspace(std::int64_t m) { return m >= kMixedWorkspaceFrom; }

@@ -27,7 +27,7 @@ double cost_mxfp8_sm120(const GemmProblem& problem, const CudaDevice& device);
 
 // Tiles of the kernels fp8_sm90 and int8_sm90: rows of A, and rows of B for a cluster of two
 // blocks.
-inline constexpr std::int64_t kFP8SM90TileM = 128, kFP8SM90TileN = 512, kFP8SM90Cluster = 2;
+inline constexpr std::int64_t kFusedTileM = 128, kFusedTileN = 512, kFusedCluster = 2;
 
 // Narrow tiles of int8_sm90, for GEMMs without an epilogue.
 inline constexpr std::int64_t kInt8SM90NarrowTileN = 384;

@@ -41,6 +41,7 @@ struct GemmKernel {
   std::uint32_t outputs;
   std::uint32_t epilogues;         // that it fuses; kNone is one of them if it computes plain GEMMs
   std::uint32_t addend_epilogues;  // the same after a low-rank addend; 0 if it adds none
+  bool bias;                       // whether it adds one
   // Compute capabilities, such as 90 for 9.0, ended by 0. A negative one means that or newer.
   std::array<int, 10> capabilities;
   bool on_cpu;

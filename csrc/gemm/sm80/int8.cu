@@ -9,6 +9,7 @@
 #include "cuda/launch.cuh"
 #include "fused/arithmetic.cuh"
 #include "gemm/dispatch/table.h"
+#include "gemm/sizes.h"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::detail {
@@ -24,7 +25,7 @@ constexpr int kStageBytes = 2 * kOperandBytes;
 constexpr int kSharedBytes = kStages * kStageBytes;
 // D in shared memory, with a gap after each row that moves the next one to other banks.
 constexpr int kOutRow = kTile + 8;
-static_assert(kTile * kOutRow * 2 <= kSharedBytes);
+static_assert(kTile * kOutRow * 2 <= kSharedBytes && kSharedBytes <= 48 * 1024);
 constexpr int kGroup = 8;  // tiles of B that all tokens are multiplied with before the next ones
 
 constexpr int kRowTiles = kWarpTile / 16, kColumnTiles = kWarpTile / 8;  // of mma, of a warp
@@ -174,6 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2) int8_kernel(const Problem p) {
 }
 
 void run(const GemmTask& task, Workspace, CudaStream stream) {
+  check_32_bit_sizes("int8_sm80", task);
   const int64_t m_tiles = ceil_div(task.m, kTile), n_tiles = ceil_div(task.n, kTile);
   const uint32_t tiles = checked_count(m_tiles * n_tiles);
   const Problem problem{static_cast<const int8_t*>(task.a.codes),

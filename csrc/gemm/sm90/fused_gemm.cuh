@@ -45,8 +45,8 @@ constexpr int kEpilogueWarps = 3;  // the warp before them copies
 constexpr int kCluster = 2;  // blocks that share tiles of A
 constexpr int kTokens = kConsumers * kGroupTokens;
 constexpr int kDepth = 128;  // of K in a stage: as wide as TMA's swizzle
-static_assert(kTokens == kFP8SM90TileM && kCluster * kWideRows == kFP8SM90TileN &&
-              kCluster == kFP8SM90Cluster);
+static_assert(kTokens == kFusedTileM && kCluster * kWideRows == kFusedTileN &&
+              kCluster == kFusedCluster);
 // Pairs of tiles of B that all tokens are multiplied with before the next ones: they stay in the
 // cache.
 constexpr int kGroupPairs = 4;

@@ -1,12 +1,10 @@
 // What the kernels of fused_gemm.cuh have in common as rows of the table.
 #pragma once
 
-#include <cstdint>
-#include <string>
 #include <variant>
 
+#include "gemm/sizes.h"
 #include "gemm/task.h"
-#include "zimage_mxfp8/error.h"
 #include "zimage_mxfp8/gemm.h"
 
 namespace zimage_mxfp8::detail {
@@ -22,10 +20,7 @@ Overloads(Functions...) -> Overloads<Functions...>;
 // Calls the function for the epilogue of a task with D, which has the columns that it leaves.
 template <typename... Functions>
 void run_fused(const char* name, const GemmTask& task, Functions... functions) {
-  constexpr std::int64_t most = std::int64_t{1} << 30;  // the kernels count elements in 32 bits
-  if (task.m >= most || task.n >= most || task.k >= most) {
-    throw Unsupported(std::string(name) + " takes sizes below 2^30");
-  }
+  check_32_bit_sizes(name, task);
   const EpilogueArguments none, &epilogue = task.arguments ? task.arguments->epilogue : none;
   MatrixView d{task.d, task.d_dtype, task.m, task.n, task.d_row_stride};
   if (std::holds_alternative<SiluMultiply>(epilogue)) d.cols = task.n / 2;

@@ -23,6 +23,9 @@ inline constexpr OperandFormat kOperandFormats[] = {OperandFormat::kBFloat16, Op
                                                     OperandFormat::kRowScaled,
                                                     OperandFormat::kInt8};
 
+// The largest K of INT8 operands, whose sums are int32.
+inline constexpr std::int64_t kMaxInt8Depth = 131040;
+
 // The operation on the sums, see fused.h: silu_multiply() of the upper and the lower half of B's
 // rows, or rotate_heads() where B is [3 * heads * 128, K].
 enum class GemmEpilogue : std::uint8_t { kNone, kSiluMultiply, kRotateHeads };
@@ -41,7 +44,8 @@ const EpilogueInfo& info(GemmEpilogue epilogue);
 GemmEpilogue find_gemm_epilogue(const std::string& name);
 
 // A GEMM to compute, without its data. M has any size, N (rows of B) is a multiple of 8, K a
-// multiple of 32. With an epilogue there is no bias and D is BF16 before it is encoded.
+// multiple of 32, of INT8 up to kMaxInt8Depth. With an epilogue there is no bias and D is BF16
+// before it is encoded.
 struct GemmProblem {
   std::int64_t m;
   std::int64_t n;
@@ -71,8 +75,9 @@ struct GemmProblem {
 //   fp8_sm90     The same with a fused epilogue, a low-rank addend or both: sums over all of K
 //                ("fast accumulation") are rounded to BF16, then scaled, then comes the epilogue,
 //                both in float32; the result is rounded once more. Compute capability 9.0.
-//   int8_sm90    INT8 operands, with or without a fused epilogue. Compute capability 9.0.
-//   int8_sm80    INT8 operands. Compute capability 8.0 or newer. Run on 9.0 alone.
+//   int8_sm90    INT8 operands, with or without a fused epilogue or a low-rank addend. No bias.
+//                Compute capability 9.0.
+//   int8_sm80    INT8 operands. No bias. Compute capability 8.0 or newer. Run on 9.0 alone.
 //   mixed_sm90   BF16 activations and MXFP8 weights, which are decoded to BF16 (exact for scale
 //                bytes of 3 and more) on their way to the tensor cores. A block with scale 255 is
 //                NaN, but codes 0x7F and 0xFF under another scale, which no encoder writes, count

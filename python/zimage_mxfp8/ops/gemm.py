@@ -4,11 +4,11 @@ Operands are MXFP8 (`codec.MXFP8Array`), E4M3 with one scale per row (`RowScaled
 one scale per row (`Int8Array`, times the same) or plain bfloat16. The core has a table of kernels
 and takes the one of least cost:
 
-    reference    decoded operands, float32 sums in order of K; the CPU and every CUDA device, slow
+    reference    decoded operands, sums in order of K; the CPU and every CUDA device, slow
     dequantize   operands decoded to bfloat16 in a workspace, then cuBLASLt
     fp8_rowwise  cuBLASLt's FP8 GEMM of two row-scaled operands; Hopper
     fp8_sm90     the same with a fused epilogue or a low-rank addend (`gemm_epilogues`); Hopper
-    int8_sm90    INT8 operands, with or without a fused epilogue; Hopper
+    int8_sm90    INT8 operands, with or without a fused epilogue or a low-rank addend; Hopper
     int8_sm80    INT8 operands; compute capability 8.0 and newer, run on Hopper alone
     mixed_sm90   bfloat16 times MXFP8, decoded in the GEMM kernel; Hopper
     mxfp8_sm100  block-scaled tensor cores of compute capability 10.0 and 10.3; never run on one
@@ -401,7 +401,7 @@ def gemm(
     kernel: str | None = None,
     threads: int = 0,
 ) -> Any:
-    """Compute A B^T + bias with 8-bit operands and float32 sums.
+    """Compute A B^T + bias with 8-bit operands and float32 sums, int32 of INT8.
 
     On CUDA it runs on torch's current stream; workspace comes from torch's allocator.
 

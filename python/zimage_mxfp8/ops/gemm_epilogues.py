@@ -120,7 +120,7 @@ def gemm_low_rank(a: Any, b: Any, addend: LowRankAddend, *, kernel: str | None =
         a: [M, K] on CUDA, a `RowScaledArray`, an `Int8Array` or of bfloat16. K is a multiple of 32.
         b: [N, K] of the same format, or an `MXFP8Array` if `a` is of bfloat16. N is a multiple of
             8.
-        addend: what is added, to row-scaled operands before the scales.
+        addend: what is added, see `LowRankAddend`.
         kernel: name of the kernel; by default the one of least cost.
 
     Returns:
@@ -144,7 +144,7 @@ def gemm_silu_multiply(
         a: [M, K] on CUDA, an operand of `gemm`. K is a multiple of 32.
         b: [2 C, K], likewise. C is a multiple of 8.
         output_format: format of the result.
-        addend: what is added to both products before the scales, [M, rank] and [2 C, rank].
+        addend: what is added to both products, [M, rank] and [2 C, rank]; see `LowRankAddend`.
         kernel: name of the kernel; by default the one of least cost.
 
     Returns:
@@ -176,7 +176,7 @@ def gemm_rotate_heads(
         rotations: [M, 64, 2] of float32: cosine and sine for each pair.
         heads: number of heads of each of q, k and v.
         eps: added to the mean of the squares.
-        addend: what is added to the product before the scales.
+        addend: what is added to the product, see `LowRankAddend`.
         kernel: name of the kernel; by default the one of least cost.
 
     Returns:

@@ -1,8 +1,8 @@
 """Low-rank addends of GEMMs on Hopper: A B^T + (A D^T) E^T in one GEMM and a narrow one.
 
 `narrow_gemm` computes A D^T, with a small rank, and the GEMMs of `gemm_epilogues` add the product
-of that and E before they scale their sums. Arguments are torch tensors on one
-CUDA device; the work goes to torch's current stream and can be captured in a CUDA graph.
+of that and E. Arguments are torch tensors on one CUDA device; the work goes to torch's current
+stream and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def narrow_gemm(a: Any, down: Any, factors: Any) -> Any:
         UnsupportedError: the device is not of compute capability 9.0, or the build lacks 90a.
     """
     first, second = cuda_operands(a, down, ("a", "down"))
-    rank = second[3] if second[0] == "bfloat16" else second[3] // 2
+    has_terms = second[0] in ("row-scaled", "int8")
+    rank = second[3] // 2 if has_terms else second[3]
     of_rank = vector(factors, "float32", rank, "factors")
     result = empty((first[3], rank), "bfloat16", like=first[1])
     call_core(_core.narrow_gemm, first, second, of_rank, result, like=first[1])

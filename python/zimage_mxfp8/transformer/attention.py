@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..system import devices
 from ..zimage.constants import HEAD_DIM
 
 # In order of speed on Hopper.
@@ -30,7 +31,7 @@ def has_cudnn_attention(device: torch.device) -> bool:
             warnings.simplefilter("ignore")  # torch explains at length why it fails
             F.scaled_dot_product_attention(q, q, q)
     except RuntimeError:
-        if torch.cuda.get_device_capability(device)[0] >= 9:
+        if devices.capability(device.index)[0] >= 9:
             warnings.warn(
                 "torch cannot use cuDNN's attention here, so attention takes about twice as long; "
                 f"cuDNN is {torch.backends.cudnn.version()}, and another one than torch's on the "

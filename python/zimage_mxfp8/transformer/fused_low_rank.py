@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -46,13 +47,7 @@ def two_terms(matrix: torch.Tensor) -> RowScaledArray:
     Returns:
         [2 N, K]: row n of the matrix is the sum of rows 2 n and 2 n + 1.
     """
-    first = quantize_rows(matrix)
-    second = quantize_rows(matrix - first.codes.float() * first.scales[:, None])
-    pairs = [
-        torch.stack((getattr(first, part), getattr(second, part)), dim=1)
-        for part in ("codes", "scales")
-    ]
-    return RowScaledArray(*(pair.flatten(0, 1) for pair in pairs))
+    return RowScaledArray(*_two_terms(matrix, quantize_rows))
 
 
 def two_int8_terms(matrix: torch.Tensor) -> Int8Array:
@@ -64,13 +59,20 @@ def two_int8_terms(matrix: torch.Tensor) -> Int8Array:
     Returns:
         [2 N, K]: row n of the rotated matrix is the sum of rows 2 n and 2 n + 1.
     """
-    rotated = int8.rotate(matrix, int8.signs_for(matrix.shape[1], matrix.device))
-    first = int8.quantize(rotated)
-    second = int8.quantize(rotated - first.codes.float() * first.scales[:, None])
-    return Int8Array(
-        torch.stack((first.codes, second.codes), dim=1).flatten(0, 1),
-        torch.stack((first.scales, second.scales), dim=1).flatten(),
+    return Int8Array(*_two_terms(int8.rotate_columns(matrix), int8.quantize))
+
+
+def _two_terms(
+    matrix: torch.Tensor, encode: Callable[[torch.Tensor], Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and scales of a matrix and of what its encoding left out, row by row."""
+    first = encode(matrix)
+    second = encode(matrix - first.codes.float() * first.scales[:, None])
+    codes, scales = (
+        torch.stack((getattr(first, part), getattr(second, part)), dim=1).flatten(0, 1)
+        for part in ("codes", "scales")
     )
+    return codes, scales
 
 
 class _FusedLowRankAdapter(SharedAdapter, FusedAdapter):
@@ -97,25 +99,43 @@ class _FusedLowRankAdapter(SharedAdapter, FusedAdapter):
         return tokens * self.rank * self.up.itemsize
 
 
-class FP8LowRankAdapter(_FusedLowRankAdapter):
-    """The branch of an `FP8Linear`.
+class _EightBitLowRankAdapter(_FusedLowRankAdapter):
+    """The branch of a layer whose input has codes and a scale per row.
 
     Attributes:
-        down_codes: [2 rank, K] of bytes, see `two_terms`.
+        down_codes: [2 rank, K], see `two_terms`.
         down_scale_bits: their scales, as integers, which nn.Module.to(dtype) leaves alone.
-        up: divided by the scales of the layer's rows.
     """
 
     down_codes: torch.Tensor
     down_scale_bits: torch.Tensor
 
+    def __init__(
+        self, addends: Sequence[Addend], up: torch.Tensor, down: RowScaledArray | Int8Array
+    ) -> None:
+        """Take low-rank addends, `up`, and the first factors in two terms."""
+        super().__init__(addends, up)
+        is_int8 = isinstance(down, Int8Array)
+        self.register_buffer("down_codes", down.codes if is_int8 else down.codes.view(torch.uint8))
+        self.register_buffer("down_scale_bits", down.scales.view(torch.int32))
+
+    @property
+    def down(self) -> Any:
+        """The first factors [2 rank, K] in two terms."""
+        raise NotImplementedError
+
+    def addend(self, x: Any) -> LowRankAddend:
+        """Return the branch for the layer's input [M, K]."""
+        return LowRankAddend(fused_kernels.narrow_gemm(x, self.down, self.scales), self.up)
+
+
+class FP8LowRankAdapter(_EightBitLowRankAdapter):
+    """The branch of an `FP8Linear`; `up` is divided by the scales of the layer's rows."""
+
     def __init__(self, addends: Sequence[Addend], weights: RowScaledArray) -> None:
         """Take low-rank addends, and the layer's weights [N, K]."""
         down, up = _factors(addends, weights.shape, weights.codes.device)
-        super().__init__(addends, (up / weights.scales[:, None]).bfloat16())
-        terms = two_terms(down)
-        self.register_buffer("down_codes", terms.codes.view(torch.uint8))
-        self.register_buffer("down_scale_bits", terms.scales.view(torch.int32))
+        super().__init__(addends, (up / weights.scales[:, None]).bfloat16(), two_terms(down))
 
     @property
     def down(self) -> RowScaledArray:
@@ -127,38 +147,19 @@ class FP8LowRankAdapter(_FusedLowRankAdapter):
         """Whether `up` is; divided by a very small scale it need not be."""
         return bool(self.up.isfinite().all())
 
-    def addend(self, x: RowScaledArray) -> LowRankAddend:
-        """Return the branch for the layer's input [M, K]."""
-        return LowRankAddend(fused_kernels.narrow_gemm(x, self.down, self.scales), self.up)
 
-
-class Int8LowRankAdapter(_FusedLowRankAdapter):
-    """The branch of an `Int8Linear`.
-
-    Attributes:
-        down_codes: int8 [2 rank, K], see `two_int8_terms`.
-        down_scale_bits: their scales, as integers, which nn.Module.to(dtype) leaves alone.
-    """
-
-    down_codes: torch.Tensor
-    down_scale_bits: torch.Tensor
+class Int8LowRankAdapter(_EightBitLowRankAdapter):
+    """The branch of an `Int8Linear`."""
 
     def __init__(self, addends: Sequence[Addend], weights: Int8Array) -> None:
         """Take low-rank addends, and the layer's weights [N, K]."""
         down, up = _factors(addends, weights.shape, weights.codes.device)
-        super().__init__(addends, up.bfloat16())
-        terms = two_int8_terms(down)
-        self.register_buffer("down_codes", terms.codes)
-        self.register_buffer("down_scale_bits", terms.scales.view(torch.int32))
+        super().__init__(addends, up.bfloat16(), two_int8_terms(down))
 
     @property
     def down(self) -> Int8Array:
         """The first factors, rotated [2 rank, K], see `two_int8_terms`."""
         return Int8Array(self.down_codes, self.down_scale_bits.view(torch.float32))
-
-    def addend(self, x: Int8Array) -> LowRankAddend:
-        """Return the branch for the layer's input [M, K]."""
-        return LowRankAddend(fused_kernels.narrow_gemm(x, self.down, self.scales), self.up)
 
 
 class WeightOnlyLowRankAdapter(_FusedLowRankAdapter):

@@ -193,7 +193,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
                   newer (of GPUs it ran on an H200 alone).
                 - "mxfp8-emulated": activations in MXFP8 too, as on 10.x and 12.x, with GEMMs of
                   decoded numbers; any device.
-                - "auto": the first of these that the device has fast; "weight-only" on the CPU.
+                - "auto": "mxfp8", "int8" or "fp8", as the device has them fast; "weight-only" on
+                  the CPU.
             dtype: bfloat16 or float32, of everything that is not 8 bits wide.
             devices: share each forward among these, each of which holds all weights; instead of
                 `device`. The first one takes inputs and has results; a process is started for each

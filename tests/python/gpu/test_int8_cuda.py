@@ -243,11 +243,12 @@ def test_older_devices_get_the_same_images(
         results[told, mode] = (*torch.load(out), done.stderr)
     auto, kernel = PLANS[capability]
     assert results[capability, "auto"][0] == auto
-    _, found, log = results[capability, "int8"]
+    mode, found, log = results[capability, "int8"]
+    assert mode == "int8"
     if kernel:
         assert f": {kernel} (cost " in log
         assert torch.equal(found, results["9.0", "int8"][1])
     else:  # rotations and norms by torch, with sums in another order
         assert "int8_sm" not in log
         want = results["9.0", "int8"][1].float()
-        assert (found.float() - want).norm() < 0.06 * want.norm()
+        assert (found.float() - want).norm() < 0.03 * want.norm()

@@ -15,10 +15,11 @@ from safetensors import safe_open
 import zimage_mxfp8 as zm
 from helpers.cuda_model import RAGGED, load, on_device
 from helpers.diffusers_reference import random_inputs, relative_error
+from zimage_mxfp8.ops.fused import ActivationFormat
 from zimage_mxfp8.transformer.adapter import FusedAdapter
 from zimage_mxfp8.transformer.arithmetic import by_core
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, Compute
-from zimage_mxfp8.transformer.linear import FP8Linear, Linear, WeightOnlyLinear
+from zimage_mxfp8.transformer.linear import FP8Linear, Int8Linear, Linear, WeightOnlyLinear
 
 pytestmark = pytest.mark.gpu
 
@@ -73,11 +74,14 @@ def test_adapters_agree_with_the_cpu(compute: str, quantized: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(output(model, {}), before, strict=True))
 
 
-# In `fp8` activations of the branch are in 8 bits too; without the branch roundings differ, and
-# with them steps of E4M3.
+# In `fp8` and `int8` activations of the branch are in 8 bits too; without the branch roundings
+# differ, and with them steps of the codes.
 @pytest.mark.parametrize(
     ("compute", "kind", "tolerance"),
-    [("fp8", FP8Linear, 0.08), ("weight-only", WeightOnlyLinear, 0.02)],
+    [
+        *(("int8", Int8Linear, 0.08), ("fp8", FP8Linear, 0.08)),
+        ("weight-only", WeightOnlyLinear, 0.02),
+    ],
 )
 def test_fused_adapters_equal_those_apart(
     quantized: Path,
@@ -86,8 +90,12 @@ def test_fused_adapters_equal_those_apart(
     kind: type[Linear],
     tolerance: float,
 ) -> None:
-    formats = ("row-scaled", "row-scaled") if compute == "fp8" else ("bfloat16", "mxfp8")
-    if not by_core.takes_addends(torch.cuda.current_device(), *formats):
+    formats: dict[str, tuple[ActivationFormat, ActivationFormat]] = {
+        "int8": ("int8", "int8"),
+        "fp8": ("row-scaled", "row-scaled"),
+        "weight-only": ("bfloat16", "mxfp8"),
+    }
+    if not by_core.takes_addends(torch.cuda.current_device(), *formats[compute]):
         pytest.skip("no kernel of this device adds a low-rank addend")
     fused = load(quantized, compute)
     fused.load_lora(adapter(quantized, 32, 1), "one")

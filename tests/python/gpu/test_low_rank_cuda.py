@@ -167,7 +167,7 @@ def test_narrow_gemm_of_int8(tokens: int, rank: int, depth: int) -> None:
     matrix, factors = random(rank, depth, seed=2), random(rank, seed=3)
     down = two_int8_terms(matrix)
     terms = int8_values(down)
-    rotated = int8.rotate(matrix, int8.hadamard(32).cuda()).double()
+    rotated = int8.rotate_columns(matrix).double()
     assert ((terms[0::2] + terms[1::2] - rotated).norm() / rotated.norm()).item() < 1e-4
     exact = int8_values(a) @ (terms[0::2] + terms[1::2]).T * factors
     result = narrow_gemm(a, down, factors)
@@ -211,8 +211,6 @@ def test_epilogues_of_int8_follow_the_addend(
     gate, up = gemm_low_rank(a, b, addend).chunk(2, dim=1)
     assert torch.equal(gemm_silu_multiply(a, b, addend=addend), fused.silu_multiply(gate, up))
     rows = 384 * (columns // 384) or 384
-    if 2 * columns < rows:
-        return
     b, addend = zm.Int8Array(b.codes[:rows], b.scales[:rows]), LowRankAddend(x, u[:rows])
     weight = random(128, seed=5).bfloat16()
     rotations = torch.nn.functional.normalize(random(tokens, 64, 2, seed=6), dim=-1)

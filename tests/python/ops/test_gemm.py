@@ -113,6 +113,16 @@ def test_sums_of_int8_are_exact(m: int, n: int, k: int, dtype: str, bias: bool, 
     assert np.array_equal(found, want.astype(DTYPES[dtype]))
 
 
+def test_sums_of_int8_fit_an_integer() -> None:
+    deepest = 131040
+    a, b = (zm.Int8Array(np.full((8, deepest + 32), -127, np.int8), np.ones(8, np.float32)),) * 2
+    with pytest.raises(zm.InvalidArgumentError, match="K of INT8 must be at most 131040"):
+        zm.gemm(a, b, dtype=np.float32, kernel="reference")
+    parts = (zm.Int8Array(x.codes[:, :deepest], x.scales) for x in (a, b))
+    found = zm.gemm(*parts, dtype=np.float32, kernel="reference")
+    assert (found == np.float32(127 * 127 * deepest)).all()
+
+
 def test_int8_is_multiplied_with_int8() -> None:
     int8 = zm.Int8Array(np.zeros((8, 32), np.int8), np.ones(8, np.float32))
     with pytest.raises(zm.UnsupportedError, match="INT8 x MXFP8"):

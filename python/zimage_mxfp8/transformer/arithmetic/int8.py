@@ -33,14 +33,6 @@ def rotation_block(columns: int) -> int:
     return min(columns & -columns, MAX_BLOCK)
 
 
-def hadamard(size: int) -> torch.Tensor:
-    """Return Sylvester's Hadamard matrix of a power of two, int8 [size, size] of 1 and -1."""
-    matrix = torch.ones(1, 1, dtype=torch.int8)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix
-
-
 def regular_hadamard(size: int) -> torch.Tensor:
     """Return the Hadamard matrix by which INT8 ConvRot files are rotated, int8 [size, size].
 
@@ -54,9 +46,18 @@ def regular_hadamard(size: int) -> torch.Tensor:
     return matrix
 
 
-def decode(weights: Int8Array, signs: torch.Tensor, tile: slice = slice(None)) -> torch.Tensor:
-    """Decode a matrix or some of its rows and rotate them back: float32 [rows, K]."""
-    return rotate(weights.codes[tile].float().mul_(weights.scales[tile, None]), signs)
+def decode(
+    weights: Int8Array, signs: torch.Tensor | None, tile: slice = slice(None)
+) -> torch.Tensor:
+    """Decode a matrix or some of its rows and rotate them back: float32 [rows, K].
+
+    Args:
+        weights: [N, K].
+        signs: the Hadamard matrix that rotated them; None for that of `quantize_rotated`.
+        tile: the rows.
+    """
+    rotated = weights.codes[tile].float().mul_(weights.scales[tile, None])
+    return rotate_columns(rotated) if signs is None else rotate(rotated, signs)
 
 
 def rotate(matrix: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
@@ -75,31 +76,50 @@ def rotate(matrix: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     return rotated
 
 
-def quantize(matrix: torch.Tensor) -> Int8Array:
-    """Round each row of a float32 matrix, as `ops.fused.quantize_rotated` does."""
+def _add_and_subtract(matrix: torch.Tensor) -> torch.Tensor:
+    """Multiply blocks of columns by Sylvester's Hadamard matrix of 1 and -1, in float32.
+
+    The sums are those of a butterfly over columns 1, 2, 4, ... apart, as in the core's kernels.
+    """
+    sums = matrix.float().unflatten(1, (-1, rotation_block(matrix.shape[1])))
+    step = 1
+    while step < sums.shape[2]:
+        low, high = sums.unflatten(2, (-1, 2, step)).unbind(3)
+        sums = torch.stack((low + high, low - high), dim=3).flatten(2)
+        step *= 2
+    result: torch.Tensor = sums.flatten(1)
+    return result
+
+
+def rotate_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """Rotate as `quantize_rotated` does: float32 [rows, K]; a second time rotates back."""
+    rotated: torch.Tensor = _add_and_subtract(matrix).mul_(_of_rotation(matrix.shape[1]))
+    return rotated
+
+
+def _of_rotation(columns: int) -> float:
+    return float(rotation_block(columns) ** -0.5)
+
+
+def quantize(matrix: torch.Tensor, factor: float = 1.0) -> Int8Array:
+    """Round each row of a float32 matrix times a factor; one that is not finite has scale NaN."""
     largest = matrix.abs().amax(1)
     is_finite, is_zero = largest.isfinite(), largest < _SMALLEST_MAXIMUM
     factors = torch.where(is_zero | ~is_finite, 0.0, LARGEST / largest)
-    scales = torch.where(is_zero, 0.0, largest / LARGEST).where(is_finite, torch.nan)
+    scales = torch.where(is_zero, 0.0, largest / LARGEST * factor).where(is_finite, torch.nan)
     codes = (matrix * factors[:, None]).nan_to_num_(0, 0, 0).round_()
     return Int8Array(codes.to(torch.int8), scales)
 
 
 def quantize_rotated(matrix: torch.Tensor) -> Int8Array:
-    """Rotate and round a matrix [rows, K], some rows at a time."""
-    return encode(matrix, signs_for(matrix.shape[1], matrix.device))
-
-
-def signs_for(columns: int, device: torch.device) -> torch.Tensor:
-    """Return the Hadamard matrix that `quantize_rotated` rotates a number of columns with."""
-    return _hadamard_on(rotation_block(columns), device)
-
-
-@cache
-def _hadamard_on(size: int, device: torch.device) -> torch.Tensor:
-    """Return the matrix once made: a CUDA graph that is captured cannot copy it to the device."""
-    with torch.inference_mode(False):
-        return hadamard(size).to(device)
+    """Rotate and round a matrix [rows, K], some rows at a time: `ops.fused.quantize_rotated`."""
+    factor = _of_rotation(matrix.shape[1])
+    return _in_tiles(
+        tuple(matrix.shape),
+        1,
+        matrix.device,
+        lambda tile: quantize(_add_and_subtract(matrix[tile]), factor),
+    )
 
 
 def encode(matrix: torch.Tensor, signs: torch.Tensor) -> Int8Array:
