@@ -321,6 +321,9 @@ def main(server: str, environment: Path | None) -> None:
         command, check, own = SERVERS[server]
         subprocess.run([python, "-c", own], check=True, capture_output=True, text=True)
         print("  its own pipeline for others: there", flush=True)
+        if server == "sglang":
+            program = Path(__file__).with_name("sglang_checkpoint.py")
+            subprocess.run([python, program], check=True)
         with running(command(python, port, folder), port, folder / "log.txt") as address:
             check(Server(address, folder))
 
