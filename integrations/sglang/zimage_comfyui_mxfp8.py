@@ -79,7 +79,8 @@ def convert_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
         seen[name] = tensor
         if all(_is_whole(part, seen) for part in parts):
             yield from _converted(parts, waiting.pop(parts))
-    for seen in waiting.values():
+    if waiting:
+        seen = next(iter(waiting.values()))
         raise ValueError(f"{next(iter(seen))} lacks codes, scales or the other half of its module")
 
 
@@ -92,8 +93,8 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """
     rows, columns = codes.shape
     factors = row_order(scales)[:rows, : columns // BLOCK].view(torch.float8_e8m0fnu).float()
-    blocks = codes.float().unflatten(1, (-1, BLOCK))
-    return (blocks * factors.unsqueeze(2)).flatten(1).bfloat16()
+    blocks = codes.float().reshape(rows, -1, BLOCK)
+    return (blocks * factors.unsqueeze(2)).reshape(rows, columns).bfloat16()
 
 
 def row_order(scales: Tensor) -> Tensor:
@@ -133,10 +134,10 @@ def _module(layer: str) -> str | None:
 
 def _parts(layer: str) -> tuple[str, ...]:
     """Return the layers of the file that one module holds, by one of them."""
-    stem, dot, last = layer.rpartition(".")
-    if _module(layer) is None or last not in ("w1", "w3"):
-        return (layer,)
-    return f"{stem}{dot}w1", f"{stem}{dot}w3"
+    if (_module(layer) or "").endswith(".w13"):
+        block = layer.rpartition(".")[0]
+        return f"{block}.w1", f"{block}.w3"
+    return (layer,)
 
 
 def _is_whole(layer: str, seen: Mapping[str, Tensor]) -> bool:

@@ -46,6 +46,7 @@ PYTHON_BLOCKS = {
     "controlnet.md": 1,
     "diffusers.md": 2,
     "lora.md": 2,
+    "other-servers.md": 1,  # by tests/python/programs/sglang_checkpoint.py
     "python.md": 3,
     "serving.md": 1,
 }  # which the tests run

@@ -7,11 +7,11 @@ values with those of plain files.
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import socket
+import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +25,12 @@ from sglang.multimodal_gen.configs.models.dits.zimage import ZImageArchConfig, Z
 from sglang.multimodal_gen.runtime import distributed, server_args
 from sglang.multimodal_gen.runtime.loader import comfyui_checkpoints as loader
 from sglang.multimodal_gen.runtime.loader import utils
-from sglang.multimodal_gen.runtime.utils.quantization_utils import inspect_comfy_quant_markers
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
-FILE = Path(__file__).parents[3] / "integrations/sglang/zimage_comfyui_mxfp8.py"
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs/guide/other-servers.md"
 WIDTH, LAYERS, CAPTION = 384, 2, 96
 RECIPES = ("uniform", "zimage")  # w1 and w3 of mixed kind in the first
 Tensors = dict[str, torch.Tensor]
@@ -107,21 +107,10 @@ def read(file: Path) -> Tensors:
 
 
 def register() -> None:
-    """Put the file's functions into SGLang's description of Z-Image's files."""
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    assert spec is not None and spec.loader is not None
-    ours = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ours)
-    own = loader.get_comfyui_checkpoint_spec("ZImagePipeline")
-    assert own is not None
-    loader.register_comfyui_checkpoint(
-        "ZImagePipeline",
-        replace(
-            own,
-            convert_weights=lambda weights, _: ours.convert_weights(weights),
-            quant_markers=lambda files: ours.layer_markers(inspect_comfy_quant_markers(files)),
-        ),
-    )
+    """Run the example of the documentation, which puts the functions into SGLang's loader."""
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    sys.path.insert(0, str(ROOT / "integrations/sglang"))
+    exec(example, {})
 
 
 def decoded(tensors: Tensors) -> Tensors:
