@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, TensorCoreMXFP8Layout
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -193,6 +193,7 @@ def random_blocked(tile_rows: int, tile_columns: int) -> tuple[torch.Tensor, tor
     return in_rows, blocked.reshape(rows, blocks)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_parts_of_scales_are_whole_tiles(data: st.DataObject) -> None:
     sizes = [data.draw(st.integers(1, 3)) for _ in range(2)]
