@@ -8,13 +8,12 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from PIL import Image
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -22,6 +21,7 @@ from . import request_errors
 from .encoding import Format, base64_text, data_url, encode
 from .engine import Drawing, DrawRequest, Preview, Progress
 from .event_stream import EventStream
+from .forms import one_file, text_fields
 from .jobs import Done, Event, Failed, Job, Queued
 from .loras import MAX_WEIGHT
 from .middleware import notes_of
@@ -41,16 +41,6 @@ _NO_USAGE = {
     "output_tokens": 0,
     "total_tokens": 0,
 }
-
-
-def _json_in_form(value: Any) -> Any:
-    """Return the value of a form's field that holds JSON; other text stays."""
-    if isinstance(value, str) and value[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            pass  # a name that begins like that
-    return value
 
 
 class LoraField(BaseModel):
@@ -85,7 +75,7 @@ class ImageBody(BaseModel):
     guidance_scale: float | None = None
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     strength: float | None = None
-    lora: Annotated[str | LoraField | list[str | LoraField], BeforeValidator(_json_in_form)] = []
+    lora: str | LoraField | list[str | LoraField] = []
 
 
 @dataclass(frozen=True)
@@ -147,15 +137,12 @@ def router(service: Service) -> APIRouter:
         service.queue.check_room()
         check_content_type(http, *_FORMS)
         async with http.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS) as form:
-            texts = {name: value for name, value in form.items() if isinstance(value, str)}
-            sent = [*form.getlist("image"), *form.getlist("image[]")]
-            masks = form.getlist("mask")
-            body = _checked(texts)
-            image = await service.decode(await _one_file(sent, "image"), "image")
+            body = _checked(text_fields(form))
+            image = await service.decode(await one_file(form, "image", "image[]"), "image")
             mask = None
-            if masks:
+            if "mask" in form:
                 mask = _white_where_transparent(
-                    await service.decode(await _one_file(masks, "mask"), "mask")
+                    await service.decode(await one_file(form, "mask"), "mask")
                 )
         return await _answer(service, http, body, "image_edit", image, mask)
 
@@ -307,10 +294,10 @@ def _check_model(service: Service, name: str) -> None:
         )
 
 
-def _checked(fields: Mapping[str, str]) -> ImageBody:
+def _checked(fields: Mapping[str, Any]) -> ImageBody:
     """Return the fields of a form."""
     try:
-        return ImageBody.model_validate({name: text for name, text in fields.items() if text})
+        return ImageBody.model_validate(fields)
     except ValidationError as error:
         raise validation_error(error.errors()) from None
 
@@ -349,15 +336,6 @@ def _loras(service: Service, given: str | LoraField | list[str | LoraField]) -> 
             "lora", f"has a name that cannot be used: {error.errors()[0]['msg']}"
         ) from None
     return service.loras.find([(each.name, each.scale) for each in named])
-
-
-async def _one_file(sent: list[Any], field: str) -> bytes:
-    if not sent or not all(isinstance(each, UploadFile) for each in sent):
-        raise invalid(field, "must be a file of the form (multipart/form-data)")
-    if len(sent) > 1:
-        raise invalid(field, "must be one image: this model takes no more")
-    content: bytes = await sent[0].read()
-    return content
 
 
 def _white_where_transparent(mask: Image.Image) -> Image.Image:

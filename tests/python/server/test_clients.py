@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -69,6 +70,30 @@ def test_openai_edit(client: openai.OpenAI, engine: StubEngine) -> None:
     settings = engine.drawn[0].settings
     assert settings.init_image is not None and settings.mask_image is not None
     assert settings.strength == 0.5
+
+
+def test_openai_edit_with_loras(engine: StubEngine, tmp_path: Path) -> None:
+    """Its forms have other fields for each shape of a value, unlike its JSON."""
+    ink, oil = tmp_path / "ink.safetensors", tmp_path / "oil.safetensors"
+    ink.touch()
+    oil.touch()
+    with serving(engine, lora_dir=tmp_path) as address, client_of(address) as client:
+
+        def loras(given: object) -> Any:
+            client.images.edit(
+                image=("a.png", image_file()), prompt="a", extra_body={"lora": given}
+            )
+            return engine.drawn[-1].settings.loras
+
+        several = [{"name": "ink", "scale": 0.5}, {"name": "oil", "scale": 0.25}]
+        assert loras("ink") == ((ink, 1.0),)
+        assert loras({"name": "ink", "scale": 0.5}) == ((ink, 0.5),)
+        assert loras(["oil", "ink"]) == ((oil, 1.0), (ink, 1.0))
+        assert loras(json.dumps(several)) == ((ink, 0.5), (oil, 0.25))
+        assert loras([json.dumps(several[0]), "oil"]) == ((ink, 0.5), (oil, 1.0))
+        with pytest.raises(openai.BadRequestError, match="as one text of JSON") as bad:
+            loras(several)
+        assert bad.value.param == "lora"
 
 
 def test_openai_stream(client: openai.OpenAI) -> None:
