@@ -64,8 +64,25 @@ __all__ = [
 ]
 
 
+class _WithRowScales:
+    """A matrix of codes [N, K] with one float32 scale per row [N]."""
+
+    codes: Any
+    scales: Any
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, getattr(self.codes, "shape", "?")))
+        return f"{type(self).__name__}({size}, {kind_of(self.codes)})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        rows, cols = self.codes.shape
+        return int(rows), int(cols)
+
+
 @dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
-class RowScaledArray:
+class RowScaledArray(_WithRowScales):
     """A matrix in E4M3 with one scale per row: element = e4m3(code) * scale of its row.
 
     Attributes:
@@ -76,41 +93,21 @@ class RowScaledArray:
     codes: Any
     scales: Any
 
-    def __repr__(self) -> str:
-        size = "x".join(map(str, getattr(self.codes, "shape", "?")))
-        return f"RowScaledArray({size}, {kind_of(self.codes)})"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        rows, cols = self.codes.shape
-        return int(rows), int(cols)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Int8Array:
+class Int8Array(_WithRowScales):
     """A matrix in INT8 with one scale per row: element = code * scale of its row.
 
     Sums of products are exact, so all kernels give the same result, bit for bit: float32(sum) *
     scale of A's row * scale of B's row, rounded at each step.
 
     Attributes:
-        codes: int8 from -127 to 127, [N, K], row-major.
+        codes: int8 from -127 to 127, [N, K], row-major. K is at most 131040.
         scales: float32, [N].
     """
 
     codes: Any
     scales: Any
-
-    def __repr__(self) -> str:
-        size = "x".join(map(str, getattr(self.codes, "shape", "?")))
-        return f"Int8Array({size}, {kind_of(self.codes)})"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        rows, cols = self.codes.shape
-        return int(rows), int(cols)
 
 
 @dataclass(frozen=True)
