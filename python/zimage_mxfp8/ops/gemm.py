@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 
-class _WithRowScales:
+class WithRowScales:
     """A matrix of codes [N, K] with one float32 scale per row [N]."""
 
     codes: Any
@@ -82,7 +82,7 @@ class _WithRowScales:
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # arrays have no single truth value
-class RowScaledArray(_WithRowScales):
+class RowScaledArray(WithRowScales):
     """A matrix in E4M3 with one scale per row: element = e4m3(code) * scale of its row.
 
     Attributes:
@@ -95,7 +95,7 @@ class RowScaledArray(_WithRowScales):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Int8Array(_WithRowScales):
+class Int8Array(WithRowScales):
     """A matrix in INT8 with one scale per row: element = code * scale of its row.
 
     Sums of products are exact, so all kernels give the same result, bit for bit: float32(sum) *

@@ -247,6 +247,7 @@ class _RowScaledLinear(Linear):
 
     codes: torch.Tensor
     scale_bits: torch.Tensor
+    _operands: ActivationFormat  # of the GEMM
 
     def __init__(
         self, codes: torch.Tensor, scales: torch.Tensor, n: int, dtype: torch.dtype
@@ -267,6 +268,19 @@ class _RowScaledLinear(Linear):
         rows, columns = self.codes.shape
         return rows, columns
 
+    def _gemm(self, x: Any) -> torch.Tensor:
+        multiply = arithmetic.on(self.codes.device).multiply_row_scaled
+        return multiply(x, self.weights, self.dtype)[:, : self.out_features]
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        if self._fused_adapter is not None:
+            return 0
+        device = self.codes.device
+        of_device = arithmetic.on(device)
+        return of_device.row_scaled_workspace(
+            self._operands, tokens, self._shape, self.dtype, device
+        )
+
     def _gemm_with(self, epilogue: Epilogue, x: Any, addend: LowRankAddend | None) -> Any:
         return epilogue.gemm(x, self.weights, addend)
 
@@ -276,7 +290,7 @@ class _RowScaledLinear(Linear):
     @property
     def takes_fused_adapters(self) -> bool:
         """Whether the layer's GEMM can add a low-rank addend: on Hopper, in bfloat16."""
-        operands = self._input_format
+        operands = self._operands
         return self._core_takes_epilogues and arithmetic.by_core.takes_addends(
             self.codes.device.index, operands, operands
         )
@@ -288,7 +302,7 @@ class _RowScaledLinear(Linear):
             self.dtype == torch.bfloat16
             and len(codes) == self.out_features
             and codes.is_cuda
-            and arithmetic.by_core.takes_epilogues(codes.get_device(), self._input_format)
+            and arithmetic.by_core.takes_epilogues(codes.get_device(), self._operands)
         )
 
     def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
@@ -296,7 +310,7 @@ class _RowScaledLinear(Linear):
         if (fused := self._fused_adapter) is not None:
             nbytes, rank = fused.workspace_nbytes(tokens), fused.rank
         return nbytes + gemm_epilogues.workspace_nbytes(
-            epilogue.name, self._input_format, tokens, self._shape, written, index, rank
+            epilogue.name, self._operands, tokens, self._shape, written, index, rank
         )
 
 
@@ -308,6 +322,7 @@ class FP8Linear(_RowScaledLinear):
 
     weight_format = "fp8"
     _input_format: ActivationFormat = "row-scaled"
+    _operands: ActivationFormat = "row-scaled"
 
     def __init__(self, weights: RowScaledArray, n: int, dtype: torch.dtype) -> None:
         super().__init__(weights.codes.view(torch.uint8), weights.scales, n, dtype)
@@ -321,36 +336,16 @@ class FP8Linear(_RowScaledLinear):
         """Return the folded weights as float32 [N, K], with K padded to a multiple of 32."""
         return ops.decode(self.weights, "row-scaled")[: self.out_features]
 
-    def _gemm(self, x: RowScaledArray) -> torch.Tensor:
-        multiply = arithmetic.on(self.codes.device).multiply_row_scaled
-        return multiply(x, self.weights, self.dtype)[:, : self.out_features]
-
-    def _gemm_workspace_nbytes(self, tokens: int) -> int:
-        if self._fused_adapter is not None:
-            return 0
-        device = self.codes.device
-        of_device = arithmetic.on(device)
-        return of_device.row_scaled_workspace(tokens, self._shape, self.dtype, device)
-
 
 class _Int8Linear(_RowScaledLinear):
     """A layer with weights in INT8 and one scale per row, see `arithmetic.int8`."""
+
+    _operands: ActivationFormat = "int8"
 
     @property
     def weights(self) -> Int8Array:
         """[N, K], with the padding that it was given."""
         return Int8Array(self.codes, self.scale_bits.view(torch.float32))
-
-    def _multiply(self, x: Int8Array) -> torch.Tensor:
-        multiply = arithmetic.on(self.codes.device).multiply_int8
-        return multiply(x, self.weights, self.dtype)[:, : self.out_features]
-
-    def _multiply_workspace_nbytes(self, tokens: int) -> int:
-        if self._fused_adapter is not None:
-            return 0
-        device = self.codes.device
-        of_device = arithmetic.on(device)
-        return of_device.int8_workspace(tokens, self._shape, self.dtype, device)
 
 
 class Int8Linear(_Int8Linear):
@@ -369,12 +364,6 @@ class Int8Linear(_Int8Linear):
     def decode(self) -> torch.Tensor:
         """Return the weights as float32 [N, K], rotated back, with K as it is stored."""
         return ops.decode(self.weights, "int8")[: self.out_features]
-
-    def _gemm(self, x: Int8Array) -> torch.Tensor:
-        return self._multiply(x)
-
-    def _gemm_workspace_nbytes(self, tokens: int) -> int:
-        return self._multiply_workspace_nbytes(tokens)
 
 
 class _ConvrotLinear(_Int8Linear):
@@ -402,11 +391,11 @@ class ConvrotLinear(_ConvrotLinear):
     weight_format = "int8 (rotated)"
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        return self._multiply(int8.encode(x, self.rotation))
+        return super()._gemm(int8.encode(x, self.rotation))
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         encoding = int8.encoding_workspace(tokens, self._shape[1])
-        return encoding + self._multiply_workspace_nbytes(tokens)
+        return encoding + super()._gemm_workspace_nbytes(tokens)
 
 
 class ConvrotWeightOnlyLinear(_ConvrotLinear):

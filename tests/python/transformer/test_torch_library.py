@@ -56,7 +56,7 @@ def codec_calls(device: str) -> dict[str, tuple[Any, ...]]:
         "dequantize": (*stored, 64, WIDTH, torch.float32),
         "gemm_weight_only": (x, *stored, 64, WIDTH),
         "gemm_row_scaled": (*fp8, torch.bfloat16),
-        "gemm_int8": (*int8_operands, torch.bfloat16),
+        "gemm_row_scaled of int8": (*int8_operands, torch.bfloat16),
         "gemm_mxfp8": (*gemm, True, torch.bfloat16),
     }
 

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 
 from ...ops.codec import MXFP8Array
-from ...ops.gemm import FoldStats, Int8Array, RowScaledArray
+from ...ops.fused import ActivationFormat
+from ...ops.gemm import FoldStats, Int8Array, RowScaledArray, WithRowScales
 from ...system import devices
 from . import by_core, by_operations, by_torch
 
@@ -41,25 +42,22 @@ class Arithmetic(Protocol):
         """Return the bytes that `multiply_weight_only` takes on CUDA for weights [N, K]."""
 
     def multiply_row_scaled(
-        self, x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
+        self, x: WithRowScales, weights: WithRowScales, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Multiply [M, K] with weights [N, K]: [M, N] of `dtype`."""
+        """Multiply [M, K] with weights [N, K] in the same 8-bit format: [M, N] of `dtype`."""
 
     def row_scaled_workspace(
-        self, tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+        self,
+        operands: ActivationFormat,
+        tokens: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> int:
         """Return the bytes of `multiply_row_scaled` on CUDA for x [M, K], weights [N, K]."""
 
     def quantize_int8(self, matrix: torch.Tensor) -> Int8Array:
         """Rotate a matrix and encode it in INT8, see `ops.fused.quantize_rotated`."""
-
-    def multiply_int8(self, x: Int8Array, weights: Int8Array, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply [M, K] with weights [N, K]: [M, N] of `dtype`."""
-
-    def int8_workspace(
-        self, tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> int:
-        """Return the bytes of `multiply_int8` on CUDA for x [M, K], weights [N, K]."""
 
     def multiply_mxfp8(
         self, x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype

@@ -13,7 +13,7 @@ from ...ops import gemm as matmul
 from ...ops.arrays import dtype_name
 from ...ops.codec import MXFP8Array
 from ...ops.fused import ActivationFormat
-from ...ops.gemm import FoldStats, Int8Array, RowScaledArray, gemm
+from ...ops.gemm import FoldStats, Int8Array, RowScaledArray, WithRowScales, gemm
 from ...ops.low_rank import NARROW_ROWS
 from ...system.devices import core_index, has_kernels, native_gemm_unsupported
 from . import int8, scaled_mm
@@ -56,24 +56,35 @@ def weight_only_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
 
 
 def multiply_row_scaled(
-    x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
+    x: WithRowScales, weights: WithRowScales, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Multiply FP8 with a scale per row; by torch if the core has no kernel."""
-    if row_scaled_unsupported(core_index(x.codes.device)):
+    """Multiply FP8 or INT8 with a scale per row; by torch if the core has no kernel."""
+    device = x.codes.device
+    if isinstance(x, Int8Array):
+        if not _core_multiplies_int8(weights.shape, dtype, device):
+            return int8.multiply(x, weights, dtype)
+    elif row_scaled_unsupported(core_index(device)):
         return scaled_mm.multiply(x, weights, dtype)
     out: torch.Tensor = gemm(x, weights, dtype=dtype)
     return out
 
 
 def row_scaled_workspace(
-    tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    operands: ActivationFormat,
+    tokens: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> int:
     """Return bytes that `multiply_row_scaled` takes on CUDA beyond `LIBRARY_WORKSPACE`."""
     index = core_index(device)
-    if row_scaled_unsupported(index):
+    if operands == "int8":
+        if not _core_multiplies_int8(shape, dtype, device):
+            return int8.workspace(tokens, shape)
+    elif row_scaled_unsupported(index):
         return scaled_mm.workspace(tokens, shape, dtype)
     name = dtype_name(dtype, "dtype")
-    _, nbytes = matmul.choice((tokens, *shape, "row-scaled", "row-scaled", name, False), index)
+    _, nbytes = matmul.choice((tokens, *shape, operands, operands, name, False), index)
     return max(0, nbytes - LIBRARY_WORKSPACE)
 
 
@@ -99,22 +110,6 @@ def quantize_int8(matrix: torch.Tensor) -> Int8Array:
     """Rotate a matrix and encode it in INT8; by torch on the CPU."""
     is_fast = matrix.is_cuda and matrix.dtype == torch.bfloat16
     return fused.quantize_rotated(matrix) if is_fast else int8.quantize_rotated(matrix)
-
-
-def multiply_int8(x: Int8Array, weights: Int8Array, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply INT8 with a scale per row; by torch if the core has no kernel."""
-    if not _core_multiplies_int8(weights.shape, dtype, x.codes.device):
-        return int8.multiply(x, weights, dtype)
-    out: torch.Tensor = gemm(x, weights, dtype=dtype)
-    return out
-
-
-def int8_workspace(
-    tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> int:
-    """Return bytes that `multiply_int8` takes on CUDA beyond `LIBRARY_WORKSPACE`."""
-    of_core = _core_multiplies_int8(shape, dtype, device)
-    return 0 if of_core else int8.workspace(tokens, shape)
 
 
 def _core_multiplies_int8(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from ...ops.codec import MXFP8Array
-from ...ops.gemm import Int8Array, RowScaledArray
+from ...ops.gemm import Int8Array, RowScaledArray, WithRowScales
 from . import torch_library
 from .by_core import (
     decoded_workspace,
     fold,
-    int8_workspace,
     row_scaled_workspace,
     weight_only_workspace,
 )
@@ -19,9 +18,7 @@ __all__ = [
     "decoded_workspace",
     "dequantize",
     "fold",
-    "int8_workspace",
     "multiply_decoded",
-    "multiply_int8",
     "multiply_mxfp8",
     "multiply_row_scaled",
     "multiply_weight_only",
@@ -59,9 +56,9 @@ def multiply_weight_only(x: torch.Tensor, weights: MXFP8Array) -> torch.Tensor:
 
 
 def multiply_row_scaled(
-    x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
+    x: WithRowScales, weights: WithRowScales, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Multiply FP8 with a scale per row."""
+    """Multiply FP8 or INT8 with a scale per row."""
     out: torch.Tensor = torch_library.gemm_row_scaled(
         x.codes, x.scales, weights.codes, weights.scales, dtype
     )
@@ -71,14 +68,6 @@ def multiply_row_scaled(
 def quantize_int8(matrix: torch.Tensor) -> Int8Array:
     """Rotate a matrix and encode it in INT8."""
     return Int8Array(*torch_library.quantize_int8(matrix))
-
-
-def multiply_int8(x: Int8Array, weights: Int8Array, dtype: torch.dtype) -> torch.Tensor:
-    """Multiply INT8 with a scale per row."""
-    out: torch.Tensor = torch_library.gemm_int8(
-        x.codes, x.scales, weights.codes, weights.scales, dtype
-    )
-    return out
 
 
 def multiply_mxfp8(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:

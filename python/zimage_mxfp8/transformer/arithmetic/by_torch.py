@@ -7,7 +7,8 @@ import torch
 from ...layout import SCALE_TILE_ROWS
 from ...ops import gemm as matmul
 from ...ops.codec import MXFP8Array
-from ...ops.gemm import FoldStats, RowScaledArray
+from ...ops.fused import ActivationFormat
+from ...ops.gemm import FoldStats, Int8Array, RowScaledArray, WithRowScales
 from . import int8, scaled_mm, tiles, torch_codec
 from .torch_codec import dequantize, quantize, quantize_rows
 
@@ -15,9 +16,7 @@ __all__ = [
     "decoded_workspace",
     "dequantize",
     "fold",
-    "int8_workspace",
     "multiply_decoded",
-    "multiply_int8",
     "multiply_mxfp8",
     "multiply_row_scaled",
     "multiply_weight_only",
@@ -50,31 +49,28 @@ def weight_only_workspace(shape: tuple[int, int], dtype: torch.dtype) -> int:
     return min(shape[0] * shape[1], tiles.WEIGHT_TILE) * dtype.itemsize
 
 
-multiply_row_scaled = scaled_mm.multiply
+def multiply_row_scaled(
+    x: WithRowScales, weights: WithRowScales, dtype: torch.dtype
+) -> torch.Tensor:
+    """Multiply FP8 or INT8 with a scale per row."""
+    multiply = int8.multiply if isinstance(x, Int8Array) else scaled_mm.multiply
+    return multiply(x, weights, dtype)
 
 
 def row_scaled_workspace(
+    operands: ActivationFormat,
     tokens: int,
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,  # noqa: ARG001 - of the interface
 ) -> int:
     """Return the bytes that `multiply_row_scaled` takes."""
+    if operands == "int8":
+        return int8.workspace(tokens, shape)
     return scaled_mm.workspace(tokens, shape, dtype)
 
 
 quantize_int8 = int8.quantize_rotated
-multiply_int8 = int8.multiply
-
-
-def int8_workspace(
-    tokens: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,  # noqa: ARG001 - of the interface
-    device: torch.device,  # noqa: ARG001 - of the interface
-) -> int:
-    """Return the bytes that `multiply_int8` takes."""
-    return int8.workspace(tokens, shape)
 
 
 def multiply_decoded(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ...layout import SCALE_TILE_ROWS
 from ...ops.codec import MXFP8Array
-from ...ops.gemm import Int8Array
+from ...ops.gemm import Int8Array, WithRowScales
 from . import tiles, torch_codec, torch_gemm
 
 LARGEST = 127  # of the codes; -128 is not used
@@ -164,7 +164,7 @@ def _in_tiles(
     return Int8Array(codes, scales)
 
 
-def multiply(x: Int8Array, weights: Int8Array, dtype: torch.dtype) -> torch.Tensor:
+def multiply(x: WithRowScales, weights: WithRowScales, dtype: torch.dtype) -> torch.Tensor:
     """Multiply x [M, K] with weights [N, K]: [M, N] of `dtype`, some rows at a time."""
     tokens, rows = len(x.codes), len(weights.codes)
     out = torch.empty((tokens, rows), dtype=dtype, device=x.codes.device)

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from ...ops.gemm import RowScaledArray
+from ...ops.gemm import RowScaledArray, WithRowScales
 from . import tiles, torch_gemm
 
 _FIRST = (8, 9)  # compute capability with FP8 tensor cores
@@ -34,7 +34,7 @@ def _try(place: torch.device) -> str:
     return "" if is_right else "the result is wrong"
 
 
-def multiply(x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype) -> torch.Tensor:
+def multiply(x: WithRowScales, weights: WithRowScales, dtype: torch.dtype) -> torch.Tensor:
     """Multiply x [M, K] with weights [N, K]: [M, N] of `dtype`.
 
     FP8 tensor cores do it if the result is bfloat16 on CUDA: torch has no other dtype there.
@@ -44,7 +44,7 @@ def multiply(x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype) -> 
     return multiply_decoded(x, weights, dtype)
 
 
-def _multiply(x: RowScaledArray, weights: RowScaledArray) -> torch.Tensor:
+def _multiply(x: WithRowScales, weights: WithRowScales) -> torch.Tensor:
     out: torch.Tensor = torch._scaled_mm(
         x.codes.view(torch.float8_e4m3fn),
         weights.codes.view(torch.float8_e4m3fn).t(),
@@ -56,9 +56,7 @@ def _multiply(x: RowScaledArray, weights: RowScaledArray) -> torch.Tensor:
     return out
 
 
-def multiply_decoded(
-    x: RowScaledArray, weights: RowScaledArray, dtype: torch.dtype
-) -> torch.Tensor:
+def multiply_decoded(x: WithRowScales, weights: WithRowScales, dtype: torch.dtype) -> torch.Tensor:
     """Multiply as `multiply` does, with decoded operands and sums in float32, on any device."""
     rows, columns = weights.shape
     out = torch.empty((x.shape[0], rows), dtype=torch.float32, device=x.codes.device)

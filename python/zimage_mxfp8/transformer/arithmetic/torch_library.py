@@ -132,28 +132,9 @@ def gemm_row_scaled(
     weight_scales: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply row-scaled [M, K] with row-scaled weights [N, K]: [M, N] of `dtype`."""
-    x, weights = RowScaledArray(codes, scales), RowScaledArray(weight_codes, weight_scales)
+    """Multiply FP8 or INT8 [M, K] with weights [N, K] of the same format: [M, N] of `dtype`."""
+    x, weights = _with_row_scales(codes, scales), _with_row_scales(weight_codes, weight_scales)
     return by_core.multiply_row_scaled(x, weights, dtype)
-
-
-@_register(
-    "(Tensor codes, Tensor scales, Tensor weight_codes, Tensor weight_scales, ScalarType dtype)"
-    " -> Tensor",
-    lambda codes, scales, weight_codes, weight_scales, dtype: codes.new_empty(
-        (codes.shape[0], weight_codes.shape[0]), dtype=dtype
-    ),
-)
-def gemm_int8(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    weight_codes: torch.Tensor,
-    weight_scales: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Multiply INT8 [M, K] with INT8 weights [N, K]: [M, N] of `dtype`."""
-    weights = Int8Array(weight_codes, weight_scales)
-    return by_core.multiply_int8(Int8Array(codes, scales), weights, dtype)
 
 
 @_register(
