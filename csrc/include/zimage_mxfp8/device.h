@@ -30,8 +30,8 @@ struct CudaDevice {
 // The devices that the CUDA runtime sees; empty without a driver, a device or a CUDA build.
 std::vector<CudaDevice> cuda_devices();
 
-// The compute capability that devices are taken to have at most, for tests of what older devices do:
-// 80 if the environment variable ZIMAGE_MXFP8_CAPABILITY is 8.0. 0 without it. Throws
+// The compute capability that devices are taken to have at most, for tests of what older devices
+// do: 80 if the environment variable ZIMAGE_MXFP8_CAPABILITY is 8.0. 0 without it. Throws
 // InvalidArgument if it is no compute capability. It is read once.
 int capability_limit();
 
