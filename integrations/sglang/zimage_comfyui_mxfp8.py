@@ -63,8 +63,8 @@ def convert_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
         weights: names and tensors of the file, without a prefix, in any order.
 
     Raises:
-        ValueError: codes, scales or one of w1 and w3 are missing, the scales are not of MXFP8, or
-            a module's sizes are no multiples of 128.
+        ValueError: codes, scales or one of w1 and w3 are missing, codes or scales are not of
+            MXFP8, a module's sizes are no multiples of 128, or w1 and w3 differ in them.
     """
     waiting: dict[tuple[str, ...], dict[str, Tensor]] = {}
     for name, tensor in weights:
@@ -152,6 +152,9 @@ def _is_quantised(weight: Tensor) -> bool:
 def _converted(parts: tuple[str, ...], seen: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of one module."""
     weights = {part: seen[f"{part}.weight"] for part in parts}
+    for part, weight in weights.items():
+        if not _is_quantised(weight) and f"{part}.weight_scale" in seen:
+            raise ValueError(f"{part} has scales, and codes of {weight.dtype}; MXFP8's are E4M3")
     scales = {
         part: _as_bytes(part, weight, seen[f"{part}.weight_scale"])
         for part, weight in weights.items()
@@ -161,6 +164,9 @@ def _converted(parts: tuple[str, ...], seen: Mapping[str, Tensor]) -> Iterator[t
     if module is not None and len(scales) == len(parts):
         for part in parts:
             _check_tiles(part, weights[part])
+        if len({tuple(weight.shape) for weight in weights.values()}) > 1:
+            shapes = " and ".join(f"{part} {list(weights[part].shape)}" for part in parts)
+            raise ValueError(f"{shapes} become one module, and must have the same shape")
         yield f"{module}.weight", _joined(list(weights.values()))
         yield f"{module}.weight_scale_inv", _joined(list(scales.values()))
         return
@@ -172,6 +178,11 @@ def _as_bytes(layer: str, codes: Tensor, scales: Tensor) -> Tensor:
     """Return scales as bytes, after a check that they are blocked scales of these codes."""
     if scales.dtype not in (torch.uint8, torch.float8_e8m0fnu):
         raise ValueError(f"{layer} has scales of {scales.dtype}, and MXFP8's are E8M0 bytes")
+    if codes.dim() != 2 or not codes.numel() or codes.shape[1] % BLOCK:
+        raise ValueError(
+            f"{layer} has codes {list(codes.shape)}, which is no matrix of whole blocks of {BLOCK} "
+            "columns"
+        )
     rows, columns = (-(-size // TILE) * TILE for size in codes.shape)
     if scales.shape != (rows, columns // BLOCK):
         raise ValueError(

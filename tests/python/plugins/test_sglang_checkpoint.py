@@ -27,6 +27,7 @@ from zimage_mxfp8.zimage.layers import zimage_shapes
 
 FILE = Path(__file__).parents[3] / "integrations/sglang/zimage_comfyui_mxfp8.py"
 LAYER = "layers.0.feed_forward.w2"
+MODULATION = "layers.0.adaLN_modulation.0"
 # SGLang's modules that the default recipe quantises in a model of one block, and their layers.
 MODULES = {
     "layers.0.attention.to_qkv": ["layers.0.attention.qkv"],
@@ -171,6 +172,30 @@ SCALES = torch.zeros(256, 4, dtype=torch.uint8)
         (
             {f"{LAYER}.weight": CODES[:160], f"{LAYER}.weight_scale": SCALES},
             r"w2 has codes \[160, 128\], and SGLang's layer takes multiples of 128",
+        ),
+        *(
+            (
+                {f"{layer}.weight": codes, f"{layer}.weight_scale": SCALES},
+                f"{layer} has codes .*, which is no matrix of whole blocks of 32 columns",
+            )
+            for layer in (LAYER, MODULATION)
+            for codes in (CODES[0], CODES[None], CODES[:, :33], CODES[:0])
+        ),
+        *(
+            (
+                {f"{LAYER}.weight_scale": SCALES, f"{LAYER}.weight": CODES.to(dtype)},
+                f"w2 has scales, and codes of {dtype}; MXFP8's are E4M3",
+            )
+            for dtype in (torch.int8, torch.bfloat16, torch.float8_e5m2)
+        ),
+        (
+            {
+                "layers.0.feed_forward.w1.weight": CODES,
+                "layers.0.feed_forward.w1.weight_scale": SCALES,
+                "layers.0.feed_forward.w3.weight": CODES[:128],
+                "layers.0.feed_forward.w3.weight_scale": SCALES[:128],
+            },
+            r"w1 \[256, 128\] and .*w3 \[128, 128\] become one module, and must have the same",
         ),
     ],
 )
