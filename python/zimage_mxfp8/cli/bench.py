@@ -44,13 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
         from ..bench.run import bench
     with analysis_bar(report_line) as progress:
         report = bench(arguments.device, progress=progress)
-    if arguments.output is not None:
-        content = json.dumps(report.to_dict(), indent=2).encode() + b"\n"
-        write_file(arguments.output, content, overwrite=arguments.overwrite)
-    if arguments.json:
-        display.print_json(report.to_dict())
-    else:
-        print_bench(report, display.screen())
+    try:
+        if arguments.json:
+            display.print_json(report.to_dict())
+        else:
+            print_bench(report, display.screen())
+    finally:  # also if nobody reads standard output any more
+        if arguments.output is not None:
+            content = json.dumps(report.to_dict(), indent=2).encode() + b"\n"
+            write_file(arguments.output, content, overwrite=arguments.overwrite)
     if arguments.output is not None:
         display.wrote(arguments.output, "the result, for a report", as_json=arguments.json)
     return 0

@@ -112,6 +112,21 @@ def test_json_alone(
     assert result.stderr == "zimage-mxfp8: wrote card.json: the result, for a report\n"
 
 
+def test_the_result_is_shown_if_its_file_cannot_be_written(
+    in_process: Run, report: BenchReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def bench(*_: object, **options: object) -> BenchReport:
+        (tmp_path / "out").rmdir()
+        return report
+
+    monkeypatch.setattr(run, "bench", bench)
+    for option, shown in (("--device=cpu", "random weights of 4"), ("--json", '"forwards": [')):
+        (tmp_path / "out").mkdir()
+        result = in_process("bench", "-o", "out/card.json", option)
+        assert result.returncode == 1 and "card.json could not be written" in result.stderr
+        assert shown in result.stdout
+
+
 def test_bad_command_lines(in_process: Run, tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("old")
     fails(in_process("bench", "--device", "tpu"), 2, "--device", 'not "tpu"')
