@@ -178,6 +178,8 @@ def file_path(text: str) -> Path:
     """Return a file to write, for `type=`."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; name a file")
+    if is_web_address(text):
+        raise argparse.ArgumentTypeError(f"{text} is a web address; name a file on this machine")
     path = local_path(text)
     is_folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for names of any length
     if is_folder or text.endswith(("/", os.sep)) or path.name in ("", ".."):

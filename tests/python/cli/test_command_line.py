@@ -253,6 +253,8 @@ def test_web_addresses_are_no_paths(in_process: Run, here: Path, words: str) -> 
     result = in_process(*words.split())
     assert result.returncode in (1, 2) and f"{ADDRESS}" in result.stderr
     assert "is a web address; " in result.stderr
+    is_output = words.startswith(("convert in.safetensors https", "probe"))
+    assert ("; name a file on this machine" in result.stderr) == is_output
     only(here, "in.safetensors")
 
 
