@@ -73,6 +73,8 @@ def no_weights(folder: Path) -> WrongKindError:
     """Return the error for a folder without a diffusers checkpoint; name its other files."""
     if singles := single_files(folder):
         remedy = f"name one of its {plural(len(singles), 'safetensors file')}"
+        if len(singles) == 1:
+            remedy = f"name its only safetensors file, {singles[0].name}"
     elif any(
         next(place.glob(pattern), None)
         for place in (folder, folder / "transformer")

@@ -409,6 +409,9 @@ def test_a_folder_of_files_names_one_that_can_be_used(
         name = "encoded" if command in ("validate", "dequantize", "export") else "plain"
         assert f"name one of its files, such as {name}.safetensors" in error
     assert "name one of its 3 safetensors files" in zm.inspect("in").refusal
+    for name in ("ae", "encoded"):
+        Path(f"in/{name}.safetensors").unlink()
+    assert "name its only safetensors file, plain.safetensors" in zm.inspect("in").refusal
 
 
 @pytest.mark.parametrize(
