@@ -16,16 +16,20 @@ _PACKAGE = "zimage-mxfp8"
 def installed_commit() -> str:
     """Return the commit that pip recorded, or that of the source folder it installed from.
 
-    Such a folder may have changed since. "" without a record, without Git or outside a clone.
+    Such a folder may have changed since. "" without a sound record, without Git or outside a clone.
     """
     try:
         record = distribution(_PACKAGE).read_text("direct_url.json")
     except PackageNotFoundError:
         return ""
-    origin: dict[str, Any] = json.loads(record or "{}")
-    if commit := origin.get("vcs_info", {}).get("commit_id"):
+    try:
+        origin: dict[str, Any] = json.loads(record or "{}")
+        commit = origin.get("vcs_info", {}).get("commit_id")
+        url = urlparse(origin.get("url", ""))
+    except (ValueError, AttributeError):  # damaged
+        return ""
+    if commit:
         return str(commit)
-    url = urlparse(origin.get("url", ""))
     return _described(Path(url2pathname(url.path))) if url.scheme == "file" else ""
 
 

@@ -375,6 +375,17 @@ def test_commit_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert commit.installed_commit() == "0123abc"
 
 
+@pytest.mark.parametrize(
+    "record", ["{", "[]", '{"url": 5}', '{"vcs_info": null}', '{"url": "file://[x/"}']
+)
+def test_a_damaged_record_of_pip_has_no_commit(
+    record: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = SimpleNamespace(read_text=lambda _: record)
+    monkeypatch.setattr(commit, "distribution", lambda _: installed)
+    assert commit.installed_commit() == ""
+
+
 def test_the_table_names_the_gpu(report: BenchReport) -> None:
     gpu = MeasuredDevice("cuda:0", "Fake RTX 4090", "8.9", 24 << 30, "580.95.05")
     changed = replace(report, device=gpu, commit="0123abc")
