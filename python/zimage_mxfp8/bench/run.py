@@ -49,6 +49,8 @@ def bench(
     report_line(place, device)
     on_gpu = place.type == "cuda"
     sizes = workload or (WHOLE if on_gpu else SMALL)
+    # Before the measurements: if these fail, nothing is lost.
+    commit, measured, installation = installed_commit(), _measured(place), diagnose()
     gemms = len(block_gemms(sizes.config)) * len(sizes.tokens) if on_gpu else 0
     with (
         shown(progress, analysis_bar) as callback,
@@ -61,9 +63,9 @@ def bench(
             products.measure()
     return BenchReport(
         datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        installed_commit(),
-        _measured(place),
-        diagnose(),
+        commit,
+        measured,
+        installation,
         sizes,
         DISTINCT_BLOCKS,
         forwards.times,

@@ -127,6 +127,19 @@ def test_the_result_is_shown_if_its_file_cannot_be_written(
         assert shown in result.stdout
 
 
+def test_a_failing_diagnosis_is_reported_before_measuring(
+    in_process: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a wrong ZIMAGE_MXFP8_GEMM_KERNEL, which a process reads once."""
+
+    def diagnose() -> None:
+        raise zm.InvalidArgumentError('unknown GEMM kernel "fastest"')
+
+    monkeypatch.setattr(run, "diagnose", diagnose)
+    monkeypatch.setattr(forwards.Forwards, "measure", lambda _: pytest.fail("measured"))
+    fails(in_process("bench", "--device", "cpu"), 1, 'unknown GEMM kernel "fastest"')
+
+
 def test_bad_command_lines(in_process: Run, tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("old")
     fails(in_process("bench", "--device", "tpu"), 2, "--device", 'not "tpu"')
