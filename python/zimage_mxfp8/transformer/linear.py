@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import PrecisionLossError
+from ..errors import InvalidArgumentError, PrecisionLossError
 from ..ops import gemm_epilogues
 from ..ops.codec import MXFP8Array
 from ..ops.fused import ActivationFormat
@@ -356,9 +356,15 @@ class Int8Linear(_Int8Linear):
 
     @classmethod
     def from_mxfp8(cls, weights: MXFP8Array, n: int, dtype: torch.dtype) -> Int8Linear:
-        """Encode weights in MXFP8 [N, K], with padding to multiples of 32 of both."""
+        """Encode weights in MXFP8 [N, K], with padding to multiples of 32 of both.
+
+        Raises:
+            InvalidArgumentError: NaN among them.
+        """
         of_device = arithmetic.on(weights.codes.device)
         encoded = int8.encode_weights(weights, of_device.dequantize, of_device.quantize_int8)
+        if not encoded.scales.isfinite().all():
+            raise InvalidArgumentError("the matrix has NaN among its codes or scales")
         return cls(encoded.codes, encoded.scales, n, dtype)
 
     def decode(self) -> torch.Tensor:

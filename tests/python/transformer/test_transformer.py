@@ -569,14 +569,16 @@ def test_broken_checkpoints_are_named(
 
 
 @pytest.mark.parametrize("part", ["weight", "weight_scale"])
-def test_only_folding_looks_for_nan(part: str, quantized: Path, tmp_path: Path) -> None:
+def test_only_modes_that_encode_look_for_nan(part: str, quantized: Path, tmp_path: Path) -> None:
     def damage(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         tensors[f"layers.1.attention.out.{part}"].view(torch.uint8)[3, 5] = 255  # NaN in both types
 
     file = change(quantized, tmp_path / "damaged.safetensors", damage)
     float32(file, "weight-only")
-    with pytest.raises(zm.CheckpointError, match=r'layer "layers.1.attention.out" is damaged.*NaN'):
-        float32(file, "fp8")
+    for mode in ("fp8", "int8"):
+        sentence = r'layer "layers.1.attention.out" is damaged.*NaN'
+        with pytest.raises(zm.CheckpointError, match=sentence):
+            float32(file, mode)
 
 
 def test_a_width_without_whole_heads(small_file: Path) -> None:
