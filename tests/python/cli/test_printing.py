@@ -197,6 +197,7 @@ def test_an_analysis_tells_a_log_that_it_lives(files: Path) -> None:
     assert lines[0] == "loading the model" and lines[-1].startswith("done (")
 
 
+@pytest.mark.slow
 def test_a_generator_draws_bars(zimage_folder: Path, zimage_quantized: Path) -> None:
     code = f"""
 import zimage_mxfp8 as zm

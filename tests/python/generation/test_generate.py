@@ -568,6 +568,7 @@ def test_peak_memory_begins_anew() -> None:
     assert without < with_block - (150 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 def test_threads_share_a_generator(
     zimage_folder: Path, zimage_quantized: Path, offload: bool
@@ -670,6 +671,7 @@ def test_progress_tells_stages_and_steps(zimage_folder: Path, zimage_quantized: 
     assert all(p.seconds > 0 for p in seen if p.stage == "denoising")
 
 
+@pytest.mark.slow
 def test_terminal_shows_steps_and_their_time(zimage_folder: Path, tmp_path: Path) -> None:
     text = run_in_terminal(
         [

@@ -771,6 +771,7 @@ def test_too_little_memory_of_a_device_is_a_sentence(
     )
 
 
+@pytest.mark.slow
 def test_as_a_process(zimage_folder: Path, tmp_path: Path) -> None:
     """What the shell sees of an error that comes late: a damaged VAE, after all imports."""
     model = shutil.copytree(zimage_folder, tmp_path / "model")

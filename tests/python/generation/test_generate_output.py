@@ -102,6 +102,7 @@ def test_a_name_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.Monk
 # ---- progress and summary
 
 
+@pytest.mark.slow
 def test_lines_without_a_terminal(cli: Run, zimage_folder: Path, zimage_quantized: Path) -> None:
     options = ("--prompt", "a", "-o", "o.png", "--steps", 40, "--device", "cpu", "--batch", 2)
     parts = ("--model-dir", zimage_folder, "--transformer", zimage_quantized)

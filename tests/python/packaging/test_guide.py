@@ -191,6 +191,7 @@ def test_lora(turbo: Path) -> None:
     assert run_in_python(block, turbo).splitlines()[-1] == "(64, 64)"
 
 
+@pytest.mark.slow
 def test_controlnet(turbo: Path) -> None:
     model = make_controlnet("1.0", (0, 1), refiners=1)
     name = "Z-Image-Turbo-Fun-Controlnet-Union.safetensors"

@@ -65,6 +65,7 @@ def client_of(address: str, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)
 
 
+@pytest.mark.slow
 def test_first_signal_finishes_what_is_drawn_and_refuses_the_rest(start: Start) -> None:
     process, address = start(ZIMAGE_MXFP8_API_KEY="s3cret")
     with client_of(address, "s3cret") as client:

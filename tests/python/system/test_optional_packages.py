@@ -43,6 +43,7 @@ NEEDS = [
 ]
 
 
+@pytest.mark.slow
 def test_names_that_need_an_extra() -> None:
     code = f"""
 import sys
