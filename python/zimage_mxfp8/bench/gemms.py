@@ -17,11 +17,12 @@ from ..ops.gemm_epilogues import EPILOGUES
 from ..system.devices import core_index, has_kernels, why_no_kernels
 from ..transformer import ops
 from ..transformer.arithmetic import int8, scaled_mm
+from ..transformer.floating_dtype import default_dtype
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import HEAD_DIM, NORM_EPS
 from ..zimage.layers import ZIMAGE
 from .attempts import Attempts
-from .models import DTYPE, random_weights
+from .models import random_weights
 from .report import GemmTime
 from .timing import Captured, capture, microseconds_in_turn
 from .workload import Workload
@@ -38,6 +39,10 @@ def _encode(matrix: torch.Tensor, operand: str) -> Any:
     """Encode a matrix as an operand of a kernel: the formats of activations have the same names."""
     to = cast(ActivationFormat, operand)
     return ops.encode(matrix, {to})[to]
+
+
+def _as_it_is(matrix: torch.Tensor, _operand: str) -> torch.Tensor:
+    return matrix
 
 
 def _integers(matrix: torch.Tensor, _operand: str) -> torch.Tensor:
@@ -105,6 +110,7 @@ class Gemms:
     def __init__(self, workload: Workload, device: torch.device, attempts: Attempts) -> None:
         self.times: list[GemmTime] = []
         self._workload, self._device, self._attempts = workload, device, attempts
+        self._dtype = default_dtype(device)
 
     def measure(self) -> None:
         """Measure all GEMMs in all ways that the device has."""
@@ -119,11 +125,12 @@ class Gemms:
     def _ways_of_torch(self) -> Iterator[_Way]:
         """Yield those that the device has, and leave out the others."""
         index = core_index(self._device)
-        yield _Way("torch linear", "bfloat16", "bfloat16", _NO_EPILOGUE, F.linear)
+        plain = str(self._dtype).removeprefix("torch.")
+        yield _Way("torch linear", plain, plain, _NO_EPILOGUE, F.linear, _as_it_is)
         if why := scaled_mm.unsupported(index):
             self._attempts.leave_out("gemm", "torch._scaled_mm", why)
         else:
-            multiply = partial(scaled_mm.multiply, dtype=DTYPE)
+            multiply = partial(scaled_mm.multiply, dtype=self._dtype)
             yield _Way("torch._scaled_mm", "row-scaled", "row-scaled", _NO_EPILOGUE, multiply)
         if why := int8.unsupported(index):
             self._attempts.leave_out("gemm", "torch._int_mm", why)
@@ -155,9 +162,11 @@ class Gemms:
                     yield _Way(kernel.name, a, b, epilogue, multiply)
 
     def _measure(self, problem: BlockGemm, tokens: int, ways: list[_Way]) -> None:
-        x = torch.randn(tokens, problem.columns, dtype=DTYPE, device=self._device)
+        x = torch.randn(tokens, problem.columns, dtype=self._dtype, device=self._device)
         # Calls take turns with these weights, so that the cache does not keep them.
-        touched = problem.rows * (problem.columns + tokens * DTYPE.itemsize)  # 8-bit weights, D
+        touched = problem.rows * (
+            problem.columns + tokens * self._dtype.itemsize
+        )  # 8-bit weights, D
         copies = 1 + _CACHE // touched
         captured: dict[_Way, Captured] = {}
         for way in ways:
@@ -174,7 +183,7 @@ class Gemms:
         a, arguments = way.encode(x, way.a), self._arguments(way.epilogue, len(x))
 
         def call() -> Callable[[], object]:
-            weights = random_weights((problem.rows, problem.columns), self._device)
+            weights = random_weights((problem.rows, problem.columns), self._device, self._dtype)
             b = way.encode(weights, way.b)
             return lambda: way.multiply(a, b, *arguments)
 
@@ -185,7 +194,7 @@ class Gemms:
         if epilogue == "silu_multiply":
             return ("bfloat16",)
         if epilogue == "rotate_heads":
-            norm = torch.ones(HEAD_DIM, dtype=DTYPE, device=self._device)
+            norm = torch.ones(HEAD_DIM, dtype=self._dtype, device=self._device)
             rotations = torch.ones(tokens, HEAD_DIM // 2, 2, device=self._device)
             return norm, norm, rotations, self._workload.config.n_heads, NORM_EPS
         return ()

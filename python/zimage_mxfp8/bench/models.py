@@ -27,20 +27,19 @@ if TYPE_CHECKING:
 
 _MAIN_BLOCKS, _REFINER_BLOCKS = 2, 1  # with weights of their own, of each refiner
 DISTINCT_BLOCKS = _MAIN_BLOCKS + 2 * _REFINER_BLOCKS
-DTYPE = torch.bfloat16
 _SPREAD = 0.02  # of the weights
 _Block = TypeVar("_Block")
 
 
-def random_weights(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Return a random matrix of weights in bfloat16; ones in place of norms and biases."""
+def random_weights(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return a random matrix of weights; ones in place of norms and biases."""
     if len(shape) < 2:
-        return torch.ones(shape, dtype=DTYPE, device=device)
-    return torch.randn(shape, dtype=DTYPE, device=device).mul_(_SPREAD)
+        return torch.ones(shape, dtype=dtype, device=device)
+    return torch.randn(shape, dtype=dtype, device=device).mul_(_SPREAD)
 
 
 def random_tensors(
-    config: ZImageConfig, weights: Weights, device: torch.device
+    config: ZImageConfig, weights: Weights, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], dict[str, AdoptedLayer]]:
     """Return the tensors of the distinct blocks and of the layers outside the blocks.
 
@@ -48,6 +47,7 @@ def random_tensors(
         config: sizes of the transformer.
         weights: what the linear layers of the blocks are stored in, "plain" or "mxfp8".
         device: where the tensors are.
+        dtype: of plain tensors.
 
     Returns:
         Plain tensors and MXFP8 layers, by name.
@@ -55,7 +55,7 @@ def random_tensors(
     ends = tuple(f".{x.name}.weight" for group in ZIMAGE.linears().values() for x in group)
     plain, layers = {}, {}
     for name, shape in _few_blocks(config).shapes().items():
-        tensor = random_weights(shape, device)
+        tensor = random_weights(shape, device, dtype)
         if weights == "mxfp8" and name.endswith(ends):
             encoded = arithmetic.on(device).quantize(tensor)
             layer = AdoptedLayer(encoded.codes, encoded.scales, encoded.shape)
@@ -70,6 +70,7 @@ def deep_parts(
     plain: Mapping[str, torch.Tensor],
     layers: Mapping[str, AdoptedLayer],
     mode: Compute,
+    dtype: torch.dtype,
 ) -> LoadedWeights:
     """Return the parts of a transformer whose blocks share the tensors of `random_tensors`.
 
@@ -78,8 +79,9 @@ def deep_parts(
         plain: plain tensors by name.
         layers: MXFP8 layers by name.
         mode: a compute mode that the device has.
+        dtype: of everything that is not 8 bits wide.
     """
-    few, parts = adopt_parts(plain, layers, mode, DTYPE)
+    few, parts = adopt_parts(plain, layers, mode, dtype)
     blocks = {
         stack.name: _repeated(parts.blocks[stack.name], getattr(config, stack.count))
         for stack in ZIMAGE.stacks
@@ -99,8 +101,10 @@ def deep_parts(
     return replace(parts, blocks=blocks, modulation=(stacked(weight), stacked(bias)))
 
 
-def diffusers_model(config: ZImageConfig, device: torch.device) -> ZImageTransformer2DModel:
-    """Return diffusers' transformer in bfloat16, whose blocks share random weights too.
+def diffusers_model(
+    config: ZImageConfig, device: torch.device, dtype: torch.dtype
+) -> ZImageTransformer2DModel:
+    """Return diffusers' transformer in a dtype, whose blocks share random weights too.
 
     Raises:
         MissingExtraError: diffusers is not installed, or cannot be imported.
@@ -109,14 +113,14 @@ def diffusers_model(config: ZImageConfig, device: torch.device) -> ZImageTransfo
         from diffusers import ZImageTransformer2DModel
 
     before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
+    torch.set_default_dtype(dtype)
     try:
         with device:
             model = ZImageTransformer2DModel.from_config(model_config(_few_blocks(config)))
     finally:
         torch.set_default_dtype(before)
     for parameter in model.parameters():  # some are not initialised
-        parameter.requires_grad_(False).copy_(random_weights(parameter.shape, device))
+        parameter.requires_grad_(False).copy_(random_weights(parameter.shape, device, dtype))
     for stack in ZIMAGE.stacks:
         blocks = _repeated(list(getattr(model, stack.name)), getattr(config, stack.count))
         setattr(model, stack.name, torch.nn.ModuleList(blocks))

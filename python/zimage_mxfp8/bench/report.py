@@ -36,8 +36,8 @@ class ForwardTime:
 
     Attributes:
         program: "zimage-mxfp8" or "diffusers".
-        weights: what the weights of the blocks are stored in: "bfloat16" or "mxfp8".
-        mode: the compute mode; "" for weights in bfloat16.
+        weights: what the weights of the blocks are stored in: "bfloat16", "float16" or "mxfp8".
+        mode: the compute mode; "" for weights that are not quantised.
         graph: whether a CUDA graph ran; else operations were launched one by one.
         side: side of the square image in pixels.
         milliseconds: the median.

@@ -38,13 +38,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
-    """Add `--device` and `--dtype`."""
+    """Add `--device` and `--dtype`; its default is None, for the one that suits the device."""
     add_device(parser)
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of everything that is not 8 bits wide (default: bfloat16)",
+        choices=("bfloat16", "float16", "float32"),
+        help="of everything that is not 8 bits wide (default: bfloat16; float16 on GPUs before "
+        "compute capability 8.0)",
     )
 
 

@@ -14,7 +14,7 @@ from ..system.optional_packages import needed
 from ..text import plural
 from .arguments import add_json, add_overwrite, count, file_path, local_path, number
 from .interrupts import Interrupted, is_interrupt
-from .models import add_device_and_dtype, keep_libraries_quiet
+from .models import add_device, keep_libraries_quiet
 from .next_commands import convert_with_recipe
 from .streams import report_line
 from .wording import CommandLineError
@@ -86,7 +86,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         metavar="FILE.html",
         help="write a page with a map of the network and tables",
     )
-    add_device_and_dtype(parser)
+    add_device(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of everything that is not 8 bits wide (default: bfloat16)",
+    )
     add_overwrite(parser)
     add_json(parser)
 

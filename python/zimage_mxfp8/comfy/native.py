@@ -148,7 +148,7 @@ class NativeForward:
                 return f"the input {name} is not supported"
         if options.get("control"):
             return "a ControlNet of this kind is not supported"
-        if x.dtype not in (torch.bfloat16, torch.float32):
+        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"it computes in {str(x.dtype).removeprefix('torch.')}"
         return ""
 

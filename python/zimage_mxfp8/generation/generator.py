@@ -26,6 +26,7 @@ from ..system.device_notes import report_line
 from ..system.devices import core_index, memory_for
 from ..transformer.compute import Compute, choose
 from ..transformer.control import ZImageControlNet
+from ..transformer.floating_dtype import default_dtype
 from ..transformer.model import ZImageTransformer
 from ..transformer.ranks.devices import check_ranks, rank_devices
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
@@ -44,7 +45,23 @@ if TYPE_CHECKING:
 
 Part = Literal["text encoder", "transformer", "ControlNet", "VAE"]
 Stage = Literal[Part, "encoding", "denoising", "decoding"]
-_DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Dtypes:
+    """The dtype of each part."""
+
+    transformer: torch.dtype
+    text_encoder: torch.dtype
+    vae: torch.dtype
+
+
+_DTYPES: dict[str, _Dtypes] = {
+    "bfloat16": _Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    # Activations of language models and of this VAE leave the range of float16.
+    "float16": _Dtypes(torch.float16, torch.bfloat16, torch.float32),
+    "float32": _Dtypes(torch.float32, torch.float32, torch.float32),
+}
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,9 @@ class ZImageGenerator:
             settings with a control image.
         device: by default the current CUDA device if torch has one, else the CPU.
         compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
-        dtype: "bfloat16" or "float32", of everything that is not 8 bits wide.
+        dtype: "bfloat16", "float16" or "float32", of everything that is not 8 bits wide, see
+            `ZImageTransformer.from_checkpoint`, also for the default. With "float16" the text
+            encoder is in bfloat16 and the VAE in float32, which have the range that they need.
         devices: instead of `device`; the transformer shares each image among these, see
             `ZImageTransformer.from_checkpoint`, and the first one has the other parts.
         offload: load a part when its turn comes, and free it afterwards: memory holds the largest
@@ -177,7 +196,7 @@ class ZImageGenerator:
         transformer: str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
         compute: str = "auto",
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         *,
         controlnet: str | os.PathLike[str] | None = None,
         devices: Sequence[str | torch.device] | None = None,
@@ -185,9 +204,10 @@ class ZImageGenerator:
         download: bool = False,
         progress: GenerationCallback | bool | None = None,
     ) -> None:
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise UsageError("dtype", f"must be {' or '.join(_DTYPES)}, not {repr(dtype)[:80]}")
-        self._dtype = dtype
+        if dtype is not None and (not isinstance(dtype, str) or dtype not in _DTYPES):
+            *names, last = _DTYPES
+            listed = f"{', '.join(names)} or {last}"
+            raise UsageError("dtype", f"must be {listed}, not {repr(dtype)[:80]}")
         file_or_folder("model_dir", model_dir)  # for its error
         own = () if transformer is not None else (hub.TRANSFORMER,)
         folder = hub.resolve(model_dir, (*hub.COMPONENTS, *own), download=download)
@@ -203,6 +223,7 @@ class ZImageGenerator:
         self._folder, self._file, self._control_file = parts.folder, parts.file, parts.control_file
         self._devices = rank_devices(device, devices)
         self._device = self._devices[0]
+        self._dtype = dtype or str(default_dtype(self._device)).removeprefix("torch.")
         check_ranks(len(self._devices), parts.transformer.config)
         index = core_index(self._device)
         self._compute = choose(compute, index, parts.transformer.weights)
@@ -226,6 +247,11 @@ class ZImageGenerator:
                     if part == "ControlNet" and not self._control_file:
                         continue
                     self._part(part, callback)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of everything that is not 8 bits wide."""
+        return self._dtype
 
     @contextmanager
     def holding(
@@ -387,20 +413,20 @@ class ZImageGenerator:
             self._collect()  # its weights, which references in a circle keep
             self._lost_transformer = False
         report = progress or (lambda _: None)
-        dtype = _DTYPES[self._dtype]
+        dtypes = _DTYPES[self._dtype]
         report(GenerationProgress(name, 0, 1))
         with self._memory_for(f"the {name}"):
             if name == "text encoder":
-                part: Any = TextEncoder(self._folder, self._device, dtype)
+                part: Any = TextEncoder(self._folder, self._device, dtypes.text_encoder)
             elif name == "VAE":
-                part = VAE(self._folder, self._device, dtype)
+                part = VAE(self._folder, self._device, dtypes.vae)
             elif name == "ControlNet":
                 assert self._control_file is not None
                 part = ZImageControlNet.from_checkpoint(
                     self._control_file,
                     self._device,
                     self._control_compute,
-                    dtype,
+                    dtypes.transformer,
                     progress=lambda p: report(_bytes_read(p, "ControlNet")),
                 )
             else:
@@ -408,7 +434,7 @@ class ZImageGenerator:
                     self._file,
                     None,
                     self._compute,
-                    dtype,
+                    dtypes.transformer,
                     devices=self._devices,
                     progress=lambda p: report(_bytes_read(p, "transformer")),
                 )
@@ -487,6 +513,8 @@ class ZImageGenerator:
         """Return latents [batch, 16, height / 8, width / 8], the steps, and notes on adapters."""
         assert settings.seed is not None and settings.height and settings.width  # resolved
         batch = settings.batch
+        # Diffusers' pipelines give the VAE images in the dtype of captions.
+        captions = [caption.to(_DTYPES[self._dtype].vae) for caption in captions]
         transformer: ZImageTransformer = self._part("transformer", report)
         model: ZImageTransformer | ControlledTransformer = transformer
         if control is not None:

@@ -17,7 +17,7 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from ..errors import UsageError
 from .drawing import ClientError, checked, draw, load_generator
 
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass

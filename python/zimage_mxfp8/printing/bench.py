@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from ..bench.report import BenchReport, GemmTime
 
 _Key = TypeVar("_Key", bound=Hashable)
-_FORMATS = {"bfloat16": "BF16", "mxfp8": "MXFP8", "row-scaled": "FP8", "int8": "INT8"}
+_FORMATS = {
+    "bfloat16": "BF16",
+    "float16": "FP16",
+    "mxfp8": "MXFP8",
+    "row-scaled": "FP8",
+    "int8": "INT8",
+}
 
 
 def print_bench(report: BenchReport, screen: Screen) -> None:
@@ -61,7 +67,7 @@ def _print_forwards(report: BenchReport, screen: Screen) -> None:
             *(f"{side}x{side}{', graph' if graph else ''}>" for side, graph in columns),
         ],
         [
-            [program, _FORMATS[weights], mode or "BF16", *_cells(of_model, columns)]
+            [program, _FORMATS[weights], mode or _FORMATS[weights], *_cells(of_model, columns)]
             for (program, weights, mode), of_model in times.items()
         ],
     )

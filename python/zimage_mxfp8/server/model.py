@@ -39,7 +39,7 @@ class ServedModel:
     transformer: Path | None
     device: str | None = None
     compute: str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     offload: bool = False
     gpus: int = 1
 
@@ -77,7 +77,7 @@ def find_model(
     transformer: str | None,
     device: str | None = None,
     compute: str = "auto",
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     *,
     gpus: int = 1,
     offload: bool = False,

@@ -34,8 +34,8 @@ class Adapter(nn.Module):
         Args:
             activation: the layer's input [M, K] in `input_formats` and in the layer's own format;
                 [K] for the final layer's modulation.
-            result: [M, N] in the model's dtype, without the branch; may be written to. N counts the
-                rows of all matrices that the layer stacks: q, k and v, or w1 and w3.
+            result: [M, N] in the layer's `result_dtype`, without the branch; may be written to. N
+                counts the rows of all matrices that the layer stacks: q, k and v, or w1 and w3.
 
         Returns:
             [M, N].

@@ -60,7 +60,7 @@ def adopt(
         plain: tensors that are not quantised, by name in ComfyUI's layout, on one device.
         layers: MXFP8 layers by name, on that device.
         compute: one of `IN_PLACE_MODES`, which the device has.
-        dtype: bfloat16 or float32, of everything that is not 8 bits wide.
+        dtype: bfloat16, float16 or float32, of everything that is not 8 bits wide.
         cuda_graphs: see `ZImageTransformer.from_checkpoint`.
 
     Raises:
@@ -103,7 +103,7 @@ def adopt_control(
 
     Args:
         plain: tensors by name in ComfyUI's layout, on one device.
-        dtype: bfloat16 or float32.
+        dtype: bfloat16, float16 or float32.
         trained_refiner: see `ControlConfig.of_shapes`.
 
     Raises:

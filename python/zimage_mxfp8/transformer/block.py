@@ -85,6 +85,8 @@ class Block(nn.Module):
         super().__init__()
         self.qkv, self.out, self.ffn_out = qkv, out, ffn_out
         self.ffn_in = nn.ModuleList(ffn_in)
+        for layer in (qkv, *ffn_in):  # their inputs are normalised
+            layer.is_in_range = True
         for name, weight in norms.items():
             self.register_buffer(name, weight)
         self._heads = heads
@@ -184,12 +186,13 @@ class Block(nn.Module):
         dim, dtype = len(self.attention_norm1), self.attention_norm1.dtype
         given = ops.activation_nbytes(self.qkv.input_formats, tokens * dim, dtype)
         qkv = tokens * self.qkv.out_features * dtype.itemsize
-        result = tokens * dim * dtype.itemsize
+        attended = tokens * dim * dtype.itemsize
+        result = tokens * dim * self.out.result_dtype.itemsize
         first = qkv + self.qkv.workspace_nbytes(tokens)
         # The results of items of different length are joined in another matrix.
-        between = qkv + (2 * result if ragged else result)
+        between = qkv + (2 * attended if ragged else attended)
         encoded = ops.activation_nbytes(self.out.input_formats, tokens * dim, dtype)
-        last = result + encoded + self.out.workspace_nbytes(tokens) + result
+        last = attended + encoded + self.out.workspace_nbytes(tokens) + result
         return given + max(first, between, last)
 
     def _feed_forward_nbytes(self, tokens: int) -> int:
@@ -206,7 +209,8 @@ class Block(nn.Module):
             first = gate_up + max(layer.workspace_nbytes(tokens) for layer in layers)
             # torch's silu_multiply takes the same again; the fused one writes only its result.
             between = gate_up + (gate_up if dtype == torch.float32 else gated)
-        last = gated + self.ffn_out.workspace_nbytes(tokens) + tokens * dim * dtype.itemsize
+        result = tokens * dim * self.ffn_out.result_dtype.itemsize
+        last = gated + self.ffn_out.workspace_nbytes(tokens) + result
         return given + max(first, between, last)
 
 

@@ -29,7 +29,7 @@ from . import ops
 from .block import Block, BlockState, Hints, Modulation, run_blocks, split_modulations
 from .compute import Compute, choose
 from .diffusers_class import class_for_pipelines, new_object
-from .floating_dtype import check_dtype, dtype_after
+from .floating_dtype import check_dtype, default_dtype, dtype_after, sums_dtype
 from .inputs import ControlInputs
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
@@ -124,7 +124,7 @@ class ZImageControlNet(nn.Module):
         path: str | os.PathLike[str],
         device: str | torch.device | None = None,
         compute: str = "auto",
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
         *,
         progress: ProgressCallback | bool | None = None,
     ) -> ZImageControlNet:
@@ -135,7 +135,7 @@ class ZImageControlNet(nn.Module):
             device: where to put it, which must be where the transformer is; by default the current
                 CUDA device if torch has one, else the CPU.
             compute: how its MXFP8 layers are multiplied, see `ZImageTransformer.from_checkpoint`.
-            dtype: bfloat16 or float32, that of the transformer.
+            dtype: that of the transformer, see there.
             progress: called with a `Progress` while weights are read; True draws a bar on a
                 terminal.
 
@@ -147,9 +147,11 @@ class ZImageControlNet(nn.Module):
             UnsupportedError: the device does not have the mode.
             CudaError: the device has too little memory.
         """
-        check_dtype(dtype)
+        if dtype is not None:
+            check_dtype(dtype)
         file = open_control(file_or_folder("path", path))
         place = torch_device(device)
+        dtype = default_dtype(place) if dtype is None else dtype
         mode = choose(compute, core_index(place), file.weights)
         report_line(place, device)
         with shown(progress, byte_bar("loading the ControlNet")) as callback:
@@ -217,7 +219,8 @@ class ZImageControlNet(nn.Module):
         """
         count = tokens * self.config.dim
         formats = self.layers.block_list[0].qkv.input_formats
-        return count * self._dtype.itemsize + ops.activation_nbytes(formats, count, self._dtype)
+        tokens_nbytes = count * sums_dtype(self._dtype).itemsize
+        return tokens_nbytes + ops.activation_nbytes(formats, count, self._dtype)
 
     def control(
         self, images: Sequence[torch.Tensor] | torch.Tensor, strength: float = 1.0

@@ -1,4 +1,4 @@
-"""The dtype of everything in a model that is not 8 bits wide: bfloat16 or float32."""
+"""The dtype of everything in a model that is not 8 bits wide."""
 
 from __future__ import annotations
 
@@ -7,18 +7,36 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..system import devices
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16; float16 for GPUs whose tensor cores have no bfloat16 (before 8.0)."""
+    if device.type != "cuda":
+        return torch.bfloat16
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.bfloat16 if devices.capability(index) >= _FIRST_WITH_BFLOAT16 else torch.float16
+
+
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of tokens between blocks and of what norms read, in a model of `dtype`.
+
+    It is float32 in a model of float16, which ends at 65504.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def check_dtype(dtype: Any) -> None:
     """Check the argument `dtype` of a model that is loaded.
 
     Raises:
-        UsageError: neither bfloat16 nor float32.
+        UsageError: neither bfloat16, float16 nor float32.
     """
-    if dtype is not torch.bfloat16 and dtype is not torch.float32:
-        raise UsageError(
-            "dtype", f"must be torch.bfloat16 or torch.float32, not {repr(dtype)[:80]}"
-        )
+    if not any(dtype is each for each in _DTYPES):  # == may be that of an array
+        raise UsageError("dtype", f"must be {_LISTED}, not {repr(dtype)[:80]}")
 
 
 def dtype_after(fn: Any, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -30,11 +48,13 @@ def dtype_after(fn: Any, dtype: torch.dtype, device: torch.device) -> torch.dtyp
         device: of the model, before the call.
 
     Raises:
-        UsageError: it becomes neither bfloat16 nor float32, or 8-bit weights change theirs.
+        UsageError: it becomes another dtype than a model can have, or 8-bit weights change theirs.
     """
     changed: torch.dtype = fn(torch.empty(0, dtype=dtype, device=device)).dtype
-    if changed not in (torch.bfloat16, torch.float32):
-        raise UsageError("dtype", f"must be bfloat16 or float32, not {changed}")
+    check_dtype(changed)
     if fn(torch.empty(0, dtype=torch.uint8, device=device)).dtype != torch.uint8:
         raise UsageError("dtype", "cannot change for 8-bit weights", "use .to(dtype)")
     return changed
+
+
+_LISTED = f"{', '.join(map(str, _DTYPES[:-1]))} or {_DTYPES[-1]}"

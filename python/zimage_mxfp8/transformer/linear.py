@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from ..ops.low_rank import LowRankAddend
 from ..system import devices
 from . import arithmetic, fused_kernels, ops
 from .adapter import Adapter, FusedAdapter
-from .arithmetic import int8
+from .arithmetic import float16, int8
 from .compute import Compute
 from .epilogue import Epilogue
+from .floating_dtype import sums_dtype
 from .ops import PLAIN, Activation, pad_columns
 
 
@@ -30,9 +33,11 @@ class Linear(nn.Module):
 
     Attributes:
         out_features: N.
-        dtype: dtype of the result.
+        dtype: dtype of the model.
         weight_format: how the weights are stored, for tables.
         adapter: a branch that is added to the result, or None.
+        is_in_range: whether all results fit in float16. Those of other layers are in float32 in a
+            model of float16.
     """
 
     weight_format: str
@@ -44,6 +49,12 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.dtype = dtype
         self.adapter = None
+        self.is_in_range = False
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Dtype of the result."""
+        return self.dtype if self.is_in_range else sums_dtype(self.dtype)
 
     @property
     def input_formats(self) -> frozenset[ActivationFormat]:
@@ -63,7 +74,7 @@ class Linear(nn.Module):
             epilogue: the operation that follows.
 
         Returns:
-            [M, N] in `dtype`, or the result of the epilogue.
+            [M, N] in `result_dtype`, or the result of the epilogue.
         """
         x = activation[self._input_format]
         fused = self._fused_adapter
@@ -129,6 +140,20 @@ class Linear(nn.Module):
     def _gemm_workspace_nbytes(self, tokens: int) -> int:  # noqa: ARG002 - for subclasses
         return 0
 
+    def _multiply_plain(
+        self, x: torch.Tensor, gemm: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Multiply activations that are not quantised [M, K]; in float16 within its range."""
+        if self.dtype != torch.float16:
+            return gemm(x)
+        return float16.multiply(x, gemm, self.result_dtype)
+
+    def _plain_workspace_nbytes(self, tokens: int, shape: tuple[int, int]) -> int:
+        """Return the bytes that `_multiply_plain` takes on CUDA, without those of `gemm`."""
+        if self.dtype != torch.float16:
+            return 0
+        return float16.workspace(tokens, shape, self.result_dtype)
+
 
 class PlainLinear(Linear):
     """A layer with weights that are not quantised."""
@@ -149,7 +174,14 @@ class PlainLinear(Linear):
         return self.weight.detach().float()
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.dtype != torch.float16:
+            return F.linear(x, self.weight, self.bias)
+        multiply = partial(F.linear, weight=self.weight)
+        return float16.multiply(x, multiply, self.result_dtype, self.bias)
+
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        rows, columns = self.weight.shape
+        return self._plain_workspace_nbytes(tokens, (rows, columns))
 
 
 class _MXFP8Linear(Linear):
@@ -200,13 +232,13 @@ class WeightOnlyLinear(_MXFP8Linear):
         return fused_kernels.gemm_low_rank(pad_columns(x, self._shape[1]), self.weights, addend)
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        x = pad_columns(x, self._shape[1])
-        out = arithmetic.on(x.device).multiply_weight_only(x, self.weights)
+        multiply = partial(arithmetic.on(x.device).multiply_weight_only, weights=self.weights)
+        out = self._multiply_plain(pad_columns(x, self._shape[1]), multiply)
         return out[:, : self.out_features]
 
-    def _gemm_workspace_nbytes(self, tokens: int) -> int:  # noqa: ARG002 - of the interface
-        of_device = arithmetic.on(self.codes.device)
-        return of_device.weight_only_workspace(self._shape, self.dtype)
+    def _gemm_workspace_nbytes(self, tokens: int) -> int:
+        decoded = arithmetic.on(self.codes.device).weight_only_workspace(self._shape, self.dtype)
+        return decoded + self._plain_workspace_nbytes(tokens, self._shape)
 
 
 class BlockScaledLinear(_MXFP8Linear):
@@ -230,13 +262,14 @@ class BlockScaledLinear(_MXFP8Linear):
         a = MXFP8Array(x.codes, x.scales, (x.shape[0], self._shape[1]))
         of_device = arithmetic.on(self.codes.device)
         multiply = of_device.multiply_decoded if self._emulated else of_device.multiply_mxfp8
-        return multiply(a, self.weights, self.dtype)[:, : self.out_features]
+        return multiply(a, self.weights, self.result_dtype)[:, : self.out_features]
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         if not self._emulated:
             return 0
         device = self.codes.device
-        return arithmetic.on(device).decoded_workspace(tokens, self._shape, self.dtype, device)
+        of_device = arithmetic.on(device)
+        return of_device.decoded_workspace(tokens, self._shape, self.result_dtype, device)
 
 
 class _RowScaledLinear(Linear):
@@ -270,7 +303,7 @@ class _RowScaledLinear(Linear):
 
     def _gemm(self, x: Any) -> torch.Tensor:
         multiply = arithmetic.on(self.codes.device).multiply_row_scaled
-        return multiply(x, self.weights, self.dtype)[:, : self.out_features]
+        return multiply(x, self.weights, self.result_dtype)[:, : self.out_features]
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
         if self._fused_adapter is not None:
@@ -278,7 +311,7 @@ class _RowScaledLinear(Linear):
         device = self.codes.device
         of_device = arithmetic.on(device)
         return of_device.row_scaled_workspace(
-            self._operands, tokens, self._shape, self.dtype, device
+            self._operands, tokens, self._shape, self.result_dtype, device
         )
 
     def _gemm_with(self, epilogue: Epilogue, x: Any, addend: LowRankAddend | None) -> Any:
@@ -410,10 +443,12 @@ class ConvrotWeightOnlyLinear(_ConvrotLinear):
     weight_format = "int8 (weight-only)"
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        return int8.multiply_weight_only(x, self.weights, self.rotation)
+        multiply = partial(int8.multiply_weight_only, weights=self.weights, signs=self.rotation)
+        return self._multiply_plain(x, multiply)
 
     def _gemm_workspace_nbytes(self, tokens: int) -> int:
-        return int8.weight_only_workspace(tokens, self._shape)
+        decoded = int8.weight_only_workspace(tokens, self._shape)
+        return decoded + self._plain_workspace_nbytes(tokens, self._shape)
 
 
 def convrot_linear(

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, CudaError, UsageError
 from ..printing.screen import size_text
 from ..text import plural
 from ..zimage.rows import Shape
+from .floating_dtype import sums_dtype
 from .fused_low_rank import fused_adapter
 from .linear import Linear
 from .low_rank import Addend, LowRankAdapter, SharedAdapter, WeightTable, dora_norms
@@ -426,9 +427,9 @@ def check_weight(argument: str, weight: Any) -> Weight:
 
 
 def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Addend:
-    """Return a module's branch as tensors in host memory, in the layer's dtype."""
+    """Return a module's branch as tensors in host memory, in the dtype of sums of the model."""
     layer = " ".join(dict.fromkeys([module.target.layer, *module.target.diffusers]))
-    matrix, dtype = branch.matrix, place.linear.dtype
+    matrix, dtype = branch.matrix, sums_dtype(place.linear.dtype)
     rows = place.slice(module.target.rows(place.rows))
 
     def tensor(array: Matrix) -> torch.Tensor:
@@ -459,5 +460,5 @@ def _branch(linear: Linear, addends: list[Addend]) -> SharedAdapter:
         fused = fused_adapter(linear, addends)
         if fused is not None:
             return fused
-        like = torch.empty(0, dtype=linear.dtype, device=_device(linear))
+        like = torch.empty(0, dtype=sums_dtype(linear.dtype), device=_device(linear))
         return LowRankAdapter(addends, getattr(linear, "bias", None), like)

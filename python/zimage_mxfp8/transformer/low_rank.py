@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from .adapter import Adapter
+from .arithmetic import tiles
+from .floating_dtype import sums_dtype
 from .ops import PLAIN, Activation
 
 
@@ -120,7 +122,7 @@ class LowRankAdapter(SharedAdapter):
         Args:
             addends: of all adapters.
             base_bias: the layer's bias [N], if it has one.
-            like: has the model's device and dtype.
+            like: has the model's device, and the dtype of the factors.
         """
         super().__init__(addends)
         self._groups: list[_Group] = []
@@ -160,6 +162,7 @@ class LowRankAdapter(SharedAdapter):
     def forward(self, activation: Activation, result: torch.Tensor) -> torch.Tensor:
         """Add the addends (see the class)."""
         x = activation[PLAIN]
+        x = x.to(sums_dtype(x.dtype))
         factors = {group.number: self._factor(group) for group in self._groups if group.is_dora}
         if factors:
             self._rescale(result, factors)
@@ -246,8 +249,11 @@ def dora_norms(
 
 
 def _add_gemm(target: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Add x weight^T to `target`, in one rounding if there are rows."""
-    if target.dim() == 2:
-        target.addmm_(x, weight.T)
-    else:
+    """Add x weight^T to `target`, in one rounding if there are rows and the dtype is the same."""
+    if target.dim() == 1:
         target += F.linear(x, weight)
+    elif target.dtype == x.dtype:
+        target.addmm_(x, weight.T)
+    else:  # float16 and float32
+        for rows in tiles.row_tiles(len(target), target.shape[1], tiles.TILE):
+            target[rows] += F.linear(x[rows], weight)

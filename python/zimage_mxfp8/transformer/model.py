@@ -40,7 +40,7 @@ from .block import Block, Hints, Modulation, run_blocks, split_modulations
 from .compute import DESCRIPTIONS, Compute, choose
 from .control import CONTROLLED_STACKS, ControlRun, ZImageControlNet, check_controls
 from .diffusers_class import class_for_pipelines, new_object
-from .floating_dtype import check_dtype, dtype_after
+from .floating_dtype import check_dtype, default_dtype, dtype_after, sums_dtype
 from .graphs import GraphCache
 from .inputs import ForwardInputs, check_arguments, lora_scale
 from .linear import Linear, PlainLinear
@@ -163,7 +163,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         path: str | os.PathLike[str],
         device: str | torch.device | None = None,
         compute: str = "auto",
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
         *,
         devices: Sequence[str | torch.device] | None = None,
         cuda_graphs: bool = True,
@@ -195,7 +195,11 @@ class ZImageTransformer(PeftMethods, nn.Module):
                   decoded numbers; any device.
                 - "auto": "mxfp8", "int8" or "fp8", as the device has them fast; "weight-only" on
                   the CPU.
-            dtype: bfloat16 or float32, of everything that is not 8 bits wide.
+            dtype: of everything that is not 8 bits wide: bfloat16, float16 or float32. By default
+                bfloat16; float16 on GPUs before compute capability 8.0, whose tensor cores have no
+                bfloat16 (it ran on no such GPU yet). In float16 the tokens between blocks and all
+                that norms read are in float32, and rows are scaled before they are multiplied, so
+                that activations beyond 65504 stay finite.
             devices: share each forward among these, each of which holds all weights; instead of
                 `device`. The first one takes inputs and has results; a process is started for each
                 of the others, which ends when the model is garbage. Hooks and adapters that are set
@@ -219,11 +223,13 @@ class ZImageTransformer(PeftMethods, nn.Module):
             DeviceWarning: once per process, if no device was named and a GPU is not used, or this
                 build has no kernels for it.
         """
-        check_dtype(dtype)
+        if dtype is not None:
+            check_dtype(dtype)
         file = open_model(file_or_folder("path", path))
         places = rank_devices(device, devices)
         check_ranks(len(places), file.config)
         place = places[0]
+        dtype = default_dtype(place) if dtype is None else dtype
         mode = choose(compute, core_index(place), file.weights)
         report_line(place, device if devices is None else place)
         if place.type == "cuda":
@@ -264,7 +270,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
                 `owner/name/file.safetensors`.
             device: see `from_checkpoint`.
             compute: see `from_checkpoint`.
-            dtype: bfloat16 or float32; bfloat16 by default.
+            dtype: see `from_checkpoint`.
             subfolder: folder of the weights in that folder or repository; by default the folder
                 itself, or its "transformer".
             torch_dtype: the same as `dtype`, as older versions of diffusers name it.
@@ -292,7 +298,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
                 )
         if None not in (dtype, torch_dtype) and dtype is not torch_dtype:
             raise UsageError("torch_dtype", "is the same argument as dtype", "give one of them")
-        chosen = next((each for each in (dtype, torch_dtype) if each is not None), torch.bfloat16)
+        chosen = torch_dtype if dtype is None else dtype
         file_or_folder("path_or_id", path_or_id)  # for its error
         folder = text("subfolder", subfolder) if subfolder else ""
         path = hub.resolve(path_or_id, (folder or hub.TRANSFORMER,), download=download)
@@ -510,11 +516,12 @@ class ZImageTransformer(PeftMethods, nn.Module):
         if self._ranks is not None:
             check_shared(controls)
         nets = tuple(control.net for control in controls)
+        wide = sums_dtype(self._dtype)
         inputs = ForwardInputs(
-            tuple(image.to(self._dtype) for image in x),
+            tuple(image.to(wide) for image in x),
             t.to(self.device, torch.float32),
-            tuple(caption.to(self._dtype) for caption in cap_feats),
-            tuple(control.inputs(self.device, self._dtype) for control in controls),
+            tuple(caption.to(wide) for caption in cap_feats),
+            tuple(control.inputs(self.device, wide) for control in controls),
         )
 
         try:
@@ -591,7 +598,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
         lengths = [joint_length(shape) for shape in shapes]
         ranks = self._ranks.size if self._ranks else 1
         tokens, ragged = -(-sum(lengths) // ranks), len(set(lengths)) > 1
-        kept = 2 * self.config.dim * self._dtype.itemsize + 2 * HEAD_DIM * torch.float32.itemsize
+        token = self.config.dim * sums_dtype(self._dtype).itemsize
+        kept = 2 * token + 2 * HEAD_DIM * torch.float32.itemsize
         blocks = self._blocks_on("joint") or self._blocks_on("image")
         block = max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
         block = max([block, *(net.working_nbytes(tokens, ragged) for net in nets)])
@@ -644,7 +652,10 @@ class ZImageTransformer(PeftMethods, nn.Module):
             for i, tokens in enumerate(layout.joint.first_tokens(counts))
         ]
         collected = division.collect(outputs, [image_tokens(size) for size in sizes])
-        return [unpatchify(tokens, size) for tokens, size in zip(collected, sizes, strict=False)]
+        return [
+            unpatchify(tokens.to(self._dtype), size)
+            for tokens, size in zip(collected, sizes, strict=False)
+        ]
 
     def _run_stacks(
         self,
@@ -669,7 +680,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
             -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
         )
         angles = (t * TIME_SCALE)[:, None] * frequencies
-        features = torch.cat((angles.cos(), angles.sin()), dim=1).to(self._dtype)
+        features = torch.cat((angles.cos(), angles.sin()), dim=1).to(sums_dtype(self._dtype))
         hidden = _run(self.t_embedder_in, features)
         return _run(self.t_embedder_out, F.silu(hidden))
 

@@ -2,7 +2,8 @@
 
 On CUDA in BF16 the core's fused kernels do it (`zimage_mxfp8.ops.fused`) if this build has them;
 otherwise torch does, on some rows at a time. Either way arithmetic is in float32 and results are
-rounded once.
+rounded once. In a model of float16 only the results of some GEMMs are in float16, see
+`Linear.is_in_range`; x, y and results that are not encoded are in float32.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from ..zimage.constants import HEAD_DIM, NORM_EPS
 from . import arithmetic
 from . import fused_kernels as fused
 from .arithmetic import int8, tiles
+from .floating_dtype import sums_dtype
 
 # A matrix of activations in all formats that its consumers take.
 Activation = dict[ActivationFormat, Any]
-# The format without encoding; in a model in float32 it means float32.
+# The format without encoding; in a model in float32 or float16 it means float32.
 PLAIN: ActivationFormat = "bfloat16"
 
 _BLOCK = 32  # 8-bit GEMMs take widths that are multiples of it
@@ -62,9 +64,15 @@ def decode(matrix: Any, written: ActivationFormat) -> torch.Tensor:
 
 
 def activation_nbytes(formats: Set[ActivationFormat], elements: int, dtype: torch.dtype) -> int:
-    """Return the bytes of a matrix of `dtype` in some formats, without row scales and padding."""
+    """Return the bytes of a matrix in some formats, without row scales and padding.
+
+    Args:
+        formats: the formats.
+        elements: of the matrix.
+        dtype: of the model.
+    """
     nbytes = {
-        PLAIN: elements * dtype.itemsize,
+        PLAIN: elements * sums_dtype(dtype).itemsize,
         "row-scaled": elements,
         "int8": elements,
         "mxfp8": elements + elements // _BLOCK,
@@ -76,7 +84,7 @@ def result_nbytes(
     formats: Set[ActivationFormat], elements: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Return the bytes of a result in some formats, with the matrix that torch encodes."""
-    if len(formats) > 1 or not devices.has_fused_kernels(device):
+    if len(formats) > 1 or not _has_kernels(dtype, device):
         formats = formats | {PLAIN}
     return activation_nbytes(formats, elements, dtype)
 
@@ -87,7 +95,11 @@ def pad_columns(matrix: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _fusable(matrix: torch.Tensor) -> bool:
-    return matrix.dtype == torch.bfloat16 and devices.has_fused_kernels(matrix.device)
+    return _has_kernels(matrix.dtype, matrix.device)
+
+
+def _has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype == torch.bfloat16 and devices.has_fused_kernels(device)
 
 
 def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
@@ -99,7 +111,7 @@ def _tiles(matrix: torch.Tensor) -> Iterator[slice]:
 
 def temporaries_nbytes(elements: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return the peak bytes of torch's temporaries for a number of elements; kernels need none."""
-    if dtype == torch.float32 or devices.has_fused_kernels(device):
+    if dtype == torch.float32 or _has_kernels(dtype, device):
         return 0
     return _TEMPORARIES * min(elements, tiles.TILE) * torch.float32.itemsize
 
@@ -131,7 +143,7 @@ def silu_multiply(
     if _fusable(gate):
         written = _fused_format(gate.shape[1], formats)
         return _others(fused.silu_multiply(gate, up, written), written, formats)
-    result = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    result = torch.empty(gate.shape, dtype=sums_dtype(gate.dtype), device=gate.device)
     for rows in _tiles(gate):
         result[rows] = F.silu(gate[rows].float()).mul_(up[rows].float())
     return encode(result, formats)

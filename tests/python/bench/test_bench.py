@@ -167,8 +167,8 @@ def test_without_torch(tmp_path: Path) -> None:
 
 def test_shared_blocks_compute_what_copies_do() -> None:
     """A transformer of copies, made another way, gives the same; each block is called."""
-    plain, layers = models.random_tensors(CONFIG, "mxfp8", CPU)
-    parts = models.deep_parts(CONFIG, plain, layers, "weight-only")
+    plain, layers = models.random_tensors(CONFIG, "mxfp8", CPU, torch.bfloat16)
+    parts = models.deep_parts(CONFIG, plain, layers, "weight-only", torch.bfloat16)
     model = ZImageTransformer(CONFIG, parts, "weight-only", torch.bfloat16, False)
 
     def copied(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +195,7 @@ def test_shared_blocks_compute_what_copies_do() -> None:
     assert calls == [7]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("mode", "weights"),
     [
@@ -204,21 +205,37 @@ def test_shared_blocks_compute_what_copies_do() -> None:
         ("mxfp8-emulated", "mxfp8"),
     ],
 )
-def test_all_layers_are_in_the_mode(mode: Any, weights: str) -> None:
+def test_all_layers_are_in_the_mode(mode: Any, weights: str, dtype: torch.dtype) -> None:
     """None is left out as one whose scales cannot be folded."""
-    parts = models.deep_parts(CONFIG, *models.random_tensors(CONFIG, "mxfp8", CPU), mode)
+    tensors = models.random_tensors(CONFIG, "mxfp8", CPU, dtype)
+    parts = models.deep_parts(CONFIG, *tensors, mode, dtype)
     blocks = [block for stack in parts.blocks.values() for block in stack]
     linears = [x for block in blocks for x in block.modules() if isinstance(x, Linear)]
     assert {layer.weight_format for layer in linears} == {weights}
+    assert {layer.dtype for layer in linears} == {dtype}
 
 
-def test_diffusers_model_has_the_whole_depth() -> None:
-    model = models.diffusers_model(CONFIG, CPU)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_diffusers_model_has_the_whole_depth(dtype: torch.dtype) -> None:
+    model = models.diffusers_model(CONFIG, CPU, dtype)
     stacks = (model.layers, model.noise_refiner, model.context_refiner)
     assert [len(stack) for stack in stacks] == [5, 2, 2]
     assert [len(set(stack)) for stack in stacks] == [2, 1, 1]
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_devices_without_bfloat16_are_measured_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (forwards, gemms):
+        monkeypatch.setattr(module, "default_dtype", lambda _: torch.float16)
+    report = bench("cpu", workload=TINY)
+    rows = {(row.program, row.weights, row.mode) for row in report.forwards}
+    assert rows >= {("diffusers", "float16", ""), ("zimage-mxfp8", "float16", "")}
+    assert rows >= {("zimage-mxfp8", "mxfp8", mode) for mode in MODES}
+    text = as_text(lambda screen: print_bench(report, screen))
+    assert "FP16" in text and "BF16" not in text
+    first = next(Gemms(TINY, CPU, Attempts(CPU, 0, None))._ways_of_torch())
+    assert (first.kernel, first.a, first.b) == ("torch linear", "float16", "float16")
 
 
 def test_gemms_of_the_real_model() -> None:
@@ -316,7 +333,7 @@ def test_after_exhausted_memory_the_rest_is_measured(monkeypatch: pytest.MonkeyP
     deep_parts, milliseconds, measured = models.deep_parts, timing.milliseconds, 0
 
     def in_int8(*arguments: Any) -> object:
-        if arguments[-1] == "int8":
+        if arguments[3] == "int8":
             torch.empty(1 << 60)
         return deep_parts(*arguments)
 
@@ -334,7 +351,7 @@ def test_after_exhausted_memory_the_rest_is_measured(monkeypatch: pytest.MonkeyP
     wanted = [(*name, side) for name in ON_CPU for side in TINY.sides if name[2] != "int8"]
     found = [(row.program, row.weights, row.mode, row.side) for row in report.forwards]
     assert found == wanted[:2] + wanted[3:]
-    failed = ["zimage-mxfp8 in BF16 at 32x32", "int8"]
+    failed = ["zimage-mxfp8 in bfloat16 at 32x32", "int8"]
     assert [each for each in report.missing if each.what != "mxfp8"] == [
         Missing("forward", what, f"not enough memory for {what}; measure on another device")
         for what in failed

@@ -231,6 +231,28 @@ def test_bfloat16_is_the_default_and_near(
     assert 0 < np.sqrt(np.mean(difference**2)) < 0.15 * wide.std()
 
 
+@pytest.mark.parametrize("start", ["noise", "image", "image and mask"])
+def test_float16_is_nearer(
+    start: str, zimage_folder: Path, zimage_quantized: Path, tmp_path: Path
+) -> None:
+    """Its text encoder is in bfloat16 and its VAE in float32."""
+    given: dict[str, Any] = {"height": 48, "width": 64}
+    if start != "noise":
+        given = {"init_image": init_image(tmp_path / "in.png", (64, 48))}
+    if start == "image and mask":
+        given["mask_image"] = half_mask(tmp_path / "mask.png")
+    settings = zm.GenerationSettings("a", steps=2, seed=1, guidance=2.0, **given)
+    captions = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu").encode(settings)
+    images = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype=dtype)
+        made = generator.generate(settings, captions=captions, preview=lambda *_: None)
+        images[dtype] = levels(made.images[0])
+        assert generator.dtype == made.metadata(0)["dtype"] == dtype
+    errors = {x: np.sqrt(np.mean((images[x] - images["float32"]) ** 2)) for x in images}
+    assert errors["float16"] < 1 < errors["bfloat16"]
+
+
 def test_inpainting_pipeline_takes_our_transformer(
     zimage_folder: Path, zimage_quantized: Path, reference: ZImagePipeline, tmp_path: Path
 ) -> None:

@@ -66,7 +66,7 @@ def usual_but(*options: object) -> list[object]:
         (("-o", "o/.png"), "--output o/.png has no name before .png"),
         (("-o", "folder/"), "folder/ is a folder"),
         (("--compute", "fast"), "--compute"),
-        (("--dtype", "float16"), "--dtype"),
+        (("--dtype", "float64"), "--dtype"),
         (("--device", "tpu"), '--device: must be "cpu", "cuda" or "cuda:N", not "tpu"'),
         (("--device", "cpu", "--gpus", "2"), "--device cpu contradicts --gpus 2; leave one out"),
         (("--gpus", "0"), "--gpus"),
@@ -120,7 +120,9 @@ def test_settings_from_python() -> None:
     with pytest.raises(zm.UsageError, match=f"^batch must be 1 to {MAX_IMAGES}"):
         zm.GenerationSettings("a", batch=MAX_IMAGES + 1)
     assert zm.GenerationSettings("a", batch=MAX_IMAGES).batch == MAX_IMAGES
-    with pytest.raises(zm.UsageError, match="dtype must be bfloat16 or float32, not 'half'"):
+    with pytest.raises(
+        zm.UsageError, match="dtype must be bfloat16, float16 or float32, not 'half'"
+    ):
         zm.ZImageGenerator("nowhere", dtype="half")
 
 
@@ -130,8 +132,11 @@ def test_settings_from_python() -> None:
         ({"model_dir": None}, "model_dir must be the path of a file or folder, not None"),
         ({"transformer": 3}, "transformer must be the path of a file or folder, not 3"),
         ({"compute": None}, "compute must be auto, .*, not None"),
-        ({"dtype": torch.bfloat16}, "dtype must be bfloat16 or float32, not torch.bfloat16"),
-        ({"dtype": ["float32"]}, r"dtype must be bfloat16 or float32, not \['float32'\]"),
+        (
+            {"dtype": torch.bfloat16},
+            "dtype must be bfloat16, float16 or float32, not torch.bfloat16",
+        ),
+        ({"dtype": ["float32"]}, r"float16 or float32, not \['float32'\]"),
     ],
 )
 def test_arguments_of_another_type(

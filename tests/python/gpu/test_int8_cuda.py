@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
+from helpers.int8_reference import encoded
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops import fused
 from zimage_mxfp8.ops.gemm_epilogues import gemm_rotate_heads, gemm_silu_multiply
@@ -31,30 +32,6 @@ def require(kernel: str) -> None:
     problem = _core.GemmProblem(128, 128, 128, "int8", "int8", "bfloat16", False)
     if why := _core.gemm_unsupported(kernel, problem, torch.cuda.current_device()):
         pytest.skip(why)
-
-
-def butterfly(matrix: np.ndarray) -> np.ndarray:
-    """Return sums and differences of columns 1, 2, 4, 8 and 16 apart, in float32."""
-    values = matrix.astype(np.float32).reshape(len(matrix), -1, 32)
-    for step in (1, 2, 4, 8, 16):
-        pairs = values.reshape(*values.shape[:2], -1, 2, step)
-        low, high = pairs[..., 0, :], pairs[..., 1, :]
-        values = np.stack((low + high, low - high), axis=-2).reshape(values.shape)
-    return values.reshape(matrix.shape)
-
-
-def encoded(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes and scales of rotated rows."""
-    with np.errstate(all="ignore"):
-        sums = butterfly(matrix)
-        largest = np.abs(sums).max(axis=1)
-        finite, zero = np.isfinite(largest), largest < 2.0**-100
-        factors = np.float32(127) / largest
-        codes = np.rint(sums.astype(np.float64) * factors[:, None])  # exact until it is rounded
-    codes[zero | ~finite] = 0
-    scales = largest / np.float32(127) * np.float32(32**-0.5)
-    scales = np.where(zero, np.float32(0), scales)
-    return codes.astype(np.int8), np.where(finite, scales, np.float32(np.nan))
 
 
 def rows_of(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
@@ -245,6 +222,7 @@ def test_older_devices_get_the_same_images(
     assert results[capability, "auto"][0] == auto
     mode, found, log = results[capability, "int8"]
     assert mode == "int8"
+    assert found.dtype == (torch.float16 if capability == "7.5" else torch.bfloat16)
     if kernel:
         assert f": {kernel} (cost " in log
         assert torch.equal(found, results["9.0", "int8"][1])

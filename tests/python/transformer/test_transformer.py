@@ -11,6 +11,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -305,9 +306,8 @@ def test_pickles_and_copies(quantized: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: model.half(),
-        lambda model: model.to(torch.float16),
         lambda model: model.double(),
+        lambda model: model.to(torch.float64),
         lambda model: model.type(torch.bfloat16),
     ],
 )
@@ -316,7 +316,9 @@ def test_dtypes_that_it_cannot_have_leave_it_as_it_was(change, quantized: Path) 
     inputs = random_inputs(*BATCHES["one image"])
     want = model(*inputs).sample[0]
     with pytest.raises(
-        zm.UsageError, match=r"dtype must be bfloat16 or float32, not|use .to\(dtype\)"
+        zm.UsageError,
+        match=r"dtype must be torch.bfloat16, torch.float16 or torch.float32, not torch.float64|"
+        r"use .to\(dtype\)",
     ):
         change(model)
     assert model.dtype == torch.float32
@@ -459,10 +461,13 @@ def test_native_mxfp8_needs_its_device(quantized: Path) -> None:
         ),
         ({"compute": None}, "compute must be auto, .*, not None"),
         ({"compute": ["weight-only"]}, r"compute must be auto, .*, not \['weight-only'\]"),
-        ({"dtype": torch.float16}, "dtype must be torch.bfloat16 or torch.float32, not torch.fl"),
-        ({"dtype": "bfloat16"}, "dtype must be torch.bfloat16 or torch.float32, not 'bfloat16'"),
-        ({"dtype": None}, "dtype must be .*, not None"),
+        ({"dtype": torch.float64}, "torch.float16 or torch.float32, not torch.float64"),
+        (
+            {"dtype": "bfloat16"},
+            "dtype must be torch.bfloat16, torch.float16 or .*, not 'bfloat16'",
+        ),
         ({"dtype": torch.zeros(2)}, r"dtype must be .*, not tensor\(\[0., 0.\]\)"),
+        ({"dtype": np.zeros(2)}, r"dtype must be .*, not array\(\[0., 0.\]\)"),
         ({"device": "tpu"}, "device must be"),
         ({"device": "mps"}, "device must be"),
         ({"device": "cpu:1"}, "device must be"),

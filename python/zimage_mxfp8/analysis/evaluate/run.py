@@ -57,7 +57,7 @@ def evaluate(
     min_ssim: float | None = None,
     max_flip: float | None = None,
     device: str | torch.device | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     download: bool = False,
     progress: StageCallback | bool | None = None,
 ) -> EvaluationReport:
@@ -83,7 +83,7 @@ def evaluate(
         min_ssim: what the mean SSIM has to reach, 0 to 1.
         max_flip: what the mean FLIP may reach, 0 to 1.
         device: as for `ZImageGenerator`.
-        dtype: "bfloat16" or "float32".
+        dtype: see `ZImageGenerator`.
         download: as for `ZImageGenerator`.
         progress: called as stages begin, and after each step; True draws a bar on a terminal, and
             prints lines to stderr elsewhere.
@@ -106,7 +106,9 @@ def evaluate(
             ZImageGenerator(folder, paths[1], device, against_compute, dtype, offload=True)
         )
     with shown(progress, analysis_bar) as callback:
-        work = _Work(torch_device(device), dtype, settings, callback or (lambda _: None))
+        work = _Work(
+            torch_device(device), generators[0].dtype, settings, callback or (lambda _: None)
+        )
         captions = work.encode(generators[0])
         made_a, run_a = work.make_images("A", generators[0], paths[0], captions)
         made_b, run_b = work.make_images("B", generators[1], paths[1], captions)
@@ -128,7 +130,7 @@ def evaluate(
         width=first.width,
         guidance=first.guidance,
         device=str(torch_device(device)),
-        dtype=dtype,
+        dtype=generators[0].dtype,
         warnings=tuple(dict.fromkeys(each for made in made_a for each in made.warnings)),
     )
 

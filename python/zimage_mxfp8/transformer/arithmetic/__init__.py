@@ -30,7 +30,7 @@ class Arithmetic(Protocol):
         """Encode a matrix in E4M3 with a scale per row, see `ops.gemm.quantize_rows`."""
 
     def dequantize(self, array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
-        """Decode a matrix from MXFP8 to bfloat16 or float32."""
+        """Decode a matrix from MXFP8; exact in bfloat16 and float32."""
 
     def fold(self, array: MXFP8Array) -> tuple[RowScaledArray, FoldStats]:
         """Fold the block scales into one per row; wait for the device. See `ops.gemm.fold`."""

@@ -61,7 +61,9 @@ def rows_of(array: MXFP8Array, rows: slice) -> MXFP8Array:
 
 
 def dequantize(array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
-    """Decode a matrix from MXFP8 to bfloat16 or float32; exact if the dtype has the value."""
+    """Decode a matrix from MXFP8; exact if the dtype has the value, else rounded once."""
+    if dtype == torch.float16:  # it lacks many scales, and bfloat16 has all values
+        return dequantize(array, torch.bfloat16).to(dtype)
     rows, columns = array.shape
     codes = array.codes.view(torch.float8_e4m3fn)
     values = codes.to(dtype)
@@ -73,7 +75,7 @@ def dequantize(array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
 
 
 def quantize(matrix: torch.Tensor) -> MXFP8Array:
-    """Encode a matrix of bfloat16 or float32 in MXFP8; blocks with NaN or infinity become NaN."""
+    """Encode a matrix in MXFP8; blocks with NaN or infinity become NaN."""
     rows, columns = shape = (matrix.shape[0], matrix.shape[1])
     code_rows, code_columns = padded_shape(shape)
     device = matrix.device
@@ -113,7 +115,7 @@ def _filler(is_sound: torch.Tensor, code: int) -> torch.Tensor:
 
 
 def quantize_rows(matrix: torch.Tensor) -> RowScaledArray:
-    """Encode a matrix of bfloat16 or float32 in E4M3 with a scale per row."""
+    """Encode a matrix in E4M3 with a scale per row."""
     rows, columns = matrix.shape
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=matrix.device)
     scales = torch.empty(rows, dtype=torch.float32, device=matrix.device)
@@ -164,15 +166,15 @@ def _fold_rows(
     row_byte = lowest.amax(1).clamp(min=1)
     up = (bytes_ - row_byte[:, None]).clamp(-_MAX_DOWN, _MAX_UP)
     values = blocks.view(torch.float8_e4m3fn).float()
-    folded = (values * _power(up)[..., None]).to(torch.float8_e4m3fn)
+    folded = (values * power_of_two(up)[..., None]).to(torch.float8_e4m3fn)
     codes.copy_(folded.view(torch.uint8).flatten(1)[:, :columns])
-    scales.copy_(_power(row_byte - 127))
+    scales.copy_(power_of_two(row_byte - 127))
 
     # Errors are exact in float32; their squares, and sums over any scales, need float64.
-    errors = (values - folded.float() * _power(-up)[..., None]).flatten(1)[:, :columns]
+    errors = (values - folded.float() * power_of_two(-up)[..., None]).flatten(1)[:, :columns]
     values = values.flatten(1)[:, :columns]
     statistics[:, 0] = (errors != 0).sum(1)
-    weights = _power((bytes_ - 127).clamp(max=127)).double().square()
+    weights = power_of_two((bytes_ - 127).clamp(max=127)).double().square()
     for column, matrix in ((1, errors), (2, values)):
         squares = F.pad(matrix, (0, -columns % MXFP8_BLOCK)).double().square_()
         statistics[:, column] = (squares.unflatten(1, (-1, MXFP8_BLOCK)).sum(2) * weights).sum(1)
@@ -194,7 +196,7 @@ def _headroom(magnitude: torch.Tensor) -> torch.Tensor:
     return 8 - ((bits >> 23) - 127) - ((bits & 0x7FFFFF) > _MANTISSA_OF_MAXIMUM).int()
 
 
-def _power(exponent: torch.Tensor) -> torch.Tensor:
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     """Return 2^exponent as float32, for exponents from -127 to 127."""
     bits = ((exponent + 127) << 23).int()
     return torch.where(exponent == -127, 1 << 22, bits).int().view(torch.float32)
