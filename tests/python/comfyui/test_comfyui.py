@@ -39,7 +39,9 @@ def test_the_same_output(comfy: SimpleNamespace, stock: Any, given: tuple[Any, .
     assert error(run(comfy, fast, given), run(comfy, stock, given)) < 5e-5
     bfloat16 = torch.bfloat16
     assert error(run(comfy, fast, given, bfloat16), run(comfy, stock, given, bfloat16)) < 0.03
-    assert forward_of(fast).native_calls == 2 and not forward_of(fast).fallback_calls
+    # ComfyUI takes float16 where a device has no bfloat16.
+    assert error(run(comfy, fast, given, torch.float16), run(comfy, stock, given)) < 3e-3
+    assert forward_of(fast).native_calls == 3 and not forward_of(fast).fallback_calls
 
 
 @pytest.mark.parametrize("compute", ["fp8", "mxfp8-emulated", "auto"])
