@@ -17,7 +17,8 @@ int capability_limit() {
              part.find_first_not_of("0123456789") == std::string::npos;
     };
     if (point == std::string::npos || !is_number(text.substr(0, point)) ||
-        text.size() != point + 2 || !is_number(text.substr(point + 1))) {
+        text.size() != point + 2 || !is_number(text.substr(point + 1)) ||
+        text.find_first_not_of("0.") == std::string::npos) {
       throw InvalidArgument("ZIMAGE_MXFP8_CAPABILITY is \"" + text +
                             "\": set it to a compute capability such as 8.0");
     }

@@ -327,6 +327,12 @@ def _wrong_dtype(label: str, name: str, dtype: str) -> CheckpointError:
     )
 
 
+def is_readable(tensor: SourceTensor, *, is_alpha: bool) -> bool:
+    """Return whether a tensor is of a dtype that adapters are read in."""
+    as_number = is_alpha and tensor.dtype in _INTEGERS
+    return tensor.dtype == "BF16" or tensor.dtype in _FLOATS or as_number
+
+
 def read_float32(tensor: SourceTensor, reader: TensorReader) -> Matrix | None:
     """Read a tensor; None if it is of a dtype that adapters are not read in.
 

@@ -186,7 +186,7 @@ def _describe(found: Identified) -> str:
 
 def _uses_of(adapter: AdapterSummary) -> list[str]:
     """Return the commands and calls that take an adapter."""
-    return list(_ADAPTER_USES) if adapter.fitting or adapter.resized else []
+    return list(_ADAPTER_USES) if adapter.is_usable else []
 
 
 def _commands_for(found: Identified) -> list[str]:
@@ -211,11 +211,13 @@ def _accepts(found: Identified, use: kinds.Use, *, any_model: bool) -> bool:
 def _refusal(found: Identified, adapter: AdapterSummary | None) -> str:
     """Return why no command takes a file."""
     if adapter is not None:
-        problem = "has no module that fits Z-Image"
         if not adapter.misfits:
-            return f"{problem}; use it with the model that it was trained for"
+            return "has no module that fits Z-Image; use it with the model that it was trained for"
         name, misfit = next(iter(adapter.misfits.items()))
-        return f'{problem} ("{name}" {misfit}); merge it with the program that trained it'
+        return (
+            f'has a module that does not fit Z-Image ("{name}" {misfit}); merge it with the '
+            "program that trained it"
+        )
     try:
         found.check_use("run")
     except WrongKindError as error:

@@ -178,6 +178,8 @@ def file_path(text: str) -> Path:
     """Return a file to write, for `type=`."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; name a file")
+    if text == "-":
+        raise argparse.ArgumentTypeError("- is no file here; name one, ./- if it is called so")
     if is_web_address(text):
         raise argparse.ArgumentTypeError(f"{text} is a web address; name a file on this machine")
     path = local_path(text)

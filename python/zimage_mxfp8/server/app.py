@@ -20,7 +20,7 @@ from .loras import LoraFolder
 from .metrics import Metrics
 from .middleware import Access, Boundary, Limits
 from .options import ServerOptions
-from .request_errors import check_content_type, request_error
+from .request_errors import JSON_TYPE, check_content_type, request_error
 from .request_log import LogWriter
 from .service import Service
 
@@ -91,7 +91,7 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def invalid_body(http: Request, error: RequestValidationError) -> Response:
-        check_content_type(http, "application/json")  # without it fields cannot be found
+        check_content_type(http, JSON_TYPE)  # without it fields cannot be found
         raise openai_api.validation_error(error.errors())
 
     # The last one is the outermost.

@@ -24,6 +24,8 @@ from ..text import printable
 from .engine import EngineLostError
 from .jobs import DeadlineError, QueueFullError, StoppedError, StoppingError
 
+JSON_TYPE = "application/json"
+
 # The fields of requests for arguments of `GenerationSettings`, in OpenAI's API and its like.
 FIELDS = {
     "batch": "n",
@@ -82,13 +84,15 @@ def check_content_type(http: Request, *accepted: str) -> None:
 
     Args:
         http: the request.
-        accepted: media types; the first is advised.
+        accepted: media types; the first is advised. JSON includes types that are built on it, such
+            as application/vnd.api+json (RFC 6839).
 
     Raises:
         RequestError: it says nothing, or something else.
     """
     given = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if given in accepted:
+    is_json = given.startswith("application/") and given.endswith("+json")
+    if given in accepted or (is_json and JSON_TYPE in accepted):
         return
     said = f'is "{given[:80]}"' if given else "is not given"
     raise RequestError(

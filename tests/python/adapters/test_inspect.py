@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
+from zimage_mxfp8.adapters.files import open_adapter
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.zimage.layers import zimage_shapes
+
+STEM = "transformer.layers.0.attention.to_q"
 
 
 def pair(stem: str, rows: int, columns: int, rank: int = 2, ends=("lora_A", "lora_B")):
@@ -83,16 +88,15 @@ def test_report(file: Path) -> None:
     assert adapter.misfits == {
         "transformer.layers.3.attention.to_q": "is for a layer of 3072 x 3072, not 3840 x 3840",
         "layers.4.attention.out": "is OFT, which is not supported",
-        "layers.5.attention.out": "lacks a matrix, or has one of another number of axes",
+        "layers.5.attention.out": "has down without up",
     }
     assert len(adapter.unmatched) == 3 and "something.else" in adapter.unmatched
     assert len(adapter.text_encoder) == 2
-    assert found.accepted_by == [
-        "convert, merge-lora, validate, generate (with `loras`)",
-        "serve (in `lora_dir`)",
-        "ZImageTransformer.load_lora",
-    ]
-    assert found.refusal == ""
+    assert found.accepted_by == []
+    assert found.refusal == (
+        'has a module that does not fit Z-Image ("layers.4.attention.out" is OFT, which is not '
+        "supported); merge it with the program that trained it"
+    )
 
 
 def test_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,8 +112,7 @@ def test_printed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         'does not fit: "layers.4.attention.out" is OFT, which is not supported',
         "3 tensors belong to nothing in Z-Image",
         "2 tensors are for the text encoder, and not applied",
-        "accepted by convert, merge-lora, validate, generate (with --lora), "
-        "serve (in --lora-dir), ZImageTransformer.load_lora",
+        "no command takes it",
     ):
         assert part in shown, (part, shown)
     assert main(["inspect", str(file), "--json"]) == 0
@@ -163,9 +166,41 @@ def test_an_adapter_of_a_type_that_is_not_supported(tmp_path: Path) -> None:
     found = zm.inspect(tmp_path / "a.safetensors")
     assert found.accepted_by == []
     assert found.refusal == (
-        'has no module that fits Z-Image ("layers.4.attention.out" is OFT, which is not '
+        'has a module that does not fit Z-Image ("layers.4.attention.out" is OFT, which is not '
         "supported); merge it with the program that trained it"
     )
+
+
+A, B, ALPHA = (f"{STEM}.{each}" for each in ("lora_A.weight", "lora_B.weight", "alpha"))
+CHANGES = {
+    "nothing": ({}, ""),
+    "rank 0": ({A: torch.ones(0, 3840), B: torch.ones(3840, 0)}, "has down of shape [0, 3840]"),
+    "two ranks": ({A: torch.ones(3, 3840)}, "has down of rank 3 and up of rank 2"),
+    "alpha NaN": ({ALPHA: torch.tensor(torch.nan)}, "has alpha nan"),
+    "alpha infinite": ({ALPHA: torch.tensor(torch.inf)}, "has alpha inf"),
+    "alpha an integer": ({ALPHA: torch.tensor(4)}, ""),
+    "two alphas": ({ALPHA: torch.ones(2)}, "has an alpha of shape [2]"),
+    "a convolution": ({A: torch.ones(2, 3840, 1, 1)}, "has down of shape [2, 3840, 1, 1]"),
+    "integers": ({A: torch.ones(2, 3840, dtype=torch.int8)}, "has down in I8"),
+    "a magnitude": ({f"{STEM}.dora_scale": torch.ones(7)}, "has a magnitude of shape [7]"),
+    "one of another width": (pair("transformer.layers.1.attention.to_q", 64, 64), "64 x 64"),
+    "all of another width": (pair(STEM, 64, 64), None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_is_accepted_if_it_can_be_loaded(change: str, tmp_path: Path) -> None:
+    tensors, clause = CHANGES[change]
+    file = tmp_path / "a.safetensors"
+    save_file(pair(STEM, 3840, 3840) | tensors, file)
+    found = zm.inspect(file)
+    assert found.adapter is not None
+    refused = contextlib.nullcontext() if not clause else pytest.raises(zm.CheckpointError)
+    if clause is not None:  # for the sizes of Z-Image
+        with refused:
+            list(open_adapter(file, zimage_shapes()).branches())
+    assert bool(found.accepted_by) != bool(clause) == bool(found.refusal)
+    assert (clause or "") in found.refusal
 
 
 def test_other_files_have_no_adapter(small_file: Path) -> None:

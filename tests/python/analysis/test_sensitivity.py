@@ -393,6 +393,16 @@ def test_a_state_of_another_checkpoint(folder: Path, tmp_path: Path) -> None:
         analyse(tmp_path / "other", state=tmp_path / "state.json")
 
 
+def test_a_state_that_lacks_a_condition(folder: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    stop_after(1, folder, state)
+    document = json.loads(state.read_text())
+    del document["run"]["compute mode"]
+    state.write_text(json.dumps(document))
+    with pytest.raises(zm.UsageError, match=r"state.json does not say of which compute mode it is"):
+        analyse(folder, state=state)
+
+
 def test_where_a_state_cannot_be(folder: Path, tmp_path: Path, cli: Run) -> None:
     """Told before the model is loaded; and /dev/zero never ends."""
     weights = folder / "diffusion_pytorch_model.safetensors"

@@ -179,6 +179,14 @@ def test_the_type_of_the_body(
     assert not engine.drawn
 
 
+def test_types_that_are_built_on_json(serve: Serve) -> None:
+    """The body's fault is told, not its type."""
+    headers = {"Content-Type": "application/vnd.api+json"}
+    answer = serve().post(GENERATIONS, content=b'{"prompt": 3}', headers=headers)
+    assert answer.status_code == 400
+    assert "prompt" in answer.json()["error"]["message"]
+
+
 def test_a_lora_that_is_misspelt(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "watercolour.safetensors").touch()
     (tmp_path / "folder.safetensors").mkdir()

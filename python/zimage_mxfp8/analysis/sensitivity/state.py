@@ -54,7 +54,10 @@ class State:
         if not _is_state(document):
             raise UsageError("state", f"{path} is not the state of a sensitivity run", remedy)
         for key, value in self._run.items():
-            found = document["run"].get(key)
+            if key not in document["run"]:
+                problem = f"{path} does not say of which {key} it is"
+                raise UsageError("state", problem, "delete it, or name another file")
+            found = document["run"][key]
             if found != value:
                 both = f" ({found}, not {value})"
                 shown = both if len(both) < _MAX_SHOWN else ""
