@@ -241,6 +241,15 @@ TEST_CASE("where no kernel is fast, the error has every reason") {
   }
 }
 
+TEST_CASE("operands that no kernel multiplies are told in one clause") {
+  const Built built;
+  for (const CudaDevice* device : {static_cast<const CudaDevice*>(nullptr), &kH100}) {
+    CHECK_THROWS_WITH_AS(
+        detail::choose(built.table(), problem(64, 64, 64, kBF16, kInt8), device, ""),
+        "no kernel multiplies BF16 x INT8; encode both operands in one format", Unsupported);
+  }
+}
+
 TEST_CASE("what a build does not have is told by its kernels") {
   const auto missing = [](const char* name, const GemmProblem& p, const CudaDevice& device) {
     return detail::supports_on(find_gemm_kernel(name), p, &device);

@@ -235,6 +235,12 @@ const GemmKernel& choose(GemmTable table, const GemmProblem& problem, Where wher
     }
   }
   if (chosen) return *chosen;
+  if (std::none_of(table.begin(), table.end(), [&](const GemmKernel& kernel) {
+        return kernel.operands & operands(problem.a, problem.b);
+      })) {
+    throw Unsupported("no kernel multiplies " + operands_text(problem) +
+                      "; encode both operands in one format");
+  }
   std::string reasons;
   for (const GemmCandidate& one : explain(table, problem, where, forced)) {
     reasons += "; " + one.reason;
