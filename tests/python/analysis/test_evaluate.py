@@ -680,7 +680,7 @@ def test_an_output_folder_with_other_content(
         ({"seeds": [0.5]}, "^seeds must be a whole number, not 0.5"),
         ({"size": 64}, r"^size must be \(height, width\), not 64"),
         ({"min_psnr": "30"}, "^min_psnr must be a finite number, not '30'"),
-        ({"dtype": "float16"}, "^dtype must be bfloat16 or float32"),
+        ({"dtype": "float64"}, "^dtype must be bfloat16, float16 or float32"),
         ({"transformer": None}, "^transformer must be the path of a file or folder, not None"),
     ],
 )
