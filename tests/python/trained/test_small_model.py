@@ -131,6 +131,7 @@ def evaluated(in_process: Run, decoded: Path, transformer: Path) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_the_gate_lets_the_converted_file_pass(
     in_process: Run, decoded: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_the_gate_lets_the_converted_file_pass(
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [corrupt_scales, with_nvfp4_error])
 def test_the_gate_stops_damaged_files(
     in_process: Run, decoded: Path, tmp_path: Path, damage: Callable[[Path, Path], Path]
