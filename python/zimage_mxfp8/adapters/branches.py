@@ -22,7 +22,7 @@ Indices = npt.NDArray[np.intp]
 
 
 OTHER_MODEL = "use it with the model that it was trained for"
-_MAX_FACTOR = 1 << 28  # elements of a small factor that is a product itself
+_MAX_FACTOR = 1 << 24  # elements of a small factor that is a product itself
 
 
 class BranchError(Exception):
@@ -227,6 +227,8 @@ def make_branch(tensors: Tensors, *, rank_scaled: bool = False) -> Branch:
         return Branch(kind, _loha(tensors), bias)
     if kind == "LoKr":
         return Branch(kind, _lokr(tensors), bias)
+    if tensors["diff"].ndim == 0:
+        raise BranchError("has diff of shape [], which is not a matrix")
     return Branch(kind, Dense(tensors["diff"]), bias)
 
 

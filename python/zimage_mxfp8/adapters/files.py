@@ -26,6 +26,7 @@ from .targets import Target, Targets
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 _INTEGERS = {"I64": "int64", "I32": "int32"}
 _ARRAY_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_MAX_AXES, _MAX_SIDE = 8, 1 << 31  # of tensors, far beyond those of adapters
 # VideoX-Fun's trainer writes alpha 0 for "the rank".
 _ZERO_ALPHA_IS_RANK = "lora_unet__"
 
@@ -86,7 +87,7 @@ class AdapterFile:
             self._check_shape(module.target, branch)
         except BranchError as error:
             raise CheckpointError(
-                f'{self.label}: the adapter of "{module.name}" {error}; {error.remedy}'
+                f'{self.label}: the adapter of "{module.name}" {error}', error.remedy
             ) from None
         return branch
 
@@ -180,13 +181,13 @@ def _add(roles: dict[Role, str], key: Key, label: str) -> None:
     if key.role in ("unsupported", "mid"):
         title = unsupported_type(key.name) or "of an unknown type"
         raise CheckpointError(
-            f'{label} is {title} (tensor "{key.name}"), which is not supported; '
-            "merge it into the original weights with the program that trained it"
+            f'{label} is {title} (tensor "{key.name}"), which is not supported',
+            "merge it into the original weights with the program that trained it",
         )
     if key.role in roles:
         raise CheckpointError(
-            f'{label} has two tensors for one place, "{roles[key.role]}" and "{key.name}"; '
-            "export the adapter again"
+            f'{label} has two tensors for one place, "{roles[key.role]}" and "{key.name}"',
+            "export the adapter again",
         )
     roles[key.role] = key.name
 
@@ -261,8 +262,8 @@ def _peft_settings(label: str, metadata: Mapping[str, str]) -> Mapping[str, Any]
         settings = None
     if not isinstance(settings, dict):
         raise CheckpointError(
-            f"{label} has lora_adapter_metadata in its header that is not a JSON object; "
-            "export the adapter again"
+            f"{label} has lora_adapter_metadata in its header that is not a JSON object",
+            "export the adapter again",
         )
     return settings
 
@@ -274,16 +275,18 @@ def _nothing_fits(
         first = f'it has no LoRA tensors (its first is "{min(shapes, default="")}")'
         problem = first if shapes else "it is empty"
         return CheckpointError(
-            f"{label} is not an adapter: {problem}; give the file that a trainer of adapters wrote"
+            f"{label} is not an adapter: {problem}",
+            "give the file that a trainer of adapters wrote",
         )
     if len(text_encoder) == len(shapes):
         return CheckpointError(
             f'{label} changes the text encoder alone (tensor "{min(shapes)}"), and adapters are '
-            "applied to the transformer; use one that was trained on it"
+            "applied to the transformer",
+            "use one that was trained on it",
         )
     return CheckpointError(
-        f"{label} does not fit this model: it is {describe_adapter(shapes)}; "
-        "use it with the model that it was trained for"
+        f"{label} does not fit this model: it is {describe_adapter(shapes)}",
+        "use it with the model that it was trained for",
     )
 
 
@@ -311,6 +314,12 @@ def _of_array(label: str, name: str, array: Any) -> Load:
 
 def _of_file(label: str, tensor: SourceTensor) -> Load:
     def load() -> Matrix:
+        if len(tensor.shape) > _MAX_AXES or max(tensor.shape, default=0) > _MAX_SIDE:
+            raise CheckpointError(
+                f'{label}: tensor "{tensor.name}" has {len(tensor.shape)} axes, the longest of '
+                f"{max(tensor.shape):,}, and no adapter has such a shape",
+                "export it again",
+            )
         with TensorReader() as reader:
             values = read_float32(tensor, reader)
         if values is None:
@@ -323,14 +332,9 @@ def _of_file(label: str, tensor: SourceTensor) -> Load:
 def _wrong_dtype(label: str, name: str, dtype: str) -> CheckpointError:
     return CheckpointError(
         f'{label}: tensor "{name}" has dtype {dtype}, and adapters are read in F64, F32, BF16 and '
-        "F16; export it in one of these"
+        "F16",
+        "export it in one of these",
     )
-
-
-def is_readable(tensor: SourceTensor, *, is_alpha: bool) -> bool:
-    """Return whether a tensor is of a dtype that adapters are read in."""
-    as_number = is_alpha and tensor.dtype in _INTEGERS
-    return tensor.dtype == "BF16" or tensor.dtype in _FLOATS or as_number
 
 
 def read_float32(tensor: SourceTensor, reader: TensorReader) -> Matrix | None:

@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..checkpoint.adapters import adapted_model
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
 from ..zimage.layers import ZIMAGE, zimage_shapes
 from ..zimage.rows import Shape
-from .branches import BranchError, make_branch
-from .files import is_readable, read_float32
+from .files import read_float32
 from .keys import Role, is_text_encoder_key, split_key, unsupported_type
 from .targets import Target, Targets
 
@@ -44,8 +41,7 @@ class AdapterSummary:
         ranks: number of modules by rank.
         alphas: number of modules by alpha; of those without one alpha is the rank.
         targets: number of modules that fit Z-Image, by stack and layer.
-        misfits: modules of Z-Image's names that do not fit it, each with the reason; one is enough
-            for the file to be refused.
+        misfits: modules of Z-Image's names that do not fit it, each with the reason.
         resized: how many of them would fit a Z-Image of other widths.
         unmatched: names of tensors that belong to nothing in Z-Image.
         text_encoder: names of tensors for the text encoder.
@@ -68,12 +64,6 @@ class AdapterSummary:
     def fitting(self) -> int:
         """The number of modules that fit Z-Image."""
         return sum(self.targets.values())
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether all modules of Z-Image's names fit it, or all one of other widths."""
-        fits = self.fitting > 0 and not self.misfits
-        return fits or (self.fitting == 0 and 0 < self.resized == len(self.misfits))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: an alpha is a text there."""
@@ -109,10 +99,9 @@ def summarise(checkpoint: Checkpoint) -> AdapterSummary:
     with TensorReader() as reader:
         for (prefix, module), roles in modules.items():
             target = targets.find(module)
-            alpha = _alpha(roles, reader)
             if target is None or f"{target.layer}.weight" not in shapes:
                 summary.unmatched += [tensor.name for tensor in roles.values()]
-            elif problem := _problem(roles, alpha):
+            elif problem := _problem(roles):
                 summary.misfits[prefix + module] = problem
             elif problem := _other_size(roles, target, shapes[f"{target.layer}.weight"]):
                 summary.misfits[prefix + module] = problem
@@ -123,6 +112,7 @@ def summarise(checkpoint: Checkpoint) -> AdapterSummary:
             counts["spellings"][prefix] += 1
             if rank := _rank(roles):
                 counts["ranks"][rank] += 1
+            alpha = _alpha(roles, reader)
             if alpha is not None:
                 counts["alphas"][alpha] += 1
     for name, counter in counts.items():
@@ -168,29 +158,18 @@ def _rank(roles: Mapping[Role, SourceTensor]) -> int | None:
 
 def _alpha(roles: Mapping[Role, SourceTensor], reader: TensorReader) -> float | None:
     tensor = roles.get("alpha")
-    if tensor is None or math.prod(tensor.shape) != 1:
+    if tensor is None or len(tensor.shape) > 2 or math.prod(tensor.shape) != 1:
         return None
     values = read_float32(tensor, reader)
     return None if values is None else float(values.reshape(()))
 
 
-def _problem(roles: Mapping[Role, SourceTensor], alpha: float | None) -> str | None:
-    """Return why a module fits no layer of any size, as a clause; None if it may fit one.
-
-    What makes branches is asked with ones in place of the numbers, which takes no memory.
-    """
+def _problem(roles: Mapping[Role, SourceTensor]) -> str | None:
+    """Return why a module fits no layer of any size, as a clause; None if it may fit one."""
     if "unsupported" in roles or "mid" in roles:
         return f"is {_kind(roles)}, which is not supported"
-    for role, tensor in roles.items():
-        if not is_readable(tensor, is_alpha=role == "alpha"):
-            return f"has {role} in {tensor.dtype}, and adapters are read in F64, F32, BF16 and F16"
-    tensors = {role: np.broadcast_to(np.float32(1), x.shape) for role, x in roles.items()}
-    if alpha is not None:
-        tensors["alpha"] = np.float32(alpha).reshape(1)
-    try:
-        make_branch(tensors)
-    except BranchError as error:
-        return str(error)
+    if _shape(roles) is None and not roles.keys() <= {"diff_bias", "up_bias", "alpha"}:
+        return "lacks a matrix, or has one of another number of axes"
     return None
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..system.devices import core_index
 from ..transformer.compute import MODES, Compute, Weights, unsupported
-from ..transformer.floating_dtype import default_dtype
+from ..transformer.floating_dtype import default_dtype, name_of
 from ..transformer.model import ZImageTransformer
 from ..zimage.constants import LATENT_CHANNELS
 from .attempts import Attempts
@@ -42,7 +42,7 @@ class Forwards:
         self.times: list[ForwardTime] = []
         self._workload, self._device, self._attempts = workload, device, attempts
         self._dtype = default_dtype(device)
-        self._plain = str(self._dtype).removeprefix("torch.")  # as reports name it
+        self._plain = name_of(self._dtype)  # as reports name it
 
     def measure(self) -> None:
         """Measure all models, one after the other in memory."""

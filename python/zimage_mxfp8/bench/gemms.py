@@ -17,7 +17,7 @@ from ..ops.gemm_epilogues import EPILOGUES
 from ..system.devices import core_index, has_kernels, why_no_kernels
 from ..transformer import ops
 from ..transformer.arithmetic import int8, scaled_mm
-from ..transformer.floating_dtype import default_dtype
+from ..transformer.floating_dtype import default_dtype, name_of
 from ..zimage.config import ZImageConfig
 from ..zimage.constants import HEAD_DIM, NORM_EPS
 from ..zimage.layers import ZIMAGE
@@ -125,7 +125,7 @@ class Gemms:
     def _ways_of_torch(self) -> Iterator[_Way]:
         """Yield those that the device has, and leave out the others."""
         index = core_index(self._device)
-        plain = str(self._dtype).removeprefix("torch.")
+        plain = name_of(self._dtype)
         yield _Way("torch linear", plain, plain, _NO_EPILOGUE, F.linear, _as_it_is)
         if why := scaled_mm.unsupported(index):
             self._attempts.leave_out("gemm", "torch._scaled_mm", why)
@@ -163,10 +163,9 @@ class Gemms:
 
     def _measure(self, problem: BlockGemm, tokens: int, ways: list[_Way]) -> None:
         x = torch.randn(tokens, problem.columns, dtype=self._dtype, device=self._device)
-        # Calls take turns with these weights, so that the cache does not keep them.
-        touched = problem.rows * (
-            problem.columns + tokens * self._dtype.itemsize
-        )  # 8-bit weights, D
+        # Calls take turns with these weights, so that the cache does not keep them. Touched are
+        # weights of 8 bits and D.
+        touched = problem.rows * (problem.columns + tokens * self._dtype.itemsize)
         copies = 1 + _CACHE // touched
         captured: dict[_Way, Captured] = {}
         for way in ways:

@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..adapters.files import open_adapter
 from ..adapters.summary import AdapterSummary, summarise
 from ..checks import file_or_folder
 from ..errors import CheckpointError, WrongKindError
+from ..zimage.layers import zimage_shapes
 from . import kinds
 from . import quantization as markers
 from .controlnets import control_config
@@ -18,11 +20,8 @@ from .identify import Identified, identify
 from .provenance import PROVENANCE_KEY, read_provenance
 from .scopes import group_of
 
-_ADAPTER_USES = (
-    "convert, merge-lora, validate, generate (with `loras`)",
-    "serve (in `lora_dir`)",
-    "ZImageTransformer.load_lora",
-)
+_MERGING = "convert, merge-lora, validate"
+_LIVE = ("generate (with `loras`)", "serve (in `lora_dir`)", "ZImageTransformer.load_lora")
 
 
 @dataclass
@@ -144,8 +143,13 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         shape = weights[name].shape if name in weights else tensor.shape
         group.parameters += math.prod(shape)
     hidden = (markers.HEADER_KEY, PROVENANCE_KEY)
-    adapter = summarise(checkpoint) if found.kind is kinds.ADAPTER else None
-    accepted_by = _commands_for(found) if adapter is None else _uses_of(adapter)
+    adapter = None
+    if found.kind is kinds.ADAPTER:
+        adapter = summarise(checkpoint)
+        accepted_by, refusal = _uses_of(path)
+    else:
+        accepted_by = _commands_for(found)
+        refusal = "" if accepted_by else _refusal(found)
     return Inspection(
         path=str(path),
         kind=_describe(found),
@@ -155,7 +159,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         groups=sorted(groups.values(), key=lambda group: -group.nbytes),
         breaches=[str(breach) for breach in quantized.breaches] if quantized else [],
         accepted_by=accepted_by,
-        refusal="" if accepted_by else _refusal(found, adapter),
+        refusal=refusal,
         provenance=read_provenance(checkpoint.metadata),
         adapter=adapter,
     )
@@ -184,9 +188,20 @@ def _describe(found: Identified) -> str:
     return f"{title}, {layout} layout{prefix}"
 
 
-def _uses_of(adapter: AdapterSummary) -> list[str]:
-    """Return the commands and calls that take an adapter."""
-    return list(_ADAPTER_USES) if adapter.is_usable else []
+def _uses_of(path: str | os.PathLike[str]) -> tuple[list[str], str]:
+    """Read an adapter; return the commands and calls that take it, and why none does."""
+    magnitudes: list[tuple[int, ...]] = []
+    try:
+        adapter = open_adapter(path, zimage_shapes())
+        for module in adapter.modules:
+            magnitude = adapter.branch(module).magnitude
+            if magnitude is not None:
+                magnitudes.append(magnitude.shape)
+    except CheckpointError as error:
+        return [], _clause(path, error)
+    if any(columns != 1 for _, columns in magnitudes):
+        return [_MERGING], ""
+    return [f"{_MERGING}, {_LIVE[0]}", *_LIVE[1:]], ""
 
 
 def _commands_for(found: Identified) -> list[str]:
@@ -208,16 +223,8 @@ def _accepts(found: Identified, use: kinds.Use, *, any_model: bool) -> bool:
     return True
 
 
-def _refusal(found: Identified, adapter: AdapterSummary | None) -> str:
+def _refusal(found: Identified) -> str:
     """Return why no command takes a file."""
-    if adapter is not None:
-        if not adapter.misfits:
-            return "has no module that fits Z-Image; use it with the model that it was trained for"
-        name, misfit = next(iter(adapter.misfits.items()))
-        return (
-            f'has a module that does not fit Z-Image ("{name}" {misfit}); merge it with the '
-            "program that trained it"
-        )
     try:
         found.check_use("run")
     except WrongKindError as error:

@@ -171,6 +171,8 @@ def local_path(text: str) -> Path:
         )
     if "\0" in text:
         raise argparse.ArgumentTypeError("the name has a NUL byte; name a file or folder")
+    if text == "-":
+        raise argparse.ArgumentTypeError("- names no file or folder here; write ./- if one does")
     return Path(text)
 
 
@@ -178,8 +180,6 @@ def file_path(text: str) -> Path:
     """Return a file to write, for `type=`."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; name a file")
-    if text == "-":
-        raise argparse.ArgumentTypeError("- is no file here; name one, ./- if it is called so")
     if is_web_address(text):
         raise argparse.ArgumentTypeError(f"{text} is a web address; name a file on this machine")
     path = local_path(text)

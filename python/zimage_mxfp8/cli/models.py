@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
@@ -40,11 +41,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
     """Add `--device` and `--dtype`; its default is None, for the one that suits the device."""
     add_device(parser)
+    default = "default: bfloat16; float16 on GPUs before compute capability 8.0"
+    add_dtype(parser, ("bfloat16", "float16", "float32"), None, default)
+
+
+def add_dtype(
+    parser: argparse.ArgumentParser, choices: Sequence[str], default: str | None, told: str
+) -> None:
+    """Add `--dtype`; its help ends with what is told of the default."""
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="of everything that is not 8 bits wide (default: bfloat16; float16 on GPUs before "
-        "compute capability 8.0)",
+        choices=choices,
+        default=default,
+        help=f"type of all numbers that are not 8 bits wide ({told})",
     )
 
 

@@ -14,7 +14,7 @@ from ..system.optional_packages import needed
 from ..text import plural
 from .arguments import add_json, add_overwrite, count, file_path, local_path, number
 from .interrupts import Interrupted, is_interrupt
-from .models import add_device, keep_libraries_quiet
+from .models import add_device, add_dtype, keep_libraries_quiet
 from .next_commands import convert_with_recipe
 from .streams import report_line
 from .wording import CommandLineError
@@ -87,12 +87,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         help="write a page with a map of the network and tables",
     )
     add_device(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="of everything that is not 8 bits wide (default: bfloat16)",
-    )
+    add_dtype(parser, ("bfloat16", "float32"), "bfloat16", "default: bfloat16")
     add_overwrite(parser)
     add_json(parser)
 

@@ -26,7 +26,7 @@ from ..system.device_notes import report_line
 from ..system.devices import core_index, memory_for
 from ..transformer.compute import Compute, choose
 from ..transformer.control import ZImageControlNet
-from ..transformer.floating_dtype import default_dtype
+from ..transformer.floating_dtype import as_dtype, default_dtype, name_of
 from ..transformer.model import ZImageTransformer
 from ..transformer.ranks.devices import check_ranks, rank_devices
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
@@ -58,7 +58,7 @@ class _Dtypes:
 
 _DTYPES: dict[str, _Dtypes] = {
     "bfloat16": _Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    # Activations of language models and of this VAE leave the range of float16.
+    # Those of other programs are not made for activations beyond float16's range.
     "float16": _Dtypes(torch.float16, torch.bfloat16, torch.float32),
     "float32": _Dtypes(torch.float32, torch.float32, torch.float32),
 }
@@ -96,7 +96,7 @@ class Generation:
         step_seconds: median time of a step.
         compute: compute mode of the transformer.
         device: the device that it ran on.
-        dtype: dtype of everything that is not 8 bits wide.
+        dtype: name of the dtype, see `ZImageGenerator`.
         model: name of the model's folder or, from the Hugging Face cache, of its repository.
         transformer: name of the transformer's file or folder.
         controlnet: name of the ControlNet's file; empty without one.
@@ -171,9 +171,8 @@ class ZImageGenerator:
             settings with a control image.
         device: by default the current CUDA device if torch has one, else the CPU.
         compute: the compute mode, see `ZImageTransformer.from_checkpoint`.
-        dtype: "bfloat16", "float16" or "float32", of everything that is not 8 bits wide, see
-            `ZImageTransformer.from_checkpoint`, also for the default. With "float16" the text
-            encoder is in bfloat16 and the VAE in float32, which have the range that they need.
+        dtype: see `ZImageTransformer.from_checkpoint`. With "float16" the text encoder is in
+            bfloat16 and the VAE in float32; otherwise all parts have the same dtype.
         devices: instead of `device`; the transformer shares each image among these, see
             `ZImageTransformer.from_checkpoint`, and the first one has the other parts.
         offload: load a part when its turn comes, and free it afterwards: memory holds the largest
@@ -196,7 +195,7 @@ class ZImageGenerator:
         transformer: str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
         compute: str = "auto",
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         *,
         controlnet: str | os.PathLike[str] | None = None,
         devices: Sequence[str | torch.device] | None = None,
@@ -204,10 +203,7 @@ class ZImageGenerator:
         download: bool = False,
         progress: GenerationCallback | bool | None = None,
     ) -> None:
-        if dtype is not None and (not isinstance(dtype, str) or dtype not in _DTYPES):
-            *names, last = _DTYPES
-            listed = f"{', '.join(names)} or {last}"
-            raise UsageError("dtype", f"must be {listed}, not {repr(dtype)[:80]}")
+        given = None if dtype is None else as_dtype(dtype)
         file_or_folder("model_dir", model_dir)  # for its error
         own = () if transformer is not None else (hub.TRANSFORMER,)
         folder = hub.resolve(model_dir, (*hub.COMPONENTS, *own), download=download)
@@ -223,7 +219,7 @@ class ZImageGenerator:
         self._folder, self._file, self._control_file = parts.folder, parts.file, parts.control_file
         self._devices = rank_devices(device, devices)
         self._device = self._devices[0]
-        self._dtype = dtype or str(default_dtype(self._device)).removeprefix("torch.")
+        self._dtype = name_of(given or default_dtype(self._device))
         check_ranks(len(self._devices), parts.transformer.config)
         index = core_index(self._device)
         self._compute = choose(compute, index, parts.transformer.weights)
@@ -250,7 +246,7 @@ class ZImageGenerator:
 
     @property
     def dtype(self) -> str:
-        """The dtype of everything that is not 8 bits wide."""
+        """The name of the dtype, see the class."""
         return self._dtype
 
     @contextmanager
@@ -608,7 +604,11 @@ class ZImageGenerator:
         assert settings.seed is not None
         row, item = (~finite).nonzero()[0].tolist()
         last = len(finite) - 1
-        wider = [] if self._dtype == "float32" else ['`dtype="float32"`']
+        wider = {
+            "bfloat16": ['`dtype="float32"`'],
+            "float16": ['`dtype="bfloat16"`'],  # it has the range of float32
+            "float32": [],
+        }[self._dtype]
         remedy = "".join(f", or use {setting}" for setting in wider)
         if row == 0:
             where = "the text encoder gave NaN or Inf for the prompt"

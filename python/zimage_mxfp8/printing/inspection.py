@@ -45,7 +45,8 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
     if found.accepted_by:
         screen.text(f"accepted by {', '.join(found.accepted_by)}")
     elif found.refusal:
-        screen.text(f"no command takes it: it {found.refusal}")
+        subject = "" if found.refusal.startswith("the adapter of ") else "it "
+        screen.text(f"no command takes it: {subject}{found.refusal}")
     for key, value in found.metadata.items():
         end = "..." if len(value) > _LONGEST_VALUE else ""
         screen.text(f"metadata {key}: {value[:_LONGEST_VALUE]}{end}")
@@ -68,7 +69,7 @@ def _print_adapter(adapter: AdapterSummary, screen: Screen) -> None:
         rows = [[title, f"{count:,}"] for title, count in adapter.targets.items()]
         screen.table("Fits Z-Image", ["layer", "modules>"], rows)
     elif adapter.resized:
-        screen.text("fits a Z-Image of other widths than the released ones'")
+        screen.text("fits no released Z-Image, perhaps one of other widths")
     for name, problem in list(adapter.misfits.items())[:_MAX_SHOWN]:
         screen.text(f'does not fit: "{name}" {problem}')
     for names, what in (

@@ -29,7 +29,7 @@ from . import ops
 from .block import Block, BlockState, Hints, Modulation, run_blocks, split_modulations
 from .compute import Compute, choose
 from .diffusers_class import class_for_pipelines, new_object
-from .floating_dtype import check_dtype, default_dtype, dtype_after, sums_dtype
+from .floating_dtype import as_dtype, default_dtype, dtype_after, name_of, sums_dtype
 from .inputs import ControlInputs
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
@@ -124,7 +124,7 @@ class ZImageControlNet(nn.Module):
         path: str | os.PathLike[str],
         device: str | torch.device | None = None,
         compute: str = "auto",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         *,
         progress: ProgressCallback | bool | None = None,
     ) -> ZImageControlNet:
@@ -147,16 +147,15 @@ class ZImageControlNet(nn.Module):
             UnsupportedError: the device does not have the mode.
             CudaError: the device has too little memory.
         """
-        if dtype is not None:
-            check_dtype(dtype)
+        given = None if dtype is None else as_dtype(dtype)
         file = open_control(file_or_folder("path", path))
         place = torch_device(device)
-        dtype = default_dtype(place) if dtype is None else dtype
+        chosen = given or default_dtype(place)
         mode = choose(compute, core_index(place), file.weights)
         report_line(place, device)
         with shown(progress, byte_bar("loading the ControlNet")) as callback:
-            parts = load_parts(file, place, mode, dtype, callback, file.config.table)
-        return cls(file.config, parts, mode, dtype, Path(file.path).absolute())
+            parts = load_parts(file, place, mode, chosen, callback, file.config.table)
+        return cls(file.config, parts, mode, chosen, Path(file.path).absolute())
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +185,7 @@ class ZImageControlNet(nn.Module):
     def __repr__(self) -> str:
         return (
             f"ZImageControlNet(Fun-Controlnet-Union {self.config.generation}, "
-            f"dim {self.config.dim}, {self.device}, {str(self._dtype).removeprefix('torch.')}, "
+            f"dim {self.config.dim}, {self.device}, {name_of(self._dtype)}, "
             f"{self.nbytes / 2**30:.2f} GiB, compute={self.compute})"
         )
 

@@ -9,7 +9,11 @@ import torch
 from ..errors import UsageError
 from ..system import devices
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 _FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
 
 
@@ -29,14 +33,23 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def check_dtype(dtype: Any) -> None:
-    """Check the argument `dtype` of a model that is loaded.
+def as_dtype(dtype: Any) -> torch.dtype:
+    """Return the argument `dtype` of a model, given as torch's or by its name, as torch's.
 
     Raises:
         UsageError: neither bfloat16, float16 nor float32.
     """
-    if not any(dtype is each for each in _DTYPES):  # == may be that of an array
-        raise UsageError("dtype", f"must be {_LISTED}, not {repr(dtype)[:80]}")
+    for name, each in DTYPES.items():
+        if dtype is each or (isinstance(dtype, str) and dtype == name):
+            return each
+    *names, last = DTYPES
+    listed = f"{', '.join(names)} or {last}"
+    raise UsageError("dtype", f"must be {listed}, not {repr(dtype)[:80]}")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_after(fn: Any, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -51,10 +64,7 @@ def dtype_after(fn: Any, dtype: torch.dtype, device: torch.device) -> torch.dtyp
         UsageError: it becomes another dtype than a model can have, or 8-bit weights change theirs.
     """
     changed: torch.dtype = fn(torch.empty(0, dtype=dtype, device=device)).dtype
-    check_dtype(changed)
+    as_dtype(changed)  # for its error
     if fn(torch.empty(0, dtype=torch.uint8, device=device)).dtype != torch.uint8:
         raise UsageError("dtype", "cannot change for 8-bit weights", "use .to(dtype)")
     return changed
-
-
-_LISTED = f"{', '.join(map(str, _DTYPES[:-1]))} or {_DTYPES[-1]}"

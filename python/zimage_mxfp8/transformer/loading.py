@@ -11,7 +11,7 @@ import torch
 from ..checkpoint.int8_storage import Int8Layer
 from ..checkpoint.quantized_layers import damaged
 from ..checkpoint.source import SourceTensor
-from ..errors import CudaError, InvalidArgumentError, UnsupportedError
+from ..errors import CheckpointError, CudaError, InvalidArgumentError, UnsupportedError
 from ..layout import SCALE_TILE_ROWS
 from ..ops.codec import MXFP8Array
 from ..streaming.jobs import ProgressCallback
@@ -71,7 +71,8 @@ def load_parts(
         table: the model's layers.
 
     Raises:
-        CheckpointError: a file cannot be read, a layer to fold has NaN, or one in INT8 such scales.
+        CheckpointError: a file cannot be read, a layer to fold has NaN, one in INT8 such scales, or
+            a tensor a number beyond float16's largest.
         CudaError, UnsupportedError: the device has too little memory; nothing is left on it.
     """
     if device.type == "cuda":
@@ -218,7 +219,7 @@ class PartsLoader:
                 codes, scales = raw.pop(key), raw.pop(key + _SCALES)
                 of_slot.append(self._quantized(codes, scales, layers))
             else:
-                of_slot.append(PlainLinear(raw.pop(key).to(self._dtype)))
+                of_slot.append(PlainLinear(self._cast(raw.pop(key), f"{layers[0]}.weight")))
         (qkv,), (out,), (ffn_out,) = (linears[slot] for slot in ("qkv", "out", "ffn_out"))
         return Block(
             qkv,
@@ -274,8 +275,19 @@ class PartsLoader:
             tensor = raw[name]
             if name + _SCALES in raw:
                 tensor = self._decode(tensor, raw[name + _SCALES], name.removesuffix(".weight"))
-            plain[name] = tensor.to(self._dtype)
+            plain[name] = self._cast(tensor, name)
         return plain
+
+    def _cast(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Return a plain tensor in the model's dtype."""
+        cast = tensor.to(self._dtype)
+        if self._dtype == torch.float16 and (cast.isinf() & tensor.isfinite()).any():
+            raise CheckpointError(
+                f'{self._file.path}: tensor "{name}" has {float(tensor.abs().max()):g}, and the '
+                "largest number of float16 is 65504",
+                'use `dtype="bfloat16"`',
+            )
+        return cast
 
     def _decode(self, codes: torch.Tensor, scales: torch.Tensor, name: str) -> torch.Tensor:
         """Return the weights of a layer in float32."""

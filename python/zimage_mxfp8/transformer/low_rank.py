@@ -125,6 +125,7 @@ class LowRankAdapter(SharedAdapter):
             like: has the model's device, and the dtype of the factors.
         """
         super().__init__(addends)
+        self._itemsize = like.itemsize
         self._groups: list[_Group] = []
         self._dense: list[tuple[str, slice, int]] = []
         self._biases: list[tuple[str, slice, int]] = []
@@ -202,7 +203,7 @@ class LowRankAdapter(SharedAdapter):
 
     def workspace_nbytes(self, tokens: int) -> int:
         """Bytes that `forward` takes on a CUDA device in addition to its arguments."""
-        item = self.down.itemsize if self._groups else 2
+        item = self._itemsize
         nbytes = tokens * len(self.scales) * item
         widths = [0, *(len(getattr(self, f"up{x.number}")) for x in self._groups if x.is_dora)]
         widths += [getattr(self, name).shape[1] for name, _, _ in self._dense]

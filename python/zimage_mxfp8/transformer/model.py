@@ -40,7 +40,7 @@ from .block import Block, Hints, Modulation, run_blocks, split_modulations
 from .compute import DESCRIPTIONS, Compute, choose
 from .control import CONTROLLED_STACKS, ControlRun, ZImageControlNet, check_controls
 from .diffusers_class import class_for_pipelines, new_object
-from .floating_dtype import check_dtype, default_dtype, dtype_after, sums_dtype
+from .floating_dtype import as_dtype, default_dtype, dtype_after, name_of, sums_dtype
 from .graphs import GraphCache
 from .inputs import ForwardInputs, check_arguments, lora_scale
 from .linear import Linear, PlainLinear
@@ -163,7 +163,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         path: str | os.PathLike[str],
         device: str | torch.device | None = None,
         compute: str = "auto",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         *,
         devices: Sequence[str | torch.device] | None = None,
         cuda_graphs: bool = True,
@@ -195,11 +195,11 @@ class ZImageTransformer(PeftMethods, nn.Module):
                   decoded numbers; any device.
                 - "auto": "mxfp8", "int8" or "fp8", as the device has them fast; "weight-only" on
                   the CPU.
-            dtype: of everything that is not 8 bits wide: bfloat16, float16 or float32. By default
-                bfloat16; float16 on GPUs before compute capability 8.0, whose tensor cores have no
-                bfloat16 (it ran on no such GPU yet). In float16 the tokens between blocks and all
-                that norms read are in float32, and rows are scaled before they are multiplied, so
-                that activations beyond 65504 stay finite.
+            dtype: of everything that is not 8 bits wide: bfloat16, float16 or float32, as torch's
+                dtype or its name. By default bfloat16; float16 on GPUs before compute capability
+                8.0, whose tensor cores have no bfloat16 (it has not run on such a GPU yet). In
+                float16 the tokens between blocks and all that norms read are in float32, and rows
+                are scaled before they are multiplied, so that sums beyond 65504 stay finite.
             devices: share each forward among these, each of which holds all weights; instead of
                 `device`. The first one takes inputs and has results; a process is started for each
                 of the others, which ends when the model is garbage. Hooks and adapters that are set
@@ -223,29 +223,28 @@ class ZImageTransformer(PeftMethods, nn.Module):
             DeviceWarning: once per process, if no device was named and a GPU is not used, or this
                 build has no kernels for it.
         """
-        if dtype is not None:
-            check_dtype(dtype)
+        given = None if dtype is None else as_dtype(dtype)
         file = open_model(file_or_folder("path", path))
         places = rank_devices(device, devices)
         check_ranks(len(places), file.config)
         place = places[0]
-        dtype = default_dtype(place) if dtype is None else dtype
+        chosen = given or default_dtype(place)
         mode = choose(compute, core_index(place), file.weights)
         report_line(place, device if devices is None else place)
         if place.type == "cuda":
             has_cudnn_attention(place)  # for its warning, now instead of in the middle of an image
         others = None
         if len(places) > 1:
-            others = OtherRanks(Path(file.path), places, mode, dtype, cuda_graphs=cuda_graphs)
+            others = OtherRanks(Path(file.path), places, mode, chosen, cuda_graphs=cuda_graphs)
         try:
             with shown(progress, byte_bar("loading the transformer")) as callback:
-                parts = load_parts(file, place, mode, dtype, callback)
+                parts = load_parts(file, place, mode, chosen, callback)
             ranks = others.join() if others else None
         except BaseException:
             if others:
                 others.end()
             raise
-        return cls(file.config, parts, mode, dtype, cuda_graphs, ranks=ranks, others=others)
+        return cls(file.config, parts, mode, chosen, cuda_graphs, ranks=ranks, others=others)
 
     @classmethod
     def from_pretrained(
@@ -253,10 +252,10 @@ class ZImageTransformer(PeftMethods, nn.Module):
         path_or_id: str | os.PathLike[str],
         device: str | torch.device | None = None,
         compute: str = "auto",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         *,
         subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         download: bool = False,
         cuda_graphs: bool = True,
         progress: ProgressCallback | None = None,
@@ -345,7 +344,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         layers = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
         return (
             f"ZImageTransformer({self.config.n_layers} layers, dim {self.config.dim}, "
-            f"{self._places}, {str(self._dtype).removeprefix('torch.')}, "
+            f"{self._places}, {name_of(self._dtype)}, "
             f"{self.nbytes / 2**30:.2f} GiB, compute={self.compute} "
             f"({DESCRIPTIONS[self.compute]}); linear layers: {layers})"
         )

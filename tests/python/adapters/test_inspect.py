@@ -88,14 +88,14 @@ def test_report(file: Path) -> None:
     assert adapter.misfits == {
         "transformer.layers.3.attention.to_q": "is for a layer of 3072 x 3072, not 3840 x 3840",
         "layers.4.attention.out": "is OFT, which is not supported",
-        "layers.5.attention.out": "has down without up",
+        "layers.5.attention.out": "lacks a matrix, or has one of another number of axes",
     }
     assert len(adapter.unmatched) == 3 and "something.else" in adapter.unmatched
     assert len(adapter.text_encoder) == 2
     assert found.accepted_by == []
     assert found.refusal == (
-        'has a module that does not fit Z-Image ("layers.4.attention.out" is OFT, which is not '
-        "supported); merge it with the program that trained it"
+        'is OFT (tensor "layers.4.attention.out.oft_blocks"), which is not supported; merge it '
+        "into the original weights with the program that trained it"
     )
 
 
@@ -141,24 +141,25 @@ def test_adapters_of_other_models_are_named(stem: str, model: str, tmp_path: Pat
     assert (found.adapter.model, found.adapter.fitting) == (model, 0)
     assert f"for {model}" in found.kind
     assert found.accepted_by == []
-    assert found.refusal == (
-        "has no module that fits Z-Image; use it with the model that it was trained for"
-    )
+    assert found.refusal.startswith("does not fit this model: it is LoRA of rank 2 for ")
+    assert f" for {model}, names begin with " in found.refusal
+    assert found.refusal.endswith("; use it with the model that it was trained for")
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     assert "no command takes it" in capsys.readouterr().out
 
 
 def test_an_adapter_for_a_model_of_other_widths(tmp_path: Path, capsys) -> None:
-    """As for the small trained model, which takes it."""
     save_file(pair("transformer.layers.0.attention.to_q", 256, 256), tmp_path / "a.safetensors")
     found = zm.inspect(tmp_path / "a.safetensors")
     assert found.adapter is not None
-    assert (found.adapter.fitting, found.adapter.resized, found.refusal) == (0, 1, "")
+    assert (found.adapter.fitting, found.adapter.resized) == (0, 1)
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "is for a layer of 256 x 256, not 3840 x 3840" in shown
-    assert "fits a Z-Image of other widths" in shown and "generate (with --lora)" in shown
-    assert "no command" not in shown
+    assert "fits no released Z-Image, perhaps one of other widths" in shown
+    assert (
+        'no command takes it: the adapter of "transformer.layers.0.attention.to_q" is for a layer '
+        "of 256 x 256, not 3840 x 3840; use it with the model that it was trained for"
+    ) in shown
 
 
 def test_an_adapter_of_a_type_that_is_not_supported(tmp_path: Path) -> None:
@@ -166,8 +167,8 @@ def test_an_adapter_of_a_type_that_is_not_supported(tmp_path: Path) -> None:
     found = zm.inspect(tmp_path / "a.safetensors")
     assert found.accepted_by == []
     assert found.refusal == (
-        'has a module that does not fit Z-Image ("layers.4.attention.out" is OFT, which is not '
-        "supported); merge it with the program that trained it"
+        'is OFT (tensor "layers.4.attention.out.oft_blocks"), which is not supported; merge it '
+        "into the original weights with the program that trained it"
     )
 
 
@@ -176,15 +177,22 @@ CHANGES = {
     "nothing": ({}, ""),
     "rank 0": ({A: torch.ones(0, 3840), B: torch.ones(3840, 0)}, "has down of shape [0, 3840]"),
     "two ranks": ({A: torch.ones(3, 3840)}, "has down of rank 3 and up of rank 2"),
-    "alpha NaN": ({ALPHA: torch.tensor(torch.nan)}, "has alpha nan"),
+    "alpha NaN": ({ALPHA: torch.tensor(torch.nan)}, "has alpha nan; export it again"),
     "alpha infinite": ({ALPHA: torch.tensor(torch.inf)}, "has alpha inf"),
     "alpha an integer": ({ALPHA: torch.tensor(4)}, ""),
     "two alphas": ({ALPHA: torch.ones(2)}, "has an alpha of shape [2]"),
+    "an alpha in a matrix": ({ALPHA: torch.ones(1, 1, dtype=torch.int64)}, "has dtype I64"),
     "a convolution": ({A: torch.ones(2, 3840, 1, 1)}, "has down of shape [2, 3840, 1, 1]"),
-    "integers": ({A: torch.ones(2, 3840, dtype=torch.int8)}, "has down in I8"),
+    "integers": ({A: torch.ones(2, 3840, dtype=torch.int8)}, "has dtype I8"),
+    "many axes": ({f"{STEM}.diff": torch.ones([1] * 63)}, "has 63 axes"),
+    "a long side": ({A: torch.ones(0, 1 << 40)}, "the longest of 1,099,511,627,776"),
+    "a number": ({f"{STEM[:-1]}k.diff": torch.ones(())}, "has diff of shape [], which is not"),
+    "NaN": ({A: torch.full((2, 3840), torch.nan)}, "has NaN or infinite numbers in down"),
     "a magnitude": ({f"{STEM}.dora_scale": torch.ones(7)}, "has a magnitude of shape [7]"),
+    "a short bias": ({f"{STEM}.diff_b": torch.ones(7)}, "has a bias of 7 elements, not 3840"),
+    "two spellings": (pair(STEM, 3840, 3840, 2, ("lora_down", "lora_up")), "two tensors for one"),
     "one of another width": (pair("transformer.layers.1.attention.to_q", 64, 64), "64 x 64"),
-    "all of another width": (pair(STEM, 64, 64), None),
+    "all of another width": (pair(STEM, 64, 64), "64 x 64"),
 }
 
 
@@ -195,12 +203,24 @@ def test_it_is_accepted_if_it_can_be_loaded(change: str, tmp_path: Path) -> None
     save_file(pair(STEM, 3840, 3840) | tensors, file)
     found = zm.inspect(file)
     assert found.adapter is not None
-    refused = contextlib.nullcontext() if not clause else pytest.raises(zm.CheckpointError)
-    if clause is not None:  # for the sizes of Z-Image
-        with refused:
-            list(open_adapter(file, zimage_shapes()).branches())
+    with contextlib.nullcontext() if not clause else pytest.raises(zm.CheckpointError):
+        list(open_adapter(file, zimage_shapes()).branches())
     assert bool(found.accepted_by) != bool(clause) == bool(found.refusal)
-    assert (clause or "") in found.refusal
+    assert clause in found.refusal
+
+
+def test_a_magnitude_per_column_can_only_be_merged(tmp_path: Path) -> None:
+    magnitude = {f"{STEM}.dora_scale": torch.ones(1, 3840)}
+    save_file(pair(STEM, 3840, 3840) | magnitude, tmp_path / "a.safetensors")
+    assert zm.inspect(tmp_path / "a.safetensors").accepted_by == ["convert, merge-lora, validate"]
+
+
+def test_settings_in_the_header_that_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file(pair(STEM, 3840, 3840), file, {"lora_adapter_metadata": "[]"})
+    assert (
+        "lora_adapter_metadata in its header that is not a JSON object" in zm.inspect(file).refusal
+    )
 
 
 def test_other_files_have_no_adapter(small_file: Path) -> None:

@@ -393,6 +393,14 @@ def test_a_state_of_another_checkpoint(folder: Path, tmp_path: Path) -> None:
         analyse(tmp_path / "other", state=tmp_path / "state.json")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, None, "float32"])
+def test_dtypes_that_it_does_not_measure_in(dtype: object, folder: Path) -> None:
+    with pytest.raises(
+        zm.UsageError, match=r"dtype must be torch\.bfloat16 or torch\.float32, not"
+    ):
+        zm.analyse_sensitivity(folder, dtype=dtype)
+
+
 def test_a_state_that_lacks_a_condition(folder: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     stop_after(1, folder, state)

@@ -268,7 +268,7 @@ def test_invalid_regular_expression(in_process: Run, small_file: Path, tmp_path:
         ),
         (["--recipe", "none.toml"], "--recipe none.toml does not exist"),
         (["--report", "folder/"], "folder/ is a folder; name a file"),
-        (["--report", "-"], "--report: - is no file here; name one, ./- if it is called so"),
+        (["--report", "-"], "--report: - names no file or folder here; write ./- if one does"),
         (["--report", "o.safetensors"], "--report and another output are the same file"),
     ],
 )

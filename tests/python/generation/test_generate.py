@@ -231,11 +231,13 @@ def test_bfloat16_is_the_default_and_near(
     assert 0 < np.sqrt(np.mean(difference**2)) < 0.15 * wide.std()
 
 
+PARTS = {"float16": [torch.bfloat16, torch.float16, torch.float32]}
+
+
 @pytest.mark.parametrize("start", ["noise", "image", "image and mask"])
 def test_float16_is_nearer(
     start: str, zimage_folder: Path, zimage_quantized: Path, tmp_path: Path
 ) -> None:
-    """Its text encoder is in bfloat16 and its VAE in float32."""
     given: dict[str, Any] = {"height": 48, "width": 64}
     if start != "noise":
         given = {"init_image": init_image(tmp_path / "in.png", (64, 48))}
@@ -249,6 +251,10 @@ def test_float16_is_nearer(
         made = generator.generate(settings, captions=captions, preview=lambda *_: None)
         images[dtype] = levels(made.images[0])
         assert generator.dtype == made.metadata(0)["dtype"] == dtype
+        parts = generator._kept
+        encoder = parts["text encoder"]._pipeline.text_encoder
+        found = [each.dtype for each in (encoder, parts["transformer"], parts["VAE"].model)]
+        assert found == PARTS.get(dtype, [getattr(torch, dtype)] * 3)
     errors = {x: np.sqrt(np.mean((images[x] - images["float32"]) ** 2)) for x in images}
     assert errors["float16"] < 1 < errors["bfloat16"]
 

@@ -133,8 +133,8 @@ def test_settings_from_python() -> None:
         ({"transformer": 3}, "transformer must be the path of a file or folder, not 3"),
         ({"compute": None}, "compute must be auto, .*, not None"),
         (
-            {"dtype": torch.bfloat16},
-            "dtype must be bfloat16, float16 or float32, not torch.bfloat16",
+            {"dtype": torch.float64},
+            "dtype must be bfloat16, float16 or float32, not torch.float64",
         ),
         ({"dtype": ["float32"]}, r"float16 or float32, not \['float32'\]"),
     ],

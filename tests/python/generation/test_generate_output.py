@@ -421,9 +421,9 @@ def test_from_pretrained_is_from_checkpoint(zimage_folder: Path, zimage_quantize
         ({"colour": np.zeros(3)}, r"colour is not supported by from_pretrained \(given: array"),
         (
             {"torch_dtype": torch.float64},
-            "dtype must be torch.bfloat16, torch.float16 or torch.float32, not torch.float64",
+            "dtype must be bfloat16, float16 or float32, not torch.float64",
         ),
-        ({"torch_dtype": "auto"}, "torch.float16 or torch.float32, not 'auto'"),
+        ({"torch_dtype": "auto"}, "float16 or float32, not 'auto'"),
         (
             {"dtype": torch.float32, "torch_dtype": torch.bfloat16},
             "torch_dtype is the same argument as dtype; give one of them",

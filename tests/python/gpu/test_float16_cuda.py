@@ -13,8 +13,8 @@ from helpers.massive_model import MassiveModel
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 
 MODES = ("plain", *COMPUTE_MODES)
-# Of the mode on the CPU. Codes of activations differ where a sum is near the middle of two.
-TOLERANCE = {"plain": 2e-3, "weight-only": 2e-3}
+# Relative error. Codes of activations differ where a sum is near the middle of two.
+TOLERANCE = {"plain": 3e-3, "weight-only": 3e-3, "int8": 0.03}  # of other modes 0.06
 
 
 @pytest.fixture(
@@ -44,9 +44,9 @@ def test_every_mode_gives_what_the_cpu_gives(mode: str, massive: MassiveModel) -
     eager, captured, replayed = (model(*given).sample for _ in range(3))
     for samples in (captured, replayed):
         assert all(map(torch.equal, samples, eager))
-    if mode in TOLERANCE:
+    if mode in ("plain", "weight-only"):
         want = massive.reference(*inputs, return_dict=False)[0]
     else:
         on_cpu = "mxfp8-emulated" if mode == "mxfp8" else mode
         want = massive.load(on_cpu, torch.float32)(*inputs).sample
-    assert relative_error(eager, want) < TOLERANCE.get(mode, 0.1)
+    assert relative_error(eager, want) < TOLERANCE.get(mode, 0.06)

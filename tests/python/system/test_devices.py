@@ -242,7 +242,10 @@ def test_other_warnings_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
         ("", "0"),
         ("8.0", "80"),
         ("12.1", "121"),
-        *((bad, "compute capability such as 8.0") for bad in ("80", "8.x", ".5", "8.05", "900.0", "0.0")),
+        *(
+            (bad, "compute capability such as 8.0")
+            for bad in ("80", "8.x", ".5", "8.05", "900.0", "0.0")
+        ),
     ],
 )
 def test_the_capability_that_tests_set(value: str, printed: str) -> None:

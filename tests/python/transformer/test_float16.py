@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
 from helpers.adapter_files import modules_of, write_dora, write_pairs
@@ -26,6 +28,7 @@ from zimage_mxfp8.transformer import floating_dtype
 from zimage_mxfp8.transformer.arithmetic import float16
 from zimage_mxfp8.transformer.compute import COMPUTE_MODES, unsupported
 from zimage_mxfp8.transformer.floating_dtype import default_dtype
+from zimage_mxfp8.transformer.linear import Linear
 
 MODES = ("plain", *(mode for mode in COMPUTE_MODES if not unsupported(mode, -1)))
 EXACT = ("plain", "weight-only")  # activations are not rounded to 8 bits
@@ -57,6 +60,29 @@ def test_it_is_closer_than_bfloat16(mode: str, massive: MassiveModel) -> None:
         assert found[torch.float16] < 3e-3 and found[torch.float16] < found[torch.bfloat16] / 4
     else:
         assert 0 < found[torch.float16] < found[torch.bfloat16]
+
+
+def test_only_results_in_range_are_float16(massive: MassiveModel) -> None:
+    model = massive.load("int8", torch.float16)
+    found: dict[str, torch.dtype] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _m, _x, result: found.update({name: result.dtype})
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            last = name.rpartition(".")[2]
+            if last in ("qkv", "out", "ffn_out", "x_embedder"):
+                module.register_forward_hook(note(last))
+            is_large = last == "qkv" or "ffn_in" in name
+            assert module.result_dtype == (torch.float16 if is_large else torch.float32)
+    model(*random_inputs(*RAGGED))
+    assert found == {
+        "qkv": torch.float16,
+        "out": torch.float32,
+        "ffn_out": torch.float32,
+        "x_embedder": torch.float32,
+    }
 
 
 def test_the_massive_activations_are_beyond_float16(massive: MassiveModel) -> None:
@@ -155,11 +181,27 @@ def test_int8_convrot_files(mode: str, massive: MassiveModel, tmp_path: Path) ->
     assert half < 0.03 and half < relative_error(found[torch.bfloat16], wide)
 
 
+@pytest.mark.parametrize("name", ["layers.0.attention_norm2.weight", "cap_embedder.1.weight"])
+def test_weights_beyond_float16(name: str, massive: MassiveModel, tmp_path: Path) -> None:
+    tensors = load_file(massive.quantized)
+    tensors[name][3] = -1e6
+    with safe_open(massive.quantized, "pt") as file:
+        save_file(tensors, tmp_path / "m.safetensors", file.metadata())
+    for dtype in (torch.bfloat16, torch.float32):
+        zm.ZImageTransformer.from_checkpoint(tmp_path / "m.safetensors", "cpu", dtype=dtype)
+    with pytest.raises(
+        zm.CheckpointError,
+        match=rf'm.safetensors: tensor "{name}" has .*, and the largest number of float16 is 65504',
+    ) as refused:
+        zm.ZImageTransformer.from_checkpoint(tmp_path / "m.safetensors", "cpu", dtype="float16")
+    assert refused.value.hint == 'use `dtype="bfloat16"`'
+
+
 # ---- The GEMM
 
-rows = st.integers(1, 6)
+rows = st.integers(0, 6)
 columns = st.integers(1, 40)
-exponents = st.integers(-140, 120)
+exponents = st.integers(-140, 100)
 
 
 @given(rows, columns, columns, exponents, st.integers(0, 2**32 - 1))
@@ -185,6 +227,18 @@ def test_powers_of_two_change_no_bit(exponent: int, seed: int) -> None:
     want = float16.multiply(x, lambda part: part @ w.T, torch.float32)
     found = float16.multiply(x * 2.0**exponent, lambda part: part @ w.T, torch.float32)
     assert torch.equal(found, want * 2.0**exponent)
+
+
+def test_torchs_default_dtype_does_not_matter() -> None:
+    """Loading a part with transformers changes it in all threads."""
+    x, w = torch.full((2, 8), 4e4), torch.eye(8).half()
+    want = float16.multiply(x, lambda part: part @ w.T, torch.float32)
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = float16.multiply(x, lambda part: part @ w.T, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, want) and torch.equal(found, x)
 
 
 def test_rows_that_are_not_finite_leave_the_others_alone() -> None:

@@ -178,6 +178,9 @@ def analyse_sensitivity(
         OutputError: `state` cannot be written.
     """
     settings = check_settings(bound, size, timesteps, seed, compute)
+    if dtype not in (torch.bfloat16, torch.float32):
+        problem = f"must be torch.bfloat16 or torch.float32, not {repr(dtype)[:80]}"
+        raise UsageError("dtype", problem)
     file = open_model(path, "measure")
     if captions is None:
         captions = _synthetic_captions(file.config.cap_feat_dim, settings.seed)

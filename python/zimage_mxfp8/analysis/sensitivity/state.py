@@ -56,7 +56,7 @@ class State:
         for key, value in self._run.items():
             if key not in document["run"]:
                 problem = f"{path} does not say of which {key} it is"
-                raise UsageError("state", problem, "delete it, or name another file")
+                raise UsageError("state", problem, remedy)
             found = document["run"][key]
             if found != value:
                 both = f" ({found}, not {value})"

@@ -109,7 +109,7 @@ class BuildArguments(BaseModel):
     device: str = Field("cuda", pattern="^(cpu|cuda)$")
     gpus_per_replica: int = Field(1, ge=1)
     compute: str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     offload: bool = False
     lora_dir: Path | None = None
     queue: int = Field(DEFAULT_QUEUE, ge=0)

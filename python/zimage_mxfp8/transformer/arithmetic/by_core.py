@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +23,16 @@ LIBRARY_WORKSPACE = 32 << 20  # bytes of cuBLASLt's workspace, which the model c
 
 def quantize(matrix: torch.Tensor) -> MXFP8Array:
     """Encode a matrix in MXFP8."""
-    return codec.quantize(_known(matrix), nonfinite="encode")
+    return codec.quantize(matrix, nonfinite="encode")
 
 
 def quantize_rows(matrix: torch.Tensor) -> RowScaledArray:
     """Encode a matrix in E4M3 with a scale per row."""
-    return matmul.quantize_rows(_known(matrix))
+    return matmul.quantize_rows(matrix)
 
 
 def dequantize(array: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
     """Decode a matrix from MXFP8."""
-    if dtype == torch.float16:
-        return dequantize(array, torch.bfloat16).to(dtype)
     decoded: torch.Tensor = codec.dequantize(array, dtype)
     return decoded
 
@@ -68,7 +65,8 @@ def multiply_row_scaled(
             return int8.multiply(x, weights, dtype)
     elif row_scaled_unsupported(core_index(device)):
         return scaled_mm.multiply(x, weights, dtype)
-    return _gemm(x, weights, dtype)
+    out: torch.Tensor = gemm(x, weights, dtype=dtype)
+    return out
 
 
 def row_scaled_workspace(
@@ -85,7 +83,7 @@ def row_scaled_workspace(
             return int8.workspace(tokens, shape)
     elif row_scaled_unsupported(index):
         return scaled_mm.workspace(tokens, shape, dtype)
-    name = dtype_name(_written_dtype(dtype), "dtype")
+    name = dtype_name(dtype, "dtype")
     _, nbytes = matmul.choice((tokens, *shape, operands, operands, name, False), index)
     return max(0, nbytes - LIBRARY_WORKSPACE)
 
@@ -147,26 +145,14 @@ def _cuda_unsupported(operands: ActivationFormat, device: int) -> str:
 
 def multiply_mxfp8(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
     """Multiply by the device's fastest kernel."""
-    return _gemm(x, weights, dtype)
+    out: torch.Tensor = gemm(x, weights, dtype=dtype)
+    return out
 
 
 def multiply_decoded(x: MXFP8Array, weights: MXFP8Array, dtype: torch.dtype) -> torch.Tensor:
     """Multiply by the faster of the two kernels that decode first."""
-    return _gemm(x, weights, dtype, _decoding_kernel(x.codes.device))
-
-
-def _gemm(x: Any, weights: Any, dtype: torch.dtype, kernel: str | None = None) -> torch.Tensor:
-    out: torch.Tensor = gemm(x, weights, dtype=_written_dtype(dtype), kernel=kernel)
-    return out.to(dtype) if dtype == torch.float16 else out
-
-
-def _written_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of results before they are rounded to `dtype`: the core has no float16."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _known(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix.float() if matrix.dtype == torch.float16 else matrix
+    out: torch.Tensor = gemm(x, weights, dtype=dtype, kernel=_decoding_kernel(x.codes.device))
+    return out
 
 
 def decoded_workspace(

@@ -1,8 +1,7 @@
 """GEMMs in float16 with inputs and results beyond its range.
 
-Float16 ends at 65504, and activations of a trained Z-Image come close to it: products of gate and
-up reach 2.5e4, and sums over them exceed it. So each row of the input is scaled by a power of two,
-which is exact, and the scale is undone in float32.
+Float16 ends at 65504, which sums in the feed-forward may exceed. So each row of the input is scaled
+by a power of two, which is exact, and the scale is undone in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def multiply(
     rows = x.reshape(-1, x.shape[-1])
     count, columns = rows.shape
     scaled = torch.empty(rows.shape, dtype=torch.float16, device=x.device)
-    scales = torch.empty((count, 1), device=x.device)
+    scales = torch.empty((count, 1), dtype=torch.float32, device=x.device)
     for tile in tiles.row_tiles(count, columns, tiles.TILE):
         part = rows[tile].float()
         maximum = part.abs().amax(1, keepdim=True)
@@ -51,7 +50,7 @@ def multiply(
     for tile in tiles.row_tiles(count, products.shape[1], tiles.TILE):
         part = products[tile].float().mul_(scales[tile])
         out[tile] = part if bias is None else part.add_(bias.float())
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], products.shape[1])
 
 
 def workspace(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> int:

@@ -71,4 +71,6 @@ def workspace(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Return the bytes that `multiply` takes on CUDA for x [tokens, K] and weights [N, K]."""
     if dtype == torch.bfloat16:
         return 0
-    return (tokens * shape[1] + min(shape[0] * shape[1], tiles.TILE)) * torch.float32.itemsize
+    rounded = 0 if dtype == torch.float32 else tokens * shape[0]
+    decoded = tokens * shape[1] + min(shape[0] * shape[1], tiles.TILE)
+    return (decoded + rounded) * torch.float32.itemsize
