@@ -188,6 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.controlnet is None) != (settings.control_image is None):
         raise CommandLineError("--controlnet and --control-image go together; give both or neither")
     report_line("checking the model folder and the output ...")  # before the slow imports
+    from ..adapters.files import open_adapter
     from ..checkpoint import hub
     from ..checkpoint.output import check_target, write_file
     from ..generation.images import open_image, png_bytes, preview_path, write_new
@@ -222,7 +223,9 @@ def run(arguments: argparse.Namespace) -> int:
     controlnet = None
     if arguments.controlnet:
         controlnet = resolve(arguments.controlnet, (), download=arguments.download)
-    open_parts(model_dir, transformer, controlnet, arguments.compute)
+    parts = open_parts(model_dir, transformer, controlnet, arguments.compute)
+    for file, _ in settings.loras:
+        open_adapter(file, parts.transformer.config.shapes())  # for its error
     keep_libraries_quiet()
     report_line("loading torch and diffusers ...")
     with needed("generate", "generate"):

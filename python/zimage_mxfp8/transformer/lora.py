@@ -85,8 +85,8 @@ class Lora:
                 notes.append(f"{self.label}: {tensors} {problem}, such as {names[0]}")
         if self.dense:
             notes.append(
-                f"{self.label}: {plural(len(self.dense), 'layer')} of high rank, such as "
-                f"{self.dense[0]}, are added as whole matrices, which cost as much as the layer"
+                f"{self.label}: a dense branch, which costs as much as the layer, for "
+                f"{plural(len(self.dense), 'layer')} of high rank, such as {self.dense[0]}"
             )
         return notes
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import zimage_mxfp8 as zm
 from helpers import adapter_files as af
+from helpers.commands import Run
 from helpers.diffusers_reference import load_reference, make_reference
 from helpers.images import SIZE, Generate, fails, generator_of, levels, settings_of
 from helpers.model_folder import make_pipeline
@@ -155,10 +156,17 @@ def test_a_generator_switches_adapters(
         ("missing.safetensors", 1, "missing.safetensors"),
         ("missing.safetensors:inf", 2, "the weight in missing.safetensors:inf is not finite"),
         (":0.5", 1, ":0.5"),
+        ("oft.safetensors", 1, "oft.safetensors is OFT"),
     ],
 )
-def test_wrong_adapters_are_named(lora: str, code: int, part: str, generate: Generate) -> None:
-    fails(generate(*OPTIONS, "-o", "o.png", "--lora", lora), code, part)
+def test_wrong_adapters_are_named(
+    lora: str, code: int, part: str, cli: Run, zimage_folder: Path, tmp_path: Path
+) -> None:
+    """Before torch is imported and the model is loaded."""
+    save_file({"layers.0.attention.out.oft_blocks": torch.ones(2)}, tmp_path / "oft.safetensors")
+    result = cli("generate", "--model-dir", zimage_folder, *OPTIONS, "-o", "o.png", "--lora", lora)
+    assert result.returncode == code and part in result.stderr and result.stdout == ""
+    assert "loading" not in result.stderr
 
 
 def test_what_is_not_used_is_told(generate: Generate, adapters: list[Path], tmp_path: Path) -> None:
