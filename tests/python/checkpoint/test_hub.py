@@ -202,6 +202,7 @@ def test_nothing_is_asked_for_without_download(command: Command, hub: Hub) -> No
     assert hub.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cached")
 def test_sockets_stay_closed_without_download(
     hub: Hub, environment: dict[str, str], tmp_path: Path

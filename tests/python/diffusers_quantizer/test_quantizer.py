@@ -304,6 +304,7 @@ def test_dequantize_gives_plain_layers(
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     model = make_reference(dim=128, layers=1)
     quantize_(model)

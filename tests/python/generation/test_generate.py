@@ -234,29 +234,31 @@ def test_bfloat16_is_the_default_and_near(
 PARTS = {"float16": [torch.bfloat16, torch.float16, torch.float32]}
 
 
-@pytest.mark.parametrize("start", ["noise", "image", "image and mask"])
-def test_float16_is_nearer(
-    start: str, zimage_folder: Path, zimage_quantized: Path, tmp_path: Path
-) -> None:
-    given: dict[str, Any] = {"height": 48, "width": 64}
-    if start != "noise":
-        given = {"init_image": init_image(tmp_path / "in.png", (64, 48))}
-    if start == "image and mask":
-        given["mask_image"] = half_mask(tmp_path / "mask.png")
-    settings = zm.GenerationSettings("a", steps=2, seed=1, guidance=2.0, **given)
-    captions = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu").encode(settings)
-    images = {}
+def test_float16_is_nearer(zimage_folder: Path, zimage_quantized: Path, tmp_path: Path) -> None:
+    image, mask = init_image(tmp_path / "in.png", (64, 48)), half_mask(tmp_path / "mask.png")
+    given: list[dict[str, Any]] = [
+        {"height": 48, "width": 64},
+        {"init_image": image},
+        {"init_image": image, "mask_image": mask},
+    ]
+    settings = [zm.GenerationSettings("a", steps=2, seed=1, guidance=2.0, **x) for x in given]
+    captions = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu").encode(settings[0])
+    drawn: dict[str, list[Any]] = {}
     for dtype in ("float32", "bfloat16", "float16"):
         generator = zm.ZImageGenerator(zimage_folder, zimage_quantized, "cpu", dtype=dtype)
-        made = generator.generate(settings, captions=captions, preview=lambda *_: None)
-        images[dtype] = levels(made.images[0])
-        assert generator.dtype == made.metadata(0)["dtype"] == dtype
         parts = generator._kept
         encoder = parts["text encoder"]._pipeline.text_encoder
         found = [each.dtype for each in (encoder, parts["transformer"], parts["VAE"].model)]
         assert found == PARTS.get(dtype, [getattr(torch, dtype)] * 3)
-    errors = {x: np.sqrt(np.mean((images[x] - images["float32"]) ** 2)) for x in images}
-    assert errors["float16"] < 1 < errors["bfloat16"]
+        made = [
+            generator.generate(each, captions=captions, preview=lambda *_: None)
+            for each in settings
+        ]
+        assert {each.metadata(0)["dtype"] for each in made} == {generator.dtype} == {dtype}
+        drawn[dtype] = [levels(each.images[0]) for each in made]
+    for i, wide in enumerate(drawn["float32"]):
+        errors = {x: np.sqrt(np.mean((drawn[x][i] - wide) ** 2)) for x in drawn}
+        assert errors["float16"] < 1 < errors["bfloat16"]
 
 
 def test_inpainting_pipeline_takes_our_transformer(
@@ -812,6 +814,7 @@ def test_wrong_names_are_told_before_torch_is_imported(
         assert sentence in errors.splitlines()[-1], (words, errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["torch", "diffusers", "transformers", "PIL"])
 def test_missing_library_is_named(library: str, zimage_folder: Path, tmp_path: Path) -> None:
     init_image(tmp_path / "in.png", (32, 32))

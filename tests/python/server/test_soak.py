@@ -20,6 +20,7 @@ def resident() -> int:
     return int(STATUS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="the system does not show a process's memory")
 def test_memory_stays_over_a_thousand_requests(serve: Serve, engine: StubEngine) -> None:
     client = serve()

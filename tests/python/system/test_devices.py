@@ -203,6 +203,7 @@ def test_loading_a_model_tells(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     zm.ZImageTransformer.from_checkpoint(folder, "cpu")
 
 
+@pytest.mark.slow
 @no_gpu
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
 @pytest.mark.parametrize("command", ["generate", "sensitivity"])
