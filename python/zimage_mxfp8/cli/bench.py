@@ -45,10 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     with analysis_bar(report_line) as progress:
         report = bench(arguments.device, progress=progress)
     try:
-        if arguments.json:
-            display.print_json(report.to_dict())
-        else:
-            print_bench(report, display.screen())
+        display.show(report, print_bench, as_json=arguments.json)
     finally:  # also if nobody reads standard output any more
         if arguments.output is not None:
             content = json.dumps(report.to_dict(), indent=2).encode() + b"\n"

@@ -126,10 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     display.warn(report.warnings)
     try:
-        if arguments.json:
-            display.print_json(report.to_dict())
-        else:
-            print_compare(report, display.screen())
+        display.show(report, print_compare, as_json=arguments.json)
     finally:  # also if nobody reads standard output any more
         outputs.write(report)
         if arguments.html is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ def screen() -> Screen:
 def print_json(document: Any) -> None:
     """Print JSON for machines."""
     print(json.dumps(document, indent=2))
+
+
+def show(report: Any, tables: Callable[[Any, Screen], None], *, as_json: bool) -> None:
+    """Print a report, as JSON or as the tables that a function makes of it."""
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        tables(report, screen())
 
 
 def warn(sentences: Sequence[str]) -> None:

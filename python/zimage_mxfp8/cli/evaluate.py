@@ -175,10 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     display.warn(report.warnings)
     try:
-        if arguments.json:
-            display.print_json(report.to_dict())
-        else:
-            print_evaluation(report, display.screen())
+        display.show(report, print_evaluation, as_json=arguments.json)
     finally:  # also if nobody reads standard output any more
         if arguments.output is not None:
             origin = Origin(arguments.command_line, links_above(arguments.output))

@@ -46,8 +46,5 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         progress=True,
     )
-    if arguments.json:
-        display.print_json(report.to_dict())
-    else:
-        print_validation(report, display.screen())
+    display.show(report, print_validation, as_json=arguments.json)
     return 0 if report.ok else 1
