@@ -20,6 +20,7 @@ from ..errors import Error
 from ..system.devices import core_index
 from ..transformer.adoption import adopt
 from ..transformer.compute import IN_PLACE_MODES, Weights, choose
+from ..transformer.floating_dtype import DTYPES, name_of
 from ..transformer.model import ZImageTransformer
 from ..zimage.constants import PATCH_SIZE
 from .branches import Branches
@@ -148,8 +149,8 @@ class NativeForward:
                 return f"the input {name} is not supported"
         if options.get("control"):
             return "a ControlNet of this kind is not supported"
-        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"it computes in {str(x.dtype).removeprefix('torch.')}"
+        if x.dtype not in DTYPES.values():
+            return f"it computes in {name_of(x.dtype)}"
         return ""
 
     def _current(self, x: torch.Tensor) -> tuple[ZImageTransformer | None, str]:

@@ -58,7 +58,7 @@ class _Dtypes:
 
 _DTYPES: dict[str, _Dtypes] = {
     "bfloat16": _Dtypes(torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    # Those of other programs are not made for activations beyond float16's range.
+    # Text encoder and VAE are other libraries' code, which does not scale rows for float16.
     "float16": _Dtypes(torch.float16, torch.bfloat16, torch.float32),
     "float32": _Dtypes(torch.float32, torch.float32, torch.float32),
 }

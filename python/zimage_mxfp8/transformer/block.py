@@ -85,7 +85,7 @@ class Block(nn.Module):
         super().__init__()
         self.qkv, self.out, self.ffn_out = qkv, out, ffn_out
         self.ffn_in = nn.ModuleList(ffn_in)
-        for layer in (qkv, *ffn_in):  # taken for granted, because their inputs are normalised
+        for layer in (qkv, *ffn_in):  # assumed: their inputs are normalised
             layer.is_in_range = True
         for name, weight in norms.items():
             self.register_buffer(name, weight)

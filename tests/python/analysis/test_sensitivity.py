@@ -407,7 +407,7 @@ def test_a_state_that_lacks_a_condition(folder: Path, tmp_path: Path) -> None:
     document = json.loads(state.read_text())
     del document["run"]["compute mode"]
     state.write_text(json.dumps(document))
-    with pytest.raises(zm.UsageError, match=r"state.json does not say of which compute mode it is"):
+    with pytest.raises(zm.UsageError, match=r"state.json has no compute mode; name another file"):
         analyse(folder, state=state)
 
 

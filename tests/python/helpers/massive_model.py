@@ -1,4 +1,4 @@
-"""A small model whose activations leave float16's range, like those of trained Z-Image."""
+"""A small model whose activations leave the range of float16."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from ...printing.progress import analysis_bar, shown
 from ...streaming.jobs import StageCallback, StageProgress
 from ...text import plural
 from ...transformer.compute import Compute
+from ...transformer.floating_dtype import name_of
 from ...transformer.model import ZImageTransformer
 from ...transformer.model_file import ModelFile, open_model
 from ...zimage.config import ZImageConfig
@@ -210,7 +211,7 @@ def analyse_sensitivity(
             captions=len(captions),
             seed=settings.seed,
             device=str(model.device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=name_of(dtype),
         )
         analysis = _Analysis(
             str(path), file, model, cases, memory, settings.bound, conditions, report

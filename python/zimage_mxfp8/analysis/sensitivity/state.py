@@ -55,8 +55,7 @@ class State:
             raise UsageError("state", f"{path} is not the state of a sensitivity run", remedy)
         for key, value in self._run.items():
             if key not in document["run"]:
-                problem = f"{path} does not say of which {key} it is"
-                raise UsageError("state", problem, remedy)
+                raise UsageError("state", f"{path} has no {key}", remedy)
             found = document["run"][key]
             if found != value:
                 both = f" ({found}, not {value})"
