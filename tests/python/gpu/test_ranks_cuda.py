@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import zimage_mxfp8 as zm
+from helpers.adapter_files import modules_of, write_pairs
+from helpers.control_reference import (
+    control_images,
+    file_tensors,
+    make_controlnet,
+    write_controlnet,
+)
 from helpers.diffusers_reference import make_reference, random_inputs, relative_error
 
 pytestmark = [
@@ -31,7 +40,7 @@ BATCHES = {
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    make_reference(dim=HEADS * 128, layers=3).save_pretrained(folder / "transformer")
+    make_reference(dim=HEADS * 128, layers=4, refiners=2).save_pretrained(folder / "transformer")
     zm.convert(folder / "transformer", folder / "quantized.safetensors")
     return folder / "quantized.safetensors"
 
@@ -60,6 +69,37 @@ def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> No
         assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
 
 
+@pytest.mark.parametrize("compute", ["weight-only", "fp8"])
+def test_adapters_and_controlnets(compute: str, file: Path) -> None:
+    alone, shared = load(file, 1, compute), load(file, 2, compute)
+    inputs = inputs_of("guidance")
+    plain = alone(*inputs).sample
+    modules = modules_of(make_reference(dim=HEADS * 128, layers=4, refiners=2), "to_q")
+    adapter = write_pairs(modules, lambda name: name, ".lora_A.weight", ".lora_B.weight")
+    model = make_controlnet("2.1", (0, 2), dim=HEADS * 128)
+    path = write_controlnet(file.parent / "net.safetensors", file_tensors("2.1", model))
+    net = zm.ZImageControlNet.from_checkpoint(path, "cuda", compute)
+    images = control_images(BATCHES["guidance"][0], net.config.control_in_dim)
+    control = net.control([image.cuda() for image in images], 0.75)
+
+    def assert_same(**others) -> None:
+        want = alone(*inputs, **others).sample
+        assert relative_error(want, plain) > 0.01
+        for _ in range(3):  # eager, captured, and a replay of the graph
+            assert relative_error(shared(*inputs, **others).sample, want) < 0.01
+
+    for each in (alone, shared):
+        each.load_lora(adapter.tensors, "a", 3.0)
+    assert_same()
+    for each in (alone, shared):
+        each.set_lora({"a": -2.0})
+    assert_same()
+    assert_same(controlnet_block_samples=control)
+    for each in (alone, shared):
+        each.unload_lora("a")
+    assert_same(controlnet_block_samples=control)
+
+
 def test_a_rank_that_is_killed_ends_the_call(file: Path) -> None:
     model = load(file, 2, "weight-only")
     inputs = inputs_of("one image")
@@ -71,3 +111,29 @@ def test_a_rank_that_is_killed_ends_the_call(file: Path) -> None:
         for _ in range(100):
             model(*inputs)
             torch.cuda.synchronize()
+
+
+PROGRAM = """
+import sys
+import torch
+import zimage_mxfp8 as zm
+
+model = zm.ZImageTransformer.from_checkpoint(sys.argv[1], devices=["cuda:0", "cuda:1"])
+width = model.config.cap_feat_dim
+x, caption = (torch.randn(*shape, device="cuda") for shape in ((16, 1, 32, 32), (40, width)))
+for _ in range(3):  # eager, captured, and a replay of the graph
+    model([x], torch.tensor([0.5], device="cuda"), [caption])
+if sys.argv[2] != "alive":
+    model._other_ranks._parts.processes[0].program.kill()
+if sys.argv[2] == "killed, and noticed":
+    model._other_ranks._watch.noticed.wait()
+print("end of the program")
+"""
+
+
+@pytest.mark.parametrize("ranks", ["alive", "killed", "killed, and noticed"])
+def test_the_program_ends(ranks: str, file: Path) -> None:
+    """torch joins threads of groups there, and graphs may wait for ranks that have died."""
+    command = [sys.executable, "-c", PROGRAM, str(file), ranks]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert (ended.returncode, ended.stdout) == (0, "end of the program\n"), ended.stderr

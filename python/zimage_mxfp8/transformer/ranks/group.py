@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,15 @@ import torch.distributed
 
 _c10d: Any = torch.distributed  # its classes are public, its type stubs incomplete
 _TIMEOUT = timedelta(minutes=10)  # of one exchange on the CPU: ranks wait for the slowest
-_NCCL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+_SECONDS_TO_ABORT = 0.5  # longer than NCCL takes to begin
+# Of torch's NCCL groups, read when one is made. Threads that watch a group then neither end the
+# whole program after an error, nor look for each other's errors in the store: a file store waits
+# five minutes for its file, and this package removes the file before the group is gone.
+_NCCL_ENVIRONMENT = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
 
 
 class RankGroup:
@@ -47,6 +55,7 @@ class RankGroup:
         self._device = device
         self._backend = _backend(_c10d.PrefixStore(name, store), rank, size, device)
         self._teams: dict[int, RankGroup | None] = {}
+        self._aborter = _Aborter(self._backend) if device.type == "cuda" else None
 
     @classmethod
     def connect(cls, store: Path, rank: int, size: int, device: torch.device) -> RankGroup:
@@ -123,35 +132,58 @@ class RankGroup:
         """Replace x on every rank by rank 0's."""
         self._backend.broadcast([x]).wait()
 
-    def abort(self) -> None:
+    def abort(self, seconds: float = _SECONDS_TO_ABORT) -> None:
         """End exchanges that wait for a rank that has died, on this rank.
 
-        This returns before they have ended. Gloo notices by itself, and nothing is done for it.
+        Exchanges of NCCL have begun to end when this returns. They end completely when no graph
+        holds them. Gloo notices by itself, and nothing is done for it.
+
+        Args:
+            seconds: to wait at most until they have ended completely.
         """
-        if self._device.type != "cuda":
-            return
         teams = [team for team in list(self._teams.values()) if team is not None]
-        for backend in {id(each): each for each in (self, *teams)}.values():
-            # Each may wait until no graph holds its exchanges.
-            threading.Thread(target=backend._backend.abort, daemon=True).start()
+        aborters = {each._aborter for each in (self, *teams) if each._aborter is not None}
+        for aborter in aborters:
+            aborter.asked.set()
+        for aborter in aborters:
+            aborter.thread.join(seconds)
+
+
+class _Aborter:
+    """Aborts a NCCL group when asked, in a thread of its own.
+
+    Aborting may wait until no graph holds an exchange of the group. The thread is there from the
+    beginning, because at the end of a program none can be started.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self.asked = threading.Event()
+        self.thread = threading.Thread(target=self._run, args=[self.asked, backend], daemon=True)
+        self.thread.start()
+
+    @staticmethod
+    def _run(asked: threading.Event, backend: Any) -> None:
+        asked.wait()
+        backend.abort()
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _backend(store: Any, rank: int, size: int, device: torch.device) -> Any:
     if device.type == "cuda":
-        with _environment(_NCCL_ERRORS, "0"):  # else an error ends the whole program
+        with _environment(_NCCL_ENVIRONMENT):
             return _c10d.ProcessGroupNCCL(store, rank, size, _c10d.ProcessGroupNCCL.Options())
     gloo = _c10d.ProcessGroupGloo._Options()
     # By default gloo looks up the machine's name, which needs not be an address of this machine.

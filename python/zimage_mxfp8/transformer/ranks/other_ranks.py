@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -74,7 +75,7 @@ class OtherRanks:
             cuda_graphs: whether to run shapes through CUDA graphs.
         """
         self._devices = list(devices)
-        self._parts = _Parts(Path(tempfile.mkdtemp(prefix="zimage-mxfp8-ranks-")))
+        self._parts = _Parts(Path(tempfile.mkdtemp(prefix="zimage-mxfp8-ranks-")), devices[0])
         self._watch = _Watch(self._parts, self._devices)
         self._end = weakref.finalize(self, _end, self._watch, self._parts)
         self._turn = threading.RLock()
@@ -168,7 +169,10 @@ class OtherRanks:
                 buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._devices[0])
                 unpack(buffer, like).copy_(inputs)
                 group.broadcast_(buffer)
-                yield
+                try:
+                    yield
+                finally:
+                    self._parts.launched.mark()
 
     def end(self) -> None:
         """End the processes."""
@@ -215,6 +219,7 @@ class OtherRanks:
             raise
 
     def _lost(self) -> RankError:
+        self._watch.noticed.wait()
         if self._parts.graphs is not None:
             self._parts.graphs.clear()  # exchanges end when no graph holds them
         return RankError(self._watch.failure, "load it again")
@@ -243,13 +248,15 @@ class _Parts:
     Attributes:
         processes: the other ranks.
         group: all ranks; None until they have joined.
+        launched: the forwards of rank 0.
         graphs: those of rank 0; None until there is a model.
         directory: with the file in which ranks find each other.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device) -> None:
         self.processes: list[_Process] = []
         self.group: RankGroup | None = None
+        self.launched = _Launched(device)
         self.graphs: GraphCache | None = None
         self.directory = directory
 
@@ -257,6 +264,30 @@ class _Parts:
     def store(self) -> Path:
         """The file in which ranks find each other."""
         return self.directory / "store"
+
+
+class _Launched:
+    """Work on a device, launched by this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event: torch.cuda.Event | None = None
+
+    def mark(self) -> None:
+        """Remember what the current stream has been given until now."""
+        if self._device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(self._device))
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for what was marked, without a lock and for no longer; return whether it ended."""
+        latest = time.monotonic() + seconds
+        with suppress(RuntimeError):  # an error of the device has ended it
+            while self._event is not None and not self._event.query():
+                if time.monotonic() > latest:
+                    return False
+                time.sleep(0.001)
+        return True
 
 
 class _Process:
@@ -299,7 +330,7 @@ class _Watch:
     Attributes:
         failure: why the ranks can compute no more, a sentence; "" while they can.
         failure_of_others: whether that was not rank 0's error.
-        noticed: set with `failure`.
+        noticed: set after `failure`, when exchanges have begun to end.
     """
 
     def __init__(self, parts: _Parts, devices: Sequence[torch.device]) -> None:
@@ -352,12 +383,12 @@ class _Watch:
             devices = len(self._devices)
             self.failure = f"the transformer on {devices} devices has stopped: {problem}"
             self.failure_of_others, self._error = of_others, error
-        self.noticed.set()
         for process in self._parts.processes:
             process.program.kill()
             process.answers.put(Failed(error, problem))
         if self._parts.group is not None:
             self._parts.group.abort()
+        self.noticed.set()
 
     def _ended(self, process: _Process) -> None:
         code = process.program.wait()
@@ -369,11 +400,17 @@ class _Watch:
 
 
 def _end(watch: _Watch, parts: _Parts) -> None:
+    # Dropping a graph that still runs can wait for it while holding the interpreter's lock. If the
+    # graph waits for a rank that has died, nothing could then end it.
+    has_ended = parts.launched.wait(_SECONDS_TO_END)
     watch.end()
+    if parts.group is not None and not has_ended:
+        parts.group.abort()
     if parts.graphs is not None:
         parts.graphs.clear()  # exchanges end when no graph holds them
     if parts.group is not None:
-        parts.group.abort()
+        # A thread of the group that outlives the interpreter would end the program by an error.
+        parts.group.abort(_SECONDS_TO_END)
     for process in parts.processes:
         assert process.program.stdin is not None
         process.program.stdin.close()
