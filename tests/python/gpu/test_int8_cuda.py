@@ -65,11 +65,11 @@ def test_rows_that_are_not_aligned() -> None:
     assert_encodes(fused.quantize_rotated(matrix), matrix)
 
 
-@pytest.mark.parametrize("columns", [96, 3840, 10240])
-def test_fused_kernels_encode_their_result(columns: int) -> None:
-    x, y = rows_of((70, columns)), rows_of((70, columns), 1)
+@pytest.mark.parametrize(("rows", "columns"), [(70, 96), (70, 3840), (70, 10240), (1500, 3840)])
+def test_fused_kernels_encode_their_result(rows: int, columns: int) -> None:
+    x, y = rows_of((rows, columns)), rows_of((rows, columns), 1)
     weight, scale = rows_of((1, columns), 2)[0], rows_of((2, columns), 3) * 0.01
-    items = torch.arange(70, dtype=torch.int32, device="cuda") % 2
+    items = torch.arange(rows, dtype=torch.int32, device="cuda") // 40 % 2
     assert_encodes(fused.silu_multiply(x, y, "int8"), fused.silu_multiply(x, y))
     arguments = (weight, scale, items)
     assert_encodes(fused.norm_modulate(x, *arguments, "int8"), fused.norm_modulate(x, *arguments))

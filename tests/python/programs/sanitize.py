@@ -29,7 +29,8 @@ import torch
 import zimage_mxfp8 as zm
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops import fused, gemm_epilogues, low_rank
-from zimage_mxfp8.transformer.fused_low_rank import two_terms
+from zimage_mxfp8.transformer.arithmetic import int8
+from zimage_mxfp8.transformer.fused_low_rank import two_int8_terms, two_terms
 
 TOLERANCE = {"reference": 1e-6, "dequantize": 5e-3, "fp8_rowwise": 1e-2, "mixed_sm90": 5e-3}
 # M, N and K: every kernel's number of tokens, and weights enough for every multiprocessor.
@@ -58,7 +59,10 @@ def check_fold(rows: int, cols: int) -> None:
 
 
 def check_close(result: object, want: torch.Tensor, rows: int, cols: int) -> None:
-    if isinstance(result, zm.RowScaledArray):
+    if isinstance(result, zm.Int8Array):
+        # The rotation is its own inverse.
+        result = int8.rotate_columns(result.codes.float() * result.scales[:, None])[:, :cols]
+    elif isinstance(result, zm.RowScaledArray):
         result = result.codes.float() * result.scales[:, None]
     elif isinstance(result, zm.MXFP8Array):
         result = zm.dequantize(result)
@@ -78,7 +82,11 @@ def check_fused(rows: int, cols: int) -> None:
 
     added = x.float() + torch.tanh(scale.float()[items]) * norm(y) * weight.float()
     fused.add_norm_modulate(x.clone(), y, weight)
-    for output_format in ("bfloat16", "row-scaled", "mxfp8"):
+    formats = ["bfloat16", "row-scaled", "mxfp8"]
+    if cols % 32 == 0:
+        formats.append("int8")
+        check_close(fused.quantize_rotated(x), x.float(), rows, cols)
+    for output_format in formats:
         result = fused.silu_multiply(x, y, output_format)
         check_close(result, torch.nn.functional.silu(x.float()) * y.float(), rows, cols)
         check_close(
@@ -147,6 +155,67 @@ def check_addend(tokens: int, rows: int, depth: int, rank: int) -> None:
     check_close(gemm_epilogues.gemm_low_rank(plain, mxfp8, addend), want, tokens, rank)
 
 
+def random_int8(rows: int, depth: int) -> zm.Int8Array:
+    codes = torch.randint(-127, 128, (rows, depth), device="cuda", dtype=torch.int8)
+    return zm.Int8Array(codes, torch.rand(rows, device="cuda") / 1000)
+
+
+def decoded_int8(array: zm.Int8Array) -> torch.Tensor:
+    return array.codes.double() * array.scales.double()[:, None]
+
+
+def check_int8_products(tokens: int, columns: int, heads: int, depth: int) -> None:
+    """INT8 GEMMs by every kernel, and with the epilogues, against float64."""
+    a, both = random_int8(tokens, depth), random_int8(2 * columns, depth)
+    product = decoded_int8(a) @ decoded_int8(both).T
+    for kernel in [k.name for k in _core.gemm_kernels()]:
+        problem = _core.GemmProblem(tokens, 2 * columns, depth, "int8", "int8", "bfloat16", False)
+        if not _core.gemm_unsupported(kernel, problem, 0):
+            result = zm.gemm(a, both, kernel=kernel)
+            check_close(result, product.float(), tokens, 2 * columns)
+    gate, up = product.float().chunk(2, dim=1)
+    for output_format in ("bfloat16", "int8") if columns % 32 == 0 else ("bfloat16",):
+        result = gemm_epilogues.gemm_silu_multiply(a, both, output_format)
+        check_close(result, torch.nn.functional.silu(gate) * up, tokens, columns)
+    weights = random_int8(384 * heads, depth)
+    qkv = (decoded_int8(a) @ decoded_int8(weights).T).bfloat16()
+    norm = torch.rand(128, device="cuda").bfloat16()
+    rotations = torch.randn(tokens, 64, 2, device="cuda")
+    fused.rotate_heads(qkv, norm, norm, rotations, heads)
+    result = gemm_epilogues.gemm_rotate_heads(a, weights, norm, norm, rotations, heads)
+    check_close(result, qkv.float(), tokens, 384 * heads)
+
+
+def check_int8_addend(tokens: int, columns: int, heads: int, depth: int, rank: int) -> None:
+    """A low-rank addend of INT8 GEMMs, alone and under the epilogues, against float64."""
+    a, down = random_int8(tokens, depth), torch.randn(rank, depth, device="cuda") / depth**0.5
+    narrow = low_rank.narrow_gemm(a, two_int8_terms(down), torch.ones(rank, device="cuda"))
+    rotated = int8.rotate_columns(down).double()
+    check_close(narrow, (decoded_int8(a) @ rotated.T).float(), tokens, rank)
+
+    def sums(weights: zm.Int8Array, up: torch.Tensor) -> torch.Tensor:
+        product = decoded_int8(a) @ decoded_int8(weights).T
+        return (product + narrow.double() @ up.double().T).float()
+
+    both = random_int8(2 * columns, depth)
+    up = (torch.randn(2 * columns, rank, device="cuda") / 10).bfloat16()
+    addend, want = low_rank.LowRankAddend(narrow, up), sums(both, up)
+    check_close(gemm_epilogues.gemm_low_rank(a, both, addend), want, tokens, 2 * columns)
+    gate, right = want.chunk(2, dim=1)
+    result = gemm_epilogues.gemm_silu_multiply(a, both, addend=addend)
+    check_close(result, torch.nn.functional.silu(gate) * right, tokens, columns)
+    weights = random_int8(384 * heads, depth)
+    up = (torch.randn(384 * heads, rank, device="cuda") / 10).bfloat16()
+    qkv = sums(weights, up).bfloat16()
+    norm = torch.rand(128, device="cuda").bfloat16()
+    rotations = torch.randn(tokens, 64, 2, device="cuda")
+    fused.rotate_heads(qkv, norm, norm, rotations, heads)
+    result = gemm_epilogues.gemm_rotate_heads(
+        a, weights, norm, norm, rotations, heads, addend=low_rank.LowRankAddend(narrow, up)
+    )
+    check_close(result, qkv.float(), tokens, 384 * heads)
+
+
 def check_products(m: int, n: int, k: int, skipped: list[str]) -> None:
     a, b = torch.randn(m, k), torch.randn(n, k)
     bias = torch.randn(n).bfloat16()
@@ -212,6 +281,13 @@ def main() -> None:
         for tokens, columns, heads, depth in ((5, 8, 1, 32), (130, 72, 3, 416), (300, 1000, 7, 96)):
             check_fused_products(tokens, columns, heads, depth)
         check_fused_products(4100, 1024, 2, 64)  # several tiles for each block
+        for tokens, columns, heads, depth in (
+            (5, 32, 1, 32),
+            (130, 96, 3, 416),
+            (4100, 1024, 2, 64),
+        ):
+            check_int8_products(tokens, columns, heads, depth)
+            check_int8_addend(tokens, columns, heads, depth, rank=32 * heads)
         for tokens, rows, depth, rank in (
             (1, 8, 32, 32),
             (130, 520, 416, 96),
