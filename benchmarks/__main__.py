@@ -25,6 +25,7 @@ SUITES = {
     "trained": "images of the trained small model under each format, recipe and mode",
     "additions": "forwards with adapters and with a ControlNet on a CUDA device",
     "ranks": "forwards that several CUDA devices share",
+    "comfyui": "forwards in ComfyUI, its own and with the node, on a CUDA device",
     "serving": "images per second and latency of serve with several replicas",
     "lora": "error of an adapter on MXFP8 weights: live, merged, added to the file",
     "bias-correction": "error of the modulation layers under each bias correction",

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class NativeForward:
         self.module, self.compute, self.adapters = module, compute, dict(adapters)
         self._watch = Watch(module)
         self._transformer: ZImageTransformer | None = None
+        self._last: ZImageTransformer | None = None  # what the last call could use
         self._branches: Branches | None = None
         self._nets = ControlNets()
         self._made_of: tuple[Any, ...] = ()
@@ -79,18 +80,18 @@ class NativeForward:
         _stop_if_cancelled()
         patches = control_patches((options.get("transformer_options") or {}).get("patches") or {})
         reason = self._reason(x, options, patches)
-        transformer = None
         if not reason:
             encode_images(patches, _padded(x))  # first, because it may move weights
-            transformer, reason = self._current(x)
-        if transformer is not None:
             try:
-                found = self._run(transformer, x, timesteps, context, patches)
+                found, reason = self._computed(
+                    x, lambda transformer: self._run(transformer, x, timesteps, context, patches)
+                )
             except Error as error:
                 reason = str(error)
             else:
-                self.native_calls += 1
-                return found
+                if found is not None:
+                    self.native_calls += 1
+                    return found
         if not self.fallback_calls[reason]:
             _log.warning("Z-Image MXFP8: ComfyUI's own forward runs, because %s", reason)
         self.fallback_calls[reason] += 1
@@ -100,7 +101,7 @@ class NativeForward:
 
     def forget(self) -> None:
         """Drop everything on the device: the model, references to weights, copies of adapters."""
-        self._transformer, self._made_of = None, ()
+        self._transformer, self._last, self._made_of = None, None, ()
         self._watch.forget()
         self.forget_controls()
         if self._branches is not None:
@@ -109,6 +110,26 @@ class NativeForward:
     def forget_controls(self) -> None:
         """Drop the ControlNets, of whose weights ComfyUI does not say when it moves them."""
         self._nets.forget()
+
+    def _computed(
+        self, x: torch.Tensor, compute: Callable[[ZImageTransformer], torch.Tensor]
+    ) -> tuple[torch.Tensor | None, str]:
+        """Compute with the weights as they are now; None, and why, if they cannot be used.
+
+        To look at all weights takes a millisecond or two, while a GPU can compute. So what the last
+        call used is run first, and its result counts if that is still current. Its memory is there
+        in any case, because it refers to it.
+        """
+        last, found = self._last, None
+        if last is not None and (x.device, x.dtype) == (last.device, last.dtype):
+            with suppress(Error):  # raised again below, if the weights are still these
+                found = compute(last)
+        self._last, reason = self._current(x)
+        if self._last is None:
+            return None, reason
+        if self._last is not last or found is None:
+            found = compute(self._last)
+        return found, ""
 
     def _run(
         self,
