@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda/reduce.cuh"
 #include "fused/fused_cuda.h"
 #include "fused/store_row.cuh"
@@ -47,10 +49,74 @@ __device__ float gate_tanh(float x) {
   return fabsf(x) < 0x1p-4f ? small : large;
 }
 
-// Writes RMSNorm(x) * weight * (1 + modulation) of a row that the block holds.
-template <typename Layout, bool whole, typename Target>
-__device__ void norm_row(const Chunk (&x)[Layout::kChunks], const NormTask& norm, uint32_t item,
-                         float eps, const Target& target, int64_t row) {
+// RMSNorm's weights for the rows of an item, times 1 + modulation.
+template <typename Layout, bool whole>
+struct Scales {
+  const NormTask& norm;
+  uint32_t item;
+  int cols;
+
+  __device__ void load(float (&factors)[8], int chunk) const {
+    const int column = Layout::column(chunk);
+    const Chunk weight = load_chunk<whole>(norm.weight, column, cols);
+    const Chunk modulation = norm.modulation8<whole>(item, column, cols);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      factors[e] = __fmul_rn(BFloat16::widen(weight.element[e]),
+                             __fadd_rn(1.0f, BFloat16::widen(modulation.element[e])));
+    }
+  }
+};
+
+// RMSNorm's weights for the rows of an item, times the tanh of the modulation if there is one.
+template <typename Layout, bool whole>
+struct Gates {
+  const NormTask& norm;
+  uint32_t item;
+  int cols;
+
+  __device__ void load(float (&factors)[8], int chunk) const {
+    const int column = Layout::column(chunk);
+    const Chunk weight = load_chunk<whole>(norm.weight, column, cols);
+    const Chunk modulation = norm.modulation8<whole>(item, column, cols);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      factors[e] = BFloat16::widen(weight.element[e]);
+      if (norm.modulation) {
+        factors[e] = __fmul_rn(factors[e], gate_tanh(BFloat16::widen(modulation.element[e])));
+      }
+    }
+  }
+};
+
+// The factors of the item of the last row, in registers.
+template <typename Layout>
+class KeptFactors {
+ public:
+  template <typename Factors>
+  __device__ void update(const Factors& factors) {
+    if (factors.item == item_) return;
+    item_ = factors.item;
+#pragma unroll
+    for (int i = 0; i < Layout::kChunks; ++i) factors.load(kept_[i], i);
+  }
+
+  __device__ void load(float (&factors)[8], int chunk) const {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) factors[e] = kept_[chunk][e];
+  }
+
+ private:
+  float kept_[Layout::kChunks][8];
+  uint32_t item_ = ~0u;  // no launch has as many
+};
+
+// Writes x / root mean square * factors of a row that the block holds. `of_warp` is for the
+// reduction.
+template <typename Layout, bool whole, typename Factors, typename Target>
+__device__ void norm_row(const Chunk (&x)[Layout::kChunks], const Factors& factors, bool has_item,
+                         float eps, const Target& target, int64_t row,
+                         SumMax (&of_warp)[Layout::kWarps]) {
   const int cols = static_cast<int>(target.cols);
   // The row's factor comes last and is not negative, so the largest result is the factor times the
   // largest product, whatever the rounding in between: one reduction is enough.
@@ -58,24 +124,19 @@ __device__ void norm_row(const Chunk (&x)[Layout::kChunks], const NormTask& norm
   SumMax local{0.0f, 0};
 #pragma unroll
   for (int i = 0; i < Layout::kChunks; ++i) {
-    const int column = Layout::column(i);
-    const Chunk weight = load_chunk<whole>(norm.weight, column, cols);
-    const Chunk modulation = norm.modulation8<whole>(item, column, cols);
+    factors.load(product[i], i);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       const float value = BFloat16::widen(x[i].element[e]);
-      const float modulated = __fmul_rn(BFloat16::widen(weight.element[e]),
-                                        __fadd_rn(1.0f, BFloat16::widen(modulation.element[e])));
       local.sum = __fmaf_rn(value, value, local.sum);
-      product[i][e] = __fmul_rn(value, modulated);
+      product[i][e] = __fmul_rn(value, product[i][e]);
       if constexpr (kIsRowScaled<Target>) {
         local.max = max(local.max, __float_as_uint(product[i][e]) & 0x7FFFFFFF);
       }
     }
   }
-  __shared__ SumMax of_warp[Layout::kWarps];
   const SumMax total = block_sum_max(local, of_warp);
-  const float factor = inverse_root_mean(total.sum, cols, eps, norm.has(item));
+  const float factor = inverse_root_mean(total.sum, cols, eps, has_item);
   Chunk result[Layout::kChunks];
 #pragma unroll
   for (int i = 0; i < Layout::kChunks; ++i) {
@@ -98,7 +159,9 @@ __global__ void __launch_bounds__(Layout::kThreads)
   Chunk values[Layout::kChunks];
   load_row<Layout, whole>(values, static_cast<const uint16_t*>(x.data) + row * x.row_stride,
                           int(x.cols));
-  norm_row<Layout, whole>(values, norm, item_of(items, row), eps, target, row);
+  const Scales<Layout, whole> scales{norm, item_of(items, row), int(x.cols)};
+  __shared__ SumMax of_warp[Layout::kWarps];
+  norm_row<Layout, whole>(values, scales, norm.has(scales.item), eps, target, row, of_warp);
 }
 
 // Replaces the target if no norm follows.
@@ -107,51 +170,87 @@ struct NoTarget {
 };
 uint32_t blocks_for(const NoTarget& target) { return checked_count(target.rows); }
 
-template <typename Layout, bool whole, typename Target>
-__global__ void __launch_bounds__(Layout::kThreads)
-    add_norm_modulate_kernel(const MatrixView x, const ConstMatrixView y, const NormTask norm,
-                             const NormTask next, Items items, float eps, const Target target) {
-  const int64_t row = blockIdx.x;
-  if (store_padding<Layout>(target, row)) return;
-  const uint32_t item = item_of(items, row);
-  const int cols = static_cast<int>(x.cols);
-  uint16_t* x_row = static_cast<uint16_t*>(x.data) + row * x.row_stride;
-  Chunk values[Layout::kChunks], added[Layout::kChunks];
-  load_row<Layout, whole>(added, static_cast<const uint16_t*>(y.data) + row * y.row_stride, cols);
-  load_row<Layout, whole>(values, x_row, cols);
+// Z-Image's 3840 columns exactly.
+using AddedRow = RowLayout<160, 3>;
+constexpr int kBlocksPerMultiprocessor = 3;
 
-  float product[Layout::kChunks][8];
-  SumMax local{0.0f, 0};
+// Whether blocks take several rows one after another, and load the next one meanwhile. Wider rows
+// leave no registers for it.
+template <typename Layout>
+inline constexpr bool kTakesTurns = std::is_same_v<Layout, AddedRow>;
+
+template <typename Layout, bool whole, typename Target>
+__global__ void __launch_bounds__(Layout::kThreads,
+                                  kTakesTurns<Layout> ? kBlocksPerMultiprocessor : 1)
+    add_norm_modulate_kernel(const MatrixView x, const ConstMatrixView y, const NormTask norm,
+                             const NormTask next, Items items, float eps, const Target target,
+                             const uint32_t rows) {
+  constexpr bool has_next = !std::is_same_v<Target, NoTarget>;
+  __shared__ SumMax of_warp[2][2][Layout::kWarps];  // of even and odd turns
+  const int cols = static_cast<int>(x.cols);
+  const auto x_row = [&x](int64_t row) {
+    return static_cast<uint16_t*>(x.data) + row * x.row_stride;
+  };
+  KeptFactors<Layout> kept_gates, kept_scales;
+  Chunk next_added[Layout::kChunks], next_values[Layout::kChunks];
+  const auto load = [&](int64_t row) {
+    if (row >= x.rows) return;
+    load_row<Layout, whole>(next_added, static_cast<const uint16_t*>(y.data) + row * y.row_stride,
+                            cols);
+    load_row<Layout, whole>(next_values, x_row(row), cols);
+  };
+  load(blockIdx.x);
+  bool odd = false;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, odd = !odd) {
+    if (store_padding<Layout>(target, row)) continue;
+    const uint32_t item = item_of(items, row);
+    const Gates<Layout, whole> gates{norm, item, cols};
+    const Scales<Layout, whole> scales{next, item, cols};
+    if constexpr (kTakesTurns<Layout>) {
+      kept_gates.update(gates);
+      if constexpr (has_next) kept_scales.update(scales);
+    }
+    float product[Layout::kChunks][8];
+    Chunk values[Layout::kChunks];
+    SumMax local{0.0f, 0};
 #pragma unroll
-  for (int i = 0; i < Layout::kChunks; ++i) {
-    const int column = Layout::column(i);
-    const Chunk weight = load_chunk<whole>(norm.weight, column, cols);
-    const Chunk gate = norm.modulation8<whole>(item, column, cols);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float value = BFloat16::widen(added[i].element[e]);
-      float gated = BFloat16::widen(weight.element[e]);
-      if (norm.modulation) {
-        gated = __fmul_rn(gated, gate_tanh(BFloat16::widen(gate.element[e])));
+    for (int i = 0; i < Layout::kChunks; ++i) {
+      values[i] = next_values[i];
+      if constexpr (kTakesTurns<Layout>) {
+        kept_gates.load(product[i], i);
+      } else {
+        gates.load(product[i], i);
       }
-      local.sum = __fmaf_rn(value, value, local.sum);
-      product[i][e] = __fmul_rn(value, gated);
-    }
-  }
-  __shared__ SumMax of_warp[Layout::kWarps];
-  const float sum = block_sum_max(local, of_warp).sum;
-  const float factor = inverse_root_mean(sum, cols, eps, norm.has(item));
 #pragma unroll
-  for (int i = 0; i < Layout::kChunks; ++i) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      product[i][e] = __fmaf_rn(product[i][e], factor, BFloat16::widen(values[i].element[e]));
+      for (int e = 0; e < 8; ++e) {
+        const float value = BFloat16::widen(next_added[i].element[e]);
+        local.sum = __fmaf_rn(value, value, local.sum);
+        product[i][e] = __fmul_rn(value, product[i][e]);
+      }
     }
-    values[i] = round8(product[i]);
-    store_chunk<whole>(values[i], x_row, Layout::column(i), cols);
-  }
-  if constexpr (!std::is_same_v<Target, NoTarget>) {
-    norm_row<Layout, whole>(values, next, item, eps, target, row);
+    if constexpr (kTakesTurns<Layout>) load(row + gridDim.x);
+    const float sum = block_sum_max(local, of_warp[odd][0]).sum;
+    const float factor = inverse_root_mean(sum, cols, eps, norm.has(item));
+#pragma unroll
+    for (int i = 0; i < Layout::kChunks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        product[i][e] = __fmaf_rn(product[i][e], factor, BFloat16::widen(values[i].element[e]));
+      }
+      values[i] = round8(product[i]);
+      store_chunk<whole>(values[i], x_row(row), Layout::column(i), cols);
+    }
+    if constexpr (has_next) {
+      const auto write = [&](const auto& factors) {
+        norm_row<Layout, whole>(values, factors, next.has(item), eps, target, row, of_warp[odd][1]);
+      };
+      if constexpr (kTakesTurns<Layout>) {
+        write(kept_scales);
+      } else {
+        write(scales);
+      }
+    }
+    if constexpr (!kTakesTurns<Layout>) break;
   }
 }
 
@@ -184,12 +283,21 @@ void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const
   const bool addition_whole =
       detail::has_whole_chunks(x) && detail::has_whole_chunks(y) && has_whole_chunks(norm);
   const auto start = [&](const NormTask& next_task, const auto& target, bool all_whole) {
-    with_row_layout(x.cols, all_whole, [&](auto layout, auto whole) {
+    const auto add = [&](auto layout, auto whole) {
       using Layout = decltype(layout);
       using Target = std::decay_t<decltype(target)>;
-      launch(add_norm_modulate_kernel<Layout, decltype(whole)::value, Target>, blocks_for(target),
-             Layout::kThreads, stream, x, y, NormTask(norm), next_task, items, eps, target);
-    });
+      const uint32_t rows = blocks_for(target);
+      uint32_t blocks = rows;
+      if (kTakesTurns<Layout>) {
+        const int resident = multiprocessors(current_device()) * kBlocksPerMultiprocessor;
+        blocks = std::min(rows, static_cast<uint32_t>(resident));
+      }
+      launch(add_norm_modulate_kernel<Layout, decltype(whole)::value, Target>, blocks,
+             Layout::kThreads, stream, x, y, NormTask(norm), next_task, items, eps, target, rows);
+    };
+    if (all_whole && x.cols <= AddedRow::kColumns) return add(AddedRow{}, std::true_type{});
+    if (all_whole) return add(WidestRow{}, std::true_type{});
+    add(WidestRow{}, std::false_type{});
   };
   if (!next) return start(NormTask(NormWeights{}), NoTarget{x.rows}, addition_whole);
   std::visit(
