@@ -307,6 +307,20 @@ def int8_adapters() -> str:
     return table(rows, ["with", "mode"], columns)
 
 
+def comfyui() -> str:
+    ways = {
+        "ComfyUI": "ComfyUI",
+        "with the backend": "ComfyUI with the backend",
+        "with the node": "the node",
+        "without ComfyUI": "own",
+    }
+    columns = [Column("image", label("{image}x{image}"), right=False)]
+    columns.append(Column("LoRAs", label("{loras}")))
+    columns += [Column(title, cell("{ms:.1f}", by=by)) for title, by in ways.items()]
+    columns.append(Column("the node over that", cell("{to_own:.2f}", by="the node")))
+    return table(rows_of("comfyui-h200"), ["image", "loras"], columns)
+
+
 def convert() -> str:
     columns = [
         Column("program", label("{program}"), right=False),
@@ -389,6 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm-large": gemm_large,
     "gemm-few": gemm_few,
     "gemm-between": gemm_between,
+    "comfyui": comfyui,
     "convert": convert,
     "analyses": analyses,
     "additions": additions,
