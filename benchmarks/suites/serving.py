@@ -14,6 +14,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -63,21 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def served(replicas: int, options: list[str]) -> Iterator[str]:
     """Start a server; yield its address."""
     ray = ["--ray", "--replicas", str(replicas)] if replicas else []
-    process = subprocess.Popen(
-        [sys.executable, "-m", "zimage_mxfp8.cli.main", "serve", "--port", "0", *ray, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if " is served at " not in line:
-            sys.exit(f"the server does not start: run zimage-mxfp8 serve {' '.join(ray + options)}")
-        yield line.rpartition(" ")[2].strip()
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "zimage_mxfp8.cli.main", "serve", "--port", "0", *ray, *options],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if " is served at " not in line:
+                log.seek(0)
+                sys.exit(f"the server did not start:\n{log.read()}")
+            yield line.rpartition(" ")[2].strip()
+        finally:
+            process.terminate()
+            process.wait()
 
 
 class Clients:
