@@ -49,9 +49,9 @@ __device__ float gate_tanh(float x) {
   return fabsf(x) < 0x1p-4f ? small : large;
 }
 
-// RMSNorm's weights for the rows of an item, times 1 + modulation.
-template <typename Layout, bool whole>
-struct Scales {
+// RMSNorm's weights for the rows of an item, combined with the item's modulation.
+template <typename Layout, bool whole, typename Combine>
+struct Factors {
   const NormTask& norm;
   uint32_t item;
   int cols;
@@ -62,39 +62,34 @@ struct Scales {
     const Chunk modulation = norm.modulation8<whole>(item, column, cols);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      factors[e] = __fmul_rn(BFloat16::widen(weight.element[e]),
-                             __fadd_rn(1.0f, BFloat16::widen(modulation.element[e])));
+      factors[e] = Combine::of(norm, BFloat16::widen(weight.element[e]),
+                               BFloat16::widen(modulation.element[e]));
     }
   }
 };
 
-// RMSNorm's weights for the rows of an item, times the tanh of the modulation if there is one.
+struct TimesOnePlus {
+  static __device__ float of(const NormTask&, float weight, float modulation) {
+    return __fmul_rn(weight, __fadd_rn(1.0f, modulation));
+  }
+};
 template <typename Layout, bool whole>
-struct Gates {
-  const NormTask& norm;
-  uint32_t item;
-  int cols;
+using Scales = Factors<Layout, whole, TimesOnePlus>;
 
-  __device__ void load(float (&factors)[8], int chunk) const {
-    const int column = Layout::column(chunk);
-    const Chunk weight = load_chunk<whole>(norm.weight, column, cols);
-    const Chunk modulation = norm.modulation8<whole>(item, column, cols);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      factors[e] = BFloat16::widen(weight.element[e]);
-      if (norm.modulation) {
-        factors[e] = __fmul_rn(factors[e], gate_tanh(BFloat16::widen(modulation.element[e])));
-      }
-    }
+struct TimesTanh {
+  static __device__ float of(const NormTask& norm, float weight, float modulation) {
+    return norm.modulation ? __fmul_rn(weight, gate_tanh(modulation)) : weight;
   }
 };
+template <typename Layout, bool whole>
+using Gates = Factors<Layout, whole, TimesTanh>;
 
 // The factors of the item of the last row, in registers.
 template <typename Layout>
 class KeptFactors {
  public:
-  template <typename Factors>
-  __device__ void update(const Factors& factors) {
+  template <bool whole, typename Combine>
+  __device__ void update(const Factors<Layout, whole, Combine>& factors) {
     if (factors.item == item_) return;
     item_ = factors.item;
 #pragma unroll
@@ -113,9 +108,9 @@ class KeptFactors {
 
 // Writes x / root mean square * factors of a row that the block holds. `of_warp` is for the
 // reduction.
-template <typename Layout, bool whole, typename Factors, typename Target>
-__device__ void norm_row(const Chunk (&x)[Layout::kChunks], const Factors& factors, bool has_item,
-                         float eps, const Target& target, int64_t row,
+template <typename Layout, bool whole, typename AnyFactors, typename Target>
+__device__ void norm_row(const Chunk (&x)[Layout::kChunks], const AnyFactors& factors,
+                         bool has_item, float eps, const Target& target, int64_t row,
                          SumMax (&of_warp)[Layout::kWarps]) {
   const int cols = static_cast<int>(target.cols);
   // The row's factor comes last and is not negative, so the largest result is the factor times the
