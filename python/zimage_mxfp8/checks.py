@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _T = TypeVar("_T")
+_MAX_LORA_WEIGHT = 1e6  # far beyond any use; far below where float32 overflows
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -53,6 +54,15 @@ def finite_number(name: str, value: Any) -> float:
         return converted
 
     return _converted(name, convert, "a finite number", value)
+
+
+def lora_weight(name: str, value: Any) -> float:
+    """Return the weight of an adapter, within 1e6 of 0; errors as in `whole_number`."""
+    number = finite_number(name, value)
+    if abs(number) > _MAX_LORA_WEIGHT:
+        limit = f"{_MAX_LORA_WEIGHT:,.0f}"
+        raise UsageError(name, f"must be a weight within {limit} of 0, not {number:g}")
+    return number
 
 
 def path(name: str, value: Any) -> Path:

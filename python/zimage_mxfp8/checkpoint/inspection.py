@@ -56,7 +56,7 @@ class Inspection:
         breaches: broken rules of its quantised layers.
         accepted_by: the commands that take it. Arguments are between backticks, as in the hints of
             `Error`.
-        refusal: why no command takes it, and what to do instead, as a clause; "" if one does.
+        refusal: why no command takes it, and what to do instead; "" if one does.
         provenance: details of the conversion that `convert` wrote; None without them.
         adapter: changes that an adapter makes; None for other files.
     """
@@ -166,12 +166,13 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
 
 
 def _unusable(path: str | os.PathLike[str], kind: str, error: CheckpointError) -> Inspection:
-    return Inspection(str(path), kind, None, 0, {}, [], [], [], _clause(path, error))
+    return Inspection(str(path), kind, None, 0, {}, [], [], [], _sentence(path, error))
 
 
-def _clause(path: str | os.PathLike[str], error: CheckpointError) -> str:
-    """Return an error's sentence without the file at its beginning."""
-    return str(error).removeprefix(f"{path}").lstrip(": ")
+def _sentence(path: str | os.PathLike[str], error: CheckpointError) -> str:
+    """Return an error's sentence, with "it" where it begins with the file."""
+    file, _, rest = str(error).partition(str(path))
+    return str(error) if file else rest[2:] if rest.startswith(": ") else f"it{rest}"
 
 
 def _describe(found: Identified) -> str:
@@ -198,7 +199,7 @@ def _uses_of(path: str | os.PathLike[str]) -> tuple[list[str], str]:
             if magnitude is not None:
                 magnitudes.append(magnitude.shape)
     except CheckpointError as error:
-        return [], _clause(path, error)
+        return [], _sentence(path, error)
     if any(columns != 1 for _, columns in magnitudes):
         return [_MERGING], ""
     return [f"{_MERGING}, {_LIVE[0]}", *_LIVE[1:]], ""
@@ -228,5 +229,5 @@ def _refusal(found: Identified) -> str:
     try:
         found.check_use("run")
     except WrongKindError as error:
-        return _clause(found.checkpoint.path, error)
+        return _sentence(found.checkpoint.path, error)
     return ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checks import finite_number, image_source, path, text, whole_number
+from ..checks import finite_number, image_source, lora_weight, path, text, whole_number
 from ..errors import UsageError
 from .limits import (
     DEFAULT_CONTROL_STRENGTH,
@@ -175,7 +175,7 @@ def _check_lora(pair: object) -> tuple[Path, float]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise UsageError("loras", "must be pairs of a file and a weight")
     file, weight = pair
-    return path("loras", file), finite_number("loras", weight)
+    return path("loras", file), lora_weight("loras", weight)
 
 
 def draw_seed() -> int:

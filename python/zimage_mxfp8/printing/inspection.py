@@ -28,7 +28,7 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
     title = f"{found.path}: {found.kind}{quantized}{files}"
     if not rows:
         screen.text(title)
-        screen.text(f"no command takes it: it {found.refusal}")
+        screen.text(f"no command takes it: {found.refusal}")
         return
     screen.table(title, ["group", "tensors", "parameters>", "size>"], rows)
     screen.text(f"{found.parameters:,} parameters, {size_text(found.nbytes)}")
@@ -45,8 +45,7 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
     if found.accepted_by:
         screen.text(f"accepted by {', '.join(found.accepted_by)}")
     elif found.refusal:
-        subject = "" if found.refusal.startswith("the adapter of ") else "it "
-        screen.text(f"no command takes it: {subject}{found.refusal}")
+        screen.text(f"no command takes it: {found.refusal}")
     for key, value in found.metadata.items():
         end = "..." if len(value) > _LONGEST_VALUE else ""
         screen.text(f"metadata {key}: {value[:_LONGEST_VALUE]}{end}")

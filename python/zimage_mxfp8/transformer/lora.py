@@ -32,7 +32,6 @@ from .places import LinearPlace
 from .turns import Turns
 
 Weight = float | Mapping[str, float]
-_MAX_WEIGHT = 1e6  # far beyond any use; far below where float32 overflows
 
 
 @dataclass(frozen=True)
@@ -420,10 +419,7 @@ def check_weight(argument: str, weight: Any) -> Weight:
             checks.text(argument, part)
             check_weight(f'{argument}["{part}"]', value)
         return dict(weight)
-    number = checks.finite_number(argument, weight)
-    if abs(number) > _MAX_WEIGHT:
-        raise UsageError(argument, f"must be within {_MAX_WEIGHT:g} of 0, not {number:g}")
-    return number
+    return checks.lora_weight(argument, weight)
 
 
 def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Addend:

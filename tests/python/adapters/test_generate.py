@@ -101,6 +101,17 @@ def draw(pipeline: ZImagePipeline) -> Image.Image:
     ).images[0]
 
 
+def test_an_adapter_beyond_float32_is_named(
+    generate: Generate, adapters: list[Path], tmp_path: Path
+) -> None:
+    huge = {name: tensor * 1e37 for name, tensor in load_file(adapters[0]).items()}
+    save_file(huge, tmp_path / "huge.safetensors")
+    result = generate(*OPTIONS, "-o", "o.png", "--lora", "huge.safetensors")
+    fails(
+        result, 1, "NaN or Inf in step 1", "try it without its LoRAs, or run zimage-mxfp8 validate"
+    )
+
+
 def test_images_are_those_of_diffusers(
     generate: Generate, reference: ZImagePipeline, adapters: list[Path], tmp_path: Path
 ) -> None:

@@ -94,7 +94,7 @@ def test_report(file: Path) -> None:
     assert len(adapter.text_encoder) == 2
     assert found.accepted_by == []
     assert found.refusal == (
-        'is OFT (tensor "layers.4.attention.out.oft_blocks"), which is not supported; merge it '
+        'it is OFT (tensor "layers.4.attention.out.oft_blocks"), which is not supported; merge it '
         "into the original weights with the program that trained it"
     )
 
@@ -141,7 +141,7 @@ def test_adapters_of_other_models_are_named(stem: str, model: str, tmp_path: Pat
     assert (found.adapter.model, found.adapter.fitting) == (model, 0)
     assert f"for {model}" in found.kind
     assert found.accepted_by == []
-    assert found.refusal.startswith("does not fit this model: it is LoRA of rank 2 for ")
+    assert found.refusal.startswith("it does not fit this model: it is LoRA of rank 2 for ")
     assert f" for {model}, names begin with " in found.refusal
     assert found.refusal.endswith("; use it with the model that it was trained for")
     assert main(["inspect", str(tmp_path / "a.safetensors")]) == 0
@@ -167,7 +167,7 @@ def test_an_adapter_of_a_type_that_is_not_supported(tmp_path: Path) -> None:
     found = zm.inspect(tmp_path / "a.safetensors")
     assert found.accepted_by == []
     assert found.refusal == (
-        'is OFT (tensor "layers.4.attention.out.oft_blocks"), which is not supported; merge it '
+        'it is OFT (tensor "layers.4.attention.out.oft_blocks"), which is not supported; merge it '
         "into the original weights with the program that trained it"
     )
 
