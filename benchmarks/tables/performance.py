@@ -403,9 +403,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemm-large": gemm_large,
     "gemm-few": gemm_few,
     "gemm-between": gemm_between,
-    "comfyui": comfyui,
     "convert": convert,
     "analyses": analyses,
     "additions": additions,
+    "comfyui": comfyui,
     "lora": lora,
 }

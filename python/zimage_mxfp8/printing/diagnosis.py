@@ -61,6 +61,7 @@ def _print_kernels(screen: Screen, title: str, found: Kernels, more: dict[str, s
         f"{mode} (auto)" if mode == found.compute[0] else mode for mode in found.compute
     )
     taken |= {"transformer's compute modes": modes or "none", **more}
+    taken |= {"transformer's default dtype": found.dtype}
     screen.table(title, ["GEMM", "kernel"], [list(row) for row in taken.items()])
     reasons = {
         **found.reasons,

@@ -13,7 +13,13 @@ from typing import Any
 
 from .. import _core
 from ..errors import UnsupportedError
-from ..transformer.compute import COMPUTE_MODES, modes_of, supported, unsupported
+from ..transformer.compute import (
+    COMPUTE_MODES,
+    default_dtype_of,
+    modes_of,
+    supported,
+    unsupported,
+)
 from . import driver
 from .devices import has_kernels
 from .extras import Extra, find_extras
@@ -39,12 +45,14 @@ class Kernels:
             multiplies. Empty without kernels.
         compute: the transformer's compute modes; "auto" takes the first.
         missing_modes: why a compute mode is missing, by mode.
+        dtype: the transformer's default dtype, of what is not 8 bits wide.
     """
 
     chosen: dict[str, str]
     reasons: dict[str, str]
     compute: list[str]
     missing_modes: dict[str, str]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ def diagnose() -> Diagnosis:
         threads=_core.default_threads(),
         libraries=libraries,
         extras=find_extras(),
-        cpu=_kernels(-1, ""),
+        cpu=_kernels(-1, None, ""),
         devices=[_device(index, gpu, torch) for index, gpu in enumerate(found.gpus)],
     )
 
@@ -174,11 +182,11 @@ def _device(index: int, gpu: driver.Gpu, torch: Any) -> Device:
         has_kernels(index),
         list(modes_of(gpu.capability, kernels=True)),
         list(modes_of(gpu.capability, kernels=False)),
-        _kernels(index, no_torch),
+        _kernels(index, gpu.capability, no_torch),
     )
 
 
-def _kernels(device: int, no_torch: str) -> Kernels:
+def _kernels(device: int, capability: tuple[int, int] | None, no_torch: str) -> Kernels:
     """Return kernels of a CUDA device or the CPU (-1); `no_torch`: why torch cannot use it."""
     missing: dict[str, str] = {
         mode: no_torch or unsupported(mode, device) for mode in COMPUTE_MODES
@@ -187,8 +195,9 @@ def _kernels(device: int, no_torch: str) -> Kernels:
     modes: list[str] = [] if no_torch else list(supported(device))
     if device < 0:  # the choice of "auto" there
         modes.sort(key=lambda mode: mode != "weight-only")
+    dtype = default_dtype_of(capability)
     if not has_kernels(device):
-        return Kernels({}, {}, modes, missing)
+        return Kernels({}, {}, modes, missing, dtype)
     chosen, reasons = dict.fromkeys(_GEMMS, ""), {}
     for what, operands in _GEMMS.items():
         with contextlib.suppress(UnsupportedError):
@@ -197,7 +206,7 @@ def _kernels(device: int, no_torch: str) -> Kernels:
         problem = _problem(kernel.operands[0], kernel.epilogues[0])
         if why := _core.gemm_unsupported(kernel.name, problem, device):
             reasons[kernel.name] = why
-    return Kernels(chosen, reasons, modes, missing)
+    return Kernels(chosen, reasons, modes, missing, dtype)
 
 
 def _problem(operands: tuple[str, str], epilogue: str) -> _core.GemmProblem:

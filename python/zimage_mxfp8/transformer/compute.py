@@ -35,6 +35,7 @@ DESCRIPTIONS: dict[Compute, str] = {
 _NATIVE_CAPABILITIES = ((10, 0), (10, 3), (12, 0), (12, 1))
 _FP8_CAPABILITY = (8, 9)
 _INT8_CAPABILITY = (7, 5)
+_BFLOAT16_CAPABILITY = (8, 0)
 
 
 def unsupported(compute: Compute, device: int) -> str:
@@ -69,6 +70,16 @@ def unsupported(compute: Compute, device: int) -> str:
             return ""
         return int8.unsupported(device)
     return ""
+
+
+def default_dtype_of(capability: tuple[int, int] | None) -> Literal["bfloat16", "float16"]:
+    """Return the default dtype of a model: float16 where tensor cores have no bfloat16.
+
+    Args:
+        capability: of a CUDA device; None for the CPU.
+    """
+    has_bfloat16 = capability is None or capability >= _BFLOAT16_CAPABILITY
+    return "bfloat16" if has_bfloat16 else "float16"
 
 
 def preference(capability: tuple[int, int], kernels: bool) -> list[Compute]:

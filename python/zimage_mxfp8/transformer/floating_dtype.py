@@ -8,21 +8,21 @@ import torch
 
 from ..errors import UsageError
 from ..system import devices
+from .compute import default_dtype_of
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
 }
-_FIRST_WITH_BFLOAT16 = (8, 0)  # compute capability
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16; float16 for GPUs whose tensor cores have no bfloat16 (before 8.0)."""
     if device.type != "cuda":
-        return torch.bfloat16
+        return DTYPES[default_dtype_of(None)]
     index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.bfloat16 if devices.capability(index) >= _FIRST_WITH_BFLOAT16 else torch.float16
+    return DTYPES[default_dtype_of(devices.capability(index))]
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -106,6 +106,7 @@ def test_what_people_read(cli: Run) -> None:
         ("torch", re.escape(torch.__version__)),
         ("BF16 x MXFP8", "reference"),
         ("transformer's compute modes", r"weight-only \(auto\), fp8, int8, mxfp8-emulated"),
+        ("transformer's default dtype", "bfloat16"),
         ("mixed_sm90", "mixed_sm90 needs a CUDA device"),
     ):
         assert re.search(rf"│ {what} +│ {value}", result.stdout), what
