@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import zimage_mxfp8 as zm
-from helpers.cuda_sync import no_waiting
+from helpers.cuda_sync import free_memory, no_waiting
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops import fused
 
@@ -268,8 +268,7 @@ def test_neither_waits_nor_allocates() -> None:
     x, weight = random(4096, 3840, 30), random(1, 3840, 31)[0]
     out = torch.empty_like(x)
     fused.norm_modulate(x, weight)
-    torch.cuda.synchronize()
-    free = torch.cuda.mem_get_info()[0]
+    free = free_memory()
     stream = torch.cuda.current_stream().cuda_stream
     with no_waiting():
         torch.cuda._sleep(200_000_000)  # about 0.1 s of work that is in front
@@ -277,8 +276,7 @@ def test_neither_waits_nor_allocates() -> None:
             x, weight, None, None, 1e-5, ("bfloat16", out, None, 4096, 3840), stream
         )
         assert not torch.cuda.current_stream().query()  # returned while the device still sleeps
-    torch.cuda.synchronize()
-    assert torch.cuda.mem_get_info()[0] == free
+    assert free_memory() == free
 
 
 def test_misuse_is_a_typed_error() -> None:

@@ -1,11 +1,13 @@
-"""Proof that work on a CUDA device does not wait for it."""
+"""Proof that work on a CUDA device neither waits for it nor allocates."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 
@@ -19,3 +21,11 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def free_memory() -> int:
+    """Return the free bytes of the device; under pytest-xdist skip, as other tests change them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("free memory can be compared on a device alone: run this without -n")
+    torch.cuda.synchronize()
+    return torch.cuda.mem_get_info()[0]
