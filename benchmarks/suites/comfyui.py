@@ -15,6 +15,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _modules(checkout: Path) -> SimpleNamespace:
     sys.path.insert(0, str(checkout))
-    import comfy.model_management  # type: ignore[import-not-found]
-    import comfy.sd  # type: ignore[import-not-found]
+    import comfy.model_management
+    import comfy.sd
 
     return SimpleNamespace(management=comfy.model_management, sd=comfy.sd)
 
 
-class _Node:
-    """A MODEL of ComfyUI, loaded to the device."""
+class _Loaded:
+    """A MODEL of ComfyUI on the device."""
 
     def __init__(self, comfy: SimpleNamespace, model: Any) -> None:
         comfy.management.load_models_gpu([model], force_patch_weights=True)
@@ -73,12 +74,18 @@ class _Node:
         return found
 
 
+@dataclass
+class _Ways:
+    """The same weights and LoRAs, in ComfyUI and without it."""
+
+    stock: _Loaded
+    node: _Loaded
+    own: ZImageTransformer
+
+
 def run(arguments: argparse.Namespace, report: Report) -> None:
     comfy = _modules(arguments.comfyui)
-    import comfy_kitchen
-
     from zimage_mxfp8.comfy import register_backend
-    from zimage_mxfp8.comfy.backend import NAME
     from zimage_mxfp8.comfy.nodes import speed_up
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -96,56 +103,52 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
                     model = comfy.sd.load_lora_for_models(model, None, dict(adapter), 1.0, 0)[0]
                 return model
 
-            stock, node = _Node(comfy, load()), _Node(comfy, speed_up(load(), mode))
             own = ZImageTransformer.from_checkpoint(file, "cuda", mode)
             for i, adapter in enumerate(adapters):
                 own.load_lora(adapter, f"adapter{i}")
+            node = speed_up(load(), mode)
+            ways = _Ways(_Loaded(comfy, load()), _Loaded(comfy, node), own)
             for side in arguments.sides:
-                _measure(report, comfy_kitchen.registry, NAME, stock, node, own, side, arguments)
-            forward = node.model.object_patches["diffusion_model._forward"]
+                _measure(ways, side, arguments.repeats, report)
+            forward = node.object_patches["diffusion_model._forward"]
             assert not forward.fallback_calls, forward.fallback_calls
 
 
-def _measure(
-    report: Report,
-    registry: Any,
-    backend: str,
-    stock: _Node,
-    node: _Node,
-    own: ZImageTransformer,
-    side: int,
-    arguments: argparse.Namespace,
-) -> None:
+def _measure(ways: _Ways, side: int, repeats: int, report: Report) -> None:
+    from comfy_kitchen import registry
+
+    from zimage_mxfp8.comfy.backend import NAME
+
     random = torch.Generator("cuda").manual_seed(side)
     shapes = (1, 16, side // 8, side // 8), (1, _CAPTION_TOKENS, 2560)
     x, context = (torch.randn(s, generator=random, device="cuda").bfloat16() for s in shapes)
     t = torch.tensor([0.4], device="cuda")
 
-    def of_own(_: int) -> torch.Tensor:
-        sample = own([x[0, :, None]], 1 - t, [context[0]], return_dict=False)[0]
+    def with_backend(enabled: bool, model: _Loaded) -> Callable[[int], torch.Tensor]:
+        def call(_: int) -> torch.Tensor:
+            (registry.enable if enabled else registry.disable)(NAME)
+            return model(x, t, context)
+
+        return call
+
+    def without_comfyui(_: int) -> torch.Tensor:
+        sample = ways.own([x[0, :, None]], 1 - t, [context[0]], return_dict=False)[0]
         return -sample[0][None, :, 0]
 
-    def with_backend(enabled: bool, call: _Node) -> Callable[[int], torch.Tensor]:
-        def timed(_: int) -> torch.Tensor:
-            (registry.enable if enabled else registry.disable)(backend)
-            return call(x, t, context)
-
-        return timed
-
     calls = {
-        "ComfyUI": with_backend(False, stock),
-        "ComfyUI with the backend": with_backend(True, stock),
-        "the node": with_backend(True, node),
-        "own": of_own,
+        "ComfyUI": with_backend(False, ways.stock),
+        "ComfyUI with the backend": with_backend(True, ways.stock),
+        "the node": with_backend(True, ways.node),
+        "own": without_comfyui,
     }
     outputs = {by: call(0).float() for by, call in calls.items()}
-    wanted = outputs["own"] if own.loras else outputs["ComfyUI"]
-    ms = in_turns(calls, arguments.repeats, lambda _: None)
+    wanted = outputs["own" if ways.own.loras else "ComfyUI"]
+    ms = in_turns(calls, repeats, lambda _: None)
     for by, each in ms.items():
         report.add(
-            mode=own.compute,
+            mode=ways.own.compute,
             image=side,
-            loras=len(own.loras),
+            loras=len(ways.own.loras),
             by=by,
             ms=each,
             to_own=each / ms["own"],
