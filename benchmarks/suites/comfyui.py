@@ -142,6 +142,7 @@ def _measure(ways: _Ways, side: int, repeats: int, report: Report) -> None:
         "own": without_comfyui,
     }
     outputs = {by: call(0).float() for by, call in calls.items()}
+    assert torch.equal(outputs["the node"], outputs["own"])
     wanted = outputs["own" if ways.own.loras else "ComfyUI"]
     ms = in_turns(calls, repeats, lambda _: None)
     for by, each in ms.items():

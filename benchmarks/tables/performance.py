@@ -185,6 +185,12 @@ def int8_fused() -> str:
     return table(rows, ["operation"], columns)
 
 
+def add_norm() -> str:
+    columns = [Column("result in", label("{format}"), right=False)]
+    columns += [Column(each, cell(TIME_AND_SHARE, kernel=each)) for each in ("before", "now")]
+    return table(with_percent(rows_of("add-norm-h200")), ["format"], columns)
+
+
 def fused() -> str:
     columns = [
         Column("kernel", fused_kernel, right=False),
@@ -317,7 +323,7 @@ def comfyui() -> str:
     columns = [Column("image", label("{image}x{image}"), right=False)]
     columns.append(Column("LoRAs", label("{loras}")))
     columns += [Column(title, cell("{ms:.1f}", by=by)) for title, by in ways.items()]
-    columns.append(Column("the node over that", cell("{to_own:.2f}", by="the node")))
+    columns.append(Column("node / without ComfyUI", cell("{to_own:.2f}", by="the node")))
     return table(rows_of("comfyui-h200"), ["image", "loras"], columns)
 
 
@@ -399,6 +405,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "int8-errors": int8_errors,
     "int8-gemms": int8_gemms,
     "int8-fused": int8_fused,
+    "add-norm": add_norm,
     "int8-adapters": int8_adapters,
     "gemm-large": gemm_large,
     "gemm-few": gemm_few,

@@ -103,7 +103,7 @@ class KeptFactors {
 
  private:
   float kept_[Layout::kChunks][8];
-  uint32_t item_ = ~0u;  // no launch has as many
+  int64_t item_ = -1;  // none; items out of range may have any other number
 };
 
 // Writes x / root mean square * factors of a row that the block holds. `of_warp` is for the
@@ -165,7 +165,7 @@ struct NoTarget {
 };
 uint32_t blocks_for(const NoTarget& target) { return checked_count(target.rows); }
 
-// Z-Image's 3840 columns exactly.
+// Rows of up to Z-Image's 3840 columns.
 using AddedRow = RowLayout<160, 3>;
 constexpr int kBlocksPerMultiprocessor = 3;
 
@@ -278,7 +278,7 @@ void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const
   const bool addition_whole =
       detail::has_whole_chunks(x) && detail::has_whole_chunks(y) && has_whole_chunks(norm);
   const auto start = [&](const NormTask& next_task, const auto& target, bool all_whole) {
-    const auto add = [&](auto layout, auto whole) {
+    with_row_layout<AddedRow>(x.cols, all_whole, [&](auto layout, auto whole) {
       using Layout = decltype(layout);
       using Target = std::decay_t<decltype(target)>;
       const uint32_t rows = blocks_for(target);
@@ -289,10 +289,7 @@ void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const
       }
       launch(add_norm_modulate_kernel<Layout, decltype(whole)::value, Target>, blocks,
              Layout::kThreads, stream, x, y, NormTask(norm), next_task, items, eps, target, rows);
-    };
-    if (all_whole && x.cols <= AddedRow::kColumns) return add(AddedRow{}, std::true_type{});
-    if (all_whole) return add(WidestRow{}, std::true_type{});
-    add(WidestRow{}, std::false_type{});
+    });
   };
   if (!next) return start(NormTask(NormWeights{}), NoTarget{x.rows}, addition_whole);
   std::visit(

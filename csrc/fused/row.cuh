@@ -24,17 +24,18 @@ struct RowLayout {
   static __device__ int column(int chunk) { return (chunk * threads + int(threadIdx.x)) * 8; }
 };
 
-// Z-Image's 3840 columns.
+// Rows of up to 4096 columns; Z-Image's have 3840.
 using HiddenRow = RowLayout<256, 2>;
 // Takes every row.
 using WidestRow = RowLayout<512, 4>;
 static_assert(WidestRow::kColumns == kMaxFusedColumns);
 
-// Calls `function` with the layout for a row and whether its chunks are whole; on the host.
-template <typename Function>
+// Calls `function` with the layout for a row, `Narrow` if it has room, and whether its chunks are
+// whole; on the host.
+template <typename Narrow = HiddenRow, typename Function>
 void with_row_layout(int64_t cols, bool whole, Function function) {
   if (!whole) return function(WidestRow{}, std::false_type{});
-  if (cols <= HiddenRow::kColumns) return function(HiddenRow{}, std::true_type{});
+  if (cols <= Narrow::kColumns) return function(Narrow{}, std::true_type{});
   return function(WidestRow{}, std::true_type{});
 }
 

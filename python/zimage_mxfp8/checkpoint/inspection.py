@@ -171,8 +171,10 @@ def _unusable(path: str | os.PathLike[str], kind: str, error: CheckpointError) -
 
 def _sentence(path: str | os.PathLike[str], error: CheckpointError) -> str:
     """Return an error's sentence, with "it" where it begins with the file."""
-    file, _, rest = str(error).partition(str(path))
-    return str(error) if file else rest[2:] if rest.startswith(": ") else f"it{rest}"
+    sentence = str(error)
+    if sentence.startswith(f"{path} "):
+        return "it" + sentence[len(str(path)) :]
+    return sentence.removeprefix(f"{path}: ")
 
 
 def _describe(found: Identified) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,19 +118,27 @@ class NativeForward:
         """Compute with the weights as they are now; None, and why, if they cannot be used.
 
         To look at all weights takes a millisecond or two, while a GPU can compute. So what the last
-        call used is run first, and its result counts if that is still current. Its memory is there
-        in any case, because it refers to it.
+        call used is run first, and its result counts if that is still current. It refers to its
+        weights, so their memory is there until then.
         """
-        last, found = self._last, None
-        if last is not None and (x.device, x.dtype) == (last.device, last.dtype):
-            with suppress(Error):  # raised again below, if the weights are still these
-                found = compute(last)
+        found, failure = None, None
+        if self._last is not None and (x.device, x.dtype) == (self._last.device, self._last.dtype):
+            try:
+                found = compute(self._last)
+            except Exception as error:
+                failure = error.with_traceback(None)  # its frames hold the model
+        # No reference, so that the memory of what is replaced is free before its successor is made.
+        before = None if self._last is None else weakref.ref(self._last)
         self._last, reason = self._current(x)
         if self._last is None:
             return None, reason
-        if self._last is not last or found is None:
-            found = compute(self._last)
-        return found, ""
+        if before is not None and before() is self._last:
+            if failure is not None:
+                raise failure
+            if found is not None:
+                return found, ""
+        del found
+        return compute(self._last), ""
 
     def _run(
         self,

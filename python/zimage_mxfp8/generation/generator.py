@@ -618,16 +618,16 @@ class ZImageGenerator:
             where = "the VAE turned sound latents into NaN or Inf"
             raise GenerationError(where, None, f"check {self._folder.path / 'vae'}{remedy}")
         exact = [] if self._compute == "weight-only" else ['`compute="weight-only"`']
-        sounder = exact + wider
-        remedy = f", and {' or '.join(sounder)} may get around it" if sounder else ""
         added = ["its LoRAs"] if settings.loras else []
         added += ["its control image"] if settings.control_image is not None else []
-        without = f"try it without {' and '.join(added)}, or " if added else ""
+        remedies = [f"try it without {' and '.join(added)}"] if added else []
+        remedies.append(f"run zimage-mxfp8 validate {self._file} to check the file")
+        remedies += [f"try {setting}" for setting in exact + wider]
         raise GenerationError(
             f"the image of seed {settings.seed + item} became NaN or Inf in step {row} of "
             f"{last - 1} (compute {self._compute}, {self._dtype})",
             row,
-            f"{without}run zimage-mxfp8 validate {self._file} to check the file{remedy}",
+            ", or ".join(remedies),
         )
 
 

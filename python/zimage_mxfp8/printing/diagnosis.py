@@ -62,7 +62,7 @@ def _print_kernels(screen: Screen, title: str, found: Kernels, more: dict[str, s
     )
     taken |= {"transformer's compute modes": modes or "none", **more}
     taken |= {"transformer's default dtype": found.dtype}
-    screen.table(title, ["GEMM", "kernel"], [list(row) for row in taken.items()])
+    screen.table(title, ["what", "taken"], [list(row) for row in taken.items()])
     reasons = {
         **found.reasons,
         **{f"mode {mode}": why for mode, why in found.missing_modes.items()},

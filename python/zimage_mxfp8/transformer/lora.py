@@ -412,7 +412,7 @@ def check_weight(argument: str, weight: Any) -> Weight:
     """Return a weight, or weights by part of a layer's name.
 
     Raises:
-        UsageError: not a finite number, or a mapping of other things.
+        UsageError: not a number within 1e6 of 0, or a mapping of other things.
     """
     if isinstance(weight, Mapping):
         for part, value in weight.items():

@@ -417,7 +417,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         Raises:
             CheckpointError: unreadable, for another model, of a type that is not supported, or
                 damaged; the sentence names the file and the tensor, and the model is unchanged.
-            UsageError: a name that is taken, or a weight that is not a finite number.
+            UsageError: a name that is taken, or a weight that is not a number within 1e6 of 0.
             CudaError: the device has too little memory.
         """
         return self._loras.load(source, name, weight)
@@ -428,7 +428,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
         CUDA graphs stay valid, so this may be called between any two steps.
 
         Raises:
-            UsageError: no adapter of that name, or a weight that is not a finite number.
+            UsageError: no adapter of that name, or a weight that is not a number within 1e6 of 0.
         """
         self._loras.set(weights)
 

@@ -153,7 +153,7 @@ def test_decoding_gives_the_matrix_up_to_half_a_step(
 ) -> None:
     matrix = random(rows, group * blocks, torch.float32) * 2.0**exponent
     codes, scales = encode(matrix, group)
-    # The peer's smallest maximum of rows that are not rotated.
+    # The encoder takes 1e-12 for a smaller maximum of a row that is not rotated, as the peer does.
     is_small = (matrix.abs().amax(1) < 1e-12).numpy()
     assert ((np.abs(codes.astype(int)).max(1) == 127) | is_small).all()
     signs = rotation(group) / group**0.5

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from helpers.checkpoints import Tensors
-from helpers.cuda_sync import free_memory, no_waiting
+from helpers.cuda_sync import no_waiting, on_a_device_alone
 from zimage_mxfp8 import _core
 
 pytestmark = pytest.mark.gpu
@@ -143,19 +143,22 @@ def test_works_on_the_current_stream_and_in_a_graph() -> None:
         assert torch.equal(out.cpu(), want)
 
 
+@on_a_device_alone
 def test_neither_waits_nor_allocates() -> None:
     matrix = torch.randn(4096, 4096, device="cuda")
     encoded = zm.quantize(matrix)
     out = zm.dequantize(encoded, "float32")  # from now on both kernels are loaded
     codes = encoded.codes.view(torch.uint8)
-    free = free_memory()
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info()[0]
     stream = torch.cuda.current_stream().cuda_stream
     with no_waiting():
         torch.cuda._sleep(200_000_000)  # about 0.1 s of work that is in front
         _core.quantize(matrix, "float32", codes, encoded.scales, 0, stream)
         _core.dequantize(codes, encoded.scales, out, "float32", 0, stream)
         assert not torch.cuda.current_stream().query()  # returned while the device still sleeps
-    assert free_memory() == free
+    torch.cuda.synchronize()
+    assert torch.cuda.mem_get_info()[0] == free
 
 
 def test_staged_quantizer_equals_the_codec() -> None:

@@ -1,6 +1,6 @@
 """A transformer whose ranks are processes on the CPU, through gloo.
 
-The ranks of NCCL and GPUs run the same code, and were never tested.
+The ranks of NCCL and GPUs run the same code: gpu/test_ranks_cuda.py.
 """
 
 from __future__ import annotations
@@ -219,6 +219,20 @@ def test_a_rank_that_is_killed_ends_the_call(file: Path) -> None:
         model(*inputs)
     assert caught.value.problem == sentence
     wait_until(lambda: not any(map(is_running, processes)))
+
+
+def test_a_rank_that_is_killed_before_it_connects(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected = OtherRanks._connected
+
+    def kill_first(self: OtherRanks) -> object:
+        os.kill(self._parts.processes[0].program.pid, signal.SIGKILL)
+        return connected(self)
+
+    monkeypatch.setattr(OtherRanks, "_connected", kill_first)
+    with pytest.raises(zm.RankError, match=r"rank 1 \(cpu\) was ended by signal 9"):
+        load(file, 2)
 
 
 def test_a_model_that_lost_a_rank_can_be_freed(file: Path) -> None:

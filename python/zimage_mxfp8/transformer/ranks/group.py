@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -55,13 +57,20 @@ class RankGroup:
         self._device = device
         self._backend = _backend(_c10d.PrefixStore(name, store), rank, size, device)
         self._teams: dict[int, RankGroup | None] = {}
+        self._is_aborted = False
+        self._lock = threading.RLock()  # `abort` may come from a finalizer at any time
         self._aborter = _Aborter(self._backend) if device.type == "cuda" else None
 
     @classmethod
     def connect(cls, store: Path, rank: int, size: int, device: torch.device) -> RankGroup:
         """Return the group of all ranks, as soon as all have called this with the same file."""
         group = cls(_c10d.FileStore(str(store), size), rank, size, device)
-        group.broadcast_(torch.zeros(1, device=device))  # NCCL connects with the first exchange
+        try:
+            # NCCL connects with the first exchange.
+            group.broadcast_(torch.zeros(1, device=device))
+        except BaseException:
+            group.abort()
+            raise
         return group
 
     def team(self, count: int) -> RankGroup | None:
@@ -70,18 +79,22 @@ class RankGroup:
         Returns:
             None if the team has only one rank, which has nobody to exchange with.
         """
-        if count not in self._teams:
-            members = self.size // count
-            team, rank = divmod(self.rank, members)
-            name = f"team {team} of {count}"
-            self._teams[count] = (
-                self
-                if count == 1
-                else RankGroup(self._store, rank, members, self._device, name)
-                if members > 1
-                else None
-            )
-        return self._teams[count]
+        with self._lock:
+            if count not in self._teams:
+                members = self.size // count
+                team, rank = divmod(self.rank, members)
+                name = f"team {team} of {count}"
+                made = (
+                    self
+                    if count == 1
+                    else RankGroup(self._store, rank, members, self._device, name)
+                    if members > 1
+                    else None
+                )
+                self._teams[count] = made
+                if made is not None and self._is_aborted:
+                    made.abort()
+            return self._teams[count]
 
     def exchange(
         self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]
@@ -141,12 +154,16 @@ class RankGroup:
         Args:
             seconds: to wait at most until they have ended completely.
         """
-        teams = [team for team in list(self._teams.values()) if team is not None]
-        aborters = {each._aborter for each in (self, *teams) if each._aborter is not None}
+        with self._lock:
+            self._is_aborted = True
+            groups = [self, *(team for team in self._teams.values() if team is not None)]
+        aborters = {group._aborter for group in groups if group._aborter is not None}
         for aborter in aborters:
-            aborter.asked.set()
+            aborter.asked.put(None)
+        latest = time.monotonic() + seconds
         for aborter in aborters:
-            aborter.thread.join(seconds)
+            if aborter.thread is not threading.current_thread():
+                aborter.thread.join(max(0.0, latest - time.monotonic()))
 
 
 class _Aborter:
@@ -157,13 +174,14 @@ class _Aborter:
     """
 
     def __init__(self, backend: Any) -> None:
-        self.asked = threading.Event()
+        # Unlike an event, it may be used by a finalizer that interrupts its own use.
+        self.asked: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, args=[self.asked, backend], daemon=True)
         self.thread.start()
 
     @staticmethod
-    def _run(asked: threading.Event, backend: Any) -> None:
-        asked.wait()
+    def _run(asked: queue.SimpleQueue[None], backend: Any) -> None:
+        asked.get()
         backend.abort()
 
 

@@ -42,6 +42,8 @@ from .messages import (
 )
 
 _SECONDS_TO_END = 5  # for processes whose input is closed
+_SECONDS_TO_FINISH = 60  # for work that rank 0 has given to its device
+_SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_TO_NOTICE = 10  # from an error in an exchange to the end of the process that caused it
 _RUN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -108,9 +110,30 @@ class OtherRanks:
         with self._errors_of_ranks():
             self._wait_for_answers()
             self._tell(Join())
-            size, device = len(self._devices), self._devices[0]
-            self._parts.group = RankGroup.connect(self._parts.store, 0, size, device)
+            self._parts.group = self._connected()
         return self._parts.group
+
+    def _connected(self) -> RankGroup:
+        """Connect with the others, in a thread, because torch would wait for one that has died."""
+        results: queue.SimpleQueue[RankGroup | BaseException] = queue.SimpleQueue()
+        size, device = len(self._devices), self._devices[0]
+
+        def connect(store: Path) -> None:
+            try:
+                results.put(RankGroup.connect(store, 0, size, device))
+            except BaseException as error:
+                results.put(error)
+
+        threading.Thread(target=connect, args=[self._parts.store], daemon=True).start()
+        while True:
+            try:
+                result = results.get(timeout=_SECONDS_BETWEEN_LOOKS)
+            except queue.Empty:
+                self.check()
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            return result
 
     def use_graphs(self, graphs: GraphCache) -> None:
         """Take the graphs of rank 0, which are dropped before the exchanges in them end."""
@@ -276,8 +299,10 @@ class _Launched:
     def mark(self) -> None:
         """Remember what the current stream has been given until now."""
         if self._device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(self._device))
+            event = torch.cuda.Event()
+            with suppress(RuntimeError):  # of a device that has failed, which has been told
+                event.record(torch.cuda.current_stream(self._device))
+                self._event = event
 
     def wait(self, seconds: float) -> bool:
         """Wait for what was marked, without a lock and for no longer; return whether it ended."""
@@ -383,12 +408,14 @@ class _Watch:
             devices = len(self._devices)
             self.failure = f"the transformer on {devices} devices has stopped: {problem}"
             self.failure_of_others, self._error = of_others, error
-        for process in self._parts.processes:
-            process.program.kill()
-            process.answers.put(Failed(error, problem))
-        if self._parts.group is not None:
-            self._parts.group.abort()
-        self.noticed.set()
+        try:
+            for process in self._parts.processes:
+                process.program.kill()
+                process.answers.put(Failed(error, problem))
+            if self._parts.group is not None:
+                self._parts.group.abort()
+        finally:
+            self.noticed.set()
 
     def _ended(self, process: _Process) -> None:
         code = process.program.wait()
@@ -402,7 +429,7 @@ class _Watch:
 def _end(watch: _Watch, parts: _Parts) -> None:
     # Dropping a graph that still runs can wait for it while holding the interpreter's lock. If the
     # graph waits for a rank that has died, nothing could then end it.
-    has_ended = parts.launched.wait(_SECONDS_TO_END)
+    has_ended = parts.launched.wait(_SECONDS_TO_FINISH)
     watch.end()
     if parts.group is not None and not has_ended:
         parts.group.abort()
