@@ -69,12 +69,19 @@ CpuTarget require_available(CpuTarget target) {
     available += name(candidate);
   }
   throw Unsupported(std::string("CPU target \"") + name(target) +
-                    "\" is not available on this machine; available: " + available);
+                    "\" is not available on this machine: use " + available);
 }
 
 CpuTarget decide() {
   if (const char* forced = std::getenv("ZIMAGE_MXFP8_CPU"); forced && *forced) {
-    return require_available(parse(forced));
+    const std::string of_environment = ", or unset ZIMAGE_MXFP8_CPU in the environment";
+    try {
+      return require_available(parse(forced));
+    } catch (const InvalidArgument& error) {
+      throw InvalidArgument(error.what() + of_environment);
+    } catch (const Unsupported& error) {
+      throw Unsupported(error.what() + of_environment);
+    }
   }
   return available_cpu_targets().back();
 }

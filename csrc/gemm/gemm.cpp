@@ -90,7 +90,13 @@ std::string environment(const char* variable) {
 const std::string& forced_kernel() {
   static const std::string forced = [] {
     std::string asked = environment("ZIMAGE_MXFP8_GEMM_KERNEL");
-    if (!asked.empty()) find_gemm_kernel(asked);
+    if (asked.empty()) return asked;
+    try {
+      find_gemm_kernel(asked);
+    } catch (const InvalidArgument& error) {
+      throw InvalidArgument(error.what() +
+                            std::string(", or unset ZIMAGE_MXFP8_GEMM_KERNEL in the environment"));
+    }
     return asked;
   }();
   return forced;

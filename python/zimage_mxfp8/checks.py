@@ -61,7 +61,7 @@ def lora_weight(name: str, value: Any) -> float:
     number = finite_number(name, value)
     if abs(number) > _MAX_LORA_WEIGHT:
         limit = f"{_MAX_LORA_WEIGHT:,.0f}"
-        raise UsageError(name, f"must be a weight within {limit} of 0, not {number!r}")
+        raise UsageError(name, f"must be within {limit} of 0, not {number!r}")
     return number
 
 

@@ -61,6 +61,11 @@ class AdapterSummary:
     text_encoder: list[str] = field(default_factory=list)
 
     @property
+    def is_for_other_widths(self) -> bool:
+        """Whether it fits no released Z-Image, and perhaps one of other widths."""
+        return bool(self.resized) and not self.targets
+
+    @property
     def fitting(self) -> int:
         """The number of modules that fit Z-Image."""
         return sum(self.targets.values())

@@ -146,7 +146,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     adapter = None
     if found.kind is kinds.ADAPTER:
         adapter = summarise(checkpoint)
-        accepted_by, refusal = _uses_of(path)
+        accepted_by, refusal = _uses_of(path, adapter)
     else:
         accepted_by = _commands_for(found)
         refusal = "" if accepted_by else _refusal(found)
@@ -191,7 +191,7 @@ def _describe(found: Identified) -> str:
     return f"{title}, {layout} layout{prefix}"
 
 
-def _uses_of(path: str | os.PathLike[str]) -> tuple[list[str], str]:
+def _uses_of(path: str | os.PathLike[str], summary: AdapterSummary) -> tuple[list[str], str]:
     """Read an adapter; return the commands and calls that take it, and why none does."""
     magnitudes: list[tuple[int, ...]] = []
     try:
@@ -201,6 +201,8 @@ def _uses_of(path: str | os.PathLike[str]) -> tuple[list[str], str]:
             if magnitude is not None:
                 magnitudes.append(magnitude.shape)
     except CheckpointError as error:
+        if summary.is_for_other_widths:
+            error = CheckpointError(error.problem, "use it with a Z-Image of its widths")
         return [], _sentence(path, error)
     if any(columns != 1 for _, columns in magnitudes):
         return [_MERGING], ""

@@ -48,15 +48,15 @@ def check_target_folder(target: Path, own: Collection[str], *, overwrite: bool) 
     if not final.exists():
         return
     if not final.is_dir():
-        raise OutputError(f"the output {target} is a file; name a folder")
+        raise OutputError(f"the output {target} is a file; move it away, or name another folder")
     try:
         found = sorted(path.name for path in final.iterdir())
     except OSError as error:
         raise _failure(target, error) from None
     if others := [name for name in found if name not in own]:
         raise OutputError(
-            f"the output {target} has other content ({others[0]}), which would be lost; name "
-            "another folder"
+            f"the output {target} has other content ({others[0]}), which would be lost; move it "
+            "away, or name another folder"
         )
     if found and not overwrite:
         raise target_exists(target)

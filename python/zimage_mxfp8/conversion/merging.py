@@ -125,11 +125,21 @@ class Merge:
         self.notes: list[str] = []
         for path, weight in loras:
             self._add(path, weight, open_adapter(path, shapes))
+        self._weights: dict[str, float] = {}  # of a file that comes several times, their sum
+        for path, weight in loras:
+            self._weights[str(path)] = self._weights.get(str(path), 0.0) + weight
+        self.warnings += [
+            f"{path} changes nothing: its weights add up to 0"
+            for path, weight in self._weights.items()
+            if weight == 0
+        ]
 
     @property
     def changed(self) -> int:
         """The number of tensors that the adapters change."""
-        return len(self._parts)
+        return sum(
+            any(self._weights[part.file.label] for part in parts) for parts in self._parts.values()
+        )
 
     def _add(self, path: Path, weight: float, file: AdapterFile) -> None:
         kinds: Counter[str] = Counter()

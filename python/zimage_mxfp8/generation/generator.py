@@ -614,13 +614,14 @@ class ZImageGenerator:
             where = "the text encoder gave NaN or Inf for the prompt"
             place = self._folder.path / "text_encoder"
             raise GenerationError(where, 0, f"check {place}{remedy}")
-        if row == last:
-            where = "the VAE turned sound latents into NaN or Inf"
-            raise GenerationError(where, None, f"check {self._folder.path / 'vae'}{remedy}")
-        exact = [] if self._compute == "weight-only" else ['`compute="weight-only"`']
         added = ["its LoRAs"] if settings.loras else []
         added += ["its control image"] if settings.control_image is not None else []
         remedies = [f"try it without {' and '.join(added)}"] if added else []
+        if row == last:
+            where = "the VAE turned finite latents into NaN or Inf"
+            remedies.append(f"check {self._folder.path / 'vae'}{remedy}")
+            raise GenerationError(where, None, ", or ".join(remedies))
+        exact = [] if self._compute == "weight-only" else ['`compute="weight-only"`']
         remedies.append(f"run zimage-mxfp8 validate {self._file} to check the file")
         remedies += [f"try {setting}" for setting in exact + wider]
         raise GenerationError(

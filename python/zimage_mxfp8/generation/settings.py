@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..checks import finite_number, image_source, lora_weight, path, text, whole_number
 from ..errors import UsageError
@@ -144,7 +145,7 @@ class GenerationSettings:
                 object.__setattr__(self, name, check(name, value))
         if not isinstance(self.loras, (list, tuple)):
             raise UsageError("loras", "must be a list of pairs of a file and a weight")
-        object.__setattr__(self, "loras", tuple(_check_lora(each) for each in self.loras))
+        object.__setattr__(self, "loras", _check_loras(self.loras))
 
     def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:
         """Return these settings with every open value filled in.
@@ -171,11 +172,26 @@ class GenerationSettings:
         )
 
 
-def _check_lora(pair: object) -> tuple[Path, float]:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise UsageError("loras", "must be pairs of a file and a weight")
-    file, weight = pair
-    return path("loras", file), lora_weight("loras", weight)
+def _check_loras(pairs: Sequence[object]) -> tuple[tuple[Path, float], ...]:
+    """Return files with their weights, of which also the sum for a file is a weight."""
+    checked = []
+    sums: dict[Path, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise UsageError("loras", "must be pairs of a file and a weight")
+        file = path("loras", pair[0])
+        weight = _lora_weight(file, pair[1])
+        place = file.resolve()
+        sums[place] = _lora_weight(file, sums.get(place, 0.0) + weight)
+        checked.append((file, weight))
+    return tuple(checked)
+
+
+def _lora_weight(file: Path, weight: Any) -> float:
+    try:
+        return lora_weight("weight", weight)
+    except UsageError as error:
+        raise UsageError("loras", f"has a weight for {file} that {error.problem}") from None
 
 
 def draw_seed() -> int:

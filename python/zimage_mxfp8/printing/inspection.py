@@ -45,7 +45,9 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
     if found.accepted_by:
         screen.text(f"accepted by {', '.join(found.accepted_by)}")
     elif found.refusal:
-        screen.text(f"no command takes it: {found.refusal}")
+        is_for_others = found.adapter is not None and found.adapter.is_for_other_widths
+        model = " with the released Z-Image" if is_for_others else ""
+        screen.text(f"no command takes it{model}: {found.refusal}")
     for key, value in found.metadata.items():
         end = "..." if len(value) > _LONGEST_VALUE else ""
         screen.text(f"metadata {key}: {value[:_LONGEST_VALUE]}{end}")
@@ -67,7 +69,7 @@ def _print_adapter(adapter: AdapterSummary, screen: Screen) -> None:
     if adapter.targets:
         rows = [[title, f"{count:,}"] for title, count in adapter.targets.items()]
         screen.table("Fits Z-Image", ["layer", "modules>"], rows)
-    elif adapter.resized:
+    elif adapter.is_for_other_widths:
         screen.text("fits no released Z-Image, perhaps one of other widths")
     for name, problem in list(adapter.misfits.items())[:_MAX_SHOWN]:
         screen.text(f'does not fit: "{name}" {problem}')

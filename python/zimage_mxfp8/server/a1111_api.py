@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 import threading
 from decimal import Decimal
@@ -27,7 +28,7 @@ from .openai_api import MAX_IMAGES, MAX_PROMPT
 from .request_errors import invalid
 from .service import Service
 
-_LORA = re.compile(r"<lora:([^:<>]{1,255})(?::([-+.\d]{1,20}))?(?::[^<>]{0,100})?>")
+_LORA = re.compile(r"<lora:([^:<>]{1,255})(?::([^:<>]{0,100}))?(?::[^<>]{0,100})?>")
 _SAMPLER, _SCHEDULER = "Euler", "Simple"
 _STRENGTH = 0.75  # of image to image, as there
 # Of arguments of `GenerationSettings`.
@@ -257,12 +258,12 @@ def _without_loras(service: Service, prompt: str) -> tuple[str, list[Any]]:
         try:
             number = float(weight or 1)
         except ValueError:
-            raise invalid("prompt", f'has a LoRA with the weight "{weight}"') from None
+            number = math.nan
         if not abs(number) <= MAX_WEIGHT:
             raise invalid(
                 "prompt",
-                f'has the LoRA "{name.strip()}" with the weight {weight}; weights are '
-                f"-{MAX_WEIGHT} to {MAX_WEIGHT}",
+                f'has the LoRA "{name.strip()}" with the weight "{weight}"; weights are numbers '
+                f"from -{MAX_WEIGHT} to {MAX_WEIGHT}",
             )
         loras.append((name.strip(), number))
     return _LORA.sub("", prompt).strip() if loras else prompt, service.loras.find(loras)

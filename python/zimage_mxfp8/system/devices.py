@@ -184,7 +184,7 @@ def first_gpus(count: int) -> list[torch.device]:
     if count > found:
         raise UnsupportedError(
             f"{count} GPUs are asked for, and torch finds {found}",
-            "ask for no more than that" if found else "ask for none",
+            "ask for no more than that" if found else "leave `gpus` out to draw on the CPU",
         )
     return [torch.device("cuda", index) for index in range(count)]
 

@@ -235,8 +235,10 @@ def test_wrong_usage(folder: Path, tmp_path: Path, capsys) -> None:
             zm.ConversionOptions(loras=loras)  # type: ignore[arg-type]
         with pytest.raises(zm.UsageError, match="loras"):
             zm.merge_loras(folder, output, loras)  # type: ignore[arg-type]
-    with pytest.raises(zm.UsageError, match="loras must be a weight within 1,000,000 of 0"):
+    with pytest.raises(zm.UsageError, match="that must be within 1,000,000 of 0"):
         zm.GenerationSettings("a", loras=[(adapter, -1e7)])
+    with pytest.raises(zm.UsageError, match=r"a\.safetensors that must be within 1,000,000 of 0"):
+        zm.GenerationSettings("a", loras=[(adapter, 6e5), (str(adapter), 6e5)])
     with pytest.raises(zm.UsageError, match="loras"):
         zm.merge_loras(folder, output, [])
     other = {"blocks.0.self_attn.q.weight": torch.ones(64, 64)}

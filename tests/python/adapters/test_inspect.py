@@ -157,8 +157,9 @@ def test_an_adapter_for_a_model_of_other_widths(tmp_path: Path, capsys) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     assert "fits no released Z-Image, perhaps one of other widths" in shown
     assert (
-        'no command takes it: the adapter of "transformer.layers.0.attention.to_q" is for a layer '
-        "of 256 x 256, not 3840 x 3840; use it with the model that it was trained for"
+        "no command takes it with the released Z-Image: the adapter of "
+        '"transformer.layers.0.attention.to_q" is for a layer of 256 x 256, not 3840 x 3840; use '
+        "it with a Z-Image of its widths"
     ) in shown
 
 

@@ -280,6 +280,17 @@ def test_the_file_and_the_report_say_what_was_merged(
     assert f"{digest[:12]} at -0.5" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("weights", [[0.0], [1.0, -1.0]])
+def test_weights_that_add_up_to_0(
+    source: Path, several, weights: list[float], tmp_path: Path
+) -> None:
+    adapter = several[0][0][0]
+    loras = [(adapter, weight) for weight in weights]
+    report = zm.merge_loras(source, tmp_path / "out.safetensors", loras)
+    assert report.changed == 0
+    assert f"{adapter} changes nothing: its weights add up to 0" in report.warnings
+
+
 def test_validate_against_the_original(
     source: Path, several, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

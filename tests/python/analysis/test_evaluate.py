@@ -613,7 +613,7 @@ def test_prompts_with_a_mark_and_other_line_ends(tmp_path: Path) -> None:
         (("--transformer", "none.safetensors"), 1, "none.safetensors does not exist"),
         (("--against", "p.txt"), 1, "p.txt"),
         (("-o", "none/out"), 1, "for none/out does not exist; create it first"),
-        (("-o", "p.txt"), 1, "the output p.txt is a file; name a folder"),
+        (("-o", "p.txt"), 1, "the output p.txt is a file; move it away, or name another folder"),
     ],
 )
 def test_bad_options(

@@ -114,7 +114,7 @@ def test_bad_targets(tmp_path: Path) -> None:
         (tmp_path / "none" / "out", "does not exist; create it first"),
         (tmp_path / "file" / "out", "for .* is a file; choose another"),
         (tmp_path / "file" / "a" / "out", f"does not exist, and {tmp_path / 'file'} is a file"),
-        (tmp_path / "file", "is a file; name a folder"),
+        (tmp_path / "file", "is a file; move it away, or name another folder"),
     ):
         with pytest.raises(OutputError, match=problem):
             check_target_folder(target, OWN, overwrite=True)

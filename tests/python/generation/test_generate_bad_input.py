@@ -709,7 +709,7 @@ def test_first_bad_step_and_picture_are_named(
     ("part", "method", "step", "sentence"),
     [
         (TextEncoder, "encode", 0, "the text encoder gave NaN or Inf for the prompt"),
-        (VAE, "decode", None, "the VAE turned sound latents into NaN or Inf"),
+        (VAE, "decode", None, "the VAE turned finite latents into NaN or Inf"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

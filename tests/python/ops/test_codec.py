@@ -491,6 +491,7 @@ def test_unknown_target_in_the_environment() -> None:
     )
     result = run_python(code, ZIMAGE_MXFP8_CPU="sse9")
     assert 'unknown CPU target "sse9"' in result.stdout
+    assert "or unset ZIMAGE_MXFP8_CPU in the environment" in result.stdout
 
 
 def test_converting_imports_no_torch(small_file: Path, tmp_path: Path) -> None:

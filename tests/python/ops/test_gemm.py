@@ -424,6 +424,7 @@ def test_the_environment_logs_and_forces_choices() -> None:
     assert 'InvalidArgumentError: unknown GEMM kernel "fastest": use one of mxfp8_sm100' in (
         result.stderr
     )
+    assert "or unset ZIMAGE_MXFP8_GEMM_KERNEL in the environment" in result.stderr
 
 
 def test_overlapping_memory_is_refused() -> None:

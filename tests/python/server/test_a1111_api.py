@@ -81,11 +81,12 @@ def test_loras_in_the_prompt(serve: Serve, engine: StubEngine, tmp_path: Path) -
     assert answer.json()["detail"] == 'there is no LoRA "oil"; there are ink wash'
     answer = client.post(TEXT, json={"prompt": "<lora:ink wash:.-.>"})
     assert 'the weight ".-."' in answer.json()["detail"]
-    for weight in ("99999999999999999999", "-100.1"):
+    for weight in ("99999999999999999999", "-100.1", "1e7", "0,5", "nan", "te=0.5"):
         answer = client.post(TEXT, json={"prompt": f"<lora:ink wash:{weight}>"})
         assert answer.status_code == 400
         assert answer.json()["detail"] == (
-            f'prompt has the LoRA "ink wash" with the weight {weight}; weights are -100 to 100'
+            f'prompt has the LoRA "ink wash" with the weight "{weight}"; weights are numbers from '
+            "-100 to 100"
         )
     assert len(engine.drawn) == 1
     assert client.post(TEXT, json={"prompt": "<lora:ink wash:-100>"}).status_code == 200

@@ -142,7 +142,9 @@ def test_the_server_draws_on_after_an_image_that_is_nan(
     with monkeypatch.context() as patch:
         decode = vae.decode
         patch.setattr(vae, "decode", lambda latents: decode(latents) * float("nan"))
-        with pytest.raises(openai.InternalServerError, match="the VAE turned sound latents") as bad:
+        with pytest.raises(
+            openai.InternalServerError, match="the VAE turned finite latents"
+        ) as bad:
             client.images.generate(prompt=PROMPT, extra_body={"steps": 1})
         assert bad.value.code == "not_finite" and str(FOLDER) not in str(bad.value)
     assert client.images.generate(prompt=PROMPT, extra_body={"steps": 1}).data
