@@ -174,6 +174,10 @@ constexpr int kBlocksPerMultiprocessor = 3;
 template <typename Layout>
 inline constexpr bool kTakesTurns = std::is_same_v<Layout, AddedRow>;
 
+template <typename Target>
+inline constexpr bool kIsEncoded =
+    !std::is_same_v<Target, MatrixView> && !std::is_same_v<Target, NoTarget>;
+
 template <typename Layout, bool whole, typename Target>
 __global__ void __launch_bounds__(Layout::kThreads,
                                   kTakesTurns<Layout> ? kBlocksPerMultiprocessor : 1)
@@ -278,9 +282,11 @@ void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const
   const bool addition_whole =
       detail::has_whole_chunks(x) && detail::has_whole_chunks(y) && has_whole_chunks(norm);
   const auto start = [&](const NormTask& next_task, const auto& target, bool all_whole) {
-    with_row_layout<AddedRow>(x.cols, all_whole, [&](auto layout, auto whole) {
+    using Target = std::decay_t<decltype(target)>;
+    // Results in BF16 are limited by the memory, and gain nothing from turns.
+    using Narrow = std::conditional_t<kIsEncoded<Target>, AddedRow, HiddenRow>;
+    with_row_layout<Narrow>(x.cols, all_whole, [&](auto layout, auto whole) {
       using Layout = decltype(layout);
-      using Target = std::decay_t<decltype(target)>;
       const uint32_t rows = blocks_for(target);
       uint32_t blocks = rows;
       if (kTakesTurns<Layout>) {
