@@ -167,20 +167,26 @@ uint32_t blocks_for(const NoTarget& target) { return checked_count(target.rows);
 
 // Rows of up to Z-Image's 3840 columns.
 using AddedRow = RowLayout<160, 3>;
-constexpr int kBlocksPerMultiprocessor = 3;
 
 // Whether blocks take several rows one after another, and load the next one meanwhile. Wider rows
 // leave no registers for it.
 template <typename Layout>
 inline constexpr bool kTakesTurns = std::is_same_v<Layout, AddedRow>;
 
+// Blocks for which a multiprocessor has registers.
+template <typename Layout>
+inline constexpr int kResidentBlocks = 1;
+template <>
+inline constexpr int kResidentBlocks<AddedRow> = 3;
+template <>
+inline constexpr int kResidentBlocks<HiddenRow> = 5;
+
 template <typename Target>
 inline constexpr bool kIsEncoded =
     !std::is_same_v<Target, MatrixView> && !std::is_same_v<Target, NoTarget>;
 
 template <typename Layout, bool whole, typename Target>
-__global__ void __launch_bounds__(Layout::kThreads,
-                                  kTakesTurns<Layout> ? kBlocksPerMultiprocessor : 1)
+__global__ void __launch_bounds__(Layout::kThreads, kResidentBlocks<Layout>)
     add_norm_modulate_kernel(const MatrixView x, const ConstMatrixView y, const NormTask norm,
                              const NormTask next, Items items, float eps, const Target target,
                              const uint32_t rows) {
@@ -290,7 +296,7 @@ void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const
       const uint32_t rows = blocks_for(target);
       uint32_t blocks = rows;
       if (kTakesTurns<Layout>) {
-        const int resident = multiprocessors(current_device()) * kBlocksPerMultiprocessor;
+        const int resident = multiprocessors(current_device()) * kResidentBlocks<Layout>;
         blocks = std::min(rows, static_cast<uint32_t>(resident));
       }
       launch(add_norm_modulate_kernel<Layout, decltype(whole)::value, Target>, blocks,
