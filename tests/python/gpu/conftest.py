@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import zimage_mxfp8 as zm
 from helpers.diffusers_reference import make_reference
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _share_of_the_cores() -> None:
+    """Let the processes of pytest-xdist share the cores, on which references are computed."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 @pytest.fixture(scope="module")
