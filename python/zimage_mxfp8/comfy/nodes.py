@@ -92,8 +92,8 @@ class SpeedUp:
     FUNCTION = "apply"
     CATEGORY = _CATEGORY
     DESCRIPTION = (
-        "Runs the whole transformer of Z-Image on MXFP8 blocks. Put it behind Load Diffusion Model "
-        "and behind the LoRA nodes, whose LoRAs then stay exact."
+        "Runs the whole transformer of Z-Image on MXFP8 blocks. Put it after Load Diffusion Model "
+        "and after the LoRA nodes, whose LoRAs then stay exact."
     )
 
     @classmethod
@@ -114,7 +114,7 @@ class Load:
     CATEGORY = _CATEGORY
     DESCRIPTION = (
         "Loads a Z-Image file, in MXFP8, INT8 ConvRot or plain, without dynamic VRAM. Put the LoRA "
-        "nodes and the speed-up behind it."
+        "nodes and the speed-up after it."
     )
 
     @classmethod
