@@ -306,9 +306,11 @@ class _Launched:
 
     def wait(self, seconds: float) -> bool:
         """Wait for what was marked, without a lock and for no longer; return whether it ended."""
+        if self._event is None or torch.cuda.is_current_stream_capturing():
+            return True  # a finalizer may run in another model's capture, which a query would end
         latest = time.monotonic() + seconds
         with suppress(RuntimeError):  # an error of the device has ended it
-            while self._event is not None and not self._event.query():
+            while not self._event.query():
                 if time.monotonic() > latest:
                     return False
                 time.sleep(0.001)
