@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import zipfile
@@ -100,7 +101,7 @@ def _kind_of(path: Path, head: bytes, size: int) -> Kind | None:
         return kinds.HTML
     if start.startswith(b"{") and head[:1] in b"\xef {\t\r\n" and not _is_safetensors(head):
         return _json_kind(path, size)
-    if size < _HEAD and _is_text(head):
+    if _is_text(head):
         return kinds.TEXT_FILE
     return None
 
@@ -131,7 +132,8 @@ def _json_kind(path: Path, size: int) -> Kind:
 
 def _is_text(head: bytes) -> bool:
     try:
-        text = head.decode("utf-8")
+        # The last character may be cut.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
     return all(c.isprintable() or c in "\r\n\t" for c in text)

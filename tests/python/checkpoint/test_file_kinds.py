@@ -330,6 +330,11 @@ KINDS: dict[str, tuple[Make, str, str]] = {
         "is a text file",
         "download the model's file",
     ),
+    "a long text": (  # a character is cut where the look at it ends
+        written(b"a" + "é".encode() * 5000),
+        "is a text file",
+        "download the model's file",
+    ),
     "empty file": (written(b""), "is empty", "download it again"),
     "dangling link": (linked, "is a link to gone.safetensors, which does not exist", "restore"),
     "link to itself": (
