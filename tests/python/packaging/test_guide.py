@@ -182,12 +182,10 @@ def test_lora(turbo: Path) -> None:
     for name in ("style", "detail"):
         save_file(write_pairs(layers, *dialect).tensors, turbo / f"{name}.safetensors")
     on_its_own, in_pipelines = blocks(GUIDE / "lora.md", "python")
-    pipeline = in_pipelines.replace("transformer=model", "transformer=model, dtype=torch.bfloat16")
-    small = pipeline.replace("guidance_scale", "height=64, width=64, guidance_scale")
-    assert small != pipeline
-    needed = "import torch"
+    small = in_pipelines.replace("guidance_scale", "height=64, width=64, guidance_scale")
+    assert small != in_pipelines
     clean = "for name in list(model.loras): model.unload_lora(name)"
-    block = "\n".join([needed, on_its_own, clean, small, "print(image.size)"])
+    block = "\n".join([on_its_own, clean, small, "print(image.size)"])
     assert run_in_python(block, turbo).splitlines()[-1] == "(64, 64)"
 
 
