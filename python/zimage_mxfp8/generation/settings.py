@@ -173,7 +173,7 @@ class GenerationSettings:
 
 
 def _check_loras(pairs: Sequence[object]) -> tuple[tuple[Path, float], ...]:
-    """Return files with their weights, of which also the sum for a file is a weight."""
+    """Return files with their weights; those of one file must also be valid when added up."""
     checked = []
     sums: dict[Path, float] = {}
     for pair in pairs:
@@ -181,7 +181,7 @@ def _check_loras(pairs: Sequence[object]) -> tuple[tuple[Path, float], ...]:
             raise UsageError("loras", "must be pairs of a file and a weight")
         file = path("loras", pair[0])
         weight = _lora_weight(file, pair[1])
-        place = file.resolve()
+        place = file.absolute()
         sums[place] = _lora_weight(file, sums.get(place, 0.0) + weight)
         checked.append((file, weight))
     return tuple(checked)

@@ -217,6 +217,13 @@ def test_what_cannot_be_merged_into_the_weights(folder: Path, tmp_path: Path, ca
             only(tmp_path, "a.safetensors", "zero")
 
 
+def test_settings_take_a_link_to_itself(tmp_path: Path) -> None:
+    """Reading it tells what is wrong."""
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop.name)
+    assert zm.GenerationSettings("a", loras=[(loop, 1)]).loras == ((loop, 1.0),)
+
+
 def test_wrong_usage(folder: Path, tmp_path: Path, capsys) -> None:
     save_file(pair(), tmp_path / "a.safetensors")
     adapter, output = tmp_path / "a.safetensors", tmp_path / "out.safetensors"
