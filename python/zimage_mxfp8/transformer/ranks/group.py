@@ -154,6 +154,8 @@ class RankGroup:
         Args:
             seconds: to wait at most until they have ended completely.
         """
+        if self._aborter is None:
+            return
         with self._lock:
             self._is_aborted = True
             groups = [self, *(team for team in self._teams.values() if team is not None)]
