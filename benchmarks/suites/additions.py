@@ -74,9 +74,7 @@ def in_turns(
     times: dict[str, list[float]] = {name: [] for name in calls}
     ways = list(calls.items())
     for turn in range(repeats + 3):
-        first = turn % len(
-            ways
-        )  # what runs behind another finds the device as warm as that left it
+        first = turn % len(ways)  # each way leaves the device at other clocks for the next
         for name, call in (*ways[first:], *ways[:first]):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             prepare(turn)

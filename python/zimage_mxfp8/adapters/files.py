@@ -26,7 +26,7 @@ from .targets import Target, Targets
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 _INTEGERS = {"I64": "int64", "I32": "int32"}
 _ARRAY_DTYPES = ("float64", "float32", "float16", "bfloat16")
-_MAX_AXES, _MAX_SIDE = 8, 1 << 31  # of a tensor; those of adapters are far smaller
+_MAX_AXES, _MAX_SIDE = 8, 1 << 31  # far beyond the tensors of any adapter
 # VideoX-Fun's trainer writes alpha 0 for "the rank".
 _ZERO_ALPHA_IS_RANK = "lora_unet__"
 

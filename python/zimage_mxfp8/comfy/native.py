@@ -137,7 +137,6 @@ class NativeForward:
                 raise failure
             if found is not None:
                 return found, ""
-        del found
         return compute(self._last), ""
 
     def _run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,9 @@ class Merge:
         self.notes: list[str] = []
         for path, weight in loras:
             self._add(path, weight, open_adapter(path, shapes))
-        self._weights: dict[str, float] = {}  # of a file that comes several times, their sum
-        for path, weight in loras:
-            self._weights[str(path)] = self._weights.get(str(path), 0.0) + weight
         self.warnings += [
             f"{path} changes nothing: its weights add up to 0"
-            for path, weight in self._weights.items()
+            for path, weight in _added_up((a.path, a.weight) for a in self.adapters).items()
             if weight == 0
         ]
 
@@ -138,7 +135,8 @@ class Merge:
     def changed(self) -> int:
         """The number of tensors that the adapters change."""
         return sum(
-            any(self._weights[part.file.label] for part in parts) for parts in self._parts.values()
+            any(_added_up((part.file.label, part.weight) for part in parts).values())
+            for parts in self._parts.values()
         )
 
     def _add(self, path: Path, weight: float, file: AdapterFile) -> None:
@@ -279,6 +277,14 @@ def _with_norms(change: Change, tensor: SourceTensor, reader: TensorReader) -> C
         (row, _read_rows(reader, tensor, row, min(row + BLOCK, end)))
         for row in range(begin, end, BLOCK)
     )
+
+
+def _added_up(weights: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return the sum of the weights of each file, which may come several times."""
+    sums: dict[str, float] = {}
+    for file, weight in weights:
+        sums[file] = sums.get(file, 0.0) + weight
+    return sums
 
 
 def _first(names: Sequence[str]) -> str:

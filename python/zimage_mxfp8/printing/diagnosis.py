@@ -60,8 +60,11 @@ def _print_kernels(screen: Screen, title: str, found: Kernels, more: dict[str, s
     modes = ", ".join(
         f"{mode} (auto)" if mode == found.compute[0] else mode for mode in found.compute
     )
-    taken |= {"transformer's compute modes": modes or "none", **more}
-    taken |= {"transformer's default dtype": found.dtype}
+    taken |= {
+        "transformer's compute modes": modes or "none",
+        **more,
+        "transformer's default dtype": found.dtype,
+    }
     screen.table(title, ["what", "taken"], [list(row) for row in taken.items()])
     reasons = {
         **found.reasons,
