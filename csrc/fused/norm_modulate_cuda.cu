@@ -49,6 +49,9 @@ __device__ float gate_tanh(float x) {
   return fabsf(x) < 0x1p-4f ? small : large;
 }
 
+// Rows of up to Z-Image's 3840 columns. Kernels of this file share it, because it orders the sums.
+using NormRow = RowLayout<160, 3>;
+
 // RMSNorm's weights for the rows of an item, combined with the item's modulation.
 template <typename Layout, bool whole, typename Combine>
 struct Factors {
@@ -165,25 +168,16 @@ struct NoTarget {
 };
 uint32_t blocks_for(const NoTarget& target) { return checked_count(target.rows); }
 
-// Rows of up to Z-Image's 3840 columns.
-using AddedRow = RowLayout<160, 3>;
-
 // Whether blocks take several rows one after another, and load the next one meanwhile. Wider rows
 // leave no registers for it.
 template <typename Layout>
-inline constexpr bool kTakesTurns = std::is_same_v<Layout, AddedRow>;
+inline constexpr bool kTakesTurns = std::is_same_v<Layout, NormRow>;
 
 // Blocks for which a multiprocessor has registers.
 template <typename Layout>
 inline constexpr int kResidentBlocks = 1;
 template <>
-inline constexpr int kResidentBlocks<AddedRow> = 3;
-template <>
-inline constexpr int kResidentBlocks<HiddenRow> = 5;
-
-template <typename Target>
-inline constexpr bool kIsEncoded =
-    !std::is_same_v<Target, MatrixView> && !std::is_same_v<Target, NoTarget>;
+inline constexpr int kResidentBlocks<NormRow> = 3;
 
 template <typename Layout, bool whole, typename Target>
 __global__ void __launch_bounds__(Layout::kThreads, kResidentBlocks<Layout>)
@@ -272,7 +266,7 @@ void norm_modulate_cuda(const ConstMatrixView& x, const NormWeights& norm, Items
       [&](const auto& target) {
         const bool all_whole = detail::has_whole_chunks(x) && has_whole_chunks(norm) &&
                                detail::has_whole_chunks(target);
-        with_row_layout(x.cols, all_whole, [&](auto layout, auto whole) {
+        with_row_layout<NormRow>(x.cols, all_whole, [&](auto layout, auto whole) {
           using Layout = decltype(layout);
           using Target = std::decay_t<decltype(target)>;
           launch(norm_modulate_kernel<Layout, decltype(whole)::value, Target>, blocks_for(target),
@@ -289,9 +283,7 @@ void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const
       detail::has_whole_chunks(x) && detail::has_whole_chunks(y) && has_whole_chunks(norm);
   const auto start = [&](const NormTask& next_task, const auto& target, bool all_whole) {
     using Target = std::decay_t<decltype(target)>;
-    // Results in BF16 are limited by the memory, and gain nothing from turns.
-    using Narrow = std::conditional_t<kIsEncoded<Target>, AddedRow, HiddenRow>;
-    with_row_layout<Narrow>(x.cols, all_whole, [&](auto layout, auto whole) {
+    with_row_layout<NormRow>(x.cols, all_whole, [&](auto layout, auto whole) {
       using Layout = decltype(layout);
       const uint32_t rows = blocks_for(target);
       uint32_t blocks = rows;
