@@ -28,7 +28,7 @@ from ..transformer.compute import Compute, choose
 from ..transformer.control import ZImageControlNet
 from ..transformer.floating_dtype import as_dtype, default_dtype, name_of
 from ..transformer.model import ZImageTransformer
-from ..transformer.ranks.devices import check_ranks, rank_devices
+from ..transformer.ranks.devices import rank_devices
 from .components import MAX_TOKENS, VAE, TextEncoder, load_scheduler
 from .controlled import ControlledTransformer
 from .folder import open_model_folder
@@ -220,7 +220,6 @@ class ZImageGenerator:
         self._devices = rank_devices(device, devices)
         self._device = self._devices[0]
         self._dtype = name_of(given or default_dtype(self._device))
-        check_ranks(len(self._devices), parts.transformer.config)
         index = core_index(self._device)
         self._compute = choose(compute, index, parts.transformer.weights)
         if parts.controlnet is not None:

@@ -54,18 +54,40 @@ def attend(qkv: torch.Tensor, heads: int, lengths: Sequence[int]) -> torch.Tenso
         [M, heads * 128].
     """
     parts = qkv.unflatten(1, (3, heads, HEAD_DIM))
-    if all(length == lengths[0] for length in lengths):
-        return _attend(parts.unflatten(0, (len(lengths), lengths[0]))).flatten(0, 1)
-    return torch.cat([_attend(part[None])[0] for part in parts.split(list(lengths))])
+    return attend_rows(parts[:, 0], parts[:, 1:], lengths, lengths)
 
 
-def _attend(parts: torch.Tensor) -> torch.Tensor:
-    """Compute attention of [B, S, 3, heads, 128]: [B, S, heads * 128]."""
-    q, k, v = parts.permute(2, 0, 3, 1, 4)
-    if not parts.is_cuda:
+def attend_rows(
+    q: torch.Tensor, kv: torch.Tensor, rows: Sequence[int], lengths: Sequence[int]
+) -> torch.Tensor:
+    """Compute rows of the softmax attention of each item over its own tokens.
+
+    Args:
+        q: [M, heads, 128], M the sum of `rows`.
+        kv: [N, 2, heads, 128], keys and values, N the sum of `lengths`.
+        rows: rows of each item; items follow one another.
+        lengths: tokens of each item.
+
+    Returns:
+        [M, heads * 128].
+    """
+    items = len(lengths)
+    if len(set(rows)) == 1 and len(set(lengths)) == 1 and rows[0]:
+        q, kv = q.unflatten(0, (items, rows[0])), kv.unflatten(0, (items, lengths[0]))
+        return _attend(q, kv).flatten(0, 1)
+    parts = zip(q.split(list(rows)), kv.split(list(lengths)), strict=True)
+    attended = [_attend(of_q[None], of_kv[None])[0] for of_q, of_kv in parts if len(of_q)]
+    return torch.cat(attended) if attended else q.new_empty(0, q.shape[1] * HEAD_DIM)
+
+
+def _attend(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    """Compute attention of [B, M, heads, 128] to [B, N, 2, heads, 128]: [B, M, heads * 128]."""
+    q = q.transpose(1, 2)
+    k, v = kv.permute(2, 0, 3, 1, 4)
+    if not q.is_cuda:
         out = F.scaled_dot_product_attention(q, k, v)
     else:
-        backends = _BACKENDS if has_cudnn_attention(parts.device) else _BACKENDS[1:]
+        backends = _BACKENDS if has_cudnn_attention(q.device) else _BACKENDS[1:]
         with sdpa_kernel(backends, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)

@@ -15,7 +15,7 @@ from .attention import attend
 from .epilogue import RotateHeads, SiluMultiply
 from .linear import Linear
 from .ops import Activation
-from .ranks.ulysses import attend_across
+from .ranks.attention import attend_across
 from .sequence import Segment
 
 

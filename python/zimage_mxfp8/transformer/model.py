@@ -49,7 +49,7 @@ from .lora import Lora, LoraSet, Weight
 from .model_file import open_model
 from .peft_methods import PeftMethods
 from .places import LinearPlace, linear_places, norm_places
-from .ranks.devices import check_ranks, rank_devices
+from .ranks.devices import rank_devices
 from .ranks.division import divide
 from .ranks.group import RankGroup
 from .ranks.loras import SharedLoraSet
@@ -226,7 +226,6 @@ class ZImageTransformer(PeftMethods, nn.Module):
         given = None if dtype is None else as_dtype(dtype)
         file = open_model(file_or_folder("path", path))
         places = rank_devices(device, devices)
-        check_ranks(len(places), file.config)
         place = places[0]
         chosen = given or default_dtype(place)
         mode = choose(compute, core_index(place), file.weights)

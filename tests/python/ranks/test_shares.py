@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_mxfp8.transformer.attention import attend
+from zimage_mxfp8.transformer.ranks.attention import attend_across
 from zimage_mxfp8.transformer.ranks.division import divide
 from zimage_mxfp8.transformer.ranks.shares import Shares, even, overlaps
-from zimage_mxfp8.transformer.ranks.ulysses import attend_across
 from zimage_mxfp8.transformer.sequence import Shape, layout_of
 
 SHAPES = st.lists(
@@ -104,21 +104,22 @@ class Thread:
         self.rank, self.size = rank, size
         self._barrier, self._table = barrier, table
 
-    def exchange(
-        self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]
-    ) -> torch.Tensor:
-        self._table[self.rank] = x.split(list(sent))
-        self._barrier.wait()
-        parts = [of_rank[self.rank] for of_rank in self._table]
-        self._barrier.wait()
-        assert [len(part) for part in parts] == list(received)
-        return torch.cat(parts)
+    def gather_each(
+        self, parts: Sequence[torch.Tensor], counts: Sequence[int]
+    ) -> Iterator[torch.Tensor]:
+        for part in parts:
+            self._table[self.rank] = part
+            self._barrier.wait()
+            whole = torch.cat(self._table)
+            self._barrier.wait()
+            assert [len(each) for each in self._table] == list(counts)
+            yield whole
 
 
-@pytest.mark.parametrize("lengths", [[96, 64, 160], [64, 64], [37]], ids=str)
+@pytest.mark.parametrize("lengths", [[96, 64, 160], [64, 64], [37], [2, 1]], ids=str)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_attention_across_ranks_is_attention(size: int, lengths: list[int]) -> None:
-    heads = 6
+@pytest.mark.parametrize("heads", [6, 1])
+def test_attention_across_ranks_is_attention(heads: int, size: int, lengths: list[int]) -> None:
     qkv = torch.randn(sum(lengths), 3 * heads * 128, generator=torch.Generator().manual_seed(size))
     tokens = even(len(qkv), size)
     barrier, table = threading.Barrier(size, timeout=60), [None] * size
@@ -130,7 +131,7 @@ def test_attention_across_ranks_is_attention(size: int, lengths: list[int]) -> N
 
     with ThreadPoolExecutor(size) as pool:
         found = torch.cat(list(pool.map(attend_here, range(size))))
-    assert torch.equal(found, attend(qkv, heads, lengths))
+    torch.testing.assert_close(found, attend(qkv, heads, lengths), rtol=1e-5, atol=1e-6)
 
 
 def test_a_segment_without_ranks_is_whole() -> None:

@@ -9,7 +9,6 @@ import torch
 
 from ...errors import UnsupportedError, UsageError
 from ...system.devices import torch_device
-from ...zimage.config import ZImageConfig
 
 
 def rank_devices(
@@ -39,17 +38,3 @@ def rank_devices(
     if len(places) > 1 and sys.platform == "win32":
         raise UnsupportedError("several devices are not possible on Windows", "use one device")
     return places
-
-
-def check_ranks(ranks: int, config: ZImageConfig) -> None:
-    """Raise if a model has fewer heads than there are ranks.
-
-    Raises:
-        UsageError: it has.
-    """
-    if ranks > config.n_heads:
-        raise UsageError(
-            "devices",
-            f"must be {config.n_heads} at most, the number of the model's attention heads, not "
-            f"{ranks}",
-        )

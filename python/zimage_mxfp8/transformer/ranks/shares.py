@@ -55,6 +55,15 @@ class Shares:
         begin = sum(self.counts[: self.group.rank])
         return slice(begin, begin + self.counts[self.group.rank])
 
+    def rows_of(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Return how many tokens of each item this rank has.
+
+        Args:
+            lengths: tokens of each item on all ranks; items follow one another.
+        """
+        parts = overlaps(lengths, lengths, self.here.start, self.here.stop)
+        return tuple(part.stop - part.start for part in parts)
+
     def whole(self, x: torch.Tensor) -> torch.Tensor:
         """Return the tokens [n, C] of all ranks from those of this rank."""
         return self.group.whole(x, self.counts)
