@@ -55,7 +55,10 @@ def needed(extra: str, what: str) -> Iterator[None]:
         module = _missing_module(error)
         if module.partition(".")[0] == _OURS:
             raise
-        raise missing(extra, what, _problem(extra, module, error), module) from error
+        # Of blocks in one another the outer one names what the user asked for.
+        is_inner = isinstance(error, MissingExtraError) and error.__cause__ is not None
+        cause = error.__cause__ if is_inner else error
+        raise missing(extra, what, _problem(extra, module, cause), module) from cause
 
 
 def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtraError:
@@ -91,7 +94,7 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def _problem(extra: str, module: str, error: BaseException) -> str:
+def _problem(extra: str, module: str, error: BaseException | None) -> str:
     from .extras import requirements
 
     packages = {each.module: each.package for each in requirements()[extra]}

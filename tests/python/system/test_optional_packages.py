@@ -128,6 +128,18 @@ def test_our_own_mistakes_are_no_missing_packages() -> None:
     assert not isinstance(caught.value, zm.Error)
 
 
+def test_a_problem_is_told_once() -> None:
+    with (
+        pytest.raises(zm.MissingExtraError) as caught,
+        optional_packages.needed("ray", "serve --ray"),
+        optional_packages.needed("ray", "a module"),
+    ):
+        raise RuntimeError("the package of grpc is too old")
+    assert str(caught.value).startswith(
+        "serve --ray needs ray, which cannot be imported (the package of grpc is too old); run pip"
+    )
+
+
 def test_commands_say_the_same(small_file: Path, zimage_folder: Path) -> None:
     for module, words, sentence in (
         (
