@@ -12,6 +12,7 @@
 #include "zimage_mxfp8/block.h"
 #include "zimage_mxfp8/device.h"
 #include "zimage_mxfp8/gemm.h"
+#include "zimage_mxfp8/peer_memory.h"
 #include "zimage_mxfp8/staged_quantizer.h"
 
 namespace zimage_mxfp8 {
@@ -24,6 +25,15 @@ namespace {
 std::vector<CudaDevice> cuda_devices() { return {}; }
 
 std::string cublaslt_version() { return ""; }
+
+struct PeerMemory::Resources {};
+PeerMemory::PeerMemory(int, int, int, std::size_t) { refuse(); }
+PeerMemory::~PeerMemory() = default;
+PeerMemory::Handle PeerMemory::handle() const { refuse(); }
+void PeerMemory::open(int, const Handle&) { refuse(); }
+void* PeerMemory::data() const { refuse(); }
+void PeerMemory::exchange(std::size_t, std::size_t, CudaStream) const { refuse(); }
+void PeerMemory::release() noexcept {}
 
 struct StagedQuantizer::Resources {};
 StagedQuantizer::StagedQuantizer(int) { refuse(); }

@@ -1,12 +1,35 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <string>
+
 #include "python/register.h"
+#include "python/views.h"
 #include "zimage_mxfp8/device.h"
+#include "zimage_mxfp8/error.h"
+#include "zimage_mxfp8/peer_memory.h"
 
 namespace py = pybind11;
 
 namespace zimage_mxfp8::python {
+namespace {
+
+py::bytes handle_of(const PeerMemory& memory) {
+  const PeerMemory::Handle handle = memory.handle();
+  return py::bytes(reinterpret_cast<const char*>(handle.data()), handle.size());
+}
+
+void open(PeerMemory& memory, int rank, const py::bytes& given) {
+  const std::string bytes = given;
+  PeerMemory::Handle handle;
+  if (bytes.size() != handle.size()) throw InvalidArgument("a handle has 64 bytes");
+  std::copy(bytes.begin(), bytes.end(), handle.begin());
+  const py::gil_scoped_release unlocked;
+  memory.open(rank, handle);
+}
+
+}  // namespace
 
 void register_device(py::module_& module) {
   py::class_<CudaDevice>(module, "CudaDevice", "A CUDA device.")
@@ -29,6 +52,25 @@ void register_device(py::module_& module) {
       .def_readonly("cutlass", &BuildInfo::cutlass, "Version of CUTLASS; empty if it was not used.")
       .def_readonly("architectures", &BuildInfo::architectures,
                     "CUDA targets that were compiled in.");
+  py::class_<PeerMemory>(module, "PeerMemory",
+                         "Device memory that processes on other CUDA devices write to.")
+      .def(py::init<int, int, int, std::size_t>(), py::arg("device"), py::arg("rank"),
+           py::arg("ranks"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>(),
+           "Allocate memory on a CUDA device, given by its index.")
+      .def("handle", &handle_of, "Return what other processes open this memory by.")
+      .def("open", &open, py::arg("rank"), py::arg("handle"), "Open the memory of another rank.")
+      .def(
+          "address",
+          [](const PeerMemory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); },
+          "Address of the first byte.")
+      .def(
+          "exchange",
+          [](const PeerMemory& memory, std::size_t offset, std::size_t nbytes,
+             std::uintptr_t stream) { memory.exchange(offset, nbytes, cuda_stream(stream)); },
+          py::arg("offset"), py::arg("nbytes"), py::arg("stream"),
+          py::call_guard<py::gil_scoped_release>(),
+          "Copy a part to all other ranks, and wait for theirs on the stream.")
+      .def("release", &PeerMemory::release, "End all waiting for other ranks, for good.");
   module.def("build_info", &build_info, "Describe this build.");
 }
 

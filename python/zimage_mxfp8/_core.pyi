@@ -120,6 +120,22 @@ class BuildInfo:
     def architectures(self) -> list[str]:
         """CUDA targets that were compiled in."""
 
+class PeerMemory:
+    """Device memory that processes on other CUDA devices write to."""
+
+    def __init__(self, device: int, rank: int, ranks: int, nbytes: int) -> None:
+        """Allocate memory on a CUDA device, given by its index."""
+    def handle(self) -> bytes:
+        """Return what other processes open this memory by."""
+    def open(self, rank: int, handle: bytes) -> None:
+        """Open the memory of another rank."""
+    def address(self) -> int:
+        """Address of the first byte."""
+    def exchange(self, offset: int, nbytes: int, stream: int) -> None:
+        """Copy a part to all other ranks, and wait for theirs on the stream."""
+    def release(self) -> None:
+        """End all waiting for other ranks, for good."""
+
 def build_info() -> BuildInfo:
     """Describe this build."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed
 
-from .environment import environment
 from .peer_memory import PeerMemory
 
 _c10d: Any = torch.distributed  # its classes are public, its type stubs incomplete
@@ -61,14 +62,11 @@ class RankGroup:
         self._teams: dict[int, RankGroup | None] = {}
         self._is_aborted = False
         self._lock = threading.RLock()  # `abort` may come from a finalizer at any time
+        self._aborter = _Aborter(self._backend) if device.type == "cuda" else None
         self._peers: PeerMemory | None = None
-        self._enders: list[_Ender] = []
         if device.type == "cuda":
-            self._enders.append(_Ender(self._backend.abort))
             memory_store = _c10d.PrefixStore("memory", own_store)
             self._peers = PeerMemory.connect(memory_store, rank, size, device)
-        if self._peers is not None:
-            self._enders.append(_Ender(self._peers.release))
 
     @classmethod
     def connect(cls, store: Path, rank: int, size: int, device: torch.device) -> RankGroup:
@@ -175,7 +173,7 @@ class RankGroup:
         """Replace x on every rank by rank 0's."""
         self._backend.broadcast([x]).wait()
 
-    def abort(self, seconds: float = _SECONDS_TO_ABORT, *, is_idle: bool = False) -> None:
+    def abort(self, seconds: float = _SECONDS_TO_ABORT) -> None:
         """End exchanges that wait for a rank that has died, on this rank.
 
         Exchanges have begun to end when this returns. Those of NCCL end completely when no graph
@@ -183,42 +181,60 @@ class RankGroup:
 
         Args:
             seconds: to wait at most until they have ended completely.
-            is_idle: the device has finished all work, so that only NCCL's threads are to be ended.
         """
+        if self._aborter is None:
+            return
         with self._lock:
             self._is_aborted = True
             groups = [self, *(team for team in self._teams.values() if team is not None)]
-        enders = {ender for group in groups for ender in group._enders[: 1 if is_idle else None]}
-        for ender in enders:
-            ender.asked.put(None)
+        for group in groups:
+            if group._peers is not None:
+                group._peers.release()
+        aborters = {group._aborter for group in groups if group._aborter is not None}
+        for aborter in aborters:
+            aborter.asked.put(None)
         latest = time.monotonic() + seconds
-        for ender in enders:
-            if ender.thread is not threading.current_thread():
-                ender.thread.join(max(0.0, latest - time.monotonic()))
+        for aborter in aborters:
+            if aborter.thread is not threading.current_thread():
+                aborter.thread.join(max(0.0, latest - time.monotonic()))
 
 
-class _Ender:
-    """Calls a function that ends exchanges when asked, in a thread of its own.
+class _Aborter:
+    """Aborts a NCCL group when asked, in a thread of its own.
 
-    The function may wait until no graph holds an exchange. The thread is there from the beginning,
-    because at the end of a program none can be started.
+    Aborting may wait until no graph holds an exchange of the group. The thread is there from the
+    beginning, because at the end of a program none can be started.
     """
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, backend: Any) -> None:
         # Unlike an event, it may be used by a finalizer that interrupts its own use.
         self.asked: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._run, args=[self.asked, function], daemon=True)
+        self.thread = threading.Thread(target=self._run, args=[self.asked, backend], daemon=True)
         self.thread.start()
 
     @staticmethod
-    def _run(asked: queue.SimpleQueue[None], function: Callable[[], None]) -> None:
+    def _run(asked: queue.SimpleQueue[None], backend: Any) -> None:
         asked.get()
-        function()
+        backend.abort()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _backend(store: Any, rank: int, size: int, device: torch.device) -> Any:
     if device.type == "cuda":
-        with environment(_NCCL_ENVIRONMENT):
+        with _environment(_NCCL_ENVIRONMENT):
             return _c10d.ProcessGroupNCCL(store, rank, size, _c10d.ProcessGroupNCCL.Options())
     gloo = _c10d.ProcessGroupGloo._Options()
     # By default gloo looks up the machine's name, which needs not be an address of this machine.

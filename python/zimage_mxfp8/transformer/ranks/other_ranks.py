@@ -439,7 +439,7 @@ def _end(watch: _Watch, parts: _Parts) -> None:
         parts.graphs.clear()  # exchanges end when no graph holds them
     if parts.group is not None:
         # A thread of the group that outlives the interpreter would end the program by an error.
-        parts.group.abort(_SECONDS_TO_END, is_idle=has_ended)
+        parts.group.abort(_SECONDS_TO_END)
     for process in parts.processes:
         assert process.program.stdin is not None
         process.program.stdin.close()

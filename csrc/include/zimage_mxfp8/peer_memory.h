@@ -1,0 +1,53 @@
+// Device memory that processes on other CUDA devices of one machine write to.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "zimage_mxfp8/device.h"
+
+namespace zimage_mxfp8 {
+
+// Memory of one size on the device of each rank of a group, a process each. The devices must reach
+// each other's memory, over NVLink or PCIe; copies take no multiprocessor. Through the CUDA
+// runtime's interprocess communication (cudaIpcGetMemHandle).
+class PeerMemory {
+ public:
+  static constexpr int kMaxRanks = 64;
+  using Handle = std::array<std::uint8_t, 64>;
+
+  // Allocates `bytes` on a device for rank `rank` of `ranks`. Throws InvalidArgument for numbers
+  // out of range, Unsupported without CUDA or without the device, CudaError if CUDA fails.
+  PeerMemory(int device, int rank, int ranks, std::size_t bytes);
+  ~PeerMemory();
+  PeerMemory(const PeerMemory&) = delete;
+  PeerMemory& operator=(const PeerMemory&) = delete;
+
+  // What other processes open this memory by. Throws CudaError if the system does not allow it.
+  Handle handle() const;
+
+  // Opens the memory of another rank. Throws InvalidArgument for a rank that is no other one or is
+  // open, CudaError if the devices or the system do not allow it.
+  void open(int rank, const Handle& handle);
+
+  // The first byte, at a multiple of 512 bytes.
+  void* data() const;
+
+  // Copies bytes [offset, offset + bytes) to the same place of every other rank's memory, then
+  // waits, on the stream, until the bytes that the others copy in this call have arrived here. All
+  // ranks make the same number of calls, and a rank's calls run one after another. Throws
+  // InvalidArgument for a range beyond the memory, or a rank that is not open.
+  void exchange(std::size_t offset, std::size_t bytes, CudaStream stream) const;
+
+  // Ends all waiting for other ranks, now and from now on, because one has died. What the memory
+  // holds is then undefined. For any thread.
+  void release() noexcept;
+
+ private:
+  struct Resources;
+  std::unique_ptr<Resources> resources_;
+};
+
+}  // namespace zimage_mxfp8

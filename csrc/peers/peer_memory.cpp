@@ -1,0 +1,125 @@
+#include "zimage_mxfp8/peer_memory.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+#include <string>
+
+#include "cuda/runtime.h"
+#include "peers/signals_cuda.h"
+
+namespace zimage_mxfp8 {
+namespace {
+
+constexpr std::size_t kHeader = 512;  // before the data: signals
+static_assert(sizeof(detail::Signals) <= kHeader);
+static_assert(sizeof(cudaIpcMemHandle_t) == sizeof(PeerMemory::Handle));
+
+}  // namespace
+
+struct PeerMemory::Resources {
+  int device = -1;
+  int rank = 0;
+  int ranks = 0;
+  std::size_t bytes = 0;
+  void* of_rank[kMaxRanks] = {};      // memory of each, header first
+  std::uint32_t* released = nullptr;  // in the host's memory
+  std::uint32_t* released_on_device = nullptr;
+
+  ~Resources() {
+    // Whoever waits for the device has been told of its errors.
+    int previous = 0;
+    cudaGetDevice(&previous);
+    cudaSetDevice(device);
+    for (int i = 0; i < ranks; ++i) {
+      if (i != rank && of_rank[i]) cudaIpcCloseMemHandle(of_rank[i]);
+    }
+    cudaFree(of_rank[rank]);
+    cudaFreeHost(released);
+    cudaSetDevice(previous);
+    cudaGetLastError();
+  }
+};
+
+PeerMemory::PeerMemory(int device, int rank, int ranks, std::size_t bytes) {
+  if (ranks < 1 || ranks > kMaxRanks || rank < 0 || rank >= ranks) {
+    throw InvalidArgument("rank " + std::to_string(rank) + " of " + std::to_string(ranks) +
+                          ": there are 1 to " + std::to_string(kMaxRanks) +
+                          " ranks, counted from 0");
+  }
+  detail::find_device(device);
+  resources_ = std::make_unique<Resources>();
+  Resources& own = *resources_;
+  own.device = device;
+  own.rank = rank;
+  own.ranks = ranks;
+  own.bytes = bytes;
+  const detail::DeviceGuard guard(device);
+  void* released = nullptr;
+  ZM_CUDA_CHECK(cudaHostAlloc(&released, sizeof(std::uint32_t), cudaHostAllocMapped));
+  own.released = static_cast<std::uint32_t*>(released);
+  *own.released = 0;
+  void* on_device = nullptr;
+  ZM_CUDA_CHECK(cudaHostGetDevicePointer(&on_device, released, 0));
+  own.released_on_device = static_cast<std::uint32_t*>(on_device);
+  ZM_CUDA_CHECK(cudaMalloc(&own.of_rank[rank], kHeader + bytes));
+  ZM_CUDA_CHECK(cudaMemset(own.of_rank[rank], 0, kHeader));
+  ZM_CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+PeerMemory::~PeerMemory() = default;
+
+PeerMemory::Handle PeerMemory::handle() const {
+  const detail::DeviceGuard guard(resources_->device);
+  cudaIpcMemHandle_t opaque;
+  ZM_CUDA_CHECK(cudaIpcGetMemHandle(&opaque, resources_->of_rank[resources_->rank]));
+  Handle handle;
+  std::memcpy(handle.data(), &opaque, handle.size());
+  return handle;
+}
+
+void PeerMemory::open(int rank, const Handle& handle) {
+  Resources& own = *resources_;
+  if (rank < 0 || rank >= own.ranks || own.of_rank[rank]) {
+    throw InvalidArgument("rank " + std::to_string(rank) + " is no other one, or is open");
+  }
+  const detail::DeviceGuard guard(own.device);
+  cudaIpcMemHandle_t opaque;
+  std::memcpy(&opaque, handle.data(), handle.size());
+  ZM_CUDA_CHECK(cudaIpcOpenMemHandle(&own.of_rank[rank], opaque, cudaIpcMemLazyEnablePeerAccess));
+}
+
+void* PeerMemory::data() const {
+  return static_cast<std::uint8_t*>(resources_->of_rank[resources_->rank]) + kHeader;
+}
+
+void PeerMemory::exchange(std::size_t offset, std::size_t bytes, CudaStream stream) const {
+  const Resources& own = *resources_;
+  if (offset > own.bytes || bytes > own.bytes - offset) {
+    throw InvalidArgument(std::to_string(bytes) + " bytes from " + std::to_string(offset) +
+                          " on are beyond the memory of " + std::to_string(own.bytes));
+  }
+  detail::Barrier barrier{{}, own.rank, own.ranks, own.released_on_device};
+  for (int i = 0; i < own.ranks; ++i) {
+    if (!own.of_rank[i]) {
+      throw InvalidArgument("the memory of rank " + std::to_string(i) + " is not open");
+    }
+    barrier.of_rank[i] = static_cast<detail::Signals*>(own.of_rank[i]);
+  }
+  const detail::DeviceGuard guard(own.device);
+  for (int step = 1; step < own.ranks && bytes > 0; ++step) {  // each begins with another one
+    const int other = (own.rank + step) % own.ranks;
+    const auto place = [&](int i) {
+      return static_cast<std::uint8_t*>(own.of_rank[i]) + kHeader + offset;
+    };
+    ZM_CUDA_CHECK(cudaMemcpyAsync(place(other), place(own.rank), bytes, cudaMemcpyDefault,
+                                  static_cast<cudaStream_t>(stream.handle)));
+  }
+  detail::barrier_cuda(barrier, stream);
+}
+
+void PeerMemory::release() noexcept {
+  *static_cast<volatile std::uint32_t*>(resources_->released) = 1;
+}
+
+}  // namespace zimage_mxfp8
