@@ -70,6 +70,7 @@ def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> No
     # GEMMs of other numbers of rows sum in another order, and FP8 magnifies that in a small model.
     tolerance = 0.01 if compute == "weight-only" else 0.05
     alone, shared = load(file, 1, compute), load(file, count, compute)
+    assert shared._ranks is not None and shared._ranks._peers is not None
     for batch in BATCHES:
         inputs = inputs_of(batch)
         want = item_by_item(alone, *inputs)
@@ -78,7 +79,7 @@ def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> No
             assert relative_error(found, want) < tolerance
         again = shared(*inputs).sample
         assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
-        if len(want) == count:  # an item on each device
+        if batch == "guidance" and count == 2:  # an item on each device
             assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
 
 

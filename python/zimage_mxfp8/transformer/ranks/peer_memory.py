@@ -46,7 +46,7 @@ class PeerMemory:
             None, on every rank, if a device cannot write to the memory of another one.
         """
         memory = cls(store, rank, size, device)
-        return memory if memory._reserve(_ALIGNMENT) else None
+        return memory if memory._reserve(2 * _ALIGNMENT) else None
 
     def gather_each(
         self, parts: Sequence[torch.Tensor], counts: Sequence[int]
@@ -67,17 +67,16 @@ class PeerMemory:
         rows, begin = sum(counts), sum(counts[: self._rank])
         shapes = [(rows, *part.shape[1:]) for part in parts]
         sizes = [_aligned(math.prod(shape) * parts[0].itemsize) for shape in shapes]
-        # With two halves in turns, none is written to that is still read: a rank that has gathered
-        # once more than another one waits for it there.
-        half = sum(sizes)
-        if not self._reserve(2 * half):
+        if not self._reserve(2 * sum(sizes)):
             raise CudaError(
                 "a device has too little memory to gather keys and values of all ranks",
                 "draw a smaller image, or use one device",
             )
         buffer = self._buffers[-1]
+        # With the halves of the memory in turns, none is written to that is still read: a rank that
+        # has gathered once more than another one waits for it there.
         self._turn = 1 - self._turn
-        offset = self._turn * half
+        offset = self._turn * (buffer.nbytes // 2)
         current = torch.cuda.current_stream(self._device)
         gathered = []
         for part, shape, nbytes in zip(parts, shapes, sizes, strict=True):
@@ -156,7 +155,7 @@ class _Buffer:
         self.memory = _core.PeerMemory(device.index, rank, size, nbytes)
         self.nbytes = nbytes
         with torch.inference_mode(False):  # tensors of that mode cannot be written to outside it
-            self._bytes = torch.as_tensor(_CudaArray(self.memory.address(), nbytes), device=device)
+            self._bytes = torch.as_tensor(_CudaArray(self.memory, nbytes), device=device)
 
     def view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor at so many bytes from the begin of this rank's memory."""
@@ -167,11 +166,12 @@ class _Buffer:
 class _CudaArray:
     """Device memory as other libraries take it (CUDA array interface, version 3)."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    def __init__(self, memory: _core.PeerMemory, nbytes: int) -> None:
+        self._memory = memory  # which lives as long as a tensor of it
         self.__cuda_array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
-            "data": (address, False),
+            "data": (memory.address(), False),
             "version": 3,
         }
 
