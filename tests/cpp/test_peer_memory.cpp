@@ -1,0 +1,26 @@
+// Memory of peers in one process; tests/python/gpu/test_ranks_cuda.py tries it with several.
+#include <doctest/doctest.h>
+
+#include "zimage_mxfp8/error.h"
+#include "zimage_mxfp8/peer_memory.h"
+
+using namespace zimage_mxfp8;
+
+TEST_CASE("memory of peers needs a CUDA device") {
+  if (!cuda_devices().empty()) return;
+  CHECK_THROWS_AS(PeerMemory(0, 0, 2, 512), Unsupported);
+}
+
+TEST_CASE("memory of peers refuses what it cannot do") {
+  if (cuda_devices().empty()) return;
+  CHECK_THROWS_AS(PeerMemory(0, 2, 2, 512), InvalidArgument);
+  CHECK_THROWS_AS(PeerMemory(0, -1, 2, 512), InvalidArgument);
+  CHECK_THROWS_AS(PeerMemory(0, 0, PeerMemory::kMaxRanks + 1, 512), InvalidArgument);
+  PeerMemory memory(0, 0, 2, 512);
+  CHECK_THROWS_AS(memory.open(0, memory.handle()), InvalidArgument);
+  CHECK_THROWS_AS(memory.open(2, memory.handle()), InvalidArgument);
+  CHECK_THROWS_AS(memory.exchange(0, 512, {}), InvalidArgument);  // rank 1 is not open
+  const PeerMemory alone(0, 0, 1, 512);
+  CHECK_THROWS_AS(alone.exchange(1, 512, {}), InvalidArgument);
+  CHECK_NOTHROW(alone.exchange(0, 512, {}));
+}
