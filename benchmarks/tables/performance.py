@@ -185,12 +185,6 @@ def int8_fused() -> str:
     return table(rows, ["operation"], columns)
 
 
-def add_norm() -> str:
-    columns = [Column("result in", label("{format}"), right=False)]
-    columns += [Column(each, cell(TIME_AND_SHARE, kernel=each)) for each in ("before", "now")]
-    return table(with_percent(rows_of("add-norm-h200")), ["format"], columns)
-
-
 def fused() -> str:
     columns = [
         Column("kernel", fused_kernel, right=False),
@@ -327,6 +321,38 @@ def comfyui() -> str:
     return table(rows_of("comfyui-h200"), ["image", "loras"], columns)
 
 
+def ranks() -> str:
+    columns = [
+        Column("image", label("{image}x{image}"), right=False),
+        Column("items", label("{items}")),
+        Column("mode", label("`{mode}`"), right=False),
+        Column("one GPU (ms)", cell("{ms:.1f}", devices=1)),
+        Column("two GPUs (ms)", cell("{ms:.1f}", devices=2)),
+        Column("speed-up", cell("{speedup:.2f}", devices=2)),
+        Column("one GPU (GB)", cell("{peak_gb:.1f}", devices=1)),
+        Column("each of two (GB)", cell("{peak_gb:.1f}", devices=2)),
+    ]
+    rows = sorted(rows_of("ranks-h200"), key=lambda row: (row["items"], row["image"]))
+    return table(rows, ["image", "items", "mode"], columns)
+
+
+def serving() -> str:
+    def load_label(rows: Rows) -> str:
+        load = rows[0]["load"]
+        return load if isinstance(load, str) else f"{load:g} of the capacity"
+
+    columns = [
+        Column("replicas", label("{replicas}")),
+        Column("load", load_label, right=False),
+        Column("images/s", cell("{rate:.2f}", load="two clients per replica")),
+        Column("per replica, of one", cell("{per_replica:.2f}", load="two clients per replica")),
+        Column("median (s)", label("{p50:.2f}")),
+        Column("99th percentile (s)", label("{p99:.2f}")),
+        Column("requests", label("{requests}")),
+    ]
+    return table(rows_of("serving-h200"), ["replicas", "load"], columns)
+
+
 def convert() -> str:
     columns = [
         Column("program", label("{program}"), right=False),
@@ -405,7 +431,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "int8-errors": int8_errors,
     "int8-gemms": int8_gemms,
     "int8-fused": int8_fused,
-    "add-norm": add_norm,
     "int8-adapters": int8_adapters,
     "gemm-large": gemm_large,
     "gemm-few": gemm_few,
@@ -414,5 +439,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "analyses": analyses,
     "additions": additions,
     "comfyui": comfyui,
+    "ranks": ranks,
+    "serving": serving,
     "lora": lora,
 }

@@ -72,7 +72,7 @@ def add_gpus(parser: argparse.ArgumentParser, *names: str, of_what: str = "each 
         default=1,
         metavar="N",
         help=f"GPUs that share {of_what}, each with all weights of the transformer (default: 1; "
-        "two were tried in tests, never timed)",
+        "more than two were never tried)",
     )
 
 

@@ -203,7 +203,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
             devices: share each forward among these, each of which holds all weights; instead of
                 `device`. The first one takes inputs and has results; a process is started for each
                 of the others, which ends when the model is garbage. Hooks and adapters that are set
-                on layers by hand are not shared. Tested on CPUs and on two H200s, never timed.
+                on layers by hand are not shared. Tested on CPUs and on two H200s.
             cuda_graphs: on CUDA, run each shape through a CUDA graph from its second call on.
                 Without graphs, forward hooks on the model's modules, which include every linear
                 layer and every block, run in every call.

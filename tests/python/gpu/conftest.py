@@ -9,6 +9,9 @@ import torch
 import zimage_mxfp8 as zm
 from helpers.diffusers_reference import make_reference
 
+# Processes of pytest-xdist that make torch's cache of kernels at the same time warn.
+os.environ.setdefault("USE_PYTORCH_KERNEL_CACHE", "0")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _share_of_the_cores() -> None:

@@ -1,4 +1,4 @@
-"""ControlNets on a CUDA device, against the CPU. Not run on a device yet."""
+"""ControlNets on a CUDA device, against the CPU."""
 
 from __future__ import annotations
 
