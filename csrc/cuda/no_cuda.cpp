@@ -32,7 +32,7 @@ PeerMemory::~PeerMemory() = default;
 PeerMemory::Handle PeerMemory::handle() const { refuse(); }
 void PeerMemory::open(int, const Handle&) { refuse(); }
 void* PeerMemory::data() const { refuse(); }
-void PeerMemory::exchange(std::size_t, std::size_t, CudaStream) const { refuse(); }
+void PeerMemory::exchange(std::size_t, std::size_t, CudaStream) { refuse(); }
 void PeerMemory::release() noexcept {}
 
 struct StagedQuantizer::Resources {};

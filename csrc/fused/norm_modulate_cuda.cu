@@ -49,7 +49,8 @@ __device__ float gate_tanh(float x) {
   return fabsf(x) < 0x1p-4f ? small : large;
 }
 
-// Rows of up to Z-Image's 3840 columns. Kernels of this file share it, because it orders the sums.
+// Rows of whole chunks of up to Z-Image's 3840 columns. The kernels of this file share it, because
+// it orders the sums.
 using NormRow = RowLayout<160, 3>;
 
 // RMSNorm's weights for the rows of an item, combined with the item's modulation.

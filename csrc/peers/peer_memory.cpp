@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "cuda/runtime.h"
@@ -14,6 +15,28 @@ namespace {
 constexpr std::size_t kHeader = 512;  // before the data: signals
 static_assert(sizeof(detail::Signals) <= kHeader);
 static_assert(sizeof(cudaIpcMemHandle_t) == sizeof(PeerMemory::Handle));
+
+// Lets this thread allocate and free while another one captures a graph.
+class AnyCapture {
+ public:
+  AnyCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~AnyCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  AnyCapture(const AnyCapture&) = delete;
+  AnyCapture& operator=(const AnyCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Fills memory of the current device with zeros, apart from all other work of the device.
+void clear(void* memory, std::size_t bytes) {
+  cudaStream_t stream = nullptr;
+  ZM_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const std::unique_ptr<CUstream_st, cudaError_t (*)(cudaStream_t)> owner(stream,
+                                                                          cudaStreamDestroy);
+  ZM_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+  ZM_CUDA_CHECK(cudaStreamSynchronize(stream));
+}
 
 }  // namespace
 
@@ -28,13 +51,14 @@ struct PeerMemory::Resources {
 
   ~Resources() {
     // Whoever waits for the device has been told of its errors.
+    const AnyCapture allowed;
     int previous = 0;
     cudaGetDevice(&previous);
     cudaSetDevice(device);
+    cudaFree(of_rank[rank]);  // after all work of the device, copies to others included
     for (int i = 0; i < ranks; ++i) {
       if (i != rank && of_rank[i]) cudaIpcCloseMemHandle(of_rank[i]);
     }
-    cudaFree(of_rank[rank]);
     cudaFreeHost(released);
     cudaSetDevice(previous);
     cudaGetLastError();
@@ -54,6 +78,7 @@ PeerMemory::PeerMemory(int device, int rank, int ranks, std::size_t bytes) {
   own.rank = rank;
   own.ranks = ranks;
   own.bytes = bytes;
+  const AnyCapture allowed;
   const detail::DeviceGuard guard(device);
   void* released = nullptr;
   ZM_CUDA_CHECK(cudaHostAlloc(&released, sizeof(std::uint32_t), cudaHostAllocMapped));
@@ -63,8 +88,7 @@ PeerMemory::PeerMemory(int device, int rank, int ranks, std::size_t bytes) {
   ZM_CUDA_CHECK(cudaHostGetDevicePointer(&on_device, released, 0));
   own.released_on_device = static_cast<std::uint32_t*>(on_device);
   ZM_CUDA_CHECK(cudaMalloc(&own.of_rank[rank], kHeader + bytes));
-  ZM_CUDA_CHECK(cudaMemset(own.of_rank[rank], 0, kHeader));
-  ZM_CUDA_CHECK(cudaDeviceSynchronize());
+  clear(own.of_rank[rank], kHeader);
 }
 
 PeerMemory::~PeerMemory() = default;
@@ -81,8 +105,10 @@ PeerMemory::Handle PeerMemory::handle() const {
 void PeerMemory::open(int rank, const Handle& handle) {
   Resources& own = *resources_;
   if (rank < 0 || rank >= own.ranks || own.of_rank[rank]) {
-    throw InvalidArgument("rank " + std::to_string(rank) + " is no other one, or is open");
+    throw InvalidArgument("rank " + std::to_string(rank) +
+                          " cannot be opened: it does not exist, is this one, or is open");
   }
+  const AnyCapture allowed;
   const detail::DeviceGuard guard(own.device);
   cudaIpcMemHandle_t opaque;
   std::memcpy(&opaque, handle.data(), handle.size());
@@ -93,7 +119,7 @@ void* PeerMemory::data() const {
   return static_cast<std::uint8_t*>(resources_->of_rank[resources_->rank]) + kHeader;
 }
 
-void PeerMemory::exchange(std::size_t offset, std::size_t bytes, CudaStream stream) const {
+void PeerMemory::exchange(std::size_t offset, std::size_t bytes, CudaStream stream) {
   const Resources& own = *resources_;
   if (offset > own.bytes || bytes > own.bytes - offset) {
     throw InvalidArgument(std::to_string(bytes) + " bytes from " + std::to_string(offset) +

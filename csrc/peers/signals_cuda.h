@@ -7,7 +7,7 @@
 
 namespace zimage_mxfp8::detail {
 
-// What ranks tell each other, at the begin of the memory of each.
+// What ranks tell each other, at the beginning of the memory of each.
 struct Signals {
   std::uint32_t arrived[PeerMemory::kMaxRanks];  // by each other rank: its last exchange
   std::uint32_t exchanges;                       // of this rank

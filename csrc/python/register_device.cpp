@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 
 #include "python/register.h"
@@ -19,6 +20,14 @@ py::bytes handle_of(const PeerMemory& memory) {
   const PeerMemory::Handle handle = memory.handle();
   return py::bytes(reinterpret_cast<const char*>(handle.data()), handle.size());
 }
+
+// Waits for the device without the interpreter's lock: whoever ends that waiting may need it.
+struct DeleteUnlocked {
+  void operator()(PeerMemory* memory) const {
+    const py::gil_scoped_release unlocked;
+    delete memory;
+  }
+};
 
 void open(PeerMemory& memory, int rank, const py::bytes& given) {
   const std::string bytes = given;
@@ -52,8 +61,8 @@ void register_device(py::module_& module) {
       .def_readonly("cutlass", &BuildInfo::cutlass, "Version of CUTLASS; empty if it was not used.")
       .def_readonly("architectures", &BuildInfo::architectures,
                     "CUDA targets that were compiled in.");
-  py::class_<PeerMemory>(module, "PeerMemory",
-                         "Device memory that processes on other CUDA devices write to.")
+  py::class_<PeerMemory, std::unique_ptr<PeerMemory, DeleteUnlocked>>(
+      module, "PeerMemory", "Device memory that processes on other CUDA devices write to.")
       .def(py::init<int, int, int, std::size_t>(), py::arg("device"), py::arg("rank"),
            py::arg("ranks"), py::arg("nbytes"), py::call_guard<py::gil_scoped_release>(),
            "Allocate memory on a CUDA device, given by its index.")
@@ -65,8 +74,9 @@ void register_device(py::module_& module) {
           "Address of the first byte.")
       .def(
           "exchange",
-          [](const PeerMemory& memory, std::size_t offset, std::size_t nbytes,
-             std::uintptr_t stream) { memory.exchange(offset, nbytes, cuda_stream(stream)); },
+          [](PeerMemory& memory, std::size_t offset, std::size_t nbytes, std::uintptr_t stream) {
+            memory.exchange(offset, nbytes, cuda_stream(stream));
+          },
           py::arg("offset"), py::arg("nbytes"), py::arg("stream"),
           py::call_guard<py::gil_scoped_release>(),
           "Copy a part to all other ranks, and wait for theirs on the stream.")

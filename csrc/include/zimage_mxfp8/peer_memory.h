@@ -37,9 +37,14 @@ class PeerMemory {
 
   // Copies bytes [offset, offset + bytes) to the same place of every other rank's memory, then
   // waits, on the stream, until the bytes that the others copy in this call have arrived here. All
-  // ranks make the same number of calls, and a rank's calls run one after another. Throws
-  // InvalidArgument for a range beyond the memory, or a rank that is not open.
-  void exchange(std::size_t offset, std::size_t bytes, CudaStream stream) const;
+  // ranks make the same number of calls, and a rank's calls run one after another.
+  //
+  // Nothing keeps a rank from writing to what another one still reads. Work that reads what an
+  // exchange brought must be in the stream before the rank's next exchange, and the ranges of an
+  // exchange must be apart from those of the one before.
+  //
+  // Throws InvalidArgument for a range beyond the memory, or a rank that is not open.
+  void exchange(std::size_t offset, std::size_t bytes, CudaStream stream);
 
   // Ends all waiting for other ranks, now and from now on, because one has died. What the memory
   // holds is then undefined. For any thread.

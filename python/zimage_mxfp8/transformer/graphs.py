@@ -41,7 +41,7 @@ class GraphCache:
     chosen before a graph is captured, and so that a shape that occurs only once costs no capture.
 
     Args:
-        has_exchanges: the function exchanges tensors with other processes by NCCL.
+        has_exchanges: the function exchanges tensors with other processes.
     """
 
     def __init__(self, *, has_exchanges: bool = False) -> None:

@@ -602,9 +602,12 @@ class ZImageTransformer(PeftMethods, nn.Module):
         block = max((block.working_nbytes(tokens, ragged) for block in blocks), default=0)
         block = max([block, *(net.working_nbytes(tokens, ragged) for net in nets)])
         kept_by_nets = sum(net.kept_nbytes(tokens) for net in nets)
+        gathered = 0  # keys and values of all tokens, twice
+        if ranks > 1:
+            gathered = 2 * sum(lengths) * 2 * self.config.dim * self._dtype.itemsize
         widest = max(self.config.dim, self.config.hidden_dim)
         temporaries = ops.temporaries_nbytes(tokens * widest, self._dtype, self.device)
-        return _WORKSPACES + tokens * kept + kept_by_nets + block + temporaries
+        return _WORKSPACES + tokens * kept + kept_by_nets + block + gathered + temporaries
 
     # ---- The model itself, all of which a CUDA graph can hold
 

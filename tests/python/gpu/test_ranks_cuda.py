@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 HEADS = 5
+# With an odd number of layers a graph begins and ends with the same half of peers' memory.
 BATCHES = {
     "one image": ([(64, 64)], [40]),
     "guidance": ([(32, 48)] * 2, [50, 1]),
@@ -40,7 +41,7 @@ BATCHES = {
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    make_reference(dim=HEADS * 128, layers=4, refiners=2).save_pretrained(folder / "transformer")
+    make_reference(dim=HEADS * 128, layers=3, refiners=2).save_pretrained(folder / "transformer")
     zm.convert(folder / "transformer", folder / "quantized.safetensors")
     return folder / "quantized.safetensors"
 
@@ -88,7 +89,7 @@ def test_adapters_and_controlnets(compute: str, file: Path) -> None:
     alone, shared = load(file, 1, compute), load(file, 2, compute)
     inputs = inputs_of("guidance")
     plain = item_by_item(alone, *inputs)
-    modules = modules_of(make_reference(dim=HEADS * 128, layers=4, refiners=2), "to_q")
+    modules = modules_of(make_reference(dim=HEADS * 128, layers=3, refiners=2), "to_q")
     adapter = write_pairs(modules, lambda name: name, ".lora_A.weight", ".lora_B.weight")
     model = make_controlnet("2.1", (0, 2), dim=HEADS * 128)
     path = write_controlnet(file.parent / "net.safetensors", file_tensors("2.1", model))

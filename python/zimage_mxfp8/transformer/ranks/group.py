@@ -42,7 +42,13 @@ class RankGroup:
     """
 
     def __init__(
-        self, store: Any, rank: int, size: int, device: torch.device, name: str = "all"
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        device: torch.device,
+        aborted: threading.Event,
+        name: str = "all",
     ) -> None:
         """Connect with the other ranks.
 
@@ -50,8 +56,13 @@ class RankGroup:
             store: a store of torch.distributed that all ranks reach.
             rank: number of this process.
             size: number of ranks.
-            device: of the tensors; NCCL is used for CUDA devices, gloo for the CPU.
+            device: of the tensors; NCCL and memory of peers are used for CUDA devices, gloo for the
+                CPU.
+            aborted: set to end the group, also while it connects.
             name: of the group in the store.
+
+        Raises:
+            RuntimeError: it was aborted while it waited for the others.
         """
         self.rank = rank
         self.size = size
@@ -60,18 +71,24 @@ class RankGroup:
         own_store = _c10d.PrefixStore(name, store)
         self._backend = _backend(own_store, rank, size, device)
         self._teams: dict[int, RankGroup | None] = {}
-        self._is_aborted = False
+        self._aborted = aborted
         self._lock = threading.RLock()  # `abort` may come from a finalizer at any time
         self._aborter = _Aborter(self._backend) if device.type == "cuda" else None
         self._peers: PeerMemory | None = None
         if device.type == "cuda":
             memory_store = _c10d.PrefixStore("memory", own_store)
-            self._peers = PeerMemory.connect(memory_store, rank, size, device)
+            try:
+                self._peers = PeerMemory.connect(memory_store, rank, size, device, aborted)
+            except BaseException:
+                self.abort()
+                raise
 
     @classmethod
-    def connect(cls, store: Path, rank: int, size: int, device: torch.device) -> RankGroup:
+    def connect(
+        cls, store: Path, rank: int, size: int, device: torch.device, aborted: threading.Event
+    ) -> RankGroup:
         """Return the group of all ranks, as soon as all have called this with the same file."""
-        group = cls(_c10d.FileStore(str(store), size), rank, size, device)
+        group = cls(_c10d.FileStore(str(store), size), rank, size, device, aborted)
         try:
             # NCCL connects with the first exchange.
             group.broadcast_(torch.zeros(1, device=device))
@@ -86,22 +103,23 @@ class RankGroup:
         Returns:
             None if the team has only one rank, which has nobody to exchange with.
         """
-        with self._lock:
-            if count not in self._teams:
-                members = self.size // count
-                team, rank = divmod(self.rank, members)
-                name = f"team {team} of {count}"
-                made = (
-                    self
-                    if count == 1
-                    else RankGroup(self._store, rank, members, self._device, name)
-                    if members > 1
-                    else None
-                )
+        if count not in self._teams:
+            members = self.size // count
+            team, rank = divmod(self.rank, members)
+            name = f"team {team} of {count}"
+            # Not under the lock, which `abort` takes: this waits for the other ranks.
+            made = (
+                self
+                if count == 1
+                else RankGroup(self._store, rank, members, self._device, self._aborted, name)
+                if members > 1
+                else None
+            )
+            with self._lock:
                 self._teams[count] = made
-                if made is not None and self._is_aborted:
-                    made.abort()
-            return self._teams[count]
+            if made is not None and self._aborted.is_set():
+                made.abort()
+        return self._teams[count]
 
     def exchange(
         self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]
@@ -137,7 +155,7 @@ class RankGroup:
             counts: number of rows of each rank.
 
         Yields:
-            [sum(counts), ...] of each part, on every rank; valid until the call after the next.
+            [sum(counts), ...] of each part, on every rank; for work launched before the next call.
         """
         if self._peers is not None:
             yield from self._peers.gather_each(parts, counts)
@@ -184,8 +202,8 @@ class RankGroup:
         """
         if self._aborter is None:
             return
+        self._aborted.set()
         with self._lock:
-            self._is_aborted = True
             groups = [self, *(team for team in self._teams.values() if team is not None)]
         for group in groups:
             if group._peers is not None:

@@ -116,11 +116,11 @@ class OtherRanks:
     def _connected(self) -> RankGroup:
         """Connect with the others, in a thread, because torch would wait for one that has died."""
         results: queue.SimpleQueue[RankGroup | BaseException] = queue.SimpleQueue()
-        size, device = len(self._devices), self._devices[0]
+        size, device, aborted = len(self._devices), self._devices[0], threading.Event()
 
         def connect(store: Path) -> None:
             try:
-                results.put(RankGroup.connect(store, 0, size, device))
+                results.put(RankGroup.connect(store, 0, size, device, aborted))
             except BaseException as error:
                 results.put(error)
 
@@ -129,7 +129,11 @@ class OtherRanks:
             try:
                 result = results.get(timeout=_SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
-                self.check()
+                try:
+                    self.check()
+                except RankError:
+                    aborted.set()
+                    raise
                 continue
             if isinstance(result, BaseException):
                 raise result

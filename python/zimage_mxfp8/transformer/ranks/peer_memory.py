@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from ... import _core
-from ...errors import CudaError, Error, RankError
+from ...errors import CudaError, Error
 
 _ALIGNMENT = 512  # bytes
 _NOTHING = b"nothing"
@@ -21,19 +23,23 @@ _WIDE = torch.complex128  # of 16 bytes, which torch copies faster than the same
 class PeerMemory:
     """Gathers tensors of all ranks of a group, each while the one before is used."""
 
-    def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self, store: Any, rank: int, size: int, device: torch.device, aborted: threading.Event
+    ) -> None:
         """Take part in a group; see `connect`."""
         self._store = store
         self._rank = rank
         self._size = size
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._aborted = aborted
         self._buffers: list[_Buffer] = []  # graphs write to earlier ones too
         self._turn = 0
-        self._is_released = False
+        self._problem: Error | None = None
 
     @classmethod
-    def connect(cls, store: Any, rank: int, size: int, device: torch.device) -> PeerMemory | None:
+    def connect(
+        cls, store: Any, rank: int, size: int, device: torch.device, aborted: threading.Event
+    ) -> PeerMemory | None:
         """Connect with the other ranks, which must call this too.
 
         Args:
@@ -41,11 +47,15 @@ class PeerMemory:
             rank: number of this process.
             size: number of ranks.
             device: of this process, a CUDA device.
+            aborted: set when a rank has died, so that nothing waits for it.
 
         Returns:
             None, on every rank, if a device cannot write to the memory of another one.
+
+        Raises:
+            RuntimeError: a rank has died.
         """
-        memory = cls(store, rank, size, device)
+        memory = cls(store, rank, size, device, aborted)
         return memory if memory._reserve(2 * _ALIGNMENT) else None
 
     def gather_each(
@@ -58,75 +68,98 @@ class PeerMemory:
             counts: number of rows of each rank.
 
         Yields:
-            [sum(counts), ...] of each part, on the current stream. They are valid until the call
-            after the next.
+            [sum(counts), ...] of each part, for work that the current stream is given before the
+            next call.
 
         Raises:
             CudaError: a device has no memory for them.
+            RuntimeError: a rank has died.
         """
         rows, begin = sum(counts), sum(counts[: self._rank])
         shapes = [(rows, *part.shape[1:]) for part in parts]
         sizes = [_aligned(math.prod(shape) * parts[0].itemsize) for shape in shapes]
         if not self._reserve(2 * sum(sizes)):
+            cause = "another device failed" if self._problem is None else str(self._problem)
             raise CudaError(
-                "a device has too little memory to gather keys and values of all ranks",
+                f"no memory for the keys and values of all ranks: {cause}",
                 "draw a smaller image, or use one device",
-            )
+            ) from self._problem
         buffer = self._buffers[-1]
         # With the halves of the memory in turns, none is written to that is still read: a rank that
-        # has gathered once more than another one waits for it there.
+        # has gathered once more than another one waits for it there. Between two forwards, whose
+        # last and first call may take the same half, all ranks wait for each other anyway.
         self._turn = 1 - self._turn
         offset = self._turn * (buffer.nbytes // 2)
-        current = torch.cuda.current_stream(self._device)
+        current, copying = torch.cuda.current_stream(self._device), self._copying
         gathered = []
         for part, shape, nbytes in zip(parts, shapes, sizes, strict=True):
             whole = buffer.view(offset, shape, part.dtype)
             own = whole[begin : begin + counts[self._rank]]
             if part.numel():
                 own.view(_WIDE).copy_(part.view(_WIDE))
-            self._stream.wait_stream(current)
+            copying.wait_stream(current)
             row_nbytes = math.prod(shape[1:]) * part.itemsize
             buffer.memory.exchange(
                 offset + begin * row_nbytes,
                 counts[self._rank] * row_nbytes,
-                self._stream.cuda_stream,
+                copying.cuda_stream,
             )
-            gathered.append((whole, self._stream.record_event()))
+            gathered.append((whole, copying.record_event()))
             offset += nbytes
         for whole, arrival in gathered:
             current.wait_event(arrival)
             yield whole
 
     def release(self) -> None:
-        """Let work of this device go on that waits for a rank which has died."""
-        self._is_released = True
+        """Let work of this device go on that waits for a rank which has died.
+
+        `aborted` is set before.
+        """
         for buffer in self._buffers:
             buffer.memory.release()
 
+    @functools.cached_property
+    def _copying(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
     def _reserve(self, nbytes: int) -> bool:
         """Have a buffer of so many bytes on every rank; return whether all have it."""
-        if self._buffers and self._buffers[-1].nbytes >= nbytes:
-            return True
+        if self._buffers:
+            largest = self._buffers[-1].nbytes
+            if largest >= nbytes:
+                return True
+            nbytes = max(nbytes, _aligned(largest + largest // 2))  # each size once is too often
         buffer: _Buffer | None = None
         handle = b""
         try:
-            buffer = _Buffer(self._device, self._rank, self._size, nbytes)
+            buffer = self._allocate(nbytes)
             handle = buffer.memory.handle()
-        except Error:  # no memory, or no interprocess communication
-            buffer = None
+        except Error as error:  # no memory, or no interprocess communication
+            self._problem = error
         handles = self._told_by_all("handle", handle)
-        if buffer is not None and all(handles):
-            try:
+        is_open = buffer is not None and all(handles)
+        try:
+            if buffer is not None and is_open:
                 for other, each in enumerate(handles):
                     if other != self._rank:
                         buffer.memory.open(other, each)
-            except Error:  # not a peer
-                buffer = None
-        is_open = all(self._told_by_all("open", b"" if buffer is None else b"1"))
-        if buffer is None or not is_open:
+        except Error as error:  # not a peer
+            self._problem, is_open = error, False
+        # Until all have told this, none frees its memory.
+        all_have_it = all(self._told_by_all("open", b"1" if is_open else b""))
+        if buffer is None or not all_have_it:
             return False
         self._buffers.append(buffer)
+        if self._aborted.is_set():  # `release` may have come before
+            buffer.memory.release()
         return True
+
+    def _allocate(self, nbytes: int) -> _Buffer:
+        try:
+            return _Buffer(self._device, self._rank, self._size, nbytes)
+        except Error:
+            torch.cuda.empty_cache()
+            return _Buffer(self._device, self._rank, self._size, nbytes)
 
     def _told_by_all(self, what: str, told: bytes) -> list[bytes]:
         """Tell all ranks something, and return what each tells."""
@@ -135,8 +168,8 @@ class PeerMemory:
         self._store.set(keys[self._rank], (told or _NOTHING).hex())
         # Not by `wait`, which would wait for minutes for a rank that has died.
         while not self._store.check(keys):
-            if self._is_released:
-                raise RankError("another rank has ended")
+            if self._aborted.is_set():
+                raise RuntimeError("another rank has ended")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         values = [bytes.fromhex(self._store.get(key).decode()) for key in keys]
         return [b"" if value == _NOTHING else value for value in values]
@@ -158,7 +191,7 @@ class _Buffer:
             self._bytes = torch.as_tensor(_CudaArray(self.memory, nbytes), device=device)
 
     def view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor at so many bytes from the begin of this rank's memory."""
+        """Return a tensor at so many bytes from the beginning of this rank's memory."""
         nbytes = math.prod(shape) * dtype.itemsize
         return self._bytes[offset : offset + nbytes].view(dtype).view(*shape)
 

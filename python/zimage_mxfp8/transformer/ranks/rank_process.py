@@ -78,7 +78,9 @@ class _Rank:
         assert isinstance(joined, Join)
         self._connection = connection
         self._order = order
-        self._group = RankGroup.connect(order.store, order.rank, order.size, order.device)
+        self._group = RankGroup.connect(
+            order.store, order.rank, order.size, order.device, threading.Event()
+        )
         self._model = ZImageTransformer(
             file.config, parts, order.compute, order.dtype, order.cuda_graphs, ranks=self._group
         )

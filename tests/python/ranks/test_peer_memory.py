@@ -1,0 +1,200 @@
+"""How ranks agree on memory of peers, and stop waiting for one that has died; without devices."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+
+import zimage_mxfp8 as zm
+from zimage_mxfp8.transformer.ranks import group, peer_memory
+from zimage_mxfp8.transformer.ranks.group import RankGroup
+from zimage_mxfp8.transformer.ranks.peer_memory import PeerMemory
+
+SIZE = 3
+DEVICE = torch.device("cuda", 0)
+
+
+class Memory:
+    """Stands for the core's memory on a device."""
+
+    def __init__(self, rank: int, nbytes: int, open_problem: str) -> None:
+        self.opened: dict[int, bytes] = {}
+        self.is_released = False
+        self._name = f"{nbytes} bytes of rank {rank}".encode()
+        self._open_problem = open_problem
+
+    def handle(self) -> bytes:
+        return self._name
+
+    def open(self, rank: int, handle: bytes) -> None:
+        if self._open_problem:
+            raise zm.CudaError(self._open_problem)
+        self.opened[rank] = handle
+
+    def release(self) -> None:
+        self.is_released = True
+
+
+@pytest.fixture
+def problems(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], str]:
+    """Return a table of what fails: ("allocate" or "open", rank)."""
+    table: dict[tuple[str, int], str] = {}
+
+    class Buffer:
+        def __init__(self, device: torch.device, rank: int, size: int, nbytes: int) -> None:
+            assert (device, size) == (DEVICE, SIZE)
+            if ("allocate", rank) in table:
+                raise zm.CudaError(table["allocate", rank])
+            self.memory, self.nbytes = Memory(rank, nbytes, table.get(("open", rank), "")), nbytes
+
+    monkeypatch.setattr(peer_memory, "_Buffer", Buffer)
+    return table
+
+
+def on_all(function: Callable[[int], Any]) -> list[Any]:
+    with ThreadPoolExecutor(SIZE) as pool:
+        return list(pool.map(function, range(SIZE)))
+
+
+def connect_all() -> list[PeerMemory | None]:
+    store = torch.distributed.HashStore()
+    return on_all(lambda rank: PeerMemory.connect(store, rank, SIZE, DEVICE, threading.Event()))
+
+
+def test_every_rank_opens_every_other_one(problems) -> None:
+    connected = connect_all()
+    for rank, memory in enumerate(connected):
+        assert memory is not None
+        (buffer,) = memory._buffers
+        others = set(range(SIZE)) - {rank}
+        assert buffer.memory.opened == {
+            other: f"{buffer.nbytes} bytes of rank {other}".encode() for other in others
+        }
+
+
+@pytest.mark.parametrize("step", ["allocate", "open"])
+@pytest.mark.parametrize("rank", range(SIZE))
+def test_if_one_rank_cannot_none_does(step: str, rank: int, problems) -> None:
+    problems[step, rank] = "no"
+    assert connect_all() == [None] * SIZE
+
+
+def test_larger_tensors_get_larger_memory_and_earlier_memory_stays(problems) -> None:
+    connected = connect_all()
+    sizes = (5000, 5001, 8000, 100)
+    for size in sizes:
+        assert on_all(lambda rank, size=size: connected[rank]._reserve(size)) == [True] * SIZE
+    for memory in connected:
+        assert memory is not None
+        found = [buffer.nbytes for buffer in memory._buffers]
+        assert found[1] == 5000 and found[2] >= 7500 and len(found) < 5
+        assert found[-1] >= max(sizes)
+        memory.release()
+        assert all(buffer.memory.is_released for buffer in memory._buffers)
+
+
+def test_too_little_memory_later_names_the_cause_where_it_is(problems) -> None:
+    connected = connect_all()
+    problems["allocate", 1] = "out of memory"
+    part = torch.zeros(4, 2, 1, 128)
+
+    def gather(rank: int) -> str:
+        with pytest.raises(zm.CudaError) as caught:
+            list(connected[rank].gather_each([part], [4] * SIZE))
+        return str(caught.value)
+
+    sentences = on_all(gather)
+    causes = ["another device failed", "out of memory", "another device failed"]
+    for sentence, cause in zip(sentences, causes, strict=True):
+        assert sentence.startswith(f"no memory for the keys and values of all ranks: {cause}; draw")
+
+
+def within_seconds(function: Callable[[], Any], then: Callable[[], None]) -> Any:
+    """Return what a function returns or raises after something else has been done."""
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append(function())
+        except RuntimeError as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()  # it waits
+    then()
+    thread.join(20)
+    assert not thread.is_alive()
+    return result[0]
+
+
+def test_nothing_waits_for_a_rank_that_died_before_it_connected(problems) -> None:
+    store, aborted = torch.distributed.HashStore(), threading.Event()
+    error = within_seconds(lambda: PeerMemory.connect(store, 0, SIZE, DEVICE, aborted), aborted.set)
+    assert str(error) == "another rank has ended"
+
+
+def test_memory_that_comes_after_the_release_is_released(problems, monkeypatch) -> None:
+    connected = connect_all()
+    events = [memory._aborted for memory in connected if memory is not None]
+    opened = threading.Barrier(SIZE)
+
+    def open_and_abort(self: Memory, rank: int, handle: bytes) -> None:
+        if not self.opened:
+            opened.wait(20)
+            for event in events:
+                event.set()
+        self.opened[rank] = handle
+
+    told = PeerMemory._told_by_all
+
+    def told_by_all(self: PeerMemory, what: str, value: bytes) -> list[bytes]:
+        # As if all had told before the event was set.
+        event, self._aborted = self._aborted, threading.Event()
+        try:
+            return told(self, what, value)
+        finally:
+            self._aborted = event
+
+    monkeypatch.setattr(Memory, "open", open_and_abort)
+    monkeypatch.setattr(PeerMemory, "_told_by_all", told_by_all)
+    assert on_all(lambda rank: connected[rank]._reserve(10**6)) == [True] * SIZE
+    assert all(memory._buffers[-1].memory.is_released for memory in connected)
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_team_that_cannot_connect_can_be_aborted(when: str, monkeypatch) -> None:
+    class Backend:
+        def abort(self) -> None:
+            pass
+
+    class Buffer:
+        nbytes = 1024
+        memory = Memory(0, 1024, "")
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(group, "_backend", lambda *_: Backend())
+    monkeypatch.setattr(peer_memory, "_Buffer", Buffer)
+    store, aborted = torch.distributed.HashStore(), threading.Event()
+
+    def connect(rank: int) -> RankGroup:
+        return RankGroup(store, rank, 4, DEVICE, aborted)
+
+    with ThreadPoolExecutor(4) as pool:
+        ranks = list(pool.map(connect, range(4)))
+    if when == "before":
+        ranks[0].abort()
+        with pytest.raises(RuntimeError, match="another rank has ended"):
+            ranks[0].team(2)
+    else:
+        error = within_seconds(lambda: ranks[0].team(2), ranks[0].abort)
+        assert str(error) == "another rank has ended"
