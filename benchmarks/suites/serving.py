@@ -30,6 +30,7 @@ COLUMNS = {
     "replicas": "0: without Ray",
     "load": "share of the capacity",
     "rate": "images/s",
+    "offered": "requests/s",
     "per_replica": "of the rate of one replica",
     "p50": "s",
     "p99": "s",
@@ -184,4 +185,5 @@ def run(arguments: argparse.Namespace, report: Report) -> None:
             )
             for load in arguments.loads:
                 answers = clients.at_random(load * capacity, arguments.seconds)
-                report.add(replicas=replicas, load=load, **latencies(answers))
+                offered = len(answers) / arguments.seconds
+                report.add(replicas=replicas, load=load, offered=offered, **latencies(answers))

@@ -321,6 +321,9 @@ def comfyui() -> str:
     return table(rows_of("comfyui-h200"), ["image", "loras"], columns)
 
 
+PEERS = "keys and values, in memory of peers"
+
+
 def ranks() -> str:
     columns = [
         Column("image", label("{image}x{image}"), right=False),
@@ -330,10 +333,24 @@ def ranks() -> str:
         Column("two GPUs (ms)", cell("{ms:.1f}", devices=2)),
         Column("speed-up", cell("{speedup:.2f}", devices=2)),
         Column("one GPU (GB)", cell("{peak_gb:.1f}", devices=1)),
-        Column("each of two (GB)", cell("{peak_gb:.1f}", devices=2)),
+        Column("first of two (GB)", cell("{peak_gb:.1f}", devices=2)),
     ]
-    rows = sorted(rows_of("ranks-h200"), key=lambda row: (row["items"], row["image"]))
-    return table(rows, ["image", "items", "mode"], columns)
+    # Items that GPUs share are not exchanged.
+    rows = rows_of("ranks-h200", exchange=PEERS, items=1)
+    rows += rows_of("ranks-h200", exchange="heads and tokens, by NCCL", items=2)
+    return table(sorted(rows, key=lambda row: row["image"]), ["items", "image", "mode"], columns)
+
+
+def rank_exchanges() -> str:
+    columns = [
+        Column("exchange", label("{exchange}"), right=False),
+        *(
+            Column(f"{side}x{side}, `{mode}`", cell("{ms:.1f}", image=side, mode=mode))
+            for mode in ("fp8", "weight-only")
+            for side in (1024, 2048)
+        ),
+    ]
+    return table(rows_of("ranks-h200", devices=2, items=1), ["exchange"], columns)
 
 
 def serving() -> str:
@@ -344,8 +361,8 @@ def serving() -> str:
     columns = [
         Column("replicas", label("{replicas}")),
         Column("load", load_label, right=False),
-        Column("images/s", cell("{rate:.2f}", load="two clients per replica")),
-        Column("per replica, of one", cell("{per_replica:.2f}", load="two clients per replica")),
+        Column("requests/s", lambda rows: f"{rows[0].get('offered', rows[0].get('rate')):.2f}"),
+        Column("per replica / of one", cell("{per_replica:.2f}", load="two clients per replica")),
         Column("median (s)", label("{p50:.2f}")),
         Column("99th percentile (s)", label("{p99:.2f}")),
         Column("requests", label("{requests}")),
@@ -440,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "additions": additions,
     "comfyui": comfyui,
     "ranks": ranks,
+    "rank-exchanges": rank_exchanges,
     "serving": serving,
     "lora": lora,
 }

@@ -121,6 +121,11 @@ class RankGroup:
                 made.abort()
         return self._teams[count]
 
+    @property
+    def reaches_peers(self) -> bool:
+        """Whether devices write to each other's memory."""
+        return self._peers is not None
+
     def exchange(
         self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]
     ) -> torch.Tensor:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ...errors import Error, RankError, UnsupportedError
+from ...errors import DeviceWarning, Error, RankError, UnsupportedError
 from ..compute import Compute
 from ..control import Control, ZImageControlNet
 from ..graphs import GraphCache
@@ -111,6 +112,13 @@ class OtherRanks:
             self._wait_for_answers()
             self._tell(Join())
             self._parts.group = self._connected()
+        if self._devices[0].type == "cuda" and not self._parts.group.reaches_peers:
+            warnings.warn(
+                "these GPUs cannot write to each other's memory, so NCCL sends keys and values, "
+                "which takes longer",
+                DeviceWarning,
+                stacklevel=3,
+            )
         return self._parts.group
 
     def _connected(self) -> RankGroup:
