@@ -157,6 +157,7 @@ def _draw(sheet: Path, overwrite: bool) -> bool:
         ["compute mode", "activations", "PSNR, mean (dB)>", "worst>", "seconds>"],
         rows,
     )
+    print(f"{len(shown)} images are too few to tell which mode is best.")
     picture = contact_sheet(columns, [example.prompt for example in shown])
     content = plain_png_bytes(picture)
     write_file(sheet, content, overwrite=overwrite)
