@@ -51,13 +51,14 @@ def needed(extra: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, RuntimeError) as error:  # the latter comes from diffusers' lazy modules
+    except Exception as error:  # packages of other versions, and libraries, fail in any way
         module = _missing_module(error)
-        if module.partition(".")[0] == _OURS:
+        is_import_error = isinstance(error, (ImportError, RuntimeError))
+        if module.partition(".")[0] == _OURS or (not is_import_error and _failing(error) == _OURS):
             raise
         # Of blocks in one another the outer one names what the user asked for.
         is_inner = isinstance(error, MissingExtraError) and error.__cause__ is not None
-        cause = error.__cause__ if is_inner else error
+        cause = error.__cause__ if is_inner and error.__cause__ is not None else error
         raise missing(extra, what, _problem(extra, module, cause), module) from cause
 
 
@@ -94,7 +95,25 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def _problem(extra: str, module: str, error: BaseException | None) -> str:
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _failing(error: BaseException) -> str:
+    """Return the package whose code failed, "" if it cannot be told."""
+    name = ""
+    place = _first_cause(error).__traceback__
+    while place is not None:
+        module = str(place.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if module not in ("", "importlib", "contextlib"):
+            name = module
+        place = place.tb_next
+    return name
+
+
+def _problem(extra: str, module: str, error: BaseException) -> str:
     from .extras import requirements
 
     packages = {each.module: each.package for each in requirements()[extra]}
@@ -104,5 +123,11 @@ def _problem(extra: str, module: str, error: BaseException | None) -> str:
         if not others:
             return f"{last}, which is not installed"
         return f"{', '.join(others)} and {last}, which are not installed"
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{' and '.join(packages.values())}, which cannot be imported ({reason[0]})"
+    cause = _first_cause(error)
+    reason = str(cause).strip().splitlines() or [type(cause).__name__]
+    failing = _failing(error)
+    if failing in ("", _OURS, "__main__"):
+        named = " and ".join(packages.values())
+    else:
+        named = packages.get(failing, failing)
+    return f"{named}, which cannot be imported ({reason[0]})"

@@ -9,7 +9,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -234,7 +233,7 @@ class ZImageTransformer(PeftMethods, nn.Module):
             has_cudnn_attention(place)  # for its warning, now instead of in the middle of an image
         others = None
         if len(places) > 1:
-            others = OtherRanks(Path(file.path), places, mode, chosen, cuda_graphs=cuda_graphs)
+            others = OtherRanks(file, places, mode, chosen, cuda_graphs=cuda_graphs)
         try:
             with shown(progress, byte_bar("loading the transformer")) as callback:
                 parts = load_parts(file, place, mode, chosen, callback)

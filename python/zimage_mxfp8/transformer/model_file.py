@@ -45,6 +45,20 @@ class ModelFile(Generic[Config]):
         """The file or folder."""
         return str(self.checkpoint.path)
 
+    def state(self) -> tuple[tuple[int, ...], ...]:
+        """Return which files these are now: device, inode, size and time of each."""
+        found = [path.stat() for path in self.checkpoint.files]
+        return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
+
+    def check_state(self, state: tuple[tuple[int, ...], ...]) -> None:
+        """Check that the files are those of an earlier `state()`.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        if self.state() != state:
+            raise CheckpointError(f"{self.path} was replaced while it was loaded", "load it again")
+
     @property
     def weights(self) -> Weights:
         """What the layers are stored in."""

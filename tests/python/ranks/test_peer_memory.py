@@ -194,7 +194,7 @@ def test_a_team_that_cannot_connect_can_be_aborted(when: str, monkeypatch) -> No
     if when == "before":
         ranks[0].abort()
         with pytest.raises(RuntimeError, match="another rank has ended"):
-            ranks[0].team(2)
+            ranks[0]._add_teams(2)
     else:
-        error = within_seconds(lambda: ranks[0].team(2), ranks[0].abort)
+        error = within_seconds(lambda: ranks[0]._add_teams(2), ranks[0].abort)
         assert str(error) == "another rank has ended"

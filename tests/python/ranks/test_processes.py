@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -283,12 +286,51 @@ def test_an_error_of_rank_0_ends_the_others(file: Path) -> None:
 
 def test_a_checkpoint_that_a_rank_cannot_read(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    others = OtherRanks(
-        tmp_path / "missing.safetensors", [cpu, cpu], "weight-only", torch.float32, cuda_graphs=True
-    )
+    opened: Any = SimpleNamespace(path=str(tmp_path / "missing.safetensors"), state=lambda: ())
+    others = OtherRanks(opened, [cpu, cpu], "weight-only", torch.float32, cuda_graphs=True)
     with pytest.raises(zm.CheckpointError, match=r"missing\.safetensors"):
         others.join()
     others.end()
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    for each in (path, other):
+        shutil.copyfile(file, each)
+    start = OtherRanks.__init__
+
+    def start_and_replace(self: OtherRanks, *arguments, **options) -> None:
+        start(self, *arguments, **options)
+        other.replace(path)
+
+    monkeypatch.setattr(OtherRanks, "__init__", start_and_replace)
+    with pytest.raises(zm.CheckpointError, match="was replaced while it was loaded; load it again"):
+        load(path, 2)
+
+
+def test_calls_inside_a_forward_are_refused(file: Path) -> None:
+    shared = load(file, 2)
+    inputs = random_inputs([(10, 14)], [5])
+    shared.layers[0].register_forward_hook(lambda *_: shared(*inputs))
+    with pytest.raises(zm.UnsupportedError, match="within one of its own forwards"):
+        shared(*inputs)
+    with pytest.raises(zm.RankError, match="rank 0 had an error"):
+        shared(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_that_ends_leaves_the_ranks(file: Path) -> None:
+    shared = load(file, 2)
+    program = os.fork()
+    if program == 0:
+        shared._other_ranks._end()  # as at the end of a program
+        os._exit(0)
+    os.waitpid(program, 0)
+    assert shared._other_ranks._parts.directory.exists()
+    inputs = random_inputs([(10, 14)], [5])
+    assert len(shared(*inputs).sample) == 1
 
 
 def test_processes_end_when_rank_0_is_killed(file: Path) -> None:

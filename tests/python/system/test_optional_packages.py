@@ -128,13 +128,39 @@ def test_our_own_mistakes_are_no_missing_packages() -> None:
     assert not isinstance(caught.value, zm.Error)
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        'OSError("no libfoo.so")',
+        'AttributeError("no attribute x")',
+        'RuntimeError("boom\\nmore")',
+        'ImportError("gone")',
+    ],
+)
+def test_a_package_that_fails_is_named(failure: str, tmp_path: Path) -> None:
+    (tmp_path / "fastapi.py").write_text(f"raise {failure}")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from zimage_mxfp8.cli.main import main
+sys.exit(main(["serve", "--model-dir", "x"]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    reason = failure.partition('"')[2].rstrip('")').partition("\\n")[0]
+    assert (result.returncode, result.stderr) == (
+        1,
+        f"zimage-mxfp8: error: serve needs fastapi, which cannot be imported ({reason}); run "
+        'pip install "zimage-mxfp8[serve]"\n',
+    )
+
+
 def test_a_problem_is_told_once() -> None:
     with (
         pytest.raises(zm.MissingExtraError) as caught,
         optional_packages.needed("ray", "serve --ray"),
         optional_packages.needed("ray", "a module"),
     ):
-        raise RuntimeError("the package of grpc is too old")
+        exec('raise RuntimeError("the package of grpc is too old")', {"__name__": "ray.serve"})
     assert str(caught.value).startswith(
         "serve --ray needs ray, which cannot be imported (the package of grpc is too old); run pip"
     )

@@ -70,7 +70,7 @@ class RankGroup:
         self._device = device
         own_store = _c10d.PrefixStore(name, store)
         self._backend = _backend(own_store, rank, size, device)
-        self._teams: dict[int, RankGroup | None] = {}
+        self._teams: dict[int, RankGroup] = {}
         self._aborted = aborted
         self._lock = threading.RLock()  # `abort` may come from a finalizer at any time
         self._aborter = _Aborter(self._backend) if device.type == "cuda" else None
@@ -92,6 +92,10 @@ class RankGroup:
         try:
             # NCCL connects with the first exchange.
             group.broadcast_(torch.zeros(1, device=device))
+            # Now, not when a forward needs them: whoever calls this can stop waiting.
+            for count in range(2, size):
+                if size % count == 0:
+                    group._add_teams(count)
         except BaseException:
             group.abort()
             raise
@@ -100,26 +104,25 @@ class RankGroup:
     def team(self, count: int) -> RankGroup | None:
         """Return this rank's team of `count` teams of as many consecutive ranks each.
 
+        Args:
+            count: a divisor of the number of ranks.
+
         Returns:
             None if the team has only one rank, which has nobody to exchange with.
         """
-        if count not in self._teams:
-            members = self.size // count
-            team, rank = divmod(self.rank, members)
-            name = f"team {team} of {count}"
-            # Not under the lock, which `abort` takes: this waits for the other ranks.
-            made = (
-                self
-                if count == 1
-                else RankGroup(self._store, rank, members, self._device, self._aborted, name)
-                if members > 1
-                else None
-            )
-            with self._lock:
-                self._teams[count] = made
-            if made is not None and self._aborted.is_set():
-                made.abort()
-        return self._teams[count]
+        if count == 1:
+            return self
+        return None if count == self.size else self._teams[count]
+
+    def _add_teams(self, count: int) -> None:
+        members = self.size // count
+        team, rank = divmod(self.rank, members)
+        name = f"team {team} of {count}"
+        made = RankGroup(self._store, rank, members, self._device, self._aborted, name)
+        with self._lock:
+            self._teams[count] = made
+        if self._aborted.is_set():
+            made.abort()
 
     @property
     def reaches_peers(self) -> bool:
@@ -209,7 +212,7 @@ class RankGroup:
             return
         self._aborted.set()
         with self._lock:
-            groups = [self, *(team for team in self._teams.values() if team is not None)]
+            groups = [self, *self._teams.values()]
         for group in groups:
             if group._peers is not None:
                 group._peers.release()

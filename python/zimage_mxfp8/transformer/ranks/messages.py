@@ -20,6 +20,7 @@ class Load:
 
     Attributes:
         path: the checkpoint.
+        state: which files it is, see `ModelFile.state`.
         device: where to.
         rank: number of the process.
         size: number of ranks.
@@ -31,6 +32,7 @@ class Load:
     """
 
     path: Path
+    state: tuple[tuple[int, ...], ...]
     device: torch.device
     rank: int
     size: int

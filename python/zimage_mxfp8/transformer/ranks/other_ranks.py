@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import queue
 import shutil
 import socket
@@ -24,10 +25,12 @@ from typing import Any
 import torch
 
 from ...errors import DeviceWarning, Error, RankError, UnsupportedError
+from ...zimage.config import ZImageConfig
 from ..compute import Compute
 from ..control import Control, ZImageControlNet
 from ..graphs import GraphCache
 from ..inputs import ForwardInputs
+from ..model_file import ModelFile
 from .group import RankGroup
 from .messages import (
     ChangeAdapters,
@@ -61,7 +64,7 @@ class OtherRanks:
 
     def __init__(
         self,
-        path: Path,
+        file: ModelFile[ZImageConfig],
         devices: Sequence[torch.device],
         compute: Compute,
         dtype: torch.dtype,
@@ -71,7 +74,7 @@ class OtherRanks:
         """Start the processes, which load the transformer in the background.
 
         Args:
-            path: the checkpoint.
+            file: the checkpoint.
             devices: of all ranks.
             compute: the compute mode.
             dtype: of everything that is not 8 bits wide.
@@ -82,14 +85,17 @@ class OtherRanks:
         self._watch = _Watch(self._parts, self._devices)
         self._end = weakref.finalize(self, _end, self._watch, self._parts)
         self._turn = threading.RLock()
+        self._has_turn = False
         self._numbers = itertools.count()
         self._nets: weakref.WeakKeyDictionary[ZImageControlNet, tuple[object, int]]
         self._nets = weakref.WeakKeyDictionary()
+        state = file.state()
         for rank in range(1, len(devices)):
             process = _Process(rank)
             self._parts.processes.append(process)
             order = Load(
-                path=path.absolute(),
+                path=Path(file.path).absolute(),
+                state=state,
                 device=devices[rank],
                 rank=rank,
                 size=len(devices),
@@ -170,8 +176,7 @@ class OtherRanks:
             Error: a process failed.
         """
         order = pickled(ChangeAdapters(method, arguments))
-        with self._turn:
-            self.check()
+        with self._taking_turn():
             yield
             with self._errors_of_ranks():
                 self._tell_pickled(order)
@@ -193,25 +198,39 @@ class OtherRanks:
         """
         group = self._parts.group
         assert group is not None
-        with self._turn:
-            self.check()
-            with self._errors_of_ranks():
-                numbers = tuple(self._number(net) for net in nets)
-                kept = frozenset(number for _, number in self._nets.values())
-                like = inputs.map(lambda tensor: torch.empty_like(tensor, device="meta"))
-                self._tell(Forward(like, numbers, kept, scale))
-                nbytes = packed_nbytes(inputs)
-                buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._devices[0])
-                unpack(buffer, like).copy_(inputs)
-                group.broadcast_(buffer)
-                try:
-                    yield
-                finally:
-                    self._parts.launched.mark()
+        with self._taking_turn(), self._errors_of_ranks():
+            numbers = tuple(self._number(net) for net in nets)
+            kept = frozenset(number for _, number in self._nets.values())
+            like = inputs.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+            self._tell(Forward(like, numbers, kept, scale))
+            nbytes = packed_nbytes(inputs)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._devices[0])
+            unpack(buffer, like).copy_(inputs)
+            group.broadcast_(buffer)
+            try:
+                yield
+            finally:
+                self._parts.launched.mark()
 
     def end(self) -> None:
         """End the processes."""
         self._end()
+
+    @contextmanager
+    def _taking_turn(self) -> Iterator[None]:
+        with self._turn:
+            if self._has_turn:
+                raise UnsupportedError(
+                    "a transformer on several devices cannot be called, or given adapters, within "
+                    "one of its own forwards (in a hook)",
+                    "do it after the forward",
+                )
+            self._has_turn = True
+            try:
+                self.check()
+                yield
+            finally:
+                self._has_turn = False
 
     def _number(self, net: ZImageControlNet) -> int:
         """Return the number of a ControlNet, which the processes load if they have not yet."""
@@ -294,6 +313,7 @@ class _Parts:
         self.launched = _Launched(device)
         self.graphs: GraphCache | None = None
         self.directory = directory
+        self.owner = os.getpid()
 
     @property
     def store(self) -> Path:
@@ -441,6 +461,8 @@ class _Watch:
 
 
 def _end(watch: _Watch, parts: _Parts) -> None:
+    if os.getpid() != parts.owner:  # a fork of the program ends
+        return
     # Dropping a graph that still runs can wait for it while holding the interpreter's lock. If the
     # graph waits for a rank that has died, nothing could then end it.
     has_ended = parts.launched.wait(_SECONDS_TO_FINISH)

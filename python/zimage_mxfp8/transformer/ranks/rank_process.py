@@ -72,7 +72,9 @@ class _Rank:
         else:
             torch.cuda.set_device(order.device)
         file = open_model(order.path)
+        file.check_state(order.state)
         parts = load_parts(file, order.device, order.compute, order.dtype, None)
+        file.check_state(order.state)
         connection.send_bytes(pickled(Done()))
         joined = receive(connection)
         assert isinstance(joined, Join)
