@@ -132,7 +132,12 @@ def open_adapter(
         loads = {str(name): _of_array(label, str(name), x) for name, x in source.items()}
         found = {str(name): tuple(x.shape) for name, x in source.items()}
     else:
-        checkpoint = open_checkpoint(checks.path("source", source))
+        path = checks.path("source", source)
+        if path.is_dir():
+            raise CheckpointError(
+                f"{path} is a folder, and an adapter is a file", "name the safetensors file"
+            )
+        checkpoint = open_checkpoint(path)
         label = str(checkpoint.path)
         metadata = metadata or _peft_settings(label, checkpoint.metadata)
         loads = {name: _of_file(label, tensor) for name, tensor in checkpoint.tensors.items()}

@@ -109,7 +109,7 @@ FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing": (lambda path: None, ("does not exist",)),
     "empty file": (lambda path: path.write_bytes(b""), ("is empty",)),
     "no tensors": (lambda path: save_file({}, path), ("has no tensors",)),
-    "folder": (lambda path: path.mkdir(), ("is not a diffusers folder",)),
+    "folder": (lambda path: path.mkdir(), ("is a folder, and an adapter is a file",)),
     "pickle": (lambda path: torch.save({"a": torch.ones(1)}, path), ("PyTorch pickle",)),
     "text": (lambda path: path.write_text("Entry not found"), ("is a text file",)),
     "truncated": (

@@ -299,6 +299,8 @@ def test_a_cluster_that_is_too_small(running: Running) -> None:
     with pytest.raises(zm.UsageError, match="device cannot be cuda: the cluster has no GPU"):
         replicas_for(1, "cuda", scaling=False)
     assert replicas_for(None, None, scaling=True) == Replicas(1, 1, gpus=0)
+    with pytest.raises(zm.UnsupportedError, match="2 GPUs are asked for each replica, and the cl"):
+        replicas_for(None, None, scaling=False, gpus_per_replica=2)
 
 
 def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

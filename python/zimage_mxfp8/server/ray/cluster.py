@@ -121,6 +121,7 @@ def replicas_for(
 
     Raises:
         UsageError: the cluster is too small.
+        UnsupportedError: several GPUs are asked for each replica, and there are none.
     """
     resources = ray.cluster_resources()
     gpus, cpus = (int(resources.get(name, 0)) for name in ("GPU", "CPU"))
@@ -128,6 +129,14 @@ def replicas_for(
         raise UsageError("device", "cannot be cuda: the cluster has no GPU", "use cpu")
     on_gpu = bool(gpus) and device != "cpu"
     of_machines = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if gpus_per_replica > 1 and not on_gpu:
+        raise UnsupportedError(
+            f"{gpus_per_replica} GPUs are asked for each replica, and the cluster has {gpus}"
+            if device is None
+            else f"{gpus_per_replica} GPUs are asked for each replica, which contradicts the device"
+            f" {device}",
+            "leave `gpus` out to draw on CPUs",
+        )
     if gpus_per_replica > max([1, *of_machines]):
         raise UsageError(
             "gpus",
