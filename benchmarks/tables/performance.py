@@ -321,9 +321,6 @@ def comfyui() -> str:
     return table(rows_of("comfyui-h200"), ["image", "loras"], columns)
 
 
-PEERS = "keys and values, in memory of peers"
-
-
 def ranks() -> str:
     columns = [
         Column("image", label("{image}x{image}"), right=False),
@@ -336,7 +333,7 @@ def ranks() -> str:
         Column("first of two (GB)", cell("{peak_gb:.1f}", devices=2)),
     ]
     # Items that GPUs share are not exchanged.
-    rows = rows_of("ranks-h200", exchange=PEERS, items=1)
+    rows = rows_of("ranks-h200", exchange="keys and values, in memory of peers", items=1)
     rows += rows_of("ranks-h200", exchange="heads and tokens, by NCCL", items=2)
     return table(sorted(rows, key=lambda row: row["image"]), ["items", "image", "mode"], columns)
 

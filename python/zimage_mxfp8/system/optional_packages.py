@@ -56,10 +56,9 @@ def needed(extra: str, what: str) -> Iterator[None]:
         is_import_error = isinstance(error, (ImportError, RuntimeError))
         if module.partition(".")[0] == _OURS or (not is_import_error and _failing(error) == _OURS):
             raise
-        # Of blocks in one another the outer one names what the user asked for.
-        is_inner = isinstance(error, MissingExtraError) and error.__cause__ is not None
-        cause = error.__cause__ if is_inner and error.__cause__ is not None else error
-        raise missing(extra, what, _problem(extra, module, cause), module) from cause
+        # An error of a block inside this one too: `what` of the outer block is what the user asked
+        # for.
+        raise missing(extra, what, _problem(extra, module, error), module) from error
 
 
 def missing(extra: str, what: str, needs: str, module: str = "") -> MissingExtraError:

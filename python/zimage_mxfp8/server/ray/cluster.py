@@ -129,12 +129,9 @@ def replicas_for(
         raise UsageError("device", "cannot be cuda: the cluster has no GPU", "use cpu")
     on_gpu = bool(gpus) and device != "cpu"
     of_machines = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-    if gpus_per_replica > 1 and not on_gpu:
+    if gpus_per_replica > 1 and not gpus:
         raise UnsupportedError(
-            f"{gpus_per_replica} GPUs are asked for each replica, and the cluster has {gpus}"
-            if device is None
-            else f"{gpus_per_replica} GPUs are asked for each replica, which contradicts the device"
-            f" {device}",
+            f"{gpus_per_replica} GPUs are asked for each replica, and the cluster has none",
             "leave `gpus` out to draw on CPUs",
         )
     if gpus_per_replica > max([1, *of_machines]):

@@ -15,7 +15,6 @@ from ... import _core
 from ...errors import CudaError, Error
 
 _ALIGNMENT = 512  # bytes
-_NOTHING = b"nothing"
 _SECONDS_BETWEEN_LOOKS = 0.001
 _WIDE = torch.complex128  # of 16 bytes, which torch copies faster than the same in small elements
 
@@ -164,15 +163,13 @@ class PeerMemory:
     def _told_by_all(self, what: str, told: bytes) -> list[bytes]:
         """Tell all ranks something, and return what each tells."""
         keys = [f"{what} {len(self._buffers)} of {rank}" for rank in range(self._size)]
-        # Stores take no empty values.
-        self._store.set(keys[self._rank], (told or _NOTHING).hex())
+        self._store.set(keys[self._rank], "=" + told.hex())  # stores take no empty values
         # Not by `wait`, which would wait for minutes for a rank that has died.
         while not self._store.check(keys):
             if self._aborted.is_set():
                 raise RuntimeError("another rank has ended")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        values = [bytes.fromhex(self._store.get(key).decode()) for key in keys]
-        return [b"" if value == _NOTHING else value for value in values]
+        return [bytes.fromhex(self._store.get(key).decode()[1:]) for key in keys]
 
 
 class _Buffer:
