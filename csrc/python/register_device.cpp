@@ -80,7 +80,7 @@ void register_device(py::module_& module) {
           py::arg("offset"), py::arg("nbytes"), py::arg("stream"),
           py::call_guard<py::gil_scoped_release>(),
           "Copy a part to all other ranks, and wait for theirs on the stream.")
-      .def("release", &PeerMemory::release, "End all waiting for other ranks, for good.");
+      .def("release", &PeerMemory::release, "Stop waiting for other ranks, now and later.");
   module.def("build_info", &build_info, "Describe this build.");
 }
 

@@ -134,7 +134,7 @@ class PeerMemory:
     def exchange(self, offset: int, nbytes: int, stream: int) -> None:
         """Copy a part to all other ranks, and wait for theirs on the stream."""
     def release(self) -> None:
-        """End all waiting for other ranks, for good."""
+        """Stop waiting for other ranks, now and later."""
 
 def build_info() -> BuildInfo:
     """Describe this build."""

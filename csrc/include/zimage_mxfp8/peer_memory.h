@@ -40,8 +40,8 @@ class PeerMemory {
   // ranks make the same number of calls, and a rank's calls run one after another.
   //
   // Nothing keeps a rank from writing to what another one still reads. Work that reads what an
-  // exchange brought must be in the stream before the rank's next exchange, and the ranges of an
-  // exchange must be apart from those of the one before.
+  // exchange brought must be in the stream before the rank's next exchange, and an exchange must
+  // not use a range that the exchange before it used.
   //
   // Throws InvalidArgument for a range beyond the memory, or a rank that is not open.
   void exchange(std::size_t offset, std::size_t bytes, CudaStream stream);

@@ -173,7 +173,7 @@ class GenerationSettings:
 
 
 def _check_loras(pairs: Sequence[object]) -> tuple[tuple[Path, float], ...]:
-    """Return files with their weights; those of one file must also be valid when added up."""
+    """Return files with their weights; the sum of one file's weights must be valid too."""
     checked = []
     sums: dict[Path, float] = {}
     for pair in pairs:

@@ -51,10 +51,10 @@ class ModelFile(Generic[Config]):
         return tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in found)
 
     def check_state(self, state: tuple[tuple[int, ...], ...]) -> None:
-        """Check that the files are those of an earlier `state()`.
+        """Check that the files have not changed since an earlier `state()`.
 
         Raises:
-            CheckpointError: they are not.
+            CheckpointError: they have.
         """
         if self.state() != state:
             raise CheckpointError(f"{self.path} was replaced while it was loaded", "load it again")
