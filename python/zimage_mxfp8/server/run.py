@@ -21,6 +21,7 @@ from .request_log import LogHandler, LogWriter
 
 _MAX_CONNECTIONS = 128  # more are answered with 503
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LOGGERS = ("uvicorn", "python_multipart")  # of what serves and parses requests
 
 
 def run_server(
@@ -47,9 +48,10 @@ def run_server(
     """
     broken: list[Exception] = []
     app = create_app(engine, options, log, broken.append)
-    uvicorn_log = logging.getLogger("uvicorn")
-    uvicorn_log.handlers = [LogHandler(log)]
-    uvicorn_log.propagate = False
+    for name in _LOGGERS:
+        of_library = logging.getLogger(name)
+        of_library.handlers = [LogHandler(log)]
+        of_library.propagate = False
     config = uvicorn.Config(
         app,
         access_log=False,

@@ -304,8 +304,25 @@ def test_a_server_that_cannot_listen_waits_for_the_warm_up(engine: StubEngine, l
     assert ended.is_set()
 
 
-def test_what_uvicorn_says_is_in_the_log(
-    engine: StubEngine, log: Log, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"\x16\x03\x01\r\n\r\n", "Invalid HTTP request"),  # TLS
+        (
+            b"POST /v1/images/edits HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4\r\n"
+            b"Content-Type: multipart/form-data; boundary=a\r\nConnection: close\r\n\r\nbbbb",
+            "boundary",
+        ),
+    ],
+    ids=["uvicorn", "python-multipart"],
+)
+def test_what_libraries_say_is_in_the_log(
+    sent: bytes,
+    told: str,
+    engine: StubEngine,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(logging._levelToName, logging.WARNING, "MINIMAL")  # as convert_to_quant
     writer = LogWriter(log)
@@ -313,7 +330,7 @@ def test_what_uvicorn_says_is_in_the_log(
 
         def disturb() -> None:
             with socket.create_connection(listener.getsockname()) as connection:
-                connection.sendall(b"\x16\x03\x01\r\n\r\n")  # TLS
+                connection.sendall(sent)
                 connection.recv(1000)
             signal.raise_signal(signal.SIGTERM)
 
@@ -325,9 +342,10 @@ def test_what_uvicorn_says_is_in_the_log(
             lambda: threading.Thread(target=disturb).start(),
         )
     writer.close()
-    warning, stopping = log.lines()
-    assert warning["event"] == "warning" and "Invalid HTTP request" in warning["detail"]
+    warning, *_, stopping = log.lines()
+    assert warning["event"] == "warning" and told in warning["detail"]
     assert (stopping["event"], stopping["detail"]) == ("stopping", "now")
+    assert capfd.readouterr().err == ""
 
 
 def test_second_signal_stops_what_is_drawn(engine: StubEngine, log: Log) -> None:
