@@ -135,7 +135,7 @@ def _draw(sheet: Path, overwrite: bool) -> bool:
         print(f"skipped: {problem}")
         return False
     from ..checkpoint.output import write_file
-    from ..generation.contact_sheet import contact_sheet
+    from ..generation.contact_sheet import Panel, contact_sheet
     from ..generation.images import open_image, plain_png_bytes
     from ..generation.small_model import examples
     from . import display
@@ -144,12 +144,16 @@ def _draw(sheet: Path, overwrite: bool) -> bool:
     side, shown = examples()
     painter = ExamplePainter(shown, side)
     originals = [open_image(example.image, "image of the original") for example in shown]
-    columns, rows = {"BF16 weights": originals}, []
+    columns, rows = {"BF16 weights": [Panel(original) for original in originals]}, []
     for compute, meaning in _MODES.items():
         begin = time.perf_counter()
-        columns[f"MXFP8, {compute}"] = images = painter.draw(compute)
+        images = painter.draw(compute)
         seconds = time.perf_counter() - begin
         found = [psnr(*pair) for pair in zip(images, originals, strict=True)]
+        columns[f"MXFP8, {compute}"] = [
+            Panel(image, f"{decibels:.1f} dB")
+            for image, decibels in zip(images, found, strict=True)
+        ]
         mean, worst = sum(found) / len(found), min(found)
         rows.append([compute, meaning, f"{mean:.1f}", f"{worst:.1f}", f"{seconds:.1f}"])
     display.print_table(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-_GAP, _TEXT, _FONT_SIZE = 8, 18, 12  # pixels
+_GAP, _LINE, _FONT_SIZE = 8, 18, 12  # pixels
 
 
-def contact_sheet(
-    columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]
-) -> Image.Image:
+@dataclass(frozen=True)
+class Panel:
+    """An image of a contact sheet.
+
+    Attributes:
+        image: the image.
+        note: a few words below it.
+    """
+
+    image: Image.Image
+    note: str = ""
+
+
+def contact_sheet(columns: Mapping[str, Sequence[Panel]], captions: Sequence[str]) -> Image.Image:
     """Return a picture with a titled column for each list of images, and a caption below each row.
 
     Args:
@@ -19,17 +31,20 @@ def contact_sheet(
         captions: of the rows.
     """
     font = ImageFont.load_default(size=_FONT_SIZE)
-    width, height = next(iter(columns.values()))[0].size
+    width, height = next(iter(columns.values()))[0].image.size
     cell = _GAP + max(width, *(round(font.getlength(title)) for title in columns))
-    row = height + _GAP + _TEXT
+    row = height + 2 * _LINE + _GAP
     sheet = Image.new(
-        "RGB", (_GAP + cell * len(columns), _GAP + _TEXT + row * len(captions)), "white"
+        "RGB", (_GAP + cell * len(columns), _GAP + _LINE + row * len(captions)), "white"
     )
     draw = ImageDraw.Draw(sheet)
-    for i, (title, images) in enumerate(columns.items()):
-        draw.text((_GAP + i * cell, _GAP), title, "black", font)
-        for j, image in enumerate(images):
-            sheet.paste(image.convert("RGB"), (_GAP + i * cell, _GAP + _TEXT + j * row))
+    for i, (title, panels) in enumerate(columns.items()):
+        left = _GAP + i * cell
+        draw.text((left, _GAP), title, "black", font)
+        for j, panel in enumerate(panels):
+            top = _GAP + _LINE + j * row
+            sheet.paste(panel.image.convert("RGB"), (left, top))
+            draw.text((left, top + height + 2), panel.note, "black", font)
     for j, caption in enumerate(captions):
-        draw.text((_GAP, _GAP + _TEXT + j * row + height + 2), caption, "gray", font)
+        draw.text((_GAP, _GAP + j * row + height + 2 * _LINE), caption, "gray", font)
     return sheet

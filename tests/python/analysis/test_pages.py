@@ -73,7 +73,7 @@ def compare_report(small_file: Path) -> zm.CompareReport:
 def sensitivity_report(folder: Path) -> zm.SensitivityReport:
     make_reference(dim=128, layers=2).save_pretrained(folder / "model")
     return zm.analyse_sensitivity(
-        folder / "model", size=(32, 32), timesteps=2, bound=0.02, device="cpu", seed=3
+        folder / "model", size=(32, 32), timesteps=8, bound=0.02, device="cpu", seed=3
     )
 
 
@@ -214,7 +214,9 @@ def test_facts_of_a_measurement(pages: dict[str, Path]) -> None:
     text = pages["sensitivity"].read_text("utf-8")
     facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd></div>", text))
     assert facts["seed"] == "3" and facts["device"] == "cpu, bfloat16"
-    assert facts["image"] == "32 x 32 pixels" and facts["steps"] == "0, 7 of 0 to 7"
+    assert (
+        facts["image"] == "32 x 32 pixels" and facts["steps"] == "0, 1, 2, 3, 4, 5, 6, 7 of 0 to 7"
+    )
     assert facts["bound"] == "0.02" and facts["checkpoint"] == "model"
 
 

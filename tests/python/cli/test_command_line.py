@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -486,7 +487,11 @@ def test_demo_proposes_commands_that_run(in_process: Run, tmp_path: Path) -> Non
     for name in names:
         assert f"wrote my demo/{name}: " in result.stdout
     with Image.open(folder / "z-image-demo.png") as sheet:  # five columns
-        assert sheet.format == "PNG" and sheet.width >= 5 * (128 + 8) + 8
+        assert sheet.format == "PNG" and sheet.width >= 5 * (side + 8) + 8
+        below = np.asarray(sheet.convert("L"))[26 + side : 26 + side + 18]
+    # The PSNR is below each image but the original's.
+    dark = [(part < 128).any() for part in np.array_split(below[:, 8:], 5, axis=1)]
+    assert dark == [False, True, True, True, True]
     for path in folder.iterdir():
         path.unlink()
     for name in names:

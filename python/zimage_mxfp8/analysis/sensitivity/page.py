@@ -44,6 +44,8 @@ def sensitivity_page(report: SensitivityReport, origin: Origin = FROM_PROGRAM) -
         Section("Groups", [Paragraph(_GROUPS), _groups(report)]),
         Section("Layers", [Paragraph(_LAYERS), _layers(report)]),
     ]
+    if len(report.layers[0].by_step) > 1:
+        sections.append(Section("Steps", [Paragraph(_STEPS), _steps(report)]))
     return render_page(
         Page(
             report="sensitivity",
@@ -76,6 +78,7 @@ _LAYERS = (
     "Each layer quantised alone. Figures of channels are missing for modulations, whose input is "
     "one vector."
 )
+_STEPS = "The squared error (%) of each layer quantised alone, at each step."
 
 
 def _facts(report: SensitivityReport) -> list[Fact]:
@@ -252,17 +255,15 @@ def _groups(report: SensitivityReport) -> Table:
 def _layers(report: SensitivityReport) -> Table:
     kept = set(report.smallest.kept)
     divisor, unit = fitting_unit(max(layer.saved for layer in report.layers))
-    steps = [step for step, _ in report.layers[0].by_step]
     columns = [
         *(Column("layer"), Column("kept"), Column(f"saved ({unit})", 2)),
         *(Column(f"squared error (%), {band}", 5) for band, _, _ in _BANDS),
-        *(Column(f"squared error (%), step {step}", 5) for step in steps),
         *(Column("activation peak", 1), Column("activation outliers (%)", 2)),
         *(Column("weight outliers (%)", 2), Column("drift in time (%)", 0)),
         Column("drift in depth (%)", 0),
     ]
     rows: list[list[Cell]] = []
-    for m in sorted(report.layers, key=lambda layer: natural_order(layer.name)):
+    for m in _in_order(report):
         found = report.salience.get(m.name)
         salience: list[Cell] = [None] * 5
         if found is not None:
@@ -275,8 +276,20 @@ def _layers(report: SensitivityReport) -> Table:
             [
                 *(m.name, "yes" if m.name in kept else "no", m.saved / divisor),
                 *(100 * value(m.error) for _, _, value in _BANDS),
-                *(100 * error.total for _, error in m.by_step),
                 *salience,
             ]
         )
     return Table(columns, rows, "layers")
+
+
+def _steps(report: SensitivityReport) -> Table:
+    steps = [step for step, _ in report.layers[0].by_step]
+    columns = [Column("layer"), *(Column(f"step {step}", 5) for step in steps)]
+    rows: list[list[Cell]] = [
+        [m.name, *(100 * error.total for _, error in m.by_step)] for m in _in_order(report)
+    ]
+    return Table(columns, rows, "steps")
+
+
+def _in_order(report: SensitivityReport) -> list[Measured]:
+    return sorted(report.layers, key=lambda layer: natural_order(layer.name))
