@@ -123,7 +123,7 @@ KERNELS = (
         ],
         ROWS * (HIDDEN * 8 + 512),
         0,
-        lambda t, _: fused.rotate_heads(t[0], HEAD, HEAD, t[1], HEADS, EPS),
+        lambda t, _: fused.rotate_heads(t[0], HEAD, HEAD, t[1], HEADS, HEADS, EPS),
         torch_rotate,
         FORMATS[:1],
     ),

@@ -38,10 +38,10 @@ def qkv_ways(tokens: int) -> Ways:
         "cuBLASLt alone": lambda: zm.gemm(x, weights),
         "cuBLASLt, rotate_heads": lambda: (
             zm.gemm(x, weights),
-            fused.rotate_heads(result, norm, norm, rotations, HEADS),
+            fused.rotate_heads(result, norm, norm, rotations, HEADS, HEADS),
         ),
         "gemm_rotate_heads": lambda: gemm_epilogues.gemm_rotate_heads(
-            x, weights, norm, norm, rotations, HEADS, kernel="fp8_sm90"
+            x, weights, norm, norm, rotations, HEADS, HEADS, kernel="fp8_sm90"
         ),
     }
 

@@ -209,7 +209,8 @@ void DeviceBlock::run(const BlockInput& input, const MatrixView& x, Workspace wo
   norm_modulate(as_const(x), norm(block.attention_norm1, 0), input.items, kBlockNormEps,
                 buffers.input, stream);
   multiply(block.qkv, operand_of(buffers.input), buffers.qkv,
-           RotateHeads{block.q_norm, block.k_norm, input.rotations, block.heads, kBlockNormEps});
+           RotateHeads{block.q_norm, block.k_norm, input.rotations, block.heads, block.heads,
+                       kBlockNormEps});
   if (attention) {
     attention(as_const(buffers.qkv), block.heads, input.lengths, buffers.attended, stream);
   } else {

@@ -32,7 +32,10 @@ PeerMemory::~PeerMemory() = default;
 PeerMemory::Handle PeerMemory::handle() const { refuse(); }
 void PeerMemory::open(int, const Handle&) { refuse(); }
 void* PeerMemory::data() const { refuse(); }
-void PeerMemory::exchange(std::size_t, std::size_t, CudaStream) { refuse(); }
+void PeerMemory::send(const void*, std::size_t, Rows, std::size_t, std::size_t, CudaStream) {
+  refuse();
+}
+void PeerMemory::barrier(CudaStream) { refuse(); }
 void PeerMemory::release() noexcept {}
 
 struct StagedQuantizer::Resources {};
@@ -90,7 +93,7 @@ void add_norm_modulate_cuda(const MatrixView&, const ConstMatrixView&, const Nor
   refuse();
 }
 void rotate_heads_cuda(const MatrixView&, const void*, const void*, const ConstMatrixView&,
-                       std::int64_t, float, CudaStream) {
+                       std::int64_t, std::int64_t, float, CudaStream) {
   refuse();
 }
 namespace {

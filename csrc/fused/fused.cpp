@@ -210,30 +210,39 @@ void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const Norm
   detail::add_norm_modulate_cuda(x, y, norm, next, items, eps, stream);
 }
 
-void rotate_heads(const MatrixView& qkv, const void* q_weight, const void* k_weight,
-                  const ConstMatrixView& rotations, std::int64_t heads, float eps,
-                  CudaStream stream) {
-  check_bfloat16(qkv, "qkv");
+void rotate_heads(const MatrixView& matrix, const void* q_weight, const void* k_weight,
+                  const ConstMatrixView& rotations, std::int64_t q_heads, std::int64_t k_heads,
+                  float eps, CudaStream stream) {
+  check_bfloat16(matrix, "the matrix");
   detail::check_matrix(rotations, "rotations");
   if (rotations.dtype != DType::kFloat32) throw InvalidArgument("rotations must be float32");
   check_eps(eps);
-  // A row with more heads would not fit in memory.
-  if (heads < 1 || heads > (std::int64_t{1} << 20) || qkv.cols != 3 * heads * kHeadSize) {
-    throw InvalidArgument("qkv has " + std::to_string(qkv.cols) + " columns, which is not 3 * " +
-                          std::to_string(heads) + " heads of " + std::to_string(kHeadSize));
-  }
-  if (rotations.rows != qkv.rows || rotations.cols != kHeadSize) {
-    throw InvalidArgument("rotations must be " + detail::shape_text(qkv.rows, kHeadSize) +
+  detail::check_heads(matrix.cols, "the matrix's columns", q_heads, k_heads);
+  if (rotations.rows != matrix.rows || rotations.cols != kHeadSize) {
+    throw InvalidArgument("rotations must be " + detail::shape_text(matrix.rows, kHeadSize) +
                           ", not " + detail::shape_text(rotations.rows, rotations.cols));
   }
   const MemoryRange from_q = detail::required_range(q_weight, kHeadSize * 2, 2, "q_weight");
   const MemoryRange from_k = detail::required_range(k_weight, kHeadSize * 2, 2, "k_weight");
-  if (qkv.rows == 0) return;
-  const MemoryRange in_place = range_of(as_const(qkv), "qkv");
+  if (matrix.rows == 0) return;
+  const MemoryRange in_place = range_of(as_const(matrix), "the matrix");
   const MemoryRange from = range_of(rotations, "rotations");
   detail::check_disjoint(in_place, {from_q, from_k, from});
   detail::check_device_memory({in_place, from_q, from_k, from});
-  detail::rotate_heads_cuda(qkv, q_weight, k_weight, rotations, heads, eps, stream);
+  detail::rotate_heads_cuda(matrix, q_weight, k_weight, rotations, q_heads, k_heads, eps, stream);
+}
+
+void detail::check_heads(std::int64_t width, const char* what, std::int64_t q_heads,
+                         std::int64_t k_heads) {
+  const std::int64_t heads = width / kHeadSize;
+  if (width % kHeadSize == 0 && q_heads >= 0 && k_heads >= 0 && q_heads <= heads &&
+      k_heads <= heads - q_heads) {
+    return;
+  }
+  throw InvalidArgument(std::string(what) + " are " + std::to_string(width) +
+                        ", which cannot begin with " + std::to_string(q_heads) +
+                        " heads of q and " + std::to_string(k_heads) + " of k, of " +
+                        std::to_string(kHeadSize) + " each");
 }
 
 }  // namespace zimage_mxfp8

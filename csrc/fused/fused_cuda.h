@@ -4,6 +4,9 @@
 
 namespace zimage_mxfp8::detail {
 
+// Throws InvalidArgument unless `width` is whole heads, of which q and k have these first ones.
+void check_heads(std::int64_t width, const char* what, std::int64_t q_heads, std::int64_t k_heads);
+
 // The operations of fused.h with arguments that are checked, and at least one row.
 
 void silu_multiply_cuda(const ConstMatrixView& gate, const ConstMatrixView& up,
@@ -13,8 +16,8 @@ void norm_modulate_cuda(const ConstMatrixView& x, const NormWeights& norm, Items
 void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
                             const std::optional<NextNorm>& next, Items items, float eps,
                             CudaStream stream);
-void rotate_heads_cuda(const MatrixView& qkv, const void* q_weight, const void* k_weight,
-                       const ConstMatrixView& rotations, std::int64_t heads, float eps,
-                       CudaStream stream);
+void rotate_heads_cuda(const MatrixView& matrix, const void* q_weight, const void* k_weight,
+                       const ConstMatrixView& rotations, std::int64_t q_heads, std::int64_t k_heads,
+                       float eps, CudaStream stream);
 
 }  // namespace zimage_mxfp8::detail

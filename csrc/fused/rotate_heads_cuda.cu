@@ -16,8 +16,8 @@ static_assert(kHeadSize == 8 * kLanes);
 // One block per row; it keeps the row's rotations for all heads.
 template <bool whole>
 __global__ void __launch_bounds__(kThreads, whole ? 4 : 2)
-    rotate_heads_kernel(const MatrixView qkv, const uint16_t* q_weight, const uint16_t* k_weight,
-                        const ConstMatrixView rotations, int heads, float eps) {
+    rotate_heads_kernel(const MatrixView matrix, const uint16_t* q_weight, const uint16_t* k_weight,
+                        const ConstMatrixView rotations, int q_heads, int heads, float eps) {
   const int64_t row = blockIdx.x;
   const int group = threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8;
   const auto* rotation_row =
@@ -27,11 +27,11 @@ __global__ void __launch_bounds__(kThreads, whole ? 4 : 2)
                                            load<Float32, whole>(rotation_row + column + 4, 0, 4)};
   const Chunk weights[2] = {load_chunk<whole>(q_weight + column, 0, 8),
                             load_chunk<whole>(k_weight + column, 0, 8)};
-  uint16_t* qk = static_cast<uint16_t*>(qkv.data) + row * qkv.row_stride;
+  uint16_t* qk = static_cast<uint16_t*>(matrix.data) + row * matrix.row_stride;
 
-  for (int begin = 0; begin < 2 * heads; begin += kGroups * kInFlight) {
+  for (int begin = 0; begin < heads; begin += kGroups * kInFlight) {
     const auto head_of = [&](int i) { return begin + i * kGroups + group; };
-    const auto size_of = [&](int i) { return head_of(i) < 2 * heads ? int(kHeadSize) : 0; };
+    const auto size_of = [&](int i) { return head_of(i) < heads ? int(kHeadSize) : 0; };
     Chunk values[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kThreads, whole ? 4 : 2)
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const float value = BFloat16::widen(values[i].element[e]);
-        const uint16_t weight = head_of(i) < heads ? weights[0].element[e] : weights[1].element[e];
+        const uint16_t weight =
+            head_of(i) < q_heads ? weights[0].element[e] : weights[1].element[e];
         sum = __fmaf_rn(value, value, sum);
         product[e] = __fmul_rn(value, BFloat16::widen(weight));
       }
@@ -65,15 +66,16 @@ __global__ void __launch_bounds__(kThreads, whole ? 4 : 2)
 
 }  // namespace
 
-void rotate_heads_cuda(const MatrixView& qkv, const void* q_weight, const void* k_weight,
-                       const ConstMatrixView& rotations, int64_t heads, float eps,
-                       CudaStream stream) {
+void rotate_heads_cuda(const MatrixView& matrix, const void* q_weight, const void* k_weight,
+                       const ConstMatrixView& rotations, int64_t q_heads, int64_t k_heads,
+                       float eps, CudaStream stream) {
   const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const bool whole = has_whole_chunks(qkv) && has_whole_chunks(rotations) && is_aligned(q_weight) &&
-                     is_aligned(k_weight);
-  launch(whole ? rotate_heads_kernel<true> : rotate_heads_kernel<false>, checked_count(qkv.rows),
-         kThreads, stream, qkv, static_cast<const uint16_t*>(q_weight),
-         static_cast<const uint16_t*>(k_weight), rotations, static_cast<int>(heads), eps);
+  const bool whole = has_whole_chunks(matrix) && has_whole_chunks(rotations) &&
+                     is_aligned(q_weight) && is_aligned(k_weight);
+  launch(whole ? rotate_heads_kernel<true> : rotate_heads_kernel<false>, checked_count(matrix.rows),
+         kThreads, stream, matrix, static_cast<const uint16_t*>(q_weight),
+         static_cast<const uint16_t*>(k_weight), rotations, static_cast<int>(q_heads),
+         static_cast<int>(q_heads + k_heads), eps);
 }
 
 }  // namespace zimage_mxfp8::detail

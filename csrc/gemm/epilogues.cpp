@@ -3,6 +3,7 @@
 #include <iterator>
 #include <variant>
 
+#include "fused/fused_cuda.h"
 #include "zimage_mxfp8/error.h"
 #include "zimage_mxfp8/fused.h"
 
@@ -24,12 +25,7 @@ void launch_silu_multiply(const MatrixView& sums, const GemmArguments& arguments
 std::vector<MemoryRange> check_rotate_heads(const EpilogueArguments& arguments,
                                             const GemmProblem& problem) {
   const RotateHeads& epilogue = std::get<RotateHeads>(arguments);
-  const std::int64_t heads = epilogue.heads;
-  if (heads < 1) throw InvalidArgument("heads must be 1 or more, not " + std::to_string(heads));
-  if (heads > (std::int64_t{1} << 20) || problem.n != 3 * heads * kHeadSize) {
-    throw InvalidArgument("B has " + std::to_string(problem.n) + " rows, which is not 3 * " +
-                          std::to_string(heads) + " heads of " + std::to_string(kHeadSize));
-  }
+  check_heads(problem.n, "B's rows", epilogue.q_heads, epilogue.k_heads);
   if (!(epilogue.eps >= 0.0f)) throw InvalidArgument("eps must be 0 or more");
   const ConstMatrixView& rotations = epilogue.rotations;
   check_matrix(rotations, "rotations");
@@ -48,8 +44,8 @@ std::vector<MemoryRange> check_rotate_heads(const EpilogueArguments& arguments,
 void launch_rotate_heads(const MatrixView& sums, const GemmArguments& arguments,
                          CudaStream stream) {
   const RotateHeads& epilogue = std::get<RotateHeads>(arguments.epilogue);
-  rotate_heads(sums, epilogue.q_weight, epilogue.k_weight, epilogue.rotations, epilogue.heads,
-               epilogue.eps, stream);
+  rotate_heads(sums, epilogue.q_weight, epilogue.k_weight, epilogue.rotations, epilogue.q_heads,
+               epilogue.k_heads, epilogue.eps, stream);
 }
 
 // In the order of GemmEpilogue.

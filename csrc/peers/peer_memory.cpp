@@ -49,6 +49,13 @@ struct PeerMemory::Resources {
   std::uint32_t* released = nullptr;  // in the host's memory
   std::uint32_t* released_on_device = nullptr;
 
+  void check_all_are_open() const {
+    for (int i = 0; i < ranks; ++i) {
+      if (of_rank[i]) continue;
+      throw InvalidArgument("the memory of rank " + std::to_string(i) + " is not open");
+    }
+  }
+
   ~Resources() {
     // Whoever waits for the device has been told of its errors.
     const AnyCapture allowed;
@@ -119,28 +126,36 @@ void* PeerMemory::data() const {
   return static_cast<std::uint8_t*>(resources_->of_rank[resources_->rank]) + kHeader;
 }
 
-void PeerMemory::exchange(std::size_t offset, std::size_t bytes, CudaStream stream) {
+void PeerMemory::send(const void* source, std::size_t source_pitch, Rows rows, std::size_t offset,
+                      std::size_t pitch, CudaStream stream) {
   const Resources& own = *resources_;
-  if (offset > own.bytes || bytes > own.bytes - offset) {
-    throw InvalidArgument(std::to_string(bytes) + " bytes from " + std::to_string(offset) +
+  if (rows.width == 0 || rows.count == 0) return;
+  if (source_pitch < rows.width || pitch < rows.width) {
+    throw InvalidArgument("rows of " + std::to_string(rows.width) + " bytes overlap");
+  }
+  const std::size_t room = offset > own.bytes ? 0 : own.bytes - offset;
+  if (rows.width > room || rows.count - 1 > (room - rows.width) / pitch) {
+    throw InvalidArgument(std::to_string(rows.count) + " rows from " + std::to_string(offset) +
                           " on are beyond the memory of " + std::to_string(own.bytes));
   }
+  own.check_all_are_open();
+  const detail::DeviceGuard guard(own.device);
+  for (int step = 1; step < own.ranks; ++step) {  // each begins with another one
+    auto* const memory = static_cast<std::uint8_t*>(own.of_rank[(own.rank + step) % own.ranks]);
+    ZM_CUDA_CHECK(cudaMemcpy2DAsync(memory + kHeader + offset, pitch, source, source_pitch,
+                                    rows.width, rows.count, cudaMemcpyDefault,
+                                    static_cast<cudaStream_t>(stream.handle)));
+  }
+}
+
+void PeerMemory::barrier(CudaStream stream) {
+  const Resources& own = *resources_;
+  own.check_all_are_open();
   detail::Barrier barrier{{}, own.rank, own.ranks, own.released_on_device};
   for (int i = 0; i < own.ranks; ++i) {
-    if (!own.of_rank[i]) {
-      throw InvalidArgument("the memory of rank " + std::to_string(i) + " is not open");
-    }
     barrier.of_rank[i] = static_cast<detail::Signals*>(own.of_rank[i]);
   }
   const detail::DeviceGuard guard(own.device);
-  for (int step = 1; step < own.ranks && bytes > 0; ++step) {  // each begins with another one
-    const int other = (own.rank + step) % own.ranks;
-    const auto place = [&](int i) {
-      return static_cast<std::uint8_t*>(own.of_rank[i]) + kHeader + offset;
-    };
-    ZM_CUDA_CHECK(cudaMemcpyAsync(place(other), place(own.rank), bytes, cudaMemcpyDefault,
-                                  static_cast<cudaStream_t>(stream.handle)));
-  }
   detail::barrier_cuda(barrier, stream);
 }
 

@@ -9,8 +9,8 @@ namespace zimage_mxfp8::detail {
 
 // What ranks tell each other, at the beginning of the memory of each.
 struct Signals {
-  std::uint32_t arrived[PeerMemory::kMaxRanks];  // by each other rank: its last exchange
-  std::uint32_t exchanges;                       // of this rank
+  std::uint32_t arrived[PeerMemory::kMaxRanks];  // by each other rank: its last barrier
+  std::uint32_t barriers;                        // of this rank
 };
 
 // Tells all other ranks that this rank's copies have arrived, and waits for theirs, or until

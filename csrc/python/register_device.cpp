@@ -73,13 +73,21 @@ void register_device(py::module_& module) {
           [](const PeerMemory& memory) { return reinterpret_cast<std::uintptr_t>(memory.data()); },
           "Address of the first byte.")
       .def(
-          "exchange",
-          [](PeerMemory& memory, std::size_t offset, std::size_t nbytes, std::uintptr_t stream) {
-            memory.exchange(offset, nbytes, cuda_stream(stream));
+          "send",
+          [](PeerMemory& memory, std::uintptr_t source, std::size_t source_pitch, std::size_t width,
+             std::size_t rows, std::size_t offset, std::size_t pitch, std::uintptr_t stream) {
+            memory.send(reinterpret_cast<const void*>(source), source_pitch, {width, rows}, offset,
+                        pitch, cuda_stream(stream));
           },
-          py::arg("offset"), py::arg("nbytes"), py::arg("stream"),
+          py::arg("source"), py::arg("source_pitch"), py::arg("width"), py::arg("rows"),
+          py::arg("offset"), py::arg("pitch"), py::arg("stream"),
           py::call_guard<py::gil_scoped_release>(),
-          "Copy a part to all other ranks, and wait for theirs on the stream.")
+          "Copy rows of bytes of this device to the memory of all other ranks.")
+      .def(
+          "barrier",
+          [](PeerMemory& memory, std::uintptr_t stream) { memory.barrier(cuda_stream(stream)); },
+          py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "Wait, on the stream, until all ranks have come this far.")
       .def("release", &PeerMemory::release, "Stop waiting for other ranks, now and later.");
   module.def("build_info", &build_info, "Describe this build.");
 }

@@ -148,10 +148,10 @@ void py_add_norm_modulate(const py::object& x, const py::object& y, const py::ob
   add_norm_modulate(view, y_view, weights, next, item_view, eps, cuda_stream(stream));
 }
 
-void py_rotate_heads(const py::object& qkv, const py::object& q_weight, const py::object& k_weight,
-                     const py::object& rotations, std::int64_t heads, float eps,
-                     std::uintptr_t stream) {
-  const Array in_place(qkv, "qkv", kWrite, kAnywhere);
+void py_rotate_heads(const py::object& array, const py::object& q_weight,
+                     const py::object& k_weight, const py::object& rotations, std::int64_t q_heads,
+                     std::int64_t k_heads, float eps, std::uintptr_t stream) {
+  const Array in_place(array, "the matrix", kWrite, kAnywhere);
   const Array q(q_weight, "q_weight", kRead, kAnywhere), k(k_weight, "k_weight", kRead, kAnywhere);
   const Array from(rotations, "rotations", kRead, kAnywhere);
   const int device = common_device({&in_place, &q, &k, &from});
@@ -161,7 +161,7 @@ void py_rotate_heads(const py::object& qkv, const py::object& q_weight, const py
   const void* k_data = vector(k, kHeadSize, 2);
   const py::gil_scoped_release release;
   const detail::DeviceGuard guard(device);
-  rotate_heads(view, q_data, k_data, rotation_view, heads, eps, cuda_stream(stream));
+  rotate_heads(view, q_data, k_data, rotation_view, q_heads, k_heads, eps, cuda_stream(stream));
 }
 
 }  // namespace
@@ -177,8 +177,8 @@ void register_fused(py::module_& module) {
   module.def("add_norm_modulate", &py_add_norm_modulate, arg("x"), arg("y"), arg("norm_weight"),
              arg("gate"), arg("next_weight"), arg("next_scale"), arg("items"), arg("eps"),
              arg("target"), arg("stream") = 0);
-  module.def("rotate_heads", &py_rotate_heads, arg("qkv"), arg("q_weight"), arg("k_weight"),
-             arg("rotations"), arg("heads"), arg("eps"), arg("stream") = 0);
+  module.def("rotate_heads", &py_rotate_heads, arg("matrix"), arg("q_weight"), arg("k_weight"),
+             arg("rotations"), arg("q_heads"), arg("k_heads"), arg("eps"), arg("stream") = 0);
 }
 
 }  // namespace zimage_mxfp8::python

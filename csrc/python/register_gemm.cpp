@@ -118,8 +118,12 @@ EpilogueArguments read_epilogue(GemmEpilogue epilogue, const py::tuple& values, 
       const Array& rotations = call.read(values[2], "rotations");
       q.require_contiguous(kHeadSize * 2);
       k.require_contiguous(kHeadSize * 2);
-      return RotateHeads{q.data(), k.data(), matrix<ConstMatrixView>(rotations, "float32"),
-                         values[3].cast<std::int64_t>(), values[4].cast<float>()};
+      return RotateHeads{q.data(),
+                         k.data(),
+                         matrix<ConstMatrixView>(rotations, "float32"),
+                         values[3].cast<std::int64_t>(),
+                         values[4].cast<std::int64_t>(),
+                         values[5].cast<float>()};
     }
   }
   throw InvalidArgument(std::string("no arguments are read for ") + info(epilogue).name);

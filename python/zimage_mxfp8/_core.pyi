@@ -131,8 +131,19 @@ class PeerMemory:
         """Open the memory of another rank."""
     def address(self) -> int:
         """Address of the first byte."""
-    def exchange(self, offset: int, nbytes: int, stream: int) -> None:
-        """Copy a part to all other ranks, and wait for theirs on the stream."""
+    def send(
+        self,
+        source: int,
+        source_pitch: int,
+        width: int,
+        rows: int,
+        offset: int,
+        pitch: int,
+        stream: int,
+    ) -> None:
+        """Copy rows of bytes of this device to the memory of all other ranks."""
+    def barrier(self, stream: int) -> None:
+        """Wait, on the stream, until all ranks have come this far."""
     def release(self) -> None:
         """Stop waiting for other ranks, now and later."""
 
@@ -165,7 +176,14 @@ def add_norm_modulate(
     stream: int = 0,
 ) -> None: ...
 def rotate_heads(
-    qkv: Any, q_weight: Any, k_weight: Any, rotations: Any, heads: int, eps: float, stream: int = 0
+    matrix: Any,
+    q_weight: Any,
+    k_weight: Any,
+    rotations: Any,
+    q_heads: int,
+    k_heads: int,
+    eps: float,
+    stream: int = 0,
 ) -> None: ...
 def cublaslt_version() -> str:
     """Return the version of the cuBLASLt that is used, such as 13.1.0; empty without one."""

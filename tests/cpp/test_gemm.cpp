@@ -256,14 +256,14 @@ TEST_CASE("arguments of an epilogue are checked before memory is touched") {
     }
     return std::string();
   };
-  CHECK(reason({weight, weight, turns, 2, 1e-5f}, d) ==
-        "B has 384 rows, which is not 3 * 2 heads of 128");
-  CHECK(reason({weight, nullptr, turns, 1, 1e-5f}, d) == "k_weight is a null pointer");
-  CHECK(reason({weight, weight, {rotations, DType::kFloat32, 1, 128, 128}, 1, 1e-5f}, d) ==
+  CHECK(reason({weight, weight, turns, 2, 2, 1e-5f}, d) ==
+        "B's rows are 384, which cannot begin with 2 heads of q and 2 of k, of 128 each");
+  CHECK(reason({weight, nullptr, turns, 1, 1, 1e-5f}, d) == "k_weight is a null pointer");
+  CHECK(reason({weight, weight, {rotations, DType::kFloat32, 1, 128, 128}, 1, 1, 1e-5f}, d) ==
         "rotations must be float32 [2, 128]");
   alignas(16) static float both[2 * 192];
   const ConstMatrixView overlapping{both, DType::kFloat32, 2, 128, 128};
-  CHECK(reason({weight, weight, overlapping, 1, 1e-5f}, both) == "D overlaps with rotations");
+  CHECK(reason({weight, weight, overlapping, 1, 1, 1e-5f}, both) == "D overlaps with rotations");
 }
 
 TEST_CASE("an addend is checked before memory is touched") {
@@ -380,7 +380,7 @@ struct Call {
   ConstRowScaledView a{memory.a, memory.a_scales, 16, 32};
   ConstRowScaledView b{memory.b, memory.b_scales, 384, 32};
   RotateHeads epilogue{
-      memory.weight, memory.weight, {memory.rotations, DType::kFloat32, 16, 128, 128}, 1, 1e-5f};
+      memory.weight, memory.weight, {memory.rotations, DType::kFloat32, 16, 128, 128}, 1, 1, 1e-5f};
   MatrixView target{memory.target, DType::kBFloat16, 16, 384, 384};
 
   void rotate() const {
@@ -406,8 +406,8 @@ TEST_CASE("arguments of an epilogue that do not go together") {
   refuses([](Call& c) { c.a.rows = -1; });
   refuses([](Call& c) { c.a.cols = 16; });
   refuses([](Call& c) { c.a.cols = c.b.cols = 24; });
-  refuses([](Call& c) { c.epilogue.heads = 2; });
-  refuses([](Call& c) { c.epilogue.heads = 0; });
+  refuses([](Call& c) { c.epilogue.q_heads = 3; });
+  refuses([](Call& c) { c.epilogue.k_heads = -1; });
   refuses([](Call& c) { c.epilogue.eps = -1.0f; });
   refuses([](Call& c) { c.epilogue.eps = std::nanf(""); });
   refuses([](Call& c) { c.epilogue.q_weight = nullptr; });

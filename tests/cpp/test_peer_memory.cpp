@@ -19,8 +19,15 @@ TEST_CASE("memory of peers refuses what it cannot do") {
   PeerMemory memory(0, 0, 2, 512);
   CHECK_THROWS_AS(memory.open(0, memory.handle()), InvalidArgument);
   CHECK_THROWS_AS(memory.open(2, memory.handle()), InvalidArgument);
-  CHECK_THROWS_AS(memory.exchange(0, 512, {}), InvalidArgument);  // rank 1 is not open
+  const void* const data = memory.data();
+  CHECK_THROWS_AS(memory.send(data, 32, {16, 4}, 0, 16, {}), InvalidArgument);  // 1 is not open
+  CHECK_THROWS_AS(memory.barrier({}), InvalidArgument);
   PeerMemory alone(0, 0, 1, 512);
-  CHECK_THROWS_AS(alone.exchange(1, 512, {}), InvalidArgument);
-  CHECK_NOTHROW(alone.exchange(0, 512, {}));
+  CHECK_THROWS_AS(alone.send(data, 32, {16, 4}, 0, 15, {}), InvalidArgument);
+  CHECK_THROWS_AS(alone.send(data, 15, {16, 4}, 0, 16, {}), InvalidArgument);
+  CHECK_THROWS_AS(alone.send(data, 32, {16, 32}, 1, 16, {}), InvalidArgument);
+  CHECK_THROWS_AS(alone.send(data, 32, {16, 2}, 0, std::size_t(-1), {}), InvalidArgument);
+  CHECK_THROWS_AS(alone.send(data, 32, {16, 1}, 513, 16, {}), InvalidArgument);
+  CHECK_NOTHROW(alone.send(data, 32, {16, 32}, 0, 16, {}));
+  CHECK_NOTHROW(alone.barrier({}));
 }

@@ -191,7 +191,8 @@ struct RotateHeads {
   const uint4* k_weight;
   const float4* rotations;  // two pairs each
   int64_t rotation_stride;  // of a row
-  int heads;
+  int q_heads;
+  int heads;  // of q and k
   float eps;
 
   __device__ int row_of_b(int tile, int half) const { return tile * kRows + half * kRows / 2; }
@@ -212,7 +213,7 @@ struct RotateHeads {
       for (int i = 0; i < kTogether; ++i) values[i].store(boxes.piece(first + i, box, piece));
     };
     Vec8 values[kTogether];
-    if (tile >= heads) {  // both heads are of v; of the tiles before, all are of q and k
+    if (tile * 2 >= heads) {  // neither head is of q or k
 #pragma unroll 1
       for (int first = 0; first < kWarpTokens; first += kTogether) {
         load_scaled(first, values);
@@ -222,7 +223,7 @@ struct RotateHeads {
     }
     const int head = tile * 2 + lane / kLanes;
     Weight weight;
-    weight.vector = __ldg((head < heads ? q_weight : k_weight) + lane % kLanes);
+    weight.vector = __ldg((head < q_heads ? q_weight : k_weight) + lane % kLanes);
     RotationPairs next = load_turns(first_token, operands.m);
 #pragma unroll 1
     for (int first = 0; first < kWarpTokens; first += kTogether) {
@@ -240,7 +241,8 @@ struct RotateHeads {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const float factor = rsqrtf(__fadd_rn(mean[i], eps));
-        values[i] = normed_and_rotated(values[i], weight, factor, turns.of[i]);
+        const Vec8 rotated = normed_and_rotated(values[i], weight, factor, turns.of[i]);
+        if (head < heads) values[i] = rotated;  // after an odd number of heads the last is not
       }
       store(first, values);
     }

@@ -350,7 +350,8 @@ void run_rotate_heads(const Operand& a, const Operand& b, const zimage_mxfp8::Ro
       static_cast<const uint4*>(heads.k_weight),
       static_cast<const float4*>(heads.rotations.data),
       heads.rotations.row_stride / 4,
-      static_cast<int>(heads.heads),
+      static_cast<int>(heads.q_heads),
+      static_cast<int>(heads.q_heads + heads.k_heads),
       heads.eps};
   run<Element>(a, b, epilogue, addend, target, stream);
 }

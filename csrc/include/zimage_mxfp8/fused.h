@@ -65,14 +65,14 @@ void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const Norm
 
 inline constexpr std::int64_t kHeadSize = 128;
 
-// RMSNorm and rotary embedding of the query and key heads, in place. `qkv` is
-// [M, 3 * heads * 128]: all heads of q, of k and of v; v does not change. Every head of q and k
-// becomes RMSNorm(head) * weight, where its adjacent pairs are then complex numbers that are
-// multiplied with those of `rotations`, rounded once at the end.
+// RMSNorm and rotary embedding of the query and key heads, in place. The columns of `matrix` are
+// heads of 128: first those of q, then those of k, then others, such as those of v, which do not
+// change. Every head of q and k becomes RMSNorm(head) * weight, where its adjacent pairs are then
+// complex numbers that are multiplied with those of `rotations`, rounded once at the end.
 //
 // The weights are [128] BF16; `rotations` is [M, 128] float32: 64 pairs of cosine and sine per row.
-void rotate_heads(const MatrixView& qkv, const void* q_weight, const void* k_weight,
-                  const ConstMatrixView& rotations, std::int64_t heads, float eps,
-                  CudaStream stream);
+void rotate_heads(const MatrixView& matrix, const void* q_weight, const void* k_weight,
+                  const ConstMatrixView& rotations, std::int64_t q_heads, std::int64_t k_heads,
+                  float eps, CudaStream stream);
 
 }  // namespace zimage_mxfp8

@@ -27,7 +27,7 @@ inline constexpr OperandFormat kOperandFormats[] = {OperandFormat::kBFloat16, Op
 inline constexpr std::int64_t kMaxInt8Depth = 131040;
 
 // The operation on the sums, see fused.h: silu_multiply() of the upper and the lower half of B's
-// rows, or rotate_heads() where B is [3 * heads * 128, K].
+// rows, or rotate_heads().
 enum class GemmEpilogue : std::uint8_t { kNone, kSiluMultiply, kRotateHeads };
 
 // Facts about an epilogue.
@@ -148,11 +148,13 @@ using GemmOperand =
 
 struct SiluMultiply {};
 
+// B's rows are heads of 128: first those of q, then those of k, then others.
 struct RotateHeads {
   const void* q_weight;       // [128] BF16
   const void* k_weight;       // [128] BF16
   ConstMatrixView rotations;  // [M, 128] float32
-  std::int64_t heads;
+  std::int64_t q_heads;
+  std::int64_t k_heads;
   float eps;
 };
 

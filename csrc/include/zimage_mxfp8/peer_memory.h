@@ -35,16 +35,30 @@ class PeerMemory {
   // The first byte, at a multiple of 512 bytes.
   void* data() const;
 
-  // Copies bytes [offset, offset + bytes) to the same place of every other rank's memory, then
-  // waits, on the stream, until the bytes that the others copy in this call have arrived here. All
-  // ranks make the same number of calls, and a rank's calls run one after another.
+  // Rows of bytes on this device, or in this memory.
+  struct Rows {
+    std::size_t width;  // bytes of a row
+    std::size_t count;
+  };
+
+  // Copies rows of this device to every other rank's memory, one rank after another: from `source`,
+  // where they are `source_pitch` bytes apart, to `offset`, where they are `pitch` bytes apart.
   //
-  // Nothing keeps a rank from writing to what another one still reads. Work that reads what an
-  // exchange brought must be in the stream before the rank's next exchange, and an exchange must
-  // not use a range that the exchange before it used.
+  // Throws InvalidArgument for a range beyond the memory, a pitch below the width, or a rank that
+  // is not open.
+  void send(const void* source, std::size_t source_pitch, Rows rows, std::size_t offset,
+            std::size_t pitch, CudaStream stream);
+
+  // Waits, on the stream, until all ranks have come this far; what they sent before, on that stream
+  // or on one that it has waited for, is here then. All ranks make the same number of calls, and a
+  // rank's calls run one after another.
   //
-  // Throws InvalidArgument for a range beyond the memory, or a rank that is not open.
-  void exchange(std::size_t offset, std::size_t bytes, CudaStream stream);
+  // Nothing keeps a rank from writing to what another one still reads: work that reads what came
+  // must be in the stream before the rank's next barrier, and what is sent after a barrier must not
+  // go to a range that was read between it and the barrier before.
+  //
+  // Throws InvalidArgument for a rank that is not open.
+  void barrier(CudaStream stream);
 
   // Ends all waiting for other ranks, now and from now on, because one has died. What the memory
   // holds is then undefined. For any thread.

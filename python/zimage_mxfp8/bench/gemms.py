@@ -195,7 +195,8 @@ class Gemms:
         if epilogue == "rotate_heads":
             norm = torch.ones(HEAD_DIM, dtype=self._dtype, device=self._device)
             rotations = torch.ones(tokens, HEAD_DIM // 2, 2, device=self._device)
-            return norm, norm, rotations, self._workload.config.n_heads, NORM_EPS
+            heads = self._workload.config.n_heads
+            return norm, norm, rotations, heads, heads, NORM_EPS
         return ()
 
 

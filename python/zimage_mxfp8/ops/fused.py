@@ -85,11 +85,11 @@ def as_whole(number: Any, name: str) -> int:
         raise InvalidArgumentError(f"{name} must be a whole number") from None
 
 
-def as_heads(heads: Any) -> int:
+def as_heads(heads: Any, name: str) -> int:
     """Check and return a number of heads."""
-    count = as_whole(heads, "heads")
-    if not 0 < count < 2**20:
-        raise InvalidArgumentError("heads must be 1 or more")
+    count = as_whole(heads, name)
+    if not 0 <= count < 2**20:
+        raise InvalidArgumentError(f"{name} must be 0 or more")
     return count
 
 
@@ -258,7 +258,13 @@ def add_norm_modulate(
 
 
 def rotate_heads(
-    qkv: Any, q_weight: Any, k_weight: Any, rotations: Any, heads: int, eps: float = 1e-5
+    matrix: Any,
+    q_weight: Any,
+    k_weight: Any,
+    rotations: Any,
+    q_heads: int,
+    k_heads: int,
+    eps: float = 1e-5,
 ) -> None:
     """Norm and rotate the heads of q and k in place.
 
@@ -266,22 +272,25 @@ def rotate_heads(
     numbers, are multiplied with those of `rotations`; rounded once, at the end.
 
     Args:
-        qkv: [M, 3 * heads * 128], written: the heads of q, of k and of v; v does not change.
+        matrix: [M, heads * 128], written: the heads of q, those of k, and others, such as those of
+            v, which do not change.
         q_weight: [128] of bfloat16.
         k_weight: [128] of bfloat16.
         rotations: [M, 64, 2] of float32: cosine and sine for each pair.
-        heads: number of heads of each of q, k and v.
+        q_heads: number of heads of q.
+        k_heads: number of heads of k.
         eps: added to the mean of the squares.
     """
-    qkv = _written_matrix(qkv, "qkv")
-    rows, _ = require_2d(qkv, "qkv")
+    matrix = _written_matrix(matrix, "the matrix")
+    rows, _ = require_2d(matrix, "the matrix")
     call_core(
         _core.rotate_heads,
-        qkv,
+        matrix,
         vector(q_weight, "bfloat16", HEAD_DIM, "q_weight"),
         vector(k_weight, "bfloat16", HEAD_DIM, "k_weight"),
         as_rotations(rotations, rows),
-        as_heads(heads),
+        as_heads(q_heads, "q_heads"),
+        as_heads(k_heads, "k_heads"),
         as_eps(eps),
-        like=qkv,
+        like=matrix,
     )

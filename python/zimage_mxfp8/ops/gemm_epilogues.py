@@ -36,7 +36,7 @@ __all__ = [
     "gemm_low_rank",
     "gemm_rotate_heads",
     "gemm_silu_multiply",
-    "workspace_nbytes",
+    "plan",
 ]
 
 
@@ -88,7 +88,7 @@ def _gemm(
     return target.result()
 
 
-def workspace_nbytes(
+def plan(
     epilogue: str,
     operands: ActivationFormat,
     tokens: int,
@@ -96,8 +96,8 @@ def workspace_nbytes(
     output_format: ActivationFormat,
     device: int,
     addend_rank: int = 0,
-) -> int:
-    """Return the bytes that a GEMM with an epilogue takes.
+) -> tuple[str, int]:
+    """Return the kernel of least cost for a GEMM with an epilogue, and the bytes that it takes.
 
     Args:
         epilogue: a key of `EPILOGUES`, or "none".
@@ -110,7 +110,7 @@ def workspace_nbytes(
     """
     plain = (tokens, *shape, operands, operands, "bfloat16", False)
     problem = (*plain, epilogue, output_format, addend_rank)
-    return choice(problem, device)[1]
+    return choice(problem, device)
 
 
 def gemm_low_rank(a: Any, b: Any, addend: LowRankAddend, *, kernel: str | None = None) -> Any:
@@ -160,7 +160,8 @@ def gemm_rotate_heads(
     q_weight: Any,
     k_weight: Any,
     rotations: Any,
-    heads: int,
+    q_heads: int,
+    k_heads: int,
     eps: float = 1e-5,
     *,
     addend: LowRankAddend | None = None,
@@ -170,23 +171,25 @@ def gemm_rotate_heads(
 
     Args:
         a: [M, K] on CUDA, an operand of `gemm`. K is a multiple of 32.
-        b: [3 * heads * 128, K], likewise.
+        b: [heads * 128, K], likewise: the heads of q, those of k, and others, such as those of v.
         q_weight: [128] of bfloat16.
         k_weight: [128] of bfloat16.
         rotations: [M, 64, 2] of float32: cosine and sine for each pair.
-        heads: number of heads of each of q, k and v.
+        q_heads: number of heads of q.
+        k_heads: number of heads of k.
         eps: added to the mean of the squares.
         addend: what is added to the product, see `LowRankAddend`.
         kernel: name of the kernel; by default the one of least cost.
 
     Returns:
-        [M, 3 * heads * 128] of bfloat16: the heads of q, of k and of v.
+        [M, heads * 128] of bfloat16.
     """
     first, second = cuda_operands(a, b)
     q = vector(q_weight, "bfloat16", HEAD_DIM, "q_weight")
     k = vector(k_weight, "bfloat16", HEAD_DIM, "k_weight")
     pairs = aligned(as_rotations(rotations, first[3]))
-    arguments = (q, k, pairs, as_heads(heads), as_eps(eps))
+    heads = (as_heads(q_heads, "q_heads"), as_heads(k_heads, "k_heads"))
+    arguments = (q, k, pairs, *heads, as_eps(eps))
     return _gemm("rotate_heads", first, second, arguments, "bfloat16", addend, kernel)
 
 
@@ -195,7 +198,8 @@ _CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     "silu_multiply": (gemm_silu_multiply, "str output_format"),
     "rotate_heads": (
         gemm_rotate_heads,
-        "Tensor q_weight, Tensor k_weight, Tensor rotations, SymInt heads, float eps",
+        "Tensor q_weight, Tensor k_weight, Tensor rotations, SymInt q_heads, SymInt k_heads, "
+        "float eps",
     ),
 }
 EPILOGUES = {

@@ -15,7 +15,8 @@ from .attention import attend
 from .epilogue import RotateHeads, SiluMultiply
 from .linear import Linear
 from .ops import Activation
-from .ranks.attention import attend_across
+from .ranks.attention import SharedAttention
+from .ranks.shares import Shares
 from .sequence import Segment
 
 
@@ -153,15 +154,31 @@ class Block(nn.Module):
 
     def attention(self, h: Activation, part: Segment) -> torch.Tensor:
         """Compute the attention of normalised activations."""
-        rotation = RotateHeads(self.q_norm, self.k_norm, part.rotations, self._heads)
-        qkv = self.qkv(h, rotation)
         if part.shares is None:
-            attended = attend(qkv, self._heads, part.lengths)
+            attended = attend(self._qkv(h, part), self._heads, part.lengths)
         else:
-            attended = attend_across(qkv, self._heads, part.lengths, part.shares)
-        del qkv  # the largest matrix here
+            attended = self._attend_across(h, part, part.shares)
         out: torch.Tensor = self.out(self.out.encode(attended))
         return out
+
+    def _qkv(self, h: Activation, part: Segment) -> torch.Tensor:
+        qkv: torch.Tensor = self.qkv(h, self._rotation(part, self._heads, self._heads))
+        return qkv
+
+    def _rotation(self, part: Segment, q_heads: int, k_heads: int) -> RotateHeads:
+        return RotateHeads(self.q_norm, self.k_norm, part.rotations, q_heads, k_heads)
+
+    def _attend_across(self, h: Activation, part: Segment, shares: Shares) -> torch.Tensor:
+        """Compute keys and values first, so that they are on their way while queries are."""
+        heads, width = self._heads, len(self.attention_norm1)
+        kv, q = self.qkv.part(slice(width, 3 * width)), self.qkv.part(slice(width))
+        if kv is None or q is None:
+            qkv = self._qkv(h, part)
+            attention = SharedAttention(qkv[:, width:], heads, part.lengths, shares)
+            return attention.attend(qkv[:, :width])
+        keys_and_values = kv(h, self._rotation(part, 0, heads))
+        attention = SharedAttention(keys_and_values, heads, part.lengths, shares)
+        return attention.attend(q(h, self._rotation(part, heads, 0)))
 
     def feed_forward(self, h: Activation) -> torch.Tensor:
         """Compute w2(silu(w1 h) * w3 h)."""

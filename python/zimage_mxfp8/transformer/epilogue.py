@@ -37,10 +37,19 @@ class Epilogue(ABC):
         return PLAIN
 
     @abstractmethod
-    def gemm(self, a: Operand, b: Operand, addend: LowRankAddend | None) -> Any:
+    def gemm(
+        self, a: Operand, b: Operand, addend: LowRankAddend | None, kernel: str | None = None
+    ) -> Any:
         """Compute a B^T, the addend and the operation in one call of the core.
 
-        Returns what `apply` returns.
+        Args:
+            a: [M, K].
+            b: [N, K].
+            addend: what is added, or None.
+            kernel: its name; by default the one of least cost.
+
+        Returns:
+            What `apply` returns.
         """
 
     @abstractmethod
@@ -56,23 +65,29 @@ class RotateHeads(Epilogue):
         q_weight: [128].
         k_weight: [128].
         rotations: float32 [M, 64, 2].
-        heads: number of heads of each of q, k and v.
+        q_heads: number of heads of q.
+        k_heads: number of heads of k.
     """
 
     q_weight: torch.Tensor
     k_weight: torch.Tensor
     rotations: torch.Tensor
-    heads: int
+    q_heads: int
+    k_heads: int
     name: ClassVar[str] = "rotate_heads"
 
-    def gemm(self, a: Operand, b: Operand, addend: LowRankAddend | None) -> Any:
-        """Multiply, norm and rotate: [M, 3 * heads * 128]."""
-        arguments = (self.q_weight, self.k_weight, self.rotations, self.heads, NORM_EPS)
-        return fused_kernels.gemm_with_epilogue(self.name, a, b, addend, *arguments)
+    def gemm(
+        self, a: Operand, b: Operand, addend: LowRankAddend | None, kernel: str | None = None
+    ) -> Any:
+        """Multiply, norm and rotate: [M, N]."""
+        weights, heads = (self.q_weight, self.k_weight), (self.q_heads, self.k_heads)
+        arguments = (*weights, self.rotations, *heads, NORM_EPS)
+        return fused_kernels.gemm_with_epilogue(self.name, a, b, addend, kernel, *arguments)
 
     def apply(self, result: torch.Tensor) -> torch.Tensor:
-        """Norm and rotate [M, 3 * heads * 128] in place, and return it."""
-        ops.rotate_heads(result, self.q_weight, self.k_weight, self.rotations, self.heads)
+        """Norm and rotate [M, N] in place, and return it."""
+        weights, heads = (self.q_weight, self.k_weight), (self.q_heads, self.k_heads)
+        ops.rotate_heads(result, *weights, self.rotations, *heads)
         return result
 
 
@@ -92,10 +107,12 @@ class SiluMultiply(Epilogue):
         """The only format of the result, or the one that others are made of."""
         return next(iter(self.output_formats)) if len(self.output_formats) == 1 else PLAIN
 
-    def gemm(self, a: Operand, b: Operand, addend: LowRankAddend | None) -> Activation:
+    def gemm(
+        self, a: Operand, b: Operand, addend: LowRankAddend | None, kernel: str | None = None
+    ) -> Activation:
         """Multiply with gate and up, one above the other [2 * C, K], and multiply the results."""
         written = self.written_format
-        result = fused_kernels.gemm_with_epilogue(self.name, a, b, addend, written)
+        result = fused_kernels.gemm_with_epilogue(self.name, a, b, addend, kernel, written)
         if self.output_formats == {written}:
             return {written: result}
         return ops.encode(result, self.output_formats)

@@ -76,17 +76,18 @@ def add_norm_modulate(
 
 
 def rotate_heads(
-    qkv: torch.Tensor,
+    matrix: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
     rotations: torch.Tensor,
-    heads: int,
+    q_heads: int,
+    k_heads: int,
     eps: float,
 ) -> None:
     """Norm and rotate the heads of q and k in place."""
     tracing = torch.compiler.is_compiling()
     call = torch_library.rotate_heads if tracing else fused.rotate_heads
-    call(qkv, q_weight, k_weight, rotations, heads, eps)
+    call(matrix, q_weight, k_weight, rotations, q_heads, k_heads, eps)
 
 
 def narrow_gemm(a: Any, down: Any, factors: torch.Tensor) -> torch.Tensor:
@@ -124,12 +125,16 @@ def gemm_with_epilogue(
     a: RowScaledArray | Int8Array,
     b: RowScaledArray | Int8Array,
     addend: LowRankAddend | None,
+    kernel: str | None,
     *arguments: Any,
 ) -> Any:
-    """Compute the GEMM of `ops.gemm_epilogues` with an epilogue and its arguments."""
+    """Compute the GEMM of `ops.gemm_epilogues` with an epilogue and its arguments.
+
+    While traced, the kernel is always that of least cost.
+    """
     row = gemm_epilogues.EPILOGUES[epilogue]
     if not torch.compiler.is_compiling():
-        return row.gemm(a, b, *arguments, addend=addend)
+        return row.gemm(a, b, *arguments, addend=addend, kernel=kernel)
     call = torch_library.GEMM_EPILOGUES[epilogue]
     x, u = (None, None) if addend is None else (addend.x, addend.u)
     result = call(a.codes, a.scales, b.codes, b.scales, x, u, *arguments)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,18 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     All models share it, because torch keeps cuBLAS's workspace of every stream that was ever used.
     """
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python from freeing graphs of models that are garbage, which would end a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class GraphCache:
@@ -85,8 +99,9 @@ class GraphCache:
             self._pool = torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
         # Graphs of this cache never run at the same time, so they can share one pool.
-        with torch.cuda.graph(
+        capture = torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode=self._error_mode
-        ):
+        )
+        with _no_garbage_collection(), capture:
             outputs = function(static)
         return _Captured(graph, static, outputs)

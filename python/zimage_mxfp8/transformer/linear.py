@@ -86,6 +86,26 @@ class Linear(nn.Module):
             result = self.adapter(activation, result)
         return result if epilogue is None else epilogue.apply(result)
 
+    def part(self, rows: slice) -> Linear | None:
+        """Return a layer that computes some columns of the result, from the same weights.
+
+        It is for one forward: it does not follow changes of this layer.
+
+        Args:
+            rows: of the weights, [begin, end), both multiples of 128.
+
+        Returns:
+            None if the columns cannot be computed alone, or hooks expect the whole result.
+        """
+        fused = self._fused_adapter
+        if self.adapter is not fused or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        part = self._part(rows)
+        if part is not None:
+            part.is_in_range = self.is_in_range
+            part.adapter = None if fused is None else fused.part(rows)
+        return part
+
     @property
     def takes_epilogues(self) -> bool:
         """Whether `forward` computes GEMM and epilogue in one call of the core."""
@@ -112,6 +132,10 @@ class Linear(nn.Module):
     def decode(self) -> torch.Tensor:
         """Return the weights as float32 [N, K], where K may be padded with zeros."""
         raise NotImplementedError
+
+    def _part(self, rows: slice) -> Linear | None:  # noqa: ARG002 - for subclasses
+        """Return a layer of some rows of the weights, without an adapter; see `part`."""
+        return None
 
     def _gemm(self, x: Any) -> torch.Tensor:
         """Multiply [M, K] in the layer's own format: [M, N]."""
@@ -173,6 +197,10 @@ class PlainLinear(Linear):
         """Return the weights as float32 [N, K]."""
         return self.weight.detach().float()
 
+    def _part(self, rows: slice) -> PlainLinear:
+        bias = None if self.bias is None else self.bias[rows]
+        return PlainLinear(self.weight[rows], bias)
+
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
         if self.dtype != torch.float16:
             return F.linear(x, self.weight, self.bias)
@@ -227,6 +255,11 @@ class WeightOnlyLinear(_MXFP8Linear):
             and devices.has_fused_kernels(device)
             and arithmetic.by_core.takes_addends(device.index, "bfloat16", "mxfp8")
         )
+
+    def _part(self, rows: slice) -> WeightOnlyLinear:
+        # Scales of 128 rows, a row of tiles, are adjacent.
+        codes, scales = self.codes[rows], self.scales[rows]
+        return WeightOnlyLinear(codes, scales, len(codes), self.dtype)
 
     def _gemm_low_rank(self, x: torch.Tensor, addend: LowRankAddend) -> torch.Tensor:
         return fused_kernels.gemm_low_rank(pad_columns(x, self._shape[1]), self.weights, addend)
@@ -286,6 +319,7 @@ class _RowScaledLinear(Linear):
         self, codes: torch.Tensor, scales: torch.Tensor, n: int, dtype: torch.dtype
     ) -> None:
         super().__init__(n, dtype)
+        self._planned_shape: tuple[int, int] | None = None
         self.register_buffer("codes", codes)
         # As integers, which nn.Module.to(dtype) leaves alone.
         self.register_buffer("scale_bits", scales.view(torch.int32))
@@ -315,7 +349,10 @@ class _RowScaledLinear(Linear):
         )
 
     def _gemm_with(self, epilogue: Epilogue, x: Any, addend: LowRankAddend | None) -> Any:
-        return epilogue.gemm(x, self.weights, addend)
+        kernel = None
+        if self._planned_shape is not None:
+            kernel, _ = self._plan(len(x.codes), epilogue, self._planned_shape)
+        return epilogue.gemm(x, self.weights, addend, kernel)
 
     def _gemm_low_rank(self, x: Any, addend: LowRankAddend) -> torch.Tensor:
         return fused_kernels.gemm_low_rank(x, self.weights, addend)
@@ -339,12 +376,29 @@ class _RowScaledLinear(Linear):
         )
 
     def _epilogue_workspace_nbytes(self, tokens: int, epilogue: Epilogue) -> int:
-        index, written, nbytes, rank = self.codes.device.index, epilogue.written_format, 0, 0
-        if (fused := self._fused_adapter) is not None:
-            nbytes, rank = fused.workspace_nbytes(tokens), fused.rank
-        return nbytes + gemm_epilogues.workspace_nbytes(
-            epilogue.name, self._operands, tokens, self._shape, written, index, rank
+        fused = self._fused_adapter
+        nbytes = 0 if fused is None else fused.workspace_nbytes(tokens)
+        return nbytes + self._plan(tokens, epilogue, self._shape)[1]
+
+    def _plan(self, tokens: int, epilogue: Epilogue, shape: tuple[int, int]) -> tuple[str, int]:
+        """Return the kernel for weights of a shape, and the bytes of its workspace."""
+        fused, index = self._fused_adapter, self.codes.device.index
+        rank = 0 if fused is None else fused.rank
+        written = epilogue.written_format
+        return gemm_epilogues.plan(
+            epilogue.name, self._operands, tokens, shape, written, index, rank
         )
+
+    def _part(self, rows: slice) -> Linear | None:
+        part = self._with_rows(rows)
+        if part is not None:
+            # Another kernel may round in other places than that of the whole.
+            part._planned_shape = self._shape
+        return part
+
+    def _with_rows(self, rows: slice) -> _RowScaledLinear | None:  # noqa: ARG002 - for subclasses
+        """Return a layer of some rows of the weights, None if there is none."""
+        return None
 
 
 class FP8Linear(_RowScaledLinear):
@@ -364,6 +418,11 @@ class FP8Linear(_RowScaledLinear):
     def weights(self) -> RowScaledArray:
         """[N, K], with padding to multiples of 32 of both."""
         return RowScaledArray(self.codes, self.scale_bits.view(torch.float32))
+
+    def _with_rows(self, rows: slice) -> FP8Linear:
+        whole = self.weights
+        part = RowScaledArray(whole.codes[rows], whole.scales[rows])
+        return FP8Linear(part, len(part.codes), self.dtype)
 
     def decode(self) -> torch.Tensor:
         """Return the folded weights as float32 [N, K], with K padded to a multiple of 32."""
@@ -399,6 +458,10 @@ class Int8Linear(_Int8Linear):
         if not encoded.scales.isfinite().all():
             raise InvalidArgumentError("the matrix has NaN among its codes or scales")
         return cls(encoded.codes, encoded.scales, n, dtype)
+
+    def _with_rows(self, rows: slice) -> Int8Linear:
+        codes, scales = self.codes[rows], self.weights.scales[rows]
+        return Int8Linear(codes, scales, len(codes), self.dtype)
 
     def decode(self) -> torch.Tensor:
         """Return the weights as float32 [N, K], rotated back, with K as it is stored."""

@@ -219,27 +219,30 @@ def add_norm_modulate(
 
 
 def rotate_heads(
-    qkv: torch.Tensor,
+    matrix: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
     rotations: torch.Tensor,
-    heads: int,
+    q_heads: int,
+    k_heads: int,
 ) -> None:
     """Norm each head of q and k, multiply it by a weight and rotate it, in place.
 
     Args:
-        qkv: [M, 3 * heads * 128]: q, k and v side by side.
+        matrix: [M, heads * 128]: the heads of q, those of k, and others, such as those of v.
         q_weight: [128].
         k_weight: [128].
         rotations: float32 [M, 64, 2]: cosine and sine for each pair of adjacent elements.
-        heads: number of heads of each of q, k and v.
+        q_heads: number of heads of q.
+        k_heads: number of heads of k.
     """
-    if _fusable(qkv):
-        fused.rotate_heads(qkv, q_weight, k_weight, rotations, heads, NORM_EPS)
+    if _fusable(matrix):
+        fused.rotate_heads(matrix, q_weight, k_weight, rotations, q_heads, k_heads, NORM_EPS)
         return
     turns = torch.view_as_complex(rotations)[:, None, :]
-    for rows in _tiles(qkv):
-        parts = qkv[rows].unflatten(1, (3, heads, HEAD_DIM))
-        for part, weight in ((parts[:, 0], q_weight), (parts[:, 1], k_weight)):
+    for rows in _tiles(matrix):
+        heads = matrix[rows].unflatten(1, (-1, HEAD_DIM))
+        q, k, _ = heads.tensor_split((q_heads, q_heads + k_heads), dim=1)
+        for part, weight in ((q, q_weight), (k, k_weight)):
             pairs = torch.view_as_complex(_rms_norm(part, weight).unflatten(-1, (-1, 2)))
             part.copy_(torch.view_as_real(pairs * turns[rows]).flatten(-2))

@@ -171,7 +171,7 @@ def test_rotate_heads(rows: int, heads: int, gap: int) -> None:
     angles = torch.randn(rows, 64, device="cuda") * 3
     rotations = torch.stack([angles.cos(), angles.sin()], -1)
     before = qkv.clone()
-    fused.rotate_heads(qkv, *weights, rotations, heads)
+    fused.rotate_heads(qkv, *weights, rotations, heads, heads)
     assert torch.equal(qkv[:, 2 * width :], before[:, 2 * width :])
     factors = torch.view_as_complex(rotations.double())[:, None]
     for i, weight in enumerate(weights):
@@ -181,6 +181,18 @@ def test_rotate_heads(rows: int, heads: int, gap: int) -> None:
         exact = torch.view_as_real(pairs * factors).reshape(rows, width)
         size = pairs.abs()[..., None].expand(-1, -1, -1, 2).reshape(rows, width)
         assert_rounded_once(qkv[:, part], exact, 2 * size)
+
+
+@pytest.mark.parametrize("heads", [30, 3, 1])
+def test_heads_alone_are_those_of_the_whole(heads: int) -> None:
+    width, rotations = heads * 128, torch.randn(70, 64, 2, device="cuda")
+    qkv = random(70, 3 * width, 30)
+    weights = random(1, 128, 31)[0], random(1, 128, 32)[0]
+    parts = qkv[:, :width].clone(), qkv[:, width:].clone()
+    fused.rotate_heads(qkv, *weights, rotations, heads, heads)
+    fused.rotate_heads(parts[0], *weights, rotations, heads, 0)
+    fused.rotate_heads(parts[1], *weights, rotations, 0, heads)
+    assert torch.equal(torch.cat(parts, dim=1), qkv)
 
 
 @pytest.mark.parametrize("cols", [3840, 341])
@@ -243,7 +255,7 @@ def test_in_a_graph() -> None:
         result = fused.add_norm_modulate(
             x, y, weight, scale, weight, scale, output_format=output_format
         )
-        fused.rotate_heads(qkv, head, head, rotations, 3)
+        fused.rotate_heads(qkv, head, head, rotations, 3, 3)
         normed = fused.norm_modulate(x, weight, scale, output_format=output_format)
         return [result, normed, fused.silu_multiply(*gate_up.chunk(2, dim=1), output_format)]
 

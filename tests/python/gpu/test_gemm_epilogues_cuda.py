@@ -102,7 +102,7 @@ def test_rotate_heads(rows: int, heads: int, depth: int) -> None:
     q, k = (
         (torch.rand(128, generator=generator, device="cuda") + 0.5).bfloat16() for _ in range(2)
     )
-    result = fused_rotate_heads(a, b, q, k, rotations, heads)
+    result = fused_rotate_heads(a, b, q, k, rotations, heads, heads)
     exact = rotated(product(a, b), q, k, rotations, heads)
     assert result.dtype == torch.bfloat16 and result.shape == exact.shape
     for i in range(3):  # q, k and v
@@ -113,9 +113,30 @@ def test_rotate_heads(rows: int, heads: int, depth: int) -> None:
         assert error.max().item() < 1e-2 and error.mean().item() < 5e-3
 
 
+@pytest.mark.parametrize("rows", TOKENS)
+@pytest.mark.parametrize("heads", [30, 3, 1])
+def test_heads_alone_are_those_of_the_whole(rows: int, heads: int) -> None:
+    a, b = operand(rows, 416, 30), operand(3 * heads * 128, 416, 31)
+    generator = torch.Generator(device="cuda").manual_seed(32)
+    angles = torch.rand(rows, 64, generator=generator, device="cuda") * 6.3
+    rotations = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    q, k = (torch.rand(128, generator=generator, device="cuda").bfloat16() for _ in range(2))
+    whole = fused_rotate_heads(a, b, q, k, rotations, heads, heads)
+    width = heads * 128
+    for part, q_heads, k_heads in (
+        (slice(width), heads, 0),
+        (slice(width, 3 * width), 0, heads),
+        (slice(2 * width, 3 * width), 0, 0),
+    ):
+        of_part = zm.RowScaledArray(b.codes[part], b.scales[part])
+        found = fused_rotate_heads(a, of_part, q, k, rotations, q_heads, k_heads)
+        assert torch.equal(found, whole[:, part])
+
+
 def heads_of(a: zm.RowScaledArray, b: zm.RowScaledArray, rotations: torch.Tensor) -> torch.Tensor:
     weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
-    return fused_rotate_heads(a, b, weight, weight, rotations, b.shape[0] // 384)
+    heads = b.shape[0] // 384
+    return fused_rotate_heads(a, b, weight, weight, rotations, heads, heads)
 
 
 def test_same_bytes_again() -> None:
@@ -171,8 +192,8 @@ def test_a_separate_epilogue_has_the_bytes_of_two_calls(tokens: int) -> None:
     weight = torch.rand(128, device="cuda").bfloat16()
     rotations = torch.rand(tokens, 64, 2, device="cuda")
     qkv = zm.gemm(a, b, kernel="fp8_rowwise")
-    fused.rotate_heads(qkv, weight, weight, rotations, 2)
-    found = gemm_rotate_heads(a, b, weight, weight, rotations, 2, kernel="fp8_rowwise")
+    fused.rotate_heads(qkv, weight, weight, rotations, 2, 2)
+    found = gemm_rotate_heads(a, b, weight, weight, rotations, 2, 2, kernel="fp8_rowwise")
     assert torch.equal(found, qkv)
 
 
@@ -210,7 +231,7 @@ def test_nan_stays_in_its_row() -> None:
     a.scales[70] = torch.nan
     weight = torch.ones(128, dtype=torch.bfloat16, device="cuda")
     rotations = torch.tensor([1.0, 0.0], device="cuda").expand(200, 64, 2).contiguous()
-    result = fused_rotate_heads(a, b, weight, weight, rotations, 1)
+    result = fused_rotate_heads(a, b, weight, weight, rotations, 1, 1)
     silu = fused_silu_multiply(a, b)
     for matrix in (result, silu):
         is_nan = matrix.isnan()
@@ -232,12 +253,12 @@ def test_bad_arguments() -> None:
     def rotate(**changed: Any) -> None:
         arguments = {"a": a, "b": b, "q_weight": weight, "k_weight": weight}
         gemm_rotate_heads(
-            **{**arguments, "rotations": rotations, "heads": 1, **changed}  # type: ignore[arg-type]
+            **{**arguments, "rotations": rotations, "q_heads": 1, "k_heads": 1, **changed}  # type: ignore[arg-type]
         )
 
     for changed, sentence in (
-        ({"heads": 2}, "B has 384 rows, which is not 3 . 2 heads of 128"),
-        ({"heads": 0}, "heads must be 1 or more"),
+        ({"q_heads": 3}, "B's rows are 384, which cannot begin with 3 heads of q and 1 of k"),
+        ({"k_heads": -1}, "k_heads must be 0 or more"),
         ({"a": a.codes}, "a must be an MXFP8Array, a RowScaledArray, an Int8Array or"),
         ({"b": operand(384, 64, 16)}, "a is .4, 128. and b is .384, 64.: their widths differ"),
         ({"rotations": rotations[:3]}, "rotations must be float32 .4, 64, 2., not"),

@@ -155,10 +155,12 @@ def test_rotate_heads_is_the_same_fused_and_apart(tokens: int, heads: int, depth
     rotations = torch.stack((angles.cos(), angles.sin()), dim=-1)
     q, k = (torch.rand(128, generator=generator, device="cuda").bfloat16() for _ in range(2))
     want = zm.gemm(a, b, kernel="reference")
-    fused.rotate_heads(want, q, k, rotations, heads)
+    fused.rotate_heads(want, q, k, rotations, heads, heads)
     for kernel in ("int8_sm80", "int8_sm90"):
         require(kernel)
-        assert torch.equal(gemm_rotate_heads(a, b, q, k, rotations, heads, kernel=kernel), want)
+        assert torch.equal(
+            gemm_rotate_heads(a, b, q, k, rotations, heads, heads, kernel=kernel), want
+        )
 
 
 def test_weights_are_encoded_from_their_exact_values() -> None:

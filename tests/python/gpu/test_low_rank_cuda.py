@@ -147,9 +147,9 @@ def test_rotate_heads(tokens: int) -> None:
     rotations = torch.stack((angles.cos(), angles.sin()), dim=-1)
     weight = torch.ones(128, device="cuda", dtype=torch.bfloat16)
     addend = addend_of(tokens, 11520, 96)
-    result = gemm_rotate_heads(a, b, weight, weight, rotations, 30, addend=addend)
+    result = gemm_rotate_heads(a, b, weight, weight, rotations, 30, 30, addend=addend)
     exact = exact_sums(a, b, addend)[0].bfloat16()
-    fused.rotate_heads(exact, weight, weight, rotations, 30)
+    fused.rotate_heads(exact, weight, weight, rotations, 30, 30)
     assert ((result.double() - exact.double()).norm() / exact.double().norm()).item() < 8e-3
 
 
@@ -215,8 +215,10 @@ def test_epilogues_of_int8_follow_the_addend(
     weight = random(128, seed=5).bfloat16()
     rotations = torch.nn.functional.normalize(random(tokens, 64, 2, seed=6), dim=-1)
     want = gemm_low_rank(a, b, addend)
-    fused.rotate_heads(want, weight, weight, rotations, rows // 384)
-    found = gemm_rotate_heads(a, b, weight, weight, rotations, rows // 384, addend=addend)
+    fused.rotate_heads(want, weight, weight, rotations, rows // 384, rows // 384)
+    found = gemm_rotate_heads(
+        a, b, weight, weight, rotations, rows // 384, rows // 384, addend=addend
+    )
     assert torch.equal(found, want)
 
 

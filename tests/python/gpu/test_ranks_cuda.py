@@ -91,7 +91,7 @@ def test_adapters_and_controlnets(compute: str, file: Path) -> None:
     plain = item_by_item(alone, *inputs)
     modules = modules_of(make_reference(dim=HEADS * 128, layers=3, refiners=2), "to_q")
     adapter = write_pairs(modules, lambda name: name, ".lora_A.weight", ".lora_B.weight")
-    model = make_controlnet("2.1", (0, 2), dim=HEADS * 128)
+    model = make_controlnet("2.1", (0, 1, 2), dim=HEADS * 128)
     path = write_controlnet(file.parent / "net.safetensors", file_tensors("2.1", model))
     net = zm.ZImageControlNet.from_checkpoint(path, "cuda")
     images = control_images(BATCHES["guidance"][0], net.config.control_in_dim)

@@ -4,8 +4,10 @@ against diffusers. The sizes are small but not ragged: products take the paths o
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +108,24 @@ def test_a_graph_of_inference_mode_runs_outside_it(quantized: Path) -> None:
         for _ in range(2):  # the second call captures
             want = [x.clone() for x in model(*inputs).sample]
     assert all(torch.equal(a, b) for a, b in zip(model(*inputs).sample, want, strict=True))
+
+
+def test_garbage_with_graphs_does_not_end_a_capture(quantized: Path) -> None:
+    model, inputs = load(quantized), on_device(random_inputs(*EQUAL))
+    want = model(*inputs).sample
+    garbage: list[Any] = [load(quantized)]
+    for _ in range(2):  # the second call captures
+        garbage[0](*inputs)
+    garbage.append(garbage)
+    thresholds = gc.get_threshold()
+    gc.disable()
+    try:
+        del garbage
+        gc.set_threshold(1)
+        gc.enable()
+        assert all(torch.equal(*pair) for pair in zip(model(*inputs).sample, want, strict=True))
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_more_shapes_than_graphs_are_kept(quantized: Path) -> None:

@@ -72,18 +72,24 @@ ROTATIONS = torch.ones(4, 64, 2)
             "next_scale must have one row where",
         ),
         (
-            lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, 3),
-            "qkv has 768 columns, which is not 3 . 3 heads of 128",
+            lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, 3, 4),
+            "the matrix's columns are 768, which cannot begin with 3 heads of q and 4 of k",
         ),
-        (lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, 0), "heads must be 1 or more"),
-        (lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, 2.0), "a whole number"),  # type: ignore[arg-type]
-        (lambda: fused.rotate_heads(QKV, HEAD, HEAD[:64], ROTATIONS, 2), "k_weight must be"),
         (
-            lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS[:3], 2),
+            lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, -1, 2),
+            "q_heads must be 0 or more",
+        ),
+        (
+            lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, 2, 2.0),
+            "k_heads must be a whole number",
+        ),  # type: ignore[arg-type]
+        (lambda: fused.rotate_heads(QKV, HEAD, HEAD[:64], ROTATIONS, 2, 2), "k_weight must be"),
+        (
+            lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS[:3], 2, 2),
             r"rotations must be float32 \[4, 64, 2\], not float32 \[3, 64, 2\]",
         ),
         (
-            lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS.double(), 2),
+            lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS.double(), 2, 2),
             "rotations must be float32",
         ),
         (
@@ -115,7 +121,7 @@ def test_without_cuda_they_say_so() -> None:
         lambda: fused.silu_multiply(X, X, "mxfp8"),
         lambda: fused.norm_modulate(X, WEIGHT, SCALE, ITEMS, "row-scaled"),
         lambda: fused.add_norm_modulate(X, X.clone(), WEIGHT, SCALE[:1], WEIGHT),
-        lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, 2),
+        lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, 2, 2),
     ):
         with pytest.raises(zm.UnsupportedError, match="this build has no CUDA kernels"):
             call()
@@ -126,7 +132,7 @@ def test_gemm_epilogues_need_a_gpu() -> None:
     with pytest.raises(zm.InvalidArgumentError, match="a must be on a CUDA device"):
         gemm_silu_multiply(operand, operand)
     with pytest.raises(zm.InvalidArgumentError, match="a must be on a CUDA device"):
-        gemm_rotate_heads(X, operand, HEAD, HEAD, ROTATIONS, 2)
+        gemm_rotate_heads(X, operand, HEAD, HEAD, ROTATIONS, 2, 2)
 
 
 def test_nothing_to_do() -> None:
@@ -134,4 +140,4 @@ def test_nothing_to_do() -> None:
     assert fused.silu_multiply(empty, empty).shape == (0, 64)
     assert fused.norm_modulate(empty, WEIGHT, output_format="mxfp8").shape == (0, 64)
     assert fused.add_norm_modulate(empty, empty, WEIGHT) is None
-    fused.rotate_heads(QKV[:0], HEAD, HEAD, ROTATIONS[:0], 2)
+    fused.rotate_heads(QKV[:0], HEAD, HEAD, ROTATIONS[:0], 2, 2)

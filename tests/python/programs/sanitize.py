@@ -108,7 +108,7 @@ def check_heads(rows: int, heads: int, gap: int) -> None:
     weight = torch.ones(128, device="cuda").bfloat16()
     quarter_turn = torch.tensor([0.0, 1.0], device="cuda").expand(rows, 64, 2)
     before = qkv.float()
-    fused.rotate_heads(qkv, weight, weight, quarter_turn, heads)
+    fused.rotate_heads(qkv, weight, weight, quarter_turn, heads, heads)
     normed = torch.nn.functional.rms_norm(before.reshape(rows, -1, 64, 2), (64, 2), eps=1e-5)
     want = torch.stack([-normed[..., 1], normed[..., 0]], -1).reshape(rows, -1)
     check_close(qkv[:, : heads * 256], want[:, : heads * 256], rows, heads * 256)
@@ -127,9 +127,9 @@ def check_fused_products(tokens: int, columns: int, heads: int, depth: int) -> N
     qkv = zm.gemm(x, weights, kernel="reference")
     norm = torch.rand(128, device="cuda").bfloat16()
     rotations = torch.randn(tokens, 64, 2, device="cuda")
-    fused.rotate_heads(qkv, norm, norm, rotations, heads)
+    fused.rotate_heads(qkv, norm, norm, rotations, heads, heads)
     result = gemm_epilogues.gemm_rotate_heads(
-        x, weights, norm, norm, rotations, heads, kernel="fp8_sm90"
+        x, weights, norm, norm, rotations, heads, heads, kernel="fp8_sm90"
     )
     check_close(result, qkv.float(), tokens, 384 * heads)
 
@@ -181,8 +181,8 @@ def check_int8_products(tokens: int, columns: int, heads: int, depth: int) -> No
     qkv = (decoded_int8(a) @ decoded_int8(weights).T).bfloat16()
     norm = torch.rand(128, device="cuda").bfloat16()
     rotations = torch.randn(tokens, 64, 2, device="cuda")
-    fused.rotate_heads(qkv, norm, norm, rotations, heads)
-    result = gemm_epilogues.gemm_rotate_heads(a, weights, norm, norm, rotations, heads)
+    fused.rotate_heads(qkv, norm, norm, rotations, heads, heads)
+    result = gemm_epilogues.gemm_rotate_heads(a, weights, norm, norm, rotations, heads, heads)
     check_close(result, qkv.float(), tokens, 384 * heads)
 
 
@@ -209,9 +209,9 @@ def check_int8_addend(tokens: int, columns: int, heads: int, depth: int, rank: i
     qkv = sums(weights, up).bfloat16()
     norm = torch.rand(128, device="cuda").bfloat16()
     rotations = torch.randn(tokens, 64, 2, device="cuda")
-    fused.rotate_heads(qkv, norm, norm, rotations, heads)
+    fused.rotate_heads(qkv, norm, norm, rotations, heads, heads)
     result = gemm_epilogues.gemm_rotate_heads(
-        a, weights, norm, norm, rotations, heads, addend=low_rank.LowRankAddend(narrow, up)
+        a, weights, norm, norm, rotations, heads, heads, addend=low_rank.LowRankAddend(narrow, up)
     )
     check_close(result, qkv.float(), tokens, 384 * heads)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_mxfp8.transformer.attention import attend
-from zimage_mxfp8.transformer.ranks.attention import attend_across
+from zimage_mxfp8.transformer.ranks.attention import SharedAttention
 from zimage_mxfp8.transformer.ranks.division import divide
 from zimage_mxfp8.transformer.ranks.shares import Shares, even, overlaps
 from zimage_mxfp8.transformer.sequence import Shape, layout_of
@@ -127,7 +127,8 @@ def test_attention_across_ranks_is_attention(heads: int, size: int, lengths: lis
     def attend_here(rank: int) -> torch.Tensor:
         group: Any = Thread(rank, size, barrier, table)
         shares = Shares(group, tokens)
-        return attend_across(qkv[shares.here].contiguous(), heads, lengths, shares)
+        q, kv = qkv[shares.here].split((heads * 128, 2 * heads * 128), dim=1)
+        return SharedAttention(kv.contiguous(), heads, lengths, shares).attend(q.contiguous())
 
     with ThreadPoolExecutor(size) as pool:
         found = torch.cat(list(pool.map(attend_here, range(size))))

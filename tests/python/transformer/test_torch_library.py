@@ -71,7 +71,7 @@ def fused_calls(device: str) -> dict[str, tuple[Any, ...]]:
     rotations = torch.ones(ROWS, 64, 2, device=device)
     calls: dict[str, tuple[Any, ...]] = {
         "add_norm": (x, y, weight, scale, items, 1e-5),
-        "rotate_heads": (qkv, head, head, rotations, HEADS, 1e-5),
+        "rotate_heads": (qkv, head, head, rotations, HEADS, HEADS, 1e-5),
     }
     for form in SHAPES:
         calls[f"silu_multiply {form}"] = (x, y, form)
@@ -101,10 +101,10 @@ def gemm_epilogue_calls(device: str) -> dict[str, tuple[Any, ...]]:
         **{f"gemm_silu_multiply {form}": (*operands, None, None, form) for form in SHAPES},
         "gemm_silu_multiply of int8": (*int8_operands, None, None, "int8"),
         "gemm_rotate_heads of int8": (
-            *(*int8_operands, None, None, head, head, rotations, HEADS, 1e-5),
+            *(*int8_operands, None, None, head, head, rotations, HEADS, HEADS, 1e-5),
         ),
         "gemm_silu_multiply with an addend": (*operands, *addend, "row-scaled"),
-        "gemm_rotate_heads": (*operands, None, None, head, head, rotations, HEADS, 1e-5),
+        "gemm_rotate_heads": (*operands, None, None, head, head, rotations, HEADS, HEADS, 1e-5),
         "gemm_low_rank": (*operands, *addend),
         "gemm_low_rank of int8": (*int8_operands, *addend),
         "gemm_weight_only_low_rank": (plain, *parts(mxfp8), *addend),
@@ -162,7 +162,7 @@ def test_schemas_name_what_is_written() -> None:
     assert {name: names for name, names in written.items() if names} == {
         "zimage_mxfp8::add_norm": ["x"],
         "zimage_mxfp8::add_norm_modulate": ["x"],
-        "zimage_mxfp8::rotate_heads": ["qkv"],
+        "zimage_mxfp8::rotate_heads": ["matrix"],
     }
 
 

@@ -132,7 +132,7 @@ def test_tiles_change_nothing(operation: str, monkeypatch: pytest.MonkeyPatch) -
     for tile in (1 << 20, 1000):
         monkeypatch.setattr(tiles, "TILE", tile)
         rotated.append(qkv.clone())
-        ops.rotate_heads(rotated[-1], w.repeat(2), w.repeat(2), turns, 2)
+        ops.rotate_heads(rotated[-1], w.repeat(2), w.repeat(2), turns, 2, 2)
     assert torch.equal(*rotated) and not torch.equal(rotated[0], qkv)
 
 

@@ -237,21 +237,22 @@ def add_norm_modulate(
 
 
 @_register(
-    "(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor rotations, SymInt heads, float eps)"
-    " -> ()",
-    lambda qkv, q_weight, k_weight, rotations, heads, eps: None,
-    ("qkv",),
+    "(Tensor(a!) matrix, Tensor q_weight, Tensor k_weight, Tensor rotations, SymInt q_heads, "
+    "SymInt k_heads, float eps) -> ()",
+    lambda matrix, q_weight, k_weight, rotations, q_heads, k_heads, eps: None,
+    ("matrix",),
 )
 def rotate_heads(
-    qkv: torch.Tensor,
+    matrix: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
     rotations: torch.Tensor,
-    heads: int,
+    q_heads: int,
+    k_heads: int,
     eps: float,
 ) -> None:
-    """Compute `ops.fused.rotate_heads`; writes qkv."""
-    fused.rotate_heads(qkv, q_weight, k_weight, rotations, heads, eps)
+    """Compute `ops.fused.rotate_heads`; writes the matrix."""
+    fused.rotate_heads(matrix, q_weight, k_weight, rotations, q_heads, k_heads, eps)
 
 
 @_register(

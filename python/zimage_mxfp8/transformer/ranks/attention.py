@@ -15,31 +15,39 @@ from ..attention import attend_rows
 from .shares import Shares
 
 
-def attend_across(
-    qkv: torch.Tensor, heads: int, lengths: Sequence[int], shares: Shares
-) -> torch.Tensor:
-    """Compute the softmax attention of each item over its own tokens, which ranks share.
+class SharedAttention:
+    """The softmax attention of each item over its own tokens, which ranks share.
 
-    The heads are two groups, a small one first: its attention is computed while keys and values of
-    the large one are gathered. Numbers of tokens may differ from rank to rank.
-
-    Args:
-        qkv: [tokens of this rank, 3 * heads * 128]: q, k and v side by side.
-        heads: number of heads.
-        lengths: tokens of each item on all ranks; items follow one another.
-        shares: tokens of each rank.
-
-    Returns:
-        [tokens of this rank, heads * 128].
+    Keys and values are gathered from its beginning on, while queries are computed. The heads are
+    two groups: the attention of the first is computed while those of the second are gathered.
+    Numbers of tokens may differ from rank to rank.
     """
-    parts = qkv.unflatten(1, (3, heads, HEAD_DIM))
-    # A quarter of 30 heads fills a GPU of 132 multiprocessors once at 1024x1024 on two GPUs.
-    first = heads // 4
-    groups = [group for group in (slice(first), slice(first, heads)) if group.stop > 0]
-    rows = shares.rows_of(lengths)
-    gathered = shares.group.gather_each([parts[:, 1:, group] for group in groups], shares.counts)
-    attended = [
-        attend_rows(parts[:, 0, group], keys_and_values, rows, lengths)
-        for group, keys_and_values in zip(groups, gathered, strict=True)
-    ]
-    return torch.cat(attended, dim=1)
+
+    def __init__(
+        self, kv: torch.Tensor, heads: int, lengths: Sequence[int], shares: Shares
+    ) -> None:
+        """Begin.
+
+        Args:
+            kv: [tokens of this rank, 2 * heads * 128]: k and v side by side.
+            heads: number of heads.
+            lengths: tokens of each item on all ranks; items follow one another.
+            shares: tokens of each rank.
+        """
+        self._heads = heads
+        self._lengths = lengths
+        self._rows = shares.rows_of(lengths)
+        half = heads // 2
+        self._groups = [group for group in (slice(half), slice(half, heads)) if group.stop > 0]
+        parts = kv.unflatten(1, (2, heads, HEAD_DIM))
+        of_groups = [parts[:, :, group] for group in self._groups]
+        self._gathered = shares.group.gather_each(of_groups, shares.counts)
+
+    def attend(self, q: torch.Tensor) -> torch.Tensor:
+        """Return the attention [tokens of this rank, heads * 128] of queries of that shape."""
+        queries = q.unflatten(1, (self._heads, HEAD_DIM))
+        attended = [
+            attend_rows(queries[:, group], keys_and_values, self._rows, self._lengths)
+            for group, keys_and_values in zip(self._groups, self._gathered, strict=True)
+        ]
+        return torch.cat(attended, dim=1)

@@ -153,23 +153,20 @@ class RankGroup:
     def gather_each(
         self, parts: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> Iterator[torch.Tensor]:
-        """Gather the rows of all ranks, of one tensor after another.
+        """Begin to gather the rows of all ranks, of one tensor after another.
 
-        Each is on its way while the one before is used, if devices can write to each other's
-        memory.
+        If devices can write to each other's memory, they do so from now on.
 
         Args:
             parts: [counts[rank], ...] of this rank.
             counts: number of rows of each rank.
 
-        Yields:
+        Returns:
             [sum(counts), ...] of each part, on every rank; for work launched before the next call.
         """
         if self._peers is not None:
-            yield from self._peers.gather_each(parts, counts)
-            return
-        for part in parts:
-            yield self.whole(part.flatten(1), counts).unflatten(1, part.shape[1:])
+            return self._peers.gather_each(parts, counts)
+        return (self.whole(part.flatten(1), counts).unflatten(1, part.shape[1:]) for part in parts)
 
     def whole(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Return the rows of all ranks, on every rank.

@@ -6,7 +6,9 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,14 +62,15 @@ class PeerMemory:
     def gather_each(
         self, parts: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> Iterator[torch.Tensor]:
-        """Gather the rows of all ranks, of one tensor after another.
+        """Begin to gather the rows of all ranks, of one tensor after another.
 
         Args:
-            parts: [counts[rank], ...] of this rank, with rows of whole 16 bytes, all of a dtype.
+            parts: [counts[rank], n, ...] of this rank, such as keys and values, all of a dtype.
+                From the third dimension on they are contiguous, in whole 16 bytes.
             counts: number of rows of each rank.
 
-        Yields:
-            [sum(counts), ...] of each part, for work that the current stream is given before the
+        Returns:
+            [sum(counts), n, ...] of each part, for work that the current stream is given before the
             next call.
 
         Raises:
@@ -89,25 +92,43 @@ class PeerMemory:
         # last and first call may take the same half, all ranks wait for each other anyway.
         self._turn = 1 - self._turn
         offset = self._turn * (buffer.nbytes // 2)
-        current, copying = torch.cuda.current_stream(self._device), self._copying
-        gathered = []
+        self._copying.wait_stream(torch.cuda.current_stream(self._device))
+        arrivals: list[_Arrival] = []
         for part, shape, nbytes in zip(parts, shapes, sizes, strict=True):
             whole = buffer.view(offset, shape, part.dtype)
-            own = whole[begin : begin + counts[self._rank]]
-            if part.numel():
-                own.view(_WIDE).copy_(part.view(_WIDE))
-            copying.wait_stream(current)
+            copy_own = partial(_copy, part, whole[begin : begin + counts[self._rank]])
+            if arrivals:
+                with torch.cuda.stream(self._copying):
+                    copy_own()
             row_nbytes = math.prod(shape[1:]) * part.itemsize
-            buffer.memory.exchange(
-                offset + begin * row_nbytes,
-                counts[self._rank] * row_nbytes,
-                copying.cuda_stream,
-            )
-            gathered.append((whole, copying.record_event()))
+            self._send(buffer, part, offset + begin * row_nbytes)
+            arrivals.append(_Arrival(whole, copy_own, self._copying.record_event()))
             offset += nbytes
-        for whole, arrival in gathered:
-            current.wait_event(arrival)
-            yield whole
+        return self._in_turn(arrivals)
+
+    def _send(self, buffer: _Buffer, part: torch.Tensor, offset: int) -> None:
+        """Send a part to all other ranks, then wait for theirs, on the stream for it."""
+        stream = self._copying.cuda_stream
+        columns, width = part.shape[1], math.prod(part.shape[2:]) * part.itemsize
+        for i, column in enumerate(part.unbind(1)):
+            buffer.memory.send(
+                column.data_ptr(),
+                part.stride(0) * part.itemsize,
+                width,
+                len(part),
+                offset + i * width,
+                columns * width,
+                stream,
+            )
+        buffer.memory.barrier(stream)
+
+    def _in_turn(self, arrivals: Sequence[_Arrival]) -> Iterator[torch.Tensor]:
+        # This rank's rows of the first part are copied as late as here, where there is time while
+        # the others' are on their way; those of the other parts have been.
+        arrivals[0].copy_own()
+        for arrival in arrivals:
+            torch.cuda.current_stream(self._device).wait_event(arrival.event)
+            yield arrival.whole
 
     def release(self) -> None:
         """Let work of this device go on that waits for a rank which has died.
@@ -119,7 +140,9 @@ class PeerMemory:
 
     @functools.cached_property
     def _copying(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)
+        # One: on an H200 copies of two streams ran one after another, with the barrier last. Of
+        # high priority, so that signals do not wait for the end of a long kernel's blocks.
+        return torch.cuda.Stream(self._device, priority=-1)
 
     def _reserve(self, nbytes: int) -> bool:
         """Have a buffer of so many bytes on every rank; return whether all have it."""
@@ -172,6 +195,21 @@ class PeerMemory:
         return [bytes.fromhex(self._store.get(key).decode()[1:]) for key in keys]
 
 
+@dataclass(frozen=True)
+class _Arrival:
+    """A part that is gathered.
+
+    Attributes:
+        whole: the rows of all ranks.
+        copy_own: copies this rank's rows there.
+        event: when those of the other ranks have arrived.
+    """
+
+    whole: torch.Tensor
+    copy_own: Callable[[], None]
+    event: torch.cuda.Event
+
+
 class _Buffer:
     """Memory of the core, of this rank and opened of the others.
 
@@ -204,6 +242,11 @@ class _CudaArray:
             "data": (memory.address(), False),
             "version": 3,
         }
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    if source.numel():
+        target.view(_WIDE).copy_(source.view(_WIDE))
 
 
 def _aligned(nbytes: int) -> int:
