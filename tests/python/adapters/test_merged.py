@@ -230,6 +230,24 @@ def test_differences_of_biases_and_norms(source: Path, plain: Tensors, tmp_path:
     same_bytes(tmp_path / "1.safetensors", tmp_path / "2.safetensors")
 
 
+def test_a_bias_of_an_adapter_counts_with_alpha_and_weight(
+    source: Path, plain: Tensors, tmp_path: Path
+) -> None:
+    stem, (rows, columns) = "transformer.all_x_embedder.2-1", plain["x_embedder.weight"].shape
+    a, b, delta = af.low_rank((rows, columns), 4, 1)
+    bias = 8 * af.random(rows, seed=2)
+    tensors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b, f"{stem}.lora_B.bias": bias}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(6.0)}, tmp_path / "a.safetensors")
+    lora = (tmp_path / "a.safetensors", -0.5)
+    zm.merge_loras(source, tmp_path / "out.safetensors", [lora], threads=1)
+    found, scale = load_file(tmp_path / "out.safetensors"), -0.5 * 6.0 / 4
+    for part, change in (("weight", delta), ("bias", bias.double())):
+        before = plain[f"x_embedder.{part}"]
+        wanted = (before.double() + scale * change).float().to(torch.bfloat16)
+        assert torch.equal(found[f"x_embedder.{part}"], wanted)
+        assert not torch.equal(before, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_plain_output_keeps_dtypes(dtype, plain: Tensors, reference, tmp_path: Path) -> None:
     model = {name: x.to(dtype) for name, x in plain.items()}
