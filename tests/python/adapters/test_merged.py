@@ -15,9 +15,11 @@ from helpers import adapter_files as af
 from helpers.adapter_dialects import NAMES, dialects
 from helpers.checkpoints import PREFIX, metadata_of, sha256, tensor_bytes, to_diffusers
 from helpers.diffusers_reference import make_reference
+from helpers.peak_memory import peak_memory
 from zimage_mxfp8.checkpoint.source import TensorReader
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.streaming import jobs
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 Tensors = dict[str, torch.Tensor]
 OWN = ("zimage_mxfp8",)  # what the header says of the origin differs
@@ -382,6 +384,31 @@ def test_memory_holds_one_layer_at_a_time(source: Path, reference, tmp_path: Pat
         for tensor in merged.tensors.values():
             reader.read(tensor)
             assert len(merge._cache) <= 2
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (1, 4):
+        shapes = zimage_shapes(dim=1024, layers=layers, refiner_layers=1, caption_dim=64)
+        adapter = tmp_path / f"adapter-{layers}.safetensors"
+        save_file(pairs_of_rank_16(shapes), adapter)
+        peaks.append(
+            peak_memory(tmp_path / f"{layers}.safetensors", shapes, loras=[[str(adapter), 0.5]])
+        )
+        converted = tmp_path / f"{layers}.safetensors.out"
+        assert load_file(converted)["layers.0.attention.out.weight"].float().any()
+    assert peaks[1] < peaks[0] + 32, peaks
+
+
+def pairs_of_rank_16(shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    """On every linear layer of the blocks."""
+    tensors = {}
+    for name, shape in shapes.items():
+        if "layers." in name and len(shape) == 2:
+            stem = name.removesuffix(".weight")
+            tensors[f"{stem}.lora_A.weight"] = torch.full((16, shape[1]), 0.01).bfloat16()
+            tensors[f"{stem}.lora_B.weight"] = torch.full((shape[0], 16), 0.01).bfloat16()
+    return tensors
 
 
 def zm_source(path: Path):
