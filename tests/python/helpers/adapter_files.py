@@ -146,18 +146,23 @@ def write_loha(modules: dict[str, torch.nn.Linear], prefix: str, rank: int, alph
 
 
 def write_lokr(
-    modules: dict[str, torch.nn.Linear], name: Callable[[str], str], split: str, alpha: float
+    modules: dict[str, torch.nn.Linear],
+    name: Callable[[str], str],
+    split: str,
+    alpha: float,
+    left_shape: tuple[int, int] = (4, 2),
 ):
     """LoKr with whole factors, or with the second or both split."""
+    left_rows, left_columns = left_shape
     written = Written({}, {})
     for i, (module, layer) in enumerate(modules.items()):
         rows, columns = layer.weight.shape
-        left = random(4, 2, seed=5 * i)
-        right_shape = rows // 4, columns // 2
+        left = random(left_rows, left_columns, seed=5 * i)
+        right_shape = rows // left_rows, columns // left_columns
         stem = name(module)
         scale = 1.0
         if split == "both":
-            u, v = 8 * random(4, 2, seed=i), 8 * random(2, 2, seed=i + 1)
+            u, v = 8 * random(left_rows, 2, seed=i), 8 * random(2, left_columns, seed=i + 1)
             written.tensors |= {f"{stem}.lokr_w1_a": u, f"{stem}.lokr_w1_b": v}
             left = u @ v
         else:
