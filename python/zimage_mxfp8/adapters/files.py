@@ -20,13 +20,29 @@ from ..errors import CheckpointError
 from ..zimage.layers import ZIMAGE
 from ..zimage.rows import Shape
 from .branches import OTHER_MODEL, Branch, BranchError, Matrix, make_branch
-from .keys import Key, Role, is_text_encoder_key, split_key, unsupported_type
+from .keys import (
+    FLAGS,
+    RANK_SCALED_FLAG,
+    Key,
+    Role,
+    is_text_encoder_key,
+    split_key,
+    unsupported_type,
+)
 from .targets import Target, Targets
 
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
-_INTEGERS = {"I64": "int64", "I32": "int32"}
+# Of alphas and flags, which are one number.
+_INTEGERS = {
+    **{
+        f"{kind}{bits}": f"{name}{bits}"
+        for kind, name in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
+    "BOOL": "bool",
+}
 _ARRAY_DTYPES = ("float64", "float32", "float16", "bfloat16")
-_MAX_AXES, _MAX_SIDE = 8, 1 << 31  # far beyond the tensors of any adapter
+MAX_AXES, _MAX_SIDE = 8, 1 << 31  # far beyond the tensors of any adapter
 # VideoX-Fun's trainer writes alpha 0 for "the rank".
 _ZERO_ALPHA_IS_RANK = "lora_unet__"
 
@@ -139,7 +155,12 @@ def open_adapter(
             )
         checkpoint = open_checkpoint(path)
         label = str(checkpoint.path)
-        metadata = metadata or _peft_settings(label, checkpoint.metadata)
+        metadata = metadata or peft_settings(checkpoint.metadata)
+        if metadata is None:
+            raise CheckpointError(
+                f"{label} has lora_adapter_metadata in its header that is not a JSON object",
+                "export the adapter again",
+            )
         loads = {name: _of_file(label, tensor) for name, tensor in checkpoint.tensors.items()}
         found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     targets = Targets(ZIMAGE.count_blocks(shapes))
@@ -148,10 +169,14 @@ def open_adapter(
         target = targets.find(module)
         return target if target and f"{target.layer}.weight" in shapes else None
 
-    settings = _Settings(metadata or {})
+    settings = Settings(metadata or {})
+    flag = loads.get(RANK_SCALED_FLAG)
+    rank_scaled = settings.rank_scaled or (flag is not None and bool(flag().any()))
     names: dict[tuple[str, str], dict[Role, str]] = {}
     unmatched, text_encoder = [], []
     for name in loads:
+        if name in FLAGS:
+            continue
         key = split_key(name)
         if is_text_encoder_key(name):
             text_encoder.append(name)
@@ -172,7 +197,7 @@ def open_adapter(
                     role == "alpha" and prefix == _ZERO_ALPHA_IS_RANK and _is_zero(loads[tensor]())
                 )
             },
-            settings.rank_scaled,
+            rank_scaled,
             settings.alpha(name),
         )
         for (prefix, name), roles in names.items()
@@ -218,7 +243,7 @@ def _once(modules: Sequence[Module]) -> tuple[tuple[Module, ...], tuple[str, ...
 _HARMLESS = re.compile(r"[\w.\\\[\]()|^$-]{1,200}")
 
 
-class _Settings:
+class Settings:
     """PEFT's settings in a header: alpha and how it scales."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
@@ -257,20 +282,16 @@ def _is_zero(alpha: Matrix) -> bool:
     return alpha.size == 1 and not alpha.any()
 
 
-def _peft_settings(label: str, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+def peft_settings(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """Return PEFT's settings in a header, if there are any; None if they are no JSON object."""
     text = metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise CheckpointError(
-            f"{label} has lora_adapter_metadata in its header that is not a JSON object",
-            "export the adapter again",
-        )
-    return settings
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def _nothing_fits(
@@ -298,7 +319,7 @@ def _nothing_fits(
 def _of_array(label: str, name: str, array: Any) -> Load:
     def load() -> Matrix:
         dtype = str(array.dtype).removeprefix("torch.")
-        number = dtype in _INTEGERS.values() and tuple(array.shape) in ((), (1,))  # an alpha
+        number = dtype in _INTEGERS.values() and math.prod(array.shape) == 1
         if dtype not in _ARRAY_DTYPES and not number:
             raise _wrong_dtype(label, name, dtype)
         if getattr(array, "is_meta", False) or getattr(array, "is_sparse", False):
@@ -319,7 +340,7 @@ def _of_array(label: str, name: str, array: Any) -> Load:
 
 def _of_file(label: str, tensor: SourceTensor) -> Load:
     def load() -> Matrix:
-        if len(tensor.shape) > _MAX_AXES or max(tensor.shape, default=0) > _MAX_SIDE:
+        if len(tensor.shape) > MAX_AXES or max(tensor.shape, default=0) > _MAX_SIDE:
             raise CheckpointError(
                 f'{label}: tensor "{tensor.name}" has {len(tensor.shape)} axes, the longest of '
                 f"{max(tensor.shape):,}, and no adapter has such a shape",
@@ -351,7 +372,7 @@ def read_float32(tensor: SourceTensor, reader: TensorReader) -> Matrix | None:
     if tensor.dtype == "BF16":
         wide = reader.read(tensor).view(np.uint16).astype(np.uint32) << 16
         return wide.view(np.float32).reshape(tensor.shape)
-    if tensor.dtype in _INTEGERS and tensor.shape in ((), (1,)):  # an alpha
+    if tensor.dtype in _INTEGERS and math.prod(tensor.shape) == 1:
         data = reader.read(tensor).view(_INTEGERS[tensor.dtype])
         return data.astype(np.float32).reshape(tensor.shape)
     if tensor.dtype not in _FLOATS:

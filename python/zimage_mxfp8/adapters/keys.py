@@ -35,6 +35,10 @@ Role = Literal[
     "unsupported",
 ]
 
+# Of a whole file, as a fork of musubi-tuner writes them. Tensors tell what the second does.
+RANK_SCALED_FLAG = "use_rslora_flag"
+FLAGS = (RANK_SCALED_FLAG, "use_dora_flag")
+
 _TEXT_ENCODER = re.compile(r"^(?:base_model\.model\.)?(?:lora_te\d?_|text_encoders?[._])")
 
 _NAME = r"(?:\.[A-Za-z0-9_-]+)?"  # of PEFT's adapter
@@ -44,7 +48,8 @@ _PATTERNS: dict[Role, str] = {
     "up": rf"[._]lora(?:_B{_NAME}|_up|\.up|_linear_layer\.up)(?:\.weight)?",
     "mid": r"\.lora_mid\.weight",
     "alpha": r"\.alpha",
-    "magnitude": rf"\.(?:dora_scale|lora_magnitude_vector{_NAME}(?:\.weight)?|magnitude)",
+    "magnitude": rf"\.(?:dora_scale|lora_magnitude_vector{_NAME}(?:\.weight)?|magnitude"
+    r"|dora_layer\.weight)",
     "hada_w1_a": r"\.hada_w1_a",
     "hada_w1_b": r"\.hada_w1_b",
     "hada_w2_a": r"\.hada_w2_a",
@@ -59,7 +64,7 @@ _PATTERNS: dict[Role, str] = {
     "diff": r"\.(?:diff|w_norm)",
     "unsupported": (
         r"\.(?:oft_\w+(?:\.\w+)?|rescale|[ab][12](?:\.weight)?|hada_t[12]|lokr_t2|set_weight"
-        r"|reshape_weight|use_\w+_flag|dora_layer\.weight)"
+        r"|reshape_weight|use_\w+_flag)"
     ),
 }
 _SUFFIXES = {role: re.compile(f"(?:{pattern})$") for role, pattern in _PATTERNS.items()}
@@ -67,7 +72,8 @@ _UNSUPPORTED_TYPES = (
     ("OFT", re.compile(r"oft_|\.rescale$")),
     ("GLoRA", re.compile(r"\.[ab][12](?:\.weight)?$")),
     ("a Tucker decomposition", re.compile(r"lora_mid|hada_t|lokr_t2")),
-    ("a replacement of the weight", re.compile(r"set_weight|reshape_weight")),
+    ("a replacement of the weight", re.compile(r"set_weight")),
+    ("an adapter of a weight of another shape", re.compile(r"reshape_weight")),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -13,8 +12,8 @@ from ..checkpoint.adapters import adapted_model
 from ..checkpoint.source import Checkpoint, SourceTensor, TensorReader
 from ..zimage.layers import ZIMAGE, zimage_shapes
 from ..zimage.rows import Shape
-from .files import read_float32
-from .keys import Role, is_text_encoder_key, split_key, unsupported_type
+from .files import MAX_AXES, Settings, peft_settings, read_float32
+from .keys import FLAGS, RANK_SCALED_FLAG, Role, is_text_encoder_key, split_key, unsupported_type
 from .targets import Target, Targets
 
 # Header entries of trainers that name the model.
@@ -39,7 +38,9 @@ class AdapterSummary:
         spellings: number of modules by what stands before their names.
         dtypes: number of tensors by dtype.
         ranks: number of modules by rank.
-        alphas: number of modules by alpha; of those without one alpha is the rank.
+        alphas: number of modules by alpha, of a tensor or else of the header; of those without one
+            alpha is the rank.
+        rank_scaled: alpha is over the rank's root (rsLoRA), not over the rank.
         targets: number of modules that fit Z-Image, by stack and layer.
         misfits: modules of Z-Image's names that do not fit it, each with the reason.
         resized: how many of them would fit a Z-Image of other widths.
@@ -54,6 +55,7 @@ class AdapterSummary:
     dtypes: dict[str, int] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
     alphas: dict[float, int] = field(default_factory=dict)
+    rank_scaled: bool = False
     targets: dict[str, int] = field(default_factory=dict)
     misfits: dict[str, str] = field(default_factory=dict)
     resized: int = 0
@@ -87,10 +89,14 @@ def summarise(checkpoint: Checkpoint) -> AdapterSummary:
     tensors = checkpoint.tensors
     shapes = zimage_shapes()
     targets = Targets(ZIMAGE.count_blocks(shapes))
-    summary = AdapterSummary(adapted_model(tensors), _base_model(checkpoint.metadata))
+    header = peft_settings(checkpoint.metadata) or {}
+    settings = Settings(header)
+    summary = AdapterSummary(adapted_model(tensors), _base_model(checkpoint.metadata, header))
     summary.dtypes = dict(Counter(tensor.dtype for tensor in tensors.values()))
     modules: dict[tuple[str, str], dict[Role, SourceTensor]] = {}
     for name, tensor in tensors.items():
+        if name in FLAGS:
+            continue
         key = split_key(name)
         if is_text_encoder_key(name):
             summary.text_encoder.append(name)
@@ -102,6 +108,8 @@ def summarise(checkpoint: Checkpoint) -> AdapterSummary:
         name: Counter() for name in ("kinds", "spellings", "ranks", "alphas", "targets")
     }
     with TensorReader() as reader:
+        flag = _number(tensors.get(RANK_SCALED_FLAG), reader)
+        summary.rank_scaled = settings.rank_scaled or bool(flag)
         for (prefix, module), roles in modules.items():
             target = targets.find(module)
             if target is None or f"{target.layer}.weight" not in shapes:
@@ -117,7 +125,9 @@ def summarise(checkpoint: Checkpoint) -> AdapterSummary:
             counts["spellings"][prefix] += 1
             if rank := _rank(roles):
                 counts["ranks"][rank] += 1
-            alpha = _alpha(roles, reader)
+            alpha = _number(roles.get("alpha"), reader)
+            if rank and "alpha" not in roles:
+                alpha = settings.alpha(module)
             if alpha is not None:
                 counts["alphas"][alpha] += 1
     for name, counter in counts.items():
@@ -161,9 +171,8 @@ def _rank(roles: Mapping[Role, SourceTensor]) -> int | None:
     return None
 
 
-def _alpha(roles: Mapping[Role, SourceTensor], reader: TensorReader) -> float | None:
-    tensor = roles.get("alpha")
-    if tensor is None or len(tensor.shape) > 2 or math.prod(tensor.shape) != 1:
+def _number(tensor: SourceTensor | None, reader: TensorReader) -> float | None:
+    if tensor is None or len(tensor.shape) > MAX_AXES or math.prod(tensor.shape) != 1:
         return None
     values = read_float32(tensor, reader)
     return None if values is None else float(values.reshape(()))
@@ -212,13 +221,9 @@ def _shape(roles: Mapping[Role, SourceTensor]) -> Shape | None:
     return (left[0] * right[0], left[1] * right[1]) if left and right else None
 
 
-def _base_model(metadata: Mapping[str, str]) -> str | None:
+def _base_model(metadata: Mapping[str, str], settings: Mapping[str, Any]) -> str | None:
     named = dict(metadata)
-    try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        settings = {}
-    for key, value in settings.items() if isinstance(settings, dict) else ():
+    for key, value in settings.items():
         if isinstance(value, str):
             named.setdefault(str(key).rpartition(".")[2], value)
     found = [named[key] for key in _BASE_MODEL if isinstance(named.get(key), str) and named[key]]

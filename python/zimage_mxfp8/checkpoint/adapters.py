@@ -19,7 +19,7 @@ _TYPES = (
     ("LoKr", re.compile(r"lokr_")),
     ("LoHa", re.compile(r"hada_")),
     ("OFT", re.compile(r"oft_")),
-    ("DoRA", re.compile(r"dora_scale|lora_magnitude_vector|\.magnitude$")),
+    ("DoRA", re.compile(r"dora_scale|lora_magnitude_vector|\.magnitude$|dora_layer")),
     ("LoRA", re.compile(r"lora")),
     ("full difference", _DIFFERENCE),
 )

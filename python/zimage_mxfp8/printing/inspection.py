@@ -64,6 +64,8 @@ def _print_adapter(adapter: AdapterSummary, screen: Screen) -> None:
         if counts:
             listed = ", ".join(f"{key} ({count:,})" for key, count in counts.items())
             screen.text(f"{what}: {listed}")
+    if adapter.rank_scaled:
+        screen.text("rsLoRA: alpha is divided by the root of the rank")
     if adapter.base_model:
         screen.text(f"trained on: {adapter.base_model}")
     if adapter.targets:

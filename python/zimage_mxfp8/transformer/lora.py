@@ -322,7 +322,7 @@ class LoraSet:
                 vectors.append((layer, torch.from_numpy(branch.matrix.delta.copy())))
                 continue
             place = places[layer]
-            addend = _addend(name, module, branch, place)
+            addend = _addend(file, name, module, branch, place)
             addends.append((place.linear, addend))
             if addend.down is None and addend.up is not None:
                 dense.append(module.name)
@@ -422,7 +422,9 @@ def check_weight(argument: str, weight: Any) -> Weight:
     return checks.lora_weight(argument, weight)
 
 
-def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Addend:
+def _addend(
+    file: AdapterFile, name: str, module: Module, branch: Branch, place: LinearPlace
+) -> Addend:
     """Return a module's branch as tensors in host memory, in the dtype of sums of the model."""
     layer = " ".join(dict.fromkeys([module.target.layer, *module.target.diffusers]))
     matrix, dtype = branch.matrix, sums_dtype(place.linear.dtype)
@@ -442,8 +444,9 @@ def _addend(name: str, module: Module, branch: Branch, place: LinearPlace) -> Ad
         return Addend(name, layer, rows, down, up, bias)
     if branch.magnitude.shape[1] != 1:
         raise CheckpointError(
-            f'the adapter of "{module.name}" is DoRA with a magnitude per column, which works '
-            "merged into the weights alone; merge it into the checkpoint"
+            f'{file.label}: the adapter of "{module.name}" is DoRA with a magnitude per column, '
+            "which works merged into the weights alone",
+            "merge it into the checkpoint",
         )
     weight = place.linear.decode()[rows, : low.shape[1]]
     magnitude = torch.from_numpy(branch.magnitude[:, 0].copy())

@@ -83,6 +83,11 @@ BAD: dict[str, tuple[Tensors, tuple[str, ...]]] = {
     "FP8": (pair() | {A: torch.ones(4, 256).to(torch.float8_e4m3fn)}, (A, "dtype F8_E4M3")),
     "OFT": ({f"{STEM}.oft_blocks": torch.zeros(4, 64, 64)}, ("is OFT", "oft_blocks")),
     "GLoRA": ({f"{STEM}.a1.weight": torch.ones(4, 256)} | pair(), ("is GLoRA", "a1.weight")),
+    "another shape": (
+        pair() | {f"{STEM}.reshape_weight": torch.tensor([256, 300])},
+        ("is an adapter of a weight of another shape", "reshape_weight"),
+    ),
+    "flag": (pair() | {"use_rslora_flag": torch.ones(2, dtype=torch.bool)}, ("dtype BOOL",)),
     "Tucker": (pair() | {f"{STEM}.lora_mid.weight": torch.ones(4, 4)}, ("Tucker",)),
     "Flux": (
         pair(stem="lora_unet_double_blocks_0_img_attn_qkv"),
@@ -367,10 +372,19 @@ def test_patterns_of_alpha_are_those_of_peft(pattern: str) -> None:
     assert branch.matrix.up.max() == (4.0 if fits else 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("in_file", [True, False])
-def test_an_alpha_may_be_an_integer(dtype: torch.dtype, in_file: bool, tmp_path: Path) -> None:
-    adapter = pair() | {f"{STEM}.alpha": torch.tensor(8, dtype=dtype)}
+def test_an_alpha_may_have_any_dtype_and_shape(
+    shape: tuple[int, ...], dtype: torch.dtype, in_file: bool, tmp_path: Path
+) -> None:
+    adapter = pair() | {f"{STEM}.alpha": torch.full(shape, 8, dtype=dtype)}
     save_file(adapter, tmp_path / "adapter.safetensors")
     source = tmp_path / "adapter.safetensors" if in_file else adapter
     ((_, branch),) = open_adapter(source, zimage_shapes(256)).branches()

@@ -64,6 +64,7 @@ ROLES = {
     "magnitude": (
         *(".dora_scale", ".magnitude", ".lora_magnitude_vector"),
         *(".lora_magnitude_vector.weight", ".lora_magnitude_vector.default.weight"),
+        ".dora_layer.weight",
     ),
     "hada_w1_a": (".hada_w1_a",),
     "hada_w2_b": (".hada_w2_b",),
@@ -72,7 +73,10 @@ ROLES = {
     "diff": (".diff", ".w_norm"),
     "diff_bias": (".diff_b", ".b_norm"),
     "mid": (".lora_mid.weight",),
-    "unsupported": (".oft_blocks", ".oft_R.weight", ".a1.weight", ".b2", ".set_weight", ".hada_t1"),
+    "unsupported": (
+        *(".oft_blocks", ".oft_R.weight", ".a1.weight", ".b2", ".set_weight", ".hada_t1"),
+        ".reshape_weight",
+    ),
 }
 SUFFIXES = [(role, suffix) for role, suffixes in ROLES.items() for suffix in suffixes]
 

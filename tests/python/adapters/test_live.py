@@ -84,11 +84,11 @@ def test_a_dialect_is_its_dense_change(
     assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
 
 
-MODES = ["weight-only", "fp8", "mxfp8-emulated"]
+MODES = ["weight-only", "fp8", "mxfp8-emulated", "int8"]
 
 
 def some_adapters(reference) -> list[af.Written]:
-    """Three that share layers: split and fused qkv, and DoRA."""
+    """Three that share layers: split and fused qkv, and LoKr as dense matrices."""
     every = af.modules_of(reference)
     return [
         af.write_pairs(every, af.dotted("transformer."), ".lora_A.weight", ".lora_B.weight"),
@@ -172,6 +172,14 @@ def test_dora_at_a_weight(weight: float, quantized: Path, reference) -> None:
     written = af.write_dora(reference, af.dotted("transformer."), ".dora_scale")
     model = load(quantized)
     model.load_lora(written.tensors, "dora", weight)
+    want = changed(reference, (1.0, dora_deltas(reference, written, weight)))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+    model.set_lora({})
+    assert relative_error(model(*INPUTS).sample, reference(*INPUTS, return_dict=False)[0]) < FLOAT32
+
+
+def dora_deltas(reference, written: af.Written, weight: float) -> af.Deltas:
+    """The dense changes of `write_dora`'s adapter at a weight."""
     deltas, modules = {}, dict(reference.named_modules())
     for name in written.deltas:
         stem = f"transformer.{name}"
@@ -180,10 +188,84 @@ def test_dora_at_a_weight(weight: float, quantized: Path, reference) -> None:
         after = before + weight * (b @ a)
         magnitude = written.tensors[f"{stem}.dora_scale"].double()
         deltas[name] = after * magnitude / after.norm(dim=1, keepdim=True) - before
-    want = changed(reference, (1.0, deltas))
+    return deltas
+
+
+def test_dora_stacks_with_other_adapters(quantized: Path, reference) -> None:
+    """On every linear layer, with biases too; each DoRA changes the original weight."""
+    every = af.modules_of(reference)
+    assert any(layer.bias is not None for layer in every.values())
+    plain = some_adapters(reference)[:2]
+    doras = [
+        af.write_dora(reference, af.dotted("transformer."), ".dora_scale", modules=every, rank=rank)
+        for rank in (4, 6)
+    ]
+    model = load(quantized)
+    for i, each in enumerate([doras[0], *plain, doras[1]]):
+        model.load_lora(each.tensors, f"number {i}")
+    for weights in ((0.5, -0.7, 1.0, 1.0), (1.0, 0.5, 0.0, -0.5), (-0.3, 0.0, 2.0, 0.0)):
+        model.set_lora({f"number {i}": weight for i, weight in enumerate(weights)})
+        first, second = (
+            dora_deltas(reference, written, weight)
+            for written, weight in zip(doras, weights[::3], strict=True)
+        )
+        lora = ((w, x.deltas) for w, x in zip(weights[1:3], plain, strict=True))
+        want = changed(reference, (1.0, first), (1.0, second), *lora)
+        assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+    model.set_lora({"number 3": 0.5})
+    want = changed(reference, (1.0, dora_deltas(reference, doras[1], 0.5)))
     assert relative_error(model(*INPUTS).sample, want) < FLOAT32
-    model.set_lora({})
-    assert relative_error(model(*INPUTS).sample, reference(*INPUTS, return_dict=False)[0]) < FLOAT32
+
+
+def test_dora_per_column_is_refused(quantized: Path, reference, tmp_path: Path) -> None:
+    written = af.write_dora(reference, af.dotted("transformer."), ".dora_scale", column=True)
+    save_file(written.tensors, tmp_path / "adapter.safetensors")
+    model = load(quantized)
+    before = model(*INPUTS).sample
+    with pytest.raises(zm.CheckpointError) as caught:
+        model.load_lora(tmp_path / "adapter.safetensors")
+    module = f"transformer.{min(written.deltas)}"  # as the file sorts them
+    assert str(caught.value) == (
+        f'{tmp_path / "adapter.safetensors"}: the adapter of "{module}" is DoRA with a magnitude '
+        "per column, which works merged into the weights alone; merge it into the checkpoint"
+    )
+    assert model.loras == {}
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_adapters_of_any_dtype(
+    dtype: torch.dtype, in_file: bool, quantized: Path, reference, tmp_path: Path
+) -> None:
+    written = some_adapters(reference)[0]
+    tensors = {name: tensor.to(dtype) for name, tensor in written.tensors.items()}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    model = load(quantized)
+    model.load_lora(tmp_path / "adapter.safetensors" if in_file else tensors)
+    want = changed(reference, (1.0, written.deltas))
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
+
+
+def test_a_bias_of_an_adapter_counts_with_alpha_and_weight(quantized: Path, reference) -> None:
+    """As PEFT's, which adds it inside the scaled branch; a layer may have no bias of its own."""
+    target = copy.deepcopy(reference)
+    names = ("all_x_embedder.2-1", "layers.0.adaLN_modulation.0", "layers.1.attention.to_out.0")
+    modules = {name: layer for name, layer in af.modules_of(target).items() if name in names}
+    written = af.write_pairs(
+        modules, af.dotted("transformer."), ".lora_A.weight", ".lora_B.weight", 6.0
+    )
+    without = changed(reference, (0.5, written.deltas))
+    for i, (name, layer) in enumerate(modules.items()):
+        bias = 8 * af.random(layer.out_features, seed=i)
+        written.tensors[f"transformer.{name}.lora_B.bias"] = bias
+        own = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.data
+        layer.bias = torch.nn.Parameter(own + 0.5 * (6.0 / 4) * bias)
+    want = changed(target, (0.5, written.deltas))
+    assert relative_error(without, want) > 20 * FLOAT32
+    model = load(quantized)
+    model.load_lora(written.tensors, "a", 0.5)
+    assert relative_error(model(*INPUTS).sample, want) < FLOAT32
 
 
 def test_differences_of_weights_biases_and_norms(quantized: Path, reference) -> None:
@@ -255,6 +337,13 @@ def test_unknown_and_text_encoder_tensors_are_listed(quantized: Path, reference)
         "something.else": torch.ones(1),
         "lora_te_layers_0_self_attn_q_proj.lora_down.weight": torch.ones(4, 96),
     }
+    layer = "layers.0.self_attn.q_proj.lora_A.weight"
+    for prefix in (
+        "text_encoder.model.",
+        "text_encoders.qwen3_4b.transformer.model.",
+        "base_model.model.text_encoder.model.",
+    ):
+        others[prefix + layer] = torch.ones(4, 96)
     loaded = load(quantized).load_lora(written.tensors | others)
     assert set(loaded.unmatched) == set(list(others)[:2])
     assert loaded.text_encoder == tuple(list(others)[2:])

@@ -15,9 +15,11 @@ from helpers import adapter_files as af
 from helpers.adapter_dialects import NAMES, dialects
 from helpers.checkpoints import PREFIX, metadata_of, sha256, tensor_bytes, to_diffusers
 from helpers.diffusers_reference import make_reference
+from helpers.peak_memory import peak_memory
 from zimage_mxfp8.checkpoint.source import TensorReader
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.streaming import jobs
+from zimage_mxfp8.zimage.layers import zimage_shapes
 
 Tensors = dict[str, torch.Tensor]
 OWN = ("zimage_mxfp8",)  # what the header says of the origin differs
@@ -230,6 +232,24 @@ def test_differences_of_biases_and_norms(source: Path, plain: Tensors, tmp_path:
     same_bytes(tmp_path / "1.safetensors", tmp_path / "2.safetensors")
 
 
+def test_a_bias_of_an_adapter_counts_with_alpha_and_weight(
+    source: Path, plain: Tensors, tmp_path: Path
+) -> None:
+    stem, (rows, columns) = "transformer.all_x_embedder.2-1", plain["x_embedder.weight"].shape
+    a, b, delta = af.low_rank((rows, columns), 4, 1)
+    bias = 8 * af.random(rows, seed=2)
+    tensors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b, f"{stem}.lora_B.bias": bias}
+    save_file(tensors | {f"{stem}.alpha": torch.tensor(6.0)}, tmp_path / "a.safetensors")
+    lora = (tmp_path / "a.safetensors", -0.5)
+    zm.merge_loras(source, tmp_path / "out.safetensors", [lora], threads=1)
+    found, scale = load_file(tmp_path / "out.safetensors"), -0.5 * 6.0 / 4
+    for part, change in (("weight", delta), ("bias", bias.double())):
+        before = plain[f"x_embedder.{part}"]
+        wanted = (before.double() + scale * change).float().to(torch.bfloat16)
+        assert torch.equal(found[f"x_embedder.{part}"], wanted)
+        assert not torch.equal(before, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_plain_output_keeps_dtypes(dtype, plain: Tensors, reference, tmp_path: Path) -> None:
     model = {name: x.to(dtype) for name, x in plain.items()}
@@ -364,6 +384,31 @@ def test_memory_holds_one_layer_at_a_time(source: Path, reference, tmp_path: Pat
         for tensor in merged.tensors.values():
             reader.read(tensor)
             assert len(merge._cache) <= 2
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    peaks = []
+    for layers in (1, 4):
+        shapes = zimage_shapes(dim=1024, layers=layers, refiner_layers=1, caption_dim=64)
+        adapter = tmp_path / f"adapter-{layers}.safetensors"
+        save_file(pairs_of_rank_16(shapes), adapter)
+        peaks.append(
+            peak_memory(tmp_path / f"{layers}.safetensors", shapes, loras=[[str(adapter), 0.5]])
+        )
+        converted = tmp_path / f"{layers}.safetensors.out"
+        assert load_file(converted)["layers.0.attention.out.weight"].float().any()
+    assert peaks[1] < peaks[0] + 32, peaks
+
+
+def pairs_of_rank_16(shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    """On every linear layer of the blocks."""
+    tensors = {}
+    for name, shape in shapes.items():
+        if "layers." in name and len(shape) == 2:
+            stem = name.removesuffix(".weight")
+            tensors[f"{stem}.lora_A.weight"] = torch.full((16, shape[1]), 0.01).bfloat16()
+            tensors[f"{stem}.lora_B.weight"] = torch.full((shape[0], 16), 0.01).bfloat16()
+    return tensors
 
 
 def zm_source(path: Path):

@@ -8,12 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ZImagePipeline
+from diffusers import (
+    DiffusionPipeline,
+    ZImageControlNetInpaintPipeline,
+    ZImageControlNetPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImagePipeline,
+)
 from diffusers.loaders.peft import PeftAdapterMixin
+from PIL import Image
 from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from helpers import adapter_files as af
+from helpers.control_reference import (
+    Kind,
+    file_tensors,
+    make_controlnet,
+    silence_refiner,
+    write_controlnet,
+)
 from helpers.diffusers_reference import load_reference, make_reference, relative_error
 from helpers.model_folder import TEXT_ENCODER, VAE, make_parts
 
@@ -25,7 +40,7 @@ SAME = 2e-5  # of float32 over two steps
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint in MXFP8, the same decoded, and three adapters in dialects diffusers takes."""
+    """A checkpoint in MXFP8, the same decoded, and adapters in dialects diffusers takes."""
     folder = tmp_path_factory.mktemp("pipelines")
     model = make_reference(dim=256)
     model.save_pretrained(folder / "transformer")
@@ -33,6 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     zm.dequantize_checkpoint(folder / "mxfp8.safetensors", folder / "plain.safetensors")
     attention = af.modules_of(model, "to_q") | af.modules_of(model, "to_out.0")
     every = {n: x for n, x in af.modules_of(model).items() if "layers" in n and "adaLN" not in n}
+    native = af.dotted("diffusion_model.")
     dialect = af.dotted("transformer."), ".lora_A.weight", ".lora_B.weight"
     adapters = {
         "a": af.write_pairs(attention, *dialect),
@@ -41,6 +57,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "c": af.write_peft(model, 6.0, False),
         "wide": af.write_pairs(attention, *dialect, rank=9),
+        "dora": af.write_dora(model, af.dotted("transformer."), ".lora_magnitude_vector"),
+        "lokr, whole": af.write_lokr(attention, native, "none", float("inf"), (4, 4)),
+        "lokr, split": af.write_lokr(attention, native, "second", 64.0, (4, 4)),
     }
     for name, written in adapters.items():
         save_file(written.tensors, folder / f"{name}.safetensors", written.metadata)
@@ -50,7 +69,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Pair:
     """The same pipeline twice: with our transformer and with diffusers'."""
 
-    def __init__(self, files: dict[str, Path]) -> None:
+    def __init__(
+        self,
+        files: dict[str, Path],
+        pipeline: type[DiffusionPipeline] = ZImagePipeline,
+        controlnets: tuple[object, object] | None = None,
+    ) -> None:
         self.files = files
         reference = make_reference(dim=256)
         load_reference(reference, files["plain"])
@@ -59,10 +83,11 @@ class Pair:
         )
         torch.manual_seed(0)
         parts = make_parts(TEXT_ENCODER, VAE)
-        self.ours = ZImagePipeline(**parts, transformer=ours)
-        self.theirs = ZImagePipeline(**parts, transformer=reference)
-        for pipeline in self.both:
-            pipeline.set_progress_bar_config(disable=True)
+        mine, others = ({"controlnet": x} for x in controlnets) if controlnets else ({}, {})
+        self.ours = pipeline(**parts, transformer=ours, **mine)
+        self.theirs = pipeline(**parts, transformer=reference, **others)
+        for each in self.both:
+            each.set_progress_bar_config(disable=True)
 
     @property
     def both(self) -> tuple[ZImagePipeline, ZImagePipeline]:
@@ -136,12 +161,91 @@ def test_the_calls_of_a_user(pair: Pair) -> None:
     assert torch.equal(pair.draw(), plain)
 
 
-def test_weights_by_block(pair: Pair) -> None:
+BLOCKS = {"layers.0.attention.to_q": 0.0, "layers.0": 0.3, "layers.1": -0.5}
+
+
+@pytest.mark.parametrize(
+    "set_weights",
+    [
+        lambda p: p.transformer.set_adapters("b", BLOCKS),
+        lambda p: p.set_adapters("b", {"transformer": BLOCKS}),
+        lambda p: p.set_adapters(["b", "a"], [{"transformer": BLOCKS}, 0.5]),
+    ],
+)
+def test_weights_by_block(set_weights: Callable[[ZImagePipeline], object], pair: Pair) -> None:
+    pair.load("a", "a")
     pair.load("b", "b")
-    weights = {"layers.0.attention.to_q": 0.0, "layers.0": 0.3, "layers.1": -0.5}
-    for pipeline in pair.both:
-        pipeline.transformer.set_adapters("b", weights)
-    pair.draw()
+    before = pair.draw()
+    pair.do(set_weights)
+    assert relative_error(pair.draw(), before) > 0.01
+
+
+@pytest.mark.parametrize("name", ["dora", "lokr, whole", "lokr, split"])
+def test_other_kinds(name: str, pair: Pair) -> None:
+    pair.load(name, "x")
+    drawn = [pair.draw()]
+    for weight in (0.5, -1.0):
+        pair.do(lambda p, weight=weight: p.set_adapters("x", weight))
+        drawn.append(pair.draw())
+        assert relative_error(drawn[-1], drawn[-2]) > 0.01
+
+
+def test_a_weight_may_change_between_steps(pair: Pair) -> None:
+    pair.load("a", "a")
+    constant = pair.draw()
+
+    def change(pipeline: ZImagePipeline, step: int, time: object, inputs: dict[str, object]):
+        pipeline.set_adapters("a", -0.5)
+        return inputs
+
+    changed = pair.draw(callback_on_step_end=change)
+    pair.do(lambda p: p.set_adapters("a", 1.0))
+    assert torch.equal(pair.draw(), constant)
+    assert relative_error(changed, constant) > 0.01
+
+
+PICTURE, MASK = Image.linear_gradient("L").resize((64, 64)).convert("RGB"), Image.new("L", (64, 64))
+MASK.paste(255, (0, 0, 64, 32))
+EDIT = {"image": PICTURE, "strength": 1.0}
+CONTROL = {"control_image": PICTURE, "controlnet_conditioning_scale": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "kind", "inputs"),
+    [
+        (ZImageImg2ImgPipeline, None, EDIT),
+        (ZImageInpaintPipeline, None, EDIT | {"mask_image": MASK}),
+        (ZImageControlNetPipeline, "1.0", CONTROL),
+        (
+            ZImageControlNetInpaintPipeline,
+            "2.1",
+            CONTROL | {"image": PICTURE, "mask_image": MASK},
+        ),
+    ],
+)
+def test_every_pipeline_takes_adapters(
+    pipeline: type[DiffusionPipeline],
+    kind: Kind | None,
+    inputs: dict[str, object],
+    files: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    nets = None
+    if kind:
+        net = make_controlnet(kind, (0,), refiners=1)
+        if kind == "2.1":
+            silence_refiner(net)
+        path = write_controlnet(tmp_path / "net.safetensors", file_tensors(kind, net))
+        nets = zm.ZImageControlNet.from_checkpoint(path, "cpu", dtype=torch.float32), net
+    pair = Pair(files, pipeline, nets)
+    plain = pair.draw(**inputs)
+    pair.load("b", "b")
+    assert relative_error(pair.draw(**inputs), plain) > 0.01
+    pair.load("a", "a")
+    pair.do(lambda p: p.set_adapters(["a", "b"], [-0.5, 0.3]))
+    pair.draw(**inputs)
+    pair.do(lambda p: p.unload_lora_weights())
+    assert torch.equal(pair.draw(**inputs), plain)
 
 
 def test_settings_of_the_header(pair: Pair) -> None:
@@ -150,7 +254,10 @@ def test_settings_of_the_header(pair: Pair) -> None:
     pair.draw()
 
 
-def test_hotswap(pair: Pair) -> None:
+@pytest.mark.parametrize("settings", [None, {"target_rank": 16}])
+def test_hotswap(settings: dict[str, int] | None, pair: Pair) -> None:
+    if settings is not None:
+        pair.do(lambda p: p.enable_lora_hotswap(**settings))
     pair.load("a", "a")
     before = pair.draw()
     pair.load("wide", "a", hotswap=True)

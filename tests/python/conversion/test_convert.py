@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
@@ -29,8 +27,8 @@ from helpers.checkpoints import (
 )
 from helpers.commands import Run
 from helpers.convert_to_quant import CARD_EXCLUSIONS, card_command, run_convert_to_quant
+from helpers.peak_memory import peak_memory, write_zeros
 from zimage_mxfp8 import _core
-from zimage_mxfp8.checkpoint.header import layout_header
 from zimage_mxfp8.conversion.options import ConversionKeywords
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
@@ -99,10 +97,7 @@ def test_uniform_recipe_equals_convert_to_quant_but_for_biases(
 def full_size_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model's header over a sparse file: enough for planning, no space on the disk."""
     path = tmp_path_factory.mktemp("full") / "full.safetensors"
-    header, places = layout_header({n: ("BF16", s) for n, s in zimage_shapes().items()}, {})
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(max(info.end for info in places.values()))
+    write_zeros(path, zimage_shapes())
     return path
 
 
@@ -420,25 +415,13 @@ def test_report_of_all_zero_weights_is_json(tmp_path: Path) -> None:
     assert document["total"]["relative_squared_error"] == 0
 
 
-def peak_memory(source: Path, shapes: dict[str, tuple[int, ...]]) -> float:
-    """MiB that a process needs to convert a file of zeros with these tensors."""
-    header, places = layout_header({n: ("BF16", s) for n, s in shapes.items()}, {})
-    with source.open("wb") as file:  # sparse, but real work: the zeros are read and encoded
-        file.write(header)
-        file.truncate(max(info.end for info in places.values()))
-    code = (
-        "import re, sys, zimage_mxfp8 as zm\n"
-        "zm.convert(sys.argv[1], sys.argv[1] + '.out', any_model=True, threads=2)\n"
-        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    )
-    command = [sys.executable, "-c", code, str(source)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(result.stdout) / 1024
-
-
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     peaks = [
-        peak_memory(tmp_path / f"{n}.safetensors", {f"{i}.weight": (4096, 8192) for i in range(n)})
+        peak_memory(
+            tmp_path / f"{n}.safetensors",
+            {f"{i}.weight": (4096, 8192) for i in range(n)},
+            any_model=True,
+        )
         for n in (2, 10)
     ]
     assert peaks[1] < peaks[0] + 32, peaks
@@ -447,7 +430,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(20_000_000, 1), (1, 1 << 20)])
 def test_memory_of_degenerate_shapes(tmp_path: Path, shape: tuple[int, int]) -> None:
-    assert peak_memory(tmp_path / "in.safetensors", {"x.weight": shape}) < 300
+    assert peak_memory(tmp_path / "in.safetensors", {"x.weight": shape}, any_model=True) < 300
 
 
 def test_absurdly_wide_matrices_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from . import adapter_files as af
 from .diffusers_reference import make_reference
 
@@ -22,6 +24,7 @@ def dialects(model) -> dict[str, af.Written]:
         "musubi": af.write_pairs(blocks, af.underscored("lora_unet_"), down, up, 1.0),
         "musubi, every layer": af.write_pairs(every, af.underscored("lora_unet_"), down, up, 3.0),
         "VideoX-Fun": af.write_pairs(blocks, af.underscored("lora_unet__"), down, up, 4.0),
+        "VideoX-Fun, alpha 0": af.write_pairs(blocks, af.underscored("lora_unet__"), down, up, 0.0),
         "DiffSynth": af.write_pairs(
             blocks, half, ".lora_A.default.weight", ".lora_B.default.weight"
         ),
@@ -73,8 +76,20 @@ def dialects(model) -> dict[str, af.Written]:
             model, af.dotted("transformer."), ".lora_magnitude_vector.weight"
         ),
         "DoRA, OneTrainer": af.write_dora(model, af.dotted("transformer."), ".dora_scale"),
+        "musubi fork, rsLoRA": af.write_pairs(
+            blocks, af.underscored("lora_unet_"), down, up, 4.0, rank_scaled=True
+        ),
+        "musubi fork, DoRA": musubi_fork_dora(model),
         "DoRA, ai-toolkit": af.write_dora(model, af.dotted("diffusion_model."), ".magnitude"),
     }
+
+
+def musubi_fork_dora(model) -> af.Written:
+    written = af.write_dora(
+        model, af.underscored("lora_unet_"), ".dora_layer.weight", alpha=3.0, rank_scaled=False
+    )
+    written.tensors["use_dora_flag"] = torch.tensor(True)
+    return written
 
 
 NAMES = list(dialects(make_reference(dim=256)))

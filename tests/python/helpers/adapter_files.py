@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -51,15 +52,22 @@ def write_pairs(
     up: str,
     alpha: float | None = None,
     rank: int = 4,
+    rank_scaled: bool | None = None,
 ) -> Written:
-    """Write A and B of each module, under `name(module) + down` and `+ up`."""
+    """Write A and B of each module, under `name(module) + down` and `+ up`.
+
+    An alpha of 0 means the rank. With `rank_scaled` it is said in a tensor whether alpha is over
+    the rank's root.
+    """
     tensors, deltas = {}, {}
+    if rank_scaled is not None:
+        tensors["use_rslora_flag"] = torch.tensor(rank_scaled)
     for i, (module, layer) in enumerate(modules.items()):
         a, b, delta = low_rank(tuple(layer.weight.shape), rank, 2 * i)
         tensors[name(module) + down], tensors[name(module) + up] = a, b
         if alpha is not None:
             tensors[name(module) + ".alpha"] = torch.tensor(alpha)
-            delta = delta * (alpha / rank)
+            delta = delta * ((alpha or rank) / (rank**0.5 if rank_scaled else rank))
         deltas[module] = delta
     return Written(tensors, deltas)
 
@@ -138,18 +146,23 @@ def write_loha(modules: dict[str, torch.nn.Linear], prefix: str, rank: int, alph
 
 
 def write_lokr(
-    modules: dict[str, torch.nn.Linear], name: Callable[[str], str], split: str, alpha: float
+    modules: dict[str, torch.nn.Linear],
+    name: Callable[[str], str],
+    split: str,
+    alpha: float,
+    left_shape: tuple[int, int] = (4, 2),
 ):
     """LoKr with whole factors, or with the second or both split."""
+    left_rows, left_columns = left_shape
     written = Written({}, {})
     for i, (module, layer) in enumerate(modules.items()):
         rows, columns = layer.weight.shape
-        left = random(4, 2, seed=5 * i)
-        right_shape = rows // 4, columns // 2
+        left = random(left_rows, left_columns, seed=5 * i)
+        right_shape = rows // left_rows, columns // left_columns
         stem = name(module)
         scale = 1.0
         if split == "both":
-            u, v = 8 * random(4, 2, seed=i), 8 * random(2, 2, seed=i + 1)
+            u, v = 8 * random(left_rows, 2, seed=i), 8 * random(2, left_columns, seed=i + 1)
             written.tensors |= {f"{stem}.lokr_w1_a": u, f"{stem}.lokr_w1_b": v}
             left = u @ v
         else:
@@ -167,17 +180,23 @@ def write_lokr(
 
 
 def write_dora(
-    model: torch.nn.Module, name: Callable[[str], str], spelling: str, column: bool = False
+    model: torch.nn.Module,
+    name: Callable[[str], str],
+    spelling: str,
+    column: bool = False,
+    modules: dict[str, torch.nn.Linear] | None = None,
+    **options: Any,
 ) -> Written:
     """DoRA: the change depends on the weight, m (W + dW) / |W + dW| - W."""
-    modules = modules_of(model, "feed_forward.w2") | modules_of(model, "attention.to_k")
-    written = write_pairs(modules, name, ".lora_A.weight", ".lora_B.weight")
+    if modules is None:
+        modules = modules_of(model, "feed_forward.w2") | modules_of(model, "attention.to_k")
+    written = write_pairs(modules, name, ".lora_A.weight", ".lora_B.weight", **options)
     for i, (module, layer) in enumerate(modules.items()):
         changed = layer.weight.double() + written.deltas[module]
         norms = changed.norm(dim=0 if column else 1, keepdim=True)
         factor = 1 + random(*norms.shape, seed=i).double()
         magnitude = (norms * factor).float()
-        shape = magnitude if spelling == ".dora_scale" else magnitude.flatten()
-        written.tensors[name(module) + spelling] = shape
+        shaped = magnitude if spelling == ".dora_scale" else magnitude.flatten()
+        written.tensors[name(module) + spelling] = shaped
         written.deltas[module] = changed * (magnitude.double() / norms) - layer.weight.double()
     return written

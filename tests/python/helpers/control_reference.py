@@ -55,6 +55,14 @@ def make_controlnet(
     return model
 
 
+def silence_refiner(model: ZImageControlNetModel) -> None:
+    """Make the hints of a 2.1 net's refiner none: there diffusers and the authors differ."""
+    with torch.no_grad():
+        for block in model.control_noise_refiner:
+            block.after_proj.weight.zero_()
+            block.after_proj.bias.fill_(1e-30)  # all zeros would be a file of 2.0
+
+
 def file_tensors(kind: Kind, model: ZImageControlNetModel) -> Tensors:
     """The tensors of a published file with these weights."""
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
