@@ -164,7 +164,8 @@ def run(arguments: argparse.Namespace) -> int:
     report_line("loading torch and diffusers ...")
     with needed("evaluate", "evaluate"):
         from ..analysis.evaluate.run import evaluate
-    from ..analysis.pages.page import Origin, links_above
+    from ..analysis.pages.links import link_from_above, links_above
+    from ..analysis.pages.page import Origin
 
     with analysis_bar(report_line) as progress:
         report = evaluate(
@@ -193,6 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.output is not None:
             origin = Origin(arguments.command_line, links_above(arguments.output))
             save_report(report, arguments.output, origin, overwrite=arguments.overwrite)
+            link_from_above(arguments.output)
     if arguments.output is not None:
         what = "evaluate.html, evaluate.json and the images"
         display.wrote(arguments.output, what, as_json=arguments.json)

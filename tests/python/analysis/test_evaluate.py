@@ -29,6 +29,7 @@ from zimage_mxfp8.analysis.evaluate import page as page_module
 from zimage_mxfp8.analysis.evaluate.metrics import compare_images, summarize
 from zimage_mxfp8.analysis.evaluate.prompts import MAX_CHARACTERS, read_prompts
 from zimage_mxfp8.analysis.evaluate.weights import LayerDifference, WeightComparison
+from zimage_mxfp8.analysis.pages.page import Page, render_page
 from zimage_mxfp8.streaming.jobs import StageProgress
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
@@ -495,9 +496,12 @@ MIN_PSNR = 36.0  # between the sound file and the damaged ones, for these random
 
 def test_equal_transformers_pass(evaluate: Run, zimage_quantized: Path, tmp_path: Path) -> None:
     files = ("--transformer", zimage_quantized, "--against", zimage_quantized)
-    limits = ("--min-psnr", 200, "--min-ssim", 1, "--max-flip", 0)
+    limits = ("--min-psnr", 200, "--min-ssim", 1, "--max-flip", 0, "--max-weight-error", 0)
+    (tmp_path / "probe.html").write_text(render_page(Page("probe", "", "", [], [], [])), "utf-8")
     result = evaluate(*files, *limits, "-o", "out")
     assert result.returncode == 0, result.stderr
+    assert '<a href="out/evaluate.html">' in (tmp_path / "probe.html").read_text("utf-8")
+    assert '<a href="../probe.html">' in (tmp_path / "out" / "evaluate.html").read_text("utf-8")
     assert "All pairs are equal." in result.stdout
     document = json.loads((tmp_path / "out" / "evaluate.json").read_text())
     assert document["equal_pairs"] == 1 and document["metrics"]["psnr"]["mean"] is None
