@@ -60,6 +60,15 @@ def test_a_large_object_covers_more(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0.8 < areas[0] < 3.2, shape
 
 
+def test_unseen_captions_are_of_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "TRAINING_SCENES", 3000)
+    seen = {scenes.random_scene(np.random.default_rng(seed)).caption for seed in range(3000)}
+    found = scenes.unseen_captions(10)
+    assert len(found) == 10 and not seen & set(found)
+    for caption, seed in found.items():
+        assert scenes.random_scene(np.random.default_rng(seed)).caption == caption
+
+
 def test_captions_are_encoded_as_the_pipeline_encodes_them() -> None:
     tokenizer = text.make_tokenizer()
     encoder = text.make_text_encoder(tokenizer)
