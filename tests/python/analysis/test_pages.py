@@ -208,7 +208,7 @@ def test_a_page_is_small_and_whole(pages: dict[str, Path], name: str) -> None:
     content = pages[name].read_bytes()
     assert len(content) <= 1_000_000
     text = content.decode()
-    outside = r"(src|href)\s*=\s*\"(?!data:|(\.\./)?\w+\.html)|@import|url\((?!#)"
+    outside = r"(src|href)\s*=\s*\"(?!data:|(\.\./|\w+/)?\w+\.html)|@import|url\((?!#)"
     assert not re.search(outside, text)
     # Three to five tiles, then the map, and the facts of the run.
     assert 3 <= text.count('<article class="tile') <= 5
