@@ -23,6 +23,7 @@ SUITES = {
     "eager-dispatch": "cost of a call in eager code, and of a registered operation",
     "convert": "conversion of a checkpoint: time and memory of whole processes",
     "trained": "images of the trained small model under each format, recipe and mode",
+    "minilm": "error of number formats on the weights of all-MiniLM-L6-v2",
     "additions": "forwards with adapters and with a ControlNet on a CUDA device",
     "ranks": "forwards that several CUDA devices share",
     "comfyui": "forwards in ComfyUI, its own and with the node, on a CUDA device",

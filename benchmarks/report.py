@@ -84,6 +84,10 @@ class Report:
         }
         print(json.dumps(self._header["machine"]), flush=True)
 
+    def note(self, **facts: Any) -> None:
+        """Write these to the file too, before its columns."""
+        self._header |= facts
+
     def add(self, **row: Any) -> None:
         unknown = row.keys() - self._columns.keys()
         if unknown:

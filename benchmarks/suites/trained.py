@@ -66,6 +66,8 @@ COLUMNS = {
     "value": "of a statistic",
 }
 _RANK = 8  # of low-rank branches: 6 % of the width
+_BOUND = 0.02  # of a recipe of sensitivity, whose default keeps nothing on this model
+_NOISE_SEED = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,11 +164,18 @@ class Evidence:
         self._device, self._seeds = arguments.device, arguments.seeds
         unseen = scenes.unseen_captions(arguments.captions)
         captions = [caption for caption in unseen for _ in range(self._seeds)]
+        report.note(
+            captions=[{"seed": seed, "caption": caption} for caption, seed in unseen.items()],
+            images_of_each_caption=self._seeds,
+            noise_seed=_NOISE_SEED,  # of all images at once, in this order
+        )
         shape = (len(captions), 16, 1, scenes.SIDE // 8, scenes.SIDE // 8)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._device)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(_NOISE_SEED)).to(
+            self._device
+        )
         self._painter = Painter(arguments.model, captions, list(noise), self._device)
         self._transformer, self._report = arguments.model / "transformer", report
-        self._file = folder / "converted.safetensors"
+        self._file, self._measured = folder / "converted.safetensors", folder / "measured.json"
         self._weights = Weights(self._transformer, folder)
         self._originals: dict[int, Drawn] = {}
         self._levels: dict[tuple[str, str], list[float]] = {}  # PSNR of each image, by row
@@ -218,6 +227,7 @@ class Evidence:
             "everything": Recipe("everything", "every linear of the blocks", "", small),
             "of probe": self._probed.recipe,
             "of sensitivity": sensitivity_recipe(self._sensitivity),
+            f"of sensitivity, bound {_BOUND}": sensitivity_recipe(self._analysed(bound=_BOUND)),
         }
         for name, recipe in recipes.items():
             zm.convert(self._transformer, self._file, recipe=recipe, overwrite=True)
@@ -260,6 +270,9 @@ class Evidence:
 
     @cached_property
     def _sensitivity(self) -> SensitivityReport:
+        return self._analysed()
+
+    def _analysed(self, **options: float) -> SensitivityReport:
         return analyse_sensitivity(
             self._transformer,
             captions=self._painter.captions[: 4 * self._seeds : self._seeds],
@@ -267,6 +280,8 @@ class Evidence:
             size=(scenes.SIDE, scenes.SIDE),
             timesteps=8,
             dtype=torch.float32,  # the rounding of BF16 hides single layers
+            state=self._measured,  # with another bound no layer is measured again
+            **options,
         )
 
     @cached_property
@@ -304,10 +319,11 @@ class Evidence:
         change = (drawn.latents - against.latents).norm() / against.latents.norm()
         metrics = [compare_images(*pair) for pair in zip(drawn.images, against.images, strict=True)]
         levels = self._levels[table, variant] = [x.psnr for x in metrics]
-        psnr: Summary = summarize(levels, high_is_good=True)
+        psnr: Summary = summarize(levels, high_is_good=True, limits=(0, math.inf))
         if base and base != variant:
             pairs = zip(levels, self._levels[table, base], strict=True)
-            gain = summarize([a - b for a, b in pairs], high_is_good=True)
+            changes = [a - b for a, b in pairs]
+            gain = summarize(changes, high_is_good=True, limits=(-math.inf, math.inf))
             figures |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
         self._report.add(
             table=table,

@@ -1,4 +1,4 @@
-"""The tables of docs/methodology.md that show the trained small model."""
+"""The tables of docs/methodology.md that show trained weights: the small model's, and MiniLM's."""
 
 from __future__ import annotations
 
@@ -78,6 +78,24 @@ def statistics() -> str:
     return table(_rows("statistics"), ["variant"], columns)
 
 
+def minilm() -> str:
+    everything = rows_of("minilm", weights="all")
+
+    def of_all(rows: Rows) -> str:
+        row = one(everything, format=rows[0]["format"])
+        assert row is not None
+        return f"{row['error']:.1e}"
+
+    columns = [
+        Column("format", label("{format}"), right=False),
+        Column("bits per weight", label("{bits:.2f}")),
+        Column("relative squared error", label("{error:.1e}")),
+        Column("SNR (dB)", label("{snr:.1f}")),
+        Column(f"the error on all {everything[0]['matrices']} matrices", of_all),
+    ]
+    return table(rows_of("minilm", weights="encoder"), ["format"], columns)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "trained-formats": formats,
     "trained-branches": branches,
@@ -86,4 +104,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "trained-modes": lambda: _table("modes", _LATENTS, *_IMAGES),
     "trained-steps": lambda: _table("steps", _LATENTS, *_IMAGES),
     "trained-statistics": statistics,
+    "minilm": minilm,
 }

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +60,13 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     log(f"torch {torch.__version__} on {name}, {arguments.dim} channels")
 
-    drawn = scenes.draw_many(512 if quick else scenes.TRAINING_SCENES)
+    drawn = scenes.draw_many(64 if quick else scenes.TRAINING_SCENES)
     captions = [scene.caption for scene, _ in drawn]
     images = torch.from_numpy(np.stack([image for _, image in drawn]))
     log(f"drew {len(images)} scenes, {len(set(captions))} different captions")
 
     images = images.to(device)
-    codec = vae.train_vae(images, 5 if quick else 1500, device, log)
+    codec = vae.train_vae(images, 2 if quick else 1500, device, log)
     codec = codec.to("cpu", torch.bfloat16).to(device)
     latents = vae.encode(codec, images, device)
     scale, shift = codec.config.scaling_factor, codec.config.shift_factor
@@ -84,7 +84,7 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
     log(f"transformer: {_count(model)} parameters; batched forward differs by {difference:.1e}")
     schedule = transformer.Schedule()
     if quick:
-        schedule = transformer.Schedule(4, 3, 8, 2, 3)
+        schedule = transformer.Schedule(4, 2, 4, 2, 2)
     transformer.train_transformer(
         model, transformer.to_patches(latents), padded, schedule, device, log
     )
@@ -99,14 +99,21 @@ def train(arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
     for file in sorted(arguments.out.rglob("*.safetensors")):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         log(f"sha256 {digest} {file.relative_to(arguments.out)}")
-    show(pipeline.to(device), arguments.out, log)
+    shown, steps = (2, (4,)) if quick else (_SHOWN, (4, 8, 20))
+    show(pipeline.to(device), arguments.out, shown, steps, log)
 
 
-def show(pipeline: ZImagePipeline, out: Path, log: Callable[[str], None]) -> None:
-    """Draw scenes of other seeds than the training's in 4, 8 and 20 steps, under the true ones."""
-    unseen = [scenes.random_scene(np.random.default_rng(10**6 + i)) for i in range(_SHOWN)]
+def show(
+    pipeline: ZImagePipeline,
+    out: Path,
+    count: int,
+    rows_of_steps: Sequence[int],
+    log: Callable[[str], None],
+) -> None:
+    """Draw unseen scenes, a row for each number of steps, under the true ones."""
+    unseen = [scenes.random_scene(np.random.default_rng(10**6 + i)) for i in range(count)]
     rows = [np.concatenate([scenes.to_bytes(scenes.draw(scene)) for scene in unseen], 1)]
-    for steps in (4, 8, 20):
+    for steps in rows_of_steps:
         images = pipeline(
             [scene.caption for scene in unseen],
             height=scenes.SIDE,

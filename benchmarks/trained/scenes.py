@@ -183,16 +183,16 @@ def _draw_seeds(seeds: range) -> list[tuple[Scene, NDArray[np.uint8]]]:
     return [(scene, to_bytes(draw(scene)).transpose(2, 0, 1)) for scene in drawn]
 
 
-def unseen_captions(count: int) -> list[str]:
-    """Return captions that no scene of the training has, always the same ones."""
+def unseen_captions(count: int) -> dict[str, int]:
+    """Return captions that no scene of the training has, always the same ones, with their seeds."""
     seen = {random_scene(np.random.default_rng(seed)).caption for seed in range(TRAINING_SCENES)}
-    found: dict[str, None] = {}
+    found: dict[str, int] = {}
     for seed in itertools.count(_FIRST_UNSEEN):
         if len(found) == count:
-            return list(found)
+            return found
         caption = random_scene(np.random.default_rng(seed)).caption
         if caption not in seen:
-            found[caption] = None
+            found.setdefault(caption, seed)
     raise AssertionError
 
 

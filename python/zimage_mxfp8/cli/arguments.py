@@ -230,6 +230,7 @@ def count(minimum: int) -> Callable[[str], int]:
 
 
 number = converter(float, "a number")
+number_or_none = converter(lambda text: None if text == "none" else float(text), "a number or none")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

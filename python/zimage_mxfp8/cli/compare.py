@@ -131,11 +131,13 @@ def run(arguments: argparse.Namespace) -> int:
         outputs.write(report)
         if arguments.html is not None:
             from ..analysis.compare.page import compare_page
-            from ..analysis.pages.page import Origin, links_beside
+            from ..analysis.pages.links import link_from_beside, links_beside
+            from ..analysis.pages.page import Origin
 
             origin = Origin(arguments.command_line, links_beside(arguments.html))
             content = compare_page(report, arguments.bound, origin).encode()
             write_file(arguments.html, content, overwrite=arguments.overwrite)
+            link_from_beside(arguments.html)
     kept, above = report.kept(arguments.bound), report.above(arguments.bound)
     for path, what in (
         (arguments.csv, f"the figures of {plural(len(report.layers), 'layer')}"),

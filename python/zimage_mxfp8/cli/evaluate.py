@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from ..analysis.evaluate.thresholds import DEFAULT_MAX_WEIGHT_ERROR
 from ..transformer.compute import COMPUTE_MODES, check_device
-from .arguments import add_json, add_overwrite, count, local_path, number
+from .arguments import add_json, add_overwrite, count, local_path, number, number_or_none
 from .download import add_download, resolve
 from .models import add_device_and_dtype, add_model_dir, keep_libraries_quiet
 from .streams import report_line
@@ -17,8 +18,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "evaluate",
         help=line,
         description="Make images with transformer A and with transformer B at the same prompts and "
-        "seeds, measure how far A's are from B's (PSNR, SSIM, FLIP, latents after each step), and "
-        "write a page with all pairs. Exit code 1 if a threshold is not reached.",
+        "seeds, measure how far A's are from B's (PSNR, SSIM, FLIP, latents after each step, "
+        "weights), and write a page with all pairs. Exit code 1 if a threshold is not reached.",
     )
     parser.set_defaults(run=run)
     add_model_dir(parser)
@@ -108,6 +109,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         metavar="0-1",
         help="fail if the mean FLIP is higher",
     )
+    parser.add_argument(
+        "--max-weight-error",
+        type=number_or_none,
+        default=DEFAULT_MAX_WEIGHT_ERROR,
+        metavar="X",
+        help="fail if the relative squared error of any weight matrix against B's is higher, or if "
+        f"one has no counterpart; none: any error (default: {DEFAULT_MAX_WEIGHT_ERROR:g}, which "
+        "8 bits stay below, and 4 bits do not)",
+    )
     add_device_and_dtype(parser)
     add_overwrite(parser)
     add_json(parser)
@@ -130,7 +140,9 @@ def run(arguments: argparse.Namespace) -> int:
     from . import display
 
     # Wrong names are reported now, and not after seconds of importing and minutes of loading.
-    Thresholds(arguments.min_psnr, arguments.min_ssim, arguments.max_flip)
+    Thresholds(
+        arguments.min_psnr, arguments.min_ssim, arguments.max_flip, arguments.max_weight_error
+    )
     prompts = read_prompts(arguments.prompts)
     if not arguments.download:
         keep_libraries_quiet()
@@ -152,7 +164,8 @@ def run(arguments: argparse.Namespace) -> int:
     report_line("loading torch and diffusers ...")
     with needed("evaluate", "evaluate"):
         from ..analysis.evaluate.run import evaluate
-    from ..analysis.pages.page import Origin, links_above
+    from ..analysis.pages.links import link_from_above, links_above
+    from ..analysis.pages.page import Origin
 
     with analysis_bar(report_line) as progress:
         report = evaluate(
@@ -169,6 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
             min_psnr=arguments.min_psnr,
             min_ssim=arguments.min_ssim,
             max_flip=arguments.max_flip,
+            max_weight_error=arguments.max_weight_error,
             device=arguments.device,
             dtype=arguments.dtype,
             progress=progress,
@@ -180,6 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.output is not None:
             origin = Origin(arguments.command_line, links_above(arguments.output))
             save_report(report, arguments.output, origin, overwrite=arguments.overwrite)
+            link_from_above(arguments.output)
     if arguments.output is not None:
         what = "evaluate.html, evaluate.json and the images"
         display.wrote(arguments.output, what, as_json=arguments.json)

@@ -114,7 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
         ),
     ]
     if arguments.html is not None:
-        from ..analysis.pages.page import Origin, links_beside
+        from ..analysis.pages.links import link_from_beside, links_beside
+        from ..analysis.pages.page import Origin
         from ..analysis.probe.page import probe_page
 
         origin = Origin(arguments.command_line, links_beside(arguments.html))
@@ -131,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
     finally:  # also if nobody reads standard output any more
         for path, text, _ in written:
             write_file(path, text.encode(), overwrite=arguments.overwrite)
+        if arguments.html is not None:
+            link_from_beside(arguments.html)
     for path, _, what in written:
         display.wrote(path, what, as_json=arguments.json)
     return 0

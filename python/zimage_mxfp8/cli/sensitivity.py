@@ -161,12 +161,14 @@ def run(arguments: argparse.Namespace) -> int:
             content = recipe_toml(sensitivity_recipe(report)).encode()
             write_file(arguments.write_recipe, content, overwrite=arguments.overwrite)
         if arguments.html:
-            from ..analysis.pages.page import Origin, links_beside
+            from ..analysis.pages.links import link_from_beside, links_beside
+            from ..analysis.pages.page import Origin
             from ..analysis.sensitivity.page import sensitivity_page
 
             origin = Origin(arguments.command_line, links_beside(arguments.html))
             content = sensitivity_page(report, origin).encode()
             write_file(arguments.html, content, overwrite=arguments.overwrite)
+            link_from_beside(arguments.html)
     kept = plural(len(report.smallest.kept), "layer")
     for path, what in (
         (arguments.write_recipe, f"the recipe that keeps {kept} of the blocks"),

@@ -94,7 +94,11 @@ def _weights(report: EvaluationReport) -> str:
     difference = f"a relative squared error of {weights.relative_squared_error:.2e}"
     if weights.are_equal:
         difference = "no difference"
-    return f"Weight matrices of A ({a}) against B's ({b}): {difference}."
+    elif (worst := weights.worst) is not None:
+        difference += f", {worst.relative_squared_error:.2e} in the worst, {worst.name}"
+    limit = report.thresholds.max_weight_error
+    allowed = "" if limit is None else f" (threshold of each: {limit:g})"
+    return f"Weight matrices of A ({a}) against B's ({b}): {difference}{allowed}."
 
 
 def _verdict(report: EvaluationReport) -> str:
@@ -102,8 +106,7 @@ def _verdict(report: EvaluationReport) -> str:
         return f"Failed: {', and '.join(report.failures)}."
     if report.equal_pairs == len(report.pairs):
         return "All pairs are equal."
-    limits = report.thresholds
-    if limits.min_psnr is limits.min_ssim is limits.max_flip is None:
+    if not report.thresholds.are_given:
         return "No threshold was given."
     return "Passed: all thresholds are reached."
 

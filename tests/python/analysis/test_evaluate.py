@@ -23,12 +23,13 @@ import zimage_mxfp8 as zm
 from helpers.browser import Browser
 from helpers.checkpoints import random_tensors
 from helpers.commands import Run, fails, only
-from helpers.damaged_models import corrupt_scales, round_to_nvfp4, with_nvfp4_error
+from helpers.damaged_models import SWAPPED, corrupt_scales, round_to_nvfp4, with_nvfp4_error
 from helpers.images import levels
 from zimage_mxfp8.analysis.evaluate import page as page_module
 from zimage_mxfp8.analysis.evaluate.metrics import compare_images, summarize
 from zimage_mxfp8.analysis.evaluate.prompts import MAX_CHARACTERS, read_prompts
 from zimage_mxfp8.analysis.evaluate.weights import LayerDifference, WeightComparison
+from zimage_mxfp8.analysis.pages.page import Page, render_page
 from zimage_mxfp8.streaming.jobs import StageProgress
 from zimage_mxfp8.zimage.layers import zimage_shapes
 
@@ -254,7 +255,12 @@ def test_the_report_in_words_and_numbers(
         assert part in text
     document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert document["metrics"]["psnr"]["mean"] == report.psnr.mean
-    assert document["thresholds"] == {"min_psnr": 10.0, "min_ssim": None, "max_flip": None}
+    assert document["thresholds"] == {
+        "min_psnr": 10.0,
+        "min_ssim": None,
+        "max_flip": None,
+        "max_weight_error": 0.005,
+    }
     assert [pair["latent_errors"] for pair in document["pairs"]] == [
         list(pair.latent_errors) for pair in report.pairs
     ]
@@ -262,7 +268,10 @@ def test_the_report_in_words_and_numbers(
     weights = document["weights"]
     assert weights["relative_squared_error"] == report.weights.relative_squared_error
     assert {layer["a"] for layer in weights["layers"]} == {"F32", "MXFP8"}
-    assert f"a relative squared error of {weights['relative_squared_error']:.2e}." in text
+    assert f"a relative squared error of {weights['relative_squared_error']:.2e}, " in text
+    errors = {layer["name"]: layer["relative_squared_error"] for layer in weights["layers"]}
+    assert errors[weights["worst"]] == max(errors.values()) and weights["not_comparable"] == []
+    assert f"{max(errors.values()):.2e} in the worst, {weights['worst']} (threshold of" in text
     for run in (report.a, report.b):
         assert run.step_seconds > 0
         assert run.peak_nbytes is None or run.peak_nbytes > run.nbytes
@@ -452,7 +461,7 @@ def test_one_file_in_two_modes_has_equal_weights(report: zm.EvaluationReport) ->
     assert "All weight matrices of A and B are equal once they are decoded" in words_of_the_map(
         equal
     )
-    assert "no difference." in str(equal)
+    assert "no difference (threshold of each: 0.005)." in str(equal)
 
 
 def test_nothing_is_kept_of_a_file_that_quantises_nothing(report: zm.EvaluationReport) -> None:
@@ -487,9 +496,12 @@ MIN_PSNR = 36.0  # between the sound file and the damaged ones, for these random
 
 def test_equal_transformers_pass(evaluate: Run, zimage_quantized: Path, tmp_path: Path) -> None:
     files = ("--transformer", zimage_quantized, "--against", zimage_quantized)
-    limits = ("--min-psnr", 200, "--min-ssim", 1, "--max-flip", 0)
+    limits = ("--min-psnr", 200, "--min-ssim", 1, "--max-flip", 0, "--max-weight-error", 0)
+    (tmp_path / "probe.html").write_text(render_page(Page("probe", "", "", [], [], [])), "utf-8")
     result = evaluate(*files, *limits, "-o", "out")
     assert result.returncode == 0, result.stderr
+    assert '<a href="out/evaluate.html">' in (tmp_path / "probe.html").read_text("utf-8")
+    assert '<a href="../probe.html">' in (tmp_path / "out" / "evaluate.html").read_text("utf-8")
     assert "All pairs are equal." in result.stdout
     document = json.loads((tmp_path / "out" / "evaluate.json").read_text())
     assert document["equal_pairs"] == 1 and document["metrics"]["psnr"]["mean"] is None
@@ -497,6 +509,7 @@ def test_equal_transformers_pass(evaluate: Run, zimage_quantized: Path, tmp_path
 
 
 def test_a_sound_file_passes(evaluate: Run, zimage_quantized: Path, tmp_path: Path) -> None:
+    """Also the threshold of the weights, which is there without an option."""
     result = evaluate("--transformer", zimage_quantized, "--min-psnr", MIN_PSNR, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["failures"] == []
@@ -508,8 +521,8 @@ def test_damaged_files_fail(
     evaluate: Run, zimage_folder: Path, tmp_path: Path, damage: Any
 ) -> None:
     damage(zimage_folder, tmp_path / "bad.safetensors")
-    options = ("--transformer", "bad.safetensors", "--min-psnr", MIN_PSNR, "-o", "out")
-    result = evaluate(*options)
+    options = ("--transformer", "bad.safetensors", "--max-weight-error", "none")
+    result = evaluate(*options, "--min-psnr", MIN_PSNR, "-o", "out")
     assert result.returncode == 1
     assert re.search(
         r"^zimage-mxfp8: error: the mean PSNR is [\d.]+ dB, below 36 dB$",
@@ -517,6 +530,14 @@ def test_damaged_files_fail(
     )
     assert "Failed: the mean PSNR" in result.stdout
     only(tmp_path / "out", "images", "evaluate.html", "evaluate.json")  # needed most then
+    # The weights alone stop it against the original, without any option.
+    result = evaluate("--transformer", "bad.safetensors")
+    assert result.returncode == 1
+    layer = "|".join(SWAPPED) if damage is corrupt_scales else ".+"
+    assert re.search(
+        rf"error: the relative squared error of (?:{layer})\.weight is [\d.]+, above 0\.005$",
+        result.stderr.splitlines()[-1],
+    )
     if damage is corrupt_scales:  # which nothing but the images or the original can show
         assert zm.validate(tmp_path / "bad.safetensors").ok
 
@@ -527,19 +548,65 @@ def test_nvfp4_of_the_helper_has_the_known_error() -> None:
     assert 0.008 < float(error) < 0.010  # of normal numbers: 13 times that of MXFP8
 
 
+def test_weights_without_a_counterpart_fail(report: zm.EvaluationReport) -> None:
+    names = ("layers.1.attention.qkv.weight", "layers.1.attention.out.weight")
+    some = with_weights(
+        report,
+        lambda layer: (
+            replace(layer, squared_error=None, squared_signal=0.0, b_format=None)
+            if layer.name in names
+            else layer
+        ),
+    )
+    problem = (
+        "2 weight matrices, such as layers.1.attention.out.weight, have no counterpart of the same "
+        "shape, so the error of the weights is not known"
+    )
+    assert report.ok and some.failures == (problem,) and not some.ok
+    assert f"Failed: {problem}." in str(some)
+    assert some.to_dict()["weights"]["not_comparable"] == sorted(names)
+    page = page_module.evaluation_page(some, [("a", "b")] * len(some.pairs))
+    assert '<article class="tile bad">' in page
+    without = replace(some, thresholds=replace(some.thresholds, max_weight_error=None))
+    assert without.ok
+
+
+def test_the_tile_of_the_weights_has_the_verdict(report: zm.EvaluationReport) -> None:
+    def tile(limit: float | None) -> str:
+        limits = replace(report.thresholds, max_weight_error=limit)
+        page = page_module.evaluation_page(
+            replace(report, thresholds=limits), [("a", "b")] * len(report.pairs)
+        )
+        (found,) = re.findall(
+            r'<article class="tile (\w+)"><h2>Squared error of the weights(.*?)</article>', page
+        )
+        return " ".join(found).replace("<wbr>", "")
+
+    errors = [layer.relative_squared_error or 0 for layer in report.weights.layers]
+    name = report.weights.layers[errors.index(max(errors))].name
+    assert tile(0.005).startswith("good")
+    assert f"worst {100 * max(errors):.4f} %, {name}; threshold 0.5 %; A: " in tile(0.005)
+    assert tile(max(errors) * 0.99).startswith("bad")
+    assert tile(None).startswith("none") and "no threshold" in tile(None)
+
+
 def test_every_threshold_is_named() -> None:
     from zimage_mxfp8.analysis.evaluate.report import ImagePair, TransformerRun
     from zimage_mxfp8.analysis.evaluate.thresholds import Thresholds
 
     run = TransformerRun("a", "weight-only", 1, 1.0, None)
     pair = ImagePair("a", 0, 20.0, 0.8, 0.3, (0.1,), b"", b"")
+    layers = tuple(
+        LayerDifference(name, (32, 32), "MXFP8", "BF16", 1056, error, 100.0)
+        for name, error in (("a.weight", 1.0), ("b.weight", 2.0), ("c.weight", 0.0))
+    )
     found = zm.EvaluationReport(
         "m",
         run,
         run,
-        WeightComparison((), 1),
+        WeightComparison(layers, 1),
         (pair,),
-        Thresholds(30, 0.9, 0.1),
+        Thresholds(30, 0.9, 0.1, 0.015),
         1,
         16,
         16,
@@ -552,8 +619,12 @@ def test_every_threshold_is_named() -> None:
         "the mean PSNR is 20.00 dB, below 30 dB",
         "the mean SSIM is 0.8000, below 0.9",
         "the mean FLIP is 0.3000, above 0.1",
+        "the relative squared error of b.weight is 0.02, above 0.015",
     )
-    assert replace(found, thresholds=Thresholds(20, 0.8, 0.3)).ok
+    assert replace(found, thresholds=Thresholds(20, 0.8, 0.3, 0.02)).ok
+    assert "No threshold was given." in str(
+        replace(found, thresholds=Thresholds(max_weight_error=None), steps=2)
+    )
 
 
 # ---- bad input
@@ -602,6 +673,9 @@ def test_prompts_with_a_mark_and_other_line_ends(tmp_path: Path) -> None:
         (("--min-ssim", "1.5"), 2, "--min-ssim must be 0 to 1, not 1.5"),
         (("--max-flip", "2"), 2, "--max-flip must be 0 to 1, not 2"),
         (("--max-flip", "x"), 2, "--max-flip"),
+        (("--max-weight-error", "nan"), 2, "--max-weight-error must be a finite number, not nan"),
+        (("--max-weight-error", "-1"), 2, "--max-weight-error must be 0 or more, not -1"),
+        (("--max-weight-error", "x"), 2, '--max-weight-error: must be a number or none, not "x"'),
         (("--size", "40"), 2, "--size must be a multiple of 16 up to 8192, not 40"),
         (("--steps", "1001"), 2, "--steps must be 1 to 1000, not 1001"),
         (("--seeds", "1", "1"), 2, "--seeds must be different, but 1 is there more"),

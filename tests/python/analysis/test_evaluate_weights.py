@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import zimage_mxfp8 as zm
 from helpers.checkpoints import change, random_tensors
 from zimage_mxfp8.analysis.evaluate import weights as module
+from zimage_mxfp8.analysis.evaluate.thresholds import DEFAULT_MAX_WEIGHT_ERROR
 from zimage_mxfp8.analysis.evaluate.weights import WeightComparison, compare_weights
 from zimage_mxfp8.streaming.jobs import Progress
 from zimage_mxfp8.transformer.model_file import open_model
@@ -108,6 +109,30 @@ def test_layers_without_a_counterpart(folder: Path, tmp_path: Path) -> None:
     assert turned["layers.1.attention.qkv.weight"].a_format is None
     assert turned["layers.1.attention.qkv.weight"].shape == (384, 128)
     assert not compare_weights(a, b).are_equal
+    shape = {name: layer.shape for name, layer in found.items()}
+    other_shape = {name: layer.shape for name, layer in turned.items()}
+    different = {name for name in shape if shape[name] != other_shape[name]}
+    alone = {name for name, layer in found.items() if None in (layer.a_format, layer.b_format)}
+    assert len(different) == 9 and len(alone) > 4  # w1, w2 and w3 of three blocks
+    assert {layer.name for layer in compare_weights(a, b).not_comparable} == different | alone
+
+
+def test_the_default_threshold_is_above_the_largest_error_of_e4m3(
+    folder: Path, tmp_path: Path
+) -> None:
+    """17/16 lies between two codes of every block that has no other value: 1/17 is lost."""
+
+    def fill(tensors: dict[str, torch.Tensor], _: object) -> None:
+        for tensor in tensors.values():
+            if tensor.dim() == 2:
+                tensor.fill_(17 / 16)
+
+    change(folder / "bf16.safetensors", tmp_path / "bf16.safetensors", fill)
+    zm.convert(tmp_path / "bf16.safetensors", tmp_path / "mxfp8.safetensors")
+    worst = compared(tmp_path, "mxfp8", "bf16").worst
+    assert worst is not None and worst.a_format == "MXFP8"
+    assert worst.relative_squared_error == pytest.approx(1 / 17**2)
+    assert DEFAULT_MAX_WEIGHT_ERROR > 1 / 17**2
 
 
 def test_a_matrix_of_zeros_in_b(folder: Path, tmp_path: Path) -> None:

@@ -25,21 +25,26 @@ from safetensors.torch import save_file
 import zimage_mxfp8 as zm
 from helpers.browser import Browser
 from helpers.checkpoints import random_tensors, small_shapes
-from helpers.commands import Run
+from helpers.commands import Run, only
 from helpers.diffusers_reference import make_reference
 from zimage_mxfp8.analysis.compare.page import compare_page
 from zimage_mxfp8.analysis.evaluate.folder import save_report
 from zimage_mxfp8.analysis.exclusions import merged_pattern
+from zimage_mxfp8.analysis.pages import links as links_module
 from zimage_mxfp8.analysis.pages.blocks import Column, Copyable, Paragraph, Table
 from zimage_mxfp8.analysis.pages.colors import PALETTE, color_range
+from zimage_mxfp8.analysis.pages.links import (
+    link_from_above,
+    link_from_beside,
+    links_above,
+    links_beside,
+)
 from zimage_mxfp8.analysis.pages.network import Metric, NetworkMap
 from zimage_mxfp8.analysis.pages.page import (
     Origin,
     Page,
     Section,
     Tile,
-    links_above,
-    links_beside,
     render_page,
 )
 from zimage_mxfp8.analysis.pages.weight_error import weight_error
@@ -92,7 +97,7 @@ def pages(
     sensitivity_report: zm.SensitivityReport,
     evaluation_report: zm.EvaluationReport,
 ) -> dict[str, Path]:
-    """The page of every command, written in this order: each links to those before it."""
+    """The page of every command, written in this order."""
     found: dict[str, Path] = {}
     writers: dict[str, Callable[[Origin], str]] = {
         "probe": lambda origin: probe_page(probe_report, origin),
@@ -103,9 +108,11 @@ def pages(
         found[name] = folder / f"{name}.html"
         origin = Origin(f"zimage-mxfp8 {name} '<i>'", links_beside(found[name]))
         found[name].write_text(write(origin), "utf-8")
+        link_from_beside(found[name])
     found["evaluate"] = folder / "evaluation" / "evaluate.html"
     origin = Origin("zimage-mxfp8 evaluate '<i>'", links_above(found["evaluate"].parent))
     save_report(evaluation_report, found["evaluate"].parent, origin, overwrite=False)
+    link_from_above(found["evaluate"].parent)
     return found
 
 
@@ -201,7 +208,7 @@ def test_a_page_is_small_and_whole(pages: dict[str, Path], name: str) -> None:
     content = pages[name].read_bytes()
     assert len(content) <= 1_000_000
     text = content.decode()
-    outside = r"(src|href)\s*=\s*\"(?!data:|(\.\./)?\w+\.html)|@import|url\((?!#)"
+    outside = r"(src|href)\s*=\s*\"(?!data:|(\.\./|\w+/)?\w+\.html)|@import|url\((?!#)"
     assert not re.search(outside, text)
     # Three to five tiles, then the map, and the facts of the run.
     assert 3 <= text.count('<article class="tile') <= 5
@@ -682,12 +689,10 @@ def test_links_lead_to_pages_that_are_there(
     browser: Browser, pages: dict[str, Path], tmp_path: Path
 ) -> None:
     links = "return [...document.querySelectorAll('nav a')].map((a) => [a.textContent, a.href]);"
-    for name, wanted in (
-        *(("probe", []), ("compare", NAMES[:1])),
-        *(("sensitivity", NAMES[:2]), ("evaluate", NAMES[:3])),
-    ):
+    for name in NAMES:  # also those that were written first
         with browser.open(pages[name]) as tab:
-            assert tab.run(links) == [[other, pages[other].as_uri()] for other in wanted]
+            others = [other for other in NAMES if other != name]
+            assert tab.run(links) == [[other, pages[other].as_uri()] for other in others]
             here = tab.run("return document.querySelector('nav [aria-current]').textContent;")
             assert here == name
     assert links_beside(tmp_path / "probe.html") == {}
@@ -702,6 +707,95 @@ def test_links_lead_to_pages_that_are_there(
         "evaluate": "images of b/evaluate.html",
     }
     assert links_above(tmp_path / "images of b") == {"probe": "../probe.html"}
+
+
+def plain_page(report: str, title: str = "t") -> str:
+    return render_page(Page(report, title, "", [], [], []))
+
+
+def links_of(page: Path) -> dict[str, str]:
+    navigation = re.search("<nav.*?</nav>", page.read_text("utf-8"))
+    assert navigation
+    return {name: href for href, name in re.findall('<a href="(.*?)">(.*?)</a>', navigation[0])}
+
+
+def test_pages_beside_a_new_one_link_to_it(tmp_path: Path) -> None:
+    """Only where its name stands without a link; a link that is there stays."""
+    first, second = tmp_path / "first of #2", tmp_path / "second"
+    probe = tmp_path / "probe.html"
+    evaluation = first / "evaluate.html"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "evaluate.html").write_text(plain_page("evaluate"))
+    probe.write_text(plain_page("probe", "<span>compare</span>"))
+    probe.chmod(0o640)
+    before = probe.read_text("utf-8")
+    link_from_beside(probe)
+    assert [links_of(folder / "evaluate.html") for folder in (first, second)] == [
+        {"probe": "../probe.html"}
+    ] * 2
+    link_from_above(first)
+    link_from_above(second)
+    assert links_of(probe) == {"evaluate": "first%20of%20%232/evaluate.html"}
+    (tmp_path / "compare.html").write_text(plain_page("compare"))
+    link_from_beside(tmp_path / "compare.html")
+    assert links_of(probe) == {
+        "compare": "compare.html",
+        "evaluate": "first%20of%20%232/evaluate.html",
+    }
+    assert links_of(evaluation) == {"probe": "../probe.html", "compare": "../compare.html"}
+    after = probe.read_text("utf-8")  # the rest is the same
+    assert re.sub("<nav.*?</nav>", "", after) == re.sub("<nav.*?</nav>", "", before)
+    assert probe.stat().st_mode & 0o777 == 0o640
+    only(tmp_path, "probe.html", "compare.html", first.name, second.name)
+
+
+def test_other_files_beside_a_new_page_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = plain_page("probe")
+    navigation = page[page.index("<nav") : page.index("</nav>")]
+    foreign = {
+        "probe.html": page.replace('class="brand">zimage-mxfp8', 'class="brand">other').encode(),
+        "sensitivity.html": navigation.encode(),  # cut off
+        "evaluate.html": b"\xff",
+    }
+    for name, content in foreign.items():
+        (tmp_path / name).write_bytes(content)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "e.html").write_text(plain_page("evaluate"))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "evaluate.html").symlink_to(elsewhere / "e.html")
+    (tmp_path / "folder" / "evaluate.html").mkdir(parents=True)
+    (tmp_path / "compare.html").write_text(plain_page("compare"))
+    link_from_beside(tmp_path / "compare.html")
+    for name, content in foreign.items():
+        assert (tmp_path / name).read_bytes() == content
+    assert (elsewhere / "e.html").read_text() == plain_page("evaluate")
+
+    (tmp_path / "probe.html").write_text(page)
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> None:
+            raise zm.OutputError("the disk is full")
+
+        patch.setattr(links_module, "write_file", fail)
+        link_from_beside(tmp_path / "compare.html")
+    assert (tmp_path / "probe.html").read_text("utf-8") == page
+    link_from_beside(tmp_path / "compare.html")
+    assert links_of(tmp_path / "probe.html") == {"compare": "compare.html"}
+
+
+def test_commands_link_the_pages_that_were_there(
+    in_process: Run, small_file: Path, tmp_path: Path
+) -> None:
+    for command, name in (("probe", "probe"), ("compare", "compare"), ("probe", "other")):
+        options = ("--sample", 0.01, "--low-rank", "none") if command == "compare" else ()
+        result = in_process(command, small_file, "--html", f"{name}.html", *options)
+        assert result.returncode == 0, result.stderr
+    assert links_of(tmp_path / "probe.html") == {"compare": "compare.html"}
+    assert links_of(tmp_path / "compare.html") == {"probe": "probe.html"}
 
 
 def test_a_layer_shows_its_figures(browser: Browser, pages: dict[str, Path]) -> None:

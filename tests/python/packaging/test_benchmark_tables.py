@@ -61,10 +61,11 @@ def test_a_run_keeps_its_rows_and_the_machine(
     report.add(what="a", us=1.23456789)
     with pytest.raises(KeyError, match="milliseconds"):
         report.add(what="b", milliseconds=1)
+    report.note(seeds=[3, 5])
     report.add(what="c", us=2.0)
     content = json.loads(path.read_text())
     assert content["rows"] == [{"what": "a", "us": 1.23456789}, {"what": "c", "us": 2.0}]
-    assert content["columns"] == {"what": "", "us": "us"}
+    assert content["columns"] == {"what": "", "us": "us"} and content["seeds"] == [3, 5]
     assert (content["suite"], content["source"]) == ("codec", "measured")
     wanted = {"gpu", "driver", "cuda", "torch", "cpu", "cores", "memory_gib", "python"}
     assert content["machine"].keys() == wanted

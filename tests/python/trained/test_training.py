@@ -1,6 +1,12 @@
-"""The parts of `python -m benchmarks.trained`, without the training."""
+"""The parts of `python -m benchmarks.trained`, and the whole of it twice."""
 
 from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +15,7 @@ from diffusers import ZImagePipeline
 
 from benchmarks.trained import scenes, text, transformer, vae
 
+ROOT = Path(__file__).parents[3]
 SCENES = [scenes.random_scene(np.random.default_rng(seed)) for seed in range(200)]
 
 
@@ -51,6 +58,15 @@ def test_a_large_object_covers_more(monkeypatch: pytest.MonkeyPatch) -> None:
             areas.append((image[..., 0] > 0).sum() / radius**2)
         assert areas[0] == pytest.approx(areas[1], rel=0.1), shape
         assert 0.8 < areas[0] < 3.2, shape
+
+
+def test_unseen_captions_are_of_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes, "TRAINING_SCENES", 3000)
+    seen = {scenes.random_scene(np.random.default_rng(seed)).caption for seed in range(3000)}
+    found = scenes.unseen_captions(10)
+    assert len(found) == 10 and not seen & set(found)
+    for caption, seed in found.items():
+        assert scenes.random_scene(np.random.default_rng(seed)).caption == caption
 
 
 def test_captions_are_encoded_as_the_pipeline_encodes_them() -> None:
@@ -132,3 +148,31 @@ def test_steps_end_at_the_image() -> None:
     assert times[-1] == 1.0
     assert len(times) == 9
     assert times == sorted(times)
+
+
+@pytest.mark.parametrize(("dim", "width"), [(128, 341), (384, 1024)])
+def test_widths_of_feed_forwards(dim: int, width: int) -> None:
+    """The shipped model's is a multiple of nothing; that of 384 channels is aligned for MXFP8."""
+    state = transformer.make_transformer(dim).state_dict()
+    shapes = {tuple(state[name].shape) for name in state if name.endswith("feed_forward.w1.weight")}
+    turned = {tuple(state[name].shape) for name in state if name.endswith("feed_forward.w2.weight")}
+    assert shapes == {(width, dim)} and turned == {(dim, width)}
+    assert (width % 32 == 0) == (dim == 384) and dim % 32 == 0
+
+
+@pytest.mark.slow
+def test_the_training_gives_the_same_bytes_again(tmp_path: Path) -> None:
+    digests = []
+    for name in ("first", "second"):
+        program = [sys.executable, "-m", "benchmarks.trained", str(tmp_path / name)]
+        subprocess.run(
+            [*program, "--quick", "--device", "cpu"],
+            cwd=ROOT,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")},
+            check=True,
+        )
+        log = (tmp_path / name / "training.log").read_text()
+        digests.append(re.findall(r"sha256 ([0-9a-f]{64}) (\S+)$", log, re.MULTILINE))
+        assert (tmp_path / name / "samples.png").is_file()
+    assert [name.split("/")[0] for _, name in digests[0]] == ["text_encoder", "transformer", "vae"]
+    assert digests[0] == digests[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from ...checkpoint.file_names import base_name
 from ...printing.screen import size_text
@@ -13,7 +14,14 @@ from .metrics import Summary
 from .network import weights_sections
 from .pairs import SCRIPTS, STYLES, Pairs
 from .report import EvaluationReport, TransformerRun
-from .wording import formats_text, interval_text, number_text, psnr_text, shortened
+from .wording import (
+    formats_text,
+    interval_text,
+    number_text,
+    psnr_text,
+    shortened,
+    weight_failures,
+)
 
 MAX_BYTES = 1_000_000  # of the page
 _MAX_ROWS = 300  # pairs in the table
@@ -119,8 +127,23 @@ def _tiles(report: EvaluationReport) -> list[Tile]:
 def _weights_tile(report: EvaluationReport) -> Tile:
     weights = report.weights
     a, b = map(formats_text, weights.formats)
-    value = "equal" if weights.are_equal else f"{100 * weights.relative_squared_error:.4f} %"
-    return Tile("Squared error of the weights", value, f"A: {a}; B: {b}")
+    value = "equal" if weights.are_equal else _percent(weights.relative_squared_error)
+    notes = []
+    verdict: Literal["none", "good", "bad"] = "none"
+    if (worst := weights.worst) is not None and not weights.are_equal:
+        notes.append(f"worst {_percent(worst.relative_squared_error or 0.0)}, {worst.name}")
+    limit = report.thresholds.max_weight_error
+    if limit is None:
+        notes.append("no threshold")
+    else:
+        notes.append(f"threshold {100 * limit:g} %")
+        verdict = "bad" if weight_failures(weights, limit) else "good"
+    notes.append(f"A: {a}; B: {b}")
+    return Tile("Squared error of the weights", value, "; ".join(notes), verdict)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4f} %"
 
 
 def _tile(

@@ -13,6 +13,7 @@ from ... import _core
 from .metrics import Summary, summarize
 from .thresholds import Thresholds
 from .weights import WeightComparison
+from .wording import weight_failures
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class EvaluationReport:
         b: the one that it is compared with.
         weights: how far A's weight matrices are from B's.
         pairs: by prompt, then by seed.
-        thresholds: what the mean of each metric has to reach.
+        thresholds: what the mean of each metric of the images, and every weight, has to reach.
         steps: forward passes for an image.
         height: of the images, pixels.
         width: likewise.
@@ -134,6 +135,8 @@ class EvaluationReport:
             found.append(f"the mean SSIM is {self.ssim.mean:.4f}, below {limits.min_ssim:g}")
         if limits.max_flip is not None and self.flip.mean > limits.max_flip:
             found.append(f"the mean FLIP is {self.flip.mean:.4f}, above {limits.max_flip:g}")
+        if limits.max_weight_error is not None:
+            found += weight_failures(self.weights, limits.max_weight_error)
         return tuple(found)
 
     @property

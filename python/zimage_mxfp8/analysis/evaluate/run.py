@@ -25,7 +25,7 @@ from ...transformer.model_file import open_model
 from .inputs import find_files, image_settings, naming
 from .metrics import compare_images
 from .report import EvaluationReport, ImagePair, TransformerRun
-from .thresholds import Thresholds
+from .thresholds import DEFAULT_MAX_WEIGHT_ERROR, Thresholds
 from .weights import WeightComparison, compare_weights
 
 DEFAULT_SEEDS = (0, 1)
@@ -56,6 +56,7 @@ def evaluate(
     min_psnr: float | None = None,
     min_ssim: float | None = None,
     max_flip: float | None = None,
+    max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR,
     device: str | torch.device | None = None,
     dtype: str | None = None,
     download: bool = False,
@@ -82,6 +83,8 @@ def evaluate(
         min_psnr: dB that the mean PSNR has to reach for the report to be `ok`.
         min_ssim: what the mean SSIM has to reach, 0 to 1.
         max_flip: what the mean FLIP may reach, 0 to 1.
+        max_weight_error: relative squared error that every weight matrix may reach against B's. The
+            report is not `ok` either if a matrix has no counterpart of its shape. None: any error.
         device: as for `ZImageGenerator`.
         dtype: see `ZImageGenerator`.
         download: as for `ZImageGenerator`.
@@ -95,7 +98,7 @@ def evaluate(
         UnsupportedError: the device does not have a mode, or the CPU has too little memory.
         CudaError: the device has too little memory.
     """
-    thresholds = Thresholds(min_psnr, min_ssim, max_flip)
+    thresholds = Thresholds(min_psnr, min_ssim, max_flip, max_weight_error)
     settings = image_settings(prompts, seeds, steps, size, guidance)
     folder, *paths = find_files(
         model_dir, transformer, against, compute, against_compute, download=download

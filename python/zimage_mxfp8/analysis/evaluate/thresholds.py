@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
+from typing import Final
 
 from ...checks import finite_number
 from ...errors import UsageError
 
+# Rounding to 8 bits with three bits of mantissa changes no number by more than a seventeenth, the
+# square of which is 0.0035.
+DEFAULT_MAX_WEIGHT_ERROR: Final = 0.005
+_LARGEST = {"min_psnr": math.inf, "min_ssim": 1, "max_flip": 1, "max_weight_error": math.inf}
+
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What the images have to reach, on average over all pairs; None: no threshold.
+    """What images and weights have to reach; None: no threshold.
 
     Attributes:
-        min_psnr: dB, 0 or more.
-        min_ssim: 0 to 1.
-        max_flip: 0 to 1.
+        min_psnr: dB of the mean over all pairs, 0 or more.
+        min_ssim: of the mean, 0 to 1.
+        max_flip: of the mean, 0 to 1.
+        max_weight_error: relative squared error of every weight matrix, 0 or more.
 
     Raises:
         UsageError: a value that is not a finite number in its range.
@@ -24,14 +32,20 @@ class Thresholds:
     min_psnr: float | None = None
     min_ssim: float | None = None
     max_flip: float | None = None
+    max_weight_error: float | None = DEFAULT_MAX_WEIGHT_ERROR
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
             if value is None:
                 continue
-            value = finite_number(field.name, value)
-            if value < 0 or (field.name != "min_psnr" and value > 1):
-                allowed = "0 or more" if field.name == "min_psnr" else "0 to 1"
-                raise UsageError(field.name, f"must be {allowed}, not {value:g}")
-            object.__setattr__(self, field.name, value)
+            value = finite_number(name, value)
+            if not 0 <= value <= largest:
+                allowed = "0 or more" if largest == math.inf else f"0 to {largest}"
+                raise UsageError(name, f"must be {allowed}, not {value:g}")
+            object.__setattr__(self, name, value)
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there is any."""
+        return any(getattr(self, name) is not None for name in _LARGEST)

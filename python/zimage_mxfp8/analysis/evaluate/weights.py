@@ -86,6 +86,17 @@ class WeightComparison:
         return sum(layer.squared_signal for layer in self.layers)
 
     @property
+    def worst(self) -> LayerDifference | None:
+        """The matrix with the largest relative squared error; None if none can be compared."""
+        compared = [layer for layer in self.layers if layer.squared_error is not None]
+        return max(compared, key=lambda layer: layer.relative_squared_error or 0.0, default=None)
+
+    @property
+    def not_comparable(self) -> tuple[LayerDifference, ...]:
+        """The matrices that a file lacks, or has in another shape."""
+        return tuple(layer for layer in self.layers if layer.squared_error is None)
+
+    @property
     def are_equal(self) -> bool:
         """Whether all matrices of A and B have the same values."""
         return all(layer.squared_error == 0 for layer in self.layers)
@@ -102,6 +113,8 @@ class WeightComparison:
         return {
             "relative_squared_error": self.relative_squared_error,
             "equal": self.are_equal,
+            "worst": None if self.worst is None else self.worst.name,
+            "not_comparable": [layer.name for layer in self.not_comparable],
             "layers": [
                 {
                     "name": layer.name,

@@ -6,8 +6,11 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from ...text import plural
+
 if TYPE_CHECKING:
     from .metrics import Summary
+    from .weights import WeightComparison
 
 _MAX_PROMPT = 120  # characters
 
@@ -37,3 +40,19 @@ def shortened(prompt: str) -> str:
 def formats_text(formats: Counter[str]) -> str:
     """Return how many matrices are stored in each format: "185 MXFP8, 23 BF16"."""
     return ", ".join(f"{count:,} {name}" for name, count in formats.most_common())
+
+
+def weight_failures(weights: WeightComparison, limit: float) -> list[str]:
+    """Return clauses about the weights that a threshold of their error does not let pass."""
+    found = []
+    worst = weights.worst
+    if worst is not None and (error := worst.relative_squared_error or 0.0) > limit:
+        found.append(f"the relative squared error of {worst.name} is {error:.2g}, above {limit:g}")
+    if missing := weights.not_comparable:
+        count = plural(len(missing), "weight matrix", "weight matrices")
+        have = "has" if len(missing) == 1 else "have"
+        found.append(
+            f"{count}, such as {missing[0].name}, {have} no counterpart of the same shape, so the "
+            "error of the weights is not known"
+        )
+    return found

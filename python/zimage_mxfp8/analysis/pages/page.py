@@ -1,4 +1,4 @@
-"""The shell of every page: header, facts, tiles, sections, and links between reports.
+"""The shell of every page: header, facts, tiles and sections.
 
 A page is one HTML file that needs no network. Sections hold blocks, which are objects with an
 `html` method: those of `blocks.py`, `network.py` and `chart.py`, or a report's own. Everything but
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from ..._core import __version__
+from .links import navigation
 from .markup import breakable, element, text
 
-_WITH_FOLDER = "evaluate"  # the report that is a folder
-REPORTS: Final = ("probe", "compare", "sensitivity", "evaluate")  # commands that write a page
 _FOLDER = Path(__file__).parent
 _MARKS = {"none": "", "good": "✓", "bad": "!"}  # so that colour is not all that tells
 
@@ -78,7 +77,7 @@ class Origin:
     Attributes:
         command: the command line that wrote it; None if a program did.
         links: address of other reports' pages by the report's name, relative to this page; see
-            `links_beside`.
+            `links_beside` in links.py.
     """
 
     command: str | None = None
@@ -93,7 +92,7 @@ class Page:
     """A report.
 
     Attributes:
-        report: the command, one of `REPORTS`.
+        report: the command, one of `REPORTS` in links.py.
         title: what it is about, with the checkpoint's name.
         question: the question that it answers, in one sentence.
         facts: about the run; the version is put before them, and the command after.
@@ -109,31 +108,6 @@ class Page:
     tiles: Sequence[Tile]
     sections: Sequence[Section]
     origin: Origin = FROM_PROGRAM
-
-
-def links_beside(page: Path) -> dict[str, str]:
-    """Return the default names of the reports' pages that are in a page's folder, by report.
-
-    The page of `evaluate` is in a folder of its own, which is looked for beside the page.
-
-    Args:
-        page: the page that will be written; it is not linked itself.
-    """
-    names = {report: f"{report}.html" for report in REPORTS}
-    folders = sorted(page.absolute().parent.glob(f"*/{names[_WITH_FOLDER]}"))
-    if folders:
-        names[_WITH_FOLDER] = f"{folders[0].parent.name}/{names[_WITH_FOLDER]}"
-    return {
-        report: name
-        for report, name in names.items()
-        if name != page.name and (page.parent / name).is_file()
-    }
-
-
-def links_above(folder: Path) -> dict[str, str]:
-    """Return the addresses of the reports' pages beside the folder of `evaluate`, by report."""
-    beside = links_beside(folder.absolute())
-    return {report: f"../{name}" for report, name in beside.items() if report != _WITH_FOLDER}
 
 
 def render_page(page: Page, *, styles: str = "", scripts: str = "") -> str:
@@ -165,7 +139,7 @@ def render_page(page: Page, *, styles: str = "", scripts: str = "") -> str:
 </head>
 <body>
 <header>
-{_navigation(page)}
+{navigation(page.report, page.origin.links)}
 <h1>{breakable(page.title)}</h1>
 <p class="question">{text(page.question)}</p>
 {_facts(page)}
@@ -180,20 +154,6 @@ def render_page(page: Page, *, styles: str = "", scripts: str = "") -> str:
 </body>
 </html>
 """
-
-
-def _navigation(page: Page) -> str:
-    items = []
-    for report in REPORTS:
-        if report == page.report:
-            items.append(element("strong", text(report), aria_current="page"))
-        elif link := page.origin.links.get(report):
-            items.append(element("a", text(report), href=link))
-        else:
-            why = f"{report}.html was not beside this page when it was written"
-            items.append(element("span", text(report), title=why))
-    brand = element("span", "zimage-mxfp8", class_="brand")
-    return element("nav", brand + "".join(items), aria_label="Reports")
 
 
 def _facts(page: Page) -> str:
