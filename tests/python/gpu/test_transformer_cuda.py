@@ -113,19 +113,26 @@ def test_a_graph_of_inference_mode_runs_outside_it(quantized: Path) -> None:
 def test_garbage_with_graphs_does_not_end_a_capture(quantized: Path) -> None:
     model, inputs = load(quantized), on_device(random_inputs(*EQUAL))
     want = model(*inputs).sample
-    garbage: list[Any] = [load(quantized)]
+    cycle: list[Any] = [load(quantized)]
     for _ in range(2):  # the second call captures
-        garbage[0](*inputs)
-    garbage.append(garbage)
+        cycle[0](*inputs)
+    cycle.append(cycle)
+    garbage = [cycle]
+    del cycle
+
+    def drop(*_: Any) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            garbage.clear()
+            _ = [[] for _ in range(10_000)]  # enough for Python to look for cycles
+
+    model.layers[0].register_forward_pre_hook(drop)
     thresholds = gc.get_threshold()
-    gc.disable()
+    gc.set_threshold(100, 1, 1)
     try:
-        del garbage
-        gc.set_threshold(1)
-        gc.enable()
         assert all(torch.equal(*pair) for pair in zip(model(*inputs).sample, want, strict=True))
     finally:
         gc.set_threshold(*thresholds)
+    assert not garbage
 
 
 def test_more_shapes_than_graphs_are_kept(quantized: Path) -> None:
