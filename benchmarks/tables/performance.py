@@ -332,10 +332,9 @@ def ranks() -> str:
         Column("one GPU (GB)", cell("{peak_gb:.1f}", devices=1)),
         Column("first of two (GB)", cell("{peak_gb:.1f}", devices=2)),
     ]
-    # Items that GPUs share are not exchanged.
-    rows = rows_of("ranks-h200", exchange="keys and values, in memory of peers", items=1)
-    rows += rows_of("ranks-h200", exchange="heads and tokens, by NCCL", items=2)
-    return table(sorted(rows, key=lambda row: row["image"]), ["items", "image", "mode"], columns)
+    rows = rows_of("ranks-h200", exchange="keys and values, in memory of peers")
+    rows.sort(key=lambda row: (row["image"], row["items"]))
+    return table(rows, ["items", "image", "mode"], columns)
 
 
 def rank_exchanges() -> str:

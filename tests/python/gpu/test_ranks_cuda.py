@@ -151,11 +151,7 @@ print("end of the program")
 
 @pytest.mark.parametrize("ranks", ["alive", "killed", "killed, and noticed"])
 def test_the_program_ends(ranks: str, file: Path) -> None:
-    """torch joins threads of groups there, and graphs may wait for ranks that have died.
-
-    With a rank that is killed it passed on devices while NCCL exchanged everything, and has not
-    been run to its end since.
-    """
+    """torch joins threads of groups there, and graphs may wait for ranks that have died."""
     command = [sys.executable, "-c", PROGRAM, str(file), ranks]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert (ended.returncode, ended.stdout) == (0, "end of the program\n"), ended.stderr
