@@ -9,12 +9,14 @@ import io
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +32,7 @@ import zimage_mxfp8 as zm
 from helpers.documents import GUIDE, block_with, text_of
 from helpers.ray_model import NotingEngine, NotingModel
 from helpers.serving import Log, decoded, image_file, serving, wait_until
+from zimage_mxfp8.generation.small_model import FOLDER, TRANSFORMER
 from zimage_mxfp8.server.engine import (
     Drawing,
     DrawRequest,
@@ -317,3 +320,23 @@ def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         replicas_for(None, None, scaling=False, gpus_per_replica=5)
     with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
         replicas_for(5, None, scaling=False)
+
+
+def test_a_stop_of_all_processes_at_once(tmp_path: Path) -> None:
+    """A service manager sends the signal to Ray's processes too, so there is no cluster to ask."""
+    words = [sys.executable, "-m", "zimage_mxfp8", "serve", "--ray", "--replicas", "1"]
+    words += ["--device", "cpu", "--port", "0", "--model-dir", str(FOLDER)]
+    words += ["--transformer", str(TRANSFORMER)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=log, start_new_session=True, text=True
+        )
+    try:
+        assert process.stdout is not None
+        assert "is served at http://127.0.0.1:" in process.stdout.readline()
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=55) == 0  # Ray gives up after 60 seconds
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

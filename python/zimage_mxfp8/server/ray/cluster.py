@@ -177,10 +177,34 @@ def drawing(
             raise UnsupportedError(f"no replica can start: {_reason(name)}") from None
         yield RayEngine(handle, model.name, replicas.most, (model.side, model.side))
     finally:
-        with suppress(Exception):  # the cluster may be gone
+
+        def delete() -> None:
             serve.delete(name)
             if is_alone and not serve.status().applications:
                 serve.shutdown()  # or later applications of others would have no proxies
+
+        _while_there_is_a_cluster(delete)
+
+
+def _while_there_is_a_cluster(call: Callable[[], object]) -> None:
+    """Call something of Ray, which waits for a minute if the head of the cluster has ended.
+
+    It has if a signal to stop went to Ray's processes too, as a service manager sends it.
+    """
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+
+    def try_to() -> None:
+        with suppress(Exception):  # the cluster may be gone
+            call()
+
+    calling = threading.Thread(target=try_to, daemon=True)
+    calling.start()
+    while calling.is_alive():
+        try:
+            socket.create_connection((host, int(port)), _SECONDS_TO_CONNECT).close()
+        except OSError:
+            return
+        calling.join(_SECONDS_TO_WATCH)
 
 
 def _reason(application: str) -> str:
