@@ -342,7 +342,7 @@ def rank_exchanges() -> str:
         Column("exchange", label("{exchange}"), right=False),
         *(
             Column(f"{side}x{side}, `{mode}`", cell("{ms:.1f}", image=side, mode=mode))
-            for mode in ("fp8", "weight-only")
+            for mode in ("fp8", "weight-only", "int8")
             for side in (1024, 2048)
         ),
     ]

@@ -35,7 +35,7 @@ class PeerMemory {
   // The first byte, at a multiple of 512 bytes.
   void* data() const;
 
-  // Rows of bytes on this device, or in this memory.
+  // The size of rows of bytes.
   struct Rows {
     std::size_t width;  // bytes of a row
     std::size_t count;
@@ -53,9 +53,9 @@ class PeerMemory {
   // or on one that it has waited for, is here then. All ranks make the same number of calls, and a
   // rank's calls run one after another.
   //
-  // Nothing keeps a rank from writing to what another one still reads: work that reads what came
-  // must be in the stream before the rank's next barrier, and what is sent after a barrier must not
-  // go to a range that was read between it and the barrier before.
+  // Nothing keeps a rank from writing to what another one still reads. Before a rank sends to a
+  // range again, it must have passed a barrier that every rank came to after its work that reads
+  // the range.
   //
   // Throws InvalidArgument for a rank that is not open.
   void barrier(CudaStream stream);

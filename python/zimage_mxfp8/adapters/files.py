@@ -171,7 +171,7 @@ def open_adapter(
 
     settings = Settings(metadata or {})
     flag = loads.get(RANK_SCALED_FLAG)
-    rank_scaled = settings.rank_scaled or (flag is not None and bool(flag().any()))
+    rank_scaled = settings.rank_scaled or (flag is not None and _is_set(label, flag()))
     names: dict[tuple[str, str], dict[Role, str]] = {}
     unmatched, text_encoder = [], []
     for name in loads:
@@ -276,6 +276,15 @@ def _number(value: Any) -> float | None:
         return float(value) if isinstance(value, (int, float)) else None
     except OverflowError:  # JSON has integers of any size
         return math.inf
+
+
+def _is_set(label: str, flag: Matrix) -> bool:
+    if flag.size != 1:
+        raise CheckpointError(
+            f'{label}: "{RANK_SCALED_FLAG}" has {flag.size:,} numbers, and is one in every adapter',
+            "export the adapter again",
+        )
+    return bool(flag.any())
 
 
 def _is_zero(alpha: Matrix) -> bool:

@@ -35,7 +35,8 @@ Role = Literal[
     "unsupported",
 ]
 
-# Of a whole file, as a fork of musubi-tuner writes them. Tensors tell what the second does.
+# Of a whole file, as a fork of musubi-tuner writes them. The second adds nothing to what the
+# names of the tensors say.
 RANK_SCALED_FLAG = "use_rslora_flag"
 FLAGS = (RANK_SCALED_FLAG, "use_dora_flag")
 

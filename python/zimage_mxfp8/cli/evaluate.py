@@ -116,7 +116,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         metavar="X",
         help="fail if the relative squared error of any weight matrix against B's is higher, or if "
         f"one has no counterpart; none: any error (default: {DEFAULT_MAX_WEIGHT_ERROR:g}, which "
-        "8 bits stay below, and 4 bits do not)",
+        "files that this package makes of B stay below, and 4 bits do not)",
     )
     add_device_and_dtype(parser)
     add_overwrite(parser)

@@ -63,22 +63,3 @@ class FusedAdapter(Adapter):
     def addend(self, x: Any) -> LowRankAddend:
         """Return the branch for the layer's input [M, K], which is in the layer's own format."""
         raise NotImplementedError
-
-    def part(self, rows: slice) -> FusedAdapter:
-        """Return the branch of some rows of the layer's weights."""
-        return _PartOfAdapter(self, rows)
-
-
-class _PartOfAdapter(FusedAdapter):
-    def __init__(self, whole: FusedAdapter, rows: slice) -> None:
-        super().__init__()
-        self.rank = whole.rank
-        self._whole = whole
-        self._rows = rows
-
-    def addend(self, x: Any) -> LowRankAddend:
-        found = self._whole.addend(x)
-        return LowRankAddend(found.x, found.u[self._rows])
-
-    def workspace_nbytes(self, tokens: int) -> int:
-        return self._whole.workspace_nbytes(tokens)

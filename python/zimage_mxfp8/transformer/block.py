@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..ops.fused import ActivationFormat
+from ..zimage.constants import HEAD_DIM
 from . import ops
 from .attention import attend
 from .epilogue import RotateHeads, SiluMultiply
@@ -169,8 +170,8 @@ class Block(nn.Module):
         return RotateHeads(self.q_norm, self.k_norm, part.rotations, q_heads, k_heads)
 
     def _attend_across(self, h: Activation, part: Segment, shares: Shares) -> torch.Tensor:
-        """Compute keys and values first, so that they are on their way while queries are."""
-        heads, width = self._heads, len(self.attention_norm1)
+        """Compute keys and values before queries if possible, as they have to be sent."""
+        heads, width = self._heads, self._heads * HEAD_DIM
         kv, q = self.qkv.part(slice(width, 3 * width)), self.qkv.part(slice(width))
         if kv is None or q is None:
             qkv = self._qkv(h, part)

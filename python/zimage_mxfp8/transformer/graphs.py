@@ -36,16 +36,23 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+_capturing = threading.Lock()
+
+
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep Python from freeing graphs of models that are garbage, which would end a capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    """Keep Python from freeing graphs of models that are garbage, which would end a capture.
+
+    One capture at a time, because the switch is of the whole process.
+    """
+    with _capturing:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 class GraphCache:

@@ -95,15 +95,15 @@ class Linear(nn.Module):
             rows: of the weights, [begin, end), both multiples of 128.
 
         Returns:
-            None if the columns cannot be computed alone, or hooks expect the whole result.
+            None if there is an adapter, hooks expect the whole result, or such weights have no
+            parts.
         """
-        fused = self._fused_adapter
-        if self.adapter is not fused or self._forward_hooks or self._forward_pre_hooks:
+        has_hooks = self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__
+        if self.adapter is not None or has_hooks:
             return None
         part = self._part(rows)
         if part is not None:
             part.is_in_range = self.is_in_range
-            part.adapter = None if fused is None else fused.part(rows)
         return part
 
     @property
@@ -134,7 +134,7 @@ class Linear(nn.Module):
         raise NotImplementedError
 
     def _part(self, rows: slice) -> Linear | None:  # noqa: ARG002 - for subclasses
-        """Return a layer of some rows of the weights, without an adapter; see `part`."""
+        """Return a layer of some rows of the weights, see `part`."""
         return None
 
     def _gemm(self, x: Any) -> torch.Tensor:
@@ -239,6 +239,10 @@ class _MXFP8Linear(Linear):
         """[N, K], with padding to multiples of 32 of both."""
         return MXFP8Array(self.codes, self.scales, self._shape)
 
+    def _rows(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and scales of multiples of 128 rows, a row of tiles of scales each."""
+        return self.codes[rows], self.scales[rows]
+
 
 class WeightOnlyLinear(_MXFP8Linear):
     """A layer that decodes its weights exactly, with activations that are not quantised."""
@@ -257,8 +261,7 @@ class WeightOnlyLinear(_MXFP8Linear):
         )
 
     def _part(self, rows: slice) -> WeightOnlyLinear:
-        # Scales of 128 rows, a row of tiles, are adjacent.
-        codes, scales = self.codes[rows], self.scales[rows]
+        codes, scales = self._rows(rows)
         return WeightOnlyLinear(codes, scales, len(codes), self.dtype)
 
     def _gemm_low_rank(self, x: torch.Tensor, addend: LowRankAddend) -> torch.Tensor:
@@ -290,6 +293,10 @@ class BlockScaledLinear(_MXFP8Linear):
     ) -> None:
         super().__init__(codes, scales, n, dtype)
         self._emulated = emulated
+
+    def _part(self, rows: slice) -> BlockScaledLinear:
+        codes, scales = self._rows(rows)
+        return BlockScaledLinear(codes, scales, len(codes), self.dtype, self._emulated)
 
     def _gemm(self, x: MXFP8Array) -> torch.Tensor:
         a = MXFP8Array(x.codes, x.scales, (x.shape[0], self._shape[1]))

@@ -242,7 +242,7 @@ def rotate_heads(
     turns = torch.view_as_complex(rotations)[:, None, :]
     for rows in _tiles(matrix):
         heads = matrix[rows].unflatten(1, (-1, HEAD_DIM))
-        q, k, _ = heads.tensor_split((q_heads, q_heads + k_heads), dim=1)
+        q, k, _ = heads.split((q_heads, k_heads, heads.shape[1] - q_heads - k_heads), dim=1)
         for part, weight in ((q, q_weight), (k, k_weight)):
             pairs = torch.view_as_complex(_rms_norm(part, weight).unflatten(-1, (-1, 2)))
             part.copy_(torch.view_as_real(pairs * turns[rows]).flatten(-2))

@@ -14,6 +14,7 @@ from helpers.checkpoints import change, random_tensors
 from zimage_mxfp8.analysis.evaluate import weights as module
 from zimage_mxfp8.analysis.evaluate.thresholds import DEFAULT_MAX_WEIGHT_ERROR
 from zimage_mxfp8.analysis.evaluate.weights import WeightComparison, compare_weights
+from zimage_mxfp8.analysis.evaluate.wording import weight_failures
 from zimage_mxfp8.streaming.jobs import Progress
 from zimage_mxfp8.transformer.model_file import open_model
 from zimage_mxfp8.zimage.layers import zimage_shapes
@@ -133,6 +134,18 @@ def test_the_default_threshold_is_above_the_largest_error_of_e4m3(
     assert worst is not None and worst.a_format == "MXFP8"
     assert worst.relative_squared_error == pytest.approx(1 / 17**2)
     assert DEFAULT_MAX_WEIGHT_ERROR > 1 / 17**2
+
+
+def test_nan_is_the_worst_error(folder: Path, tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor], _: object) -> None:
+        tensors["layers.0.attention.out.weight"][3, 4] = math.nan
+        tensors["layers.1.attention.out.weight"].zero_()  # a relative error of 1
+
+    change(folder / "bf16.safetensors", tmp_path / "damaged.safetensors", damage)
+    (tmp_path / "bf16.safetensors").symlink_to(folder / "bf16.safetensors")
+    found = compared(tmp_path, "damaged", "bf16")
+    (failure,) = weight_failures(found, 100.0)
+    assert "layers.0.attention.out.weight is nan, above 100" in failure
 
 
 def test_a_matrix_of_zeros_in_b(folder: Path, tmp_path: Path) -> None:

@@ -152,12 +152,11 @@ def test_steps_end_at_the_image() -> None:
 
 @pytest.mark.parametrize(("dim", "width"), [(128, 341), (384, 1024)])
 def test_widths_of_feed_forwards(dim: int, width: int) -> None:
-    """The shipped model's is a multiple of nothing; that of 384 channels is aligned for MXFP8."""
+    """341 is a multiple of neither 8 nor 32, and 1024 of both."""
     state = transformer.make_transformer(dim).state_dict()
     shapes = {tuple(state[name].shape) for name in state if name.endswith("feed_forward.w1.weight")}
     turned = {tuple(state[name].shape) for name in state if name.endswith("feed_forward.w2.weight")}
     assert shapes == {(width, dim)} and turned == {(dim, width)}
-    assert (width % 32 == 0) == (dim == 384) and dim % 32 == 0
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,12 @@ class WeightComparison:
     def worst(self) -> LayerDifference | None:
         """The matrix with the largest relative squared error; None if none can be compared."""
         compared = [layer for layer in self.layers if layer.squared_error is not None]
-        return max(compared, key=lambda layer: layer.relative_squared_error or 0.0, default=None)
+
+        def error(layer: LayerDifference) -> float:
+            found = layer.relative_squared_error or 0.0
+            return math.inf if math.isnan(found) else found
+
+        return max(compared, key=error, default=None)
 
     @property
     def not_comparable(self) -> tuple[LayerDifference, ...]:

@@ -46,8 +46,8 @@ def weight_failures(weights: WeightComparison, limit: float) -> list[str]:
     """Return clauses about the weights that a threshold of their error does not let pass."""
     found = []
     worst = weights.worst
-    if worst is not None and (error := worst.relative_squared_error or 0.0) > limit:
-        found.append(f"the relative squared error of {worst.name} is {error:.2g}, above {limit:g}")
+    if worst is not None and not (error := worst.relative_squared_error or 0.0) <= limit:
+        found.append(f"the relative squared error of {worst.name} is {error:.4g}, above {limit:g}")
     if missing := weights.not_comparable:
         count = plural(len(missing), "weight matrix", "weight matrices")
         have = "has" if len(missing) == 1 else "have"

@@ -116,6 +116,9 @@ def _add_link(page: Path, report: str, address: str) -> None:
         if (found := _NAVIGATION.search(content)) is None or old not in found[0]:
             return
         changed = found[0].replace(old, new)
+        now = page.stat()
+        if (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
+            return  # another command has just written it
         write_file(
             page, content[: found.start()] + changed + content[found.end() :], overwrite=True
         )

@@ -18,9 +18,9 @@ from .shares import Shares
 class SharedAttention:
     """The softmax attention of each item over its own tokens, which ranks share.
 
-    Keys and values are gathered from its beginning on, while queries are computed. The heads are
-    two groups: the attention of the first is computed while those of the second are gathered.
-    Numbers of tokens may differ from rank to rank.
+    Keys and values are gathered from its beginning on, so that queries can be computed meanwhile.
+    The heads are two groups: the attention of the first is computed while those of the second are
+    gathered. Numbers of tokens may differ from rank to rank.
     """
 
     def __init__(

@@ -92,16 +92,18 @@ class PeerMemory:
         # last and first call may take the same half, all ranks wait for each other anyway.
         self._turn = 1 - self._turn
         offset = self._turn * (buffer.nbytes // 2)
+        # The parts are in use until the last event, which the caller's stream waits for. After an
+        # error the ranks end, so that it does not matter what is sent then.
         self._copying.wait_stream(torch.cuda.current_stream(self._device))
         arrivals: list[_Arrival] = []
         for part, shape, nbytes in zip(parts, shapes, sizes, strict=True):
             whole = buffer.view(offset, shape, part.dtype)
             copy_own = partial(_copy, part, whole[begin : begin + counts[self._rank]])
+            row_nbytes = math.prod(shape[1:]) * part.itemsize
+            self._send(buffer, part, offset + begin * row_nbytes)
             if arrivals:
                 with torch.cuda.stream(self._copying):
                     copy_own()
-            row_nbytes = math.prod(shape[1:]) * part.itemsize
-            self._send(buffer, part, offset + begin * row_nbytes)
             arrivals.append(_Arrival(whole, copy_own, self._copying.record_event()))
             offset += nbytes
         return self._in_turn(arrivals)
@@ -140,8 +142,8 @@ class PeerMemory:
 
     @functools.cached_property
     def _copying(self) -> torch.cuda.Stream:
-        # One: on an H200 copies of two streams ran one after another, with the barrier last. Of
-        # high priority, so that signals do not wait for the end of a long kernel's blocks.
+        # One, as two gained nothing on an H200. Of high priority, so that signals do not wait for
+        # the end of a long kernel's blocks.
         return torch.cuda.Stream(self._device, priority=-1)
 
     def _reserve(self, nbytes: int) -> bool:
