@@ -284,6 +284,8 @@ def _is_set(label: str, flag: Matrix) -> bool:
             f'{label}: "{RANK_SCALED_FLAG}" has {flag.size:,} numbers, and is one in every adapter',
             "export the adapter again",
         )
+    if np.isnan(flag).any():
+        raise CheckpointError(f'{label}: "{RANK_SCALED_FLAG}" is NaN', "export the adapter again")
     return bool(flag.any())
 
 
@@ -330,7 +332,7 @@ def _of_array(label: str, name: str, array: Any) -> Load:
         dtype = str(array.dtype).removeprefix("torch.")
         number = dtype in _INTEGERS.values() and math.prod(array.shape) == 1
         if dtype not in _ARRAY_DTYPES and not number:
-            raise _wrong_dtype(label, name, dtype)
+            raise _wrong_dtype(label, name, dtype, tuple(array.shape))
         if getattr(array, "is_meta", False) or getattr(array, "is_sparse", False):
             raise CheckpointError(
                 f'{label}: tensor "{name}" has no dense data; give it as a dense tensor'
@@ -358,13 +360,19 @@ def _of_file(label: str, tensor: SourceTensor) -> Load:
         with TensorReader() as reader:
             values = read_float32(tensor, reader)
         if values is None:
-            raise _wrong_dtype(label, tensor.name, tensor.dtype)
+            raise _wrong_dtype(label, tensor.name, tensor.dtype, tensor.shape)
         return values
 
     return load
 
 
-def _wrong_dtype(label: str, name: str, dtype: str) -> CheckpointError:
+def _wrong_dtype(label: str, name: str, dtype: str, shape: Shape) -> CheckpointError:
+    if dtype in (*_INTEGERS, *_INTEGERS.values()):
+        return CheckpointError(
+            f'{label}: tensor "{name}" is {dtype} {list(shape)}, and only single numbers are '
+            "integers in adapters",
+            "export it in F32 or BF16",
+        )
     return CheckpointError(
         f'{label}: tensor "{name}" has dtype {dtype}, and adapters are read in F64, F32, BF16 and '
         "F16",

@@ -53,6 +53,7 @@ def check_target_folder(target: Path, own: Collection[str], *, overwrite: bool) 
         found = sorted(path.name for path in final.iterdir())
     except OSError as error:
         raise _failure(target, error) from None
+    found = [name for name in found if not name.endswith(PARTIAL_SUFFIX)]  # of ended processes
     if others := [name for name in found if name not in own]:
         raise OutputError(
             f"the output {target} has other content ({others[0]}), which would be lost; move it "

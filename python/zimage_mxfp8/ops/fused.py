@@ -89,7 +89,7 @@ def as_heads(heads: Any, name: str) -> int:
     """Check and return a number of heads."""
     count = as_whole(heads, name)
     if not 0 <= count < 2**20:
-        raise InvalidArgumentError(f"{name} must be 0 or more")
+        raise InvalidArgumentError(f"{name} must be 0 to {2**20 - 1}, not {count}")
     return count
 
 

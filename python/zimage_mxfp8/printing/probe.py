@@ -45,8 +45,8 @@ def print_probe(report: ProbeReport, screen: Screen) -> None:
     counts = ", ".join(f"{effective.count(kind)} {kind}" for kind in ("*KEEP*", "FP8", "NVFP4"))
     screen.text(
         f"{counts}. Scores from {report.thresholds.fp8:.4f} on mean FP8, from "
-        f"{report.thresholds.keep:.4f} on they are kept. Convert writes MXFP8 for FP8 and NVFP4 "
-        "alike."
+        f"{report.thresholds.keep:.4f} on they are kept, unless their layer type is demoted. "
+        "Convert writes MXFP8 for FP8 and NVFP4 alike."
     )
     if report.exclude_layers is None:
         screen.line("No weight is worth keeping by these rules: there is nothing to exclude.")

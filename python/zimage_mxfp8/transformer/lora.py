@@ -155,8 +155,15 @@ class LoraSet:
 
     @property
     def listed(self) -> dict[str, Lora]:
-        """The adapters by name, without fused ones that were unloaded since."""
-        return {name: x for name, x in self._loaded.items() if name not in self._kept}
+        """The adapters by name, without fused ones that were unloaded since.
+
+        Those that are switched off have the weight 0.
+        """
+        return {
+            name: replace(x, weight=0.0) if name in self._off else x
+            for name, x in self._loaded.items()
+            if name not in self._kept
+        }
 
     @property
     def fused(self) -> list[str]:
@@ -298,7 +305,9 @@ class LoraSet:
             return next(x for i in itertools.count() if (x := f"lora{i}") not in self._loaded)
         checks.text("name", name)
         if name in self._loaded:
-            raise UsageError("name", f'"{name}" is taken by another adapter', "choose another")
+            raise UsageError(
+                "name", f'"{name}" is taken by another adapter', "choose another, or unload it"
+            )
         return name
 
     def _known(self, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -79,7 +80,10 @@ BAD: dict[str, tuple[Tensors, tuple[str, ...]]] = {
         },
         ("two tensors for one place", ".default.weight", ".other.weight"),
     ),
-    "integers": (pair() | {A: torch.ones(4, 256, dtype=torch.int32)}, (A, "dtype I32", "F16")),
+    "integers": (
+        pair() | {A: torch.ones(4, 256, dtype=torch.int32)},
+        (A, "I32 [4, 256], and only single numbers", "F32"),
+    ),
     "FP8": (pair() | {A: torch.ones(4, 256).to(torch.float8_e4m3fn)}, (A, "dtype F8_E4M3")),
     "OFT": ({f"{STEM}.oft_blocks": torch.zeros(4, 64, 64)}, ("is OFT", "oft_blocks")),
     "GLoRA": ({f"{STEM}.a1.weight": torch.ones(4, 256)} | pair(), ("is GLoRA", "a1.weight")),
@@ -87,7 +91,11 @@ BAD: dict[str, tuple[Tensors, tuple[str, ...]]] = {
         pair() | {f"{STEM}.reshape_weight": torch.tensor([256, 300])},
         ("is an adapter of a weight of another shape", "reshape_weight"),
     ),
-    "flag": (pair() | {"use_rslora_flag": torch.ones(2, dtype=torch.bool)}, ("dtype BOOL",)),
+    "flag": (
+        pair() | {"use_rslora_flag": torch.ones(2, dtype=torch.bool)},
+        ("BOOL [2], and only single numbers",),
+    ),
+    "flag NaN": (pair() | {"use_rslora_flag": torch.tensor(math.nan)}, ("flag", "is NaN")),
     "Tucker": (pair() | {f"{STEM}.lora_mid.weight": torch.ones(4, 4)}, ("Tucker",)),
     "Flux": (
         pair(stem="lora_unet_double_blocks_0_img_attn_qkv"),

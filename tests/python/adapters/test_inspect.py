@@ -220,7 +220,7 @@ CHANGES = {
     "two alphas": ({ALPHA: torch.ones(2)}, "has an alpha of shape [2]"),
     "an alpha in a matrix": ({ALPHA: torch.ones(1, 1, dtype=torch.int64)}, ""),
     "a convolution": ({A: torch.ones(2, 3840, 1, 1)}, "has down of shape [2, 3840, 1, 1]"),
-    "integers": ({A: torch.ones(2, 3840, dtype=torch.int8)}, "has dtype I8"),
+    "integers": ({A: torch.ones(2, 3840, dtype=torch.int8)}, "is I8 [2, 3840]"),
     "many axes": ({f"{STEM}.diff": torch.ones([1] * 63)}, "has 63 axes"),
     "a long side": ({A: torch.ones(0, 1 << 40)}, "the longest of 1,099,511,627,776"),
     "a number": ({f"{STEM[:-1]}k.diff": torch.ones(())}, "has diff of shape [], which is not"),

@@ -535,7 +535,8 @@ def test_damaged_files_fail(
     assert result.returncode == 1
     layer = "|".join(SWAPPED) if damage is corrupt_scales else ".+"
     assert re.search(
-        rf"error: the relative squared error of (?:{layer})\.weight is [\d.]+, above 0\.005$",
+        rf"error: the relative squared error of (?:{layer})\.weight is [\d.]+, above 0\.005, "
+        r"and that of \d+ other(?:s| weight matrix) too$",
         result.stderr.splitlines()[-1],
     )
     if damage is corrupt_scales:  # which nothing but the images or the original can show
@@ -620,6 +621,11 @@ def test_every_threshold_is_named() -> None:
         "the mean SSIM is 0.8000, below 0.9",
         "the mean FLIP is 0.3000, above 0.1",
         "the relative squared error of b.weight is 0.02, above 0.015",
+    )
+    both = replace(found, thresholds=Thresholds(max_weight_error=0.005))
+    assert both.failures == (
+        "the relative squared error of b.weight is 0.02, above 0.005, and that of 1 other weight "
+        "matrix too",
     )
     assert replace(found, thresholds=Thresholds(20, 0.8, 0.3, 0.02)).ok
     assert "No threshold was given." in str(

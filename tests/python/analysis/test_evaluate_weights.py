@@ -148,6 +148,19 @@ def test_nan_is_the_worst_error(folder: Path, tmp_path: Path) -> None:
     assert "layers.0.attention.out.weight is nan, above 100" in failure
 
 
+def test_numbers_whose_squares_float32_does_not_hold(folder: Path, tmp_path: Path) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor], _: object) -> None:
+        tensors["layers.0.attention.out.weight"][3, 4] = 2.0**127
+
+    change(folder / "bf16.safetensors", tmp_path / "large.safetensors", enlarge)
+    (tmp_path / "bf16.safetensors").symlink_to(folder / "bf16.safetensors")
+    layers = {x.name: x for x in compared(tmp_path, "large", "bf16").layers}
+    changed = layers["layers.0.attention.out.weight"]
+    assert changed.squared_error == pytest.approx(2.0**254)
+    layers = {x.name: x for x in compared(tmp_path, "bf16", "large").layers}
+    assert layers[changed.name].relative_squared_error == pytest.approx(1)
+
+
 def test_a_matrix_of_zeros_in_b(folder: Path, tmp_path: Path) -> None:
     def clear(tensors: dict[str, torch.Tensor], _: object) -> None:
         tensors["layers.0.attention.out.weight"].zero_()

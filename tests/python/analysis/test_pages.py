@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import math
+import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -748,6 +750,14 @@ def test_pages_beside_a_new_one_link_to_it(tmp_path: Path) -> None:
     assert re.sub("<nav.*?</nav>", "", after) == re.sub("<nav.*?</nav>", "", before)
     assert probe.stat().st_mode & 0o777 == 0o640
     only(tmp_path, "probe.html", "compare.html", first.name, second.name)
+    shutil.rmtree(first)  # a link to nothing is replaced
+    link_from_above(second)
+    assert links_of(probe)["evaluate"] == "second/evaluate.html"
+    newest = tmp_path / "a newer one"
+    newest.mkdir()
+    (newest / "evaluate.html").write_text(plain_page("evaluate"))
+    os.utime(second / "evaluate.html", (0, 0))
+    assert links_beside(probe)["evaluate"] == "a newer one/evaluate.html"
 
 
 def test_other_files_beside_a_new_page_stay_as_they_are(
@@ -757,7 +767,7 @@ def test_other_files_beside_a_new_page_stay_as_they_are(
     navigation = page[page.index("<nav") : page.index("</nav>")]
     foreign = {
         "probe.html": page.replace('class="brand">zimage-mxfp8', 'class="brand">other').encode(),
-        "sensitivity.html": navigation.encode(),  # cut off
+        "sensitivity.html": navigation.encode() * 10_000,  # cut off
         "evaluate.html": b"\xff",
     }
     for name, content in foreign.items():

@@ -59,6 +59,13 @@ def test_a_folder_with_other_content_is_never_replaced(tmp_path: Path) -> None:
     assert content(tmp_path / "home") == {"thesis.tex": b"years of work"}
 
 
+def test_what_a_killed_process_left_is_no_content(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    (tmp_path / "out" / f".a.txt{PARTIAL_SUFFIX}").touch()
+    write(tmp_path / "out", files=[("a.txt", b"second")], overwrite=True)
+    assert content(tmp_path / "out") == {"a.txt": b"second"}
+
+
 def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
     def failing() -> Iterator[tuple[str, bytes]]:
         yield FILES[0]

@@ -77,7 +77,7 @@ ROTATIONS = torch.ones(4, 64, 2)
         ),
         (
             lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, -1, 2),
-            "q_heads must be 0 or more",
+            "q_heads must be 0 to 1048575, not -1",
         ),
         (
             lambda: fused.rotate_heads(QKV, HEAD, HEAD, ROTATIONS, 2, 2.0),

@@ -54,7 +54,7 @@ def _page(report: EvaluationReport, pairs: Pairs, origin: Origin) -> str:
             report="evaluate",
             title=f"Images of {base_name(report.a.path)}",
             question=f"How far are the images of A, {base_name(report.a.path)}, from those of B, "
-            f"{report.b.path}, at the same prompts and seeds?",
+            f"{base_name(report.b.path)}, at the same prompts and seeds?",
             facts=_facts(report),
             tiles=_tiles(report),
             sections=[

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ...checkpoint.quantization import WEIGHT_SUFFIX
 from ...checkpoint.quantized_layers import QuantizedLayer
@@ -96,6 +97,11 @@ class WeightComparison:
             return math.inf if math.isnan(found) else found
 
         return max(compared, key=error, default=None)
+
+    def above(self, limit: float) -> int:
+        """Return how many matrices have a relative squared error above a limit, or NaN."""
+        errors = [layer.relative_squared_error for layer in self.layers]
+        return sum(error is not None and not error <= limit for error in errors)
 
     @property
     def not_comparable(self) -> tuple[LayerDifference, ...]:
@@ -193,14 +199,22 @@ def _jobs(
         def run(worker: Worker) -> None:
             found = decode_rows(worker, a, begin, end, "a")
             wanted = decode_rows(worker, b, begin, end, "b")
-            signal = sum_of_squares(wanted)
-            np.subtract(found, wanted, out=found)
-            sums[name, begin] = sum_of_squares(found), signal
+            signal = _squares(wanted)
+            with np.errstate(over="ignore"):  # then the error is infinite
+                np.subtract(found, wanted, out=found)
+            sums[name, begin] = _squares(found), signal
 
         share = (_nbytes(a) + _nbytes(b)) * (end - begin) // rows
         return Job(name, share, run)
 
     return [job(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _squares(values: npt.NDArray[np.float32]) -> float:
+    total = sum_of_squares(values)
+    if math.isfinite(total):
+        return total
+    return float(np.square(values, dtype=np.float64).sum())  # some are beyond float32's range
 
 
 def _nbytes(matrix: SourceTensor | QuantizedLayer) -> int:

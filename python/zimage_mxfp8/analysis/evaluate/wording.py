@@ -45,9 +45,14 @@ def formats_text(formats: Counter[str]) -> str:
 def weight_failures(weights: WeightComparison, limit: float) -> list[str]:
     """Return clauses about the weights that a threshold of their error does not let pass."""
     found = []
-    worst = weights.worst
-    if worst is not None and not (error := worst.relative_squared_error or 0.0) <= limit:
-        found.append(f"the relative squared error of {worst.name} is {error:.4g}, above {limit:g}")
+    worst, above = weights.worst, weights.above(limit)
+    if worst is not None and above:
+        found.append(
+            f"the relative squared error of {worst.name} is {worst.relative_squared_error:.4g}, "
+            f"above {limit:g}"
+        )
+        if above > 1:
+            found[-1] += f", and that of {plural(above - 1, 'other weight matrix', 'others')} too"
     if missing := weights.not_comparable:
         count = plural(len(missing), "weight matrix", "weight matrices")
         have = "has" if len(missing) == 1 else "have"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from stat import S_IMODE
 from typing import Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 from ...checkpoint.output import write_file
 from ...errors import OutputError
@@ -18,7 +18,8 @@ from .markup import element, text
 _WITH_FOLDER = "evaluate"  # the report that is a folder
 REPORTS: Final = ("probe", "compare", "sensitivity", "evaluate")  # commands that write a page
 _BRAND = element("span", "zimage-mxfp8", class_="brand")
-_NAVIGATION = re.compile(f'<nav aria-label="Reports">{re.escape(_BRAND)}.*?</nav>'.encode())
+_BEGIN, _END = f'<nav aria-label="Reports">{_BRAND}'.encode(), b"</nav>"
+_LONGEST = 16 << 10  # bytes of a navigation, with long names of folders
 _LARGEST = 4 << 20  # bytes; pages are smaller
 
 
@@ -56,9 +57,8 @@ def links_beside(page: Path) -> dict[str, str]:
         page: the page that will be written; it is not linked itself.
     """
     names = {report: f"{report}.html" for report in REPORTS}
-    folders = sorted(_evaluations(page.absolute().parent))
-    if folders:
-        names[_WITH_FOLDER] = f"{folders[0].parent.name}/{names[_WITH_FOLDER]}"
+    if evaluations := _evaluations(page.absolute().parent):
+        names[_WITH_FOLDER] = f"{evaluations[-1].parent.name}/{names[_WITH_FOLDER]}"
     return {
         report: name
         for report, name in names.items()
@@ -72,8 +72,13 @@ def links_above(folder: Path) -> dict[str, str]:
     return {report: f"../{name}" for report, name in beside.items() if report != _WITH_FOLDER}
 
 
-def _evaluations(folder: Path) -> Iterator[Path]:
-    return folder.glob(f"*/{_WITH_FOLDER}.html")
+def _evaluations(folder: Path) -> list[Path]:
+    """Return the pages of `evaluate` in folders of a folder, the newest last."""
+    try:
+        found = [(page.stat().st_mtime_ns, page) for page in folder.glob(f"*/{_WITH_FOLDER}.html")]
+    except OSError:
+        return []
+    return [page for _, page in sorted(found)]
 
 
 def link_from_beside(page: Path) -> None:
@@ -112,14 +117,26 @@ def _add_link(page: Path, report: str, address: str) -> None:
         if (before := page.stat()).st_size > _LARGEST:
             return
         content = page.read_bytes()
-        old, new = _missing(report).encode(), _link(report, address).encode()
-        if (found := _NAVIGATION.search(content)) is None or old not in found[0]:
+        begin = content.find(_BEGIN)
+        end = content.find(_END, begin, begin + _LONGEST)
+        if begin < 0 or end < 0:
             return
-        changed = found[0].replace(old, new)
+        navigation = content[begin:end]
+        changed = _with_link(page.parent, navigation, report, address)
         now = page.stat()
-        if (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
-            return  # another command has just written it
-        write_file(
-            page, content[: found.start()] + changed + content[found.end() :], overwrite=True
-        )
+        was_replaced = (now.st_ino, now.st_mtime_ns) != (before.st_ino, before.st_mtime_ns)
+        if changed == navigation or was_replaced:
+            return
+        write_file(page, content[:begin] + changed + content[end:], overwrite=True)
         page.chmod(S_IMODE(before.st_mode))
+
+
+def _with_link(folder: Path, navigation: bytes, report: str, address: str) -> bytes:
+    """Return a navigation with a link in place of a name without one, or of a link to nothing."""
+    new = _link(report, address).encode()
+    link = re.compile(rb'<a href="([^"]*)">' + re.escape(text(report)).encode() + rb"</a>")
+    if (found := link.search(navigation)) is not None:
+        if (folder / os.fsdecode(unquote_to_bytes(found[1]))).exists():
+            return navigation
+        return navigation[: found.start()] + new + navigation[found.end() :]
+    return navigation.replace(_missing(report).encode(), new)

@@ -91,9 +91,12 @@ def _portable(source: Any) -> Any:
         return Path(source).absolute()
     if not isinstance(source, Mapping):
         return source
+    # A tensor without data is sent as it is, for its error.
     return {
         # Cloned, because a view would be sent with all of the memory that it shows a part of.
-        key: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+        key: value.detach().cpu().clone()
+        if isinstance(value, torch.Tensor) and not value.is_meta
+        else value
         for key, value in source.items()
     }
 
