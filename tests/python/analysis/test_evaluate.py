@@ -579,14 +579,19 @@ def test_the_tile_of_the_weights_has_the_verdict(report: zm.EvaluationReport) ->
             replace(report, thresholds=limits), [("a", "b")] * len(report.pairs)
         )
         (found,) = re.findall(
-            r'<article class="tile (\w+)"><h2>Squared error of the weights(.*?)</article>', page
+            r'<article class="tile (\w+)"><h2>Squared error of the worst weights(.*?)</article>',
+            page,
         )
         return " ".join(found).replace("<wbr>", "")
 
     errors = [layer.relative_squared_error or 0 for layer in report.weights.layers]
     name = report.weights.layers[errors.index(max(errors))].name
     assert tile(0.005).startswith("good")
-    assert f"worst {100 * max(errors):.4f} %, {name}; threshold 0.5 %; A: " in tile(0.005)
+    of_all = f"{100 * report.weights.relative_squared_error:.4f} %"
+    shown = re.sub("<.*?>", " ", tile(0.005))
+    assert re.search(
+        rf"{100 * max(errors):.4f} % +{name}; of all {of_all}; threshold 0.5 %;", shown
+    )
     assert tile(max(errors) * 0.99).startswith("bad")
     assert tile(None).startswith("none") and "no threshold" in tile(None)
 

@@ -976,7 +976,7 @@ def test_a_cut_column_is_noticed(browser: Browser, pages: dict[str, Path], tmp_p
 
 def test_names_are_shown_as_they_are(pages: dict[str, Path]) -> None:
     text = pages["probe"].read_text("utf-8")
-    assert "<title>Sensitivity of &lt;b&gt;&amp;.safetensors</title>" in text
+    assert "<title>Weights of &lt;b&gt;&amp;.safetensors that stand out</title>" in text
     assert "&#x27;&lt;i&gt;&#x27;" in text
     table = Table([Column("name"), Column("n", 1)], [["</script><i>", 2], ["\n", 1234.25]], "t")
     blocks = [Paragraph("a < b"), Copyable("<", ">"), table]

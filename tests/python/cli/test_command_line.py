@@ -344,7 +344,10 @@ def test_a_folder_by_its_path_alone(in_process: Run, model_folder: Path, path: s
     )
     assert result.returncode == 0, result.stderr
     assert "Z-Image-small" in (model_folder.parent / "r.toml").read_text()
-    assert "<title>Sensitivity of Z-Image-small<" in (model_folder.parent / "p.html").read_text()
+    assert (
+        "<title>Weights of Z-Image-small that stand out<"
+        in (model_folder.parent / "p.html").read_text()
+    )
     commands = [line for line in result.stdout.splitlines() if line.startswith("zimage-mxfp8")]
     assert len(commands) == 2
     for command, name in zip(commands, ("excluded", "r"), strict=True):

@@ -127,11 +127,11 @@ def _tiles(report: EvaluationReport) -> list[Tile]:
 def _weights_tile(report: EvaluationReport) -> Tile:
     weights = report.weights
     a, b = map(formats_text, weights.formats)
-    value = "equal" if weights.are_equal else _percent(weights.relative_squared_error)
-    notes = []
+    value, notes = "equal" if weights.are_equal else "not known", []
     verdict: Literal["none", "good", "bad"] = "none"
     if (worst := weights.worst) is not None and not weights.are_equal:
-        notes.append(f"worst {_percent(worst.relative_squared_error or 0.0)}, {worst.name}")
+        value = _percent(worst.relative_squared_error or 0.0)  # what the threshold is for
+        notes = [f"{worst.name}; of all {_percent(weights.relative_squared_error)}"]
     limit = report.thresholds.max_weight_error
     if limit is None:
         notes.append("no threshold")
@@ -139,7 +139,7 @@ def _weights_tile(report: EvaluationReport) -> Tile:
         notes.append(f"threshold {100 * limit:g} %")
         verdict = "bad" if weight_failures(weights, limit) else "good"
     notes.append(f"A: {a}; B: {b}")
-    return Tile("Squared error of the weights", value, "; ".join(notes), verdict)
+    return Tile("Squared error of the worst weights", value, "; ".join(notes), verdict)
 
 
 def _percent(share: float) -> str:

@@ -89,7 +89,7 @@ def probe_page(report: ProbeReport, origin: Origin = FROM_PROGRAM) -> str:
     return render_page(
         Page(
             report="probe",
-            title=f"Sensitivity of {base_name(report.path)}",
+            title=f"Weights of {base_name(report.path)} that stand out",
             question="Which weights stand out so much that they are worth keeping in BF16? The "
             "statistics of the weights answer, as in quant_probe; no image was drawn.",
             facts=_facts(report),
