@@ -224,6 +224,22 @@ def test_a_rank_that_is_killed_ends_the_call(file: Path) -> None:
     wait_until(lambda: not any(map(is_running, processes)))
 
 
+def test_ctrl_c_counts_while_a_rank_is_stopped(file: Path) -> None:
+    model = load(file, 2)
+    inputs = random_inputs([(16, 16)], [32])
+    model(*inputs)
+    (pid,) = pids(model)
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        model(*inputs)
+    timer.join()
+    with pytest.raises(zm.RankError, match="load it again"):
+        model(*inputs)
+    wait_until(lambda: not is_running(pid))
+
+
 def test_a_rank_that_is_killed_before_it_connects(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

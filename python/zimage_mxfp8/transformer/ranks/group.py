@@ -19,6 +19,7 @@ from .peer_memory import PeerMemory
 
 _c10d: Any = torch.distributed  # its classes are public, its type stubs incomplete
 _TIMEOUT = timedelta(minutes=10)  # of one exchange on the CPU: ranks wait for the slowest
+_SECONDS_BETWEEN_LOOKS = 0.0002  # at an exchange on the CPU
 _SECONDS_TO_ABORT = 0.5  # longer than NCCL takes to begin
 # Of torch's NCCL groups, read when one is made. Threads that watch a group then neither end the
 # whole program after an error, nor look for each other's errors in the store: a file store waits
@@ -147,7 +148,7 @@ class RankGroup:
             [count * size for count in received],
             [count * size for count in sent],
         )
-        work.wait()
+        self._finish(work)
         return out
 
     def gather_each(
@@ -194,7 +195,14 @@ class RankGroup:
 
     def broadcast_(self, x: torch.Tensor) -> None:
         """Replace x on every rank by rank 0's."""
-        self._backend.broadcast([x]).wait()
+        self._finish(self._backend.broadcast([x]))
+
+    def _finish(self, work: Any) -> None:
+        # On CUDA devices it is the stream that waits. On the CPU `wait` would keep Ctrl-C from
+        # Python, for minutes if another rank has stopped.
+        while self._device.type != "cuda" and not work.is_completed():
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        work.wait()
 
     def abort(self, seconds: float = _SECONDS_TO_ABORT) -> None:
         """End exchanges that wait for a rank that has died, on this rank.
