@@ -309,9 +309,21 @@ def validation_error(errors: Any) -> RequestError:
     param = where[0] if where else None
     if param is not None and not param.isidentifier():
         param = None  # a place in JSON that cannot be parsed
-    message = str(first["msg"])
-    sentence = f"{param}: {message}" if param else f"the body cannot be used: {message}"
+    sentence = f"{param}: {first['msg']}" if param else _about_body(first)
     return RequestError(400, "invalid_value", sentence, param)
+
+
+def _about_body(error: Any) -> str:
+    """Return the sentence for a body that cannot be used as a whole."""
+    wanted = "it must be a JSON object"
+    if error["type"] == "json_invalid":
+        place = f" at character {error['loc'][-1]}" if isinstance(error["loc"][-1], int) else ""
+        return f"the body is not valid JSON{place} ({error['ctx']['error']}); {wanted}"
+    if error["type"] == "missing":
+        return f"the body is empty; {wanted}"
+    if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return f"the body cannot be used; {wanted}"
+    return f"the body cannot be used: {error['msg']}"
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:

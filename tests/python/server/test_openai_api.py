@@ -187,6 +187,24 @@ def test_types_that_are_built_on_json(serve: Serve) -> None:
     assert "prompt" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"prompt": ', "is not valid JSON at character 11 (Expecting value)"),
+        (b"[1, 2]", "cannot be used"),
+        (b'"a fox"', "cannot be used"),
+        (b"", "is empty"),
+    ],
+)
+@pytest.mark.parametrize("route", [GENERATIONS, "/sdapi/v1/txt2img"])
+def test_a_body_that_is_no_object(serve: Serve, route: str, body: bytes, said: str) -> None:
+    answer = serve().post(route, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    document = answer.json()
+    message = document["detail"] if "detail" in document else document["error"]["message"]
+    assert message == f"the body {said}; it must be a JSON object"
+
+
 def test_a_lora_that_is_misspelt(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "watercolour.safetensors").touch()
     (tmp_path / "folder.safetensors").mkdir()
