@@ -7,6 +7,7 @@ import itertools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,32 @@ def some_adapters(reference) -> list[af.Written]:
             {n: x for n, x in every.items() if "attention" in n}, af.dotted(""), "none", 1.0
         ),
     ]
+
+
+def test_weights_change_in_the_memory_that_graphs_read(
+    quantized: Path, reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So they need no new CUDA graph; an adapter that is loaded or unloaded drops them all."""
+    model, drops = load(quantized), []
+    monkeypatch.setattr(model._graphs, "clear", lambda: drops.append("all"))
+
+    def captured() -> list[Any]:
+        adapters = [layer.adapter for layer in model._captured_linears]
+        buffers = [x for each in adapters if each is not None for x in each.buffers()]
+        return [*adapters, [(x.data_ptr(), x.shape) for x in buffers]]
+
+    first, second, _ = some_adapters(reference)
+    model.load_lora(first.tensors, "a", 0.5)
+    before, sample = captured(), model(*INPUTS).sample
+    assert len(drops) == 1 and any(before[:-1])
+    for change in ({"a": -2.0}, {}, {"a": {"attention": 0.25}}):
+        model.set_lora(change)
+        assert relative_error(model(*INPUTS).sample, sample) > 1e-3
+        assert captured() == before and len(drops) == 1
+    model.load_lora(second.tensors, "b")
+    assert len(drops) == 2
+    model.unload_lora("a")
+    assert len(drops) == 3
 
 
 def test_adapters_stack_and_weights_change_at_any_time(quantized: Path, reference) -> None:
