@@ -157,12 +157,16 @@ class LoraSet:
     def listed(self) -> dict[str, Lora]:
         """The adapters by name, without fused ones that were unloaded since.
 
-        Those that are switched off have the weight 0.
+        Those that are switched off have the weight that they had before.
         """
+        return {name: x for name, x in self._loaded.items() if name not in self._kept}
+
+    @property
+    def in_effect(self) -> dict[str, Lora]:
+        """The adapters of `listed`, those that are switched off with the weight 0."""
         return {
             name: replace(x, weight=0.0) if name in self._off else x
-            for name, x in self._loaded.items()
-            if name not in self._kept
+            for name, x in self.listed.items()
         }
 
     @property

@@ -432,8 +432,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
 
     @property
     def loras(self) -> dict[str, Lora]:
-        """The adapters that are loaded, by name."""
-        return self._loras.listed
+        """The adapters that are loaded, by name. Those that are switched off have the weight 0."""
+        return self._loras.in_effect
 
     def _adapters_change(self) -> None:
         self._graphs.clear()  # they hold layers without the branch

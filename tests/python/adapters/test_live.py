@@ -124,6 +124,8 @@ def test_weights_change_in_the_memory_that_graphs_read(
         assert captured() == before and len(drops) == 1
     model.load_lora(second.tensors, "b")
     assert len(drops) == 2
+    model.set_lora({"b": 0.5})
+    assert {name: each.weight for name, each in model.loras.items()} == {"a": 0.0, "b": 0.5}
     model.unload_lora("a")
     assert len(drops) == 3
 
