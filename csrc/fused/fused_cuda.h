@@ -4,7 +4,7 @@
 
 namespace zimage_mxfp8::detail {
 
-// Throws InvalidArgument unless `width` is whole heads, of which q and k have these first ones.
+// Throws InvalidArgument unless `width` is a number of whole heads, enough for those of q and k.
 void check_heads(std::int64_t width, const char* what, std::int64_t q_heads, std::int64_t k_heads);
 
 // The operations of fused.h with arguments that are checked, and at least one row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from ..text import plural
 from .arguments import (
@@ -14,6 +15,9 @@ from .arguments import (
     file_path,
     local_path,
 )
+
+if TYPE_CHECKING:
+    from ..analysis.pages.page import Origin
 
 
 def _fraction(text: str) -> float:
@@ -102,9 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..analysis.compare.outputs import CompareOutputs
     from ..analysis.compare.run import compare_weights
     from ..checkpoint.identify import open_for
-    from ..checkpoint.output import check_distinct, check_target, write_file
+    from ..checkpoint.output import check_distinct, check_target
     from ..printing.compare import print_compare
     from . import display
+    from .pages import write_page
 
     if arguments.html is not None:
         found = open_for(arguments.file, "analyse", any_model=arguments.any_model)
@@ -124,20 +129,18 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         progress=True,
     )
+
+    def page(origin: Origin) -> str:
+        from ..analysis.compare.page import compare_page
+
+        return compare_page(report, arguments.bound, origin)
+
     display.warn(report.warnings)
     try:
         display.show(report, print_compare, as_json=arguments.json)
     finally:  # also if nobody reads standard output any more
         outputs.write(report)
-        if arguments.html is not None:
-            from ..analysis.compare.page import compare_page
-            from ..analysis.pages.links import link_from_beside, links_beside
-            from ..analysis.pages.page import Origin
-
-            origin = Origin(arguments.command_line, links_beside(arguments.html))
-            content = compare_page(report, arguments.bound, origin).encode()
-            write_file(arguments.html, content, overwrite=arguments.overwrite)
-            link_from_beside(arguments.html)
+        write_page(arguments, page)
     kept, above = report.kept(arguments.bound), report.above(arguments.bound)
     for path, what in (
         (arguments.csv, f"the figures of {plural(len(report.layers), 'layer')}"),

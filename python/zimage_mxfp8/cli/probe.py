@@ -18,6 +18,7 @@ from .arguments import (
 from .next_commands import convert_command, convert_with_recipe
 
 if TYPE_CHECKING:
+    from ..analysis.pages.page import Origin
     from ..analysis.probe.run import ProbeReport
     from ..analysis.probe.scoring import ProbeRules
     from ..printing.screen import Screen
@@ -95,6 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..conversion.recipes import recipe_toml
     from ..printing.probe import print_probe
     from . import display
+    from .pages import write_page
 
     rules = _rules(arguments)
     outputs = {name: getattr(arguments, name) for name in ("csv", "html", "write_recipe")}
@@ -113,14 +115,12 @@ def run(arguments: argparse.Namespace) -> int:
             "the recipe that keeps them",
         ),
     ]
-    if arguments.html is not None:
-        from ..analysis.pages.links import link_from_beside, links_beside
-        from ..analysis.pages.page import Origin
+
+    def page(origin: Origin) -> str:
         from ..analysis.probe.page import probe_page
 
-        origin = Origin(arguments.command_line, links_beside(arguments.html))
-        page = probe_page(report, origin)
-        contents.append((arguments.html, page, "a page with a map and tables"))
+        return probe_page(report, origin)
+
     written = [(path, text, what) for path, text, what in contents if path is not None]
     try:
         if arguments.json:
@@ -132,10 +132,11 @@ def run(arguments: argparse.Namespace) -> int:
     finally:  # also if nobody reads standard output any more
         for path, text, _ in written:
             write_file(path, text.encode(), overwrite=arguments.overwrite)
-        if arguments.html is not None:
-            link_from_beside(arguments.html)
+        write_page(arguments, page)
     for path, _, what in written:
         display.wrote(path, what, as_json=arguments.json)
+    if arguments.html is not None:
+        display.wrote(arguments.html, "a page with a map and tables", as_json=arguments.json)
     return 0
 
 

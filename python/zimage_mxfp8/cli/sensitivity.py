@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..analysis.sensitivity.settings import MEASURED_MODES, check_settings
 from ..checks import text
@@ -18,6 +18,9 @@ from .models import add_device, add_dtype, keep_libraries_quiet
 from .next_commands import convert_with_recipe
 from .streams import report_line
 from .wording import CommandLineError
+
+if TYPE_CHECKING:
+    from ..analysis.pages.page import Origin
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], line: str) -> None:
@@ -99,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..printing.progress import analysis_bar
     from ..transformer.model_file import open_model
     from . import display
+    from .pages import write_page
 
     if bool(arguments.prompt) != bool(arguments.model_dir):
         raise CommandLineError(
@@ -147,6 +151,12 @@ def run(arguments: argparse.Namespace) -> int:
                 "convert refuses a recipe that keeps them all"
             ]
         )
+
+    def page(origin: Origin) -> str:
+        from ..analysis.sensitivity.page import sensitivity_page
+
+        return sensitivity_page(report, origin)
+
     try:
         if arguments.json:
             display.print_json(report.to_dict())
@@ -160,15 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.write_recipe:
             content = recipe_toml(sensitivity_recipe(report)).encode()
             write_file(arguments.write_recipe, content, overwrite=arguments.overwrite)
-        if arguments.html:
-            from ..analysis.pages.links import link_from_beside, links_beside
-            from ..analysis.pages.page import Origin
-            from ..analysis.sensitivity.page import sensitivity_page
-
-            origin = Origin(arguments.command_line, links_beside(arguments.html))
-            content = sensitivity_page(report, origin).encode()
-            write_file(arguments.html, content, overwrite=arguments.overwrite)
-            link_from_beside(arguments.html)
+        write_page(arguments, page)
     kept = plural(len(report.smallest.kept), "layer")
     for path, what in (
         (arguments.write_recipe, f"the recipe that keeps {kept} of the blocks"),

@@ -74,6 +74,14 @@ class LogHandler(logging.Handler):
         self._writer.write({"event": event, "detail": self.format(record)})
 
 
+def log_into(writer: LogWriter, name: str) -> logging.Logger:
+    """Write the records of a logger as lines of such a log and nowhere else; return the logger."""
+    logger = logging.getLogger(name)
+    logger.handlers = [LogHandler(writer)]
+    logger.propagate = False
+    return logger
+
+
 class LogStream(io.TextIOBase):
     """Stands in for stdout where a library prints what belongs into such a log.
 

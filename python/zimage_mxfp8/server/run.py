@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import uvicorn
 from .app import create_app
 from .engine import Engine
 from .options import ServerOptions
-from .request_log import LogHandler, LogWriter
+from .request_log import LogWriter, log_into
 
 _MAX_CONNECTIONS = 128  # more are answered with 503
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -49,9 +48,7 @@ def run_server(
     broken: list[Exception] = []
     app = create_app(engine, options, log, broken.append)
     for name in _LOGGERS:
-        of_library = logging.getLogger(name)
-        of_library.handlers = [LogHandler(log)]
-        of_library.propagate = False
+        log_into(log, name)
     config = uvicorn.Config(
         app,
         access_log=False,

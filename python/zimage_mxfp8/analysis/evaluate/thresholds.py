@@ -9,8 +9,8 @@ from typing import Final
 from ...checks import finite_number
 from ...errors import UsageError
 
-# Rounding to E4M3 with scales of which no number saturates changes no normal number by more than a
-# seventeenth, the square of which is 0.0035. Subnormal ones hardly count in the sum.
+# Rounding to E4M3 without saturation changes no normal number by more than 1/17, whose square is
+# 0.0035. Subnormal numbers hardly count in the sum.
 DEFAULT_MAX_WEIGHT_ERROR: Final = 0.005
 _LARGEST = {"min_psnr": math.inf, "min_ssim": 1, "max_flip": 1, "max_weight_error": math.inf}
 

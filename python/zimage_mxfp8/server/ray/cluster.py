@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ...errors import Error, UnsupportedError, UsageError
 from ...text import plural
 from ..model import ServedModel
-from ..request_log import LogHandler, LogStream, LogWriter
+from ..request_log import LogStream, LogWriter, log_into
 from .application import Replicas, drawing_application
 from .engine import RayEngine
 
@@ -52,10 +52,7 @@ def joined(
     _check(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would use the network
     for name in ("ray", "ray.serve"):
-        logger = logging.getLogger(name)
-        logger.handlers = [LogHandler(log)]
-        logger.propagate = False
-        logger.setLevel(logging.WARNING)
+        log_into(log, name).setLevel(logging.WARNING)
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -166,6 +163,7 @@ def drawing(
     Raises:
         UnsupportedError: no replica can start; the sentence has the reason.
     """
+    head = ray.get_runtime_context().gcs_address
     before = serve.status()
     is_alone = not (before.proxies or before.applications.keys() - {name})
     try:
@@ -183,15 +181,15 @@ def drawing(
             if is_alone and not serve.status().applications:
                 serve.shutdown()  # or later applications of others would have no proxies
 
-        _while_there_is_a_cluster(delete)
+        _while_reachable(head, delete)
 
 
-def _while_there_is_a_cluster(call: Callable[[], object]) -> None:
+def _while_reachable(head: str, call: Callable[[], object]) -> None:
     """Call something of Ray, which waits for a minute if the head of the cluster has ended.
 
     It has if a signal to stop went to Ray's processes too, as a service manager sends it.
     """
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    host, _, port = head.rpartition(":")
 
     def try_to() -> None:
         with suppress(Exception):  # the cluster may be gone
