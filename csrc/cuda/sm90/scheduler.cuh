@@ -34,7 +34,7 @@ struct GroupedOrder {
   }
 };
 
-// The tiles that a cluster computes, one after the other: `for (const TileIndex at : scheduler)`.
+// The tiles that a cluster computes, one after the other: `for (const auto at : scheduler)`.
 template <class Order, int cluster_blocks>
 class TileScheduler {
  public:
@@ -51,7 +51,7 @@ class TileScheduler {
     const Order& order;
     int index, step;
 
-    __device__ TileIndex operator*() const { return order.at(index); }
+    __device__ auto operator*() const { return order.at(index); }
     __device__ void operator++() { index += step; }
     __device__ bool operator!=(const End& end) const { return index < end.tiles; }
   };

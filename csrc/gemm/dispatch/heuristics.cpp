@@ -64,8 +64,9 @@ double cost_mixed_sm90(const GemmProblem& problem, const CudaDevice&) {
 double cost_fp8_rowwise(const GemmProblem&, const CudaDevice&) { return 1; }
 
 double cost_fp8_sm90(const GemmProblem& problem, const CudaDevice& device) {
-  const std::int64_t tiles = ceil_div(problem.m, kFusedTileM) * ceil_div(problem.n, kFusedTileN);
-  return kFusedBreakEven / wave_utilization(tiles, device.multiprocessors / kFusedCluster);
+  const std::int64_t pairs =
+      fused_pairs(ceil_div(problem.m, kFusedTileM), ceil_div(problem.n, kFusedTileN));
+  return kFusedBreakEven / wave_utilization(pairs, device.multiprocessors / kFusedCluster);
 }
 
 double cost_int8_sm90(const GemmProblem&, const CudaDevice&) { return kWgmmaInt8Cost; }
@@ -79,8 +80,8 @@ double cost_mxfp8_sm120(const GemmProblem&, const CudaDevice&) { return kBlockSc
 bool int8_sm90_takes_narrow_tiles(std::int64_t m, std::int64_t n, int multiprocessors) {
   // Waves of clusters, times the duration of a tile, which is proportional to its rows of B.
   const auto duration = [&](std::int64_t rows) {
-    const std::int64_t tiles = ceil_div(m, kFusedTileM) * ceil_div(n, rows);
-    return ceil_div(tiles, multiprocessors / kFusedCluster) * rows;
+    const std::int64_t pairs = fused_pairs(ceil_div(m, kFusedTileM), ceil_div(n, rows));
+    return ceil_div(pairs, multiprocessors / kFusedCluster) * rows;
   };
   return duration(kInt8SM90NarrowTileN) < duration(kFusedTileN);
 }

@@ -25,12 +25,17 @@ double cost_int8_sm80(const GemmProblem& problem, const CudaDevice& device);
 double cost_mxfp8_sm100(const GemmProblem& problem, const CudaDevice& device);
 double cost_mxfp8_sm120(const GemmProblem& problem, const CudaDevice& device);
 
-// Tiles of the kernels fp8_sm90 and int8_sm90: rows of A, and rows of B for a cluster of two
-// blocks.
-inline constexpr std::int64_t kFusedTileM = 128, kFusedTileN = 512, kFusedCluster = 2;
+// Tiles of the kernels fp8_sm90 and int8_sm90, rows of A and rows of B, and blocks in a cluster.
+inline constexpr std::int64_t kFusedTileM = 128, kFusedTileN = 256, kFusedCluster = 2;
+
+// Pairs of tiles that clusters take: tiles of B side by side, and where their number is odd, those
+// of the last one's tokens.
+constexpr std::int64_t fused_pairs(std::int64_t m_tiles, std::int64_t n_tiles) {
+  return n_tiles / 2 * m_tiles + n_tiles % 2 * ((m_tiles + 1) / 2);
+}
 
 // Narrow tiles of int8_sm90, for GEMMs without an epilogue.
-inline constexpr std::int64_t kInt8SM90NarrowTileN = 384;
+inline constexpr std::int64_t kInt8SM90NarrowTileN = 192;
 bool int8_sm90_takes_narrow_tiles(std::int64_t m, std::int64_t n, int multiprocessors);
 
 // Whether mixed_sm90 decodes the weights once, to the workspace, instead of in registers for each

@@ -6,7 +6,8 @@
 // - three warps read them from there and apply the epilogue: they have the time of a whole tile,
 //   while the tensor cores work on the next one.
 //
-// Two blocks with rows of B of their own share the tiles of A.
+// Two blocks with rows of B of their own share the tiles of A. If the tiles of B are odd in number,
+// each of the two takes tokens of its own with the last one.
 //
 // An Element says how codes are multiplied and how sums become BF16:
 //   Sum       of products: float or int32_t
@@ -42,11 +43,10 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kEpilogueWarps = 3;  // the warp before them copies
 
-constexpr int kCluster = 2;  // blocks that share tiles of A
+constexpr int kCluster = 2;  // blocks
 constexpr int kTokens = kConsumers * kGroupTokens;
 constexpr int kDepth = 128;  // of K in a stage: as wide as TMA's swizzle
-static_assert(kTokens == kFusedTileM && kCluster * kWideRows == kFusedTileN &&
-              kCluster == kFusedCluster);
+static_assert(kTokens == kFusedTileM && kWideRows == kFusedTileN && kCluster == kFusedCluster);
 // Pairs of tiles of B that all tokens are multiplied with before the next ones: they stay in the
 // cache.
 constexpr int kGroupPairs = 4;
@@ -69,6 +69,34 @@ struct Memory {
   static_assert(kBytes <= 232448);
   static_assert(kABytes / kCluster % kTmaAlignment == 0 && kBBytes / 2 % kTmaAlignment == 0 &&
                 kBoxBytes % kTmaAlignment == 0 && rows % kBoxColumns == 0);
+};
+
+// A block's tile, and whether the other one's has the same tokens.
+struct BlockTile {
+  int m, n;
+  bool shares_tokens;
+};
+
+// The order of the pairs of tiles, see fused_pairs(). The tokens of a pair's second tile may all be
+// beyond the last one.
+struct PairOrder {
+  GroupedOrder beside;  // pairs of tiles of B
+  int m_tiles, n_tiles;
+  int block;
+
+  __device__ PairOrder(int tiles_of_m, int tiles_of_n, int block_of_pair)
+      : beside{tiles_of_m, tiles_of_n / kCluster, kGroupPairs},
+        m_tiles(tiles_of_m),
+        n_tiles(tiles_of_n),
+        block(block_of_pair) {}
+
+  __device__ int tiles() const { return static_cast<int>(fused_pairs(m_tiles, n_tiles)); }
+  __device__ BlockTile at(int index) const {
+    const int last = index - beside.tiles();
+    if (last >= 0) return {last * kCluster + block, n_tiles - 1, false};
+    const TileIndex pair = beside.at(index);
+    return {pair.m, pair.n * kCluster + block, true};
+  }
 };
 
 template <class Epilogue>
@@ -159,15 +187,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster_sync();
   await_predecessors();
-  const TileScheduler<GroupedOrder, kCluster> scheduler(
-      GroupedOrder{p.m_tiles, (p.n_tiles + kCluster - 1) / kCluster, kGroupPairs});
+  const TileScheduler<PairOrder, kCluster> scheduler(PairOrder(p.m_tiles, p.n_tiles, block));
   const int steps = (p.operands.k + kDepth - 1) / kDepth;
 
   if (warpgroup < kConsumers) {
     const int thread = threadIdx.x % kWarpgroup, warp = threadIdx.x / 32;
     typename Ring::State state;
     uint32_t empty_phase = 1;  // all boxes are empty at first
-    for (const TileIndex at : scheduler) {
+    for (const BlockTile at : scheduler) {
       typename Element::Sum sums[kRows / 2];
       int previous = 0;
       // Multiplies a stage, or the first half of it. The one before is released as soon as it has
@@ -190,10 +217,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           multiply<Element>(sums, a, b, half, step == 0 && half == 0);
         });
       }
-      const int b_tile = at.n * kCluster + block;
       const auto scaled = [&] {
         const int token = at.m * kTokens + warp * kWarpTokens;
-        return Element::scaled(sums, p.operands, p.epilogue, token, b_tile);
+        return Element::scaled(sums, p.operands, p.epilogue, token, at.n);
       };
       // Adds the products of the addend's stages; `first` if no stage before is to be released.
       const auto add = [&](bool first) {
@@ -225,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         add(true);
         wgmma_wait(sums);
         pipeline.release(previous, thread);
-        if (b_tile < p.n_tiles) store([&](int i) { return __int_as_float(sums[i]); });
-      } else if (b_tile < p.n_tiles) {
+        if (at.m < p.m_tiles) store([&](int i) { return __int_as_float(sums[i]); });
+      } else if (at.m < p.m_tiles) {
         store(scaled());
       }
     }
@@ -234,21 +260,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int epilogue_warp = threadIdx.x % kWarpgroup / 32 - 1;
     if (epilogue_warp >= 0) {
       uint32_t full_phase = 0;
-      for (const TileIndex at : scheduler) {
-        const int first_token = at.m * kTokens, b_tile = at.n * kCluster + block;
-        if (b_tile >= p.n_tiles) continue;
+      for (const BlockTile at : scheduler) {
+        if (at.m >= p.m_tiles) continue;
 #pragma unroll 1
         for (int warp = epilogue_warp; warp < kWarps; warp += kEpilogueWarps) {
-          const int token = first_token + warp * kWarpTokens;
+          const int token = at.m * kTokens + warp * kWarpTokens;
           const SmemTile boxes = boxes_of(warp);
           mbarrier_wait(sum_barriers.full(warp), full_phase);
-          p.epilogue(boxes, p.operands, token, b_tile);
+          p.epilogue(boxes, p.operands, token, at.n);
           tma_store_fence();
           __syncwarp();
           if (lane == 0) {
             for (int box = 0; box < Epilogue::kColumns / kBoxColumns; ++box) {
               tma_store_2d(d_map, boxes.address + box * kBoxBytes,
-                           b_tile * Epilogue::kColumns + box * kBoxColumns, token);
+                           at.n * Epilogue::kColumns + box * kBoxColumns, token);
             }
             tma_store_commit();
             tma_store_wait_read();
@@ -262,15 +287,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       prefetch_tensor_map(a_map);
       prefetch_tensor_map(b_map);
       typename Ring::State state;
-      for (const TileIndex at : scheduler) {
-        const int token = at.m * kTokens, b_tile = at.n * kCluster + block;
-        const int b_rows[2] = {p.epilogue.row_of_b(b_tile, 0), p.epilogue.row_of_b(b_tile, 1)};
+      for (const BlockTile at : scheduler) {
+        const int token = at.m * kTokens;
+        const int b_rows[2] = {p.epilogue.row_of_b(at.n, 0), p.epilogue.row_of_b(at.n, 1)};
         const auto load = [&](const CUtensorMap& of_a, const CUtensorMap& of_b, int column) {
           const uint32_t full = pipeline.acquire(state, kABytes + kBBytes);
           const uint32_t a = a_tiles + state.stage * kABytes, b = b_tiles + state.stage * kBBytes;
           constexpr int part = kTokens / kCluster;
-          tma_load_2d_multicast(of_a, full, a + block * part * kDepth, column, token + block * part,
-                                (1 << kCluster) - 1);
+          if (at.shares_tokens) {
+            tma_load_2d_multicast(of_a, full, a + block * part * kDepth, column,
+                                  token + block * part, (1 << kCluster) - 1);
+          } else {
+            for (int i = 0; i < kCluster; ++i) {
+              tma_load_2d(of_a, full, a + i * part * kDepth, column, token + i * part);
+            }
+          }
           tma_load_2d(of_b, full, b, column, b_rows[0]);
           tma_load_2d(of_b, full, b + kBBytes / 2, column, b_rows[1]);
           state.advance();
@@ -299,9 +330,8 @@ void run(const Operand& a, const Operand& b, const Epilogue& epilogue, const Low
                 static_cast<int>(a.cols)};
   p.m_tiles = static_cast<int>(ceil_div(a.rows, kTokens));
   p.n_tiles = static_cast<int>(ceil_div(target.cols, Epilogue::kColumns));
-  const int64_t tiles = int64_t{p.m_tiles} * ((p.n_tiles + 1) / 2);
-  const int64_t clusters =
-      std::min<int64_t>(checked_count(tiles), multiprocessors(current_device()) / kCluster);
+  const int64_t clusters = std::min<int64_t>(
+      checked_count(fused_pairs(p.m_tiles, p.n_tiles)), multiprocessors(current_device()) / kCluster);
   const int64_t row_stride = target.rows > 1 ? target.row_stride : target.cols;
   const CUtensorMap a_map = operand_map(a, kTokens / kCluster),
                     b_map = operand_map(b, Epilogue::kRows / 2);

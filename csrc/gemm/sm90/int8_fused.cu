@@ -42,7 +42,7 @@ struct Int8 {
 };
 
 constexpr int kNarrowRows = 192;  // of B in a tile
-static_assert(kCluster * kNarrowRows == kInt8SM90NarrowTileN);
+static_assert(kNarrowRows == kInt8SM90NarrowTileN);
 
 }  // namespace
 
