@@ -63,6 +63,16 @@ def capability(device: int) -> tuple[int, int]:
     return min(found, divmod(limit, 10)) if limit else found
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a CUDA device, 1 for the CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
 def has_fused_kernels(device: torch.device) -> bool:
     """Return whether a torch device has the kernels of `fused` and `gemm_epilogues` (CUDA only)."""
     return device.type == "cuda" and has_kernels(device.index)

@@ -14,13 +14,35 @@ from ...zimage.constants import HEAD_DIM
 from ..attention import attend_rows
 from .shares import Shares
 
+_TILE = 128  # queries that a multiprocessor takes at a time, in cuDNN's attention on Hopper
+
+
+def heads_to_gather_first(heads: int, tokens: int, multiprocessors: int) -> int:
+    """Return how many heads are gathered before the others.
+
+    Half of them if possible: their attention takes as long as the gathering of the others, or
+    longer. But the multiprocessors take tiles of a head in waves, and another number of heads, a
+    quarter at least, is chosen if the waves of both groups are fewer.
+
+    Args:
+        heads: number of heads.
+        tokens: of the rank that has most of them.
+        multiprocessors: of a device.
+    """
+    tiles = -(-tokens // _TILE)
+
+    def waves(first: int) -> int:
+        return sum(-(-part * tiles // multiprocessors) for part in (first, heads - first))
+
+    return min(range(heads // 2, (heads - 1) // 4, -1), key=waves, default=0)
+
 
 class SharedAttention:
     """The softmax attention of each item over its own tokens, which ranks share.
 
     Keys and values are gathered from its beginning on, so that queries can be computed meanwhile.
-    The heads are two groups: the attention of the first is computed while those of the second are
-    gathered. Numbers of tokens may differ from rank to rank.
+    The heads are two groups, see `heads_to_gather_first`: the attention of the first is computed
+    while those of the second are gathered. Numbers of tokens may differ from rank to rank.
     """
 
     def __init__(
@@ -37,8 +59,8 @@ class SharedAttention:
         self._heads = heads
         self._lengths = lengths
         self._rows = shares.rows_of(lengths)
-        half = heads // 2
-        self._groups = [group for group in (slice(half), slice(half, heads)) if group.stop > 0]
+        first = heads_to_gather_first(heads, max(shares.counts), shares.group.multiprocessors)
+        self._groups = [group for group in (slice(first), slice(first, heads)) if group.stop > 0]
         parts = kv.unflatten(1, (2, heads, HEAD_DIM))
         of_groups = [parts[:, :, group] for group in self._groups]
         self._gathered = shares.group.gather_each(of_groups, shares.counts)

@@ -40,6 +40,7 @@ class RankGroup:
     Attributes:
         rank: number of this process in the group.
         size: number of ranks.
+        multiprocessors: of the smallest device; 1 on CPUs.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RankGroup:
         size: int,
         device: torch.device,
         aborted: threading.Event,
+        multiprocessors: int = 1,
         name: str = "all",
     ) -> None:
         """Connect with the other ranks.
@@ -60,6 +62,7 @@ class RankGroup:
             device: of the tensors; NCCL and memory of peers are used for CUDA devices, gloo for the
                 CPU.
             aborted: set to end the group, also while it connects.
+            multiprocessors: of the smallest device of all ranks.
             name: of the group in the store.
 
         Raises:
@@ -67,6 +70,7 @@ class RankGroup:
         """
         self.rank = rank
         self.size = size
+        self.multiprocessors = multiprocessors
         self._store = store
         self._device = device
         own_store = _c10d.PrefixStore(name, store)
@@ -86,10 +90,17 @@ class RankGroup:
 
     @classmethod
     def connect(
-        cls, store: Path, rank: int, size: int, device: torch.device, aborted: threading.Event
+        cls,
+        store: Path,
+        rank: int,
+        size: int,
+        device: torch.device,
+        aborted: threading.Event,
+        multiprocessors: int = 1,
     ) -> RankGroup:
         """Return the group of all ranks, as soon as all have called this with the same file."""
-        group = cls(_c10d.FileStore(str(store), size), rank, size, device, aborted)
+        found = _c10d.FileStore(str(store), size)
+        group = cls(found, rank, size, device, aborted, multiprocessors)
         try:
             # NCCL connects with the first exchange.
             group.broadcast_(torch.zeros(1, device=device))
@@ -119,7 +130,9 @@ class RankGroup:
         members = self.size // count
         team, rank = divmod(self.rank, members)
         name = f"team {team} of {count}"
-        made = RankGroup(self._store, rank, members, self._device, self._aborted, name)
+        made = RankGroup(
+            self._store, rank, members, self._device, self._aborted, self.multiprocessors, name
+        )
         with self._lock:
             self._teams[count] = made
         if self._aborted.is_set():

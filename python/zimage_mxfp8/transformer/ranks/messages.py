@@ -29,6 +29,7 @@ class Load:
         cuda_graphs: whether to run shapes through CUDA graphs.
         store: the file in which ranks find each other.
         threads: of torch on the CPU.
+        multiprocessors: of `RankGroup`.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Load:
     cuda_graphs: bool
     store: Path
     threads: int
+    multiprocessors: int
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ...errors import DeviceWarning, Error, RankError, UnsupportedError
+from ...system.devices import multiprocessors
 from ...zimage.config import ZImageConfig
 from ..compute import Compute
 from ..control import Control, ZImageControlNet
@@ -81,6 +82,7 @@ class OtherRanks:
             cuda_graphs: whether to run shapes through CUDA graphs.
         """
         self._devices = list(devices)
+        self._multiprocessors = min(multiprocessors(device) for device in devices)
         self._parts = _Parts(Path(tempfile.mkdtemp(prefix="zimage-mxfp8-ranks-")), devices[0])
         self._watch = _Watch(self._parts, self._devices)
         self._end = weakref.finalize(self, _end, self._watch, self._parts)
@@ -104,6 +106,7 @@ class OtherRanks:
                 cuda_graphs=cuda_graphs,
                 store=self._parts.store,
                 threads=max(1, torch.get_num_threads() // len(devices)),
+                multiprocessors=self._multiprocessors,
             )
             process.send(pickled(order))
         threading.Thread(target=self._watch.run, daemon=True).start()
@@ -130,11 +133,12 @@ class OtherRanks:
     def _connected(self) -> RankGroup:
         """Connect with the others, in a thread, because torch would wait for one that has died."""
         results: queue.SimpleQueue[RankGroup | BaseException] = queue.SimpleQueue()
-        size, device, aborted = len(self._devices), self._devices[0], threading.Event()
+        aborted = threading.Event()
+        arguments = 0, len(self._devices), self._devices[0], aborted, self._multiprocessors
 
         def connect(store: Path) -> None:
             try:
-                results.put(RankGroup.connect(store, 0, size, device, aborted))
+                results.put(RankGroup.connect(store, *arguments))
             except BaseException as error:
                 results.put(error)
 

@@ -81,7 +81,12 @@ class _Rank:
         self._connection = connection
         self._order = order
         self._group = RankGroup.connect(
-            order.store, order.rank, order.size, order.device, threading.Event()
+            order.store,
+            order.rank,
+            order.size,
+            order.device,
+            threading.Event(),
+            order.multiprocessors,
         )
         self._model = ZImageTransformer(
             file.config, parts, order.compute, order.dtype, order.cuda_graphs, ranks=self._group
