@@ -112,6 +112,33 @@ def test_fused_adapters_equal_those_apart(
     assert relative_error(output(fused, {"one": 0.0}), without) < tolerance
 
 
+def test_weights_need_no_new_graph(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, captures = torch.cuda.CUDAGraph.capture_begin, []
+
+    def counted(graph: torch.cuda.CUDAGraph, *args: object, **kwargs: object) -> None:
+        captures.append(graph)
+        begin(graph, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", counted)
+    model = load(quantized, "fp8")
+
+    def captured_by(*all_weights: Mapping[str, float]) -> int:
+        before = len(captures)
+        for weights in all_weights:
+            output(model, weights)
+        return len(captures) - before
+
+    plain = captured_by({}, {}, {})
+    assert plain > 0
+    model.load_lora(adapter(quantized, 32, 1), "one")
+    assert captured_by({"one": 1.0}, {"one": 1.0}) == plain
+    assert captured_by({"one": 0.5}, {}, {"one": -2.0}) == 0
+    model.load_lora(adapter(quantized, 24, 2), "two")
+    assert captured_by({"one": 0.5, "two": 1.0}, {"two": 2.0}) == plain
+    model.unload_lora("one")
+    assert captured_by({"two": 2.0}, {"two": 1.0}, {"two": 0.0}) == plain
+
+
 def test_memory_of_a_forward_with_adapters(quantized: Path) -> None:
     """What is told where memory runs out, against what is taken where it does not."""
     model = load(quantized, "fp8")

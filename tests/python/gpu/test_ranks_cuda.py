@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 HEADS = 5
+MODES = ("weight-only", "fp8", "int8")
 BATCHES = {
     "one image": ([(64, 64)], [40]),
     "guidance": ([(32, 48)] * 2, [50, 1]),
@@ -56,6 +57,17 @@ def inputs_of(batch: str):
     return [x.cuda() for x in images], times.cuda(), [x.cuda() for x in captions]
 
 
+def tolerance(compute: str, batch: str, count: int = 2) -> float:
+    """Return how far an output may be from that of one device, relative to it.
+
+    Two devices that share two items compute what one computes for each alone. GEMMs of other
+    numbers of rows sum in another order, and 8-bit activations magnify that in a small model.
+    """
+    if batch == "guidance" and count == 2:
+        return 1e-3
+    return 0.01 if compute == "weight-only" else 0.05
+
+
 def item_by_item(model: zm.ZImageTransformer, x, t, captions, controls=None) -> list[torch.Tensor]:
     """Return the samples of items one after another, as devices compute that share the items."""
     samples = []
@@ -66,10 +78,8 @@ def item_by_item(model: zm.ZImageTransformer, x, t, captions, controls=None) -> 
 
 
 @pytest.mark.parametrize("count", range(2, max(2, min(HEADS, torch.cuda.device_count())) + 1))
-@pytest.mark.parametrize("compute", ["weight-only", "fp8"])
+@pytest.mark.parametrize("compute", MODES)
 def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> None:
-    # GEMMs of other numbers of rows sum in another order, and FP8 magnifies that in a small model.
-    tolerance = 0.01 if compute == "weight-only" else 0.05
     alone, shared = load(file, 1, compute), load(file, count, compute)
     assert shared._ranks is not None and shared._ranks.reaches_peers
     for batch in BATCHES:
@@ -77,40 +87,42 @@ def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> No
         want = item_by_item(alone, *inputs)
         for _ in range(4):  # eager, captured, and replays of the graph
             found = shared(*inputs).sample
-            assert relative_error(found, want) < tolerance
+            assert relative_error(found, want) < tolerance(compute, batch, count)
         again = shared(*inputs).sample
         assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
         if batch == "guidance" and count == 2:  # an item on each device
             assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
 
 
-@pytest.mark.parametrize("compute", ["weight-only", "fp8"])
-def test_adapters_and_controlnets(compute: str, file: Path) -> None:
+@pytest.mark.parametrize("batch", ["guidance", "one image"])
+@pytest.mark.parametrize("compute", MODES)
+def test_adapters_and_controlnets(compute: str, batch: str, file: Path) -> None:
     alone, shared = load(file, 1, compute), load(file, 2, compute)
-    inputs = inputs_of("guidance")
+    inputs = inputs_of(batch)
     plain = item_by_item(alone, *inputs)
     modules = modules_of(make_reference(dim=HEADS * 128, layers=3, refiners=2), "to_q")
     adapter = write_pairs(modules, lambda name: name, ".lora_A.weight", ".lora_B.weight")
     model = make_controlnet("2.1", (0, 1, 2), dim=HEADS * 128)
     path = write_controlnet(file.parent / "net.safetensors", file_tensors("2.1", model))
     net = zm.ZImageControlNet.from_checkpoint(path, "cuda")
-    images = control_images(BATCHES["guidance"][0], net.config.control_in_dim)
+    images = control_images(BATCHES[batch][0], net.config.control_in_dim)
     images = [image.cuda() for image in images]
     control = net.control(images, 0.75)
     controls = [net.control([image], 0.75) for image in images]
 
     def assert_same(controlled: bool = False) -> None:
         want = item_by_item(alone, *inputs, controls if controlled else None)
-        assert relative_error(want, plain) > 0.01
+        assert relative_error(want, plain) > 2 * tolerance(compute, batch)
         others = {"controlnet_block_samples": control} if controlled else {}
         for _ in range(3):  # eager, captured, and a replay of the graph
-            assert relative_error(shared(*inputs, **others).sample, want) < 1e-3
+            found = shared(*inputs, **others).sample
+            assert relative_error(found, want) < tolerance(compute, batch)
 
     for each in (alone, shared):
-        each.load_lora(adapter.tensors, "a", 3.0)
+        each.load_lora(adapter.tensors, "a", 6.0)
     assert_same()
     for each in (alone, shared):
-        each.set_lora({"a": -2.0})
+        each.set_lora({"a": -5.0})
     assert_same()
     assert_same(controlled=True)
     for each in (alone, shared):
