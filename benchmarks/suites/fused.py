@@ -43,7 +43,7 @@ def bfloat16(*shape: int) -> torch.Tensor:
 
 
 WEIGHT, SCALE, GATE = bfloat16(HIDDEN), bfloat16(1, HIDDEN), bfloat16(1, HIDDEN)
-HEAD = bfloat16(128)
+HEAD, FACTOR = bfloat16(128), torch.full((1,), 0.5, device="cuda")
 EPS = 1e-5
 
 
@@ -67,8 +67,10 @@ class Kernel:
 
 
 def torch_add_norm(t: Tensors) -> torch.Tensor:
-    x, y = t
+    x, y, *addend = t
     x += torch.tanh(GATE) * rms_norm(y, (HIDDEN,), WEIGHT, EPS)
+    for each in addend:
+        x += FACTOR * each
     return rms_norm(x, (HIDDEN,), WEIGHT, EPS) * (1 + SCALE)
 
 
@@ -112,6 +114,16 @@ KERNELS = (
         HIDDEN,
         lambda t, output_format: fused.add_norm_modulate(
             *t, WEIGHT, GATE, WEIGHT, SCALE, None, output_format, EPS
+        ),
+        torch_add_norm,
+    ),
+    Kernel(
+        "add_norm_modulate with an addend",
+        lambda: [bfloat16(ROWS, HIDDEN), bfloat16(ROWS, HIDDEN), bfloat16(ROWS, HIDDEN)],
+        ROWS * HIDDEN * 8,
+        HIDDEN,
+        lambda t, output_format: fused.add_norm_modulate(
+            *t[:2], WEIGHT, GATE, WEIGHT, SCALE, None, output_format, EPS, t[2], FACTOR
         ),
         torch_add_norm,
     ),

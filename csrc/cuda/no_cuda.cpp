@@ -89,7 +89,8 @@ void norm_modulate_cuda(const ConstMatrixView&, const NormWeights&, Items, float
   refuse();
 }
 void add_norm_modulate_cuda(const MatrixView&, const ConstMatrixView&, const NormWeights&,
-                            const std::optional<NextNorm>&, Items, float, CudaStream) {
+                            const std::optional<ScaledMatrix>&, const std::optional<NextNorm>&,
+                            Items, float, CudaStream) {
   refuse();
 }
 void rotate_heads_cuda(const MatrixView&, const void*, const void*, const ConstMatrixView&,

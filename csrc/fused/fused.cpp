@@ -183,6 +183,7 @@ void norm_modulate(const ConstMatrixView& x, const NormWeights& norm, Items item
 }
 
 void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
+                       const std::optional<ScaledMatrix>& addend,
                        const std::optional<NextNorm>& next, Items items, float eps,
                        CudaStream stream) {
   check_bfloat16(x, "x");
@@ -191,6 +192,14 @@ void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const Norm
   check_columns(x.cols);
   check_eps(eps);
   const NormMemory from_norm = check_norm(norm, x.cols, items, "norm_weight", "gate");
+  MemoryRange from_addend{nullptr, 0, ""}, from_factor = from_addend;
+  if (addend) {
+    check_bfloat16(addend->matrix, "addend");
+    check_size(addend->matrix.rows, addend->matrix.cols, "addend", as_const(x), "x");
+    from_addend = range_of(addend->matrix, "addend");
+    from_factor = detail::required_range(addend->factor, sizeof(float), sizeof(float),
+                                         "addend_factor");
+  }
   NormMemory from_next{{nullptr, 0, ""}, {nullptr, 0, ""}};
   if (next) from_next = check_norm(next->norm, x.cols, items, "next_weight", "next_scale");
   if (x.rows == 0) return;
@@ -200,14 +209,14 @@ void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const Norm
   if (next) to = check_activation(next->target, as_const(x), "x");
   for (const MemoryRange& written : {to.values, to.scales, in_place}) {
     detail::check_disjoint(written, {from, from_norm.weight, from_norm.modulation, from_next.weight,
-                                     from_next.modulation, from_items});
+                                     from_next.modulation, from_items, from_addend, from_factor});
   }
   detail::check_disjoint(to.values, {to.scales, in_place});
   detail::check_disjoint(to.scales, {in_place});
   detail::check_device_memory({in_place, from, from_norm.weight, from_norm.modulation,
-                               from_next.weight, from_next.modulation, from_items, to.values,
-                               to.scales});
-  detail::add_norm_modulate_cuda(x, y, norm, next, items, eps, stream);
+                               from_next.weight, from_next.modulation, from_items, from_addend,
+                               from_factor, to.values, to.scales});
+  detail::add_norm_modulate_cuda(x, y, norm, addend, next, items, eps, stream);
 }
 
 void rotate_heads(const MatrixView& matrix, const void* q_weight, const void* k_weight,

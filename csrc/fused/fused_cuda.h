@@ -14,6 +14,7 @@ void silu_multiply_cuda(const ConstMatrixView& gate, const ConstMatrixView& up,
 void norm_modulate_cuda(const ConstMatrixView& x, const NormWeights& norm, Items items, float eps,
                         const ActivationView& target, CudaStream stream);
 void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
+                            const std::optional<ScaledMatrix>& addend,
                             const std::optional<NextNorm>& next, Items items, float eps,
                             CudaStream stream);
 void rotate_heads_cuda(const MatrixView& matrix, const void* q_weight, const void* k_weight,

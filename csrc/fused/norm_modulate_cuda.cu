@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(Layout::kThreads)
 struct NoTarget {
   int64_t rows;
 };
+using detail::blocks_for;
 uint32_t blocks_for(const NoTarget& target) { return checked_count(target.rows); }
 
 // Whether blocks take several rows one after another, and load the next one meanwhile. Wider rows
@@ -174,17 +175,23 @@ uint32_t blocks_for(const NoTarget& target) { return checked_count(target.rows);
 template <typename Layout>
 inline constexpr bool kTakesTurns = std::is_same_v<Layout, NormRow>;
 
+// Replaces the addend if there is none.
+struct NoAddend {};
+
 // Blocks for which a multiprocessor has registers.
-template <typename Layout>
+template <typename Layout, typename Addend>
 inline constexpr int kResidentBlocks = 1;
 template <>
-inline constexpr int kResidentBlocks<NormRow> = 3;
+inline constexpr int kResidentBlocks<NormRow, NoAddend> = 3;
+template <>
+inline constexpr int kResidentBlocks<NormRow, ScaledMatrix> = 2;
 
-template <typename Layout, bool whole, typename Target>
-__global__ void __launch_bounds__(Layout::kThreads, kResidentBlocks<Layout>)
+template <typename Layout, bool whole, typename Addend, typename Target>
+__global__ void __launch_bounds__(Layout::kThreads, (kResidentBlocks<Layout, Addend>))
     add_norm_modulate_kernel(const MatrixView x, const ConstMatrixView y, const NormTask norm,
-                             const NormTask next, Items items, float eps, const Target target,
-                             const uint32_t rows) {
+                             const Addend addend, const NormTask next, Items items, float eps,
+                             const Target target, const uint32_t rows) {
+  constexpr bool has_addend = std::is_same_v<Addend, ScaledMatrix>;
   constexpr bool has_next = !std::is_same_v<Target, NoTarget>;
   __shared__ SumMax of_warp[2][2][Layout::kWarps];  // of even and odd turns
   const int cols = static_cast<int>(x.cols);
@@ -228,6 +235,14 @@ __global__ void __launch_bounds__(Layout::kThreads, kResidentBlocks<Layout>)
         product[i][e] = __fmul_rn(value, product[i][e]);
       }
     }
+    Chunk addends[has_addend ? Layout::kChunks : 1];
+    float addend_factor = 0.0f;
+    if constexpr (has_addend) {
+      const ConstMatrixView& matrix = addend.matrix;
+      load_row<Layout, whole>(
+          addends, static_cast<const uint16_t*>(matrix.data) + row * matrix.row_stride, cols);
+      addend_factor = __ldg(addend.factor);
+    }
     if constexpr (kTakesTurns<Layout>) load(row + gridDim.x);
     const float sum = block_sum_max(local, of_warp[odd][0]).sum;
     const float factor = inverse_root_mean(sum, cols, eps, norm.has(item));
@@ -236,6 +251,10 @@ __global__ void __launch_bounds__(Layout::kThreads, kResidentBlocks<Layout>)
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         product[i][e] = __fmaf_rn(product[i][e], factor, BFloat16::widen(values[i].element[e]));
+        if constexpr (has_addend) {
+          const float added = BFloat16::widen(addends[i].element[e]);
+          product[i][e] = __fmaf_rn(added, addend_factor, product[i][e]);
+        }
       }
       values[i] = round8(product[i]);
       store_chunk<whole>(values[i], x_row(row), Layout::column(i), cols);
@@ -259,6 +278,11 @@ bool has_whole_chunks(const NormWeights& norm) {
          (!norm.modulation || detail::has_whole_chunks(*norm.modulation));
 }
 
+bool has_whole_chunks(const NoAddend&) { return true; }
+bool has_whole_chunks(const ScaledMatrix& addend) {
+  return detail::has_whole_chunks(addend.matrix);
+}
+
 }  // namespace
 
 void norm_modulate_cuda(const ConstMatrixView& x, const NormWeights& norm, Items items, float eps,
@@ -277,11 +301,14 @@ void norm_modulate_cuda(const ConstMatrixView& x, const NormWeights& norm, Items
       activation);
 }
 
-void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
-                            const std::optional<NextNorm>& next, Items items, float eps,
-                            CudaStream stream) {
-  const bool addition_whole =
-      detail::has_whole_chunks(x) && detail::has_whole_chunks(y) && has_whole_chunks(norm);
+namespace {
+
+template <typename Addend>
+void add_norm_modulate_with(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
+                            const Addend& addend, const std::optional<NextNorm>& next, Items items,
+                            float eps, CudaStream stream) {
+  const bool addition_whole = detail::has_whole_chunks(x) && detail::has_whole_chunks(y) &&
+                              has_whole_chunks(norm) && has_whole_chunks(addend);
   const auto start = [&](const NormTask& next_task, const auto& target, bool all_whole) {
     using Target = std::decay_t<decltype(target)>;
     with_row_layout<NormRow>(x.cols, all_whole, [&](auto layout, auto whole) {
@@ -289,11 +316,12 @@ void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const
       const uint32_t rows = blocks_for(target);
       uint32_t blocks = rows;
       if (kTakesTurns<Layout>) {
-        const int resident = multiprocessors(current_device()) * kResidentBlocks<Layout>;
+        const int resident = multiprocessors(current_device()) * kResidentBlocks<Layout, Addend>;
         blocks = std::min(rows, static_cast<uint32_t>(resident));
       }
-      launch(add_norm_modulate_kernel<Layout, decltype(whole)::value, Target>, blocks,
-             Layout::kThreads, stream, x, y, NormTask(norm), next_task, items, eps, target, rows);
+      launch(add_norm_modulate_kernel<Layout, decltype(whole)::value, Addend, Target>, blocks,
+             Layout::kThreads, stream, x, y, NormTask(norm), addend, next_task, items, eps, target,
+             rows);
     });
   };
   if (!next) return start(NormTask(NormWeights{}), NoTarget{x.rows}, addition_whole);
@@ -303,6 +331,16 @@ void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const
               addition_whole && has_whole_chunks(next->norm) && detail::has_whole_chunks(target));
       },
       next->target);
+}
+
+}  // namespace
+
+void add_norm_modulate_cuda(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
+                            const std::optional<ScaledMatrix>& addend,
+                            const std::optional<NextNorm>& next, Items items, float eps,
+                            CudaStream stream) {
+  if (addend) return add_norm_modulate_with(x, y, norm, *addend, next, items, eps, stream);
+  add_norm_modulate_with(x, y, norm, NoAddend{}, next, items, eps, stream);
 }
 
 }  // namespace zimage_mxfp8::detail

@@ -122,17 +122,24 @@ void py_norm_modulate(const py::object& x, const py::object& weight, const py::o
 void py_add_norm_modulate(const py::object& x, const py::object& y, const py::object& norm_weight,
                           const py::object& gate, const py::object& next_weight,
                           const py::object& next_scale, const py::object& items, float eps,
-                          const std::optional<py::tuple>& target, std::uintptr_t stream) {
+                          const std::optional<py::tuple>& target, const py::object& addend,
+                          const py::object& addend_factor, std::uintptr_t stream) {
   const Array in_place(x, "x", kWrite, kAnywhere), from(y, "y", kRead, kAnywhere);
   const Norm norm(norm_weight, "norm_weight", gate, "gate");
-  const OptionalArray item_array(items, "items");
+  const OptionalArray item_array(items, "items"), added_array(addend, "addend");
+  const OptionalArray factor(addend_factor, "addend_factor");
   Arrays arrays;
   arrays.add(in_place), arrays.add(from), arrays.add(norm.weight), arrays.add(norm.modulation);
-  arrays.add(item_array);
+  arrays.add(item_array), arrays.add(added_array), arrays.add(factor);
   const auto view = matrix<MatrixView>(in_place, "bfloat16");
   const auto y_view = matrix<ConstMatrixView>(from, "bfloat16");
   const NormWeights weights = norm.view(view.cols);
   const Items item_view = items_of(item_array, view.rows);
+  std::optional<ScaledMatrix> added;
+  if (added_array.array && factor.array) {
+    added = ScaledMatrix{matrix<ConstMatrixView>(*added_array.array, "bfloat16"),
+                         reinterpret_cast<const float*>(vector(*factor.array, 1, sizeof(float)))};
+  }
   std::optional<Norm> next_norm;
   std::optional<Activation> to;
   std::optional<NextNorm> next;
@@ -145,7 +152,7 @@ void py_add_norm_modulate(const py::object& x, const py::object& y, const py::ob
   const int device = arrays.device();
   const py::gil_scoped_release release;
   const detail::DeviceGuard guard(device);
-  add_norm_modulate(view, y_view, weights, next, item_view, eps, cuda_stream(stream));
+  add_norm_modulate(view, y_view, weights, added, next, item_view, eps, cuda_stream(stream));
 }
 
 void py_rotate_heads(const py::object& array, const py::object& q_weight,
@@ -176,7 +183,8 @@ void register_fused(py::module_& module) {
              arg("items"), arg("eps"), arg("target"), arg("stream") = 0);
   module.def("add_norm_modulate", &py_add_norm_modulate, arg("x"), arg("y"), arg("norm_weight"),
              arg("gate"), arg("next_weight"), arg("next_scale"), arg("items"), arg("eps"),
-             arg("target"), arg("stream") = 0);
+             arg("target"), arg("addend") = py::none(), arg("addend_factor") = py::none(),
+             arg("stream") = 0);
   module.def("rotate_heads", &py_rotate_heads, arg("matrix"), arg("q_weight"), arg("k_weight"),
              arg("rotations"), arg("q_heads"), arg("k_heads"), arg("eps"), arg("stream") = 0);
 }

@@ -173,6 +173,8 @@ def add_norm_modulate(
     items: Any,
     eps: float,
     target: tuple[Any, ...] | None,
+    addend: Any = None,
+    addend_factor: Any = None,
     stream: int = 0,
 ) -> None: ...
 def rotate_heads(

@@ -57,9 +57,17 @@ struct NextNorm {
   ActivationView target;
 };
 
+// A matrix with one factor for all of its elements.
+struct ScaledMatrix {
+  ConstMatrixView matrix;
+  const float* factor;  // in the device's memory
+};
+
 // x += tanh(modulation[item]) * RMSNorm(y) * weight, in place; without a modulation its factor is
-// 1. Then, if there is a next norm, norm_modulate() of the rounded x. `x` and `y` are [M, C].
+// 1. If there is an addend, its factor * matrix is added too, before x is rounded. Then, if there
+// is a next norm, norm_modulate() of the rounded x. `x`, `y` and the addend are [M, C].
 void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const NormWeights& norm,
+                       const std::optional<ScaledMatrix>& addend,
                        const std::optional<NextNorm>& next, Items items, float eps,
                        CudaStream stream);
 

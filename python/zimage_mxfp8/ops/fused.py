@@ -217,6 +217,8 @@ def add_norm_modulate(
     items: Any = None,
     output_format: ActivationFormat = "bfloat16",
     eps: float = 1e-5,
+    addend: Any = None,
+    addend_factor: Any = None,
 ) -> Any:
     """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm the result.
 
@@ -230,6 +232,9 @@ def add_norm_modulate(
         items: as in `norm_modulate`.
         output_format: the format of the result.
         eps: added to the mean of the squares, in both norms.
+        addend: [M, C] of bfloat16, added to x too, multiplied by `addend_factor`, before x is
+            rounded; None to add nothing.
+        addend_factor: [1] of float32; None without an `addend`.
 
     Returns:
         `norm_modulate(x, next_weight, next_scale, items, output_format, eps)` of the new x, or
@@ -239,6 +244,8 @@ def add_norm_modulate(
     rows, cols = require_2d(x, "x")
     if next_weight is None and next_scale is not None:
         raise InvalidArgumentError("next_scale needs a next_weight")
+    if (addend is None) != (addend_factor is None):
+        raise InvalidArgumentError("addend and addend_factor need each other")
     shape = (rows, cols)
     target = None if next_weight is None else ActivationMemory(shape, output_format, x)
     call_core(
@@ -252,6 +259,8 @@ def add_norm_modulate(
         _items(items, rows),
         as_eps(eps),
         None if target is None else target.parts,
+        _optional_matrix(addend, "addend"),
+        None if addend_factor is None else vector(addend_factor, "float32", 1, "addend_factor"),
         like=x,
     )
     return None if target is None else target.result()

@@ -15,7 +15,7 @@ from . import ops
 from .attention import attend
 from .epilogue import RotateHeads, SiluMultiply
 from .linear import Linear
-from .ops import Activation
+from .ops import Activation, ScaledMatrix
 from .ranks.attention import SharedAttention
 from .ranks.shares import Shares
 from .sequence import Segment
@@ -104,6 +104,7 @@ class Block(nn.Module):
         modulation: Modulation,
         part: Segment,
         following: InputNorm | None,
+        addends: Sequence[ScaledMatrix] = (),
     ) -> BlockState:
         """Run the block, then the norm of the block that follows.
 
@@ -112,6 +113,7 @@ class Block(nn.Module):
             modulation: modulation of this block.
             part: the tokens.
             following: the next block's `input_norm`; None after the last block.
+            addends: added to the block's result, [tokens, dim] each.
 
         Returns:
             `state`.
@@ -129,7 +131,7 @@ class Block(nn.Module):
         )
         y, gate = self.feed_forward(state.normed), modulation.gate_ffn
         if following is None:
-            ops.add_norm(x, y, self.ffn_norm2, gate, items)
+            ops.add_norm(x, y, self.ffn_norm2, gate, items, addends)
             state.normed = {}
         else:
             state.normed = ops.add_norm_modulate(
@@ -141,6 +143,7 @@ class Block(nn.Module):
                 following.scale,
                 items,
                 following.formats,
+                addends,
             )
         return state
 
@@ -239,8 +242,8 @@ class Hints(Protocol):
     def places(self) -> Collection[int]:
         """Numbers of the blocks that a hint is added after, in order."""
 
-    def add_next(self, x: torch.Tensor) -> None:
-        """Add the next hint to x [tokens, dim], in place."""
+    def next_hint(self, tokens: int) -> ScaledMatrix:
+        """Compute the next hint, [tokens, dim]."""
 
 
 def split_modulations(stacked: torch.Tensor, dim: int) -> list[Modulation]:
@@ -256,25 +259,10 @@ def run_blocks(
     part: Segment,
     hints: Sequence[Hints] = (),
 ) -> torch.Tensor:
-    """Run blocks one after another on x [tokens, dim], which they write to, and return it."""
-    begin = 0
-    for place in sorted({place for each in hints for place in each.places}):
-        end = place + 1
-        x = _run_fused(blocks[begin:end], x, modulations[begin:end], part)
-        for each in hints:
-            if place in each.places:
-                each.add_next(x)
-        begin = end
-    return _run_fused(blocks[begin:], x, modulations[begin:], part)
+    """Run blocks one after another on x [tokens, dim], which they write to, and return it.
 
-
-def _run_fused(
-    blocks: Sequence[Block],
-    x: torch.Tensor,
-    modulations: Sequence[Modulation],
-    part: Segment,
-) -> torch.Tensor:
-    """Run blocks with each one's input norm fused with the end of the one before."""
+    The input norm of each is fused with the end of the one before, and so are hints.
+    """
     norms = [block.input_norm(m) for block, m in zip(blocks, modulations, strict=True)]
     if not norms:
         return x
@@ -282,6 +270,8 @@ def _run_fused(
     state = BlockState(
         x, ops.norm_modulate(x, first.weight, first.scale, part.items, first.formats)
     )
-    for block, modulation, norm in zip(blocks, modulations, [*following, None], strict=True):
-        state = block(state, modulation, part, norm)
+    parts = zip(blocks, modulations, [*following, None], strict=True)
+    for place, (block, modulation, norm) in enumerate(parts):
+        addends = [each.next_hint(len(x)) for each in hints if place in each.places]
+        state = block(state, modulation, part, norm, addends)
     return state.x

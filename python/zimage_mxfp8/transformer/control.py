@@ -34,6 +34,7 @@ from .inputs import ControlInputs
 from .linear import Linear, PlainLinear
 from .loading import LoadedWeights, load_parts
 from .model_file import open_control
+from .ops import ScaledMatrix
 from .sequence import Layout, Segment, Shape, fill_up, image_part, joined, patchify
 
 # The transformer's stacks that hints are added in.
@@ -214,11 +215,11 @@ class ZImageControlNet(nn.Module):
     def kept_nbytes(self, tokens: int) -> int:
         """Return the bytes of the tokens that it keeps while the transformer's blocks run.
 
-        They are those of its main blocks, also normalised.
+        They are those of its main blocks, also normalised, and a hint.
         """
         count = tokens * self.config.dim
         formats = self.layers.block_list[0].qkv.input_formats
-        tokens_nbytes = count * sums_dtype(self._dtype).itemsize
+        tokens_nbytes = 2 * count * sums_dtype(self._dtype).itemsize
         return tokens_nbytes + ops.activation_nbytes(formats, count, self._dtype)
 
     def control(
@@ -344,6 +345,15 @@ class _Rows:
         for item, start in zip(items, self.starts, strict=True):
             yield item, theirs[start : start + len(item)]
 
+    def spread(self, own: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Return [tokens, dim] of the transformer, with zeros in the rows of no own tokens."""
+        if not self.starts:
+            return own
+        spread = own.new_zeros(tokens, own.shape[1])
+        for item, rows in self.pairs(own, spread):
+            rows.copy_(item)
+        return spread
+
 
 class _StackHints:
     """The hints of a stack, each computed when its turn comes, so that memory holds one."""
@@ -358,13 +368,13 @@ class _StackHints:
         rows: _Rows,
         strength: torch.Tensor,
     ) -> None:
-        """Begin with tokens of `_ControlStack.begin`, [tokens, dim]; hints are added to `rows`."""
+        """Begin with tokens of `_ControlStack.begin`, [tokens, dim]; hints are for `rows`."""
         self.places = places
         self._stack = stack
         self._modulations = modulations
         self._part = part
         self._rows = rows
-        self._strength = strength
+        self._strength = strength.reshape(1)
         blocks = stack.block_list
         self._norms = [b.input_norm(m) for b, m in zip(blocks, modulations, strict=True)]
         first = self._norms[0]
@@ -372,12 +382,11 @@ class _StackHints:
         self._state = BlockState(start, normed)
         self._done = 0
 
-    def add_next(self, x: torch.Tensor) -> None:
+    def next_hint(self, tokens: int) -> ScaledMatrix:
         self._run_block()
         after = self._stack.after_list[self._done - 1]
-        hint = after(after.encode(self._state.x)).float() * self._strength
-        for own, theirs in self._rows.pairs(hint, x):
-            theirs.add_(own)
+        hint: torch.Tensor = after(after.encode(self._state.x))
+        return ScaledMatrix(self._rows.spread(hint, tokens), self._strength)
 
     def finish(self) -> torch.Tensor:
         """Run the blocks that are left, and return the control tokens."""

@@ -61,16 +61,22 @@ def add_norm_modulate(
     items: torch.Tensor | None,
     output_format: ActivationFormat,
     eps: float,
+    addend: torch.Tensor | None,
+    addend_factor: torch.Tensor | None,
 ) -> Any:
-    """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm the result."""
+    """Add tanh(gate[item]) * RMSNorm(y) * norm_weight to x in place, and norm the result.
+
+    An addend is multiplied by its factor and added to x too.
+    """
+    added = addend, addend_factor
     if not torch.compiler.is_compiling():
         return fused.add_norm_modulate(
-            x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps
+            x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps, *added
         )
     if next_weight is None:
-        return torch_library.add_norm(x, y, norm_weight, gate, items, eps)
+        return torch_library.add_norm(x, y, norm_weight, gate, items, eps, *added)
     parts = torch_library.add_norm_modulate(
-        x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps
+        x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps, *added
     )
     return _result(parts, output_format, x.shape)
 

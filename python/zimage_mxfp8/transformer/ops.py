@@ -8,7 +8,8 @@ rounded once. In a model of float16 only the results of some GEMMs are in float1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,19 @@ PLAIN: ActivationFormat = "bfloat16"
 
 _BLOCK = 32  # 8-bit GEMMs take widths that are multiples of it
 _TEMPORARIES = 3  # float32 matrices that an operation by torch holds at the same time
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledMatrix:
+    """A matrix with one factor for all of its elements.
+
+    Attributes:
+        matrix: [M, C].
+        factor: float32 [1].
+    """
+
+    matrix: torch.Tensor
+    factor: torch.Tensor
 
 
 def encode(matrix: torch.Tensor, formats: Set[ActivationFormat]) -> Activation:
@@ -185,16 +199,37 @@ def add_norm(
     weight: torch.Tensor,
     gate: torch.Tensor | None,
     items: torch.Tensor | None,
+    addends: Sequence[ScaledMatrix] = (),
 ) -> None:
-    """Add tanh(gate of the row's item) * RMSNorm(y) * weight to x in place; gate None: factor 1."""
+    """Add tanh(gate of the row's item) * RMSNorm(y) * weight to x in place; gate None: factor 1.
+
+    Addends are added too, before x is rounded.
+    """
     if _fusable(x):
-        fused.add_norm_modulate(x, y, weight, gate, None, None, items, PLAIN, NORM_EPS)
+        added = _sum(addends)
+        fused.add_norm_modulate(x, y, weight, gate, None, None, items, PLAIN, NORM_EPS, *added)
         return
     for rows in _tiles(x):
         change = _rms_norm(y[rows], weight)
         if gate is not None:
             change.mul_(_of_items(gate, items, rows).tanh())
-        x[rows] = change.add_(x[rows])
+        change.add_(x[rows])
+        for each in addends:
+            change.add_(each.matrix[rows].float() * each.factor)
+        x[rows] = change
+
+
+def _sum(addends: Sequence[ScaledMatrix]) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Return the addend of a kernel and its factor."""
+    if not addends:
+        return None, None
+    first, *others = addends
+    if not others:
+        return first.matrix, first.factor
+    total = first.matrix.float() * first.factor
+    for each in others:
+        total.addcmul_(each.matrix, each.factor)
+    return total.to(first.matrix.dtype), torch.ones_like(first.factor)
 
 
 def add_norm_modulate(
@@ -206,15 +241,15 @@ def add_norm_modulate(
     next_scale: torch.Tensor | None,
     items: torch.Tensor | None,
     formats: Set[ActivationFormat],
+    addends: Sequence[ScaledMatrix] = (),
 ) -> Activation:
     """Compute `add_norm`, then `norm_modulate` of the new x with the `next_` arguments."""
     if _fusable(x):
         written = _fused_format(x.shape[1], formats)
-        result = fused.add_norm_modulate(
-            x, y, weight, gate, next_weight, next_scale, items, written, NORM_EPS
-        )
+        norms = weight, gate, next_weight, next_scale
+        result = fused.add_norm_modulate(x, y, *norms, items, written, NORM_EPS, *_sum(addends))
         return _others(result, written, formats)
-    add_norm(x, y, weight, gate, items)
+    add_norm(x, y, weight, gate, items, addends)
     return norm_modulate(x, next_weight, next_scale, items, formats)
 
 

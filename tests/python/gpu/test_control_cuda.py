@@ -51,6 +51,12 @@ def test_graphs_follow_strength_and_device(
         control = net.control(on_cuda, strength)
         found = model(*on_device(inputs), controlnet_block_samples=control).sample
         assert relative_error(found, want) < tolerance
+    twice = [(model, net, on_device(inputs), on_cuda), (exact, exact_net, inputs, images)]
+    found, summed = (
+        each(*x, controlnet_block_samples=[of.control(image, s) for s in (0.8, -0.3)]).sample
+        for each, of, x, image in twice
+    )
+    assert relative_error(found, summed) < tolerance
     net.to("cpu")
     net.to("cuda")  # to other addresses, perhaps
     found = model(*on_device(inputs), controlnet_block_samples=net.control(on_cuda, -0.5)).sample

@@ -121,24 +121,33 @@ def test_one_item_needs_no_items() -> None:
 @pytest.mark.parametrize("cols", COLUMNS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_add_norm_modulate(rows: int, cols: int, gated: bool, scaled: bool) -> None:
+@pytest.mark.parametrize("has_addend", [False, True])
+def test_add_norm_modulate(
+    rows: int, cols: int, gated: bool, scaled: bool, has_addend: bool
+) -> None:
     x, y = random(rows, cols, 6), random(rows, cols, 7, stride=cols + 8)
     norm_weight, next_weight = random(1, cols, 8)[0], random(1, cols, 10)[0]
     gate = random(2, cols, 11, stride=4 * cols) if gated else None
     scale = random(2, cols, 12, stride=4 * cols) if scaled else None
     items = random_items(rows, 2)
+    addend = random(rows, cols, 13, stride=cols + 8) if has_addend else None
+    factor = torch.tensor([-0.7], device="cuda") if has_addend else None
 
     added = x.clone()
-    assert fused.add_norm_modulate(added, y, norm_weight, gate, items=items) is None
+    options = {"items": items, "addend": addend, "addend_factor": factor}
+    assert fused.add_norm_modulate(added, y, norm_weight, gate, **options) is None
     update = rms_norm(y) * norm_weight.double()
     if gate is not None:
         update = update * torch.tanh(gate.double())[items]
-    assert_rounded_once(added, x.double() + update, x.double().abs() + update.abs())
+    terms = [x.double(), update]
+    if addend is not None and factor is not None:
+        terms.append(addend.double() * factor.double())
+    assert_rounded_once(added, sum(terms), sum(map(torch.abs, terms)))
 
     def call(output_format: fused.ActivationFormat) -> Any:
         copy = x.clone()
         result = fused.add_norm_modulate(
-            copy, y, norm_weight, gate, next_weight, scale, items, output_format
+            copy, y, norm_weight, gate, next_weight, scale, output_format=output_format, **options
         )
         assert torch.equal(copy, added)
         return result

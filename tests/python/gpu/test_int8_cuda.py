@@ -74,12 +74,14 @@ def test_fused_kernels_encode_their_result(rows: int, columns: int) -> None:
     arguments = (weight, scale, items)
     assert_encodes(fused.norm_modulate(x, *arguments, "int8"), fused.norm_modulate(x, *arguments))
     sums = [x.clone(), x.clone()]
-    results = [
-        fused.add_norm_modulate(each, y, weight, scale, *arguments, output_format)
-        for each, output_format in zip(sums, ("int8", "bfloat16"), strict=True)
-    ]
-    assert torch.equal(*sums)
-    assert_encodes(*results)
+    factor = torch.tensor([0.3], device="cuda")
+    for added in ((), (1e-5, rows_of((rows, columns), 4), factor)):
+        results = [
+            fused.add_norm_modulate(each, y, weight, scale, *arguments, output_format, *added)
+            for each, output_format in zip(sums, ("int8", "bfloat16"), strict=True)
+        ]
+        assert torch.equal(*sums)
+        assert_encodes(*results)
 
 
 def operand(rows: int, columns: int, seed: int) -> zm.Int8Array:

@@ -68,6 +68,28 @@ ROTATIONS = torch.ones(4, 64, 2)
             "next_scale needs a next_weight",
         ),
         (
+            lambda: fused.add_norm_modulate(X, X.clone(), WEIGHT, addend=X.clone()),
+            "addend and addend_factor need each other",
+        ),
+        (
+            lambda: fused.add_norm_modulate(
+                X, X.clone(), WEIGHT, addend=X[:3].clone(), addend_factor=torch.ones(1)
+            ),
+            r"addend is \[3, 64\] but x is \[4, 64\]",
+        ),
+        (
+            lambda: fused.add_norm_modulate(
+                X, X.clone(), WEIGHT, addend=X.clone(), addend_factor=torch.ones(2)
+            ),
+            "addend_factor must be",
+        ),
+        (
+            lambda: fused.add_norm_modulate(
+                X, X.clone(), WEIGHT, addend=X, addend_factor=torch.ones(1)
+            ),
+            "x overlaps with addend",
+        ),
+        (
             lambda: fused.add_norm_modulate(X, X.clone(), WEIGHT, None, WEIGHT, SCALE),
             "next_scale must have one row where",
         ),

@@ -95,12 +95,14 @@ def check_fused(rows: int, cols: int) -> None:
             rows,
             cols,
         )
-        in_place = x.clone()
-        result = fused.add_norm_modulate(
-            in_place, y, weight, scale, weight, scale, items=items, output_format=output_format
-        )
-        check_close(in_place, added, rows, cols)
-        check_close(result, norm(in_place) * factor, rows, cols)
+        for addend, of_addend in ((None, None), (y, torch.tensor([0.5], device="cuda"))):
+            in_place = x.clone()
+            norms = weight, scale, weight, scale, items
+            result = fused.add_norm_modulate(
+                in_place, y, *norms, output_format, addend=addend, addend_factor=of_addend
+            )
+            check_close(in_place, added if addend is None else added + 0.5 * y, rows, cols)
+            check_close(result, norm(in_place) * factor, rows, cols)
 
 
 def check_heads(rows: int, heads: int, gap: int) -> None:

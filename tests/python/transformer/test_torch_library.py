@@ -67,17 +67,18 @@ def fused_calls(device: str) -> dict[str, tuple[Any, ...]]:
     weight, scale = random(WIDTH, seed=2, device=device), random(2, WIDTH, seed=3, device=device)
     items = torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32, device=device)
     head = random(128, seed=4, device=device)
+    added = random(ROWS, WIDTH, seed=6, device=device), torch.full((1,), 0.5, device=device)
     qkv = random(ROWS, 3 * HEADS * 128, seed=5, device=device)
     rotations = torch.ones(ROWS, 64, 2, device=device)
     calls: dict[str, tuple[Any, ...]] = {
-        "add_norm": (x, y, weight, scale, items, 1e-5),
+        "add_norm": (x, y, weight, scale, items, 1e-5, *added),
         "rotate_heads": (qkv, head, head, rotations, HEADS, HEADS, 1e-5),
     }
     for form in SHAPES:
         calls[f"silu_multiply {form}"] = (x, y, form)
         calls[f"norm_modulate {form}"] = (x, weight, scale, items, form, 1e-5)
         calls[f"add_norm_modulate {form}"] = (
-            *(x, y, weight, scale, weight, None, items, form, 1e-5),
+            *(x, y, weight, scale, weight, None, items, form, 1e-5, *added),
         )
     return calls
 

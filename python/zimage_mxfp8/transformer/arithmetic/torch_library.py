@@ -193,8 +193,9 @@ def norm_modulate(
 
 
 @_register(
-    "(Tensor(a!) x, Tensor y, Tensor norm_weight, Tensor? gate, Tensor? items, float eps) -> ()",
-    lambda x, y, norm_weight, gate, items, eps: None,
+    "(Tensor(a!) x, Tensor y, Tensor norm_weight, Tensor? gate, Tensor? items, float eps,"
+    " Tensor? addend, Tensor? addend_factor) -> ()",
+    lambda x, y, norm_weight, gate, items, eps, addend, addend_factor: None,
     ("x",),
 )
 def add_norm(
@@ -204,15 +205,20 @@ def add_norm(
     gate: torch.Tensor | None,
     items: torch.Tensor | None,
     eps: float,
+    addend: torch.Tensor | None,
+    addend_factor: torch.Tensor | None,
 ) -> None:
     """Compute `ops.fused.add_norm_modulate` without the norm that follows; writes x."""
-    fused.add_norm_modulate(x, y, norm_weight, gate, items=items, eps=eps)
+    fused.add_norm_modulate(
+        x, y, norm_weight, gate, None, None, items, "bfloat16", eps, addend, addend_factor
+    )
 
 
 @_register(
     "(Tensor(a!) x, Tensor y, Tensor norm_weight, Tensor? gate, Tensor next_weight,"
-    " Tensor? next_scale, Tensor? items, str output_format, float eps) -> (Tensor, Tensor)",
-    lambda x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps: _fake_parts(
+    " Tensor? next_scale, Tensor? items, str output_format, float eps, Tensor? addend,"
+    " Tensor? addend_factor) -> (Tensor, Tensor)",
+    lambda x, y, norm_weight, gate, next_weight, next_scale, items, output_format, *_: _fake_parts(
         x, x.shape[1], output_format
     ),
     ("x",),
@@ -227,12 +233,13 @@ def add_norm_modulate(
     items: torch.Tensor | None,
     output_format: fused.ActivationFormat,
     eps: float,
+    addend: torch.Tensor | None,
+    addend_factor: torch.Tensor | None,
 ) -> Pair:
     """Compute `ops.fused.add_norm_modulate`; writes x."""
+    norms = norm_weight, gate, next_weight, next_scale
     return _parts(
-        fused.add_norm_modulate(
-            x, y, norm_weight, gate, next_weight, next_scale, items, output_format, eps
-        )
+        fused.add_norm_modulate(x, y, *norms, items, output_format, eps, addend, addend_factor)
     )
 
 
