@@ -35,7 +35,8 @@ void* PeerMemory::data() const { refuse(); }
 void PeerMemory::send(const void*, std::size_t, Rows, std::size_t, std::size_t, CudaStream) {
   refuse();
 }
-void PeerMemory::barrier(CudaStream) { refuse(); }
+void PeerMemory::signal(int, CudaStream) { refuse(); }
+void PeerMemory::wait(int, CudaStream) { refuse(); }
 void PeerMemory::release() noexcept {}
 
 struct StagedQuantizer::Resources {};

@@ -12,7 +12,7 @@
 namespace zimage_mxfp8 {
 namespace {
 
-constexpr std::size_t kHeader = 512;  // before the data: signals
+constexpr std::size_t kHeader = 2048;  // before the data: signals
 static_assert(sizeof(detail::Signals) <= kHeader);
 static_assert(sizeof(cudaIpcMemHandle_t) == sizeof(PeerMemory::Handle));
 
@@ -28,14 +28,24 @@ class AnyCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Fills memory of the current device with zeros, apart from all other work of the device.
-void clear(void* memory, std::size_t bytes) {
+// Writes to memory of the current device that no rank has signalled, apart from all other work of
+// the device.
+void begin_signals(void* memory) {
+  detail::Signals signals{};
+  for (std::uint32_t& next : signals.next) next = 1;
   cudaStream_t stream = nullptr;
   ZM_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const std::unique_ptr<CUstream_st, cudaError_t (*)(cudaStream_t)> owner(stream,
                                                                           cudaStreamDestroy);
-  ZM_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+  ZM_CUDA_CHECK(
+      cudaMemcpyAsync(memory, &signals, sizeof(signals), cudaMemcpyHostToDevice, stream));
   ZM_CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+void check_channel(int channel) {
+  if (channel >= 0 && channel < PeerMemory::kMaxChannels) return;
+  throw InvalidArgument("channel " + std::to_string(channel) + ": there are " +
+                        std::to_string(PeerMemory::kMaxChannels) + ", counted from 0");
 }
 
 }  // namespace
@@ -48,6 +58,8 @@ struct PeerMemory::Resources {
   void* of_rank[kMaxRanks] = {};      // memory of each, header first
   std::uint32_t* released = nullptr;  // in the host's memory
   std::uint32_t* released_on_device = nullptr;
+
+  detail::Signals* signals_of(int of) const { return static_cast<detail::Signals*>(of_rank[of]); }
 
   void check_all_are_open() const {
     for (int i = 0; i < ranks; ++i) {
@@ -95,7 +107,7 @@ PeerMemory::PeerMemory(int device, int rank, int ranks, std::size_t bytes) {
   ZM_CUDA_CHECK(cudaHostGetDevicePointer(&on_device, released, 0));
   own.released_on_device = static_cast<std::uint32_t*>(on_device);
   ZM_CUDA_CHECK(cudaMalloc(&own.of_rank[rank], kHeader + bytes));
-  clear(own.of_rank[rank], kHeader);
+  begin_signals(own.of_rank[rank]);
 }
 
 PeerMemory::~PeerMemory() = default;
@@ -148,15 +160,27 @@ void PeerMemory::send(const void* source, std::size_t source_pitch, Rows rows, s
   }
 }
 
-void PeerMemory::barrier(CudaStream stream) {
+void PeerMemory::signal(int channel, CudaStream stream) {
   const Resources& own = *resources_;
+  check_channel(channel);
   own.check_all_are_open();
-  detail::Barrier barrier{{}, own.rank, own.ranks, own.released_on_device};
-  for (int i = 0; i < own.ranks; ++i) {
-    barrier.of_rank[i] = static_cast<detail::Signals*>(own.of_rank[i]);
-  }
   const detail::DeviceGuard guard(own.device);
-  detail::barrier_cuda(barrier, stream);
+  const std::uint32_t* const number = &own.signals_of(own.rank)->next[channel];
+  for (int step = 1; step < own.ranks; ++step) {
+    detail::Signals* const other = own.signals_of((own.rank + step) % own.ranks);
+    // A copy, not a kernel, which would wait for a multiprocessor until long kernels end.
+    ZM_CUDA_CHECK(cudaMemcpyAsync(&other->arrived[channel][own.rank], number, sizeof(*number),
+                                  cudaMemcpyDefault, static_cast<cudaStream_t>(stream.handle)));
+  }
+}
+
+void PeerMemory::wait(int channel, CudaStream stream) {
+  const Resources& own = *resources_;
+  check_channel(channel);
+  own.check_all_are_open();
+  const detail::DeviceGuard guard(own.device);
+  detail::wait_cuda(
+      {own.signals_of(own.rank), channel, own.rank, own.ranks, own.released_on_device}, stream);
 }
 
 void PeerMemory::release() noexcept {

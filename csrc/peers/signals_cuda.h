@@ -7,20 +7,21 @@
 
 namespace zimage_mxfp8::detail {
 
-// What ranks tell each other, at the beginning of the memory of each.
+// What ranks tell each other, at the beginning of the memory of each, for each channel.
 struct Signals {
-  std::uint32_t arrived[PeerMemory::kMaxRanks];  // by each other rank: its last barrier
-  std::uint32_t barriers;                        // of this rank
+  std::uint32_t arrived[PeerMemory::kMaxChannels][PeerMemory::kMaxRanks];  // each rank's last one
+  std::uint32_t next[PeerMemory::kMaxChannels];                            // this rank's next one
 };
 
-// Tells all other ranks that this rank's copies have arrived, and waits for theirs, or until
-// *released is not 0.
-struct Barrier {
-  Signals* of_rank[PeerMemory::kMaxRanks];
+// Waits until all other ranks' signals on a channel have arrived, or until *released is not 0, and
+// counts on.
+struct Wait {
+  Signals* own;
+  int channel;
   int rank;
   int ranks;
   const volatile std::uint32_t* released;
 };
-void barrier_cuda(const Barrier& barrier, CudaStream stream);
+void wait_cuda(const Wait& wait, CudaStream stream);
 
 }  // namespace zimage_mxfp8::detail

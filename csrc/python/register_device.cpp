@@ -84,10 +84,19 @@ void register_device(py::module_& module) {
           py::call_guard<py::gil_scoped_release>(),
           "Copy rows of bytes of this device to the memory of all other ranks.")
       .def(
-          "barrier",
-          [](PeerMemory& memory, std::uintptr_t stream) { memory.barrier(cuda_stream(stream)); },
-          py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-          "Wait, on the stream, until all ranks have come this far.")
+          "signal",
+          [](PeerMemory& memory, int channel, std::uintptr_t stream) {
+            memory.signal(channel, cuda_stream(stream));
+          },
+          py::arg("channel"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "Tell all other ranks that what was sent before on the stream has arrived.")
+      .def(
+          "wait",
+          [](PeerMemory& memory, int channel, std::uintptr_t stream) {
+            memory.wait(channel, cuda_stream(stream));
+          },
+          py::arg("channel"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "Wait, on the stream, for the signals of all other ranks.")
       .def("release", &PeerMemory::release, "Stop waiting for other ranks, now and later.");
   module.def("build_info", &build_info, "Describe this build.");
 }

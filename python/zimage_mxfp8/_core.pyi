@@ -142,8 +142,10 @@ class PeerMemory:
         stream: int,
     ) -> None:
         """Copy rows of bytes of this device to the memory of all other ranks."""
-    def barrier(self, stream: int) -> None:
-        """Wait, on the stream, until all ranks have come this far."""
+    def signal(self, channel: int, stream: int) -> None:
+        """Tell all other ranks that what was sent before on the stream has arrived."""
+    def wait(self, channel: int, stream: int) -> None:
+        """Wait, on the stream, for the signals of all other ranks."""
     def release(self) -> None:
         """Stop waiting for other ranks, now and later."""
 

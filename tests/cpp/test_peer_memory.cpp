@@ -21,7 +21,8 @@ TEST_CASE("memory of peers refuses what it cannot do") {
   CHECK_THROWS_AS(memory.open(2, memory.handle()), InvalidArgument);
   const void* const data = memory.data();
   CHECK_THROWS_AS(memory.send(data, 32, {16, 4}, 0, 16, {}), InvalidArgument);  // 1 is not open
-  CHECK_THROWS_AS(memory.barrier({}), InvalidArgument);
+  CHECK_THROWS_AS(memory.signal(0, {}), InvalidArgument);
+  CHECK_THROWS_AS(memory.wait(0, {}), InvalidArgument);
   PeerMemory alone(0, 0, 1, 512);
   CHECK_THROWS_AS(alone.send(data, 32, {16, 4}, 0, 15, {}), InvalidArgument);
   CHECK_THROWS_AS(alone.send(data, 15, {16, 4}, 0, 16, {}), InvalidArgument);
@@ -29,5 +30,8 @@ TEST_CASE("memory of peers refuses what it cannot do") {
   CHECK_THROWS_AS(alone.send(data, 32, {16, 2}, 0, std::size_t(-1), {}), InvalidArgument);
   CHECK_THROWS_AS(alone.send(data, 32, {16, 1}, 513, 16, {}), InvalidArgument);
   CHECK_NOTHROW(alone.send(data, 32, {16, 32}, 0, 16, {}));
-  CHECK_NOTHROW(alone.barrier({}));
+  CHECK_THROWS_AS(alone.signal(PeerMemory::kMaxChannels, {}), InvalidArgument);
+  CHECK_THROWS_AS(alone.wait(-1, {}), InvalidArgument);
+  CHECK_NOTHROW(alone.signal(0, {}));
+  CHECK_NOTHROW(alone.wait(0, {}));
 }

@@ -16,6 +16,7 @@ namespace zimage_mxfp8 {
 class PeerMemory {
  public:
   static constexpr int kMaxRanks = 64;
+  static constexpr int kMaxChannels = 4;
   using Handle = std::array<std::uint8_t, 64>;
 
   // Allocates `bytes` on a device for rank `rank` of `ranks`. Throws InvalidArgument for numbers
@@ -49,16 +50,22 @@ class PeerMemory {
   void send(const void* source, std::size_t source_pitch, Rows rows, std::size_t offset,
             std::size_t pitch, CudaStream stream);
 
-  // Waits, on the stream, until all ranks have come this far; what they sent before, on that stream
-  // or on one that it has waited for, is here then. All ranks make the same number of calls, and a
-  // rank's calls run one after another.
+  // Tells all other ranks, on the stream, that what this rank sent before on it has arrived. Like
+  // send() it takes no multiprocessor. On each of kMaxChannels channels a rank calls signal() and
+  // wait() in turns, and signal() first; all ranks make the same calls.
+  //
+  // Throws InvalidArgument for a channel out of range, or a rank that is not open.
+  void signal(int channel, CudaStream stream);
+
+  // Waits, on the stream, until every other rank has signalled as often on the channel as this one.
+  // The stream is that of this rank's signal, or has waited for it.
   //
   // Nothing keeps a rank from writing to what another one still reads. Before a rank sends to a
-  // range again, it must have passed a barrier that every rank came to after its work that reads
-  // the range.
+  // range again, it must have waited for signals that every rank gave after its work that reads the
+  // range.
   //
-  // Throws InvalidArgument for a rank that is not open.
-  void barrier(CudaStream stream);
+  // Throws as signal() does.
+  void wait(int channel, CudaStream stream);
 
   // Ends all waiting for other ranks, now and from now on, because one has died. What the memory
   // holds is then undefined. For any thread.

@@ -111,12 +111,32 @@ class ActivationMemory:
         parts: as the core takes it.
     """
 
-    def __init__(self, shape: tuple[int, int], output_format: ActivationFormat, like: Any) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        output_format: ActivationFormat,
+        like: Any,
+        out: Any = None,
+    ) -> None:
+        """Take new memory, or that of a matrix in bfloat16.
+
+        Args:
+            shape: of the activation.
+            output_format: its format.
+            like: a tensor on its device.
+            out: the matrix; None for new memory.
+        """
         rows, cols = shape
         self.shape = shape
         self._format = str(output_format)
         self.scales = None
-        if self._format == "bfloat16":
+        if out is not None:
+            self.values = _written_matrix(out, "out")
+            if self._format != "bfloat16" or tuple(out.shape) != shape:
+                raise InvalidArgumentError(
+                    f"out must be bfloat16 {list(shape)}, not {self._format} {list(out.shape)}"
+                )
+        elif self._format == "bfloat16":
             self.values = empty(shape, "bfloat16", like=like)
         elif self._format in ("row-scaled", "int8"):
             self.values = empty(shape, "int8" if self._format == "int8" else "uint8", like=like)

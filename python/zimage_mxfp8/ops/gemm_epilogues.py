@@ -76,11 +76,13 @@ def _gemm(
     output_format: ActivationFormat,
     addend: LowRankAddend | None,
     kernel: str | None,
+    out: Any = None,
 ) -> Any:
     """Run the core, with the arguments of the epilogue's struct in gemm.h."""
     low_rank = None if addend is None else addend.parts()
     rank = 0 if low_rank is None else low_rank[0].shape[1]
-    target = ActivationMemory((a[3], b[3] // _ROWS[epilogue].rows_per_column), output_format, a[1])
+    shape = a[3], b[3] // _ROWS[epilogue].rows_per_column
+    target = ActivationMemory(shape, output_format, a[1], out)
     problem = (a[3], b[3], a[4], a[0], b[0], "bfloat16", False, epilogue, output_format, rank)
     chosen, workspace = choose(problem, a, kernel)
     call = _core.gemm_with_epilogue
@@ -166,6 +168,7 @@ def gemm_rotate_heads(
     *,
     addend: LowRankAddend | None = None,
     kernel: str | None = None,
+    out: Any = None,
 ) -> Any:
     """Compute a B^T, and norm and rotate its heads of q and k (see `fused.rotate_heads`).
 
@@ -180,6 +183,7 @@ def gemm_rotate_heads(
         eps: added to the mean of the squares.
         addend: what is added to the product, see `LowRankAddend`.
         kernel: name of the kernel; by default the one of least cost.
+        out: [M, heads * 128] of bfloat16 to write the result to; by default new memory.
 
     Returns:
         [M, heads * 128] of bfloat16.
@@ -190,7 +194,7 @@ def gemm_rotate_heads(
     pairs = aligned(as_rotations(rotations, first[3]))
     heads = (as_heads(q_heads, "q_heads"), as_heads(k_heads, "k_heads"))
     arguments = (q, k, pairs, *heads, as_eps(eps))
-    return _gemm("rotate_heads", first, second, arguments, "bfloat16", addend, kernel)
+    return _gemm("rotate_heads", first, second, arguments, "bfloat16", addend, kernel, out)
 
 
 # The function and the schema of each.

@@ -169,19 +169,21 @@ class Block(nn.Module):
         qkv: torch.Tensor = self.qkv(h, self._rotation(part, self._heads, self._heads))
         return qkv
 
-    def _rotation(self, part: Segment, q_heads: int, k_heads: int) -> RotateHeads:
-        return RotateHeads(self.q_norm, self.k_norm, part.rotations, q_heads, k_heads)
+    def _rotation(
+        self, part: Segment, q_heads: int, k_heads: int, out: torch.Tensor | None = None
+    ) -> RotateHeads:
+        return RotateHeads(self.q_norm, self.k_norm, part.rotations, q_heads, k_heads, out)
 
     def _attend_across(self, h: Activation, part: Segment, shares: Shares) -> torch.Tensor:
         """Compute keys and values before queries if possible, as they have to be sent."""
         heads, width = self._heads, self._heads * HEAD_DIM
+        attention = SharedAttention(heads, part.lengths, shares, self.qkv.result_dtype)
         kv, q = self.qkv.part(slice(width, 3 * width)), self.qkv.part(slice(width))
         if kv is None or q is None:
             qkv = self._qkv(h, part)
-            attention = SharedAttention(qkv[:, width:], heads, part.lengths, shares)
+            attention.send(qkv[:, width:])
             return attention.attend(qkv[:, :width])
-        keys_and_values = kv(h, self._rotation(part, 0, heads))
-        attention = SharedAttention(keys_and_values, heads, part.lengths, shares)
+        attention.send(kv(h, self._rotation(part, 0, heads, attention.keys_and_values)))
         return attention.attend(q(h, self._rotation(part, heads, 0)))
 
     def feed_forward(self, h: Activation) -> torch.Tensor:

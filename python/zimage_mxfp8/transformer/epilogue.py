@@ -67,6 +67,7 @@ class RotateHeads(Epilogue):
         rotations: float32 [M, 64, 2].
         q_heads: number of heads of q.
         k_heads: number of heads of k.
+        out: memory [M, N] for the result of `gemm`; None for new memory.
     """
 
     q_weight: torch.Tensor
@@ -74,6 +75,7 @@ class RotateHeads(Epilogue):
     rotations: torch.Tensor
     q_heads: int
     k_heads: int
+    out: torch.Tensor | None = None
     name: ClassVar[str] = "rotate_heads"
 
     def gemm(
@@ -82,7 +84,9 @@ class RotateHeads(Epilogue):
         """Multiply, norm and rotate: [M, N]."""
         weights, heads = (self.q_weight, self.k_weight), (self.q_heads, self.k_heads)
         arguments = (*weights, self.rotations, *heads, NORM_EPS)
-        return fused_kernels.gemm_with_epilogue(self.name, a, b, addend, kernel, *arguments)
+        return fused_kernels.gemm_with_epilogue(
+            self.name, a, b, addend, kernel, *arguments, out=self.out
+        )
 
     def apply(self, result: torch.Tensor) -> torch.Tensor:
         """Norm and rotate [M, N] in place, and return it."""

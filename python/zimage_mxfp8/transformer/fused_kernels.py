@@ -133,14 +133,15 @@ def gemm_with_epilogue(
     addend: LowRankAddend | None,
     kernel: str | None,
     *arguments: Any,
+    **options: Any,
 ) -> Any:
-    """Compute the GEMM of `ops.gemm_epilogues` with an epilogue and its arguments.
+    """Compute the GEMM of `ops.gemm_epilogues` with an epilogue, its arguments and options.
 
-    While traced, the kernel is always that of least cost.
+    While traced, the kernel is always that of least cost, and there are no options.
     """
     row = gemm_epilogues.EPILOGUES[epilogue]
     if not torch.compiler.is_compiling():
-        return row.gemm(a, b, *arguments, addend=addend, kernel=kernel)
+        return row.gemm(a, b, *arguments, addend=addend, kernel=kernel, **options)
     call = torch_library.GEMM_EPILOGUES[epilogue]
     x, u = (None, None) if addend is None else (addend.x, addend.u)
     result = call(a.codes, a.scales, b.codes, b.scales, x, u, *arguments)

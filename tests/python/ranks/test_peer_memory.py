@@ -102,11 +102,10 @@ def test_larger_tensors_get_larger_memory_and_earlier_memory_stays(problems) -> 
 def test_too_little_memory_later_names_the_cause_where_it_is(problems) -> None:
     connected = connect_all()
     problems["allocate", 1] = "out of memory"
-    part = torch.zeros(4, 2, 1, 128)
 
     def gather(rank: int) -> str:
         with pytest.raises(zm.CudaError) as caught:
-            list(connected[rank].gather_each([part], [4] * SIZE))
+            connected[rank].gathering([4] * SIZE, (2, 1, 128), torch.float32)
         return str(caught.value)
 
     sentences = on_all(gather)

@@ -107,15 +107,20 @@ class Thread:
         self.rank, self.size = rank, size
         self._barrier, self._table = barrier, table
 
-    def gather_each(
-        self, parts: Sequence[torch.Tensor], counts: Sequence[int]
-    ) -> Iterator[torch.Tensor]:
-        for part in parts:
-            self._table[self.rank] = part
+    own = None
+
+    def gathering(self, counts: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Any:
+        assert (tuple(shape[1:]), dtype) == ((shape[1], 128), torch.float32)
+        self._counts = list(counts)
+        return self
+
+    def begin(self, rows: torch.Tensor, groups: Sequence[slice]) -> Iterator[torch.Tensor]:
+        for group in groups:
+            self._table[self.rank] = rows[:, :, group]
             self._barrier.wait()
             whole = torch.cat(self._table)
             self._barrier.wait()
-            assert [len(each) for each in self._table] == list(counts)
+            assert [len(each) for each in self._table] == self._counts
             yield whole
 
 
@@ -148,7 +153,9 @@ def test_attention_across_ranks_is_attention(heads: int, size: int, lengths: lis
         group: Any = Thread(rank, size, barrier, table)
         shares = Shares(group, tokens)
         q, kv = qkv[shares.here].split((heads * 128, 2 * heads * 128), dim=1)
-        return SharedAttention(kv.contiguous(), heads, lengths, shares).attend(q.contiguous())
+        attention = SharedAttention(heads, lengths, shares, kv.dtype)
+        attention.send(kv.contiguous())
+        return attention.attend(q.contiguous())
 
     with ThreadPoolExecutor(size) as pool:
         found = torch.cat(list(pool.map(attend_here, range(size))))

@@ -40,33 +40,46 @@ def heads_to_gather_first(heads: int, tokens: int, multiprocessors: int) -> int:
 class SharedAttention:
     """The softmax attention of each item over its own tokens, which ranks share.
 
-    Keys and values are gathered from its beginning on, so that queries can be computed meanwhile.
-    The heads are two groups, see `heads_to_gather_first`: the attention of the first is computed
-    while those of the second are gathered. Numbers of tokens may differ from rank to rank.
+    Keys and values are gathered from `send` on, so that queries can be computed meanwhile. The
+    heads are two groups, see `heads_to_gather_first`: the attention of the first is computed while
+    those of the second are gathered. Numbers of tokens may differ from rank to rank.
     """
 
     def __init__(
-        self, kv: torch.Tensor, heads: int, lengths: Sequence[int], shares: Shares
+        self, heads: int, lengths: Sequence[int], shares: Shares, dtype: torch.dtype
     ) -> None:
-        """Begin.
+        """Prepare memory.
 
         Args:
-            kv: [tokens of this rank, 2 * heads * 128]: k and v side by side.
             heads: number of heads.
             lengths: tokens of each item on all ranks; items follow one another.
             shares: tokens of each rank.
+            dtype: of keys and values.
         """
         self._heads = heads
         self._lengths = lengths
         self._rows = shares.rows_of(lengths)
         first = heads_to_gather_first(heads, max(shares.counts), shares.group.multiprocessors)
         self._groups = [group for group in (slice(first), slice(first, heads)) if group.stop > 0]
-        parts = kv.unflatten(1, (2, heads, HEAD_DIM))
-        of_groups = [parts[:, :, group] for group in self._groups]
-        self._gathered = shares.group.gather_each(of_groups, shares.counts)
+        self._gathering = shares.group.gathering(shares.counts, (2, heads, HEAD_DIM), dtype)
+
+    @property
+    def keys_and_values(self) -> torch.Tensor | None:
+        """Memory for the argument of `send`, which need not be copied from there; or None."""
+        own = self._gathering.own
+        return None if own is None else own.flatten(1)
+
+    def send(self, kv: torch.Tensor) -> None:
+        """Begin to gather keys and values.
+
+        Args:
+            kv: [tokens of this rank, 2 * heads * 128]: k and v side by side.
+        """
+        rows = kv.unflatten(1, (2, self._heads, HEAD_DIM))
+        self._gathered = self._gathering.begin(rows, self._groups)
 
     def attend(self, q: torch.Tensor) -> torch.Tensor:
-        """Return the attention [tokens of this rank, heads * 128] of queries of that shape."""
+        """Return the attention [tokens of this rank, heads * 128] of queries, after `send`."""
         queries = q.unflatten(1, (self._heads, HEAD_DIM))
         attended = [
             attend_rows(queries[:, group], keys_and_values, self._rows, self._lengths)

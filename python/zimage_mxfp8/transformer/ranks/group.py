@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from .gathering import Gathering
 from .peer_memory import PeerMemory
 
 _c10d: Any = torch.distributed  # its classes are public, its type stubs incomplete
@@ -164,23 +165,19 @@ class RankGroup:
         self._finish(work)
         return out
 
-    def gather_each(
-        self, parts: Sequence[torch.Tensor], counts: Sequence[int]
-    ) -> Iterator[torch.Tensor]:
-        """Begin to gather the rows of all ranks, of one tensor after another.
-
-        If devices can write to each other's memory, they do so from now on.
+    def gathering(
+        self, counts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> Gathering:
+        """Prepare to gather rows, through the memory of peers if devices can write to it.
 
         Args:
-            parts: [counts[rank], ...] of this rank.
             counts: number of rows of each rank.
-
-        Returns:
-            [sum(counts), ...] of each part, on every rank; for work launched before the next call.
+            shape: of a row, [n, heads, width].
+            dtype: of the elements.
         """
         if self._peers is not None:
-            return self._peers.gather_each(parts, counts)
-        return (self.whole(part.flatten(1), counts).unflatten(1, part.shape[1:]) for part in parts)
+            return self._peers.gathering(counts, shape, dtype)
+        return _Exchanged(self, counts)
 
     def whole(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Return the rows of all ranks, on every rank.
@@ -241,6 +238,21 @@ class RankGroup:
         for aborter in aborters:
             if aborter.thread is not threading.current_thread():
                 aborter.thread.join(max(0.0, latest - time.monotonic()))
+
+
+class _Exchanged:
+    """A `Gathering` by the backend, each group when its turn comes."""
+
+    def __init__(self, group: RankGroup, counts: Sequence[int]) -> None:
+        self.own: torch.Tensor | None = None
+        self._group = group
+        self._counts = counts
+
+    def begin(self, rows: torch.Tensor, groups: Sequence[slice]) -> Iterator[torch.Tensor]:
+        for group in groups:
+            part = rows[:, :, group]
+            whole = self._group.whole(part.flatten(1), self._counts)
+            yield whole.unflatten(1, part.shape[1:])
 
 
 class _Aborter:

@@ -6,15 +6,14 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ... import _core
 from ...errors import CudaError, Error
+from .gathering import Gathering
 
 _ALIGNMENT = 512  # bytes
 _SECONDS_BETWEEN_LOOKS = 0.001
@@ -22,7 +21,7 @@ _WIDE = torch.complex128  # of 16 bytes, which torch copies faster than the same
 
 
 class PeerMemory:
-    """Gathers tensors of all ranks of a group, each while the one before is used."""
+    """Gathers rows of all ranks of a group, a part of them while the one before is used."""
 
     def __init__(
         self, store: Any, rank: int, size: int, device: torch.device, aborted: threading.Event
@@ -59,28 +58,23 @@ class PeerMemory:
         memory = cls(store, rank, size, device, aborted)
         return memory if memory._reserve(2 * _ALIGNMENT) else None
 
-    def gather_each(
-        self, parts: Sequence[torch.Tensor], counts: Sequence[int]
-    ) -> Iterator[torch.Tensor]:
-        """Begin to gather the rows of all ranks, of one tensor after another.
+    def gathering(
+        self, counts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> Gathering:
+        """Prepare to gather rows.
 
         Args:
-            parts: [counts[rank], n, ...] of this rank, such as keys and values, all of a dtype.
-                From the third dimension on they are contiguous, in whole 16 bytes.
             counts: number of rows of each rank.
-
-        Returns:
-            [sum(counts), n, ...] of each part, for work that the current stream is given before the
-            next call.
+            shape: of a row, [n, heads, width], such as keys and values; a head has whole 16 bytes.
+            dtype: of the elements.
 
         Raises:
             CudaError: a device has no memory for them.
             RuntimeError: a rank has died.
         """
         rows, begin = sum(counts), sum(counts[: self._rank])
-        shapes = [(rows, *part.shape[1:]) for part in parts]
-        sizes = [_aligned(math.prod(shape) * parts[0].itemsize) for shape in shapes]
-        if not self._reserve(2 * sum(sizes)):
+        nbytes = _aligned(rows * math.prod(shape) * dtype.itemsize)
+        if not self._reserve(2 * nbytes):
             cause = "another device failed" if self._problem is None else str(self._problem)
             raise CudaError(
                 f"no memory for the keys and values of all ranks: {cause}",
@@ -92,45 +86,9 @@ class PeerMemory:
         # last and first call may take the same half, all ranks wait for each other anyway.
         self._turn = 1 - self._turn
         offset = self._turn * (buffer.nbytes // 2)
-        # The parts are in use until the last event, which the caller's stream waits for. After an
-        # error the ranks end, so that it does not matter what is sent then.
-        self._copying.wait_stream(torch.cuda.current_stream(self._device))
-        arrivals: list[_Arrival] = []
-        for part, shape, nbytes in zip(parts, shapes, sizes, strict=True):
-            whole = buffer.view(offset, shape, part.dtype)
-            copy_own = partial(_copy, part, whole[begin : begin + counts[self._rank]])
-            row_nbytes = math.prod(shape[1:]) * part.itemsize
-            self._send(buffer, part, offset + begin * row_nbytes)
-            if arrivals:
-                with torch.cuda.stream(self._copying):
-                    copy_own()
-            arrivals.append(_Arrival(whole, copy_own, self._copying.record_event()))
-            offset += nbytes
-        return self._in_turn(arrivals)
-
-    def _send(self, buffer: _Buffer, part: torch.Tensor, offset: int) -> None:
-        """Send a part to all other ranks, then wait for theirs, on the stream for it."""
-        stream = self._copying.cuda_stream
-        columns, width = part.shape[1], math.prod(part.shape[2:]) * part.itemsize
-        for i, column in enumerate(part.unbind(1)):
-            buffer.memory.send(
-                column.data_ptr(),
-                part.stride(0) * part.itemsize,
-                width,
-                len(part),
-                offset + i * width,
-                columns * width,
-                stream,
-            )
-        buffer.memory.barrier(stream)
-
-    def _in_turn(self, arrivals: Sequence[_Arrival]) -> Iterator[torch.Tensor]:
-        # This rank's rows of the first part are copied as late as here, where there is time while
-        # the others' are on their way; those of the other parts have been.
-        arrivals[0].copy_own()
-        for arrival in arrivals:
-            torch.cuda.current_stream(self._device).wait_event(arrival.event)
-            yield arrival.whole
+        whole = buffer.view(offset, (rows, *shape), dtype)
+        here = slice(begin, begin + counts[self._rank])
+        return _Gathering(buffer.memory, whole, here, offset, self._copying)
 
     def release(self) -> None:
         """Let work of this device go on that waits for a rank which has died.
@@ -142,9 +100,7 @@ class PeerMemory:
 
     @functools.cached_property
     def _copying(self) -> torch.cuda.Stream:
-        # One, as two gained nothing on an H200. Of high priority, so that signals do not wait for
-        # the end of a long kernel's blocks.
-        return torch.cuda.Stream(self._device, priority=-1)
+        return torch.cuda.Stream(self._device)  # one, as two gained nothing on an H200
 
     def _reserve(self, nbytes: int) -> bool:
         """Have a buffer of so many bytes on every rank; return whether all have it."""
@@ -197,19 +153,71 @@ class PeerMemory:
         return [bytes.fromhex(self._store.get(key).decode()[1:]) for key in keys]
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    """A part that is gathered.
+class _Gathering:
+    """A `Gathering` in memory that other ranks write to."""
 
-    Attributes:
-        whole: the rows of all ranks.
-        copy_own: copies this rank's rows there.
-        event: when those of the other ranks have arrived.
-    """
+    def __init__(
+        self,
+        memory: _core.PeerMemory,
+        whole: torch.Tensor,
+        here: slice,
+        offset: int,
+        copying: torch.cuda.Stream,
+    ) -> None:
+        """Take memory.
 
-    whole: torch.Tensor
-    copy_own: Callable[[], None]
-    event: torch.cuda.Event
+        Args:
+            memory: the core's.
+            whole: rows of all ranks in it.
+            here: those of this rank.
+            offset: of the first row in the memory, in bytes.
+            copying: the stream to send on.
+        """
+        self.own: torch.Tensor | None = whole[here]
+        self._memory = memory
+        self._whole = whole
+        self._own = whole[here]
+        self._offset = offset + here.start * whole.stride(0) * whole.itemsize
+        self._copying = copying
+
+    def begin(self, rows: torch.Tensor, groups: Sequence[slice]) -> Iterator[torch.Tensor]:
+        # The rows are in use until the last event, which the caller's stream waits for. After an
+        # error the ranks end, so that it does not matter what is sent then.
+        self._copying.wait_stream(torch.cuda.current_stream(rows.device))
+        sent = []
+        for channel, group in enumerate(groups):
+            self._send(rows, group)
+            self._memory.signal(channel, self._copying.cuda_stream)
+            sent.append(self._copying.record_event())
+        return self._in_turn(rows, groups, sent)
+
+    def _send(self, rows: torch.Tensor, group: slice) -> None:
+        part, target = rows[:, :, group], self._whole[:, :, group]
+        size = rows.itemsize
+        for i, column in enumerate(part.unbind(1)):
+            self._memory.send(
+                column.data_ptr(),
+                rows.stride(0) * size,
+                math.prod(column.shape[1:]) * size,
+                len(rows),
+                self._offset + (i * target.stride(1) + group.start * target.stride(2)) * size,
+                target.stride(0) * size,
+                self._copying.cuda_stream,
+            )
+
+    def _in_turn(
+        self, rows: torch.Tensor, groups: Sequence[slice], sent: Sequence[torch.cuda.Event]
+    ) -> Iterator[torch.Tensor]:
+        # Here there is time, while rows of the others are on their way.
+        if rows.numel() and rows.data_ptr() != self._own.data_ptr():
+            self._own.view(_WIDE).copy_(rows.view(_WIDE))
+        for channel, (group, event) in enumerate(zip(groups, sent, strict=True)):
+            # The kernel that waits is not on the other stream, where it would find no
+            # multiprocessor until those of the queries are free.
+            stream = torch.cuda.current_stream(rows.device)
+            stream.wait_event(event)
+            self._memory.wait(channel, stream.cuda_stream)
+            yield self._whole[:, :, group]
 
 
 class _Buffer:
@@ -244,11 +252,6 @@ class _CudaArray:
             "data": (memory.address(), False),
             "version": 3,
         }
-
-
-def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    if source.numel():
-        target.view(_WIDE).copy_(source.view(_WIDE))
 
 
 def _aligned(nbytes: int) -> int:
