@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +168,76 @@ def test_memory_that_comes_after_the_release_is_released(problems, monkeypatch) 
     monkeypatch.setattr(PeerMemory, "_told_by_all", told_by_all)
     assert on_all(lambda rank: connected[rank]._reserve(10**6)) == [True] * SIZE
     assert all(memory._buffers[-1].memory.is_released for memory in connected)
+
+
+class Stream:
+    """Stands for a CUDA stream: all work is done at once."""
+
+    cuda_stream = 1
+
+    def wait_stream(self, _: Stream) -> None:
+        pass
+
+    def wait_event(self, _: object) -> None:
+        pass
+
+    def record_event(self) -> object:
+        return object()
+
+
+class SharedMemory:
+    """Stands for the core's memory: bytes of every rank, which are written to by address."""
+
+    def __init__(self, rank: int, of_all: list[torch.Tensor], signals: list[threading.Semaphore]):
+        self._rank, self._of_all, self._signals = rank, of_all, signals
+
+    def send(self, source, source_pitch, width, rows, offset, pitch, stream) -> None:
+        for other, memory in enumerate(self._of_all):
+            for row in range(rows if other != self._rank else 0):
+                assert offset + row * pitch + width <= memory.nbytes
+                target = memory.data_ptr() + offset + row * pitch
+                ctypes.memmove(target, source + row * source_pitch, width)
+
+    def signal(self, channel: int, stream: int) -> None:
+        for _ in range(SIZE - 1):
+            self._signals[channel].release()
+
+    def wait(self, channel: int, stream: int) -> None:
+        # Of both groups all have been sent before any rank takes one.
+        for _ in range(SIZE - 1):
+            assert self._signals[channel].acquire(timeout=20)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("counts", [(3, 2, 4), (1, 0, 2)])
+def test_every_rank_gets_the_rows_of_all(counts, in_place: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    shape, total, first = (2, 5, 128), sum(counts), 64
+    of_all = [torch.zeros(first + 4 * total * math.prod(shape) + 64).view(torch.uint8)] * SIZE
+    of_all = [memory.clone() for memory in of_all]
+    signals = [threading.Semaphore(0) for _ in range(2)]
+    rows = torch.randn(total, *shape)
+    sent = threading.Barrier(SIZE)
+
+    def gather(rank: int) -> list[torch.Tensor]:
+        begin = sum(counts[:rank])
+        here = slice(begin, begin + counts[rank])
+        nbytes = rows.nbytes
+        whole = of_all[rank][first : first + nbytes].view(torch.float32).view(rows.shape)
+        memory: Any = SharedMemory(rank, of_all, signals)
+        gathering = peer_memory._Gathering(memory, whole, here, first, Stream())  # type: ignore[arg-type]
+        own = torch.randn(counts[rank], 3, *shape[1:])[:, 1:]  # a part of a wider matrix
+        if in_place:
+            assert gathering.own is not None
+            own = gathering.own
+        own.copy_(rows[here])
+        parts = gathering.begin(own, [slice(0, 2), slice(2, 5)])
+        sent.wait(20)
+        return [part.clone() for part in parts]
+
+    for first_heads, others in on_all(gather):
+        assert torch.equal(first_heads, rows[:, :, :2])
+        assert torch.equal(others, rows[:, :, 2:])
 
 
 @pytest.mark.parametrize("when", ["before", "while"])

@@ -60,7 +60,8 @@ class SharedAttention:
         self._lengths = lengths
         self._rows = shares.rows_of(lengths)
         first = heads_to_gather_first(heads, max(shares.counts), shares.group.multiprocessors)
-        self._groups = [group for group in (slice(first), slice(first, heads)) if group.stop > 0]
+        groups = slice(0, first), slice(first, heads)
+        self._groups = [group for group in groups if group.start < group.stop]
         self._gathering = shares.group.gathering(shares.counts, (2, heads, HEAD_DIM), dtype)
 
     @property
