@@ -178,12 +178,18 @@ class Block(nn.Module):
         """Compute keys and values before queries if possible, as they have to be sent."""
         heads, width = self._heads, self._heads * HEAD_DIM
         attention = SharedAttention(heads, part.lengths, shares, self.qkv.result_dtype)
-        kv, q = self.qkv.part(slice(width, 3 * width)), self.qkv.part(slice(width))
-        if kv is None or q is None:
+        q = self.qkv.part(slice(width))
+        # Keys are on their way while values are computed, unless fewer and larger GEMMs are faster.
+        begins = (width, 2 * width) if self.qkv.takes_epilogues else (width,)
+        ends = (*begins[1:], 3 * width)
+        others = [self.qkv.part(slice(*rows)) for rows in zip(begins, ends, strict=True)]
+        if q is None or None in others:
             qkv = self._qkv(h, part)
             attention.send(qkv[:, width:])
             return attention.attend(qkv[:, :width])
-        attention.send(kv(h, self._rotation(part, 0, heads, attention.keys_and_values)))
+        for i, layer in enumerate(filter(None, others)):
+            out = attention.memory(i, layer.out_features)
+            attention.send(layer(h, self._rotation(part, 0, 0 if i else heads, out)))
         return attention.attend(q(h, self._rotation(part, heads, 0)))
 
     def feed_forward(self, h: Activation) -> torch.Tensor:

@@ -271,6 +271,8 @@ def rotate_heads(
         q_heads: number of heads of q.
         k_heads: number of heads of k.
     """
+    if q_heads + k_heads == 0:
+        return
     if _fusable(matrix):
         fused.rotate_heads(matrix, q_weight, k_weight, rotations, q_heads, k_heads, NORM_EPS)
         return

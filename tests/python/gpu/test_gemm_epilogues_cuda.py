@@ -37,8 +37,8 @@ def fused_silu_multiply(a: zm.RowScaledArray, b: zm.RowScaledArray) -> torch.Ten
     return result
 
 
-def fused_rotate_heads(*arguments: Any) -> torch.Tensor:
-    result: torch.Tensor = gemm_rotate_heads(*arguments, kernel="fp8_sm90")
+def fused_rotate_heads(*arguments: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    result: torch.Tensor = gemm_rotate_heads(*arguments, kernel="fp8_sm90", out=out)
     return result
 
 
@@ -125,12 +125,18 @@ def test_heads_alone_are_those_of_the_whole(rows: int, heads: int) -> None:
     width = heads * 128
     for part, q_heads, k_heads in (
         (slice(width), heads, 0),
+        (slice(width, 2 * width), 0, heads),
         (slice(width, 3 * width), 0, heads),
         (slice(2 * width, 3 * width), 0, 0),
     ):
         of_part = zm.RowScaledArray(b.codes[part], b.scales[part])
         found = fused_rotate_heads(a, of_part, q, k, rotations, q_heads, k_heads)
         assert torch.equal(found, whole[:, part])
+        memory = torch.full_like(whole, torch.nan)
+        out = memory[:, part]
+        found = fused_rotate_heads(a, of_part, q, k, rotations, q_heads, k_heads, out=out)
+        assert found.data_ptr() == out.data_ptr() and torch.equal(out, whole[:, part])
+        assert memory.isnan().sum() == memory.numel() - out.numel()
 
 
 def heads_of(a: zm.RowScaledArray, b: zm.RowScaledArray, rotations: torch.Tensor) -> torch.Tensor:

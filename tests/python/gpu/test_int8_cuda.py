@@ -163,6 +163,11 @@ def test_rotate_heads_is_the_same_fused_and_apart(tokens: int, heads: int, depth
         assert torch.equal(
             gemm_rotate_heads(a, b, q, k, rotations, heads, heads, kernel=kernel), want
         )
+        for i, (q_heads, k_heads) in enumerate([(heads, 0), (0, heads), (0, 0)]):
+            part = slice(i * heads * 128, (i + 1) * heads * 128)
+            of_part = zm.Int8Array(b.codes[part], b.scales[part])
+            found = gemm_rotate_heads(a, of_part, q, k, rotations, q_heads, k_heads, kernel=kernel)
+            assert torch.equal(found, want[:, part])
 
 
 def test_weights_are_encoded_from_their_exact_values() -> None:

@@ -107,7 +107,7 @@ def test_too_little_memory_later_names_the_cause_where_it_is(problems) -> None:
 
     def gather(rank: int) -> str:
         with pytest.raises(zm.CudaError) as caught:
-            connected[rank].gathering([4] * SIZE, (2, 1, 128), torch.float32)
+            connected[rank].gathering([4] * SIZE, (2, 1, 128), torch.float32, [])
         return str(caught.value)
 
     sentences = on_all(gather)
@@ -208,9 +208,10 @@ class SharedMemory:
             assert self._signals[channel].acquire(timeout=20)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("counts", [(3, 2, 4), (1, 0, 2)])
-def test_every_rank_gets_the_rows_of_all(counts, in_place: bool, monkeypatch) -> None:
+def test_every_rank_gets_the_rows_of_all(counts, in_place, at_once, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
     shape, total, first = (2, 5, 128), sum(counts), 64
     of_all = [torch.zeros(first + 4 * total * math.prod(shape) + 64).view(torch.uint8)] * SIZE
@@ -225,15 +226,18 @@ def test_every_rank_gets_the_rows_of_all(counts, in_place: bool, monkeypatch) ->
         nbytes = rows.nbytes
         whole = of_all[rank][first : first + nbytes].view(torch.float32).view(rows.shape)
         memory: Any = SharedMemory(rank, of_all, signals)
-        gathering = peer_memory._Gathering(memory, whole, here, first, Stream())  # type: ignore[arg-type]
+        groups = [slice(0, 2), slice(2, 5)]
+        stream: Any = Stream()
+        gathering = peer_memory._Gathering(memory, whole, here, first, groups, stream)
         own = torch.randn(counts[rank], 3, *shape[1:])[:, 1:]  # a part of a wider matrix
         if in_place:
             assert gathering.own is not None
             own = gathering.own
         own.copy_(rows[here])
-        parts = gathering.begin(own, [slice(0, 2), slice(2, 5)])
+        for columns in [own] if at_once else own.split(1, dim=1):
+            gathering.send(columns)
         sent.wait(20)
-        return [part.clone() for part in parts]
+        return [part.clone() for part in gathering.groups()]
 
     for first_heads, others in on_all(gather):
         assert torch.equal(first_heads, rows[:, :, :2])

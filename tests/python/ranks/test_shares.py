@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -109,13 +109,17 @@ class Thread:
 
     own = None
 
-    def gathering(self, counts: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> Any:
-        assert (tuple(shape[1:]), dtype) == ((shape[1], 128), torch.float32)
-        self._counts = list(counts)
+    def gathering(self, counts, shape, dtype, groups) -> Any:
+        assert (shape[0], shape[2], dtype) == (2, 128, torch.float32)
+        self._counts, self._groups, self._sent = list(counts), groups, []
         return self
 
-    def begin(self, rows: torch.Tensor, groups: Sequence[slice]) -> Iterator[torch.Tensor]:
-        for group in groups:
+    def send(self, columns: torch.Tensor) -> None:
+        self._sent.append(columns)
+
+    def groups(self) -> Iterator[torch.Tensor]:
+        rows = torch.cat(self._sent, dim=1)
+        for group in self._groups:
             self._table[self.rank] = rows[:, :, group]
             self._barrier.wait()
             whole = torch.cat(self._table)
@@ -154,7 +158,8 @@ def test_attention_across_ranks_is_attention(heads: int, size: int, lengths: lis
         shares = Shares(group, tokens)
         q, kv = qkv[shares.here].split((heads * 128, 2 * heads * 128), dim=1)
         attention = SharedAttention(heads, lengths, shares, kv.dtype)
-        attention.send(kv.contiguous())
+        for columns in [kv] if size % 2 else kv.chunk(2, dim=1):
+            attention.send(columns.contiguous())
         return attention.attend(q.contiguous())
 
     with ThreadPoolExecutor(size) as pool:

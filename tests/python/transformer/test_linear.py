@@ -345,7 +345,7 @@ def test_a_layer_with_an_adapter_does_not_fuse(
     silu = SiluMultiply(frozenset({PLAIN}))
     fused = torch.zeros(1)
     monkeypatch.setattr(FP8Linear, "_core_takes_epilogues", True)
-    monkeypatch.setattr(fused_kernels, "gemm_with_epilogue", lambda *_: fused)
+    monkeypatch.setattr(fused_kernels, "gemm_with_epilogue", lambda *_, **__: fused)
     assert qkv(qkv.encode(x), rotate) is fused
     assert w13(w13.encode(x), silu)[PLAIN] is fused
     attach_adapters(model, stacked.weights)

@@ -62,28 +62,35 @@ class SharedAttention:
         first = heads_to_gather_first(heads, max(shares.counts), shares.group.multiprocessors)
         groups = slice(0, first), slice(first, heads)
         self._groups = [group for group in groups if group.start < group.stop]
-        self._gathering = shares.group.gathering(shares.counts, (2, heads, HEAD_DIM), dtype)
+        shape = 2, heads, HEAD_DIM
+        self._gathering = shares.group.gathering(shares.counts, shape, dtype, self._groups)
 
-    @property
-    def keys_and_values(self) -> torch.Tensor | None:
-        """Memory for the argument of `send`, which need not be copied from there; or None."""
-        own = self._gathering.own
-        return None if own is None else own.flatten(1)
-
-    def send(self, kv: torch.Tensor) -> None:
-        """Begin to gather keys and values.
+    def memory(self, first: int, width: int) -> torch.Tensor | None:
+        """Return memory for an argument of `send`, which need not be copied from there.
 
         Args:
-            kv: [tokens of this rank, 2 * heads * 128]: k and v side by side.
+            first: 0 if it begins with keys, 1 if with values.
+            width: of the argument.
+
+        Returns:
+            [tokens of this rank, width], or None.
         """
-        rows = kv.unflatten(1, (2, self._heads, HEAD_DIM))
-        self._gathered = self._gathering.begin(rows, self._groups)
+        own = self._gathering.own
+        return None if own is None else own[:, first:].flatten(1)[:, :width]
+
+    def send(self, columns: torch.Tensor) -> None:
+        """Begin to gather keys, then values, or both at once.
+
+        Args:
+            columns: k, v, or both side by side, [tokens of this rank, heads * 128] each.
+        """
+        self._gathering.send(columns.unflatten(1, (-1, self._heads, HEAD_DIM)))
 
     def attend(self, q: torch.Tensor) -> torch.Tensor:
         """Return the attention [tokens of this rank, heads * 128] of queries, after `send`."""
         queries = q.unflatten(1, (self._heads, HEAD_DIM))
         attended = [
             attend_rows(queries[:, group], keys_and_values, self._rows, self._lengths)
-            for group, keys_and_values in zip(self._groups, self._gathered, strict=True)
+            for group, keys_and_values in zip(self._groups, self._gathering.groups(), strict=True)
         ]
         return torch.cat(attended, dim=1)

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 
 
 class Gathering(Protocol):
-    """Rows [n, heads, width] that each rank gets from all others.
+    """Rows [n, heads, width] that each rank gets from all others, in groups of heads.
 
     Attributes:
-        own: memory [rows of this rank, n, heads, width] for the argument of `begin`, which need not
-            be copied from there; None if there is none.
+        own: memory [rows of this rank, n, heads, width] for what `send` is given, which need not be
+            copied from there; None if there is none.
     """
 
     own: torch.Tensor | None
 
-    def begin(self, rows: torch.Tensor, groups: Sequence[slice]) -> Iterator[torch.Tensor]:
-        """Begin to gather groups of heads, one after another. Every rank calls this once.
+    def send(self, columns: torch.Tensor) -> None:
+        """Begin to gather some of the n columns of all rows.
 
         Args:
-            rows: [rows of this rank, n, heads, width], of which the last two are contiguous. They
-                must not change before the last group has been returned.
-            groups: of heads.
+            columns: [rows of this rank, c, heads, width], the next c columns. The last two
+                dimensions are contiguous. It must not change before the last group is there.
+        """
+
+    def groups(self) -> Iterator[torch.Tensor]:
+        """Return the rows of all ranks, once all columns have been sent.
 
         Returns:
             [rows of all ranks, n, heads of the group, width] of each group, for work that the

@@ -166,7 +166,11 @@ class RankGroup:
         return out
 
     def gathering(
-        self, counts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+        self,
+        counts: Sequence[int],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        groups: Sequence[slice],
     ) -> Gathering:
         """Prepare to gather rows, through the memory of peers if devices can write to it.
 
@@ -174,10 +178,11 @@ class RankGroup:
             counts: number of rows of each rank.
             shape: of a row, [n, heads, width].
             dtype: of the elements.
+            groups: of heads, in the order in which they are gathered.
         """
         if self._peers is not None:
-            return self._peers.gathering(counts, shape, dtype)
-        return _Exchanged(self, counts)
+            return self._peers.gathering(counts, shape, dtype, groups)
+        return _Exchanged(self, counts, groups)
 
     def whole(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Return the rows of all ranks, on every rank.
@@ -243,14 +248,19 @@ class RankGroup:
 class _Exchanged:
     """A `Gathering` by the backend, each group when its turn comes."""
 
-    def __init__(self, group: RankGroup, counts: Sequence[int]) -> None:
+    def __init__(self, group: RankGroup, counts: Sequence[int], groups: Sequence[slice]) -> None:
         self.own: torch.Tensor | None = None
         self._group = group
         self._counts = counts
+        self._groups = groups
+        self._columns: list[torch.Tensor] = []
 
-    def begin(self, rows: torch.Tensor, groups: Sequence[slice]) -> Iterator[torch.Tensor]:
-        for group in groups:
-            part = rows[:, :, group]
+    def send(self, columns: torch.Tensor) -> None:
+        self._columns.append(columns)
+
+    def groups(self) -> Iterator[torch.Tensor]:
+        for group in self._groups:
+            part = torch.cat([columns[:, :, group] for columns in self._columns], dim=1)
             whole = self._group.whole(part.flatten(1), self._counts)
             yield whole.unflatten(1, part.shape[1:])
 

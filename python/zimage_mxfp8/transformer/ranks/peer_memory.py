@@ -59,7 +59,11 @@ class PeerMemory:
         return memory if memory._reserve(2 * _ALIGNMENT) else None
 
     def gathering(
-        self, counts: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+        self,
+        counts: Sequence[int],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        groups: Sequence[slice],
     ) -> Gathering:
         """Prepare to gather rows.
 
@@ -67,6 +71,7 @@ class PeerMemory:
             counts: number of rows of each rank.
             shape: of a row, [n, heads, width], such as keys and values; a head has whole 16 bytes.
             dtype: of the elements.
+            groups: of heads, in the order in which they are gathered.
 
         Raises:
             CudaError: a device has no memory for them.
@@ -88,7 +93,7 @@ class PeerMemory:
         offset = self._turn * (buffer.nbytes // 2)
         whole = buffer.view(offset, (rows, *shape), dtype)
         here = slice(begin, begin + counts[self._rank])
-        return _Gathering(buffer.memory, whole, here, offset, self._copying)
+        return _Gathering(buffer.memory, whole, here, offset, groups, self._copying)
 
     def release(self) -> None:
         """Let work of this device go on that waits for a rank which has died.
@@ -162,6 +167,7 @@ class _Gathering:
         whole: torch.Tensor,
         here: slice,
         offset: int,
+        groups: Sequence[slice],
         copying: torch.cuda.Stream,
     ) -> None:
         """Take memory.
@@ -171,6 +177,7 @@ class _Gathering:
             whole: rows of all ranks in it.
             here: those of this rank.
             offset: of the first row in the memory, in bytes.
+            groups: of heads.
             copying: the stream to send on.
         """
         self.own: torch.Tensor | None = whole[here]
@@ -178,46 +185,59 @@ class _Gathering:
         self._whole = whole
         self._own = whole[here]
         self._offset = offset + here.start * whole.stride(0) * whole.itemsize
+        self._heads = groups
         self._copying = copying
+        self._given: list[tuple[slice, torch.Tensor]] = []  # which columns, and the columns
+        self._sent: list[torch.cuda.Event] = []  # of each group
 
-    def begin(self, rows: torch.Tensor, groups: Sequence[slice]) -> Iterator[torch.Tensor]:
-        # The rows are in use until the last event, which the caller's stream waits for. After an
+    def send(self, columns: torch.Tensor) -> None:
+        # Columns are in use until the last event, which the caller's stream waits for. After an
         # error the ranks end, so that it does not matter what is sent then.
-        self._copying.wait_stream(torch.cuda.current_stream(rows.device))
-        sent = []
-        for channel, group in enumerate(groups):
-            self._send(rows, group)
-            self._memory.signal(channel, self._copying.cuda_stream)
-            sent.append(self._copying.record_event())
-        return self._in_turn(rows, groups, sent)
+        self._copying.wait_stream(torch.cuda.current_stream(columns.device))
+        begin = self._given[-1][0].stop if self._given else 0
+        which = slice(begin, begin + columns.shape[1])
+        self._given.append((which, columns))
+        first, *others = self._heads
+        self._send(which, columns, first)
+        if which.stop < self._whole.shape[1]:
+            return
+        self._signal()
+        for heads in others:
+            for given in self._given:
+                self._send(*given, heads)
+            self._signal()
 
-    def _send(self, rows: torch.Tensor, group: slice) -> None:
-        part, target = rows[:, :, group], self._whole[:, :, group]
-        size = rows.itemsize
-        for i, column in enumerate(part.unbind(1)):
+    def _send(self, which: slice, columns: torch.Tensor, heads: slice) -> None:
+        part, target = columns[:, :, heads], self._whole[:, which, heads]
+        size = columns.itemsize
+        for i, column in enumerate(part.unbind(1), which.start):
             self._memory.send(
                 column.data_ptr(),
-                rows.stride(0) * size,
+                columns.stride(0) * size,
                 math.prod(column.shape[1:]) * size,
-                len(rows),
-                self._offset + (i * target.stride(1) + group.start * target.stride(2)) * size,
+                len(columns),
+                self._offset + (i * target.stride(1) + heads.start * target.stride(2)) * size,
                 target.stride(0) * size,
                 self._copying.cuda_stream,
             )
 
-    def _in_turn(
-        self, rows: torch.Tensor, groups: Sequence[slice], sent: Sequence[torch.cuda.Event]
-    ) -> Iterator[torch.Tensor]:
+    def _signal(self) -> None:
+        self._memory.signal(len(self._sent), self._copying.cuda_stream)
+        self._sent.append(self._copying.record_event())
+
+    def groups(self) -> Iterator[torch.Tensor]:
         # Here there is time, while rows of the others are on their way.
-        if rows.numel() and rows.data_ptr() != self._own.data_ptr():
-            self._own.view(_WIDE).copy_(rows.view(_WIDE))
-        for channel, (group, event) in enumerate(zip(groups, sent, strict=True)):
+        for which, columns in self._given:
+            own = self._own[:, which]
+            if columns.numel() and columns.data_ptr() != own.data_ptr():
+                own.view(_WIDE).copy_(columns.view(_WIDE))
+        for channel, (heads, event) in enumerate(zip(self._heads, self._sent, strict=True)):
             # The kernel that waits is not on the other stream, where it would find no
             # multiprocessor until those of the queries are free.
-            stream = torch.cuda.current_stream(rows.device)
+            stream = torch.cuda.current_stream(self._whole.device)
             stream.wait_event(event)
             self._memory.wait(channel, stream.cuda_stream)
-            yield self._whole[:, :, group]
+            yield self._whole[:, :, heads]
 
 
 class _Buffer:
