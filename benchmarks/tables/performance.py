@@ -414,7 +414,7 @@ def lora() -> str:
 
 
 def additions() -> str:
-    fused = [{**row, "way": "added by the GEMM"} for row in rows_of("adapters-fused")]
+    fused = [{"way": "added by the GEMM", **row} for row in rows_of("adapters-fused")]
     apart = [{**row, "way": "apart"} for row in rows_of("additions")]
     measured = [row for row in [*fused, *apart] if "ratio" in row]
     return table(
@@ -426,6 +426,10 @@ def additions() -> str:
             Column("branch", label("{way}"), right=False),
             Column("ms", label("{ms:.1f}")),
             Column("of the forward without", label("{ratio:.2f}")),
+            Column(
+                "peak (GB)",
+                lambda rows: f"{rows[0]['peak_gb']:.2f}" if "peak_gb" in rows[0] else "-",
+            ),
         ],
     )
 
