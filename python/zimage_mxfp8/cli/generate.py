@@ -27,9 +27,9 @@ from .models import (
     add_gpus,
     add_model_dir,
     add_offload,
-    check_devices,
     gpus_or_none,
     keep_libraries_quiet,
+    settle_devices,
 )
 from .streams import report_line
 from .wording import CommandLineError
@@ -184,7 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     begin = time.perf_counter()
     stored, settings = _settings(arguments)
-    check_devices(arguments)
+    settle_devices(arguments)
     if (arguments.controlnet is None) != (settings.control_image is None):
         raise CommandLineError("--controlnet and --control-image go together; give both or neither")
     report_line("checking the model folder and the output ...")  # before the slow imports

@@ -69,10 +69,9 @@ def add_gpus(parser: argparse.ArgumentParser, *names: str, of_what: str = "each 
         "--gpus",
         *names,
         type=count(1),
-        default=1,
         metavar="N",
-        help=f"GPUs that share {of_what}, each with all weights of the transformer (default: 1; "
-        "more than two were never tried)",
+        help=f"GPUs that share {of_what}, each with all weights of the transformer (default: 1, or "
+        "the CPU without a GPU; more than two were never tried)",
     )
 
 
@@ -89,16 +88,20 @@ def gpus_or_none(arguments: argparse.Namespace) -> list[torch.device] | None:
     return first_gpus(arguments.gpus)
 
 
-def check_devices(arguments: argparse.Namespace) -> None:
-    """Raise if `--device` contradicts `--gpus`, or cannot have the mode of `--compute`.
+def settle_devices(arguments: argparse.Namespace) -> None:
+    """Settle `--gpus` and `--device`, of which either may be left out.
 
     Raises:
-        CommandLineError, UnsupportedError: see above.
+        CommandLineError: they contradict each other.
+        UnsupportedError: the device cannot have the mode of `--compute`.
     """
-    if arguments.gpus > 1 and arguments.device not in (None, "cuda"):
-        raise CommandLineError(
-            f"--device {arguments.device} contradicts --gpus {arguments.gpus}; leave one out"
-        )
+    gpus, device = arguments.gpus, arguments.device
+    allowed = device in (None, "cuda") if gpus != 1 else device != "cpu"
+    if gpus is not None and not allowed:
+        raise CommandLineError(f"--device {device} contradicts --gpus {gpus}; leave one out")
+    if gpus == 1 and device is None:
+        arguments.device = "cuda"
+    arguments.gpus = gpus or 1
     check_device(arguments.compute, arguments.device)
 
 

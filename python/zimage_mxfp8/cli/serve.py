@@ -22,8 +22,8 @@ from .models import (
     add_gpus,
     add_model_dir,
     add_offload,
-    check_devices,
     keep_libraries_quiet,
+    settle_devices,
 )
 from .streams import report_line
 from .wording import CommandLineError
@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     if arguments.transformer and not arguments.model_dir:
         raise CommandLineError("--transformer needs --model-dir with the other parts of the model")
-    check_devices(arguments)
+    settle_devices(arguments)
     _check_ray(arguments)
     with needed("serve", "serve"):
         import python_multipart  # noqa: F401 - starlette imports it with the first form

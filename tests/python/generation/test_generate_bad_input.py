@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import zimage_mxfp8 as zm
 from helpers.images import STAGES, Generate, fails, init_image
 from zimage_mxfp8.cli.main import main
+from zimage_mxfp8.cli.models import settle_devices
 from zimage_mxfp8.generation.components import VAE, TextEncoder
 from zimage_mxfp8.generation.images import decode_image, image_paths, open_image
 from zimage_mxfp8.generation.limits import MAX_IMAGES
@@ -69,6 +71,7 @@ def usual_but(*options: object) -> list[object]:
         (("--dtype", "float64"), "--dtype"),
         (("--device", "tpu"), '--device: must be "cpu", "cuda" or "cuda:N", not "tpu"'),
         (("--device", "cpu", "--gpus", "2"), "--device cpu contradicts --gpus 2; leave one out"),
+        (("--device", "cpu", "--gpus", "1"), "--device cpu contradicts --gpus 1; leave one out"),
         (("--gpus", "0"), "--gpus"),
         (("--colour", "red"), "--colour"),
     ],
@@ -89,6 +92,18 @@ def test_a_prompt_is_no_settings(model: Path) -> None:
 def test_needed_options(generate: Generate) -> None:
     sentence = "the following arguments are required: --prompt, or --settings-from"
     fails(generate(*USUAL[2:]), 2, sentence)
+
+
+def test_one_gpu_is_not_the_cpu() -> None:
+    def settled(gpus: int | None, device: str | None) -> tuple[str | None, int]:
+        arguments = argparse.Namespace(gpus=gpus, device=device, compute="auto")
+        settle_devices(arguments)
+        return arguments.device, arguments.gpus
+
+    assert settled(None, None) == (None, 1)
+    assert settled(1, None) == ("cuda", 1)
+    assert settled(1, "cuda:1") == ("cuda:1", 1)
+    assert settled(2, None) == (None, 2)
 
 
 def test_modes_that_are_not_to_be_had(generate: Generate) -> None:
