@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ from PIL import Image
 
 import zimage_mxfp8 as zm
 from helpers.control_reference import (
+    Controlled,
     Kind,
+    authors_forward,
     file_tensors,
     make_controlnet,
     silence_refiner,
     write_controlnet,
 )
-from helpers.diffusers_reference import CAPTION, make_reference
+from helpers.diffusers_reference import CAPTION, make_reference, relative_error
 from helpers.model_folder import TEXT_ENCODER, VAE, make_parts
 
 SIZE = 64
@@ -119,6 +122,43 @@ def test_inpaint_pipeline(
     ours = ZImageControlNetInpaintPipeline(**parts, transformer=transformer, controlnet=net)
     found = latents_of(ours, **inputs)
     assert (found - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "places"), [("1.0", (0, 2)), ("2.0", (0, 2)), ("2.1", (0, 2)), ("2.1", (0,))]
+)
+def test_the_pipeline_computes_what_the_authors_code_does(
+    kind: Kind,
+    places: tuple[int, ...],
+    reference: ZImageTransformer2DModel,
+    transformer: zm.ZImageTransformer,
+    parts: dict[str, object],
+    tmp_path: Path,
+) -> None:
+    """With hints of the refiner, which diffusers' class leaves out."""
+    model = make_controlnet(kind, places)
+    tensors = file_tensors(kind, model)
+    net = load(model, tmp_path / "net.safetensors", kind)
+    calls = []
+
+    def record(_: object, inputs: tuple, options: dict[str, Any], output: Any) -> None:
+        images, times, captions = inputs
+        copies = [x.clone() for x in images], times.clone(), [x.clone() for x in captions]
+        calls.append((copies, options["controlnet_block_samples"], output))
+
+    hook = transformer.register_forward_hook(record, with_kwargs=True)
+    try:
+        pipeline = ZImageControlNetPipeline(**parts, transformer=transformer, controlnet=net)
+        latents_of(pipeline, control_image=picture(1))
+    finally:
+        hook.remove()
+    assert len(calls) == 2  # steps, each with both prompts
+    for inputs, control, output in calls:
+        (given,) = control if isinstance(control, list) else [control]
+        assert given.strength == 0.8 and len(given.images) == len(inputs[0]) == 2
+        controlled = Controlled(kind, tensors, given.images, 0.8)
+        want = authors_forward(reference, *inputs, [controlled])
+        assert relative_error(output[0], want) < 1e-5
 
 
 def test_a_folder_takes_both(
