@@ -10,7 +10,8 @@ of the original weights with the adapter, over the same; it includes the format'
 - live: this package's branch beside the MXFP8 GEMM, in BF16 and in float32.
 - merged: `convert` of the original weights with the adapter added.
 - added: what ComfyUI does with a quantised layer: decode, add, quantise again with new scales,
-  rounding stochastically (its default) or to nearest. Simulated here.
+  rounding stochastically (its default) or to nearest. Simulated here; a test compares the
+  rounding with ComfyUI's.
 """
 
 from __future__ import annotations
