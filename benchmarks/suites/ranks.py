@@ -32,7 +32,7 @@ COLUMNS = {
     "ms": "ms, median",
     "speedup": "over one device",
     "error": "relative, to items alone",
-    "peak_gb": "GB of device memory",
+    "peak_gb": "GB of torch's memory, without peers' memory",
 }
 _CAPTIONS = (128, 32)
 _MAX_ERROR = 1e-3

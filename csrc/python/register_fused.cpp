@@ -136,7 +136,10 @@ void py_add_norm_modulate(const py::object& x, const py::object& y, const py::ob
   const NormWeights weights = norm.view(view.cols);
   const Items item_view = items_of(item_array, view.rows);
   std::optional<ScaledMatrix> added;
-  if (added_array.array && factor.array) {
+  if (added_array.array.has_value() != factor.array.has_value()) {
+    throw InvalidArgument("addend and addend_factor need each other");
+  }
+  if (added_array.array) {
     added = ScaledMatrix{matrix<ConstMatrixView>(*added_array.array, "bfloat16"),
                          reinterpret_cast<const float*>(vector(*factor.array, 1, sizeof(float)))};
   }

@@ -28,8 +28,8 @@ double cost_mxfp8_sm120(const GemmProblem& problem, const CudaDevice& device);
 // Tiles of the kernels fp8_sm90 and int8_sm90, rows of A and rows of B, and blocks in a cluster.
 inline constexpr std::int64_t kFusedTileM = 128, kFusedTileN = 256, kFusedCluster = 2;
 
-// Pairs of tiles that clusters take: tiles of B side by side, and where their number is odd, those
-// of the last one's tokens.
+// The number of pairs of tiles, one for each cluster. A pair is two columns of one row of tiles, or
+// two rows of the last column where the number of columns is odd.
 constexpr std::int64_t fused_pairs(std::int64_t m_tiles, std::int64_t n_tiles) {
   return n_tiles / 2 * m_tiles + n_tiles % 2 * ((m_tiles + 1) / 2);
 }

@@ -43,7 +43,7 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kEpilogueWarps = 3;  // the warp before them copies
 
-constexpr int kCluster = 2;  // blocks
+constexpr int kCluster = 2;  // blocks; they share tiles of A, but for an odd last column
 constexpr int kTokens = kConsumers * kGroupTokens;
 constexpr int kDepth = 128;  // of K in a stage: as wide as TMA's swizzle
 static_assert(kTokens == kFusedTileM && kWideRows == kFusedTileN && kCluster == kFusedCluster);

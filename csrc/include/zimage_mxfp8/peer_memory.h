@@ -52,7 +52,8 @@ class PeerMemory {
 
   // Tells all other ranks, on the stream, that what this rank sent before on it has arrived. Like
   // send() it takes no multiprocessor. On each of kMaxChannels channels a rank calls signal() and
-  // wait() in turns, and signal() first; all ranks make the same calls.
+  // wait() in turns, and signal() first; all ranks make the same calls. The stream is that of this
+  // rank's last wait() on the channel, or has waited for it.
   //
   // Throws InvalidArgument for a channel out of range, or a rank that is not open.
   void signal(int channel, CudaStream stream);

@@ -118,13 +118,13 @@ class ActivationMemory:
         like: Any,
         out: Any = None,
     ) -> None:
-        """Take new memory, or that of a matrix in bfloat16.
+        """Take new memory, or that of a matrix.
 
         Args:
             shape: of the activation.
-            output_format: its format.
+            output_format: its format; bfloat16 with `out`.
             like: a tensor on its device.
-            out: the matrix; None for new memory.
+            out: the matrix, of bfloat16; None for new memory.
         """
         rows, cols = shape
         self.shape = shape
@@ -132,10 +132,8 @@ class ActivationMemory:
         self.scales = None
         if out is not None:
             self.values = _written_matrix(out, "out")
-            if self._format != "bfloat16" or tuple(out.shape) != shape:
-                raise InvalidArgumentError(
-                    f"out must be bfloat16 {list(shape)}, not {self._format} {list(out.shape)}"
-                )
+            if tuple(out.shape) != shape:
+                raise InvalidArgumentError(f"out must be {list(shape)}, not {list(out.shape)}")
         elif self._format == "bfloat16":
             self.values = empty(shape, "bfloat16", like=like)
         elif self._format in ("row-scaled", "int8"):
@@ -264,8 +262,6 @@ def add_norm_modulate(
     rows, cols = require_2d(x, "x")
     if next_weight is None and next_scale is not None:
         raise InvalidArgumentError("next_scale needs a next_weight")
-    if (addend is None) != (addend_factor is None):
-        raise InvalidArgumentError("addend and addend_factor need each other")
     shape = (rows, cols)
     target = None if next_weight is None else ActivationMemory(shape, output_format, x)
     call_core(

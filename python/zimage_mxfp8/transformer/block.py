@@ -156,6 +156,12 @@ class Block(nn.Module):
     def _ffn_in(self) -> list[Linear]:
         return list(self.ffn_in)  # type: ignore[arg-type]
 
+    def reserve(self, part: Segment) -> None:
+        """Have the memory of other ranks that the attention of a part takes."""
+        if part.shares is not None:
+            shape = 2, self._heads, HEAD_DIM
+            part.shares.group.reserve(sum(part.lengths), shape, self.qkv.result_dtype)
+
     def attention(self, h: Activation, part: Segment) -> torch.Tensor:
         """Compute the attention of normalised activations."""
         if part.shares is None:
@@ -179,7 +185,8 @@ class Block(nn.Module):
         heads, width = self._heads, self._heads * HEAD_DIM
         attention = SharedAttention(heads, part.lengths, shares, self.qkv.result_dtype)
         q = self.qkv.part(slice(width))
-        # Keys are on their way while values are computed, unless fewer and larger GEMMs are faster.
+        # Where GEMMs have epilogues, keys are on their way while values are computed. In the other
+        # modes smaller GEMMs may take another kernel, and nothing was measured.
         begins = (width, 2 * width) if self.qkv.takes_epilogues else (width,)
         ends = (*begins[1:], 3 * width)
         others = [self.qkv.part(slice(*rows)) for rows in zip(begins, ends, strict=True)]
@@ -244,14 +251,14 @@ class Block(nn.Module):
 
 
 class Hints(Protocol):
-    """What a ControlNet adds between the blocks of a stack."""
+    """What a ControlNet adds to results of the blocks of a stack."""
 
     @property
     def places(self) -> Collection[int]:
         """Numbers of the blocks that a hint is added after, in order."""
 
     def next_hint(self, tokens: int) -> ScaledMatrix:
-        """Compute the next hint, [tokens, dim]."""
+        """Compute the next hint, [tokens, dim]; called once for each place, in order."""
 
 
 def split_modulations(stacked: torch.Tensor, dim: int) -> list[Modulation]:

@@ -133,14 +133,15 @@ def gemm_with_epilogue(
     addend: LowRankAddend | None,
     kernel: str | None,
     *arguments: Any,
-    **options: Any,
+    out: torch.Tensor | None = None,
 ) -> Any:
-    """Compute the GEMM of `ops.gemm_epilogues` with an epilogue, its arguments and options.
+    """Compute the GEMM of `ops.gemm_epilogues` with an epilogue and its arguments.
 
-    While traced, the kernel is always that of least cost, and there are no options.
+    While traced, the kernel is always that of least cost, and nothing is written to `out`.
     """
     row = gemm_epilogues.EPILOGUES[epilogue]
     if not torch.compiler.is_compiling():
+        options = {} if out is None else {"out": out}  # not every epilogue takes it
         return row.gemm(a, b, *arguments, addend=addend, kernel=kernel, **options)
     call = torch_library.GEMM_EPILOGUES[epilogue]
     x, u = (None, None) if addend is None else (addend.x, addend.u)

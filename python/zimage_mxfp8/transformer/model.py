@@ -619,6 +619,8 @@ class ZImageTransformer(PeftMethods, nn.Module):
         inputs = inputs.of_items(division.items)
         shapes = inputs.shapes
         layout = layout_of(shapes, self.device).shared(division.team)
+        for block in self._blocks_on("joint")[:1]:  # before the smaller part of the image
+            block.reserve(layout.joint)
         time = self._embed_time(inputs.times)
         modulations = self._modulations(time)
 

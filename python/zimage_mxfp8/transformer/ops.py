@@ -220,13 +220,13 @@ def add_norm(
 
 
 def _sum(addends: Sequence[ScaledMatrix]) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Return the addend of a kernel and its factor."""
+    """Return the addend of a kernel and its factor. The sum of several is rounded first."""
     if not addends:
         return None, None
     first, *others = addends
     if not others:
         return first.matrix, first.factor
-    total = first.matrix.float() * first.factor
+    total = first.matrix.float().mul_(first.factor)
     for each in others:
         total.addcmul_(each.matrix, each.factor)
     return total.to(first.matrix.dtype), torch.ones_like(first.factor)

@@ -157,6 +157,15 @@ def test_gemm_epilogues_need_a_gpu() -> None:
         gemm_rotate_heads(X, operand, HEAD, HEAD, ROTATIONS, 2, 2)
 
 
+def test_memory_that_cannot_be_written_to() -> None:
+    with pytest.raises(zm.InvalidArgumentError, match=r"out must be \[4, 64\], not \[3, 64\]"):
+        fused.ActivationMemory((4, 64), "bfloat16", X, X[:3])
+    with pytest.raises(zm.InvalidArgumentError, match="out is written in place"):
+        fused.ActivationMemory((64, 4), "bfloat16", X, X.t())
+    with pytest.raises(zm.InvalidArgumentError, match="out must be bfloat16, not float32"):
+        fused.ActivationMemory((4, 64), "bfloat16", X, X.float())
+
+
 def test_nothing_to_do() -> None:
     empty = X[:0]
     assert fused.silu_multiply(empty, empty).shape == (0, 64)

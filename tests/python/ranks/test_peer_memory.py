@@ -101,6 +101,19 @@ def test_larger_tensors_get_larger_memory_and_earlier_memory_stays(problems) -> 
         assert all(buffer.memory.is_released for buffer in memory._buffers)
 
 
+def test_memory_that_was_reserved_is_enough(problems) -> None:
+    connected = connect_all()
+
+    def reserve(rank: int, rows: int) -> None:
+        connected[rank].reserve(rows, (2, 3, 128), torch.bfloat16)
+
+    for rows in (2000, 1900, 2000):
+        on_all(lambda rank, rows=rows: reserve(rank, rows))
+    for memory in connected:
+        assert memory is not None
+        assert [buffer.nbytes for buffer in memory._buffers][1:] == [2 * 2000 * 2 * 3 * 128 * 2]
+
+
 def test_too_little_memory_later_names_the_cause_where_it_is(problems) -> None:
     connected = connect_all()
     problems["allocate", 1] = "out of memory"

@@ -9,14 +9,14 @@ import torch
 
 
 class Gathering(Protocol):
-    """Rows [n, heads, width] that each rank gets from all others, in groups of heads.
+    """Rows [n, heads, width] that each rank gets from all others, in groups of heads."""
 
-    Attributes:
-        own: memory [rows of this rank, n, heads, width] for what `send` is given, which need not be
-            copied from there; None if there is none.
-    """
+    @property
+    def own(self) -> torch.Tensor | None:
+        """Memory [rows of this rank, n, heads, width] for what `send` is given.
 
-    own: torch.Tensor | None
+        What is there need not be copied. None if there is no such memory.
+        """
 
     def send(self, columns: torch.Tensor) -> None:
         """Begin to gather some of the n columns of all rows.

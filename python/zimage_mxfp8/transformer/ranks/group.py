@@ -165,6 +165,11 @@ class RankGroup:
         self._finish(work)
         return out
 
+    def reserve(self, rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Have memory for `gathering` of so many rows of all ranks, if it takes any."""
+        if self._peers is not None:
+            self._peers.reserve(rows, shape, dtype)
+
     def gathering(
         self,
         counts: Sequence[int],
@@ -179,6 +184,9 @@ class RankGroup:
             shape: of a row, [n, heads, width].
             dtype: of the elements.
             groups: of heads, in the order in which they are gathered.
+
+        Returns:
+            What sends and gathers them, to be used before the next one.
         """
         if self._peers is not None:
             return self._peers.gathering(counts, shape, dtype, groups)
@@ -249,7 +257,7 @@ class _Exchanged:
     """A `Gathering` by the backend, each group when its turn comes."""
 
     def __init__(self, group: RankGroup, counts: Sequence[int], groups: Sequence[slice]) -> None:
-        self.own: torch.Tensor | None = None
+        self.own = None
         self._group = group
         self._counts = counts
         self._groups = groups

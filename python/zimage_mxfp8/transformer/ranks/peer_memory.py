@@ -58,6 +58,22 @@ class PeerMemory:
         memory = cls(store, rank, size, device, aborted)
         return memory if memory._reserve(2 * _ALIGNMENT) else None
 
+    def reserve(self, rows: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Have memory for `gathering` of so many rows of all ranks.
+
+        Raises:
+            CudaError: a device has no memory for them.
+            RuntimeError: a rank has died.
+        """
+        # Twice: `gathering` takes the halves in turns.
+        if self._reserve(2 * _aligned(rows * math.prod(shape) * dtype.itemsize)):
+            return
+        cause = "another device failed" if self._problem is None else str(self._problem)
+        raise CudaError(
+            f"no memory for the keys and values of all ranks: {cause}",
+            "draw a smaller image, or use one device",
+        ) from self._problem
+
     def gathering(
         self,
         counts: Sequence[int],
@@ -73,18 +89,14 @@ class PeerMemory:
             dtype: of the elements.
             groups: of heads, in the order in which they are gathered.
 
+        Returns:
+            What sends and gathers them, to be used before the next one.
+
         Raises:
-            CudaError: a device has no memory for them.
-            RuntimeError: a rank has died.
+            CudaError, RuntimeError: see `reserve`.
         """
         rows, begin = sum(counts), sum(counts[: self._rank])
-        nbytes = _aligned(rows * math.prod(shape) * dtype.itemsize)
-        if not self._reserve(2 * nbytes):
-            cause = "another device failed" if self._problem is None else str(self._problem)
-            raise CudaError(
-                f"no memory for the keys and values of all ranks: {cause}",
-                "draw a smaller image, or use one device",
-            ) from self._problem
+        self.reserve(rows, shape, dtype)
         buffer = self._buffers[-1]
         # With the halves of the memory in turns, none is written to that is still read: a rank that
         # has gathered once more than another one waits for it there. Between two forwards, whose
@@ -180,7 +192,6 @@ class _Gathering:
             groups: of heads.
             copying: the stream to send on.
         """
-        self.own: torch.Tensor | None = whole[here]
         self._memory = memory
         self._whole = whole
         self._own = whole[here]
@@ -189,6 +200,10 @@ class _Gathering:
         self._copying = copying
         self._given: list[tuple[slice, torch.Tensor]] = []  # which columns, and the columns
         self._sent: list[torch.cuda.Event] = []  # of each group
+
+    @property
+    def own(self) -> torch.Tensor | None:
+        return self._own
 
     def send(self, columns: torch.Tensor) -> None:
         # Columns are in use until the last event, which the caller's stream waits for. After an
