@@ -21,7 +21,17 @@ def dialects(model) -> dict[str, af.Written]:
     half = lambda stem: stem  # noqa: E731
     a, down = ".lora_A.weight", ".lora_down.weight"
     b, up = ".lora_B.weight", ".lora_up.weight"
+    qkv, native = af.fused_qkv(model), af.dotted("diffusion_model.")
+    fused = {
+        "musubi for ComfyUI": af.write_block_diagonal(qkv, af.underscored("lora_unet_"), 2.0),
+        "LoHa": af.write_loha(qkv, "lora_unet_", 2, 1.0),
+        "LoKr, whole": af.write_lokr(qkv, native, "none", float("inf")),
+        "LoKr, split": af.write_lokr(qkv, native, "second", 3.0),
+        "DoRA": af.write_dora(model, native, ".dora_scale", modules=qkv),
+        "difference": af.write_differences(qkv, native),
+    }
     return {
+        **{f"{name}, fused": af.of_parts(written) for name, written in fused.items()},
         "diffusers": af.write_pairs(every, af.dotted("transformer."), a, b),
         "diffusers, header": af.write_peft(model, 6.0, False),
         "diffusers, rsLoRA": af.write_peft(model, 6.0, True),
