@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,22 @@ BAD: dict[str, tuple[Tensors, tuple[str, ...]]] = {
         ("has NaN",),
     ),
 }  # fmt: skip
+
+
+def entry(name: str, begin: int) -> str:
+    """A tensor of rank 1 in a header."""
+    shape = [1, 256] if name == A else [256, 1]
+    value = {"dtype": "F32", "shape": shape, "data_offsets": [begin, begin + 1024]}
+    return f"{json.dumps(name)}: {json.dumps(value)}"
+
+
+def write_raw(path: Path, *entries: str, size: int | None = None) -> None:
+    """Write a file of two tensors; its header has these entries, and states a size if given."""
+    header = "{" + ", ".join(entries) + "}"
+    begin = struct.pack("<Q", len(header) if size is None else size)
+    path.write_bytes(begin + header.encode() + bytes(2048))
+
+
 FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing": (lambda path: None, ("does not exist",)),
     "empty file": (lambda path: path.write_bytes(b""), ("is empty",)),
@@ -194,6 +211,14 @@ FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "truncated": (
         lambda path: (save_file(pair(), path), path.write_bytes(path.read_bytes()[:-1])),
         ("in.safetensors",),
+    ),
+    "a name twice in the header": (
+        lambda path: write_raw(path, entry(A, 0), entry(A, 0), entry(B, 1024)),
+        (f'has the name "{A}" twice in its header',),
+    ),
+    "huge header": (
+        lambda path: write_raw(path, entry(A, 0), entry(B, 1024), size=1 << 62),
+        ("its header should have 4,611,686,018,427,387,904 bytes",),
     ),
     "header that is no JSON": (
         lambda path: save_file(pair(), path, {"lora_adapter_metadata": "{"}),
@@ -250,6 +275,39 @@ def test_bad_files(what: str, folder: Path, model, tmp_path: Path, capsys) -> No
     make, parts = FILES[what]
     make(tmp_path / "in.safetensors")
     check(tmp_path / "in.safetensors", parts, folder, model, capsys)
+
+
+def test_a_model_with_an_adapter_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """Output, adapters and weights, whatever was bad in the next one."""
+    model = zm.ZImageTransformer.from_checkpoint(folder, "cpu", dtype=torch.float32)
+    plain = model(*INPUTS).sample
+    model.load_lora(pair() | {f"{NORM}.diff": ONES, "cap_embedder.1.diff_b": ONES}, "a", 0.5)
+    before, loras = model(*INPUTS).sample, dict(model.loras)
+    assert not torch.equal(before[0], plain[0])
+    sources: list[Path | Tensors] = [tensors for tensors, _ in BAD.values()]
+    for i, (make, _) in enumerate(FILES.values()):
+        path = tmp_path / str(i) / "in.safetensors"
+        path.parent.mkdir()
+        make(path)
+        sources.append(path)
+    for source in sources:
+        with pytest.raises(zm.CheckpointError):
+            model.load_lora(source, "b")
+        assert dict(model.loras) == loras
+        assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+def test_10000_keys_beside_good_ones(folder: Path) -> None:
+    model = zm.ZImageTransformer.from_checkpoint(folder, "cpu", dtype=torch.float32)
+    many = {f"layers.{i}.ffn.lora_A.weight": torch.ones(4, 256) for i in range(10_000)}
+    before = model(*INPUTS).sample
+    loaded = model.load_lora(pair() | many)
+    after = model(*INPUTS).sample
+    model.unload_lora(loaded.name)
+    assert (loaded.layers, set(loaded.unmatched)) == (1, set(many))
+    model.load_lora(pair())
+    assert torch.equal(model(*INPUTS).sample[0], after[0])
+    assert not torch.equal(before[0], after[0])
 
 
 def test_a_checkpoint_as_adapter(folder: Path, model, tmp_path: Path, capsys) -> None:
