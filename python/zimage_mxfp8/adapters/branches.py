@@ -23,6 +23,7 @@ Indices = npt.NDArray[np.intp]
 
 OTHER_MODEL = "use it with the model that it was trained for"
 _MAX_FACTOR = 1 << 24  # elements of a small factor that is a product itself
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class BranchError(Exception):
@@ -53,6 +54,11 @@ class LowRank:
     def rank(self) -> int:
         """Inner size."""
         return len(self.down)
+
+    @property
+    def bound(self) -> float:
+        """A number that no element of the product exceeds, nor any sum on the way to it."""
+        return self.rank * _largest(self.down) * _largest(self.up)
 
     def low_rank(self) -> LowRank | None:
         """Return it as two narrow matrices, which it is."""
@@ -104,6 +110,14 @@ class Hadamard:
         """Rows and columns of the layer."""
         return self.first.shape
 
+    @property
+    def bound(self) -> float:
+        """A number that no element exceeds, whether as one product or as two narrow matrices."""
+        first, second = self.first, self.second
+        down = _largest(first.down) * _largest(second.down)
+        up = _largest(first.up) * _largest(second.up)
+        return max(down, up, first.bound, second.bound, first.bound * second.bound)
+
     def dense(self, rows: slice = slice(None)) -> Matrix:
         """Return rows of the whole matrix."""
         return self.first.dense(rows) * self.second.dense(rows)
@@ -135,6 +149,14 @@ class Kronecker:
         """Rows and columns of the layer."""
         (a, b), (c, d) = self.left.shape, self.right.shape
         return a * c, b * d
+
+    @property
+    def bound(self) -> float:
+        """A number that no element exceeds, whether as one product or as two narrow matrices."""
+        left, right = _largest(self.left), self.right
+        if not isinstance(right, LowRank):
+            return left * _largest(right)
+        return max(right.bound, left * max(right.bound, _largest(right.up), _largest(right.down)))
 
     def dense(self, rows: slice = slice(None)) -> Matrix:
         """Return rows of the whole matrix."""
@@ -236,12 +258,14 @@ def _lora(tensors: Tensors, bias: Matrix | None, rank_scaled: bool) -> Branch:
     down, up = _pair(tensors, "down", "up")
     scale = _scale(tensors, len(down), rank_scaled)
     branch = LowRank(down, _scaled(up, scale))
+    _check_bound(branch.bound)
     if bias is not None and "up_bias" in tensors:
         bias = _scaled(bias, scale)
     magnitude = tensors.get("magnitude")
     if magnitude is None:
         return Branch("LoRA", branch, bias)
     rows, columns = branch.shape
+    _check_bound(columns * branch.bound**2)  # norms of rows
     if magnitude.size == rows and magnitude.shape != (1, columns):
         return Branch("DoRA", branch, bias, magnitude.reshape(rows, 1))
     if magnitude.shape == (1, columns):
@@ -258,7 +282,9 @@ def _loha(tensors: Tensors) -> Hadamard:
     second = LowRank(b2, a2)
     if first.shape != second.shape:
         raise BranchError("has two products of different shapes")
-    return Hadamard(first, second)
+    product = Hadamard(first, second)
+    _check_bound(product.bound)
+    return product
 
 
 def _lokr(tensors: Tensors) -> Kronecker:
@@ -270,9 +296,11 @@ def _lokr(tensors: Tensors) -> Kronecker:
     if isinstance(left, LowRank):
         if math.prod(left.shape) > _MAX_FACTOR:
             raise BranchError(f"has a first factor of shape {list(left.shape)}", OTHER_MODEL)
-        with np.errstate(over="ignore", invalid="ignore"):
-            left = left.dense()
-    return Kronecker(_scaled(left, scale), right)
+        _check_bound(left.bound)
+        left = left.dense()
+    product = Kronecker(_scaled(left, scale), right)
+    _check_bound(product.bound)
+    return product
 
 
 def _factor(tensors: Tensors, whole: Role, a: Role, b: Role) -> Matrix | LowRank:
@@ -285,6 +313,16 @@ def _factor(tensors: Tensors, whole: Role, a: Role, b: Role) -> Matrix | LowRank
 def _is_low(rank: int, rows: int, columns: int) -> bool:
     """Whether two narrow GEMMs do less than half the work of the dense one."""
     return 2 * rank * (rows + columns) <= rows * columns
+
+
+def _largest(matrix: Matrix) -> float:
+    return float(max(matrix.max(), -matrix.min()))
+
+
+def _check_bound(bound: float) -> None:
+    """Refuse what may overflow in float32: no weight switches infinity off (0 inf is NaN)."""
+    if bound > _FLOAT32_MAX:
+        raise BranchError("has numbers so large that their products may overflow")
 
 
 def _double(matrix: Matrix) -> Any:

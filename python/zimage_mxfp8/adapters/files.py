@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from ..checkpoint.adapters import describe_adapter, is_adapter
+from ..checkpoint.adapters import DIFFUSERS_OF_VIDEOX, describe_adapter, is_adapter
 from ..checkpoint.source import SourceTensor, TensorReader, open_checkpoint
 from ..errors import CheckpointError
 from ..zimage.layers import ZIMAGE
@@ -99,6 +99,8 @@ class AdapterFile:
             if module.alpha is not None:
                 with np.errstate(over="ignore"):
                     tensors.setdefault("alpha", np.array([module.alpha]).astype(np.float32))
+            if module.name.startswith(DIFFUSERS_OF_VIDEOX):
+                _check_not_zero(tensors)
             branch = make_branch(tensors, rank_scaled=module.rank_scaled)
             self._check_shape(module.target, branch)
         except BranchError as error:
@@ -291,6 +293,15 @@ def _is_set(label: str, flag: Matrix) -> bool:
 
 def _is_zero(alpha: Matrix) -> bool:
     return alpha.size == 1 and not alpha.any()
+
+
+def _check_not_zero(tensors: Mapping[Role, Matrix]) -> None:
+    """Refuse factors that diffusers multiplied by VideoX-Fun's alpha 0, which means the rank."""
+    if not any(tensor.any() for tensor in tensors.values()):
+        raise BranchError(
+            "has only zeros, which diffusers makes of an adapter with alpha 0",
+            "load the file with pipe.transformer.load_lora(file)",
+        )
 
 
 def peft_settings(metadata: Mapping[str, str]) -> Mapping[str, Any] | None:

@@ -32,7 +32,7 @@ class Target:
 
 
 class Targets:
-    """Modules by their names: dotted or with underscores, in both layouts.
+    """Modules by their names, in both layouts. Dots and underscores count as the same.
 
     A name without the ".0" of a layer that is the first of a sequence is taken too, as trainers
     write it.
@@ -40,16 +40,19 @@ class Targets:
 
     def __init__(self, counts: Mapping[str, int], table: LayerTable = ZIMAGE) -> None:
         """Take the number of blocks by the stacks' `count` (see `LayerTable.count_blocks`)."""
-        self._dotted: dict[str, Target] = {}
+        self._underscored: dict[str, Target] = {}
         for name, target in _modules(counts, table):
-            self._dotted.setdefault(name, target)
+            self._underscored.setdefault(_underscored(name), target)
             if name.endswith(".0"):
-                self._dotted.setdefault(name.removesuffix(".0"), target)
-        self._underscored = {name.replace(".", "_"): x for name, x in self._dotted.items()}
+                self._underscored.setdefault(_underscored(name.removesuffix(".0")), target)
 
     def find(self, module: str) -> Target | None:
         """Return what a module's name means; None for one that the model does not have."""
-        return self._dotted.get(module) or self._underscored.get(module)
+        return self._underscored.get(_underscored(module))
+
+
+def _underscored(name: str) -> str:
+    return name.replace(".", "_")
 
 
 def _modules(counts: Mapping[str, int], table: LayerTable) -> Iterator[tuple[str, Target]]:

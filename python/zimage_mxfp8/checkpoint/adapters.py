@@ -23,9 +23,15 @@ _TYPES = (
     ("LoRA", re.compile(r"lora")),
     ("full difference", _DIFFERENCE),
 )
-# What trainers put before the name of a transformer's module: dotted ones first, then those where
-# every dot is an underscore.
+# What diffusers makes of "lora_unet__", whose factors are zero where VideoX-Fun's alpha was.
+DIFFUSERS_OF_VIDEOX = "transformer.."
+# What stands before the name of a transformer's module: what diffusers makes of trainers' prefixes,
+# then those of trainers, dotted ones first, then those where every dot is an underscore.
 MODULE_PREFIXES = (
+    "transformer.transformer.",
+    DIFFUSERS_OF_VIDEOX,
+    "transformer.lora_transformer_",
+    "transformer.lycoris_",
     "base_model.model.transformer.",
     "base_model.model.",
     "transformer.diffusion_model.",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .. import checks
-from ..adapters.branches import Branch, Dense, Matrix
+from ..adapters.branches import OTHER_MODEL, Branch, Dense, Matrix
 from ..adapters.files import AdapterFile, Module, open_adapter
 from ..errors import CheckpointError, CudaError, UsageError
 from ..printing.screen import size_text
@@ -464,6 +464,12 @@ def _addend(
     weight = place.linear.decode()[rows, : low.shape[1]]
     magnitude = torch.from_numpy(branch.magnitude[:, 0].copy())
     norms = dora_norms(weight, down.to(weight), up.to(weight), magnitude).cpu()
+    if zeros := (norms[0] == 0).nonzero().flatten().tolist():
+        raise CheckpointError(
+            f'{file.label}: the adapter of "{module.name}" is DoRA, which divides by the norms of '
+            f"the layer's rows, and that of row {zeros[0]} is 0",
+            OTHER_MODEL,
+        )
     return Addend(name, layer, rows, down, up, bias, norms)
 
 

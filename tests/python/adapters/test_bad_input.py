@@ -6,6 +6,8 @@ import json
 import math
 import random
 import re
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from zimage_mxfp8.zimage.layers import zimage_shapes
 Tensors = dict[str, torch.Tensor]
 INPUTS = random_inputs([(4, 4)], [5])
 STEM = "diffusion_model.layers.0.attention.out"
+NORM = "layers.0.attention_norm1"
+ONES = torch.ones(256)
 A, B, ALPHA = f"{STEM}.lora_A.weight", f"{STEM}.lora_B.weight", f"{STEM}.alpha"
 
 
@@ -48,14 +52,77 @@ def pair(rank: int = 4, rows: int = 256, columns: int = 256, stem: str = STEM) -
     }
 
 
-def with_nan(tensors: Tensors) -> Tensors:
-    tensors[B][3, 1] = float("nan")
-    return tensors
+def with_nan(tensors: Tensors, name: str = B, value: float = math.nan) -> Tensors:
+    """Return the tensors with a value in the middle of the one of that name."""
+    changed = tensors[name].clone()
+    changed.view(-1)[changed.numel() // 2] = value
+    return tensors | {name: changed}
+
+
+def lokr(left: float = 1.0, right: float = 1.0) -> Tensors:
+    return {
+        f"{STEM}.lokr_w1": torch.full((4, 4), left),
+        f"{STEM}.lokr_w2": torch.full((64, 64), right),
+    }
+
+
+def loha(up: float = 1.0, rank: int = 2) -> Tensors:
+    return {
+        f"{STEM}.hada_w{i}_{part}": tensor
+        for i in (1, 2)
+        for part, tensor in (
+            ("a", torch.full((256, rank), up)),
+            ("b", torch.full((rank, 256), 1e-20)),
+        )
+    }
+
+
+def dora() -> Tensors:
+    return pair() | {f"{STEM}.dora_scale": torch.ones(256, 1)}
 
 
 # What the adapter has -> its tensors, and what the sentence says of them.
 BAD: dict[str, tuple[Tensors, tuple[str, ...]]] = {
     "NaN": (with_nan(pair()), ("layers.0.attention.out", "has NaN or infinite numbers in up")),
+    **{
+        f"{value} in {role}": (
+            with_nan(tensors, f"{stem}.{ending}", value),
+            (stem.removeprefix("diffusion_model."), f"has NaN or infinite numbers in {role}"),
+        )
+        for value, stem, ending, role, tensors in (
+            (math.inf, STEM, "lora_A.weight", "down", pair()),
+            (math.nan, STEM, "lora_B.bias", "up_bias", pair() | {f"{STEM}.lora_B.bias": ONES}),
+            (math.inf, STEM, "dora_scale", "magnitude", dora()),
+            (math.nan, STEM, "lokr_w2", "lokr_w2", lokr()),
+            (math.nan, STEM, "hada_w1_a", "hada_w1_a", loha()),
+            (math.nan, STEM, "diff", "diff", {f"{STEM}.diff": torch.ones(256, 256)}),
+            (math.inf, NORM, "diff", "diff", {f"{NORM}.diff": ONES}),
+            (math.nan, "cap_embedder.1", "diff_b", "diff_bias", {"cap_embedder.1.diff_b": ONES}),
+        )
+    },
+    **{
+        f"{what} product": (
+            tensors,
+            ("layers.0.attention.out", "so large that their products may overflow"),
+        )
+        for what, tensors in (
+            ("LoRA", pair() | {A: torch.full((4, 256), 1e30), B: torch.full((256, 4), 1e30)}),
+            ("LoKr", lokr(1e30, 1e30)),
+            ("split LoKr", {
+                f"{STEM}.lokr_w1": torch.full((4, 4), 1e30),
+                f"{STEM}.lokr_w2_a": torch.full((64, 2), 1e30),
+                f"{STEM}.lokr_w2_b": torch.full((2, 64), 1e-30),
+            }),
+            ("LoKr's first", {
+                f"{STEM}.lokr_w1_a": torch.full((4, 2), 1e30),
+                f"{STEM}.lokr_w1_b": torch.full((2, 4), 1e30),
+                f"{STEM}.lokr_w2": torch.full((64, 64), 1e-30),
+            }),
+            ("LoHa", loha(1e20)),
+            ("LoHa of high rank", loha(1e35, 40)),
+            ("DoRA", dora() | {A: torch.full((4, 256), 1e10), B: torch.full((256, 4), 1e10)}),
+        )
+    },
     "rank 0": (pair(0), ("layers.0.attention.out", "of shape [0, 256]")),
     "two ranks": (pair() | {B: af.random(256, 8)}, ("down of rank 4 and up of rank 8",)),
     "no up": ({A: af.random(4, 256)}, ("has down without up", "export it again")),
@@ -118,6 +185,22 @@ BAD: dict[str, tuple[Tensors, tuple[str, ...]]] = {
         ("has NaN",),
     ),
 }  # fmt: skip
+
+
+def entry(name: str, begin: int) -> str:
+    """A tensor of rank 1 in a header."""
+    shape = [1, 256] if name == A else [256, 1]
+    value = {"dtype": "F32", "shape": shape, "data_offsets": [begin, begin + 1024]}
+    return f"{json.dumps(name)}: {json.dumps(value)}"
+
+
+def write_raw(path: Path, *entries: str, size: int | None = None) -> None:
+    """Write a file of two tensors; its header has these entries, and states a size if given."""
+    header = "{" + ", ".join(entries) + "}"
+    begin = struct.pack("<Q", len(header) if size is None else size)
+    path.write_bytes(begin + header.encode() + bytes(2048))
+
+
 FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing": (lambda path: None, ("does not exist",)),
     "empty file": (lambda path: path.write_bytes(b""), ("is empty",)),
@@ -128,6 +211,14 @@ FILES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "truncated": (
         lambda path: (save_file(pair(), path), path.write_bytes(path.read_bytes()[:-1])),
         ("in.safetensors",),
+    ),
+    "a name twice in the header": (
+        lambda path: write_raw(path, entry(A, 0), entry(A, 0), entry(B, 1024)),
+        (f'has the name "{A}" twice in its header',),
+    ),
+    "huge header": (
+        lambda path: write_raw(path, entry(A, 0), entry(B, 1024), size=1 << 62),
+        ("its header should have 4,611,686,018,427,387,904 bytes",),
     ),
     "header that is no JSON": (
         lambda path: save_file(pair(), path, {"lora_adapter_metadata": "{"}),
@@ -186,6 +277,39 @@ def test_bad_files(what: str, folder: Path, model, tmp_path: Path, capsys) -> No
     check(tmp_path / "in.safetensors", parts, folder, model, capsys)
 
 
+def test_a_model_with_an_adapter_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    """Output, adapters and weights, whatever was bad in the next one."""
+    model = zm.ZImageTransformer.from_checkpoint(folder, "cpu", dtype=torch.float32)
+    plain = model(*INPUTS).sample
+    model.load_lora(pair() | {f"{NORM}.diff": ONES, "cap_embedder.1.diff_b": ONES}, "a", 0.5)
+    before, loras = model(*INPUTS).sample, dict(model.loras)
+    assert not torch.equal(before[0], plain[0])
+    sources: list[Path | Tensors] = [tensors for tensors, _ in BAD.values()]
+    for i, (make, _) in enumerate(FILES.values()):
+        path = tmp_path / str(i) / "in.safetensors"
+        path.parent.mkdir()
+        make(path)
+        sources.append(path)
+    for source in sources:
+        with pytest.raises(zm.CheckpointError):
+            model.load_lora(source, "b")
+        assert dict(model.loras) == loras
+        assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
+def test_10000_keys_beside_good_ones(folder: Path) -> None:
+    model = zm.ZImageTransformer.from_checkpoint(folder, "cpu", dtype=torch.float32)
+    many = {f"layers.{i}.ffn.lora_A.weight": torch.ones(4, 256) for i in range(10_000)}
+    before = model(*INPUTS).sample
+    loaded = model.load_lora(pair() | many)
+    after = model(*INPUTS).sample
+    model.unload_lora(loaded.name)
+    assert (loaded.layers, set(loaded.unmatched)) == (1, set(many))
+    model.load_lora(pair())
+    assert torch.equal(model(*INPUTS).sample[0], after[0])
+    assert not torch.equal(before[0], after[0])
+
+
 def test_a_checkpoint_as_adapter(folder: Path, model, tmp_path: Path, capsys) -> None:
     content = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "in.safetensors").write_bytes(content)
@@ -208,18 +332,40 @@ def test_an_adapter_as_checkpoint(folder: Path, tmp_path: Path, capsys) -> None:
     only(tmp_path, "a.safetensors")
 
 
+def write_with_a_row_of_zeros(folder: Path, output: Path) -> None:
+    """Write the model with row 7 of one layer zero."""
+    shutil.copytree(folder, output)
+    tensors = load_file(output / "diffusion_pytorch_model.safetensors")
+    tensors["layers.0.attention.to_out.0.weight"][7] = 0
+    save_file(tensors, output / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("change", [B, None], ids=["no change of the row", "a change"])
+def test_dora_of_a_row_of_zeros(change: str | None, folder: Path, tmp_path: Path) -> None:
+    """At weight 0, which can be set at any time, its norm is 0."""
+    write_with_a_row_of_zeros(folder, tmp_path / "zero")
+    model = zm.ZImageTransformer.from_checkpoint(tmp_path / "zero", "cpu", dtype=torch.float32)
+    before = model(*INPUTS).sample
+    adapter = dora() | ({change: torch.zeros(256, 4)} if change else {})
+    with pytest.raises(zm.CheckpointError, match=r"attention\.out.*that of row 7 is 0"):
+        model.load_lora(adapter)
+    assert model.loras == {}
+    assert all(torch.equal(x, y) for x, y in zip(model(*INPUTS).sample, before, strict=True))
+
+
 def test_what_cannot_be_merged_into_the_weights(folder: Path, tmp_path: Path, capsys) -> None:
     """A bias for a layer without one, an overflow, DoRA of rows of zeros."""
     bias = pair() | {f"{STEM}.lora_B.bias": torch.ones(256)}
-    dora = pair() | {f"{STEM}.dora_scale": torch.ones(256, 1), B: torch.zeros(256, 4)}
-    zero = load_file(folder / "diffusion_pytorch_model.safetensors")
-    zero["layers.0.attention.to_out.0.weight"][7] = 0
-    (tmp_path / "zero").mkdir()
-    save_file(zero, tmp_path / "zero" / "diffusion_pytorch_model.safetensors")
+    write_with_a_row_of_zeros(folder, tmp_path / "zero")
     for tensors, weight, source, part in (
         (bias, 1, folder, "changes a bias, which the layer does not have"),
         (pair(), 1e300, folder, "becomes NaN or infinite at row"),
-        (dora, 1, tmp_path / "zero", "becomes NaN or infinite at row 7, column 0"),
+        (
+            dora() | {B: torch.zeros(256, 4)},
+            1,
+            tmp_path / "zero",
+            "becomes NaN or infinite at row 7, column 0",
+        ),
     ):
         save_file(tensors, tmp_path / "a.safetensors")
         for command in ("convert", "merge-lora"):

@@ -48,8 +48,12 @@ MODULES = {name: Target(layer) for name, layer in OUTSIDE.items()} | {
 DOTTED = (
     *("", "transformer.", "diffusion_model.", "transformer.diffusion_model."),
     *("base_model.model.", "base_model.model.transformer."),
+    *("transformer.transformer.", "transformer.."),
 )
-UNDERSCORED = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")
+UNDERSCORED = (
+    *("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_"),
+    *("transformer.lora_transformer_", "transformer.lycoris_"),
+)
 ROLES = {
     "down": (
         *(".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora_down.weight"),
@@ -94,6 +98,13 @@ def test_a_spelling_leads_to_its_target(module: str, suffix: tuple[str, str], pr
     assert (key.role, key.prefix, key.module) == (role, prefix, spelled)
     assert TARGETS.find(key.module) == MODULES[module]
     assert not is_text_encoder_key(key.name)
+
+
+@given(st.sampled_from(sorted(MODULES)), st.randoms())
+def test_dots_and_underscores_may_be_mixed(module: str, random) -> None:
+    """Diffusers writes "final.layer.linear" for "final_layer.linear"."""
+    spelled = "".join(random.choice("._") if x in "._" else x for x in module)
+    assert TARGETS.find(spelled) == MODULES[module]
 
 
 def test_no_two_modules_have_one_spelling() -> None:

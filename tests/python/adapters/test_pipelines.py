@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 import zimage_mxfp8 as zm
 from helpers import adapter_files as af
+from helpers.adapter_dialects import NAMES, dialects
 from helpers.control_reference import (
     Kind,
     file_tensors,
@@ -129,6 +130,58 @@ def draw_with(pipeline: ZImagePipeline, **options: object) -> torch.Tensor:
 @pytest.fixture
 def pair(files: dict[str, Path]) -> Pair:
     return Pair(files)
+
+
+def add(model: torch.nn.Module, deltas: af.Deltas) -> None:
+    """Add dense changes to the weights of diffusers' transformer."""
+    for name, delta in deltas.items():
+        weight = model.get_submodule(name).weight
+        weight.data = (weight.double() + delta).float()
+
+
+# Dialects that the call does not load -> the error, and what its message says.
+REFUSED: dict[str, tuple[type[Exception], str]] = {
+    "LoHa": (ValueError, "should be empty"),
+    "LoHa of high rank": (ValueError, "should be empty"),
+    "LoHa, fused": (ValueError, "should be empty"),
+    "difference, fused": (ValueError, "should be empty"),
+    "DoRA, ai-toolkit": (ValueError, "should be empty"),
+    "musubi fork, rsLoRA": (ValueError, "should be empty"),
+    "musubi fork, DoRA": (ValueError, "should be empty"),
+    "VideoX-Fun, alpha 0": (zm.CheckpointError, r"load the file with pipe\.transformer\.load_l"),
+}
+# The magnitude is left out by diffusers, which writes to its log that it does.
+CHANGED = ("DoRA, OneTrainer", "DoRA, fused")
+
+
+@pytest.mark.parametrize("dialect", [name for name in NAMES if name not in CHANGED])
+def test_a_dialect_is_its_dense_change_or_refused(dialect: str, pair: Pair, tmp_path: Path) -> None:
+    """What docs/guide/lora.md states of the files that diffusers refuses."""
+    written = dialects(pair.theirs.transformer)[dialect]
+    save_file(written.tensors, tmp_path / "adapter.safetensors", written.metadata)
+    plain = draw_with(pair.ours)
+    if dialect in REFUSED:
+        error, message = REFUSED[dialect]
+        with pytest.raises(error, match=message):
+            pair.ours.load_lora_weights(str(tmp_path / "adapter.safetensors"))
+        assert torch.equal(draw_with(pair.ours), plain)
+        return
+    pair.ours.load_lora_weights(str(tmp_path / "adapter.safetensors"))
+    add(pair.theirs.transformer, written.deltas)
+    assert relative_error(pair.draw(), plain) > 1e-3
+
+
+@pytest.mark.parametrize("dialect", CHANGED)
+def test_diffusers_leaves_a_dora_scale_out(dialect: str, pair: Pair, tmp_path: Path) -> None:
+    """The difference that docs/guide/lora.md states; equality would mean to update it."""
+    written = dialects(pair.theirs.transformer)[dialect]
+    save_file(written.tensors, tmp_path / "adapter.safetensors", written.metadata)
+    pair.ours.load_lora_weights(str(tmp_path / "adapter.safetensors"), adapter_name="a")
+    without = draw_with(pair.ours)
+    pair.ours.delete_adapters("a")
+    pair.ours.transformer.load_lora(tmp_path / "adapter.safetensors")
+    add(pair.theirs.transformer, written.deltas)
+    assert relative_error(without, pair.draw()) > 1e-3
 
 
 def test_the_calls_of_a_user(pair: Pair) -> None:

@@ -13,10 +13,25 @@ def dialects(model) -> dict[str, af.Written]:
     blocks = {name: layer for name, layer in every.items() if "adaLN" not in name}
     blocks = {name: layer for name, layer in blocks.items() if "layers" in name or "ref" in name}
     attention = {name: layer for name, layer in blocks.items() if "attention" in name}
+    unsplit = {
+        name: layer
+        for name, layer in every.items()
+        if not name.endswith((".to_q", ".to_k", ".to_v"))
+    }
     half = lambda stem: stem  # noqa: E731
     a, down = ".lora_A.weight", ".lora_down.weight"
     b, up = ".lora_B.weight", ".lora_up.weight"
+    qkv, native = af.fused_qkv(model), af.dotted("diffusion_model.")
+    fused = {
+        "musubi for ComfyUI": af.write_block_diagonal(qkv, af.underscored("lora_unet_"), 2.0),
+        "LoHa": af.write_loha(qkv, "lora_unet_", 2, 1.0),
+        "LoKr, whole": af.write_lokr(qkv, native, "none", float("inf")),
+        "LoKr, split": af.write_lokr(qkv, native, "second", 3.0),
+        "DoRA": af.write_dora(model, native, ".dora_scale", modules=qkv),
+        "difference": af.write_differences(qkv, native),
+    }
     return {
+        **{f"{name}, fused": af.of_parts(written) for name, written in fused.items()},
         "diffusers": af.write_pairs(every, af.dotted("transformer."), a, b),
         "diffusers, header": af.write_peft(model, 6.0, False),
         "diffusers, rsLoRA": af.write_peft(model, 6.0, True),
@@ -55,14 +70,14 @@ def dialects(model) -> dict[str, af.Written]:
         "ComfyUI, fused": af.write_fused_qkv(model, af.dotted("diffusion_model."), a, b),
         "kohya, fused": af.write_fused_qkv(model, af.underscored("lora_unet_"), down, up),
         "native names": af.write_pairs(
-            {
-                n: x
-                for n, x in every.items()
-                if ".to_q" not in n and ".to_k" not in n and ".to_v" not in n
-            },
-            lambda module: f"diffusion_model.{af.native(module)}",
-            a,
-            b,
+            unsplit, lambda module: f"diffusion_model.{af.native(module)}", a, b
+        ),
+        "kohya, native names": af.write_pairs(
+            unsplit,
+            lambda module: af.underscored("lora_unet_")(af.native(module)),
+            down,
+            up,
+            2.0,
         ),
         "LoHa": af.write_loha(attention, "lora_unet_", 2, 1.0),
         "LoHa of high rank": af.write_loha(attention, "lora_unet_", 12, 6.0),

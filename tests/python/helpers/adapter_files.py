@@ -93,22 +93,63 @@ def native(module: str) -> str:
     return module
 
 
+def fused_qkv(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """Return q, k and v of each attention as one layer, under ComfyUI's name."""
+    modules, fused = modules_of(model), {}
+    for name in modules_of(model, "attention.to_q"):
+        block = name.removesuffix("to_q")
+        weight = torch.cat([modules[f"{block}to_{part}"].weight for part in "qkv"])
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight.data = weight.detach()
+        fused[f"{block}qkv"] = layer
+    return fused
+
+
+def of_parts(written: Written) -> Written:
+    """Say what changes of fused layers are for diffusers' layers."""
+    deltas: Deltas = {}
+    for module, delta in written.deltas.items():
+        if module.endswith(".qkv"):
+            block = module.removesuffix("qkv")
+            parts = zip("qkv", delta.chunk(3), strict=True)
+            deltas |= {f"{block}to_{part}": rows for part, rows in parts}
+        else:
+            deltas[module] = delta
+    return Written(written.tensors, deltas, written.metadata)
+
+
 def write_fused_qkv(
     model: torch.nn.Module, name: Callable[[str], str], down: str, up: str
 ) -> Written:
     """Write one pair per block for q, k and v together, and for ComfyUI's "out"."""
+    modules = fused_qkv(model) | modules_of(model, "attention.to_out.0")
+    return of_parts(write_pairs(modules, lambda module: name(native(module)), down, up))
+
+
+def write_block_diagonal(
+    modules: dict[str, torch.nn.Linear], name: Callable[[str], str], alpha: float, rank: int = 4
+) -> Written:
+    """Write q, k and v that were trained apart as one pair of three times their rank and alpha."""
     written = Written({}, {})
-    for i, (module, layer) in enumerate(modules_of(model, "attention.to_q").items()):
-        block = module.removesuffix("to_q")
-        dim = layer.weight.shape[1]
-        a, b, delta = low_rank((3 * dim, dim), 4, i)
-        written.tensors |= {name(f"{block}qkv") + down: a, name(f"{block}qkv") + up: b}
-        for part, rows in zip("qkv", delta.chunk(3), strict=True):
-            written.deltas[f"{block}to_{part}"] = rows
-        a, b, delta = low_rank((dim, dim), 4, i + 50)
-        written.tensors |= {name(f"{block}out") + down: a, name(f"{block}out") + up: b}
-        written.deltas[f"{block}to_out.0"] = delta
+    for i, (module, layer) in enumerate(modules.items()):
+        columns = layer.weight.shape[1]
+        parts = [low_rank((columns, columns), rank, 6 * i + 2 * part) for part in range(3)]
+        written.tensors |= {
+            f"{name(module)}.lora_down.weight": torch.cat([a for a, _, _ in parts]),
+            f"{name(module)}.lora_up.weight": torch.block_diag(*(b for _, b, _ in parts)),
+            f"{name(module)}.alpha": torch.tensor(3 * alpha),
+        }
+        written.deltas[module] = torch.cat([delta for _, _, delta in parts]) * (alpha / rank)
     return written
+
+
+def write_differences(modules: dict[str, torch.nn.Linear], name: Callable[[str], str]) -> Written:
+    """Write whole matrices."""
+    tensors, deltas = {}, {}
+    for i, (module, layer) in enumerate(modules.items()):
+        tensors[f"{name(module)}.diff"] = difference = random(*layer.weight.shape, seed=i)
+        deltas[module] = difference.double()
+    return Written(tensors, deltas)
 
 
 def write_peft(model: torch.nn.Module, alpha: float, rslora: bool) -> Written:
