@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 import helpers
 import zimage_mxfp8 as zm
+from helpers.commands import Run
 from helpers.documents import GUIDE, block_with, text_of
 from helpers.ray_model import NotingEngine, NotingModel
 from helpers.serving import Log, decoded, image_file, serving, wait_until
@@ -43,13 +44,16 @@ from zimage_mxfp8.server.engine import (
     Waiting,
 )
 from zimage_mxfp8.server.jobs import StoppedError
+from zimage_mxfp8.server.model import ServedModel
 from zimage_mxfp8.server.options import API_KEY_VARIABLE
 from zimage_mxfp8.server.request_log import LogWriter
 
 with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
     warnings.simplefilter("ignore")
-    from zimage_mxfp8.server.ray import BuildArguments, build
-    from zimage_mxfp8.server.ray.application import Replicas
+    from ray.serve import Application
+
+    from zimage_mxfp8.server.ray import BuildArguments, build, cluster
+    from zimage_mxfp8.server.ray.application import Replicas, drawing_application
     from zimage_mxfp8.server.ray.cluster import drawing, joined, replicas_for
     from zimage_mxfp8.server.ray.engine import RayEngine
     from zimage_mxfp8.server.ray.replica import Failure, Replica
@@ -320,6 +324,30 @@ def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         replicas_for(None, None, scaling=False, gpus_per_replica=5)
     with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
         replicas_for(5, None, scaling=False)
+
+
+def test_gpus_of_a_replica_reach_its_model(
+    in_process: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--gpus-per-replica`, in a cluster of a machine with four GPUs."""
+    applications: list[Application] = []
+
+    def drawing(model: ServedModel, replicas: Replicas, timeout: float, _name: str) -> None:
+        applications.append(drawing_application(model, replicas, timeout))
+        raise zm.UnsupportedError("enough is known")
+
+    monkeypatch.setattr(cluster, "joined", lambda *_: nullcontext())
+    monkeypatch.setattr(cluster, "drawing", drawing)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 4.0}}])
+    for options, gpus, count in (((), 1, 4), (("--gpus-per-replica", 2), 2, 2)):
+        ran = in_process("serve", "--ray", "--port", 0, *options)
+        assert "enough is known" in ran.stderr, ran.stderr
+        deployment = applications[-1]._bound_deployment
+        (model,) = deployment.init_args
+        assert (model.device, model.gpus) == ("cuda", gpus)
+        assert deployment.ray_actor_options["num_gpus"] == gpus
+        assert deployment.num_replicas == count
 
 
 def test_a_stop_of_all_processes_at_once(tmp_path: Path) -> None:
