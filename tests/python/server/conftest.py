@@ -27,16 +27,20 @@ def log() -> Log:
 
 @pytest.fixture
 def serve(engine: StubEngine, log: Log) -> Iterator[Serve]:
-    """Starts a server in this process with these options, and returns a client of it."""
+    """Starts a server in this process with these options, and returns a client of it.
+
+    It is ready, unless `wait=False`.
+    """
     with ExitStack() as stack:
 
-        def start(**options: Any) -> TestClient:
+        def start(*, wait: bool = True, **options: Any) -> TestClient:
             writer = LogWriter(log)
             stack.callback(writer.close)
             app = create_app(engine, ServerOptions(**options), writer)
             client = TestClient(app, base_url="http://localhost")
             stack.enter_context(client)
-            wait_until(lambda: app.state.queue.is_ready)
+            if wait:
+                wait_until(lambda: app.state.queue.is_ready)
             return client
 
         yield start
