@@ -101,7 +101,7 @@ def notes(running: Running) -> Path:
     return running.model.notes
 
 
-def request(seed: int, steps: int = 3, **options: object) -> DrawRequest:
+def request(seed: int | None, steps: int = 3, **options: object) -> DrawRequest:
     settings = {"width": 64, "height": 48, "steps": steps, "seed": seed}
     return DrawRequest(zm.GenerationSettings("a", **settings), **options)  # type: ignore[arg-type]
 
@@ -183,7 +183,11 @@ def test_50_clients_at_once(running: Running, notes: Path) -> None:
     assert sorted(seed for _, seed in running.model.noted("end")) == served
 
 
-def test_a_drawing_whose_replica_is_killed_is_repeated_once(running: Running, notes: Path) -> None:
+@pytest.mark.parametrize("seed", [7, None])
+def test_a_drawing_whose_replica_is_killed_is_repeated_once(
+    running: Running, notes: Path, seed: int | None
+) -> None:
+    """With its own seed, or with the one that was drawn for it."""
     told: list[object] = []
 
     def report(update: Progress | Preview | Waiting) -> None:
@@ -191,10 +195,12 @@ def test_a_drawing_whose_replica_is_killed_is_repeated_once(running: Running, no
         if update == Progress("denoising", 4, 6) and len(running.model.noted("begin")) == 1:
             os.kill(running.model.noted("begin")[0][0], signal.SIGKILL)
 
-    made = running.engine.draw(request(7, 6, previews=2), report)
-    assert made.images[0].getpixel((0, 0)) == (7, 0, 0)
+    made = running.engine.draw(request(seed, 6, previews=2), report)
     begun = running.model.noted("begin")
-    assert [seed for _, seed in begun] == [7, 7] and begun[0][0] != begun[1][0]
+    (first, second), (used, again) = zip(*begun, strict=True)
+    assert used == again == made.metadata[0]["seed"] and first != second
+    assert seed in (used, None)
+    assert made.images[0].getpixel((0, 0)) == (used % 256, 0, 0)
     assert running.model.noted("end") == begun[1:]
     assert [each.number for each in told if isinstance(each, Preview)] == [0, 1]
     assert told[-1] == Progress("denoising", 6, 6)
