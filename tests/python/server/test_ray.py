@@ -15,7 +15,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +50,7 @@ from zimage_mxfp8.server.request_log import LogWriter
 
 with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
     warnings.simplefilter("ignore")
-    from ray.serve import Application
+    from ray.serve import Application, Deployment
 
     from zimage_mxfp8.server.ray import BuildArguments, build, cluster
     from zimage_mxfp8.server.ray.application import Replicas, drawing_application
@@ -332,10 +332,9 @@ def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         replicas_for(5, None, scaling=False)
 
 
-def test_gpus_of_a_replica_reach_its_model(
-    in_process: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`--gpus-per-replica`, in a cluster of a machine with four GPUs."""
+@pytest.fixture
+def deployment_of(in_process: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Deployment]:
+    """The replicas of `serve --ray` with these options, if a machine had four GPUs."""
     applications: list[Application] = []
 
     def drawing(model: ServedModel, replicas: Replicas, timeout: float, _name: str) -> None:
@@ -346,14 +345,38 @@ def test_gpus_of_a_replica_reach_its_model(
     monkeypatch.setattr(cluster, "drawing", drawing)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 4.0}}])
-    for options, gpus, count in (((), 1, 4), (("--gpus-per-replica", 2), 2, 2)):
+
+    def run(*options: object) -> Deployment:
         ran = in_process("serve", "--ray", "--port", 0, *options)
         assert "enough is known" in ran.stderr, ran.stderr
-        deployment = applications[-1]._bound_deployment
+        return applications[-1]._bound_deployment
+
+    return run
+
+
+def test_gpus_of_a_replica_reach_its_model(deployment_of: Callable[..., Deployment]) -> None:
+    for options, gpus, count in (((), 1, 4), (("--gpus-per-replica", 2), 2, 2)):
+        deployment = deployment_of(*options)
         (model,) = deployment.init_args
         assert (model.device, model.gpus) == ("cuda", gpus)
         assert deployment.ray_actor_options["num_gpus"] == gpus
         assert deployment.num_replicas == count
+
+
+def test_automatic_replicas_scale_as_the_guide_says(
+    deployment_of: Callable[..., Deployment],
+) -> None:
+    row = next(x for x in text_of(GUIDE / "serving.md").splitlines() if "`--replicas auto`" in x)
+    assert "half a minute of load" in row and "ten minutes without" in row
+    for options, most in (((), 4), (("--gpus-per-replica", 2), 2)):
+        scaling = deployment_of(
+            "--replicas", "auto", *options
+        )._deployment_config.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == (1, most)
+        assert scaling.initial_replicas in (None, 1)
+        assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (30, 600)
+        assert scaling.target_ongoing_requests == 1
+    assert deployment_of()._deployment_config.autoscaling_config is None
 
 
 def test_a_stop_of_all_processes_at_once(tmp_path: Path) -> None:
