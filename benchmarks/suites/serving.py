@@ -1,7 +1,7 @@
 """Images per second and latency of `zimage-mxfp8 serve` with several replicas, seen by clients.
 
 First two clients per replica ask for one image after another, which gives the capacity. Then
-requests come at random times (a Poisson process), at shares of that capacity: `p50` and `p99` are
+requests come at random times (`random_times`), at shares of that capacity: `p50` and `p99` are
 seconds until the image is there, of those that were not refused because the queue was full. 0
 replicas is the server without Ray. Needs the extra `ray`; all runs on one machine.
 """
@@ -123,15 +123,24 @@ class Clients:
             return [answer for answers in pool.map(one, range(count)) for answer in answers]
 
     def at_random(self, rate: float, seconds: float) -> list[Answer]:
-        """Send requests at a rate, whether or not earlier ones are answered."""
-        times = random.Random(0)
-        coming, end = time.monotonic(), time.monotonic() + seconds
+        """Send requests at `random_times`, whether or not earlier ones are answered."""
+        begin = time.monotonic()
         asked = []
         with ThreadPoolExecutor(_MAX_CLIENTS) as pool:
-            while (coming := coming + times.expovariate(rate)) < end:
-                time.sleep(max(0.0, coming - time.monotonic()))
+            for coming in random_times(rate, seconds):
+                time.sleep(max(0.0, begin + coming - time.monotonic()))
                 asked.append(pool.submit(self.ask))
         return [each.result() for each in asked]
+
+
+def random_times(rate: float, seconds: float) -> list[float]:
+    """Return when requests come, in seconds from the beginning, the same in every run.
+
+    Their number is exactly that of the rate, so that the load is the one that was asked for. The
+    times are independent and uniform, which is a Poisson process given its number of events.
+    """
+    draws = random.Random(0)
+    return sorted(draws.uniform(0, seconds) for _ in range(round(rate * seconds)))
 
 
 def rate_of(answers: list[Answer], warm_up: int) -> float:

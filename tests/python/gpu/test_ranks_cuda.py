@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from helpers.control_reference import (
     write_controlnet,
 )
 from helpers.diffusers_reference import make_reference, random_inputs, relative_error
+from helpers.images import SIZE, Generate, levels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,6 +130,20 @@ def test_adapters_and_controlnets(compute: str, batch: str, file: Path) -> None:
     for each in (alone, shared):
         each.unload_lora("a")
     assert_same(controlled=True)
+
+
+def test_generate(generate: Generate, tmp_path: Path) -> None:
+    images = []
+    for count in (1, 2):
+        code, out, err = generate(
+            *("--prompt", "a cat", "-o", "o.png", "--seed", 7, "--steps", 2, "--overwrite", *SIZE),
+            *("--compute", "weight-only", "--dtype", "bfloat16"),
+            *("--device", "cuda", "--gpus", count),
+        )
+        assert code == 0 and " on cuda:0\n" in out, err
+        images.append(levels(tmp_path / "o.png"))
+    difference = images[1] - images[0]
+    assert np.sqrt(np.mean(difference**2)) < 0.05 * images[0].std()
 
 
 def test_a_rank_that_is_killed_ends_the_call(file: Path) -> None:

@@ -212,7 +212,8 @@ def check_command(cluster: Cluster) -> None:
 
 def check_own_raylet() -> None:
     """The raylet that the server itself is connected to: without it, it can only end."""
-    with served("local", "--replicas", 1, "--port", 0) as (process, address):
+    with served("local", "--replicas", "auto", "--port", 0) as (process, address):
+        check("--replicas auto", Answers(address).together(1), {200})
         (own,) = (
             int(folder.name)
             for folder in Path("/proc").glob("[0-9]*")

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from helpers.serving import Log, Serve, StubEngine, wait_until
 from zimage_mxfp8.server.app import create_app
+from zimage_mxfp8.server.engine import Engine
 from zimage_mxfp8.server.options import ServerOptions
 from zimage_mxfp8.server.request_log import LogWriter
 
@@ -27,16 +28,20 @@ def log() -> Log:
 
 @pytest.fixture
 def serve(engine: StubEngine, log: Log) -> Iterator[Serve]:
-    """Starts a server in this process with these options, and returns a client of it."""
+    """Starts a server in this process with these options, and returns a client of it.
+
+    It is ready, unless `wait=False`, and draws with the fixture `engine`, unless it gets another.
+    """
     with ExitStack() as stack:
 
-        def start(**options: Any) -> TestClient:
+        def start(other: Engine | None = None, *, wait: bool = True, **options: Any) -> TestClient:
             writer = LogWriter(log)
             stack.callback(writer.close)
-            app = create_app(engine, ServerOptions(**options), writer)
+            app = create_app(other or engine, ServerOptions(**options), writer)
             client = TestClient(app, base_url="http://localhost")
             stack.enter_context(client)
-            wait_until(lambda: app.state.queue.is_ready)
+            if wait:
+                wait_until(lambda: app.state.queue.is_ready)
             return client
 
         yield start

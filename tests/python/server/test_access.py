@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import re
 import threading
+from functools import partial
 
 import pytest
+from starlette.testclient import TestClient
 
 from helpers.serving import Log, Serve, StubEngine, wait_until
 
@@ -125,12 +127,14 @@ class TestLogThatIsNotRead:
         reader.set()
 
 
+def metric(client: TestClient, line: str) -> float:
+    (found,) = [x for x in client.get("/metrics").text.splitlines() if x.startswith(line + " ")]
+    return float(found.split()[-1])
+
+
 def test_metrics(serve: Serve, engine: StubEngine) -> None:
     client = serve()
-
-    def value(line: str) -> float:
-        (found,) = [x for x in client.get("/metrics").text.splitlines() if x.startswith(line + " ")]
-        return float(found.split()[-1])
+    value = partial(metric, client)
 
     assert value('zimage_jobs_total{outcome="done"}') == 0
     assert value("zimage_ready") == 1
@@ -159,6 +163,20 @@ def test_health_and_readiness(serve: Serve, engine: StubEngine) -> None:
     answer = client.post(GENERATIONS, json={"prompt": "a"})
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "stopping"
     assert answer.headers["retry-after"]
+
+
+def test_a_server_is_not_ready_before_it_is_warm(serve: Serve, engine: StubEngine) -> None:
+    engine.gate.clear()
+    engine.on_warm_up = lambda: engine.gate.wait(30)
+    client = serve(wait=False)
+    assert client.get("/healthz").status_code == 200
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"ready": False})
+    assert metric(client, "zimage_ready") == 0
+    engine.gate.set()
+    wait_until(lambda: client.get("/readyz").status_code == 200)
+    assert client.get("/readyz").json() == {"ready": True}
+    assert metric(client, "zimage_ready") == 1
 
 
 def test_the_page_comes_with_a_policy(serve: Serve) -> None:

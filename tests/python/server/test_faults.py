@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import os
+import socket
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,7 +20,8 @@ from PIL import Image
 import zimage_mxfp8 as zm
 from helpers.serving import Log, Serve, StubEngine, image_file, wait_until
 
-GENERATIONS, EDITS, TEXT = "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img"
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+TEXT, IMAGE = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
 JSON = {"Content-Type": "application/json"}
 
 
@@ -187,6 +194,72 @@ def test_an_image_in_floats_is_refused(serve: Serve) -> None:
         EDITS, data={"prompt": "a"}, files={"image": ("a.tiff", buffer.getvalue())}
     )
     assert answer.status_code == 400
+
+
+@contextmanager
+def unread(path: Path, content: bytes) -> Iterator[None]:
+    """A named pipe whose content must still be there at the end of the block."""
+
+    def write() -> None:
+        with suppress(BrokenPipeError):
+            path.write_bytes(content)  # waits for a reader
+
+    os.mkfifo(path)
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        thread.join(30)
+        found = os.read(reader, 2 * len(content))
+        os.close(reader)
+    assert found == content
+
+
+SENT = {
+    "image of edits": lambda text: (EDITS, {"data": {"prompt": "a", "image": text}}),
+    "images of edits": lambda text: (EDITS, {"data": {"prompt": "a", "image[]": text}}),
+    "mask of edits": lambda text: (
+        EDITS,
+        {"data": {"prompt": "a", "mask": text}, "files": {"image": ("a.png", image_file())}},
+    ),
+    "name of a file": lambda text: (
+        EDITS,
+        {"data": {"prompt": "a"}, "files": {"image": (text, b"x")}},
+    ),
+    "init_images": lambda text: (IMAGE, {"json": {"prompt": "a", "init_images": [text]}}),
+    "mask": lambda text: (
+        IMAGE,
+        {
+            "json": {
+                "prompt": "a",
+                "init_images": [base64.b64encode(image_file()).decode()],
+                "mask": text,
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("sent", SENT.values(), ids=SENT)
+def test_urls_and_paths_are_not_opened(
+    serve: Serve,
+    engine: StubEngine,
+    tmp_path: Path,
+    sent: Callable[[str], tuple[str, dict[str, Any]]],
+) -> None:
+    client = serve()
+    pipe = tmp_path / "a.png"
+    with socket.create_server(("127.0.0.1", 0)) as listener, unread(pipe, image_file()):
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        for text in (url, str(pipe), f"file://{pipe}"):
+            path, options = sent(text)
+            assert client.post(path, **options).status_code == 400, text
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has connected
+            listener.accept()
+    assert not engine.drawn
 
 
 FAILURES = {

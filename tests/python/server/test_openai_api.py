@@ -349,15 +349,6 @@ def test_refused_files(
     assert not engine.drawn
 
 
-def test_urls_and_paths_are_not_opened(serve: Serve, engine: StubEngine, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(image_file())
-    client = serve()
-    for text in (str(tmp_path / "a.png"), f"file://{tmp_path}/a.png", "http://127.0.0.1:9/a.png"):
-        answer = client.post(EDITS, data={"prompt": "a", "image": text})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "image"
-    assert not engine.drawn
-
-
 # ---- refusals
 
 

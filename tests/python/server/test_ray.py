@@ -15,8 +15,8 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from pydantic import ValidationError
 
 import helpers
 import zimage_mxfp8 as zm
+from helpers.commands import Run
 from helpers.documents import GUIDE, block_with, text_of
 from helpers.ray_model import NotingEngine, NotingModel
 from helpers.serving import Log, decoded, image_file, serving, wait_until
@@ -43,13 +44,16 @@ from zimage_mxfp8.server.engine import (
     Waiting,
 )
 from zimage_mxfp8.server.jobs import StoppedError
+from zimage_mxfp8.server.model import ServedModel
 from zimage_mxfp8.server.options import API_KEY_VARIABLE
 from zimage_mxfp8.server.request_log import LogWriter
 
 with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
     warnings.simplefilter("ignore")
-    from zimage_mxfp8.server.ray import BuildArguments, build
-    from zimage_mxfp8.server.ray.application import Replicas
+    from ray.serve import Application, Deployment
+
+    from zimage_mxfp8.server.ray import BuildArguments, build, cluster
+    from zimage_mxfp8.server.ray.application import Replicas, drawing_application
     from zimage_mxfp8.server.ray.cluster import drawing, joined, replicas_for
     from zimage_mxfp8.server.ray.engine import RayEngine
     from zimage_mxfp8.server.ray.replica import Failure, Replica
@@ -97,7 +101,7 @@ def notes(running: Running) -> Path:
     return running.model.notes
 
 
-def request(seed: int, steps: int = 3, **options: object) -> DrawRequest:
+def request(seed: int | None, steps: int = 3, **options: object) -> DrawRequest:
     settings = {"width": 64, "height": 48, "steps": steps, "seed": seed}
     return DrawRequest(zm.GenerationSettings("a", **settings), **options)  # type: ignore[arg-type]
 
@@ -179,7 +183,11 @@ def test_50_clients_at_once(running: Running, notes: Path) -> None:
     assert sorted(seed for _, seed in running.model.noted("end")) == served
 
 
-def test_a_drawing_whose_replica_is_killed_is_repeated_once(running: Running, notes: Path) -> None:
+@pytest.mark.parametrize("seed", [7, None])
+def test_a_drawing_whose_replica_is_killed_is_repeated_once(
+    running: Running, notes: Path, seed: int | None
+) -> None:
+    """With its own seed, or with the one that was drawn for it."""
     told: list[object] = []
 
     def report(update: Progress | Preview | Waiting) -> None:
@@ -187,10 +195,12 @@ def test_a_drawing_whose_replica_is_killed_is_repeated_once(running: Running, no
         if update == Progress("denoising", 4, 6) and len(running.model.noted("begin")) == 1:
             os.kill(running.model.noted("begin")[0][0], signal.SIGKILL)
 
-    made = running.engine.draw(request(7, 6, previews=2), report)
-    assert made.images[0].getpixel((0, 0)) == (7, 0, 0)
+    made = running.engine.draw(request(seed, 6, previews=2), report)
     begun = running.model.noted("begin")
-    assert [seed for _, seed in begun] == [7, 7] and begun[0][0] != begun[1][0]
+    (first, second), (used, again) = zip(*begun, strict=True)
+    assert used == again == made.metadata[0]["seed"] and first != second
+    assert seed in (used, None)
+    assert made.images[0].getpixel((0, 0)) == (used % 256, 0, 0)
     assert running.model.noted("end") == begun[1:]
     assert [each.number for each in told if isinstance(each, Preview)] == [0, 1]
     assert told[-1] == Progress("denoising", 6, 6)
@@ -320,6 +330,53 @@ def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         replicas_for(None, None, scaling=False, gpus_per_replica=5)
     with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
         replicas_for(5, None, scaling=False)
+
+
+@pytest.fixture
+def deployment_of(in_process: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Deployment]:
+    """The replicas of `serve --ray` with these options, if a machine had four GPUs."""
+    applications: list[Application] = []
+
+    def drawing(model: ServedModel, replicas: Replicas, timeout: float, _name: str) -> None:
+        applications.append(drawing_application(model, replicas, timeout))
+        raise zm.UnsupportedError("enough is known")
+
+    monkeypatch.setattr(cluster, "joined", lambda *_: nullcontext())
+    monkeypatch.setattr(cluster, "drawing", drawing)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 4.0}}])
+
+    def run(*options: object) -> Deployment:
+        ran = in_process("serve", "--ray", "--port", 0, *options)
+        assert "enough is known" in ran.stderr, ran.stderr
+        return applications[-1]._bound_deployment
+
+    return run
+
+
+def test_gpus_of_a_replica_reach_its_model(deployment_of: Callable[..., Deployment]) -> None:
+    for options, gpus, count in (((), 1, 4), (("--gpus-per-replica", 2), 2, 2)):
+        deployment = deployment_of(*options)
+        (model,) = deployment.init_args
+        assert (model.device, model.gpus) == ("cuda", gpus)
+        assert deployment.ray_actor_options["num_gpus"] == gpus
+        assert deployment.num_replicas == count
+
+
+def test_automatic_replicas_scale_as_the_guide_says(
+    deployment_of: Callable[..., Deployment],
+) -> None:
+    row = next(x for x in text_of(GUIDE / "serving.md").splitlines() if "`--replicas auto`" in x)
+    assert "half a minute of load" in row and "ten minutes without" in row
+    for options, most in (((), 4), (("--gpus-per-replica", 2), 2)):
+        scaling = deployment_of(
+            "--replicas", "auto", *options
+        )._deployment_config.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == (1, most)
+        assert scaling.initial_replicas in (None, 1)
+        assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (30, 600)
+        assert scaling.target_ongoing_requests == 1
+    assert deployment_of()._deployment_config.autoscaling_config is None
 
 
 def test_a_stop_of_all_processes_at_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +149,36 @@ def test_the_server_draws_on_after_an_image_that_is_nan(
             client.images.generate(prompt=PROMPT, extra_body={"steps": 1})
         assert bad.value.code == "not_finite" and str(FOLDER) not in str(bad.value)
     assert client.images.generate(prompt=PROMPT, extra_body={"steps": 1}).data
+
+
+def test_the_server_draws_on_after_a_forward_without_memory(
+    client: openai.OpenAI, generator: zm.ZImageGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    freed: list[bool] = []
+
+    def no_memory(*_: object) -> None:
+        activations = torch.zeros(1)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
+
+    free_memory = GeneratorEngine.free_memory
+
+    def free(engine: GeneratorEngine) -> None:
+        free_memory(engine)
+        freed.append(held[0]() is None)
+
+    monkeypatch.setattr(GeneratorEngine, "free_memory", free)
+    # The forward tells how much is free of the device, which is the CPU here.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
+    hook = generator._kept["transformer"].layers[-1].register_forward_pre_hook(no_memory)
+    try:
+        with pytest.raises(openai.InternalServerError, match="too little memory") as bad:
+            client.images.generate(prompt=PROMPT, extra_body={"seed": 7, "steps": 2})
+    finally:
+        hook.remove()
+    assert (bad.value.status_code, bad.value.code) == (500, "out_of_memory")
+    assert freed == [True]
+    made = client.images.generate(prompt=PROMPT, extra_body={"seed": 7, "steps": 2})
+    want = generator.generate(zm.GenerationSettings(PROMPT, steps=2, width=128, height=128, seed=7))
+    assert files_of(made) == [png_bytes(want.images[0], want.metadata(0))]
