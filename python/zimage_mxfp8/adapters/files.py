@@ -332,8 +332,10 @@ def _nothing_fits(
             "applied to the transformer",
             "use one that was trained on it",
         )
+    first = min(set(shapes).difference(text_encoder))
     return CheckpointError(
-        f"{label} does not fit this model: it is {describe_adapter(shapes)}",
+        f"{label} does not fit this model: it is {describe_adapter(shapes)}; the model has no "
+        f'layer for "{first}"',
         "use it with the model that it was trained for",
     )
 

@@ -97,6 +97,6 @@ def describe_adapter(shapes: Mapping[str, tuple[int, ...]]) -> str:
     }
     rank = f" of rank {' to '.join(map(str, sorted({min(ranks), max(ranks)})))}" if ranks else ""
     model = adapted_model(names)
-    prefix = next((p for p in _PREFIXES if names[0].startswith(p)), None)
+    prefix = next((p for n in names for p in _PREFIXES if n.startswith(p)), None)
     spelled = f'names begin with "{prefix}"' if prefix else f'such as "{names[0]}"'
     return f"{kind}{rank}{f' for {model}' if model else ''}, {spelled}"

@@ -67,6 +67,8 @@ def read_header(path: Path) -> Header:
             if len(prefix) < 8:
                 _fail(path, f"is not a safetensors file: it has only {file_size} bytes")
             length = int.from_bytes(prefix, "little")
+            if length > max(file_size - 8, MAX_HEADER_BYTES):
+                _fail(path, "is not a safetensors file: it does not begin with a header's size")
             if length > file_size - 8:
                 _fail(
                     path,

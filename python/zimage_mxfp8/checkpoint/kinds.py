@@ -83,7 +83,7 @@ def _format(title: str, uses: frozenset[Use] = frozenset()) -> Kind:
     return Kind(
         title,
         f'is quantised already ({title}, see "{{0}}")',
-        "start from the BF16, F16 or F32 checkpoint (zimage-mxfp8 convert)",
+        "start from the BF16, F16 or F32 checkpoint",
         uses,
     )
 

@@ -18,6 +18,7 @@ from ..generation.limits import (
     MAX_GUIDANCE,
     MAX_IMAGES,
 )
+from ..text import plural
 from .arguments import add_overwrite, count, file_path, local_path, number
 from .download import add_download, resolve
 from .loras import weighted_file
@@ -151,7 +152,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--control-image",
         type=local_path,
         metavar="FILE",
-        help="what the ControlNet follows (edges, depth, a pose), as large as the image",
+        help="what the ControlNet follows (edges, depth, a pose), of the image's aspect ratio",
     )
     parser.add_argument(
         "--control-strength",
@@ -263,7 +264,7 @@ def run(arguments: argparse.Namespace) -> int:
             write_file(output, content, overwrite=arguments.overwrite)
         print(
             f"{output}: {made.settings.width}x{made.settings.height}, seed {made.seed(i)}, "
-            f"{made.steps} steps of {made.step_seconds:.2f} s, compute {made.compute} on "
+            f"{plural(made.steps, 'step')} of {made.step_seconds:.2f} s, compute {made.compute} on "
             f"{made.device}"
         )
     print(f"total: {time.perf_counter() - begin:.1f} s{_peak_memory(made.device)}")

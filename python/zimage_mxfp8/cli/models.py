@@ -93,13 +93,17 @@ def settle_devices(arguments: argparse.Namespace) -> None:
 
     Raises:
         CommandLineError: they contradict each other.
-        UnsupportedError: the device cannot have the mode of `--compute`.
+        UnsupportedError: there is no GPU, or the device cannot have the mode of `--compute`.
     """
+    from ..system.devices import first_gpus
+
     gpus, device = arguments.gpus, arguments.device
     allowed = device in (None, "cuda") if gpus != 1 else device != "cpu"
     if gpus is not None and not allowed:
         raise CommandLineError(f"--device {device} contradicts --gpus {gpus}; leave one out")
     if gpus == 1 and device is None:
+        if not getattr(arguments, "ray", False):  # a cluster may have it elsewhere
+            first_gpus(1)
         arguments.device = "cuda"
     arguments.gpus = gpus or 1
     check_device(arguments.compute, arguments.device)

@@ -116,7 +116,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--lora-dir",
         type=local_path,
         metavar="DIR",
-        help="folder of adapters (*.safetensors) that clients may name",
+        help="folder of adapters (*.safetensors, not in subfolders) that clients may name",
     )
     parser.add_argument(
         "--ray",

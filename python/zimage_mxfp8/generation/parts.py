@@ -58,9 +58,10 @@ def open_parts(
     """
     folder = open_model_folder(model_dir)
     if transformer is None and not folder.transformer.is_dir():
+        files = sorted(Path(model_dir).glob("*.safetensors"))
+        remedy = f", such as {files[0]}" if files else ", or download the model again"
         raise CheckpointError(
-            f"{model_dir} has no transformer/",
-            "name a file with `transformer`, or download the model again",
+            f"{model_dir} has no transformer/", f"name a file with `transformer`{remedy}"
         )
     file = folder.transformer if transformer is None else transformer
     headers = open_model(file)

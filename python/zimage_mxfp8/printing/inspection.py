@@ -6,6 +6,7 @@ from typing import Any
 
 from ..adapters.summary import AdapterSummary
 from ..checkpoint.inspection import Inspection
+from ..text import plural
 from .screen import Screen, size_text
 
 _LONGEST_VALUE = 200  # characters of metadata
@@ -75,13 +76,21 @@ def _print_adapter(adapter: AdapterSummary, screen: Screen) -> None:
         screen.text("fits no released Z-Image, perhaps one of other widths")
     for name, problem in list(adapter.misfits.items())[:_MAX_SHOWN]:
         screen.text(f'does not fit: "{name}" {problem}')
-    for names, what in (
-        (list(adapter.misfits)[_MAX_SHOWN:], "more modules do not fit"),
-        (adapter.unmatched, "tensors belong to nothing in Z-Image"),
-        (adapter.text_encoder, "tensors are for the text encoder, and not applied"),
+    for names, one, many in (
+        (list(adapter.misfits)[_MAX_SHOWN:], "more module does not fit", "more modules do not fit"),
+        (
+            adapter.unmatched,
+            "tensor belongs to nothing in Z-Image",
+            "tensors belong to nothing in Z-Image",
+        ),
+        (
+            adapter.text_encoder,
+            "tensor is for the text encoder, and not applied",
+            "tensors are for the text encoder, and not applied",
+        ),
     ):
         if names:
-            screen.text(f'{len(names):,} {what} ("{names[0]}" is one)')
+            screen.text(f'{plural(len(names), one, many)} ("{names[0]}" is one)')
 
 
 def _merged(loras: Any) -> str:

@@ -12,7 +12,7 @@ def print_validation(report: ValidationReport, screen: Screen) -> None:
     """Print a `ValidationReport`."""
     breaches = [f"breach: {breach}" for breach in report.breaches]
     notes = [f"note: {note}" for note in report.notes]
-    for sentences, what in ((breaches, "breaches"), (notes, "notes")):
+    for sentences, what in ((notes, "notes"), (breaches, "breaches")):  # notes may be the cause
         for sentence in first_few(sentences, what, screen.complete):
             screen.text(sentence)
     if report.errors:

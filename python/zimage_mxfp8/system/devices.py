@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .. import _core
 from ..errors import CudaError, UnsupportedError, UsageError
+from ..text import plural
 
 if TYPE_CHECKING:
     import torch
@@ -193,7 +194,7 @@ def first_gpus(count: int) -> list[torch.device]:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count > found:
         raise UnsupportedError(
-            f"{count} GPUs are asked for, and torch finds {found}",
+            f"{plural(count, 'GPU is', 'GPUs are')} asked for, and torch finds {found}",
             "ask for no more than that" if found else "leave `gpus` out to draw on the CPU",
         )
     return [torch.device("cuda", index) for index in range(count)]

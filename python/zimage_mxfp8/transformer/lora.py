@@ -221,7 +221,9 @@ class LoraSet:
     def set(self, weights: Mapping[str, Weight]) -> None:
         """Set weights; adapters that are not named are switched off, but for fused ones."""
         if not isinstance(weights, Mapping):
-            raise UsageError("weights", f"must be weights by name, not {repr(weights)[:80]}")
+            raise UsageError(
+                "weights", f'must be a dict such as {{"style": 0.8}}, not {repr(weights)[:80]}'
+            )
         checked = {
             self._known(name): check_weight(f'weights["{name}"]', weight)
             for name, weight in weights.items()

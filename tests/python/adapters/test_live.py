@@ -418,7 +418,7 @@ def test_weights_by_part_of_either_spelling(quantized: Path, reference) -> None:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda m: m.set_lora(None), "weights must be weights by name, not None"),
+        (lambda m: m.set_lora(None), "weights must be a dict such as {.style.: 0.8}, not None"),
         (
             lambda m: m.set_lora({"a": 1e39}),
             r'weights\["a"\] must be within 1,000,000 of 0',

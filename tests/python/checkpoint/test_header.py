@@ -90,7 +90,7 @@ def entry(dtype: str = "BF16", shape: object = (2,), offsets: object = (0, 4)) -
 # name -> (header, data, length prefix, part of the sentence)
 MALFORMED: dict[str, tuple[object, bytes, int | None, str]] = {
     "header longer than the file": ({}, b"", 10**6, "truncated or not a safetensors file"),
-    "absurd header length": ({}, b"", 2**63, "truncated or not a safetensors file"),
+    "absurd header length": ({}, b"", 2**63, "is not a safetensors file"),
     "not JSON": (b"{not json", b"", None, "not JSON"),
     "not UTF-8": (b'{"\xff": 1}', b"", None, "not JSON"),
     "NaN": (b'{"__metadata__": {"a": NaN}}', b"", None, "not JSON"),
@@ -159,7 +159,8 @@ def test_malformed_files_get_one_sentence(tmp_path: Path, case: str) -> None:
     [
         (b"", "only 0 bytes"),
         (b"1234567", "only 7 bytes"),
-        (b"PK\3\4 and so on .....", "its header should have"),
+        (b"PK\3\4 and so on .....", "it does not begin with a header's size"),
+        (b"\0\0\1\0\0\0\0\0{", "truncated or .* its header should have 65,536 bytes, .* has 9"),
     ],
 )
 def test_other_files(tmp_path: Path, content: bytes, sentence: str) -> None:

@@ -688,7 +688,11 @@ def test_header_decides_how_much_memory_is_used(tmp_path: Path, cli: Run) -> Non
     def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 
-    fails(cli("convert", "-i", path, preexec_fn=limit_memory), 1, "truncated or not a safetensors")
+    fails(
+        cli("convert", "-i", path, preexec_fn=limit_memory),
+        1,
+        "in.safetensors is not a safetensors file",
+    )
 
 
 @pytest.mark.parametrize("value", [5, "a\0b", b"a\0b", ["a"], "", "\ud800"])

@@ -61,7 +61,7 @@ def test_picture_equals_that_of_diffusers(
     )
     assert (code, err) == (0, "")
     assert re.fullmatch(
-        rf"o\.png: 64x48, seed 7, {steps} steps of \d+\.\d\d s, compute weight-only on cpu\n"
+        rf"o\.png: 64x48, seed 7, {steps} steps? of \d+\.\d\d s, compute weight-only on cpu\n"
         r"total: \d+\.\d s, peak memory of the process: \d\S* [MG]iB\n",
         out,
     )

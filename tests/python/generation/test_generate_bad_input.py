@@ -94,12 +94,17 @@ def test_needed_options(generate: Generate) -> None:
     fails(generate(*USUAL[2:]), 2, sentence)
 
 
-def test_one_gpu_is_not_the_cpu() -> None:
+def test_one_gpu_is_not_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def settled(gpus: int | None, device: str | None) -> tuple[str | None, int]:
         arguments = argparse.Namespace(gpus=gpus, device=device, compute="auto")
         settle_devices(arguments)
         return arguments.device, arguments.gpus
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(zm.UnsupportedError, match="1 GPU is asked for, and torch finds 0; leave"):
+        settled(1, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert settled(None, None) == (None, 1)
     assert settled(1, None) == ("cuda", 1)
     assert settled(1, "cuda:1") == ("cuda:1", 1)

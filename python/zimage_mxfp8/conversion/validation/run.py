@@ -144,7 +144,8 @@ def _original(
     report.loras = [adapter.to_dict() for adapter in merge.adapters]
     if [_identity(adapter) for adapter in merge.adapters] != merged:
         report.notes.append(
-            "these are not the adapters and weights that the file's header names, in that order"
+            "these are not the adapters and weights that the file's header names, in that order, "
+            "so differences may come from that"
         )
     return merge.apply({layer.weight.name for layer in layers})
 
