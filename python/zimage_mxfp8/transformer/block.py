@@ -157,7 +157,7 @@ class Block(nn.Module):
         return list(self.ffn_in)  # type: ignore[arg-type]
 
     def reserve(self, part: Segment) -> None:
-        """Have the memory of other ranks that the attention of a part takes."""
+        """Reserve memory for the keys and values of all ranks, for attention over a part."""
         if part.shares is not None:
             shape = 2, self._heads, HEAD_DIM
             part.shares.group.reserve(sum(part.lengths), shape, self.qkv.result_dtype)
