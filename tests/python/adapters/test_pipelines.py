@@ -132,6 +132,11 @@ def pair(files: dict[str, Path]) -> Pair:
     return Pair(files)
 
 
+@pytest.fixture(scope="module")
+def every_dialect(files: dict[str, Path]) -> dict[str, af.Written]:
+    return dialects(Pair(files).theirs.transformer)
+
+
 def add(model: torch.nn.Module, deltas: af.Deltas) -> None:
     """Add dense changes to the weights of diffusers' transformer."""
     for name, delta in deltas.items():
@@ -155,9 +160,11 @@ CHANGED = ("DoRA, OneTrainer", "DoRA, fused")
 
 
 @pytest.mark.parametrize("dialect", [name for name in NAMES if name not in CHANGED])
-def test_a_dialect_is_its_dense_change_or_refused(dialect: str, pair: Pair, tmp_path: Path) -> None:
+def test_a_dialect_is_its_dense_change_or_refused(
+    dialect: str, pair: Pair, every_dialect: dict[str, af.Written], tmp_path: Path
+) -> None:
     """What docs/guide/lora.md states of the files that diffusers refuses."""
-    written = dialects(pair.theirs.transformer)[dialect]
+    written = every_dialect[dialect]
     save_file(written.tensors, tmp_path / "adapter.safetensors", written.metadata)
     plain = draw_with(pair.ours)
     if dialect in REFUSED:
@@ -172,9 +179,11 @@ def test_a_dialect_is_its_dense_change_or_refused(dialect: str, pair: Pair, tmp_
 
 
 @pytest.mark.parametrize("dialect", CHANGED)
-def test_diffusers_leaves_a_dora_scale_out(dialect: str, pair: Pair, tmp_path: Path) -> None:
+def test_diffusers_leaves_a_dora_scale_out(
+    dialect: str, pair: Pair, every_dialect: dict[str, af.Written], tmp_path: Path
+) -> None:
     """The difference that docs/guide/lora.md states; equality would mean to update it."""
-    written = dialects(pair.theirs.transformer)[dialect]
+    written = every_dialect[dialect]
     save_file(written.tensors, tmp_path / "adapter.safetensors", written.metadata)
     pair.ours.load_lora_weights(str(tmp_path / "adapter.safetensors"), adapter_name="a")
     without = draw_with(pair.ours)

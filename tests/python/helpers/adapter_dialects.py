@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from . import adapter_files as af
 from .diffusers_reference import make_reference
 
 
+@lru_cache(maxsize=1)
 def dialects(model) -> dict[str, af.Written]:
+    """Return adapters in each dialect. The weights of the model must not have changed since."""
     every = af.modules_of(model)
     blocks = {name: layer for name, layer in every.items() if "adaLN" not in name}
     blocks = {name: layer for name, layer in blocks.items() if "layers" in name or "ref" in name}
