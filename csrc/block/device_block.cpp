@@ -218,9 +218,9 @@ void DeviceBlock::run(const BlockInput& input, const MatrixView& x, Workspace wo
   }
   encode(buffers.attended, buffers.attended_in, stream);
   multiply(block.out, operand_of(buffers.attended_in), buffers.y);
-  add_norm_modulate(x, as_const(buffers.y), norm(block.attention_norm2, 1),
-                    std::nullopt, NextNorm{norm(block.ffn_norm1, 2), buffers.normed}, input.items,
-                    kBlockNormEps, stream);
+  add_norm_modulate(x, as_const(buffers.y), norm(block.attention_norm2, 1), std::nullopt,
+                    NextNorm{norm(block.ffn_norm1, 2), buffers.normed}, input.items, kBlockNormEps,
+                    stream);
   if (block.ffn_in.size() == 1) {
     multiply(block.ffn_in[0], operand_of(buffers.normed), buffers.gated, SiluMultiply{});
   } else {
@@ -231,8 +231,8 @@ void DeviceBlock::run(const BlockInput& input, const MatrixView& x, Workspace wo
     silu_multiply(as_const(gate), as_const(up), buffers.gated, stream);
   }
   multiply(block.ffn_out, operand_of(buffers.gated), buffers.y);
-  add_norm_modulate(x, as_const(buffers.y), norm(block.ffn_norm2, 3), std::nullopt,
-                    std::nullopt, input.items, kBlockNormEps, stream);
+  add_norm_modulate(x, as_const(buffers.y), norm(block.ffn_norm2, 3), std::nullopt, std::nullopt,
+                    input.items, kBlockNormEps, stream);
 }
 
 }  // namespace zimage_mxfp8

@@ -197,8 +197,8 @@ void add_norm_modulate(const MatrixView& x, const ConstMatrixView& y, const Norm
     check_bfloat16(addend->matrix, "addend");
     check_size(addend->matrix.rows, addend->matrix.cols, "addend", as_const(x), "x");
     from_addend = range_of(addend->matrix, "addend");
-    from_factor = detail::required_range(addend->factor, sizeof(float), sizeof(float),
-                                         "addend_factor");
+    from_factor =
+        detail::required_range(addend->factor, sizeof(float), sizeof(float), "addend_factor");
   }
   NormMemory from_next{{nullptr, 0, ""}, {nullptr, 0, ""}};
   if (next) from_next = check_norm(next->norm, x.cols, items, "next_weight", "next_scale");

@@ -37,8 +37,7 @@ void begin_signals(void* memory) {
   ZM_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const std::unique_ptr<CUstream_st, cudaError_t (*)(cudaStream_t)> owner(stream,
                                                                           cudaStreamDestroy);
-  ZM_CUDA_CHECK(
-      cudaMemcpyAsync(memory, &signals, sizeof(signals), cudaMemcpyHostToDevice, stream));
+  ZM_CUDA_CHECK(cudaMemcpyAsync(memory, &signals, sizeof(signals), cudaMemcpyHostToDevice, stream));
   ZM_CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 

@@ -330,8 +330,8 @@ void run(const Operand& a, const Operand& b, const Epilogue& epilogue, const Low
                 static_cast<int>(a.cols)};
   p.m_tiles = static_cast<int>(ceil_div(a.rows, kTokens));
   p.n_tiles = static_cast<int>(ceil_div(target.cols, Epilogue::kColumns));
-  const int64_t clusters = std::min<int64_t>(
-      checked_count(fused_pairs(p.m_tiles, p.n_tiles)), multiprocessors(current_device()) / kCluster);
+  const int64_t clusters = std::min<int64_t>(checked_count(fused_pairs(p.m_tiles, p.n_tiles)),
+                                             multiprocessors(current_device()) / kCluster);
   const int64_t row_stride = target.rows > 1 ? target.row_stride : target.cols;
   const CUtensorMap a_map = operand_map(a, kTokens / kCluster),
                     b_map = operand_map(b, Epilogue::kRows / 2);
