@@ -159,6 +159,7 @@ REFUSED: dict[str, tuple[type[Exception], str]] = {
 CHANGED = ("DoRA, OneTrainer", "DoRA, fused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", [name for name in NAMES if name not in CHANGED])
 def test_a_dialect_is_its_dense_change_or_refused(
     dialect: str, pair: Pair, every_dialect: dict[str, af.Written], tmp_path: Path
