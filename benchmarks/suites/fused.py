@@ -43,7 +43,8 @@ def bfloat16(*shape: int) -> torch.Tensor:
 
 
 WEIGHT, SCALE, GATE = bfloat16(HIDDEN), bfloat16(1, HIDDEN), bfloat16(1, HIDDEN)
-HEAD, FACTOR = bfloat16(128), torch.full((1,), 0.5, device="cuda")
+HEAD = bfloat16(128)
+FACTOR = torch.full((1,), 0.5, device="cuda")
 EPS = 1e-5
 
 

@@ -175,7 +175,7 @@ uint32_t blocks_for(const NoTarget& target) { return checked_count(target.rows);
 template <typename Layout>
 inline constexpr bool kTakesTurns = std::is_same_v<Layout, NormRow>;
 
-// Replaces the addend if there is none.
+// The type of an addend where there is none.
 struct NoAddend {};
 
 // Blocks for which a multiprocessor has registers.

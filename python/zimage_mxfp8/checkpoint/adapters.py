@@ -25,8 +25,8 @@ _TYPES = (
 )
 # What diffusers makes of "lora_unet__", whose factors are zero where VideoX-Fun's alpha was.
 DIFFUSERS_OF_VIDEOX = "transformer.."
-# What stands before the name of a transformer's module: what diffusers makes of trainers' prefixes,
-# then those of trainers, dotted ones first, then those where every dot is an underscore.
+# Prefixes of the transformer's modules, in the order in which they are tried: those that diffusers
+# makes of trainers' prefixes, trainers' prefixes with dots, and those with underscores for dots.
 MODULE_PREFIXES = (
     "transformer.transformer.",
     DIFFUSERS_OF_VIDEOX,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..system.devices import check_name
+from ..system import devices
 from ..transformer.compute import COMPUTE_MODES, check_device
 from .arguments import count
 from .wording import CommandLineError
@@ -83,27 +83,23 @@ def gpus_or_none(arguments: argparse.Namespace) -> list[torch.device] | None:
     """
     if arguments.gpus == 1:
         return None
-    from ..system.devices import first_gpus
-
-    return first_gpus(arguments.gpus)
+    return devices.first_gpus(arguments.gpus)
 
 
 def settle_devices(arguments: argparse.Namespace) -> None:
-    """Settle `--gpus` and `--device`, of which either may be left out.
+    """Set `--gpus` and `--device` where they were left out.
 
     Raises:
         CommandLineError: they contradict each other.
         UnsupportedError: there is no GPU, or the device cannot have the mode of `--compute`.
     """
-    from ..system.devices import first_gpus
-
     gpus, device = arguments.gpus, arguments.device
     allowed = device in (None, "cuda") if gpus != 1 else device != "cpu"
     if gpus is not None and not allowed:
         raise CommandLineError(f"--device {device} contradicts --gpus {gpus}; leave one out")
     if gpus == 1 and device is None:
         if not getattr(arguments, "ray", False):  # a cluster may have it elsewhere
-            first_gpus(1)
+            devices.first_gpus(1)
         arguments.device = "cuda"
     arguments.gpus = gpus or 1
     check_device(arguments.compute, arguments.device)
@@ -131,7 +127,7 @@ def add_offload(parser: argparse.ArgumentParser) -> None:
 def _device(text: str) -> str:
     """Return the name of a device, for `type=`: torch is not asked whether it is there."""
     try:
-        check_name(text)
+        devices.check_name(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(error.problem) from None
     return text

@@ -187,9 +187,10 @@ class Block(nn.Module):
         q = self.qkv.part(slice(width))
         # Where GEMMs have epilogues, keys are on their way while values are computed. In the other
         # modes smaller GEMMs may take another kernel, and nothing was measured.
-        begins = (width, 2 * width) if self.qkv.takes_epilogues else (width,)
-        ends = (*begins[1:], 3 * width)
-        others = [self.qkv.part(slice(*rows)) for rows in zip(begins, ends, strict=True)]
+        pieces = [slice(width, 3 * width)]
+        if self.qkv.takes_epilogues:
+            pieces = [slice(width, 2 * width), slice(2 * width, 3 * width)]
+        others = [self.qkv.part(piece) for piece in pieces]
         if q is None or None in others:
             qkv = self._qkv(h, part)
             attention.send(qkv[:, width:])

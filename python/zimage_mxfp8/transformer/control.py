@@ -215,7 +215,7 @@ class ZImageControlNet(nn.Module):
     def kept_nbytes(self, tokens: int) -> int:
         """Return the bytes of the tokens that it keeps while the transformer's blocks run.
 
-        They are those of its main blocks, also normalised, and a hint.
+        These are the tokens of its main blocks, the same after the norm, and a hint.
         """
         count = tokens * self.config.dim
         formats = self.layers.block_list[0].qkv.input_formats

@@ -16,9 +16,8 @@ pytestmark = pytest.mark.comfyui
 
 def relative_errors(decoded: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """The error of each block of 32."""
-    return ((decoded - exact).unflatten(1, (-1, 32)).norm(dim=-1)) / exact.unflatten(
-        1, (-1, 32)
-    ).norm(dim=-1)
+    errors, blocks = ((x.unflatten(1, (-1, 32))) for x in (decoded - exact, exact))
+    return errors.norm(dim=-1) / blocks.norm(dim=-1)
 
 
 def test_the_simulation_rounds_as_comfyui_does(comfy: SimpleNamespace) -> None:

@@ -227,8 +227,8 @@ class SharedMemory:
 def test_every_rank_gets_the_rows_of_all(counts, in_place, at_once, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
     shape, total, first = (2, 5, 128), sum(counts), 64
-    of_all = [torch.zeros(first + 4 * total * math.prod(shape) + 64).view(torch.uint8)] * SIZE
-    of_all = [memory.clone() for memory in of_all]
+    nbytes = first + 4 * total * math.prod(shape) + 64
+    of_all = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(SIZE)]
     signals = [threading.Semaphore(0) for _ in range(2)]
     rows = torch.randn(total, *shape)
     sent = threading.Barrier(SIZE)
@@ -236,8 +236,7 @@ def test_every_rank_gets_the_rows_of_all(counts, in_place, at_once, monkeypatch)
     def gather(rank: int) -> list[torch.Tensor]:
         begin = sum(counts[:rank])
         here = slice(begin, begin + counts[rank])
-        nbytes = rows.nbytes
-        whole = of_all[rank][first : first + nbytes].view(torch.float32).view(rows.shape)
+        whole = of_all[rank][first : first + rows.nbytes].view(torch.float32).view(rows.shape)
         memory: Any = SharedMemory(rank, of_all, signals)
         groups = [slice(0, 2), slice(2, 5)]
         stream: Any = Stream()
