@@ -66,7 +66,7 @@ def feed_forward_ways(tokens: int) -> Ways:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1152, 4224, 16512])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1152, 2112, 4224, 16512])
 
 
 def run(arguments: argparse.Namespace, report: Report) -> None:

@@ -7,6 +7,7 @@
 
 #include "gemm/dispatch/dispatch.h"
 #include "gemm/dispatch/heuristics.h"
+#include "gemm/sm90/fused_order.h"
 #include "zimage_mxfp8/error.h"
 
 using namespace zimage_mxfp8;
@@ -125,9 +126,9 @@ TEST_CASE("the kernel for each shape") {
 TEST_CASE("a fused epilogue needs full waves") {
   // Pairs of 128 x 256 tiles on 66 clusters of an H100, counted by hand: 34 x 22 side by side and
   // 17 of the last column are 765 in 12 waves of 792 slots; 9 x 22 and 5 are 203 in 4 waves of 264.
-  CHECK(detail::fused_pairs(34, 45) == 765);
-  CHECK(detail::fused_pairs(9, 45) == 203);
-  CHECK(detail::fused_pairs(1, 1) == 1);
+  CHECK(detail::fused_order(4300, 45, 66).units() == 765);
+  CHECK(detail::fused_order(1152, 45, 66).units() == 203);
+  CHECK(detail::fused_order(1, 1, 66).units() == 1);
   CHECK(detail::wave_utilization(765, 66) == doctest::Approx(765.0 / 792));
   CHECK(detail::wave_utilization(203, 66) == doctest::Approx(203.0 / 264));
   CHECK(detail::cost_fp8_sm90(problem(4300, 11520, 3840, kRows, kRows, kRotate), kH100) ==

@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "gemm/sm90/fused_order.h"
 #include "zimage_mxfp8/matrix.h"
 
 namespace zimage_mxfp8::detail {
@@ -64,9 +65,9 @@ double cost_mixed_sm90(const GemmProblem& problem, const CudaDevice&) {
 double cost_fp8_rowwise(const GemmProblem&, const CudaDevice&) { return 1; }
 
 double cost_fp8_sm90(const GemmProblem& problem, const CudaDevice& device) {
-  const std::int64_t pairs =
-      fused_pairs(ceil_div(problem.m, kFusedTileM), ceil_div(problem.n, kFusedTileN));
-  return kFusedBreakEven / wave_utilization(pairs, device.multiprocessors / kFusedCluster);
+  const std::int64_t clusters = device.multiprocessors / kFusedCluster;
+  const FusedOrder order = fused_order(problem.m, ceil_div(problem.n, kFusedTileN), clusters);
+  return kFusedBreakEven / wave_utilization(order.units(), clusters);
 }
 
 double cost_int8_sm90(const GemmProblem&, const CudaDevice&) { return kWgmmaInt8Cost; }
@@ -80,8 +81,8 @@ double cost_mxfp8_sm120(const GemmProblem&, const CudaDevice&) { return kBlockSc
 bool int8_sm90_takes_narrow_tiles(std::int64_t m, std::int64_t n, int multiprocessors) {
   // Waves of clusters, times the duration of a tile, which is proportional to its rows of B.
   const auto duration = [&](std::int64_t rows) {
-    const std::int64_t pairs = fused_pairs(ceil_div(m, kFusedTileM), ceil_div(n, rows));
-    return ceil_div(pairs, multiprocessors / kFusedCluster) * rows;
+    const std::int64_t clusters = multiprocessors / kFusedCluster;
+    return ceil_div(fused_order(m, ceil_div(n, rows), clusters).units(), clusters) * rows;
   };
   return duration(kInt8SM90NarrowTileN) < duration(kFusedTileN);
 }

@@ -25,15 +25,6 @@ double cost_int8_sm80(const GemmProblem& problem, const CudaDevice& device);
 double cost_mxfp8_sm100(const GemmProblem& problem, const CudaDevice& device);
 double cost_mxfp8_sm120(const GemmProblem& problem, const CudaDevice& device);
 
-// Tiles of the kernels fp8_sm90 and int8_sm90, rows of A and rows of B, and blocks in a cluster.
-inline constexpr std::int64_t kFusedTileM = 128, kFusedTileN = 256, kFusedCluster = 2;
-
-// The number of pairs of tiles, one for each cluster. A pair is two columns of one row of tiles, or
-// two rows of the last column where the number of columns is odd.
-constexpr std::int64_t fused_pairs(std::int64_t m_tiles, std::int64_t n_tiles) {
-  return n_tiles / 2 * m_tiles + n_tiles % 2 * ((m_tiles + 1) / 2);
-}
-
 // Narrow tiles of int8_sm90, for GEMMs without an epilogue.
 inline constexpr std::int64_t kInt8SM90NarrowTileN = 192;
 bool int8_sm90_takes_narrow_tiles(std::int64_t m, std::int64_t n, int multiprocessors);

@@ -6,8 +6,8 @@
 // - three warps read them from there and apply the epilogue: they have the time of a whole tile,
 //   while the tensor cores work on the next one.
 //
-// Two blocks with rows of B of their own share the tiles of A. If the tiles of B are odd in number,
-// each of the two takes tokens of its own with the last one.
+// Two blocks with rows of B of their own share the tiles of A; fused_order.h has the exceptions. Of
+// 64 tokens a block computes two tiles, one warpgroup after the other.
 //
 // An Element says how codes are multiplied and how sums become BF16:
 //   Sum       of products: float or int32_t
@@ -33,8 +33,8 @@
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/sm90/tma.cuh"
 #include "cuda/sm90/wgmma.cuh"
-#include "gemm/dispatch/heuristics.h"
 #include "gemm/sm90/fused_epilogues.cuh"
+#include "gemm/sm90/fused_order.h"
 #include "zimage_mxfp8/gemm.h"
 
 namespace zimage_mxfp8::detail::fused_gemm {
@@ -43,13 +43,12 @@ constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kEpilogueWarps = 3;  // the warp before them copies
 
-constexpr int kCluster = 2;  // blocks; they share tiles of A, but for an odd last column
+constexpr int kCluster = kFusedCluster;
 constexpr int kTokens = kConsumers * kGroupTokens;
-constexpr int kDepth = 128;  // of K in a stage: as wide as TMA's swizzle
-static_assert(kTokens == kFusedTileM && kWideRows == kFusedTileN && kCluster == kFusedCluster);
-// Pairs of tiles of B that all tokens are multiplied with before the next ones: they stay in the
-// cache.
-constexpr int kGroupPairs = 4;
+constexpr int kBoxTokens = kTokens / kCluster;  // that a block loads at once
+constexpr int kDepth = 128;                     // of K in a stage: as wide as TMA's swizzle
+static_assert(kTokens == kFusedTileM && kWideRows == kFusedTileN);
+static_assert(kBoxTokens == kGroupTokens);  // a half of a tile is a box
 constexpr int kABytes = kTokens * kDepth;
 constexpr int kWarps = kConsumers * 4;  // that multiply
 using SumBarriers = BarrierPairs<kWarps>;
@@ -71,39 +70,28 @@ struct Memory {
                 kBoxBytes % kTmaAlignment == 0 && rows % kBoxColumns == 0);
 };
 
-// A block's tile, and whether the other one's has the same tokens.
-struct BlockTile {
-  int m, n;
-  bool shares_tokens;
-};
-
-// The order of the pairs of tiles, see fused_pairs(). The tokens of a pair's second tile may all be
-// beyond the last one.
-struct PairOrder {
-  GroupedOrder beside;  // pairs of tiles of B
-  int m_tiles, n_tiles;
+// The tiles of the cluster's blocks, as TileScheduler takes them.
+struct BlockOrder {
+  FusedOrder order;
   int block;
 
-  __device__ PairOrder(int tiles_of_m, int tiles_of_n, int block_of_pair)
-      : beside{tiles_of_m, tiles_of_n / kCluster, kGroupPairs},
-        m_tiles(tiles_of_m),
-        n_tiles(tiles_of_n),
-        block(block_of_pair) {}
-
-  __device__ int tiles() const { return static_cast<int>(fused_pairs(m_tiles, n_tiles)); }
-  __device__ BlockTile at(int index) const {
-    const int last = index - beside.tiles();
-    if (last >= 0) return {last * kCluster + block, n_tiles - 1, false};
-    const TileIndex pair = beside.at(index);
-    return {pair.m, pair.n * kCluster + block, true};
-  }
+  __device__ int tiles() const { return static_cast<int>(order.units()); }
+  __device__ FusedTile at(int unit) const { return order.at(unit, block); }
 };
+
+// The first token and the column of tiles of a warp that multiplies.
+__device__ inline int token_of(const FusedTile& tile, int warp) {
+  return tile.m * kTokens + (tile.is_half ? warp % 4 : warp) * kWarpTokens;
+}
+__device__ inline int column_of(const FusedTile& tile, int warp) {
+  return tile.n + (tile.is_half ? warp / 4 : 0);
+}
 
 template <class Epilogue>
 struct Parameters {
   Epilogue epilogue;
   Operands operands;
-  int m_tiles, n_tiles;
+  FusedOrder order;
   int addend_steps;  // stages of the addend
 };
 
@@ -187,22 +175,31 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster_sync();
   await_predecessors();
-  const TileScheduler<PairOrder, kCluster> scheduler(PairOrder(p.m_tiles, p.n_tiles, block));
+  const TileScheduler<BlockOrder, kCluster> scheduler({p.order, block});
   const int steps = (p.operands.k + kDepth - 1) / kDepth;
 
   if (warpgroup < kConsumers) {
     const int thread = threadIdx.x % kWarpgroup, warp = threadIdx.x / 32;
     typename Ring::State state;
     uint32_t empty_phase = 1;  // all boxes are empty at first
-    for (const BlockTile at : scheduler) {
+    // Takes no part in the stages of a tile of the other warpgroup.
+    const auto skip_stages = [&] {
+      for (int step = 0; step < steps + p.addend_steps; ++step) {
+        pipeline.wait(state);
+        pipeline.release(state.stage, thread);
+        state.advance();
+      }
+    };
+    for (const FusedTile at : scheduler) {
+      if (at.is_half && warpgroup > 0) skip_stages();
+      const uint32_t own_tokens = at.is_half ? 0 : warpgroup * kGroupTokens * kDepth;
       typename Element::Sum sums[kRows / 2];
       int previous = 0;
       // Multiplies a stage, or the first half of it. The one before is released as soon as it has
       // been read, while the tensor cores have work.
       const auto multiply_stage = [&](bool first, auto whole, auto multiply_half) {
         pipeline.wait(state);
-        const uint64_t a =
-            wgmma_descriptor(a_tiles + state.stage * kABytes + warpgroup * kGroupTokens * kDepth);
+        const uint64_t a = wgmma_descriptor(a_tiles + state.stage * kABytes + own_tokens);
         const uint64_t b = wgmma_descriptor(b_tiles + state.stage * kBBytes);
         wgmma_fence();
         multiply_half(a, b, 0);
@@ -218,8 +215,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
       }
       const auto scaled = [&] {
-        const int token = at.m * kTokens + warp * kWarpTokens;
-        return Element::scaled(sums, p.operands, p.epilogue, token, at.n);
+        return Element::scaled(sums, p.operands, p.epilogue, token_of(at, warp),
+                               column_of(at, warp));
       };
       // Adds the products of the addend's stages; `first` if no stage before is to be released.
       const auto add = [&](bool first) {
@@ -251,29 +248,30 @@ __global__ void __launch_bounds__(kThreads, 1)
         add(true);
         wgmma_wait(sums);
         pipeline.release(previous, thread);
-        if (at.m < p.m_tiles) store([&](int i) { return __int_as_float(sums[i]); });
-      } else if (at.m < p.m_tiles) {
+        if (at.m < p.order.m_tiles) store([&](int i) { return __int_as_float(sums[i]); });
+      } else if (at.m < p.order.m_tiles) {
         store(scaled());
       }
+      if (at.is_half && warpgroup == 0) skip_stages();
     }
   } else {
     const int epilogue_warp = threadIdx.x % kWarpgroup / 32 - 1;
     if (epilogue_warp >= 0) {
       uint32_t full_phase = 0;
-      for (const BlockTile at : scheduler) {
-        if (at.m >= p.m_tiles) continue;
+      for (const FusedTile at : scheduler) {
+        if (at.m >= p.order.m_tiles) continue;
 #pragma unroll 1
         for (int warp = epilogue_warp; warp < kWarps; warp += kEpilogueWarps) {
-          const int token = at.m * kTokens + warp * kWarpTokens;
+          const int token = token_of(at, warp), column = column_of(at, warp);
           const SmemTile boxes = boxes_of(warp);
           mbarrier_wait(sum_barriers.full(warp), full_phase);
-          p.epilogue(boxes, p.operands, token, at.n);
+          p.epilogue(boxes, p.operands, token, column);
           tma_store_fence();
           __syncwarp();
           if (lane == 0) {
             for (int box = 0; box < Epilogue::kColumns / kBoxColumns; ++box) {
               tma_store_2d(d_map, boxes.address + box * kBoxBytes,
-                           at.n * Epilogue::kColumns + box * kBoxColumns, token);
+                           column * Epilogue::kColumns + box * kBoxColumns, token);
             }
             tma_store_commit();
             tma_store_wait_read();
@@ -287,19 +285,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       prefetch_tensor_map(a_map);
       prefetch_tensor_map(b_map);
       typename Ring::State state;
-      for (const BlockTile at : scheduler) {
+      const auto load_tile = [&](const FusedTile& at, int n) {
         const int token = at.m * kTokens;
-        const int b_rows[2] = {p.epilogue.row_of_b(at.n, 0), p.epilogue.row_of_b(at.n, 1)};
+        const int b_rows[2] = {p.epilogue.row_of_b(n, 0), p.epilogue.row_of_b(n, 1)};
+        const int a_bytes = at.is_half ? kABytes / 2 : kABytes;
         const auto load = [&](const CUtensorMap& of_a, const CUtensorMap& of_b, int column) {
-          const uint32_t full = pipeline.acquire(state, kABytes + kBBytes);
+          const uint32_t full = pipeline.acquire(state, a_bytes + kBBytes);
           const uint32_t a = a_tiles + state.stage * kABytes, b = b_tiles + state.stage * kBBytes;
-          constexpr int part = kTokens / kCluster;
-          if (at.shares_tokens) {
-            tma_load_2d_multicast(of_a, full, a + block * part * kDepth, column,
-                                  token + block * part, (1 << kCluster) - 1);
+          constexpr uint16_t both = (1 << kCluster) - 1;
+          if (at.is_half) {
+            if (state.stage % kCluster == block) {
+              tma_load_2d_multicast(of_a, full, a, column, token, both);
+            }
+          } else if (at.shares_tokens) {
+            tma_load_2d_multicast(of_a, full, a + block * kBoxTokens * kDepth, column,
+                                  token + block * kBoxTokens, both);
           } else {
             for (int i = 0; i < kCluster; ++i) {
-              tma_load_2d(of_a, full, a + i * part * kDepth, column, token + i * part);
+              tma_load_2d(of_a, full, a + i * kBoxTokens * kDepth, column, token + i * kBoxTokens);
             }
           }
           tma_load_2d(of_b, full, b, column, b_rows[0]);
@@ -310,6 +313,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (addend != Addend::kNone) {
           for (int step = 0; step < p.addend_steps; ++step) load(x_map, u_map, step * kDepth / 2);
         }
+      };
+      for (const FusedTile at : scheduler) {
+        for (int i = 0; i < (at.is_half ? 2 : 1); ++i) load_tile(at, at.n + i);
       }
     }
     __syncwarp();
@@ -328,13 +334,11 @@ void run(const Operand& a, const Operand& b, const Epilogue& epilogue, const Low
   p.epilogue = epilogue;
   p.operands = {a.scales, b.scales, static_cast<int>(a.rows), static_cast<int>(b.rows),
                 static_cast<int>(a.cols)};
-  p.m_tiles = static_cast<int>(ceil_div(a.rows, kTokens));
-  p.n_tiles = static_cast<int>(ceil_div(target.cols, Epilogue::kColumns));
-  const int64_t clusters = std::min<int64_t>(checked_count(fused_pairs(p.m_tiles, p.n_tiles)),
-                                             multiprocessors(current_device()) / kCluster);
+  int64_t clusters = multiprocessors(current_device()) / kCluster;
+  p.order = fused_order(a.rows, ceil_div(target.cols, Epilogue::kColumns), clusters);
+  clusters = std::min<int64_t>(clusters, checked_count(p.order.units()));
   const int64_t row_stride = target.rows > 1 ? target.row_stride : target.cols;
-  const CUtensorMap a_map = operand_map(a, kTokens / kCluster),
-                    b_map = operand_map(b, Epilogue::kRows / 2);
+  const CUtensorMap a_map = operand_map(a, kBoxTokens), b_map = operand_map(b, Epilogue::kRows / 2);
   const CUtensorMap d_map =
       bf16_map(target.data, target.rows, target.cols, row_stride, kWarpTokens);
   const auto start = [&](auto kernel, const CUtensorMap& x_map, const CUtensorMap& u_map) {
@@ -349,7 +353,7 @@ void run(const Operand& a, const Operand& b, const Epilogue& epilogue, const Low
   }
   constexpr int kColumns = kDepth / 2;  // of BF16 in a stage
   p.addend_steps = static_cast<int>(ceil_div(addend->x.cols, kColumns));
-  const CUtensorMap x_map = operand_map(addend->x, kTokens / kCluster),
+  const CUtensorMap x_map = operand_map(addend->x, kBoxTokens),
                     u_map = operand_map(addend->u, Epilogue::kRows / 2);
   if (p.addend_steps * kColumns - addend->x.cols < kColumns / 2) {
     start(fused_gemm_kernel<Element, Epilogue, Addend::kWhole>, x_map, u_map);

@@ -1,6 +1,7 @@
 // INT8 GEMMs with one float32 scale per row, see fused_gemm.cuh. Sums are exact, so D has the same
 // bits as from any other kernel, with an epilogue as without. A low-rank addend adds to the scaled
 // sums, in the tensor cores' order.
+#include "gemm/dispatch/heuristics.h"
 #include "gemm/sm90/fused_gemm.cuh"
 #include "gemm/sm90/int8_fused.h"
 

@@ -168,6 +168,7 @@ def test_inspect_of_something_else(in_process: Run, tmp_path: Path) -> None:
     assert "not Z-Image" in text and "metadata note: [N, K]" in text
 
 
+@pytest.mark.slow
 def test_demo(in_process: Run, tmp_path: Path) -> None:
     result = in_process("demo")
     assert result.returncode == 0, result.stderr

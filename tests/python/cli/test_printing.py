@@ -166,6 +166,7 @@ from zimage_mxfp8.checkpoint.synthetic import write_synthetic_checkpoint
 """
 
 
+@pytest.mark.slow
 def test_true_draws_bars_on_a_terminal(files: Path) -> None:
     calls = "\n".join(CALLS.values())
     text = python_in_terminal(
@@ -177,6 +178,7 @@ def test_true_draws_bars_on_a_terminal(files: Path) -> None:
         assert ("31/31" if "measuring" in title else title) in text, title
 
 
+@pytest.mark.slow
 def test_true_draws_nothing_elsewhere(files: Path) -> None:
     calls = "\n".join(call for title, call in CALLS.items() if "measuring" not in title)
     result = subprocess.run(

@@ -129,7 +129,7 @@ def test_many_tiles(kernel: str) -> None:
     assert np.array_equal(bits(result[rows]), product(some, b))
 
 
-@pytest.mark.parametrize("tokens", [1, 129, 1152])
+@pytest.mark.parametrize("tokens", [1, 129, 576, 1152])
 @pytest.mark.parametrize("output_format", ["bfloat16", "int8"])
 def test_silu_multiply_is_the_same_fused_and_apart(tokens: int, output_format: Any) -> None:
     for columns, depth in ((1024, 3840), (96, 32), (10240, 128)):
@@ -148,7 +148,7 @@ def test_silu_multiply_is_the_same_fused_and_apart(tokens: int, output_format: A
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 129, 1152])
+@pytest.mark.parametrize("tokens", [1, 129, 1088, 1152])
 @pytest.mark.parametrize(("heads", "depth"), [(30, 3840), (1, 32), (3, 416)])
 def test_rotate_heads_is_the_same_fused_and_apart(tokens: int, heads: int, depth: int) -> None:
     a, b = operand(tokens, depth, 7), operand(3 * heads * 128, depth, 8)

@@ -126,7 +126,7 @@ def test_weight_only(tokens: int, rows: int, depth: int, rank: int) -> None:
     assert (difference / plain.double().norm()).item() < 4e-3
 
 
-@pytest.mark.parametrize("tokens", [1, 129, 4224])
+@pytest.mark.parametrize("tokens", [1, 129, 576, 4224])
 @pytest.mark.parametrize(("columns", "depth", "rank"), [(10240, 3840, 64), (200, 128, 32)])
 def test_silu_multiply(tokens: int, columns: int, depth: int, rank: int) -> None:
     a, b = operand(tokens, depth, 8), operand(2 * columns, depth, 9)
@@ -140,7 +140,7 @@ def test_silu_multiply(tokens: int, columns: int, depth: int, rank: int) -> None
     assert torch.equal(encoded.codes.view(torch.uint8), want.codes.view(torch.uint8))
 
 
-@pytest.mark.parametrize("tokens", [1, 129, 4224])
+@pytest.mark.parametrize("tokens", [1, 129, 1088, 4224])
 def test_rotate_heads(tokens: int) -> None:
     a, b = operand(tokens, 3840, 10), operand(11520, 3840, 11)
     angles = random(tokens, 64, seed=12)
@@ -196,7 +196,7 @@ def test_gemm_low_rank_of_int8(tokens: int, rows: int, depth: int, rank: int) ->
     assert torch.equal(result, gemm_low_rank(a, b, LowRankAddend(x, u)))
 
 
-@pytest.mark.parametrize("tokens", [1, 129, 4224])
+@pytest.mark.parametrize("tokens", [1, 129, 576, 4224])
 @pytest.mark.parametrize(("columns", "depth", "rank"), [(10240, 3840, 64), (200, 128, 32)])
 def test_epilogues_of_int8_follow_the_addend(
     tokens: int, columns: int, depth: int, rank: int

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 import zimage_mxfp8 as zm
@@ -37,6 +38,7 @@ def test_comfyui_quick_start(small_file: Path, tmp_path: Path) -> None:
     assert zm.validate(folder / "z_image_turbo_bf16-mxfp8.safetensors", small_file).ok
 
 
+@pytest.mark.slow
 def test_diffusers_quick_start(turbo: Path) -> None:
     (example,) = blocks(README, "python")
     assert example.count("1024") == 2
@@ -48,6 +50,7 @@ def test_diffusers_quick_start(turbo: Path) -> None:
         assert image.size == (64, 64)
 
 
+@pytest.mark.slow
 def test_command_line_quick_start(zimage_folder: Path, tmp_path: Path) -> None:
     """From a downloaded folder to an image."""
     shutil.copytree(zimage_folder, tmp_path / "Z-Image-Turbo")

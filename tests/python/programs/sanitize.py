@@ -280,13 +280,21 @@ def main() -> None:
     for product in PRODUCTS:
         check_products(*product, arguments.skip)
     if "mixed_sm90" not in arguments.skip and "90a" in _core.build_info().architectures:
-        for tokens, columns, heads, depth in ((5, 8, 1, 32), (130, 72, 3, 416), (300, 1000, 7, 96)):
+        # 4,100 tokens: several tiles for each block; 192 and 320: the last 64 are half a tile.
+        for tokens, columns, heads, depth in (
+            (5, 8, 1, 32),
+            (130, 72, 3, 416),
+            (300, 1000, 7, 96),
+            (4100, 1024, 2, 64),
+            (192, 10240, 1, 64),
+            (320, 64, 30, 64),
+        ):
             check_fused_products(tokens, columns, heads, depth)
-        check_fused_products(4100, 1024, 2, 64)  # several tiles for each block
         for tokens, columns, heads, depth in (
             (5, 32, 1, 32),
             (130, 96, 3, 416),
             (4100, 1024, 2, 64),
+            (192, 10240, 1, 64),
         ):
             check_int8_products(tokens, columns, heads, depth)
             check_int8_addend(tokens, columns, heads, depth, rank=32 * heads)

@@ -173,6 +173,7 @@ def test_the_gate_stops_damaged_files(
     assert re.search(rf"the mean PSNR is [\d.]+ dB, below {GATE_PSNR} dB$", last)
 
 
+@pytest.mark.slow
 def test_weights_pass_against_their_original(
     in_process: Run, original: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_weights_pass_against_their_original(
     assert 5e-4 < max(errors.values()) < 8e-4  # of MXFP8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "low", "high"), [(corrupt_scales, 0.1, 1), (with_nvfp4_error, 0.008, 0.012)]
 )

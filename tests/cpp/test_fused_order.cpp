@@ -1,0 +1,88 @@
+// The order of the tiles of Hopper's fused GEMMs.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "gemm/sm90/fused_order.h"
+
+using namespace zimage_mxfp8::detail;
+
+namespace {
+
+constexpr int kHalfTokens = kFusedTileM / 2;
+
+// How often 64 tokens of a column of tiles are computed, by their place.
+std::map<std::pair<int, int>, int> computed(const FusedOrder& order) {
+  std::map<std::pair<int, int>, int> times;
+  for (int unit = 0; unit < order.units(); ++unit) {
+    for (int block = 0; block < kFusedCluster; ++block) {
+      const FusedTile tile = order.at(unit, block);
+      ++times[{2 * tile.m, tile.n}];
+      ++times[tile.is_half ? std::pair{2 * tile.m, tile.n + 1} : std::pair{2 * tile.m + 1, tile.n}];
+    }
+  }
+  return times;
+}
+
+}  // namespace
+
+TEST_CASE("every tile is computed once") {
+  for (const int m : {1, 64, 65, 129, 192, 300, 576, 1088, 2112, 2176}) {
+    for (int n_tiles = 1; n_tiles < 20; ++n_tiles) {
+      const int m_tiles = (m + kFusedTileM - 1) / kFusedTileM;
+      for (const bool ends_half : {false, true}) {
+        if (ends_half && (m - 1) % kFusedTileM >= kHalfTokens) continue;
+        CAPTURE(m);
+        CAPTURE(n_tiles);
+        CAPTURE(ends_half);
+        const auto times = computed({m_tiles, n_tiles, ends_half});
+        bool once = true;
+        for (int half = 0; half * kHalfTokens < m; ++half) {
+          for (int n = 0; n < n_tiles; ++n) {
+            const auto found = times.find({half, n});
+            once = once && found != times.end() && found->second == 1;
+          }
+        }
+        CHECK(once);
+      }
+    }
+  }
+}
+
+TEST_CASE("blocks that share tokens have the same ones and columns of their own") {
+  for (const FusedOrder order : {FusedOrder{17, 80, true}, FusedOrder{17, 45, false}}) {
+    for (int unit = 0; unit < order.units(); ++unit) {
+      const FusedTile one = order.at(unit, 0), other = order.at(unit, 1);
+      CHECK(one.shares_tokens == other.shares_tokens);
+      CHECK(one.is_half == other.is_half);
+      CHECK((one.m == other.m) == one.shares_tokens);
+      CHECK((one.n == other.n) != one.shares_tokens);
+    }
+  }
+}
+
+TEST_CASE("half tiles are taken where they save a wave") {
+  // 66 clusters. 2,112 tokens are 16.5 tiles: of 80 columns 17 x 40 pairs in 11 waves, or 16 x 40
+  // and 20 units of halves in 10; of 15 columns 17 x 7 + 9 pairs in 2 waves, or 124 in 2.
+  const FusedOrder order = fused_order(2112, 80, 66);
+  CHECK(order.ends_half);
+  CHECK(order.units() == 660);
+  CHECK(!fused_order(2112, 15, 66).ends_half);
+  CHECK(fused_order(2112, 15, 66).units() == 128);
+  CHECK(!fused_order(2113, 80, 66).ends_half);
+  CHECK(fused_order(2113, 80, 66).units() == 680);
+}
+
+TEST_CASE("a cluster has few units of halves") {
+  // They are two of the 66 of each group of columns, which is one wave.
+  const FusedOrder order = fused_order(2112, 80, 66);
+  std::vector<int> of_cluster(66);
+  for (int unit = 0; unit < order.units(); ++unit) {
+    of_cluster[unit % 66] += order.at(unit, 0).is_half ? 1 : 0;
+  }
+  CHECK(*std::max_element(of_cluster.begin(), of_cluster.end()) == 1);
+}
