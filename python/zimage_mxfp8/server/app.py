@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from . import a1111_api, openai_api
+from .body_errors import body_error
 from .engine import Engine
 from .jobs import JobQueue
 from .loras import LoraFolder
@@ -92,7 +93,7 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def invalid_body(http: Request, error: RequestValidationError) -> Response:
         check_content_type(http, JSON_TYPE)  # without it fields cannot be found
-        raise openai_api.validation_error(error.errors())
+        raise body_error(error.errors())
 
     # The last one is the outermost.
     max_bytes, seconds = options.max_body_bytes, options.transfer_timeout

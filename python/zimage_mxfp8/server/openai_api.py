@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from . import request_errors
+from .body_errors import body_error
 from .encoding import Format, base64_text, data_url, encode
 from .engine import Drawing, DrawRequest, Preview, Progress
 from .event_stream import EventStream
@@ -299,31 +300,7 @@ def _checked(fields: Mapping[str, Any]) -> ImageBody:
     try:
         return ImageBody.model_validate(fields)
     except ValidationError as error:
-        raise validation_error(error.errors()) from None
-
-
-def validation_error(errors: Any) -> RequestError:
-    """Return the error for the most specific of what pydantic found."""
-    first = max(errors, key=lambda error: len(error["loc"]))
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = where[0] if where else None
-    if param is not None and not param.isidentifier():
-        param = None  # a place in JSON that cannot be parsed
-    sentence = f"{param}: {first['msg']}" if param else _about_body(first)
-    return RequestError(400, "invalid_value", sentence, param)
-
-
-def _about_body(error: Any) -> str:
-    """Return the sentence for a body that cannot be used as a whole."""
-    wanted = "it must be a JSON object"
-    if error["type"] == "json_invalid":
-        place = f" at character {error['loc'][-1]}" if isinstance(error["loc"][-1], int) else ""
-        return f"the body is not valid JSON{place} ({error['ctx']['error']}); {wanted}"
-    if error["type"] == "missing":
-        return f"the body is empty; {wanted}"
-    if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
-        return f"the body cannot be used; {wanted}"
-    return f"the body cannot be used: {error['msg']}"
+        raise body_error(error.errors()) from None
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:

@@ -87,7 +87,7 @@ def test_names_of_loras_that_cannot_be_used(serve: Serve, engine: StubEngine, lo
 def test_cfg_scales_that_are_no_numbers(serve: Serve, engine: StubEngine, scale: str) -> None:
     answer = serve().post(TEXT, json={"prompt": "a", "cfg_scale": scale})
     assert answer.status_code == 400
-    assert answer.json()["detail"] == "cfg_scale: Input should be a finite number"
+    assert answer.json()["detail"] == "cfg_scale must be a finite number"
     assert not engine.drawn
 
 

@@ -1,0 +1,71 @@
+"""The words for bodies of requests that pydantic refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .request_errors import RequestError, invalid
+
+_OBJECT = "must be a JSON object"
+# By pydantic's type of error, with its context.
+_PROBLEMS = {
+    "missing": "is missing",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be a text",
+    "string_unicode": "must be valid Unicode",
+    "list_type": "must be a list",
+    "dict_type": _OBJECT,
+    "model_type": _OBJECT,
+    "model_attributes_type": _OBJECT,
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than_equal": "must be {le} or less",
+    "too_short": "must have {min_length} or more elements",
+    "too_long": "must have {max_length} or fewer elements",
+    "string_too_short": "must have {min_length} or more characters",
+    "string_too_long": "must have {max_length} or fewer characters",
+}
+
+
+def body_error(errors: Sequence[Any]) -> RequestError:
+    """Return the error for the most specific of what pydantic found."""
+    first = max(errors, key=lambda error: len(error["loc"]))
+    where = [part for part in first["loc"] if part != "body"]
+    # What cannot be parsed as JSON has the number of a character there.
+    if not where or not isinstance(where[0], str) or first["type"] == "json_invalid":
+        return RequestError(400, "invalid_value", _about_body(first))
+    param, *inside = where
+    if not inside:
+        return invalid(param, _problem(first))
+    # In a field of several kinds each alternative has an error, whose place ends with the kind.
+    if len([error for error in errors if error["loc"][:-1] == first["loc"][:-1]]) > 1:
+        return invalid(param, "has a value of a wrong kind")
+    part = f"[{inside[-1]}]" if isinstance(inside[-1], int) else f": {inside[-1]}"
+    return RequestError(400, "invalid_value", f"{param}{part} {_problem(first)}", param)
+
+
+def _problem(error: Any) -> str:
+    known = _PROBLEMS.get(error["type"])
+    return str(error["msg"]) if known is None else known.format(**error.get("ctx", {}))
+
+
+def _about_body(error: Any) -> str:
+    """Return the sentence for a body that cannot be used as a whole."""
+    wanted = f"it {_OBJECT}"
+    if error["type"] == "json_invalid":
+        place = f" at character {error['loc'][-1]}" if isinstance(error["loc"][-1], int) else ""
+        return f"the body is not valid JSON{place} ({error['ctx']['error']}); {wanted}"
+    if error["type"] == "missing":
+        return f"the body is empty; {wanted}"
+    if error["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return f"the body cannot be used; {wanted}"
+    return f"the body cannot be used: {error['msg']}"
