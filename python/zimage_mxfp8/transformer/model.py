@@ -35,7 +35,6 @@ from ..zimage.table import LayerTable
 from . import ops
 from .arithmetic import by_core
 from .attention import has_cudnn_attention
-from .beside import beside
 from .block import Block, Hints, Modulation, run_blocks, split_modulations
 from .compute import DESCRIPTIONS, Compute, choose
 from .control import CONTROLLED_STACKS, ControlRun, ZImageControlNet, check_controls
@@ -622,7 +621,6 @@ class ZImageTransformer(PeftMethods, nn.Module):
         layout = layout_of(shapes, self.device).shared(division.team)
         for block in self._blocks_on("joint")[:1]:  # before the smaller part of the image
             block.reserve(layout.joint)
-        captions = beside(lambda: self._captions(inputs.captions, layout.captions), self.device)
         time = self._embed_time(inputs.times)
         modulations = self._modulations(time)
 
@@ -637,7 +635,17 @@ class ZImageTransformer(PeftMethods, nn.Module):
         hints = [hints for run in runs if (hints := run.image_hints(x)) is not None]
         x = self._run_stacks("image", x, modulations, layout.images, hints)
 
-        c = captions()
+        features = ops.norm_modulate(
+            torch.cat(inputs.captions),
+            self.cap_embedder_norm,
+            None,
+            None,
+            self.cap_embedder.input_formats,
+        )
+        c = self.cap_embedder(features)
+        c = fill_up(c, [n for _, n in shapes], layout.captions.lengths, self.cap_pad_token)
+        c = self._run_stacks("caption", c, modulations, layout.captions)
+
         joint = layout.joint.mine(joined(layout.images.whole(x), c, layout))
         hints = [run.joint_hints(joint, c) for run in runs]
         joint = self._run_stacks("joint", joint, modulations, layout.joint, hints)
@@ -650,20 +658,6 @@ class ZImageTransformer(PeftMethods, nn.Module):
             unpatchify(tokens.to(self._dtype), size)
             for tokens, size in zip(collected, sizes, strict=False)
         ]
-
-    def _captions(self, captions: Sequence[torch.Tensor], part: Segment) -> torch.Tensor:
-        """Compute the tokens [n, dim] of all captions, which depend on nothing else."""
-        features = ops.norm_modulate(
-            torch.cat(list(captions)),
-            self.cap_embedder_norm,
-            None,
-            None,
-            self.cap_embedder.input_formats,
-        )
-        counts = [len(caption) for caption in captions]
-        c = fill_up(self.cap_embedder(features), counts, part.lengths, self.cap_pad_token)
-        blocks = self._blocks_on("caption")
-        return run_blocks(blocks, c, [Modulation()] * len(blocks), part)
 
     def _run_stacks(
         self,
@@ -693,14 +687,16 @@ class ZImageTransformer(PeftMethods, nn.Module):
         return _run(self.t_embedder_out, F.silu(hidden))
 
     def _modulations(self, time: torch.Tensor) -> dict[str, list[Modulation]]:
-        """Compute the modulations of modulated blocks, by stack, in one GEMM of the time."""
+        """Compute the modulations of all blocks, by stack, in one GEMM: their input is the time."""
         all_blocks = split_modulations(_run(self.modulation, time), self.config.dim)
         modulations, begin = {}, 0
         for stack in self._stacks:
+            count = len(self._blocks(stack))
             if stack.modulated:
-                count = len(self._blocks(stack))
                 modulations[stack.name] = all_blocks[begin : begin + count]
                 begin += count
+            else:
+                modulations[stack.name] = [Modulation()] * count
         return modulations
 
     def _final(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
