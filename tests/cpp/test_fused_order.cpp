@@ -53,7 +53,7 @@ TEST_CASE("every tile is computed once") {
   }
 }
 
-TEST_CASE("blocks that share tokens have the same ones and columns of their own") {
+TEST_CASE("blocks share either tokens or a column") {
   for (const FusedOrder order : {FusedOrder{17, 80, true}, FusedOrder{17, 45, false}}) {
     for (int unit = 0; unit < order.units(); ++unit) {
       const FusedTile one = order.at(unit, 0), other = order.at(unit, 1);
@@ -66,8 +66,8 @@ TEST_CASE("blocks that share tokens have the same ones and columns of their own"
 }
 
 TEST_CASE("half tiles are taken where they save a wave") {
-  // 66 clusters. 2,112 tokens are 16.5 tiles: of 80 columns 17 x 40 pairs in 11 waves, or 16 x 40
-  // and 20 units of halves in 10; of 15 columns 17 x 7 + 9 pairs in 2 waves, or 124 in 2.
+  // 66 clusters. 2,112 tokens are 16.5 tiles: of 80 columns 8 x 80 pairs and 40 of the last row
+  // in 11 waves, or 8 x 80 and 20 units of halves in 10; of 15 columns 8 x 15 + 8 in 2 waves.
   const FusedOrder order = fused_order(2112, 80, 66);
   CHECK(order.ends_half);
   CHECK(order.units() == 660);

@@ -6,8 +6,8 @@
 // - three warps read them from there and apply the epilogue: they have the time of a whole tile,
 //   while the tensor cores work on the next one.
 //
-// Two blocks with rows of B of their own share the tiles of A; fused_order.h has the exceptions. Of
-// 64 tokens a block computes two tiles, one warpgroup after the other.
+// Two blocks with tokens of their own share the tiles of B; fused_order.h has the exceptions. Of 64
+// tokens a block computes two tiles, one warpgroup after the other.
 //
 // An Element says how codes are multiplied and how sums become BF16:
 //   Sum       of products: float or int32_t
@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         add(true);
         wgmma_wait(sums);
         pipeline.release(previous, thread);
-        if (at.m < p.order.m_tiles) store([&](int i) { return __int_as_float(sums[i]); });
-      } else if (at.m < p.order.m_tiles) {
+        store([&](int i) { return __int_as_float(sums[i]); });
+      } else {
         store(scaled());
       }
       if (at.is_half && warpgroup == 0) skip_stages();
@@ -259,7 +259,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (epilogue_warp >= 0) {
       uint32_t full_phase = 0;
       for (const FusedTile at : scheduler) {
-        if (at.m >= p.order.m_tiles) continue;
 #pragma unroll 1
         for (int warp = epilogue_warp; warp < kWarps; warp += kEpilogueWarps) {
           const int token = token_of(at, warp), column = column_of(at, warp);
@@ -288,6 +287,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const auto load_tile = [&](const FusedTile& at, int n) {
         const int token = at.m * kTokens;
         const int b_rows[2] = {p.epilogue.row_of_b(n, 0), p.epilogue.row_of_b(n, 1)};
+        const int own_b_rows = p.epilogue.row_of_b(n, block);
         const int a_bytes = at.is_half ? kABytes / 2 : kABytes;
         const auto load = [&](const CUtensorMap& of_a, const CUtensorMap& of_b, int column) {
           const uint32_t full = pipeline.acquire(state, a_bytes + kBBytes);
@@ -301,12 +301,15 @@ __global__ void __launch_bounds__(kThreads, 1)
             tma_load_2d_multicast(of_a, full, a + block * kBoxTokens * kDepth, column,
                                   token + block * kBoxTokens, both);
           } else {
-            for (int i = 0; i < kCluster; ++i) {
-              tma_load_2d(of_a, full, a + i * kBoxTokens * kDepth, column, token + i * kBoxTokens);
-            }
+            tma_load_2d(of_a, full, a, column, token);
+            tma_load_2d(of_a, full, a + kBoxTokens * kDepth, column, token + kBoxTokens);
           }
-          tma_load_2d(of_b, full, b, column, b_rows[0]);
-          tma_load_2d(of_b, full, b + kBBytes / 2, column, b_rows[1]);
+          if (at.shares_tokens) {
+            tma_load_2d(of_b, full, b, column, b_rows[0]);
+            tma_load_2d(of_b, full, b + kBBytes / 2, column, b_rows[1]);
+          } else {
+            tma_load_2d_multicast(of_b, full, b + block * kBBytes / 2, column, own_b_rows, both);
+          }
           state.advance();
         };
         for (int step = 0; step < steps; ++step) load(a_map, b_map, step * kDepth);

@@ -11,56 +11,53 @@ inline constexpr int kFusedTileM = 128, kFusedTileN = 256, kFusedCluster = 2;
 // What a block computes at a time.
 struct FusedTile {
   int m;               // row of tiles: 128 tokens
-  int n;               // column of tiles
-  bool shares_tokens;  // with the other block, which has another column
-  // Of 64 tokens: the block computes two tiles, columns n and n + 1. The latter may not exist, nor
-  // n. The other block shares the tokens.
-  bool is_half;
+  int n;               // column of tiles; beyond the last one there is nothing to compute
+  bool shares_tokens;  // with the other block, which has another column; or else the column
+  bool is_half;        // 64 tokens: the block computes two tiles, columns n and n + 1
 };
 
 // The order of the units of a GEMM. A cluster computes a unit at a time:
-// - two columns of tiles of a row, one for each block;
-// - of an odd last column two rows, one for each block; the second may not exist;
-// - of a last row with 64 tokens or fewer four columns, two for each block, if `ends_half`.
+// - two rows of tiles of a column, one for each block;
+// - of a last row without another one two columns, one for each block;
+// - of 64 tokens after that row, if `ends_half`, four columns, two for each block.
 struct FusedOrder {
   int m_tiles, n_tiles;
   bool ends_half;
 
-  // Pairs of columns that all tokens are multiplied with before the next ones: they stay in the
-  // cache.
-  static constexpr int kGroupPairs = 4;
+  // Columns that all tokens are multiplied with before the next ones: they stay in the cache.
+  static constexpr int kGroupColumns = 8;
 
-  constexpr std::int64_t units() const {
-    return units_of(n_tiles / 2) + n_tiles % 2 * ((m_tiles + 1) / kFusedCluster);
-  }
+  constexpr std::int64_t units() const { return units_of(n_tiles); }
 
   // Returns the tile of a block, 0 or 1, of the cluster that computes a unit.
   constexpr FusedTile at(int unit, int block) const {
-    const int of_last_column = unit - static_cast<int>(units_of(n_tiles / 2));
-    if (of_last_column >= 0) {
-      return {of_last_column * kFusedCluster + block, n_tiles - 1, false, false};
-    }
-    const int group_units = static_cast<int>(units_of(kGroupPairs));
-    const int group = unit / group_units, first_pair = group * kGroupPairs;
-    const int left = n_tiles / 2 - first_pair, pairs = left < kGroupPairs ? left : kGroupPairs;
+    const int group_units = static_cast<int>(units_of(kGroupColumns));
+    const int group = unit / group_units, first = group * kGroupColumns;
+    const int left = n_tiles - first, columns = left < kGroupColumns ? left : kGroupColumns;
     // Halves take longer than other units. Their place differs from group to group, so that they
     // are not all of one cluster.
-    const int halves = halves_of(pairs), others = pairs * whole_rows();
-    const int halves_begin = group * halves_of(kGroupPairs) % (others + 1);
+    const int halves = halves_of(columns), others = static_cast<int>(units_of(columns)) - halves;
+    const int halves_begin = group * halves_of(kGroupColumns) % (others + 1);
     int in_group = unit % group_units;
     if (in_group >= halves_begin && in_group < halves_begin + halves) {
-      const int pair = first_pair + (in_group - halves_begin) * 2 + block;
-      return {whole_rows(), pair < n_tiles / 2 ? pair * 2 : n_tiles, true, true};
+      const int pair = (in_group - halves_begin) * kFusedCluster + block;
+      return {whole_rows(), first + pair * 2, true, true};
     }
     if (in_group >= halves_begin) in_group -= halves;
-    return {in_group / pairs, (first_pair + in_group % pairs) * 2 + block, true, false};
+    const int of_last_row = in_group - row_pairs() * columns;
+    if (of_last_row >= 0) {
+      return {whole_rows() - 1, first + of_last_row * kFusedCluster + block, true, false};
+    }
+    return {in_group / columns * kFusedCluster + block, first + in_group % columns, false, false};
   }
 
  private:
   constexpr int whole_rows() const { return m_tiles - (ends_half ? 1 : 0); }
-  constexpr int halves_of(int pairs) const { return ends_half ? (pairs + 1) / 2 : 0; }
-  constexpr std::int64_t units_of(int pairs) const {
-    return std::int64_t{pairs} * whole_rows() + halves_of(pairs);
+  constexpr int row_pairs() const { return whole_rows() / kFusedCluster; }
+  constexpr int halves_of(int columns) const { return ends_half ? (columns + 3) / 4 : 0; }
+  constexpr std::int64_t units_of(int columns) const {
+    const int of_last_row = whole_rows() % kFusedCluster == 0 ? 0 : (columns + 1) / kFusedCluster;
+    return std::int64_t{row_pairs()} * columns + of_last_row + halves_of(columns);
   }
 };
 
