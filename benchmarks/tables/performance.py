@@ -131,7 +131,7 @@ def profile() -> str:
     return table(rows_of("transformer", part="profile"), ["kernel"], columns)
 
 
-def fused_gemm() -> str:
+def fused_gemm(results: str = "fused_gemm") -> str:
     names = {11520: "qkv, `rotate_heads`", 20480: "w1 and w3, `silu_multiply`"}
 
     def way(*names: str) -> Callable[[Rows], str]:
@@ -149,7 +149,11 @@ def fused_gemm() -> str:
             "and `quantize_rows`", way("gemm_rotate_heads", "gemm_silu_multiply, quantize_rows")
         ),
     ]
-    return table(rows_of("fused_gemm"), ["tokens", "rows"], columns)
+    return table(rows_of(results), ["tokens", "rows"], columns)
+
+
+def fused_gemm_h200() -> str:
+    return fused_gemm("fused_gemm-h200")
 
 
 def errors(results: str = "transformer") -> str:
@@ -349,15 +353,32 @@ def rank_exchanges() -> str:
     return table(rows_of("ranks-h200", devices=2, items=1), ["exchange"], columns)
 
 
-def serving() -> str:
-    def load_label(rows: Rows) -> str:
-        load = rows[0]["load"]
-        return load if isinstance(load, str) else f"{load:g} of the capacity"
+def _load_label(rows: Rows) -> str:
+    load = rows[0]["load"]
+    return load if isinstance(load, str) else f"{load:g} of the capacity"
 
+
+def _requests_per_second(rows: Rows) -> str:
+    return f"{rows[0].get('offered', rows[0].get('rate')):.2f}"
+
+
+def serving() -> str:
+    columns = [
+        Column("load", _load_label, right=False),
+        Column("requests/s", _requests_per_second),
+        Column("median (s)", label("{p50:.2f}")),
+        Column("99th percentile (s)", label("{p99:.1f}")),
+        Column("refused", lambda rows: f"{100 * rows[0]['refused']:.0f} %"),
+        Column("requests", label("{requests}")),
+    ]
+    return table(rows_of("serving-minute-h200"), ["load"], columns)
+
+
+def replicas() -> str:
     columns = [
         Column("replicas", label("{replicas}")),
-        Column("load", load_label, right=False),
-        Column("requests/s", lambda rows: f"{rows[0].get('offered', rows[0].get('rate')):.2f}"),
+        Column("load", _load_label, right=False),
+        Column("requests/s", _requests_per_second),
         Column("per replica / of one", cell("{per_replica:.2f}", load="two clients per replica")),
         Column("median (s)", label("{p50:.2f}")),
         Column("99th percentile (s)", label("{p99:.2f}")),
@@ -441,6 +462,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "without-kernels-generate": without_kernels_generate,
     "profile": profile,
     "fused-gemm": fused_gemm,
+    "fused-gemm-h200": fused_gemm_h200,
     "errors": errors,
     "fused": fused,
     "codec": codec,
@@ -459,5 +481,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ranks": ranks,
     "rank-exchanges": rank_exchanges,
     "serving": serving,
+    "replicas": replicas,
     "lora": lora,
 }
