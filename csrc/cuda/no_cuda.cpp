@@ -81,6 +81,10 @@ void dequantize_cuda(const DequantizeTask&, CudaStream) { refuse(); }
 void quantize_rows_cuda(const QuantizeRowsTask&, CudaStream) { refuse(); }
 void quantize_rotated_cuda(const ConstMatrixView&, const Int8View&, CudaStream) { refuse(); }
 void fold_cuda(const ConstMXFP8View&, const RowScaledView&, FoldRowStats*, CudaStream) { refuse(); }
+void join_columns_cuda(const ConstMatrixView&, const ConstMatrixView&, const ActivationView&,
+                       CudaStream) {
+  refuse();
+}
 void silu_multiply_cuda(const ConstMatrixView&, const ConstMatrixView&, const ActivationView&,
                         CudaStream) {
   refuse();

@@ -149,6 +149,25 @@ void quantize_rotated(const ConstMatrixView& source, const Int8View& target, Cud
   detail::quantize_rotated_cuda(source, target, stream);
 }
 
+void join_columns(const ConstMatrixView& left, const ConstMatrixView& right,
+                  const ActivationView& target, CudaStream stream) {
+  check_bfloat16(left, "left");
+  check_bfloat16(right, "right");
+  if (right.rows != left.rows) {
+    throw InvalidArgument("right has " + std::to_string(right.rows) + " rows but left has " +
+                          std::to_string(left.rows));
+  }
+  const ConstMatrixView joined{nullptr, DType::kBFloat16, left.rows, left.cols + right.cols, 0};
+  check_columns(joined.cols);
+  if (left.rows == 0) return;
+  const MemoryRange from_left = range_of(left, "left"), from_right = range_of(right, "right");
+  const ActivationMemory to = check_activation(target, joined, "the joined matrix");
+  detail::check_disjoint(to.values, {to.scales, from_left, from_right});
+  detail::check_disjoint(to.scales, {from_left, from_right});
+  detail::check_device_memory({from_left, from_right, to.values, to.scales});
+  detail::join_columns_cuda(left, right, target, stream);
+}
+
 void silu_multiply(const ConstMatrixView& gate, const ConstMatrixView& up,
                    const ActivationView& target, CudaStream stream) {
   check_bfloat16(gate, "gate");

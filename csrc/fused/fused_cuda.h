@@ -9,6 +9,8 @@ void check_heads(std::int64_t width, const char* what, std::int64_t q_heads, std
 
 // The operations of fused.h with arguments that are checked, and at least one row.
 
+void join_columns_cuda(const ConstMatrixView& left, const ConstMatrixView& right,
+                       const ActivationView& target, CudaStream stream);
 void silu_multiply_cuda(const ConstMatrixView& gate, const ConstMatrixView& up,
                         const ActivationView& target, CudaStream stream);
 void norm_modulate_cuda(const ConstMatrixView& x, const NormWeights& norm, Items items, float eps,

@@ -86,6 +86,21 @@ void py_quantize_rotated(const py::object& source, const py::tuple& target, std:
   quantize_rotated(view, *int8, cuda_stream(stream));
 }
 
+void py_join_columns(const py::object& left, const py::object& right, const py::tuple& target,
+                     std::uintptr_t stream) {
+  const Array from_left(left, "left", kRead, kAnywhere),
+      from_right(right, "right", kRead, kAnywhere);
+  const Activation to(target, "the target", kWrite);
+  Arrays arrays;
+  arrays.add(from_left), arrays.add(from_right), arrays.add(to);
+  const int device = arrays.device();
+  const auto left_view = matrix<ConstMatrixView>(from_left, "bfloat16");
+  const auto right_view = matrix<ConstMatrixView>(from_right, "bfloat16");
+  const py::gil_scoped_release release;
+  const detail::DeviceGuard guard(device);
+  join_columns(left_view, right_view, to.view, cuda_stream(stream));
+}
+
 void py_silu_multiply(const py::object& gate, const py::object& up, const py::tuple& target,
                       std::uintptr_t stream) {
   const Array from_gate(gate, "gate", kRead, kAnywhere), from_up(up, "up", kRead, kAnywhere);
@@ -180,6 +195,8 @@ void register_fused(py::module_& module) {
   using py::arg;
   module.def("quantize_rotated", &py_quantize_rotated, arg("source"), arg("target"),
              arg("stream") = 0, "Rotate the rows of [M, K] and encode them in INT8.");
+  module.def("join_columns", &py_join_columns, arg("left"), arg("right"), arg("target"),
+             arg("stream") = 0);
   module.def("silu_multiply", &py_silu_multiply, arg("gate"), arg("up"), arg("target"),
              arg("stream") = 0);
   module.def("norm_modulate", &py_norm_modulate, arg("x"), arg("weight"), arg("scale"),

@@ -155,6 +155,7 @@ def build_info() -> BuildInfo:
 def quantize_rotated(source: Any, target: tuple[Any, ...], stream: int = 0) -> None:
     """Rotate the rows of [M, K] and encode them in INT8."""
 
+def join_columns(left: Any, right: Any, target: tuple[Any, ...], stream: int = 0) -> None: ...
 def silu_multiply(gate: Any, up: Any, target: tuple[Any, ...], stream: int = 0) -> None: ...
 def norm_modulate(
     x: Any,

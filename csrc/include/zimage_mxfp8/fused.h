@@ -30,6 +30,10 @@ inline constexpr std::int64_t kMaxFusedColumns = 16384;
 // C is a multiple of 32.
 using ActivationView = std::variant<MatrixView, MXFP8View, RowScaledView, Int8View>;
 
+// target = the columns of `left` and those of `right` after them: [M, L], [M, R] and [M, L + R].
+void join_columns(const ConstMatrixView& left, const ConstMatrixView& right,
+                  const ActivationView& target, CudaStream stream);
+
 // target = silu(gate) * up, all [M, C]. `gate` and `up` may be parts of one matrix. Where gate is
 // between -88.8 and -87.3 the result is 0, which is off by 1e-36 * up.
 void silu_multiply(const ConstMatrixView& gate, const ConstMatrixView& up,

@@ -176,6 +176,22 @@ def quantize_rotated(matrix: Any) -> Int8Array:
     return result
 
 
+def join_columns(left: Any, right: Any, output_format: ActivationFormat = "bfloat16") -> Any:
+    """Join the columns of two matrices, those of `left` first.
+
+    Args:
+        left: [M, L].
+        right: [M, R].
+        output_format: the format of the result, [M, L + R].
+    """
+    left, right = _matrix(left, "left"), _matrix(right, "right")
+    rows, columns = require_2d(left, "left")
+    shape = rows, columns + require_2d(right, "right")[1]
+    target = ActivationMemory(shape, output_format, left)
+    call_core(_core.join_columns, left, right, target.parts, like=left)
+    return target.result()
+
+
 def silu_multiply(gate: Any, up: Any, output_format: ActivationFormat = "bfloat16") -> Any:
     """Compute silu(gate) * up.
 

@@ -165,10 +165,10 @@ class Block(nn.Module):
     def attention(self, h: Activation, part: Segment) -> torch.Tensor:
         """Compute the attention of normalised activations."""
         if part.shares is None:
-            attended = attend(self._qkv(h, part), self._heads, part.lengths)
+            attended = [attend(self._qkv(h, part), self._heads, part.lengths)]
         else:
             attended = self._attend_across(h, part, part.shares)
-        out: torch.Tensor = self.out(self.out.encode(attended))
+        out: torch.Tensor = self.out(self.out.encode(*attended))
         return out
 
     def _qkv(self, h: Activation, part: Segment) -> torch.Tensor:
@@ -180,8 +180,12 @@ class Block(nn.Module):
     ) -> RotateHeads:
         return RotateHeads(self.q_norm, self.k_norm, part.rotations, q_heads, k_heads, out)
 
-    def _attend_across(self, h: Activation, part: Segment, shares: Shares) -> torch.Tensor:
-        """Compute keys and values before queries if possible, as they have to be sent."""
+    def _attend_across(self, h: Activation, part: Segment, shares: Shares) -> list[torch.Tensor]:
+        """Compute keys and values before queries if possible, as they have to be sent.
+
+        Returns:
+            The attention of groups of heads, which are side by side.
+        """
         heads, width = self._heads, self._heads * HEAD_DIM
         attention = SharedAttention(heads, part.lengths, shares, self.qkv.result_dtype)
         q = self.qkv.part(slice(width))

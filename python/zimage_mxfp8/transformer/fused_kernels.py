@@ -29,6 +29,11 @@ def _result(parts: torch_library.Pair, output_format: ActivationFormat, shape: t
     return MXFP8Array(values, scales, (shape[0], shape[1]))
 
 
+def join_columns(left: torch.Tensor, right: torch.Tensor, output_format: ActivationFormat) -> Any:
+    """Join the columns of two matrices; not while traced."""
+    return fused.join_columns(left, right, output_format)
+
+
 def silu_multiply(gate: torch.Tensor, up: torch.Tensor, output_format: ActivationFormat) -> Any:
     """Compute silu(gate) * up."""
     if not torch.compiler.is_compiling():

@@ -62,9 +62,9 @@ class Linear(nn.Module):
         own = frozenset({self._input_format})
         return own if self.adapter is None else own | self.adapter.input_formats
 
-    def encode(self, matrix: torch.Tensor) -> Activation:
-        """Encode a matrix [M, K] in the formats that `forward` takes."""
-        return ops.encode(matrix, self.input_formats)
+    def encode(self, *parts: torch.Tensor) -> Activation:
+        """Encode a matrix [M, K], in one part or two side by side, as `forward` takes it."""
+        return ops.encode_joined(parts, self.input_formats)
 
     def forward(self, activation: Activation, epilogue: Epilogue | None = None) -> Any:
         """Multiply, and apply an epilogue.

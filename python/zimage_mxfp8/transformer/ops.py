@@ -50,6 +50,17 @@ def encode(matrix: torch.Tensor, formats: Set[ActivationFormat]) -> Activation:
     return {each: _encode(matrix, each) for each in formats}
 
 
+def encode_joined(parts: Sequence[torch.Tensor], formats: Set[ActivationFormat]) -> Activation:
+    """Encode one or two matrices [M, C] side by side, see `encode`."""
+    if len(parts) == 1:
+        return encode(parts[0], formats)
+    left, right = parts
+    if not _fusable(left) or torch.compiler.is_compiling():
+        return encode(torch.cat((left, right), dim=1), formats)
+    written = _fused_format(left.shape[1] + right.shape[1], formats)
+    return _others(fused.join_columns(left, right, written), written, formats)
+
+
 def _encode(matrix: torch.Tensor, to: ActivationFormat) -> Any:
     if to == PLAIN:
         return matrix

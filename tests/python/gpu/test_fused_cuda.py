@@ -69,6 +69,19 @@ def check_formats(call: Callable[[fused.ActivationFormat], Any]) -> torch.Tensor
 
 
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("left", "right"), [(1920, 1920), (1792, 2048), (3840, 8), (341, 341), (8, 33), (8192, 8192)]
+)
+def test_join_columns(rows: int, left: int, right: int) -> None:
+    x, y = random(rows, left, 51, stride=left + 8), random(rows, right, 52, stride=right + 8)
+    x[0, left // 2] = torch.inf
+    result = check_formats(lambda output_format: fused.join_columns(x, y, output_format))
+    assert torch.equal(result, torch.cat((x, y), dim=1))
+    if (left + right) % 32 == 0:
+        assert_same_bytes(fused.join_columns(x, y, "int8"), fused.quantize_rotated(result))
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("cols", COLUMNS)
 @pytest.mark.parametrize("halves", [False, True])
 def test_silu_multiply(rows: int, cols: int, halves: bool) -> None:

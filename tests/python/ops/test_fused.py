@@ -25,6 +25,10 @@ ROTATIONS = torch.ones(4, 64, 2)
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
+        (lambda: fused.join_columns(X, X[:2]), "right has 2 rows but left has 4"),
+        (lambda: fused.join_columns(X, X.float()), "right must be bfloat16, not float32"),
+        (lambda: fused.join_columns(X[:, :0], X[:, :0]), "rows must have 1 to 16384 columns"),
+        (lambda: fused.join_columns(X, X[:, :5], "int8"), "INT8 needs a multiple of 32 columns"),
         (lambda: fused.silu_multiply(X, X[:2]), r"up is \[2, 64\] but gate is \[4, 64\]"),
         (lambda: fused.silu_multiply(X, X.float()), "up must be bfloat16, not float32"),
         (lambda: fused.silu_multiply(X.half(), X), "gate must be bfloat16, not float16"),

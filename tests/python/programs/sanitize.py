@@ -87,6 +87,9 @@ def check_fused(rows: int, cols: int) -> None:
         formats.append("int8")
         check_close(fused.quantize_rotated(x), x.float(), rows, cols)
     for output_format in formats:
+        for split in (0, cols // 3, cols // 16 * 8):
+            result = fused.join_columns(x[:, :split], x[:, split:], output_format)
+            check_close(result, x.float(), rows, cols)
         result = fused.silu_multiply(x, y, output_format)
         check_close(result, torch.nn.functional.silu(x.float()) * y.float(), rows, cols)
         check_close(

@@ -160,7 +160,7 @@ def test_attention_across_ranks_is_attention(heads: int, size: int, lengths: lis
         attention = SharedAttention(heads, lengths, shares, kv.dtype)
         for columns in [kv] if size % 2 else kv.chunk(2, dim=1):
             attention.send(columns.contiguous())
-        return attention.attend(q.contiguous())
+        return torch.cat(attention.attend(q.contiguous()), dim=1)
 
     with ThreadPoolExecutor(size) as pool:
         found = torch.cat(list(pool.map(attend_here, range(size))))

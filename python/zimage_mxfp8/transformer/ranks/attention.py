@@ -86,11 +86,17 @@ class SharedAttention:
         """
         self._gathering.send(columns.unflatten(1, (-1, self._heads, HEAD_DIM)))
 
-    def attend(self, q: torch.Tensor) -> torch.Tensor:
-        """Return the attention [tokens of this rank, heads * 128] of queries, after `send`."""
+    def attend(self, q: torch.Tensor) -> list[torch.Tensor]:
+        """Compute the attention of queries, after `send`.
+
+        Args:
+            q: [tokens of this rank, heads * 128].
+
+        Returns:
+            The attention of one or two groups of heads, [tokens of this rank, heads * 128] each.
+        """
         queries = q.unflatten(1, (self._heads, HEAD_DIM))
-        attended = [
+        return [
             attend_rows(queries[:, group], keys_and_values, self._rows, self._lengths)
             for group, keys_and_values in zip(self._groups, self._gathering.groups(), strict=True)
         ]
-        return torch.cat(attended, dim=1)
