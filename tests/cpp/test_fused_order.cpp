@@ -77,12 +77,35 @@ TEST_CASE("half tiles are taken where they save a wave") {
   CHECK(fused_order(2113, 80, 66).units() == 680);
 }
 
-TEST_CASE("a cluster has few units of halves") {
-  // They are two of the 66 of each group of columns, which is one wave.
-  const FusedOrder order = fused_order(2112, 80, 66);
-  std::vector<int> of_cluster(66);
-  for (int unit = 0; unit < order.units(); ++unit) {
-    of_cluster[unit % 66] += order.at(unit, 0).is_half ? 1 : 0;
+TEST_CASE("the shapes that the GPU tests take for halves") {
+  const auto ends_half = [](int m, int columns) { return fused_order(m, columns, 66).ends_half; };
+  CHECK(ends_half(576, 80));   // w1 and w3
+  CHECK(ends_half(1088, 45));  // q, k and v
+  CHECK(ends_half(1088, 15));  // q
+  CHECK(ends_half(832, 20));   // 3,840 rows in tiles of 192
+  CHECK(ends_half(192, 80));
+  CHECK(ends_half(320, 45));
+}
+
+TEST_CASE("no cluster has two units of halves") {
+  int orders = 0;
+  for (const int clusters : {57, 66, 74}) {
+    for (int m = 64; m < 9000; m += 128) {
+      for (int n_tiles = 1; n_tiles < 90; n_tiles += 1) {
+        const FusedOrder order = fused_order(m, n_tiles, clusters);
+        if (!order.ends_half) continue;
+        ++orders;
+        std::vector<int> of_cluster(clusters);
+        int found = 0;
+        for (int unit = 0; unit < order.units(); ++unit) {
+          const bool is_half = order.at(unit, 0).is_half;
+          found += is_half ? 1 : 0;
+          of_cluster[unit % clusters] += is_half ? 1 : 0;
+        }
+        REQUIRE(found == order.half_units());
+        REQUIRE(*std::max_element(of_cluster.begin(), of_cluster.end()) == 1);
+      }
+    }
   }
-  CHECK(*std::max_element(of_cluster.begin(), of_cluster.end()) == 1);
+  CHECK(orders > 100);
 }

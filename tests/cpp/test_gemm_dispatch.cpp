@@ -124,7 +124,7 @@ TEST_CASE("the kernel for each shape") {
 }
 
 TEST_CASE("a fused epilogue needs full waves") {
-  // Pairs of 128 x 256 tiles on 66 clusters of an H100, counted by hand: 17 x 45 are 765 in 12
+  // Units of 128 x 256 tiles on 66 clusters of an H100, counted by hand: 17 x 45 are 765 in 12
   // waves of 792 slots; 4 x 45 and 23 of the last row are 203 in 4 waves of 264.
   CHECK(detail::fused_order(4300, 45, 66).units() == 765);
   CHECK(detail::fused_order(1152, 45, 66).units() == 203);

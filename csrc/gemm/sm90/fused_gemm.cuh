@@ -6,8 +6,8 @@
 // - three warps read them from there and apply the epilogue: they have the time of a whole tile,
 //   while the tensor cores work on the next one.
 //
-// Two blocks with tokens of their own share the tiles of B; fused_order.h has the exceptions. Of 64
-// tokens a block computes two tiles, one warpgroup after the other.
+// Two blocks with tokens of their own share the tiles of B; fused_order.h has the exceptions. Where
+// only 64 tokens are left, a block computes two tiles, one warpgroup after the other.
 //
 // An Element says how codes are multiplied and how sums become BF16:
 //   Sum       of products: float or int32_t
@@ -182,10 +182,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int thread = threadIdx.x % kWarpgroup, warp = threadIdx.x / 32;
     typename Ring::State state;
     uint32_t empty_phase = 1;  // all boxes are empty at first
-    // Takes no part in the stages of a tile of the other warpgroup.
+    // Takes no part in the stages of a tile of the other warpgroup. One warp releases a stage for
+    // all, and none may be a lap of the ring behind.
     const auto skip_stages = [&] {
       for (int step = 0; step < steps + p.addend_steps; ++step) {
         pipeline.wait(state);
+        named_barrier(1 + warpgroup, kWarpgroup);
         pipeline.release(state.stage, thread);
         state.advance();
       }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..text import plural
 from .request_errors import RequestError, invalid
 
 _OBJECT = "must be a JSON object"
@@ -20,19 +21,22 @@ _PROBLEMS = {
     "finite_number": "must be a finite number",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
-    "string_type": "must be a text",
+    "string_type": "must be a string",
     "string_unicode": "must be valid Unicode",
     "list_type": "must be a list",
     "dict_type": _OBJECT,
     "model_type": _OBJECT,
     "model_attributes_type": _OBJECT,
     "literal_error": "must be {expected}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than_equal": "must be {le} or less",
-    "too_short": "must have {min_length} or more elements",
-    "too_long": "must have {max_length} or fewer elements",
-    "string_too_short": "must have {min_length} or more characters",
-    "string_too_long": "must have {max_length} or fewer characters",
+    "greater_than_equal": "must be {ge:g} or more",
+    "less_than_equal": "must be {le:g} or less",
+}
+# Of lengths: how the bound is called in the context, and what is counted.
+_LENGTHS = {
+    "too_short": ("at least", "min_length", "element"),
+    "too_long": ("at most", "max_length", "element"),
+    "string_too_short": ("at least", "min_length", "character"),
+    "string_too_long": ("at most", "max_length", "character"),
 }
 
 
@@ -46,16 +50,23 @@ def body_error(errors: Sequence[Any]) -> RequestError:
     param, *inside = where
     if not inside:
         return invalid(param, _problem(first))
-    # In a field of several kinds each alternative has an error, whose place ends with the kind.
-    if len([error for error in errors if error["loc"][:-1] == first["loc"][:-1]]) > 1:
-        return invalid(param, "has a value of a wrong kind")
+    # In a field of several types each alternative has an error about the same value, whose place
+    # ends with the type.
+    others = [error for error in errors if error["loc"][:-1] == first["loc"][:-1]]
+    if len(others) > 1 and all(error["input"] is first["input"] for error in others):
+        return invalid(param, "has a value of the wrong type")
     part = f"[{inside[-1]}]" if isinstance(inside[-1], int) else f": {inside[-1]}"
     return RequestError(400, "invalid_value", f"{param}{part} {_problem(first)}", param)
 
 
 def _problem(error: Any) -> str:
+    if length := _LENGTHS.get(error["type"]):
+        bound, key, what = length
+        return f"must have {bound} {plural(error['ctx'][key], what)}"
     known = _PROBLEMS.get(error["type"])
-    return str(error["msg"]) if known is None else known.format(**error.get("ctx", {}))
+    if known is None:
+        return f"cannot be used: {error['msg']}"
+    return known.format(**error.get("ctx", {}))
 
 
 def _about_body(error: Any) -> str:

@@ -30,7 +30,7 @@ def _result(parts: torch_library.Pair, output_format: ActivationFormat, shape: t
 
 
 def join_columns(left: torch.Tensor, right: torch.Tensor, output_format: ActivationFormat) -> Any:
-    """Join the columns of two matrices; not while traced."""
+    """Join the columns of two matrices. `torch.compile` cannot trace it."""
     return fused.join_columns(left, right, output_format)
 
 

@@ -15,6 +15,7 @@ import zimage_mxfp8 as zm
 from helpers.cuda_sync import no_waiting, on_a_device_alone
 from zimage_mxfp8 import _core
 from zimage_mxfp8.ops import fused
+from zimage_mxfp8.transformer import ops
 
 pytestmark = pytest.mark.gpu
 
@@ -79,6 +80,32 @@ def test_join_columns(rows: int, left: int, right: int) -> None:
     assert torch.equal(result, torch.cat((x, y), dim=1))
     if (left + right) % 32 == 0:
         assert_same_bytes(fused.join_columns(x, y, "int8"), fused.quantize_rotated(result))
+
+
+@pytest.mark.parametrize(("left", "right"), [(1792, 2048), (40, 33)])
+@pytest.mark.parametrize(
+    "formats",
+    [
+        {"bfloat16"},
+        {"row-scaled"},
+        {"mxfp8"},
+        {"int8"},
+        {"bfloat16", "int8"},
+        {"row-scaled", "mxfp8"},
+    ],
+)
+def test_parts_are_encoded_like_one_matrix(
+    left: int, right: int, formats: set[fused.ActivationFormat]
+) -> None:
+    parts = random(77, left, 53), random(77, right, 54)
+    found = ops.encode_joined(parts, formats)
+    want = ops.encode(torch.cat(parts, dim=1), formats)
+    assert found.keys() == want.keys() == formats
+    for each, encoded in want.items():
+        if each == "bfloat16":
+            assert torch.equal(found[each], encoded)
+        else:
+            assert_same_bytes(found[each], encoded)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -118,6 +118,13 @@ def test_sums_are_exact(kernel: str, tokens: int, rows: int, columns: int) -> No
     assert np.array_equal(bits(zm.gemm(a, b, kernel=kernel)), product(a, b))
 
 
+@pytest.mark.parametrize("tokens", [832, 1088])  # with tiles of 192 rows and of 256
+def test_half_tiles(tokens: int) -> None:
+    require("int8_sm90")
+    a, b = operand(tokens, 352, 1), operand(3840, 352, 2)
+    assert np.array_equal(bits(zm.gemm(a, b, kernel="int8_sm90")), product(a, b))
+
+
 @pytest.mark.parametrize("kernel", ["int8_sm80", "int8_sm90"])
 def test_many_tiles(kernel: str) -> None:
     require(kernel)

@@ -93,7 +93,7 @@ def exact_sums(
     return sums * scales, (sizes * SUMS + sums.abs() * ROUNDING) * scales
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 129, 4224])
+@pytest.mark.parametrize("tokens", [1, 63, 129, 1088, 4224])
 @pytest.mark.parametrize(
     ("rows", "depth", "rank"), [(3840, 3840, 32), (3840, 10240, 128), (8, 32, 8), (520, 160, 200)]
 )
@@ -127,7 +127,9 @@ def test_weight_only(tokens: int, rows: int, depth: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 129, 576, 4224])
-@pytest.mark.parametrize(("columns", "depth", "rank"), [(10240, 3840, 64), (200, 128, 32)])
+@pytest.mark.parametrize(
+    ("columns", "depth", "rank"), [(10240, 3840, 64), (10240, 128, 32), (200, 128, 32)]
+)
 def test_silu_multiply(tokens: int, columns: int, depth: int, rank: int) -> None:
     a, b = operand(tokens, depth, 8), operand(2 * columns, depth, 9)
     addend = addend_of(tokens, 2 * columns, rank)
@@ -177,7 +179,7 @@ def test_narrow_gemm_of_int8(tokens: int, rank: int, depth: int) -> None:
     assert ((result.double() - exact).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 129, 1152, 4224])
+@pytest.mark.parametrize("tokens", [1, 63, 129, 1088, 1152, 4224])
 @pytest.mark.parametrize(
     ("rows", "depth", "rank"),
     [(3840, 3840, 32), (3840, 10240, 128), (200, 352, 64), (8, 32, 96), (4096, 128, 160)],
@@ -197,7 +199,9 @@ def test_gemm_low_rank_of_int8(tokens: int, rows: int, depth: int, rank: int) ->
 
 
 @pytest.mark.parametrize("tokens", [1, 129, 576, 4224])
-@pytest.mark.parametrize(("columns", "depth", "rank"), [(10240, 3840, 64), (200, 128, 32)])
+@pytest.mark.parametrize(
+    ("columns", "depth", "rank"), [(10240, 3840, 64), (10240, 128, 32), (200, 128, 32)]
+)
 def test_epilogues_of_int8_follow_the_addend(
     tokens: int, columns: int, depth: int, rank: int
 ) -> None:

@@ -33,12 +33,12 @@ class Log(io.StringIO):
         return [json.loads(line) for line in self.getvalue().splitlines()]
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for something that other threads do."""
-    end = time.monotonic() + 30
+def wait_until(condition: Callable[[], object], seconds: float = 30, pause: float = 0.005) -> None:
+    """Wait for something that other threads or processes do, and look for it after each pause."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 def image_file(size: tuple[int, int] = (64, 48), mode: str = "RGB", kind: str = "PNG") -> bytes:

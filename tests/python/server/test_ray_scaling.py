@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,22 +82,28 @@ def test_replicas_come_with_requests_and_go_without(
         assert image.getpixel((0, 0))[0] == seed % 256
         drawn.append(seed)
 
-    def keep_drawing(pause: float) -> None:
+    def keep_drawing() -> None:
         while not done.is_set():
             draw()
-            time.sleep(pause)
 
-    for clients, pause, replicas in ((4, 0.0, 2), (1, 4 * SECONDS, 1)):
+    def have_drawn() -> int:
+        return len({process for process, _ in model.noted("end")})
+
+    for clients, replicas in ((4, 2), (1, 1)):
         done.clear()
         with ThreadPoolExecutor(clients) as pool:
-            asking = [pool.submit(keep_drawing, pause) for _ in range(clients)]
+            asking = [pool.submit(keep_drawing) for _ in range(clients)]
             try:
-                wait_until(lambda wanted=replicas: running_replicas() == wanted)
+                wait_until(
+                    lambda wanted=replicas: running_replicas() == wanted and have_drawn() == 2,
+                    seconds=120,
+                    pause=0.25,
+                )
             finally:
                 done.set()
             for each in asking:
                 each.result()
     draw()
-    assert len({process for process, _ in model.noted("end")}) == 2
-    assert sorted(seed for _, seed in model.noted("end")) == sorted(drawn)
+    for what in ("begin", "end"):
+        assert sorted(seed for _, seed in model.noted(what)) == sorted(drawn)
     assert os.getpid() not in {process for process, _ in model.noted("begin")}
