@@ -156,6 +156,10 @@ def fused_gemm_h200() -> str:
     return fused_gemm("fused_gemm-h200")
 
 
+def fused_gemm_halves() -> str:
+    return fused_gemm("fused_gemm-halves-h200")
+
+
 def errors(results: str = "transformer") -> str:
     columns = [
         Column("", label("{mode}"), right=False),
@@ -463,6 +467,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": profile,
     "fused-gemm": fused_gemm,
     "fused-gemm-h200": fused_gemm_h200,
+    "fused-gemm-halves": fused_gemm_halves,
     "errors": errors,
     "fused": fused,
     "codec": codec,

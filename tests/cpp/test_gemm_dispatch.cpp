@@ -100,6 +100,9 @@ TEST_CASE("the kernel for each shape") {
       {kH100, problem(1152, 11520, 3840, kRows, kRows, kRotate), "fp8_rowwise + launch"},
       {kH100, problem(128, 20480, 3840, kRows, kRows, kSilu), "fp8_rowwise + launch"},
       {kH100, problem(1, 20480, 3840, kRows, kRows, kSilu), "fp8_rowwise + launch"},
+      {kH100, problem(2112, 20480, 3840, kRows, kRows, kSilu), "fp8_sm90"},
+      {kH100, problem(576, 20480, 3840, kRows, kRows, kSilu), "fp8_rowwise + launch"},
+      {kH100, problem(1088, 11520, 3840, kRows, kRows, kRotate), "fp8_rowwise + launch"},
       {kH100, problem(4224, 20480, 3840, kBF16, kMX, kSilu), "mixed_sm90 + launch"},
       {kH100, problem(4224, 3840, 10240, kInt8, kInt8), "int8_sm90"},
       {kH100, problem(1, 20480, 3840, kInt8, kInt8, kSilu), "int8_sm90"},
@@ -129,10 +132,13 @@ TEST_CASE("a fused epilogue needs full waves") {
   CHECK(detail::fused_order(4300, 45, 66).units() == 765);
   CHECK(detail::fused_order(1152, 45, 66).units() == 203);
   CHECK(detail::fused_order(1, 1, 66).units() == 1);
-  CHECK(detail::wave_utilization(765, 66) == doctest::Approx(765.0 / 792));
-  CHECK(detail::wave_utilization(203, 66) == doctest::Approx(203.0 / 264));
   CHECK(detail::cost_fp8_sm90(problem(4300, 11520, 3840, kRows, kRows, kRotate), kH100) ==
         doctest::Approx(0.85 / (765.0 / 792)));
+  CHECK(detail::cost_fp8_sm90(problem(1152, 11520, 3840, kRows, kRows, kRotate), kH100) ==
+        doctest::Approx(0.85 / (203.0 / 264)));
+  // A unit of halves counts as two: 660 units in 10 waves, one of which takes twice as long.
+  CHECK(detail::cost_fp8_sm90(problem(2112, 20480, 3840, kRows, kRows, kSilu), kH100) ==
+        doctest::Approx(0.85 / (660.0 / 726)));
 }
 
 TEST_CASE("variants within a kernel") {

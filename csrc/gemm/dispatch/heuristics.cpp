@@ -44,16 +44,18 @@ constexpr double kBlockScaledCost = 0.5;
 
 constexpr double kOnlyByName = std::numeric_limits<double>::infinity();
 
+// The longest that a cluster takes, in units: on an H200, commit 7e5c1e6, a unit of halves took as
+// long as two others where there were few waves.
+std::int64_t fused_waves(const FusedOrder& order, std::int64_t clusters) {
+  return ceil_div(order.units(), clusters) + (order.ends_half ? 1 : 0);
+}
+
 bool dequantize_is_faster_than_mixed(const GemmProblem& problem) {
   const std::int64_t filled = problem.n > problem.k ? kMixedFillsDeviceWide : kMixedFillsDevice;
   return problem.m >= kDequantizeFromAgain || (problem.m >= kDequantizeFrom && problem.m < filled);
 }
 
 }  // namespace
-
-double wave_utilization(std::int64_t tiles, std::int64_t slots) {
-  return static_cast<double>(tiles) / static_cast<double>(round_up(tiles, slots));
-}
 
 double cost_reference(const GemmProblem&, const CudaDevice&) { return kOnlyByName; }
 
@@ -68,7 +70,8 @@ double cost_fp8_rowwise(const GemmProblem&, const CudaDevice&) { return 1; }
 double cost_fp8_sm90(const GemmProblem& problem, const CudaDevice& device) {
   const std::int64_t clusters = device.multiprocessors / kFusedCluster;
   const FusedOrder order = fused_order(problem.m, ceil_div(problem.n, kFusedTileN), clusters);
-  return kFusedBreakEven / wave_utilization(order.units(), clusters);
+  const double slots = static_cast<double>(fused_waves(order, clusters) * clusters);
+  return kFusedBreakEven * slots / static_cast<double>(order.units());
 }
 
 double cost_int8_sm90(const GemmProblem&, const CudaDevice&) { return kWgmmaInt8Cost; }
@@ -83,7 +86,7 @@ bool int8_sm90_takes_narrow_tiles(std::int64_t m, std::int64_t n, int multiproce
   // Waves of clusters, times the duration of a tile, which is proportional to its rows of B.
   const auto duration = [&](std::int64_t rows) {
     const std::int64_t clusters = multiprocessors / kFusedCluster;
-    return ceil_div(fused_order(m, ceil_div(n, rows), clusters).units(), clusters) * rows;
+    return fused_waves(fused_order(m, ceil_div(n, rows), clusters), clusters) * rows;
   };
   return duration(kInt8SM90NarrowTileN) < duration(kFusedTileN);
 }

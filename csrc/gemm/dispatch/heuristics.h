@@ -12,9 +12,6 @@
 
 namespace zimage_mxfp8::detail {
 
-// The part of the last wave that is busy: tiles over the slots of all waves, 0 to 1.
-double wave_utilization(std::int64_t tiles, std::int64_t slots);
-
 double cost_reference(const GemmProblem& problem, const CudaDevice& device);
 double cost_dequantize(const GemmProblem& problem, const CudaDevice& device);
 double cost_mixed_sm90(const GemmProblem& problem, const CudaDevice& device);

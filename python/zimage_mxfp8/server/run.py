@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from .app import create_app
+from .connections import connections
 from .engine import Engine
 from .options import ServerOptions
 from .request_log import LogWriter, log_into
@@ -49,10 +51,22 @@ def run_server(
     app = create_app(engine, options, log, broken.append)
     for name in _LOGGERS:
         log_into(log, name)
-    config = uvicorn.Config(
+    server = _Server(config_of(app, options), log, lambda: bool(broken), on_ready)
+    try:
+        asyncio.run(server.serve([listener]))
+    finally:  # an engine that still draws would end the interpreter with an abort
+        app.state.queue.stop(now=True)
+        app.state.queue.join()
+    if broken:
+        raise broken[0]
+
+
+def config_of(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
+    """Return uvicorn's options for the app."""
+    return uvicorn.Config(
         app,
         access_log=False,
-        http="h11",
+        http=connections(options.transfer_timeout),
         lifespan="on",
         limit_concurrency=_MAX_CONNECTIONS,
         log_config=None,
@@ -62,14 +76,6 @@ def run_server(
         timeout_graceful_shutdown=round(options.transfer_timeout),
         ws="none",
     )
-    server = _Server(config, log, lambda: bool(broken), on_ready)
-    try:
-        asyncio.run(server.serve([listener]))
-    finally:  # an engine that still draws would end the interpreter with an abort
-        app.state.queue.stop(now=True)
-        app.state.queue.join()
-    if broken:
-        raise broken[0]
 
 
 class _Server(uvicorn.Server):

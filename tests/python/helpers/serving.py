@@ -22,6 +22,7 @@ from zimage_mxfp8.server.app import create_app
 from zimage_mxfp8.server.engine import Drawing, DrawRequest, Engine, Preview, Progress, Report
 from zimage_mxfp8.server.options import ServerOptions
 from zimage_mxfp8.server.request_log import LogWriter
+from zimage_mxfp8.server.run import config_of
 
 Serve = Callable[..., TestClient]
 
@@ -71,9 +72,9 @@ def events_of(text: str) -> list[dict[str, Any]]:
 def serving(engine: Engine, log: Log | None = None, **options: Any) -> Iterator[str]:
     """A real server on a free port, in a thread; yields its address."""
     writer = LogWriter(log or Log())
-    app = create_app(engine, ServerOptions(**options), writer)
-    config = uvicorn.Config(app, log_config=None, lifespan="on", http="h11", loop="asyncio")
-    server = uvicorn.Server(config)
+    settings = ServerOptions(**options)
+    app = create_app(engine, settings, writer)
+    server = uvicorn.Server(config_of(app, settings))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
