@@ -25,7 +25,7 @@ from .models import (
     keep_libraries_quiet,
     settle_devices,
 )
-from .streams import report_line
+from .streams import own_stream, report_line
 from .wording import CommandLineError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = sys.stdout
     with ExitStack() as stack:
         listener = stack.enter_context(_listener(arguments.host, arguments.port))
-        log = LogWriter(sys.stderr)
+        log = LogWriter(own_stream(sys.stderr))  # which lines of progress may drop
         stack.callback(log.close)
         if arguments.ray:
             port = listener.getsockname()[1]

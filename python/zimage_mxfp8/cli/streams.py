@@ -31,6 +31,19 @@ def report_line(sentence: str) -> None:
         _drop(sys.stderr)
 
 
+def own_stream(stream: TextIO) -> TextIO:
+    """Return a stream to the same file that stays when output to this one is dropped.
+
+    It is the stream itself where there is no file behind it.
+    """
+    try:
+        copy = os.dup(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return stream
+    file = io.FileIO(copy, "w")
+    return io.TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
+
+
 def flush_stdout() -> OSError | None:
     """Flush stdout; if it cannot be written, drop the rest and return the error."""
     try:

@@ -259,6 +259,38 @@ def test_slow_clients_do_not_keep_others_waiting(engine: StubEngine, log: Log) -
         reader.close()
 
 
+def test_requests_whose_headers_never_end_do_not_use_up_the_connections(
+    engine: StubEngine,
+) -> None:
+    with (
+        serving(engine, transfer_timeout=0.5) as address,
+        contextlib.ExitStack() as connections,
+    ):
+        held = [connections.enter_context(connect(address)) for _ in range(130)]
+        for each in held:
+            each.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n")
+        with client_of(address) as client:
+            with pytest.raises(openai.InternalServerError) as refused:
+                client.images.generate(prompt="a")
+            assert refused.value.status_code == 503
+            assert [each.recv(1) for each in held] == [b""] * len(held)
+            assert client.images.generate(prompt="a").data
+
+
+def test_a_second_request_may_not_be_slow_either(engine: StubEngine) -> None:
+    with serving(engine, transfer_timeout=0.5) as address, connect(address) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(10_000)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\n")
+        begin = time.monotonic()
+        assert connection.recv(1) == b""
+        assert time.monotonic() - begin < 4  # uvicorn's own limit between requests is 5 s
+
+
 def noisy(engine: StubEngine) -> Any:
     """The engine's `draw` with images that do not fit into a socket's buffers."""
     from dataclasses import replace

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,12 +40,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts the command, and returns the process and its address when it is ready."""
     processes = []
 
-    def run(*options: object, **variables: str) -> tuple[subprocess.Popen[str], str]:
+    def run(
+        *options: object, stderr: Any = subprocess.PIPE, **variables: str
+    ) -> tuple[subprocess.Popen[str], str]:
         words = ["serve", "--port", "0", "--device", "cpu", *map(str, options)]
         process = subprocess.Popen(
             [sys.executable, "-m", "zimage_mxfp8.cli.main", *words],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             env={**os.environ, **variables},
             cwd=tmp_path,
@@ -97,6 +100,17 @@ def test_first_signal_finishes_what_is_drawn_and_refuses_the_rest(start: Start) 
     assert [line.get("error") for line in requests] == [
         *(None, "invalid_api_key", "stopping", "stopping", None),
     ]
+
+
+@pytest.mark.slow
+def test_a_full_disk_from_the_beginning(start: Start) -> None:
+    """Lines of progress cannot be written either."""
+    with Path("/dev/full").open("w") as full:
+        _, address = start(stderr=full)
+    with client_of(address) as client:
+        assert client.images.generate(prompt="a", extra_body={"steps": 1}).data
+    with urllib.request.urlopen(f"{address}/metrics") as answer:
+        assert "zimage_log_lines_dropped 1.0\n" in answer.read().decode()
 
 
 def test_third_signal_ends_a_server_whose_step_does_not_end() -> None:
