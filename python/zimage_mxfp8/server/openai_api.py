@@ -131,6 +131,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/images/generations")
     async def generations(body: ImageBody, http: Request) -> Response:
+        if body.strength is not None:
+            raise invalid("strength", "is for /v1/images/edits; send the image there, or drop it")
         return await _answer(service, http, body, "image_generation", None, None)
 
     @routes.post("/images/edits")

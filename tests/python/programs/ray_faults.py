@@ -240,7 +240,7 @@ def check_application(cluster: Cluster) -> None:
         time.sleep(0.5)
         os.kill(next(iter(replicas(cluster, "Front"))), signal.SIGKILL)
 
-    print(f"kill -9 of the front: {dict(answers.together(4, kill_front))}", flush=True)
+    check("kill -9 of the front", answers.together(4, kill_front), {200, 500}, 0)
     wait_for("another front", lambda: answers.together(1)[200] == 1)
 
     def is_larger() -> bool:

@@ -16,7 +16,9 @@ import openai
 import pytest
 
 import zimage_mxfp8 as zm
+from helpers.documents import GUIDE, text_of
 from helpers.serving import Log, StubEngine, decoded, image_file, serving, wait_until
+from zimage_mxfp8.server.options import ServerOptions
 
 
 @pytest.fixture
@@ -381,6 +383,19 @@ def test_an_upload_to_a_full_queue_is_refused_with_an_answer(engine: StubEngine)
         engine.gate.set()
         assert running.result(30).data
     assert answer.startswith(b"HTTP/1.1 429 ") and b"too many requests wait" in answer
+
+
+def test_the_limits_are_those_of_the_guide(engine: StubEngine) -> None:
+    row = next(x for x in text_of(GUIDE / "serving.md").splitlines() if x.startswith("| 408, 413"))
+    assert "within a minute" in row and "more than 64 MiB" in row
+    options = ServerOptions()
+    assert (options.transfer_timeout, options.max_body_bytes) == (60, 64 << 20)
+    with serving(engine) as address, connect(address) as connection:
+        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+        connection.sendall(
+            head + b"Content-Type: application/json\r\nContent-Length: 1073741824\r\n\r\n"
+        )
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_refused_upload_is_not_read_for_ever(engine: StubEngine) -> None:

@@ -128,7 +128,11 @@ def test_compression_makes_files_smaller(serve: Serve, engine: StubEngine) -> No
             "negative_prompt",
             "has no effect without guidance; add guidance_scale or drop it",
         ),
-        ({"strength": 0.5}, "strength", "without an init image; add image or drop it"),
+        (
+            {"strength": 0.5},
+            "strength",
+            "strength is for /v1/images/edits; send the image there, or drop it",
+        ),
         ({"response_format": "file"}, "response_format", "must be 'url' or 'b64_json'"),
         ({"output_format": "svg"}, "output_format", "'png'"),
         ({"partial_images": 4}, "partial_images", "partial_images must be 3 or less"),
