@@ -104,6 +104,20 @@ ActivationMemory check_activation(const ActivationView& target, const ConstMatri
                     target);
 }
 
+// Checks the memory of an operation that reads two matrices and writes an activation of the size
+// of `like`.
+void check_memory(const ConstMatrixView& first, const char* first_what,
+                  const ConstMatrixView& second, const char* second_what,
+                  const ActivationView& target, const ConstMatrixView& like,
+                  const char* like_what) {
+  const MemoryRange from_first = range_of(first, first_what),
+                    from_second = range_of(second, second_what);
+  const ActivationMemory to = check_activation(target, like, like_what);
+  detail::check_disjoint(to.values, {to.scales, from_first, from_second});
+  detail::check_disjoint(to.scales, {from_first, from_second});
+  detail::check_device_memory({from_first, from_second, to.values, to.scales});
+}
+
 // Memory of a norm's weight and modulation; the latter is empty without a modulation.
 struct NormMemory {
   MemoryRange weight, modulation;
@@ -160,11 +174,7 @@ void join_columns(const ConstMatrixView& left, const ConstMatrixView& right,
   const ConstMatrixView joined{nullptr, DType::kBFloat16, left.rows, left.cols + right.cols, 0};
   check_columns(joined.cols);
   if (left.rows == 0) return;
-  const MemoryRange from_left = range_of(left, "left"), from_right = range_of(right, "right");
-  const ActivationMemory to = check_activation(target, joined, "the joined matrix");
-  detail::check_disjoint(to.values, {to.scales, from_left, from_right});
-  detail::check_disjoint(to.scales, {from_left, from_right});
-  detail::check_device_memory({from_left, from_right, to.values, to.scales});
+  check_memory(left, "left", right, "right", target, joined, "the joined matrix");
   detail::join_columns_cuda(left, right, target, stream);
 }
 
@@ -175,11 +185,7 @@ void silu_multiply(const ConstMatrixView& gate, const ConstMatrixView& up,
   check_size(up.rows, up.cols, "up", gate, "gate");
   check_columns(gate.cols);
   if (gate.rows == 0) return;
-  const MemoryRange from_gate = range_of(gate, "gate"), from_up = range_of(up, "up");
-  const ActivationMemory to = check_activation(target, gate, "gate");
-  detail::check_disjoint(to.values, {to.scales, from_gate, from_up});
-  detail::check_disjoint(to.scales, {from_gate, from_up});
-  detail::check_device_memory({from_gate, from_up, to.values, to.scales});
+  check_memory(gate, "gate", up, "up", target, gate, "gate");
   detail::silu_multiply_cuda(gate, up, target, stream);
 }
 

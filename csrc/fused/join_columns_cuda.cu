@@ -30,15 +30,12 @@ __global__ void __launch_bounds__(Layout::kThreads)
                         const Target target) {
   const int64_t row = blockIdx.x;
   if (store_padding<Layout>(target, row)) return;
-  const auto row_of = [row](const ConstMatrixView& matrix) {
-    return static_cast<const uint16_t*>(matrix.data) + row * matrix.row_stride;
-  };
   Chunk values[Layout::kChunks];
   uint32_t amax = 0;
 #pragma unroll
   for (int i = 0; i < Layout::kChunks; ++i) {
-    values[i] = load_joined<whole>(row_of(left), int(left.cols), row_of(right), int(right.cols),
-                                   Layout::column(i));
+    values[i] = load_joined<whole>(row_of(left, row), int(left.cols), row_of(right, row),
+                                   int(right.cols), Layout::column(i));
   }
   if constexpr (kIsRowScaled<Target>) {
 #pragma unroll

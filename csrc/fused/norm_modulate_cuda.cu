@@ -175,7 +175,7 @@ uint32_t blocks_for(const NoTarget& target) { return checked_count(target.rows);
 template <typename Layout>
 inline constexpr bool kTakesTurns = std::is_same_v<Layout, NormRow>;
 
-// The type of an addend where there is none.
+// Says that there is no addend.
 struct NoAddend {};
 
 // Blocks for which a multiprocessor has registers.

@@ -39,6 +39,10 @@ void with_row_layout(int64_t cols, bool whole, Function function) {
   return function(WidestRow{}, std::true_type{});
 }
 
+__device__ inline const uint16_t* row_of(const ConstMatrixView& matrix, int64_t row) {
+  return static_cast<const uint16_t*>(matrix.data) + row * matrix.row_stride;
+}
+
 // Loads elements [column, column + 8) of a row, zeros from `cols` on. In a row of `whole` chunks
 // the row begins at a multiple of 16 bytes and `cols` is a multiple of 8. Not through __ldg, as
 // some rows are written in place.

@@ -14,12 +14,9 @@ __global__ void __launch_bounds__(Layout::kThreads)
                          const Target target) {
   const int64_t row = blockIdx.x;
   if (store_padding<Layout>(target, row)) return;
-  const auto row_of = [row](const ConstMatrixView& matrix) {
-    return static_cast<const uint16_t*>(matrix.data) + row * matrix.row_stride;
-  };
   Chunk gates[Layout::kChunks], ups[Layout::kChunks];
-  load_row<Layout, whole>(gates, row_of(gate), int(gate.cols));
-  load_row<Layout, whole>(ups, row_of(up), int(up.cols));
+  load_row<Layout, whole>(gates, row_of(gate, row), int(gate.cols));
+  load_row<Layout, whole>(ups, row_of(up, row), int(up.cols));
   uint32_t amax = 0;
 #pragma unroll
   for (int i = 0; i < Layout::kChunks; ++i) {

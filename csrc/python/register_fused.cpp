@@ -86,33 +86,33 @@ void py_quantize_rotated(const py::object& source, const py::tuple& target, std:
   quantize_rotated(view, *int8, cuda_stream(stream));
 }
 
-void py_join_columns(const py::object& left, const py::object& right, const py::tuple& target,
-                     std::uintptr_t stream) {
-  const Array from_left(left, "left", kRead, kAnywhere),
-      from_right(right, "right", kRead, kAnywhere);
+// An operation that reads two matrices and writes an activation.
+using OfTwoMatrices = void (*)(const ConstMatrixView&, const ConstMatrixView&,
+                               const ActivationView&, CudaStream);
+
+void call_on_two(OfTwoMatrices operation, const Array& first, const Array& second,
+                 const py::tuple& target, std::uintptr_t stream) {
   const Activation to(target, "the target", kWrite);
   Arrays arrays;
-  arrays.add(from_left), arrays.add(from_right), arrays.add(to);
+  arrays.add(first), arrays.add(second), arrays.add(to);
   const int device = arrays.device();
-  const auto left_view = matrix<ConstMatrixView>(from_left, "bfloat16");
-  const auto right_view = matrix<ConstMatrixView>(from_right, "bfloat16");
+  const auto first_view = matrix<ConstMatrixView>(first, "bfloat16");
+  const auto second_view = matrix<ConstMatrixView>(second, "bfloat16");
   const py::gil_scoped_release release;
   const detail::DeviceGuard guard(device);
-  join_columns(left_view, right_view, to.view, cuda_stream(stream));
+  operation(first_view, second_view, to.view, cuda_stream(stream));
+}
+
+void py_join_columns(const py::object& left, const py::object& right, const py::tuple& target,
+                     std::uintptr_t stream) {
+  call_on_two(join_columns, Array(left, "left", kRead, kAnywhere),
+              Array(right, "right", kRead, kAnywhere), target, stream);
 }
 
 void py_silu_multiply(const py::object& gate, const py::object& up, const py::tuple& target,
                       std::uintptr_t stream) {
-  const Array from_gate(gate, "gate", kRead, kAnywhere), from_up(up, "up", kRead, kAnywhere);
-  const Activation to(target, "the target", kWrite);
-  Arrays arrays;
-  arrays.add(from_gate), arrays.add(from_up), arrays.add(to);
-  const int device = arrays.device();
-  const auto gate_view = matrix<ConstMatrixView>(from_gate, "bfloat16");
-  const auto up_view = matrix<ConstMatrixView>(from_up, "bfloat16");
-  const py::gil_scoped_release release;
-  const detail::DeviceGuard guard(device);
-  silu_multiply(gate_view, up_view, to.view, cuda_stream(stream));
+  call_on_two(silu_multiply, Array(gate, "gate", kRead, kAnywhere),
+              Array(up, "up", kRead, kAnywhere), target, stream);
 }
 
 void py_norm_modulate(const py::object& x, const py::object& weight, const py::object& scale,

@@ -10,9 +10,7 @@ __global__ void __launch_bounds__(Layout::kThreads)
     quantize_rotated_kernel(const ConstMatrixView source, const Int8View target) {
   const int64_t row = blockIdx.x;
   Chunk values[Layout::kChunks];
-  load_row<Layout, whole>(values,
-                          static_cast<const uint16_t*>(source.data) + row * source.row_stride,
-                          int(source.cols));
+  load_row<Layout, whole>(values, row_of(source, row), int(source.cols));
   store_row<Layout, whole>(target, row, values, 0);
 }
 

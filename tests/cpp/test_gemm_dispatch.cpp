@@ -136,7 +136,7 @@ TEST_CASE("a fused epilogue needs full waves") {
         doctest::Approx(0.85 / (765.0 / 792)));
   CHECK(detail::cost_fp8_sm90(problem(1152, 11520, 3840, kRows, kRows, kRotate), kH100) ==
         doctest::Approx(0.85 / (203.0 / 264)));
-  // A unit of halves counts as two: 660 units in 10 waves, one of which takes twice as long.
+  // 660 units are 10 waves; a unit of halves counts as two, which makes them 11.
   CHECK(detail::cost_fp8_sm90(problem(2112, 20480, 3840, kRows, kRows, kSilu), kH100) ==
         doctest::Approx(0.85 / (660.0 / 726)));
 }

@@ -47,7 +47,7 @@ constexpr double kOnlyByName = std::numeric_limits<double>::infinity();
 // The longest that a cluster takes, in units: on an H200, commit 7e5c1e6, a unit of halves took as
 // long as two others where there were few waves.
 std::int64_t fused_waves(const FusedOrder& order, std::int64_t clusters) {
-  return ceil_div(order.units(), clusters) + (order.ends_half ? 1 : 0);
+  return order.waves(clusters) + (order.ends_half ? 1 : 0);
 }
 
 bool dequantize_is_faster_than_mixed(const GemmProblem& problem) {

@@ -30,6 +30,9 @@ struct FusedOrder {
   static constexpr int kGroupColumns = 8;
 
   constexpr std::int64_t units() const { return units_of(n_tiles); }
+  constexpr std::int64_t waves(std::int64_t clusters) const {
+    return (units() + clusters - 1) / clusters;
+  }
 
   // Returns the tile of a block, 0 or 1, of the cluster that computes a unit.
   constexpr FusedTile at(int unit, int block) const {
@@ -94,12 +97,9 @@ constexpr FusedOrder fused_order(std::int64_t m, std::int64_t n_tiles, std::int6
   const int m_tiles = static_cast<int>((m + kFusedTileM - 1) / kFusedTileM);
   const FusedOrder whole{m_tiles, static_cast<int>(n_tiles), false};
   const FusedOrder halves{m_tiles, static_cast<int>(n_tiles), true};
-  const auto waves = [&](const FusedOrder& order) {
-    return (order.units() + clusters - 1) / clusters;
-  };
   const bool can_end_half = (m - 1) % kFusedTileM < kFusedTileM / 2;
-  const bool ends_half =
-      can_end_half && waves(halves) < waves(whole) && halves_are_spread(halves, clusters);
+  const bool ends_half = can_end_half && halves.waves(clusters) < whole.waves(clusters) &&
+                         halves_are_spread(halves, clusters);
   return ends_half ? halves : whole;
 }
 

@@ -30,7 +30,7 @@ inline constexpr std::int64_t kMaxFusedColumns = 16384;
 // C is a multiple of 32.
 using ActivationView = std::variant<MatrixView, MXFP8View, RowScaledView, Int8View>;
 
-// target = the columns of `left` and those of `right` after them: [M, L], [M, R] and [M, L + R].
+// target = `left` and `right` side by side, [M, L] and [M, R]: [M, L + R].
 void join_columns(const ConstMatrixView& left, const ConstMatrixView& right,
                   const ActivationView& target, CudaStream stream);
 

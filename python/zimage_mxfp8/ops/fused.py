@@ -177,7 +177,7 @@ def quantize_rotated(matrix: Any) -> Int8Array:
 
 
 def join_columns(left: Any, right: Any, output_format: ActivationFormat = "bfloat16") -> Any:
-    """Join the columns of two matrices, those of `left` first.
+    """Put two matrices side by side, `left` first.
 
     Args:
         left: [M, L].

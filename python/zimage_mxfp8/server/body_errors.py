@@ -14,7 +14,7 @@ _PROBLEMS = {
     "missing": "is missing",
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
-    "int_parsing_size": "must be a whole number of fewer digits",
+    "int_parsing_size": "must be a whole number with fewer digits",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
@@ -31,7 +31,7 @@ _PROBLEMS = {
     "greater_than_equal": "must be {ge:g} or more",
     "less_than_equal": "must be {le:g} or less",
 }
-# Of lengths: how the bound is called in the context, and what is counted.
+# Of lengths: the bound, its name in the context, and what is counted.
 _LENGTHS = {
     "too_short": ("at least", "min_length", "element"),
     "too_long": ("at most", "max_length", "element"),

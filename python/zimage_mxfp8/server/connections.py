@@ -10,8 +10,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 class _Connection(H11Protocol):
     """Closes itself if a request's headers are not there in time.
 
-    Uvicorn only limits how long a connection may be idle after a response. The limits on bodies are
-    those of `limits`, which sees requests with complete headers.
+    Uvicorn only limits how long a connection may be idle after a response. `limits` bounds bodies,
+    but sees a request only once its headers are complete.
     """
 
     seconds: float
