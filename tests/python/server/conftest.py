@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -12,6 +13,10 @@ from zimage_mxfp8.server.app import create_app
 from zimage_mxfp8.server.engine import Engine
 from zimage_mxfp8.server.options import ServerOptions
 from zimage_mxfp8.server.request_log import LogWriter
+
+# Threads of Ray Serve outlive the Ray that a test started. Their next call would start another one,
+# unknown to the tests, and break the Ray of a later test. Ray reads this when it is imported.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 
 @pytest.fixture

@@ -1,36 +1,32 @@
-"""Replicas of Ray Serve behind the server's queue, on two CPUs of this machine."""
+"""Replicas of Ray Serve behind the server's queue, on this machine."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import importlib
 import io
 import os
-import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
-import yaml
 from PIL import Image
-from pydantic import ValidationError
 
 import helpers
 import zimage_mxfp8 as zm
-from helpers.commands import Run
-from helpers.documents import GUIDE, block_with, text_of
 from helpers.ray_model import NotingEngine, NotingModel
 from helpers.serving import Log, decoded, image_file, serving, wait_until
 from zimage_mxfp8.generation.small_model import FOLDER, TRANSFORMER
@@ -44,21 +40,25 @@ from zimage_mxfp8.server.engine import (
     Waiting,
 )
 from zimage_mxfp8.server.jobs import StoppedError
-from zimage_mxfp8.server.model import ServedModel
-from zimage_mxfp8.server.options import API_KEY_VARIABLE
 from zimage_mxfp8.server.request_log import LogWriter
 
 with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
     warnings.simplefilter("ignore")
-    from ray.serve import Application, Deployment
+    from ray import serve
+    from ray.serve import Application
 
-    from zimage_mxfp8.server.ray import BuildArguments, build, cluster
+    from zimage_mxfp8.server.ray import cluster
     from zimage_mxfp8.server.ray.application import Replicas, drawing_application
     from zimage_mxfp8.server.ray.cluster import drawing, joined, replicas_for
     from zimage_mxfp8.server.ray.engine import RayEngine
     from zimage_mxfp8.server.ray.replica import Failure, Replica
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # likewise
+
+
+CPUS = 4  # that Ray is told to have: two replicas for most tests, two for one that scales
+SCALING = "scaling"  # name of an application
+SCALE_SECONDS = 1.0  # of load, or without, until there is a replica more, or one less
 
 
 @dataclass
@@ -78,6 +78,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The one Ray of this process: a second one may not start, or miss what Ray Serve reports."""
     notes = tmp_path_factory.mktemp("ray") / "notes.txt"
     notes.touch()
     model = NotingModel(notes)
@@ -87,7 +88,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         patch.setenv("PYTHONPATH", str(Path(helpers.__file__).parents[1]))  # of replicas
         writer = LogWriter(Log())
         stack.callback(writer.close)
-        stack.enter_context(joined(writer, lambda: None, cpus=2))
+        stack.enter_context(joined(writer, lambda: None, cpus=CPUS))
         replicas = replicas_for(2, "cpu", scaling=False)
         engine = stack.enter_context(drawing(model, replicas, 30, "test"))  # type: ignore[arg-type]
         log = Log()
@@ -246,6 +247,75 @@ def test_requests_go_where_their_adapters_are_loaded(running: Running, notes: Pa
     assert len({process for process, _ in running.model.noted("end")}) == 1
 
 
+def impatient_application(*arguments: object) -> Application:
+    """The application with other delays than half a minute and ten minutes."""
+    made = drawing_application(*arguments)  # type: ignore[arg-type]
+    scaling = made._bound_deployment._deployment_config.autoscaling_config
+    scaling.upscale_delay_s = scaling.downscale_delay_s = SCALE_SECONDS
+    scaling.metrics_interval_s = scaling.look_back_period_s = SCALE_SECONDS / 2
+    return made
+
+
+@pytest.fixture
+def scaling(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[RayEngine, NotingModel]]:
+    """An application beside the server's, with one replica or two."""
+    monkeypatch.setattr(cluster, "drawing_application", impatient_application)
+    model = NotingModel(tmp_path / "notes.txt")
+    model.notes.touch()
+    replicas = replicas_for(2, "cpu", scaling=True)
+    with drawing(model, replicas, 30, SCALING) as engine:  # type: ignore[arg-type]
+        engine.warm_up()  # as servers do, or handles' first uses by several threads collide
+        yield engine, model
+
+
+def running_replicas() -> int:
+    deployment = serve.status().applications[SCALING].deployments["Replica"]
+    return deployment.replica_states.get("RUNNING", 0)
+
+
+def test_replicas_come_with_requests_and_go_without(scaling: tuple[RayEngine, NotingModel]) -> None:
+    """Nothing is lost or drawn twice while a replica starts, nor while one ends."""
+    engine, model = scaling
+    assert running_replicas() == 1
+    seeds = iter(range(10_000))
+    drawn: list[int] = []
+    done = threading.Event()
+
+    def draw() -> None:
+        seed = next(seeds)
+        image = engine.draw(request(seed), lambda _: None).images[0]
+        assert image.getpixel((0, 0))[0] == seed % 256
+        drawn.append(seed)
+
+    def keep_drawing() -> None:
+        while not done.is_set():
+            draw()
+
+    def have_drawn() -> int:
+        return len({process for process, _ in model.noted("end")})
+
+    for clients, replicas in ((4, 2), (1, 1)):
+        done.clear()
+        with ThreadPoolExecutor(clients) as pool:
+            asking = [pool.submit(keep_drawing) for _ in range(clients)]
+            try:
+                wait_until(
+                    lambda wanted=replicas: running_replicas() == wanted and have_drawn() == 2,
+                    seconds=120,
+                    pause=0.25,
+                )
+            finally:
+                done.set()
+            for each in asking:
+                each.result()
+    draw()
+    for what in ("begin", "end"):
+        assert sorted(seed for _, seed in model.noted(what)) == sorted(drawn)
+    assert os.getpid() not in {process for process, _ in model.noted("begin")}
+
+
 class BrokenEngine(NotingEngine):
     """An engine whose device fails, in a drawing and when its memory is to be freed."""
 
@@ -277,106 +347,14 @@ def test_a_replica_whose_device_is_broken_asks_to_be_replaced(notes: Path) -> No
         replica.check_health()
 
 
-def test_arguments_of_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ZIMAGE_MXFP8_API_KEY", raising=False)
-    with pytest.raises(zm.UsageError, match="api_key is missing"):
-        build(BuildArguments())
-    monkeypatch.setenv("ZIMAGE_MXFP8_API_KEY", "")
-    with pytest.raises(zm.UsageError, match="must be printable ASCII"):
-        build(BuildArguments())
-    monkeypatch.setenv("ZIMAGE_MXFP8_API_KEY", "x")
-    with pytest.raises(zm.UsageError, match="max_replicas must be at least `replicas`, not 1"):
-        build({"replicas": 2, "max_replicas": 1})
-    with pytest.raises(zm.CheckpointError, match="no such model"):
-        build(BuildArguments(model_dir="/no such model"))
-    assert build({"replicas": "1"})  # as `serve run` gives it
-    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
-        build({"replica": 2})
-
-
-def test_the_guide_has_the_arguments_and_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = text_of(GUIDE / "serving.md").partition("| argument |")[2].partition("\n\n")[0]
-    named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")]
-    assert sorted(named) == sorted(f"`{name}`" for name in BuildArguments.model_fields)
-    config = yaml.safe_load(block_with(GUIDE / "serving.md", "yaml", "import_path"))
-    (application,) = config["applications"]
-    module, _, name = application["import_path"].partition(":")
-    assert getattr(importlib.import_module(module), name) is build
-    assert list(application["runtime_env"]["env_vars"]) == [API_KEY_VARIABLE]
-    assert BuildArguments.model_validate(application["args"]).max_replicas == 8
-
-
 def test_a_cluster_that_is_too_small(running: Running) -> None:
-    with pytest.raises(zm.UsageError, match="must be at most 2: each has a CPU of its own"):
-        replicas_for(3, None, scaling=False)
+    with pytest.raises(zm.UsageError, match=f"must be at most {CPUS}: each has a CPU of its own"):
+        replicas_for(CPUS + 1, None, scaling=False)
     with pytest.raises(zm.UsageError, match="device cannot be cuda: the cluster has no GPU"):
         replicas_for(1, "cuda", scaling=False)
     assert replicas_for(None, None, scaling=True) == Replicas(1, 1, gpus=0)
     with pytest.raises(zm.UnsupportedError, match="2 GPUs are asked for each replica, and the cl"):
         replicas_for(None, None, scaling=False, gpus_per_replica=2)
-
-
-def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
-    machines = [{"Alive": True, "Resources": {"GPU": n}} for n in (3.0, 1.0)]
-    monkeypatch.setattr("ray.nodes", lambda: machines)
-    assert replicas_for(None, None, scaling=False) == Replicas(4, 4, gpus=1)
-    assert replicas_for(None, "cuda", scaling=True) == Replicas(1, 4, gpus=1)
-    assert replicas_for(2, "cpu", scaling=False) == Replicas(2, 2, gpus=0)
-    assert replicas_for(None, None, scaling=False, gpus_per_replica=2) == Replicas(1, 1, gpus=2)
-    with pytest.raises(zm.UsageError, match="must be at most 1: each has 3 GPUs of its own"):
-        replicas_for(2, None, scaling=False, gpus_per_replica=3)
-    with pytest.raises(zm.UsageError, match="gpus must be at most 3, the GPUs of one machine"):
-        replicas_for(None, None, scaling=False, gpus_per_replica=5)
-    with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
-        replicas_for(5, None, scaling=False)
-
-
-@pytest.fixture
-def deployment_of(in_process: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Deployment]:
-    """The replicas of `serve --ray` with these options, if a machine had four GPUs."""
-    applications: list[Application] = []
-
-    def drawing(model: ServedModel, replicas: Replicas, timeout: float, _name: str) -> None:
-        applications.append(drawing_application(model, replicas, timeout))
-        raise zm.UnsupportedError("enough is known")
-
-    monkeypatch.setattr(cluster, "joined", lambda *_: nullcontext())
-    monkeypatch.setattr(cluster, "drawing", drawing)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0, "CPU": 32.0})
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 4.0}}])
-
-    def run(*options: object) -> Deployment:
-        ran = in_process("serve", "--ray", "--port", 0, *options)
-        assert "enough is known" in ran.stderr, ran.stderr
-        return applications[-1]._bound_deployment
-
-    return run
-
-
-def test_gpus_of_a_replica_reach_its_model(deployment_of: Callable[..., Deployment]) -> None:
-    for options, gpus, count in (((), 1, 4), (("--gpus-per-replica", 2), 2, 2)):
-        deployment = deployment_of(*options)
-        (model,) = deployment.init_args
-        assert (model.device, model.gpus) == ("cuda", gpus)
-        assert deployment.ray_actor_options["num_gpus"] == gpus
-        assert deployment.num_replicas == count
-
-
-def test_automatic_replicas_scale_as_the_guide_says(
-    deployment_of: Callable[..., Deployment],
-) -> None:
-    row = next(x for x in text_of(GUIDE / "serving.md").splitlines() if "`--replicas auto`" in x)
-    assert "half a minute of load" in row and "ten minutes without" in row
-    for options, most in (((), 4), (("--gpus-per-replica", 2), 2)):
-        scaling = deployment_of(
-            "--replicas", "auto", *options
-        )._deployment_config.autoscaling_config
-        assert (scaling.min_replicas, scaling.max_replicas) == (1, most)
-        assert scaling.initial_replicas in (None, 1)
-        assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (30, 600)
-        assert scaling.target_ongoing_requests == 1
-    assert deployment_of()._deployment_config.autoscaling_config is None
 
 
 def test_a_stop_of_all_processes_at_once(tmp_path: Path) -> None:
