@@ -25,6 +25,8 @@ from helpers.control_reference import (
 )
 from helpers.diffusers_reference import make_reference, random_inputs, relative_error
 from helpers.images import SIZE, Generate, levels
+from zimage_mxfp8.errors import DeviceWarning
+from zimage_mxfp8.transformer.ranks.peer_memory import PeerMemory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,11 +81,9 @@ def item_by_item(model: zm.ZImageTransformer, x, t, captions, controls=None) -> 
     return samples
 
 
-@pytest.mark.parametrize("count", range(2, max(2, min(HEADS, torch.cuda.device_count())) + 1))
-@pytest.mark.parametrize("compute", MODES)
-def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> None:
-    alone, shared = load(file, 1, compute), load(file, count, compute)
-    assert shared._ranks is not None and shared._ranks.reaches_peers
+def assert_same_as_alone(
+    shared: zm.ZImageTransformer, alone: zm.ZImageTransformer, compute: str, count: int
+) -> None:
     for batch in BATCHES:
         inputs = inputs_of(batch)
         want = item_by_item(alone, *inputs)
@@ -94,6 +94,31 @@ def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> No
         assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
         if batch == "guidance" and count == 2:  # an item on each device
             assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("count", range(2, max(2, min(HEADS, torch.cuda.device_count())) + 1))
+@pytest.mark.parametrize("compute", MODES)
+def test_devices_give_what_one_gives(compute: str, count: int, file: Path) -> None:
+    alone, shared = load(file, 1, compute), load(file, count, compute)
+    assert shared._ranks is not None and shared._ranks.reaches_peers
+    assert_same_as_alone(shared, alone, compute, count)
+
+
+@pytest.mark.parametrize("compute", MODES)
+def test_devices_that_do_not_reach_each_other(
+    compute: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL gathers keys and values if rank 0 has no memory for peers."""
+
+    def fail(*_: object) -> None:
+        raise zm.CudaError("no memory of peers")
+
+    alone = load(file, 1, compute)
+    monkeypatch.setattr(PeerMemory, "_allocate", fail)
+    with pytest.warns(DeviceWarning, match="NCCL sends keys and values"):
+        shared = load(file, 2, compute)
+    assert shared._ranks is not None and not shared._ranks.reaches_peers
+    assert_same_as_alone(shared, alone, compute, 2)
 
 
 @pytest.mark.parametrize("batch", ["guidance", "one image"])

@@ -10,6 +10,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import torch
 
 import zimage_mxfp8 as zm
 from zimage_mxfp8.generation.images import png_bytes
@@ -46,3 +47,34 @@ def test_images_and_memory() -> None:
     }
     memory = [values[name] for name in values if name.startswith("zimage_device_memory_bytes")]
     assert len(memory) == 2 and min(memory) > 1e6
+
+
+def test_the_next_request_after_one_without_memory_works() -> None:
+    generator = zm.ZImageGenerator(FOLDER, TRANSFORMER, DEVICE)
+    engine = GeneratorEngine(generator, "small", (128, 128), DEVICE)
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    with (
+        serving(engine) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def draw(size: str = "auto") -> str:
+            options = {"seed": 7, "steps": 3}
+            return (
+                client.images.generate(prompt=PROMPT, size=size, extra_body=options)
+                .data[0]
+                .b64_json
+            )
+
+        want = draw()
+        allowed = torch.cuda.memory_reserved(DEVICE) + (16 << 20)  # a fraction of 2048x2048
+        torch.cuda.set_per_process_memory_fraction(allowed / total, DEVICE)
+        try:
+            for _ in range(2):
+                with pytest.raises(openai.InternalServerError) as error:
+                    draw("2048x2048")
+                assert error.value.code == "out_of_memory"
+                assert draw() == want
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+        assert len(draw("2048x2048")) > len(want)
