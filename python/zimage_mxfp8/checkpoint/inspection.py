@@ -57,7 +57,7 @@ class Inspection:
         accepted_by: the commands that take it. Arguments are between backticks, as in the hints of
             `Error`.
         refusal: why no command takes it, and what to do instead; "" if one does.
-        provenance: details of the conversion that `convert` wrote; None without them.
+        provenance: what `convert` or `merge_loras` wrote about it; None without that.
         adapter: changes that an adapter makes; None for other files.
     """
 

@@ -1,18 +1,20 @@
-"""The origin of a converted file, from the metadata in its header."""
+"""The origin of a converted or merged file, from the metadata in its header."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .. import _core
 
 PROVENANCE_KEY = "zimage_mxfp8"
 
 
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return the version, recipe and options that `convert` wrote; None without them.
+    """Return what `convert` or `merge_loras` wrote: version, recipe, adapters; None without it.
 
-    Values of another type than `convert` writes are left out: the entry may be any program's.
+    Values of another type than they write are left out: the entry may be any program's.
     """
     try:
         made = json.loads(metadata.get(PROVENANCE_KEY, "null"))
@@ -21,6 +23,18 @@ def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     if not isinstance(made, dict):
         return None
     return {key: value for key, value in made.items() if _is_ours(key, value)}
+
+
+def merged_loras(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the SHA-256 and the weight of each adapter that was merged into a file's weights."""
+    return (read_provenance(metadata) or {}).get("loras") or []
+
+
+def provenance_of_merged(loras: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the metadata of a plain file with these adapters merged in; empty without any."""
+    if not loras:
+        return {}
+    return {PROVENANCE_KEY: json.dumps({"version": _core.__version__, "loras": list(loras)})}
 
 
 def _is_ours(key: str, value: Any) -> bool:

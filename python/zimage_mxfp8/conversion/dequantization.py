@@ -11,7 +11,7 @@ from ..checkpoint.find_layers import find_layers
 from ..checkpoint.header import file_size, layout_header
 from ..checkpoint.identify import open_for
 from ..checkpoint.output import AtomicFile, check_target
-from ..checkpoint.provenance import PROVENANCE_KEY
+from ..checkpoint.provenance import PROVENANCE_KEY, merged_loras, provenance_of_merged
 from ..checkpoint.quantized_layers import QuantizedLayer
 from ..checks import path as path_argument
 from ..printing.progress import byte_bar, shown
@@ -74,6 +74,7 @@ def dequantize_checkpoint(
     metadata = dict(checkpoint.metadata)
     names = {name for layer in layers for name in (layer.name, found.scope.inner(layer.name))}
     metadata.pop(PROVENANCE_KEY, None)
+    metadata |= provenance_of_merged(merged_loras(checkpoint.metadata))
     described = markers.header_layers(metadata.pop(markers.HEADER_KEY, "")) or {}
     if others := {name: layer for name, layer in described.items() if name not in names}:
         metadata[markers.HEADER_KEY] = markers.header_value(others)

@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoint.header import file_size, layout_header
 from ..checkpoint.identify import open_for
 from ..checkpoint.output import AtomicFile, check_target
+from ..checkpoint.provenance import merged_loras, provenance_of_merged
 from ..checks import check_threads, file_or_folder
 from ..checks import path as path_argument
 from ..errors import UsageError
@@ -72,7 +73,8 @@ def merge_loras(
         zm.merge_loras("z_image_bf16.safetensors", "merged.safetensors", [("a.safetensors", 0.8)])
 
     Every tensor keeps its dtype: `W + sum(weight * dW)` is rounded to nearest, ties to even. The
-    output is a single file in ComfyUI's layout, and appears whole or not at all.
+    output is a single file in ComfyUI's layout, and appears whole or not at all. Its header names
+    the adapters by SHA-256 and weight, after those that were merged into the source.
 
     Args:
         source: a Z-Image checkpoint in BF16, F16 or F32 (file or diffusers folder).
@@ -106,7 +108,9 @@ def merge_loras(
     merge = Merge(found, pairs)
     checkpoint = merge.apply(())
     outputs = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    header, places = layout_header(outputs, dict(checkpoint.metadata))
+    before = merged_loras(checkpoint.metadata)
+    made = provenance_of_merged([*before, *(each.identity for each in merge.adapters)])
+    header, places = layout_header(outputs, {**checkpoint.metadata, **made})
     check = KeptTensorCheck(keep=False).check
     jobs = [header_job(header)]
     for name, info in places.items():

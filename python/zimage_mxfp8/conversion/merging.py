@@ -56,6 +56,11 @@ class MergedAdapter:
     kinds: dict[str, int]
     unmatched: tuple[str, ...]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What headers say of it: neither its name nor its path."""
+        return {"sha256": self.sha256, "weight": self.weight}
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return vars(self) | {"unmatched": list(self.unmatched)}

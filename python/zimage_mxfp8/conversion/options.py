@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -175,7 +175,7 @@ class ConversionOptions:
         return self
 
     def provenance(
-        self, source_hashes: Sequence[str], lora_hashes: Sequence[str] = ()
+        self, source_hashes: Sequence[str], loras: Sequence[Mapping[str, Any]] = ()
     ) -> dict[str, Any] | None:
         """Return the metadata about the file's origin; None if it must equal convert_to_quant's.
 
@@ -183,7 +183,7 @@ class ConversionOptions:
 
         Args:
             source_hashes: SHA-256 of each file of the source, with `hash_source`.
-            lora_hashes: SHA-256 of each adapter.
+            loras: SHA-256 and weight of each adapter, with those merged before.
         """
         if self.rules.reproduces_convert_to_quant:
             return None
@@ -203,11 +203,8 @@ class ConversionOptions:
             made["modulation_matmul"] = "full"
         if self.hash_source:
             made["source_sha256"] = list(source_hashes)
-        if lora_hashes:
-            made["loras"] = [
-                {"sha256": digest, "weight": weight}
-                for digest, (_, weight) in zip(lora_hashes, self.weighted_loras, strict=True)
-            ]
+        if loras:
+            made["loras"] = list(loras)
         return made
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..checkpoint import quantization as markers
 from ..checkpoint.header import TensorInfo, file_size, layout_header
 from ..checkpoint.identify import Identified
-from ..checkpoint.provenance import PROVENANCE_KEY
+from ..checkpoint.provenance import PROVENANCE_KEY, merged_loras
 from ..checkpoint.scopes import COMFYUI_PREFIXES, NOT_TRANSFORMER, Scope, group_of
 from ..checkpoint.source import Checkpoint, SourceTensor
 from ..checkpoint.structure import (
@@ -197,7 +197,8 @@ def make_plan(
         metadata[markers.HEADER_KEY] = markers.header_value(described)
     if source_hashes is None:
         source_hashes = ["0" * 64 for _ in checkpoint.files]
-    provenance = options.provenance(source_hashes, [adapter.sha256 for adapter in adapters])
+    loras = [*merged_loras(metadata), *(adapter.identity for adapter in adapters)]
+    provenance = options.provenance(source_hashes, loras)
     if provenance is not None:
         metadata[PROVENANCE_KEY] = json.dumps(provenance)
     header, places = layout_header(outputs, metadata)

@@ -42,7 +42,8 @@ def print_inspection(found: Inspection, screen: Screen) -> None:
             for key, value in found.provenance.items()
             if key != "version"
         ]
-        screen.text(f"converted by zimage-mxfp8 {version}: {', '.join(made)}")
+        how = "merged" if found.provenance.keys() == {"version", "loras"} else "converted"
+        screen.text(f"{how} by zimage-mxfp8 {version}: {', '.join(made)}")
     if found.accepted_by:
         screen.text(f"accepted by {', '.join(found.accepted_by)}")
     elif found.refusal:

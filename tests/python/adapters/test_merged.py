@@ -266,7 +266,8 @@ def test_plain_output_keeps_dtypes(dtype, plain: Tensors, reference, tmp_path: P
     found = load_file(tmp_path / "out.safetensors")
     assert {name: x.dtype for name, x in found.items()} == dict.fromkeys(found, dtype)
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
-    assert metadata_of(tmp_path / "out.safetensors") == {"by": "me"}
+    metadata = metadata_of(tmp_path / "out.safetensors")
+    assert {k: v for k, v in metadata.items() if k not in OWN} == {"by": "me"}
     assert report.loras[0]["weight"] == 0.5
 
 
@@ -298,6 +299,37 @@ def test_the_file_and_the_report_say_what_was_merged(
     capsys.readouterr()
     assert main(["inspect", str(output)]) == 0
     assert f"{digest[:12]} at -0.5" in " ".join(capsys.readouterr().out.split())
+
+
+def test_adapters_of_a_plain_file_stay_known(
+    source: Path, several, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In files that are merged again, converted and decoded; in that order."""
+    files = [tmp_path / f"file-{i}.safetensors" for i in range(4)]
+    (first, _), (second, _) = several[0][:2]
+    named = [{"sha256": sha256(path), "weight": 0.5} for path in (first, second, first)]
+    zm.merge_loras(source, files[0], [(first, 0.5)])
+    zm.merge_loras(files[0], files[1], [(second, 0.5)])
+    zm.convert(files[1], files[2], loras=[(first, 0.5)])
+    zm.dequantize_checkpoint(files[2], files[3])
+    for file, count in zip(files, (1, 2, 3, 3), strict=True):
+        assert zm.inspect(file).provenance["loras"] == named[:count]
+    assert zm.inspect(files[3]).provenance == {"version": zm.__version__, "loras": named}
+    for original, loras in (
+        (files[1], [(first, 0.5)]),
+        (files[0], [(second, 0.5), (first, 0.5)]),
+        (source, [(first, 0.5), (second, 0.5), (first, 0.5)]),
+    ):
+        report = zm.validate(files[2], original, loras=loras)
+        assert not [note for note in report.notes if "not the adapters" in note]
+    with pytest.raises(zm.CheckpointError, match="with 1 adapter merged in"):
+        zm.validate(files[2], files[1])
+    zm.convert(files[1], files[2], overwrite=True)
+    assert zm.validate(files[2], files[1]).ok
+    capsys.readouterr()
+    assert main(["inspect", str(files[0])]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"merged by zimage-mxfp8 {zm.__version__}: loras {sha256(first)[:12]} at 0.5" in shown
 
 
 @pytest.mark.parametrize("weights", [[0.0], [1.0, -1.0]])

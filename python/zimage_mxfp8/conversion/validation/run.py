@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors
 
@@ -13,7 +12,7 @@ from ...checkpoint import quantization as markers
 from ...checkpoint.find_layers import find_layers
 from ...checkpoint.header import read_header
 from ...checkpoint.identify import Identified, open_for
-from ...checkpoint.provenance import read_provenance
+from ...checkpoint.provenance import merged_loras
 from ...checkpoint.quantized_layers import AGAIN, Breach, QuantizedLayer, QuantizedLayers
 from ...checkpoint.scopes import COMFYUI_PREFIXES
 from ...checkpoint.source import Checkpoint
@@ -22,7 +21,7 @@ from ...errors import CheckpointError, UsageError, WrongKindError
 from ...printing.progress import byte_bar, shown
 from ...streaming.jobs import Job, ProgressCallback, run_jobs
 from ...text import plural
-from ..merging import Merge, MergedAdapter
+from ..merging import Merge
 from ..options import AnyPath, weighted_files
 from .comparison import Comparison
 from .report import ValidationReport
@@ -131,7 +130,10 @@ def _original(
 ) -> Checkpoint:
     """Open the original, with the adapters in it that were merged into the file."""
     found = open_for(against, "original", any_model=True)
-    merged = (read_provenance(checkpoint.metadata) or {}).get("loras") or []
+    merged = merged_loras(checkpoint.metadata)
+    before = merged_loras(found.checkpoint.metadata)
+    if merged[: len(before)] == before:
+        merged = merged[len(before) :]
     if not adapters:
         if merged:
             raise CheckpointError(
@@ -142,17 +144,12 @@ def _original(
         return found.checkpoint
     merge = Merge(found, adapters)
     report.loras = [adapter.to_dict() for adapter in merge.adapters]
-    if [_identity(adapter) for adapter in merge.adapters] != merged:
+    if [adapter.identity for adapter in merge.adapters] != merged:
         report.notes.append(
             "these are not the adapters and weights that the file's header names, in that order, "
             "so differences may come from that"
         )
     return merge.apply({layer.weight.name for layer in layers})
-
-
-def _identity(adapter: MergedAdapter) -> dict[str, Any]:
-    """Return what the header says of an adapter."""
-    return {"sha256": adapter.sha256, "weight": adapter.weight}
 
 
 def _check_readable_by_others(checkpoint: Checkpoint, report: ValidationReport) -> None:
