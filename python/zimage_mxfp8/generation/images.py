@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import struct
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
@@ -146,7 +147,7 @@ def decode_image(content: bytes, what: str, max_pixels: int) -> Image:
     Raises:
         CheckpointError: it is empty, too large, or not an image of these formats.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     name = f"the {what}"
     if not content:
@@ -162,7 +163,7 @@ def decode_image(content: bytes, what: str, max_pixels: int) -> Image:
                 f"{name} has {opened.width} x {opened.height} pixels, more than {max_pixels:,}; "
                 "scale it down"
             )
-        return ImageOps.exif_transpose(opened)
+        return _upright(opened)
 
 
 def eight_bits(image: Image) -> Image:
@@ -186,10 +187,17 @@ def _read(path: Path, name: str) -> Image:
             return _upright_rgb(opened, name)
 
 
-def _upright_rgb(image: Image, name: str) -> Image:
+def _upright(image: Image) -> Image:
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except (TypeError, struct.error):  # Pillow writes the tags again
+        raise ValueError("its EXIF data is damaged") from None
+
+
+def _upright_rgb(image: Image, name: str) -> Image:
+    image = _upright(image)
     if image.mode in ("I", "F"):
         raise CheckpointError(
             f"{name} has 32-bit pixels of unknown range; save it with 8 or 16 bits per channel"

@@ -7,7 +7,9 @@ import binascii
 import json
 import math
 import re
-import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -25,12 +27,13 @@ from .engine import Drawing, DrawRequest
 from .jobs import Job
 from .loras import MAX_WEIGHT
 from .openai_api import MAX_IMAGES, MAX_PROMPT
-from .request_errors import invalid
+from .request_errors import ClientGoneError, invalid
 from .service import Service
 
 _LORA = re.compile(r"<lora:([^:<>]{1,255})(?::([^:<>]{0,100}))?(?::[^<>]{0,100})?>")
 _SAMPLER, _SCHEDULER = "Euler", "Simple"
 _STRENGTH = 0.75  # of image to image, as there
+_SECONDS_TO_INTERRUPT = 2.0  # after closing a connection
 # Of arguments of `GenerationSettings`.
 _FIELDS = {
     "batch": "batch_size",
@@ -66,24 +69,40 @@ class ImageToImageBody(TextBody):
 
 
 class _Jobs:
-    """The jobs of this API: progress and interrupt are about the oldest that is drawn."""
+    """The jobs of this API, and the address that each came from."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._lock = threading.Lock()
-        self._jobs: set[Job] = set()
+        self._jobs: dict[Job, str] = {}
+        self._gone: dict[str, float] = {}  # when a client of an address last closed its connection
 
-    def add(self, job: Job) -> None:
-        with self._lock:
-            self._jobs.add(job)
-
-    def remove(self, job: Job) -> None:
-        with self._lock:
-            self._jobs.discard(job)
+    @contextmanager
+    def holding(self, job: Job, http: Request) -> Iterator[None]:
+        address = _address(http)
+        self._jobs[job] = address
+        try:
+            yield
+        except ClientGoneError:
+            self._gone[address] = time.monotonic()
+            raise
+        finally:
+            del self._jobs[job]
 
     @property
     def running(self) -> Job | None:
+        """The oldest that is drawn; progress is about it."""
         return next((job for job in self._service.queue.running if job in self._jobs), None)
+
+    def to_interrupt(self, http: Request) -> Job | None:
+        """Return the oldest job of a client's address, which is drawn or waits.
+
+        Programs interrupt when a user gives up, some after they have closed the connection of the
+        drawing. That has ended the job already, and the next one may be another user's.
+        """
+        address = _address(http)
+        if time.monotonic() - self._gone.pop(address, -math.inf) < _SECONDS_TO_INTERRUPT:
+            return None
+        return next((job for job, each in self._jobs.items() if each == address), None)
 
     @property
     def count(self) -> int:
@@ -98,31 +117,22 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/txt2img")
     async def text_to_image(body: TextBody, http: Request) -> Response:
-        return await _answer(service, jobs, http, body, {})
+        job = _submitted(service, http, body, {})
+        return await _response(service, jobs, http, body, job)
 
     @routes.post("/img2img")
     async def image_to_image(body: ImageToImageBody, http: Request) -> Response:
-        service.queue.check_room()
-        strength = body.denoising_strength
-        image = await service.decode(_bytes(body.init_images[0], "init_images"), "init_images")
-        images: dict[str, Any] = {
-            "init_image": image,
-            "strength": _STRENGTH if strength is None else strength,
-        }
-        if body.mask:
-            mask = await service.decode(_bytes(body.mask, "mask"), "mask")
-            mask = eight_bits(mask).convert("L")
-            mask = mask if mask.size == image.size else mask.resize(image.size)
-            images["mask_image"] = ImageOps.invert(mask) if body.inpainting_mask_invert else mask
-        return await _answer(service, jobs, http, body, images)
+        async with service.room_for_images():
+            job = _submitted(service, http, body, await _images(service, body))
+        return await _response(service, jobs, http, body, job)
 
     @routes.get("/progress")
     async def progress() -> Response:
         return JSONResponse(_progress(jobs))
 
     @routes.post("/interrupt")
-    async def interrupt() -> Response:
-        if (job := jobs.running) is not None:
+    async def interrupt(http: Request) -> Response:
+        if (job := jobs.to_interrupt(http)) is not None:
             job.stop()
         return JSONResponse({})
 
@@ -163,9 +173,24 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _answer(
-    service: Service, jobs: _Jobs, http: Request, body: TextBody, images: dict[str, Any]
-) -> Response:
+async def _images(service: Service, body: ImageToImageBody) -> dict[str, Any]:
+    """Return the arguments of `GenerationSettings` for image to image."""
+    image = await service.decode(_bytes(body.init_images[0], "init_images"), "init_images")
+    strength = body.denoising_strength
+    images: dict[str, Any] = {
+        "init_image": image,
+        "strength": _STRENGTH if strength is None else strength,
+    }
+    if body.mask:
+        mask = await service.decode(_bytes(body.mask, "mask"), "mask")
+        mask = eight_bits(mask).convert("L")
+        mask = mask if mask.size == image.size else mask.resize(image.size)
+        images["mask_image"] = ImageOps.invert(mask) if body.inpainting_mask_invert else mask
+    return images
+
+
+def _submitted(service: Service, http: Request, body: TextBody, images: dict[str, Any]) -> Job:
+    """Put a request into the queue."""
     prompt, loras = _without_loras(service, body.prompt)
     cfg = 1.0 if body.cfg_scale is None else body.cfg_scale
     # Here 1 is no guidance, and negative prompts without guidance are usual.
@@ -187,16 +212,18 @@ async def _answer(
         loras=loras,
         **images,
     )
-    job = service.submit(http, DrawRequest(settings))
-    jobs.add(job)
-    try:
+    return service.submit(http, DrawRequest(settings))
+
+
+async def _response(
+    service: Service, jobs: _Jobs, http: Request, body: TextBody, job: Job
+) -> Response:
+    with jobs.holding(job, http):
         drawing = await service.drawing(http, job, _FIELDS)
-    finally:
-        jobs.remove(job)
-    return await run_in_threadpool(_response, service.engine.name, body, drawing)
+    return await run_in_threadpool(_whole, service.engine.name, body, drawing)
 
 
-def _response(model: str, body: TextBody, drawing: Drawing) -> Response:
+def _whole(model: str, body: TextBody, drawing: Drawing) -> Response:
     first = drawing.metadata[0]
     seeds = [metadata["seed"] for metadata in drawing.metadata]
     prompts = [metadata["prompt"] for metadata in drawing.metadata]
@@ -226,6 +253,10 @@ def _response(model: str, body: TextBody, drawing: Drawing) -> Response:
     ]
     parameters = body.model_dump(exclude={"init_images", "mask"})
     return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
+
+
+def _address(http: Request) -> str:
+    return http.client.host if http.client else ""
 
 
 def _progress(jobs: _Jobs) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .request_errors import JSON_TYPE, check_content_type, request_error
 from .request_log import LogWriter
 from .service import Service
 
+_READ = ["GET", "HEAD"]
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     # The page loads nothing but itself, and no other page may frame it.
@@ -47,7 +48,7 @@ def create_app(
         engine: draws.
         options: limits and secrets.
         log: gets a line per request.
-        on_broken: called from the drawing thread if the engine cannot be warmed up.
+        on_broken: called from a drawing thread if the engine cannot draw any more, see `JobQueue`.
     """
     metrics = Metrics(log)
     queue = JobQueue(engine, options.queue, metrics)
@@ -68,15 +69,15 @@ def create_app(
     app.include_router(a1111_api.router(service))
     page = files(__package__).joinpath("page/index.html").read_text("utf-8")
 
-    @app.get("/")
+    @app.api_route("/", methods=_READ)
     async def index() -> Response:
         return Response(page, media_type="text/html", headers=_PAGE_HEADERS)
 
-    @app.get("/healthz")
+    @app.api_route("/healthz", methods=_READ)
     async def healthz() -> Response:
         return JSONResponse({"status": "ok"})
 
-    @app.get("/readyz")
+    @app.api_route("/readyz", methods=_READ)
     async def readyz() -> Response:
         is_ready = queue.is_ready
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)

@@ -1,4 +1,4 @@
-"""Connections of clients: HTTP/1.1 by uvicorn, with a limit on the time of a request's headers."""
+"""Connections of clients: HTTP/1.1 by uvicorn, which waits no longer than needed for requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class _Connection(H11Protocol):
-    """Closes itself if a request's headers are not there in time.
+    """Closes itself if a request's headers are not there in time, or its body when servers stop.
 
     Uvicorn only limits how long a connection may be idle after a response. `limits` bounds bodies,
     but sees a request only once its headers are complete.
@@ -31,6 +31,16 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Close the connection, after the response if there is one to come.
+
+        Uvicorn would wait for the rest of a body, too.
+        """
+        if self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete:
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def _start_timer(self) -> None:
         self._timer = self.loop.call_later(self.seconds, self.transport.close)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..errors import CudaError
 from ..generation.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -174,12 +175,22 @@ class GeneratorEngine:
         )
 
     def free_memory(self) -> None:
-        """Return memory of dead tensors to the device."""
+        """Return memory of dead tensors to the device.
+
+        Raises:
+            CudaError: the device failed, for good in this process.
+        """
         gc.collect()
         if self._device.startswith("cuda"):
             import torch
 
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise CudaError(
+                    f"{self._device} cannot be used any more: {reason}", "start the server again"
+                ) from None
 
     def device_memory(self) -> dict[str, int]:
         """Return the bytes that torch has allocated and reserved on a CUDA device."""

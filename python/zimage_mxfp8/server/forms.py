@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
 
-from .request_errors import invalid
+from .request_errors import RequestError, invalid
 
 _LORA_PART = re.compile(r"lora\[(\w+)\]")
+
+
+@asynccontextmanager
+async def received_form(http: Request, max_files: int, max_fields: int) -> AsyncIterator[FormData]:
+    """Yield the form that a request sends; its files are closed with the block.
+
+    Raises:
+        RequestError: its text cannot be decoded.
+        HTTPException: of starlette, for other forms that cannot be read.
+    """
+    async with AsyncExitStack() as stack:
+        try:
+            form = await stack.enter_async_context(
+                http.form(max_files=max_files, max_fields=max_fields)
+            )
+        except UnicodeError:
+            raise RequestError(
+                400, "invalid_value", "the form's text does not fit its charset; send UTF-8"
+            ) from None
+        yield form
 
 
 def text_fields(form: FormData) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class JobQueue:
         """Start to warm the engine up, and then to draw.
 
         Args:
-            on_broken: called from a thread if the engine cannot be warmed up.
+            on_broken: called from a thread if the engine cannot be warmed up, or cannot free memory
+                after a failed drawing. Nothing more is drawn then.
         """
         self._on_broken = on_broken
         self._thread.start()
@@ -281,10 +282,8 @@ class JobQueue:
     def _work(self) -> None:
         try:
             self._engine.warm_up()
-        except Exception as error:  # a broken model; nothing can be drawn
-            self._observer.failed(_detail(error))
-            self._on_broken(without_frames(error))
-            self.stop()
+        except Exception as error:  # a broken model
+            self._break(error)
             return
         self._is_ready = True
         others = [
@@ -296,6 +295,12 @@ class JobQueue:
         self._draw_all()
         for thread in others:
             thread.join()
+
+    def _break(self, error: Exception) -> None:
+        """Draw nothing more."""
+        self._observer.failed(_detail(error))
+        self._on_broken(without_frames(error))
+        self.stop()
 
     def _draw_all(self) -> None:
         while (job := self._next()) is not None:
@@ -351,8 +356,8 @@ class JobQueue:
         elif outcome != "stopped":
             try:
                 self._engine.free_memory()
-            except Exception as error:  # a device that is broken; the next drawing will tell
-                self._observer.failed(_detail(error))
+            except Exception as error:  # a device that is broken, until the process has ended
+                self._break(error)
         self._observer.job_ended(outcome)
         return end
 

@@ -13,6 +13,16 @@ _MAX_LORAS = 16  # of a request
 MAX_WEIGHT = 100  # of an adapter, up and down
 
 
+def check_count(count: int) -> None:
+    """Check how many adapters a request names.
+
+    Raises:
+        RequestError: there are too many.
+    """
+    if count > _MAX_LORAS:
+        raise invalid("lora", f"must be at most {_MAX_LORAS} LoRAs, not {count}")
+
+
 class LoraFolder:
     """The adapters that clients may name.
 
@@ -36,8 +46,7 @@ class LoraFolder:
         Raises:
             RequestError: there are too many, or there is none of a name.
         """
-        if len(named) > _MAX_LORAS:
-            raise invalid("lora", f"must be at most {_MAX_LORAS} LoRAs, not {len(named)}")
+        check_count(len(named))
         files = self._files() if named else {}
         return [(self._one(name, files), weight) for name, weight in named]
 

@@ -234,7 +234,7 @@ class Limits(_Layer):
             raise self._too_large()
         deadline = time.monotonic() + self._seconds
         count, is_complete = 0, False
-        breach: RequestError | None = None
+        breach: RequestError | ClientGoneError | None = None
 
         async def bounded_receive() -> Message:
             nonlocal count, is_complete, breach
@@ -245,6 +245,9 @@ class Limits(_Layer):
             except asyncio.TimeoutError:
                 breach = RequestError(408, "timeout", "the request did not arrive in time")
                 raise breach from None
+            if message["type"] == "http.disconnect":
+                breach = ClientGoneError()
+                raise breach
             count += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if count > self._max_bytes:

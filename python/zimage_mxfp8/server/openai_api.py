@@ -8,11 +8,11 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from PIL import Image
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,9 +22,9 @@ from .body_errors import body_error
 from .encoding import Format, base64_text, data_url, encode
 from .engine import Drawing, DrawRequest, Preview, Progress
 from .event_stream import EventStream
-from .forms import one_file, text_fields
+from .forms import one_file, received_form, text_fields
 from .jobs import Done, Event, Failed, Job, Queued
-from .loras import MAX_WEIGHT
+from .loras import MAX_WEIGHT, check_count
 from .middleware import notes_of
 from .request_errors import FIELDS, RequestError, check_content_type, invalid
 from .service import Service, events_for, may_begin
@@ -56,6 +56,13 @@ class LoraField(BaseModel):
     )
 
 
+def _few_loras(given: Any) -> Any:
+    """Refuse a long list before each element is looked at, which could take minutes."""
+    if isinstance(given, list):
+        check_count(len(given))
+    return [] if given is None else given
+
+
 class ImageBody(BaseModel):
     """The fields of a request that count; others are ignored."""
 
@@ -76,7 +83,7 @@ class ImageBody(BaseModel):
     guidance_scale: float | None = None
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     strength: float | None = None
-    lora: str | LoraField | list[str | LoraField] = []
+    lora: Annotated[str | LoraField | list[str | LoraField], BeforeValidator(_few_loras)] = []
 
 
 @dataclass(frozen=True)
@@ -133,33 +140,37 @@ def router(service: Service) -> APIRouter:
     async def generations(body: ImageBody, http: Request) -> Response:
         if body.strength is not None:
             raise invalid("strength", "is for /v1/images/edits; send the image there, or drop it")
-        return await _answer(service, http, body, "image_generation", None, None)
+        answer = _submitted(service, http, body, "image_generation", None, None)
+        return await _response(service, http, answer)
 
     @routes.post("/images/edits")
     async def edits(http: Request) -> Response:
         service.queue.check_room()
         check_content_type(http, *_FORMS)
-        async with http.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS) as form:
+        async with received_form(http, _MAX_FILES, _MAX_FIELDS) as form:
             body = _checked(text_fields(form))
-            image = await service.decode(await one_file(form, "image", "image[]"), "image")
-            mask = None
-            if "mask" in form:
-                mask = _white_where_transparent(
-                    await service.decode(await one_file(form, "mask"), "mask")
-                )
-        return await _answer(service, http, body, "image_edit", image, mask)
+            async with service.room_for_images():
+                image = await service.decode(await one_file(form, "image", "image[]"), "image")
+                mask = None
+                if "mask" in form:
+                    mask = _white_where_transparent(
+                        await service.decode(await one_file(form, "mask"), "mask")
+                    )
+                answer = _submitted(service, http, body, "image_edit", image, mask)
+        return await _response(service, http, answer)
 
     return routes
 
 
-async def _answer(
+def _submitted(
     service: Service,
     http: Request,
     body: ImageBody,
     event: str,
     image: Image.Image | None,
     mask: Image.Image | None,
-) -> Response:
+) -> _Answer:
+    """Put a request into the queue."""
     if body.model is not None:
         _check_model(service, body.model)
     width, height = service.size(*_size(body.size), image)
@@ -179,11 +190,13 @@ async def _answer(
         loras=_loras(service, body.lora),
     )
     previews = (body.partial_images or 0) if body.stream else 0
-    job = service.submit(http, DrawRequest(settings, previews))
-    answer = _Answer(body, event, job)
-    if body.stream:
+    return _Answer(body, event, service.submit(http, DrawRequest(settings, previews)))
+
+
+async def _response(service: Service, http: Request, answer: _Answer) -> Response:
+    if answer.body.stream:
         return await _stream(service, http, answer)
-    drawing = await service.drawing(http, job, _FIELDS)
+    drawing = await service.drawing(http, answer.job, _FIELDS)
     return await run_in_threadpool(_whole, answer, drawing)
 
 

@@ -35,7 +35,8 @@ def run_server(
     """Serve until SIGTERM or SIGINT.
 
     The first signal finishes what is drawn and refuses everything else; the second one stops that,
-    too, after its step; the third one ends the process, with 128 and the signal's number.
+    too, after its step, or what is left of responses; the third one ends the process, with 128 and
+    the signal's number.
 
     Args:
         engine: draws.
@@ -45,7 +46,7 @@ def run_server(
         on_ready: called when the engine is warm.
 
     Raises:
-        Exception: of the engine, if it cannot be warmed up.
+        Exception: of the engine, if it cannot be warmed up or its device is broken.
     """
     broken: list[Exception] = []
     app = create_app(engine, options, log, broken.append)
@@ -128,8 +129,16 @@ class _Server(uvicorn.Server):
             self.should_exit = True
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, and then the connections that were not waited for."""
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
     def _count(self, number: int, _frame: FrameType | None) -> None:
         self._signals += 1
+        if self.should_exit:  # only responses are left, which slow clients read
+            self.force_exit = True
         if self._signals == 3:
             # In a thread: this one may hold the lock of the log.
             threading.Thread(target=self._end_process, args=(number,), daemon=True).start()

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -26,6 +26,8 @@ from .request_errors import ClientGoneError, RequestError, invalid, request_erro
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_DECODED_AT_A_TIME = 2  # requests; an image may have 64 MB, and decoding takes several times that
+
 
 @dataclass(frozen=True)
 class Service:
@@ -42,6 +44,9 @@ class Service:
     queue: JobQueue
     loras: LoraFolder
     options: ServerOptions
+    _decoding: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(_DECODED_AT_A_TIME)
+    )
 
     def size(self, width: int | None, height: int | None, image: Image | None) -> tuple[int, int]:
         """Return the size of an image in pixels.
@@ -94,6 +99,17 @@ class Service:
                 f"{settings.height} are {settings.batch * pixels:,}",
             )
         return settings
+
+    @asynccontextmanager
+    async def room_for_images(self) -> AsyncIterator[None]:
+        """Let few requests at a time decode images and submit them, for others' memory.
+
+        Raises:
+            QueueFullError, StoppingError: there is no room in the queue.
+        """
+        async with self._decoding:
+            self.queue.check_room()
+            yield
 
     async def decode(self, content: bytes, param: str) -> Image:
         """Return the image of a file that a client sent, upright and in any mode.

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,19 @@ def serving(engine: Engine, log: Log | None = None, **options: Any) -> Iterator[
             server.should_exit = True
             thread.join(30)
             writer.close()
+
+
+def noisy(engine: StubEngine) -> Any:
+    """The engine's `draw` with images that do not fit into a socket's buffers."""
+    draw = engine.draw
+
+    def drawn(request: Any, report: Any) -> Any:
+        made = draw(request, report)
+        size = made.images[0].size
+        pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        return replace(made, images=(Image.fromarray(pixels),) * len(made.images))
+
+    return drawn
 
 
 class StubEngine:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from helpers.serving import Serve, StubEngine, decoded, image_file, wait_until
 from zimage_mxfp8.generation.images import open_image
@@ -190,6 +191,25 @@ def test_progress_and_interrupt(serve: Serve, engine: StubEngine) -> None:
         assert first.result().json()["error"] == "interrupted"
         assert second.result().status_code == 200
     assert engine.steps == 5 + 1 + 1  # the step that had begun, and the other request's
+
+
+def test_an_interrupt_is_about_requests_of_its_own_address(
+    serve: Serve, engine: StubEngine
+) -> None:
+    client = serve()
+    other = TestClient(client.app, base_url="http://localhost", client=("192.0.2.1", 5000))
+    engine.gate.clear()
+    with ThreadPoolExecutor(2) as others:
+        running = others.submit(client.post, TEXT, json={"prompt": "a", "steps": 2})
+        wait_until(lambda: engine.drawn)
+        assert other.post("/sdapi/v1/interrupt").status_code == 200
+        waiting = others.submit(other.post, TEXT, json={"prompt": "b"})
+        wait_until(lambda: client.get("/sdapi/v1/progress").json()["state"]["job_count"] == 2)
+        assert other.post("/sdapi/v1/interrupt").status_code == 200
+        assert waiting.result(30).status_code == 409
+        engine.gate.set()
+        assert running.result(30).status_code == 200
+    assert len(engine.drawn) == 1
 
 
 def test_an_interrupt_leaves_requests_of_the_other_api_alone(

@@ -156,6 +156,9 @@ def test_metrics(serve: Serve, engine: StubEngine) -> None:
 def test_health_and_readiness(serve: Serve, engine: StubEngine) -> None:
     client = serve()
     assert client.get("/healthz").json() == {"status": "ok"}
+    for path in ("/", "/healthz"):  # as uptime probes ask
+        answer = client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
     assert client.get("/readyz").json() == {"ready": True}
     client.app.state.queue.stop()  # type: ignore[attr-defined]
     assert client.get("/readyz").status_code == 503

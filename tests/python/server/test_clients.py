@@ -17,7 +17,7 @@ import pytest
 
 import zimage_mxfp8 as zm
 from helpers.documents import GUIDE, text_of
-from helpers.serving import Log, StubEngine, decoded, image_file, serving, wait_until
+from helpers.serving import Log, StubEngine, decoded, image_file, noisy, serving, wait_until
 from zimage_mxfp8.server.options import ServerOptions
 
 
@@ -244,6 +244,51 @@ def metrics_of(address: str) -> bytes:
     return found
 
 
+UNFINISHED = {
+    "JSON": ("/v1/images/generations", "application/json", b'{"prompt":'),
+    "form": ("/v1/images/edits", "multipart/form-data; boundary=x", b"--x\r\n"),
+    "A1111": ("/sdapi/v1/txt2img", "application/json", b'{"prompt":'),
+}
+
+
+@pytest.mark.parametrize(("path", "kind", "begin"), UNFINISHED.values(), ids=UNFINISHED)
+def test_a_client_that_goes_away_while_it_sends(
+    address: str, log: Log, path: str, kind: str, begin: bytes
+) -> None:
+    """It is nobody's failure, and no refusal."""
+    with connect(address) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+        connection.sendall(f"{head}Content-Length: 5000\r\n\r\n".encode() + begin)
+        time.sleep(0.05)
+    wait_until(log.getvalue)
+    (line,) = log.lines()
+    assert (line["route"], line["status"]) == (path, 499) and "error" not in line
+    assert b"zimage_refusals_total{" not in metrics_of(address)
+
+
+def test_an_interrupt_after_its_client_has_gone_stops_no_other(
+    address: str, engine: StubEngine, log: Log
+) -> None:
+    """As SillyTavern sends it: it closes the connection of the drawing, too."""
+    engine.pause_at = 2
+    path = "/sdapi/v1/txt2img"
+    first, second = connect(address), connect(address)
+    with first, second:
+        first.sendall(request_of({"prompt": "a", "steps": 1000}, path))
+        wait_until(lambda: engine.steps == 1)
+        second.sendall(request_of({"prompt": "b", "steps": 3}, path))
+        wait_until(lambda: b"zimage_queue_length 1.0" in metrics_of(address))
+        first.close()
+        wait_until(lambda: [line for line in log.lines() if line["status"] == 499])
+        engine.pause_at = None
+        engine.gate.set()
+        wait_until(lambda: len(engine.drawn) == 2)
+        with connect(address) as other:
+            other.sendall(request_of({}, "/sdapi/v1/interrupt"))
+            assert other.recv(10_000).startswith(b"HTTP/1.1 200 ")
+        assert second.recv(10_000).startswith(b"HTTP/1.1 200 ")
+
+
 def test_slow_clients_do_not_keep_others_waiting(engine: StubEngine, log: Log) -> None:
     """One sends its request and never ends; one does not read its images."""
     with serving(engine, log, transfer_timeout=0.5) as address:
@@ -291,24 +336,6 @@ def test_a_second_request_may_not_be_slow_either(engine: StubEngine) -> None:
         begin = time.monotonic()
         assert connection.recv(1) == b""
         assert time.monotonic() - begin < 4  # uvicorn's own limit between requests is 5 s
-
-
-def noisy(engine: StubEngine) -> Any:
-    """The engine's `draw` with images that do not fit into a socket's buffers."""
-    from dataclasses import replace
-
-    import numpy as np
-    from PIL import Image
-
-    draw = engine.draw
-
-    def drawn(request: Any, report: Any) -> Any:
-        made = draw(request, report)
-        size = made.images[0].size
-        pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-        return replace(made, images=(Image.fromarray(pixels),) * len(made.images))
-
-    return drawn
 
 
 def test_what_is_no_http(address: str) -> None:

@@ -8,8 +8,10 @@ import json
 import os
 import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from PIL import Image
 
 import zimage_mxfp8 as zm
 from helpers.serving import Log, Serve, StubEngine, image_file, wait_until
+from zimage_mxfp8.generation.images import decode_image
+from zimage_mxfp8.server import service
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 TEXT, IMAGE = "/sdapi/v1/txt2img", "/sdapi/v1/img2img"
@@ -52,6 +56,7 @@ HOSTILE = {
     "prompt of another type": b'{"prompt": {"a": [1]}}',
     "surrogate": rb'{"prompt": "\ud800"}',
     "many LoRAs": json.dumps({"prompt": "a", "lora": ["x"] * 10_000}).encode(),
+    "many LoRAs of another type": json.dumps({"prompt": "a", "lora": [1] * 300_000}).encode(),
 }
 
 
@@ -81,6 +86,33 @@ def test_names_of_loras_that_cannot_be_used(serve: Serve, engine: StubEngine, lo
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["param"] == "lora" and len(answer.text) < 1000
     assert not engine.drawn
+
+
+@pytest.mark.parametrize("element", [1, "x", {}, {"name": 1}])
+def test_many_loras_are_refused_by_their_number(
+    serve: Serve, engine: StubEngine, element: object
+) -> None:
+    """Errors about each element would take minutes and the machine's memory."""
+    client = serve()
+    loras = [element] * 20_000
+    form = {"prompt": "a", "lora": json.dumps(loras)}
+    for answer in (
+        client.post(GENERATIONS, json={"prompt": "a", "lora": loras}),
+        client.post(EDITS, data=form, files={"image": ("a.png", image_file())}),
+    ):
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["message"] == "lora must be at most 16 LoRAs, not 20000"
+        assert error["param"] == "lora"
+    assert not engine.drawn
+
+
+@pytest.mark.parametrize("kind", ["undefined", "punycode", "no such"])
+def test_charsets_of_forms(serve: Serve, kind: str) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na..\xff\r\n--x--\r\n'
+    headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={kind}"}
+    answer = serve().post(EDITS, content=part, headers=headers)
+    assert answer.status_code == 400, answer.text
 
 
 @pytest.mark.parametrize("scale", ["nan", "-inf", "inf", "-Infinity"])
@@ -185,6 +217,80 @@ def test_images_with_changed_bytes(serve: Serve) -> None:
                 files={"image": ("a", content)},
             )
             assert answer.status_code in (200, 400), (kind, place, answer.text)
+
+
+def jpeg_with_exif(*entries: tuple[int, int, int]) -> bytes:
+    """A JPEG file with EXIF tags: number, type, and value of each (TIFF 6.0, section 2)."""
+    directory = len(entries).to_bytes(2, "little")
+    for tag, kind, value in entries:
+        directory += tag.to_bytes(2, "little") + kind.to_bytes(2, "little")
+        directory += (1).to_bytes(4, "little") + value.to_bytes(4, "little")
+    tiff = b"II*\0" + (8).to_bytes(4, "little") + directory + bytes(4)
+    exif = b"Exif\0\0" + tiff
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    whole = image_file((64, 48), kind="JPEG")
+    return whole[:2] + segment + whole[2:]
+
+
+ORIENTATION, WIDTH, RESOLUTION, ASCII, SHORT = 0x112, 0x100, 0x11A, 2, 3
+
+
+def test_images_are_drawn_upright(serve: Serve, engine: StubEngine) -> None:
+    content = jpeg_with_exif((ORIENTATION, SHORT, 6))  # a quarter turn
+    answer = serve().post(EDITS, data={"prompt": "a"}, files={"image": ("a.jpg", content)})
+    assert answer.status_code == 200
+    sent = engine.drawn[0].settings.init_image
+    stored = Image.open(io.BytesIO(content))
+    assert isinstance(sent, Image.Image) and sent.size == (48, 64)
+    assert sent.getpixel((47, 0)) == stored.getpixel((0, 0))
+
+
+@pytest.mark.parametrize("tag", [WIDTH, RESOLUTION])
+def test_tags_of_images_that_are_damaged(serve: Serve, engine: StubEngine, tag: int) -> None:
+    content = jpeg_with_exif((tag, ASCII, 0x31), (ORIENTATION, SHORT, 6))
+    image = base64.b64encode(content).decode()
+    client = serve()
+    for answer in (
+        client.post(EDITS, data={"prompt": "a"}, files={"image": ("a.jpg", content)}),
+        client.post(IMAGE, json={"prompt": "a", "init_images": [image]}),
+    ):
+        assert answer.status_code == 400
+        assert "EXIF data is damaged; save it again" in answer.text
+    assert not engine.drawn
+
+
+def test_few_images_are_decoded_at_a_time(
+    serve: Serve, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the queue has no room for are not decoded at all."""
+    lock, begun = threading.Lock(), 0
+    at_a_time: list[int] = []
+    now: set[int] = set()
+
+    def decode(*arguments: Any) -> Image.Image:
+        nonlocal begun
+        with lock:
+            begun += 1
+            now.add(threading.get_ident())
+            at_a_time.append(len(now))
+        time.sleep(0.05)
+        with lock:
+            now.remove(threading.get_ident())
+        return decode_image(*arguments)
+
+    monkeypatch.setattr(service, "decode_image", decode)
+    client = serve(queue=2)
+    engine.gate.clear()
+    sent = {"image": ("a.png", image_file())}
+    with ThreadPoolExecutor(12) as clients:
+        asked = [
+            clients.submit(client.post, EDITS, data={"prompt": "a"}, files=sent) for _ in range(12)
+        ]
+        wait_until(lambda: sum(each.done() for each in asked) == 9)
+        assert begun <= 4 and max(at_a_time) <= 2
+        engine.gate.set()
+        statuses = sorted(each.result(30).status_code for each in asked)
+    assert statuses == [200] * 3 + [429] * 9
 
 
 def test_an_image_in_floats_is_refused(serve: Serve) -> None:

@@ -359,6 +359,29 @@ def test_a_failure_keeps_nothing_of_the_drawing_alive(start: Callable[..., JobQu
     assert queue.join(30) and notes.details == ["no memory"]
 
 
+def test_a_device_that_is_broken_draws_nothing_more(
+    start: Callable[..., JobQueue], engine: StubEngine, notes: Notes
+) -> None:
+    def fail() -> None:
+        raise zm.CudaError("an illegal access")
+
+    engine.failure = KeyError("of the drawing")
+    engine.free_memory = fail  # type: ignore[method-assign]
+    broken: list[Exception] = []
+
+    async def work() -> None:
+        queue = start(on_broken=broken.append)
+        job = queue.submit(request(), 30)
+        assert isinstance((await all_of(job.events()))[-1].error, KeyError)  # type: ignore[union-attr]
+        assert not queue.is_ready
+        with pytest.raises(StoppingError):
+            queue.submit(request(), 30)
+        assert await asyncio.to_thread(queue.join, 30)
+
+    run(work())
+    assert isinstance(broken[0], zm.CudaError) and notes.details[-1] == "an illegal access"
+
+
 def test_stop_finishes_what_is_drawn(start: Callable[..., JobQueue], engine: StubEngine) -> None:
     engine.gate.clear()
 

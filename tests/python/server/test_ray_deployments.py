@@ -6,24 +6,27 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import yaml
 from pydantic import ValidationError
+from starlette.testclient import TestClient
 
 import zimage_mxfp8 as zm
 from helpers.commands import Run
 from helpers.documents import GUIDE, block_with, text_of
-from zimage_mxfp8.server.model import ServedModel
-from zimage_mxfp8.server.options import API_KEY_VARIABLE
+from helpers.serving import wait_until
+from zimage_mxfp8.server.model import ServedModel, find_model
+from zimage_mxfp8.server.options import API_KEY_VARIABLE, ServerOptions
 
 with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
     warnings.simplefilter("ignore")
+    from ray.exceptions import RayActorError
     from ray.serve import Application, Deployment
 
     from zimage_mxfp8.server.ray import BuildArguments, build, cluster
-    from zimage_mxfp8.server.ray.application import Replicas, drawing_application
+    from zimage_mxfp8.server.ray.application import Front, Replicas, drawing_application
     from zimage_mxfp8.server.ray.cluster import replicas_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # likewise
@@ -72,6 +75,35 @@ def test_replicas_are_as_many_as_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         replicas_for(None, None, scaling=False, gpus_per_replica=5)
     with pytest.raises(zm.UsageError, match="must be at most 4: each has a GPU of its own"):
         replicas_for(5, None, scaling=False)
+
+
+def test_a_front_whose_replicas_cannot_draw_asks_to_be_replaced() -> None:
+    class Handle:
+        """Of replicas that died while one was waited for."""
+
+        is_ready = property(lambda self: self)
+
+        def remote(self) -> Handle:
+            return self
+
+        def result(self) -> None:
+            raise RayActorError
+
+    options = ServerOptions(api_key="x")
+    front = Front(Handle(), find_model(None, None), 1, options)  # type: ignore[arg-type]
+    front.check_health()
+    with TestClient(front.__serve_build_asgi_app__()) as client:
+        assert client.get("/readyz").status_code == 503
+
+        def is_unhealthy() -> bool:
+            with suppress(RuntimeError):
+                front.check_health()
+                return False
+            return True
+
+        wait_until(is_unhealthy)
+    with pytest.raises(RuntimeError, match="the replicas cannot draw"):
+        front.check_health()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import pytest
 import zimage_mxfp8 as zm
 from helpers.commands import Run
 from helpers.images import fails
-from helpers.serving import Log, StubEngine, wait_until
+from helpers.serving import Log, StubEngine, noisy, wait_until
 from zimage_mxfp8.cli import serve as command
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.server.options import ServerOptions
@@ -360,6 +360,95 @@ def test_what_libraries_say_is_in_the_log(
     assert warning["event"] == "warning" and told in warning["detail"]
     assert (stopping["event"], stopping["detail"]) == ("stopping", "now")
     assert capfd.readouterr().err == ""
+
+
+def test_a_device_that_breaks_ends_the_server(engine: StubEngine, log: Log) -> None:
+    """Its supervisor starts another one."""
+
+    def fail() -> None:
+        raise zm.CudaError("cuda:0 cannot be used any more")
+
+    engine.failure = RuntimeError("an illegal access")
+    engine.free_memory = fail  # type: ignore[method-assign]
+    writer = LogWriter(log)
+
+    def ask(port: int) -> None:
+        with client_of(f"http://127.0.0.1:{port}") as client:
+            with pytest.raises(openai.InternalServerError) as error:
+                client.images.generate(prompt="a")
+            statuses.append(error.value.status_code)
+
+    statuses: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=ask, args=listener.getsockname()[1:])
+        with pytest.raises(zm.CudaError, match="cannot be used any more"):
+            run_server(engine, ServerOptions(), listener, writer, thread.start)
+        thread.join(30)
+    writer.close()
+    assert statuses == [500]
+
+
+def test_a_stop_does_not_wait_for_requests_that_are_sent_slowly(
+    engine: StubEngine, log: Log
+) -> None:
+    writer = LogWriter(log)
+    ends: list[bytes] = []
+
+    def ask(address: tuple[str, int]) -> None:
+        with socket.create_connection(address) as connection:
+            connection.sendall(
+                b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+                b'Content-Type: application/json\r\nContent-Length: 5000\r\n\r\n{"prompt":'
+            )
+            time.sleep(0.1)
+            signal.raise_signal(signal.SIGTERM)
+            ends.append(connection.recv(100))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=ask, args=[listener.getsockname()])
+        run_server(engine, ServerOptions(transfer_timeout=3), listener, writer, thread.start)
+        thread.join(30)
+    writer.close()
+    assert ends == [b""]
+    # After the timeout there would be a 408.
+    assert [line.get("status", line.get("event")) for line in log.lines()] == ["stopping", 499]
+
+
+def test_second_signal_does_not_wait_for_readers(engine: StubEngine, log: Log) -> None:
+    engine.draw = noisy(engine)  # type: ignore[method-assign]
+    writer = LogWriter(log)
+    body = json.dumps({"prompt": "a", "n": 10, "size": "1024x1024", "stream": True}).encode()
+
+    def ask(address: tuple[str, int]) -> None:
+        with socket.create_connection(address) as connection:
+            connection.sendall(
+                b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            found = b""
+            while b"b64_json" not in found:  # an image begins, and is not read
+                found += connection.recv(1000)
+            signal.raise_signal(signal.SIGTERM)
+            wait_until(lambda: not accepts(address))
+            signal.raise_signal(signal.SIGTERM)
+            ended.wait(30)
+
+    def accepts(address: tuple[str, int]) -> bool:
+        try:
+            socket.create_connection(address).close()
+        except OSError:
+            return False
+        return True
+
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=ask, args=[listener.getsockname()])
+        run_server(engine, ServerOptions(transfer_timeout=20), listener, writer, thread.start)
+        ended.set()
+        thread.join(30)
+    writer.close()
+    # The client that does not read would be a 499 after the timeout.
+    assert not [line for line in log.lines() if line.get("status") == 499]
 
 
 def test_second_signal_stops_what_is_drawn(engine: StubEngine, log: Log) -> None:

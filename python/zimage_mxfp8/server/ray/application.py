@@ -133,10 +133,19 @@ class Front:
     ) -> None:
         self._engine = RayEngine(handle, model.name, places, (model.side, model.side))
         self._options = options
+        self._broken: str | None = None
+
+    def check_health(self) -> None:
+        """Raise if the front must be replaced. Ray Serve calls it."""
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app. Ray Serve calls this in the front's process."""
-        return create_app(self._engine, self._options, LogWriter(sys.stderr))
+        return create_app(self._engine, self._options, LogWriter(sys.stderr), self._break)
+
+    def _break(self, error: Exception) -> None:
+        self._broken = f"the replicas cannot draw: {error}"
 
 
 def build(args: Mapping[str, Any] | BuildArguments) -> Application:
