@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _FREE_SPACE = "free some space, or choose another disk"
 _REMEDIES: Final = {
     errno.ENOENT: "check the path",
+    errno.EEXIST: "choose another name",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "check the path",
     errno.ELOOP: "check the path",

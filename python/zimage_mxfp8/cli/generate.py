@@ -192,7 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..adapters.files import open_adapter
     from ..checkpoint import hub
     from ..checkpoint.output import check_target, write_file
-    from ..generation.images import open_image, png_bytes, preview_path, write_new
+    from ..generation.images import is_preview, open_image, png_bytes, preview_path, write_new
     from ..generation.parts import open_parts
     from ..printing.progress import stage_bar_or_lines
     from ..system.optional_packages import needed
@@ -209,8 +209,11 @@ def run(arguments: argparse.Namespace) -> int:
     inputs += [file for file, _ in settings.loras]
     inputs += [Path(arguments.controlnet)] if arguments.controlnet else []
     inputs += [Path(arguments.transformer)] if arguments.transformer else []
-    for target in (*outputs, *previews):
+    for target in outputs:
         check_target(target, filter(None, inputs), overwrite=arguments.overwrite)
+    for target in previews:
+        may_replace = arguments.overwrite or is_preview(target)
+        check_target(target, filter(None, inputs), overwrite=may_replace)
     # Wrong names are reported now, not after seconds of importing and minutes of loading.
     if not arguments.download:
         keep_libraries_quiet()
@@ -346,14 +349,14 @@ class PreviewFiles:
     def show(self, _step: int, images: Sequence[Image]) -> None:
         """Replace the files."""
         from ..checkpoint.output import write_file
-        from ..generation.images import plain_png_bytes
+        from ..generation.images import preview_png_bytes
 
         for path, image in zip(self._paths, images, strict=True):
             if self._failed:
                 return
             self._written.add(path)  # first: Ctrl-C may come at any time
             try:
-                write_file(path, plain_png_bytes(image), overwrite=True)
+                write_file(path, preview_png_bytes(image), overwrite=True)
             except OutputError as error:
                 report_line(f"warning: no more previews: {error}")
                 self._failed = True

@@ -68,7 +68,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
     )
     add_download(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+        "--host", type=_host, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
     parser.add_argument(
         "--port",
@@ -302,6 +302,11 @@ def _engine_on_ray(arguments: argparse.Namespace, log: LogWriter, port: int) -> 
         name = f"zimage-mxfp8-{socket.gethostname()}-{port}"  # this server's alone
         with cluster.drawing(model, replicas, arguments.timeout, name) as engine:
             yield engine
+
+
+def _host(text: str) -> str:
+    """Return an address; IPv6 ones have brackets in URLs."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def _count_or_auto(text: str) -> int | str:

@@ -225,5 +225,9 @@ def weighted_files(loras: Any) -> tuple[tuple[Path, float], ...]:
     for lora in loras:
         is_pair = isinstance(lora, (tuple, list)) and len(lora) == 2
         path, weight = lora if is_pair else (lora, 1.0)
-        pairs.append((checks.path("loras", path), checks.finite_number("loras", weight)))
+        file = checks.path("loras", path)
+        try:
+            pairs.append((file, checks.finite_number("loras", weight)))
+        except UsageError as error:
+            raise UsageError("loras", f"has a weight for {file} that {error.problem}") from None
     return tuple(pairs)

@@ -19,12 +19,14 @@ import numpy as np
 from ..checkpoint.output import write_file
 from ..errors import CheckpointError, OutputError, UsageError, remedy
 from . import infotext
+from .png_text import read_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 # One key with this package's name: ComfyUI and others interpret keys like "prompt".
 METADATA_KEY = "zimage-mxfp8"
+_PREVIEW_KEY = "zimage-mxfp8-preview"
 _SUFFIX = ".png"
 # Of images that clients send: those that browsers show. Others run programs or are rarely tried.
 _SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -116,6 +118,24 @@ def plain_png_bytes(image: Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def preview_png_bytes(image: Image) -> bytes:
+    """Return a PNG file that says that it is a preview, and nothing else."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text(_PREVIEW_KEY, "preview")
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def is_preview(path: Path) -> bool:
+    """Return whether a file is a preview: one is left when a program is killed."""
+    try:
+        return _PREVIEW_KEY in read_texts(path, [_PREVIEW_KEY])
+    except CheckpointError:  # another file, or none
+        return False
 
 
 def open_image(source: Path | Image, what: str = "init image") -> Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,25 @@ _NEGATIVE = "Negative prompt:"
 # The length of names is bounded: a long last line would take quadratic time.
 _PAIR = re.compile(r'(\w[\w \-/]{1,40}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _MIN_PAIRS = 3  # of a last line that is not part of the prompt
+_PROGRAM = "zimage-mxfp8"
+_LORA = re.compile(r"<lora:([^:<>]{1,255}(?::[^:<>]{0,100}){0,2})>")  # in prompts of other programs
+
+
+@dataclass(frozen=True)
+class Infotext:
+    """What such a text says.
+
+    Attributes:
+        values: arguments of `GenerationSettings`.
+        loras: names of the adapters, most with their weights.
+        controlnet: description of the ControlNet; None without one.
+        is_ours: whether this package wrote it.
+    """
+
+    values: Mapping[str, Any]
+    loras: tuple[str, ...]
+    controlnet: str | None
+    is_ours: bool
 
 
 def write_infotext(metadata: Mapping[str, Any]) -> str:
@@ -43,7 +63,7 @@ def write_infotext(metadata: Mapping[str, Any]) -> str:
             f"Model: {Path(metadata['controlnet']).stem}, Weight: {metadata['control_strength']}, "
             f"Guidance Start: {metadata['control_start']}, Guidance End: {metadata['control_end']}"
         )
-    pairs["Version"] = f"zimage-mxfp8 {metadata['version']}"
+    pairs["Version"] = f"{_PROGRAM} {metadata['version']}"
     lines = [metadata["prompt"]]
     if metadata["negative_prompt"]:
         lines.append(f"{_NEGATIVE} {metadata['negative_prompt']}")
@@ -51,8 +71,8 @@ def write_infotext(metadata: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_infotext(text: str) -> dict[str, Any]:
-    """Parse such a text into arguments of `GenerationSettings`.
+def read_infotext(text: str) -> Infotext:
+    """Parse such a text. Adapters in the prompt of another program are taken out of it.
 
     Raises:
         ValueError: the text has another format, or a value that cannot be used; the message ends a
@@ -68,7 +88,12 @@ def read_infotext(text: str) -> dict[str, Any]:
             prompts[1].append(line.removeprefix(_NEGATIVE).strip())
         else:
             prompts[1 if prompts[1] else 0].append(line)
-    values: dict[str, Any] = {"prompt": "\n".join(prompts[0])}
+    is_ours = pairs.get("Version", "").startswith(_PROGRAM)
+    prompt = "\n".join(prompts[0])
+    loras = [each for each in pairs.get("Loras", "").split(", ") if each]
+    if not is_ours and (found := _LORA.findall(prompt)):
+        loras, prompt = found, _LORA.sub("", prompt).strip()
+    values: dict[str, Any] = {"prompt": prompt}
     if negative := "\n".join(prompts[1]):
         values["negative_prompt"] = negative
     try:
@@ -79,9 +104,11 @@ def read_infotext(text: str) -> dict[str, Any]:
             values["width"], values["height"] = map(int, pairs["Size"].split("x"))
         if "CFG scale" in pairs:
             values["guidance"] = float(Decimal(pairs["CFG scale"]) - 1)
+        if is_ours and "Denoising strength" in pairs:
+            values["strength"] = float(pairs["Denoising strength"])
     except (ValueError, ArithmeticError):
         raise ValueError(f'has a number that cannot be read in "{last.strip()[:200]}"') from None
-    return values
+    return Infotext(values, tuple(loras), pairs.get("ControlNet 0"), is_ours)
 
 
 def _model_name(metadata: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,8 @@ class GenerationSettings:
             stays. A file or a PIL image of the init image's size.
         strength: share of the init image that noise replaces, 0.01 to 1; None: 0.6, or 1 with a
             mask.
-        loras: adapter files, each with its weight (see `ZImageTransformer.load_lora`).
+        loras: adapter files, or pairs of a file and a weight (see `ZImageTransformer.load_lora`);
+            pairs after the checks.
         control_image: image for a ControlNet, a file or a PIL image, as large as the image or of
             the same shape.
         control_strength: what the hints of the ControlNet are multiplied by, -10 to 10; None: 0.75.
@@ -89,7 +91,7 @@ class GenerationSettings:
                 )
         if not 0 <= self.guidance <= MAX_GUIDANCE:
             raise UsageError("guidance", f"must be 0 to {MAX_GUIDANCE}, not {self.guidance}")
-        if self.negative_prompt is not None and not self.guidance:
+        if self.negative_prompt and not self.guidance:
             raise UsageError(
                 "negative_prompt", "has no effect without guidance", "add `guidance` or drop it"
             )
@@ -144,7 +146,7 @@ class GenerationSettings:
                     continue
                 object.__setattr__(self, name, check(name, value))
         if not isinstance(self.loras, (list, tuple)):
-            raise UsageError("loras", "must be a list of pairs of a file and a weight")
+            raise UsageError("loras", "must be a list of files, or of pairs of a file and a weight")
         object.__setattr__(self, "loras", _check_loras(self.loras))
 
     def resolved(self, image_size: tuple[int, int] | None = None) -> GenerationSettings:
@@ -177,8 +179,10 @@ def _check_loras(pairs: Sequence[object]) -> tuple[tuple[Path, float], ...]:
     checked = []
     sums: dict[Path, float] = {}
     for pair in pairs:
+        if isinstance(pair, (str, os.PathLike)):
+            pair = (pair, 1.0)
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise UsageError("loras", "must be pairs of a file and a weight")
+            raise UsageError("loras", "must be files, or pairs of a file and a weight")
         file = path("loras", pair[0])
         weight = _lora_weight(file, pair[1])
         place = file.absolute()

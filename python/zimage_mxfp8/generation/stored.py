@@ -37,10 +37,11 @@ class StoredSettings:
     Attributes:
         path: the file.
         values: arguments of `GenerationSettings`; omitted ones and None are missing.
-        images: names of the images that it was made from, by the argument of `GenerationSettings`.
+        images: names of the images that it was made from, by the argument of `GenerationSettings`;
+            "" if the file does not name them.
         loras: names of the adapters, each with its weight.
-        circumstances: other values that the image depends on, by name in `Generation.metadata`;
-            empty for an image of another program.
+        circumstances: other values that the image depends on, by name in `Generation.metadata`.
+        is_ours: whether this package made the image.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class StoredSettings:
     images: Mapping[str, str]
     loras: tuple[str, ...]
     circumstances: Mapping[str, Any]
+    is_ours: bool = True
 
     def with_options(self, given: Mapping[str, Any]) -> GenerationSettings:
         """Return these settings, with the given arguments of `GenerationSettings` replaced.
@@ -60,12 +62,13 @@ class StoredSettings:
         """
         for argument, image in self.images.items():
             if argument not in given:
+                named = f"the image {image[:80]!r}" if image else "an image, which it does not name"
                 raise UsageError(
                     argument,
-                    f"must be given: {self.path} was made from the image {image[:80]!r}",
+                    f"must be given: {self.path} was made from {named}",
                     "name that image",
                 )
-        if self.loras and "loras" not in given:
+        if self.is_ours and self.loras and "loras" not in given:
             raise UsageError(
                 "loras",
                 f"must be given: {self.path} was made with {', '.join(self.loras)[:200]}",
@@ -91,8 +94,11 @@ class StoredSettings:
         Args:
             metadata: metadata of the new image, see `Generation.metadata`.
         """
-        if not self.circumstances:
+        if not self.is_ours:
             yield f"{self.path} is from another program: the same settings give another image"
+            if self.loras and not metadata.get("loras"):
+                named = ", ".join(self.loras)[:200]
+                yield f"{self.path} was made with adapters, which are left out: {named}"
         changes = [
             f"{name} {str(self.circumstances[name])[:80]} (now {metadata.get(name)})"
             for name in _CIRCUMSTANCES
@@ -117,17 +123,20 @@ def read_settings(path: Path) -> StoredSettings:
             f'"{infotext.KEY}"; programs that edit or convert images often remove them'
         )
     try:
-        values = infotext.read_infotext(texts[infotext.KEY])
+        read = infotext.read_infotext(texts[infotext.KEY])
     except ValueError as error:
         raise CheckpointError(
             f'the text "{infotext.KEY}" of {path} {error}; use another image'
         ) from None
-    if values.get("guidance", 0) < 0:
+    if read.values.get("guidance", 0) < 0:
         raise CheckpointError(
             f"{path} has a CFG scale below 1, which has no counterpart here",
             "`guidance` is the CFG scale minus 1, and at least 0",
         )
-    return StoredSettings(path, values, {}, (), {})
+    images = {"init_image": ""} if "strength" in read.values else {}
+    if read.is_ours and read.controlnet is not None:
+        images["control_image"] = ""
+    return StoredSettings(path, read.values, images, read.loras, {}, read.is_ours)
 
 
 def _of_generate(path: Path, text: str) -> StoredSettings:

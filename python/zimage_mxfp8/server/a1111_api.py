@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..generation.images import eight_bits
 from ..generation.infotext import write_infotext
+from ..generation.limits import MAX_GUIDANCE
 from .encoding import base64_text, encode
 from .engine import Drawing, DrawRequest
 from .jobs import Job
@@ -195,6 +196,8 @@ def _submitted(service: Service, http: Request, body: TextBody, images: dict[str
     cfg = 1.0 if body.cfg_scale is None else body.cfg_scale
     # Here 1 is no guidance, and negative prompts without guidance are usual.
     guidance = float(Decimal(repr(cfg)) - 1) if cfg > 1 else 0.0
+    if guidance > MAX_GUIDANCE:
+        raise invalid("cfg_scale", f"must be at most {MAX_GUIDANCE + 1}, not {cfg:g}")
     width, height = service.size(body.width, body.height, images.get("init_image"))
     batch = (body.batch_size or 1) * (body.n_iter or 1)
     if batch > MAX_IMAGES:
@@ -304,6 +307,6 @@ def _bytes(text: str, field: str) -> bytes:
     """Return the bytes of base64, or of a data URL."""
     data = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)  # lines of 76 characters too
     except (binascii.Error, ValueError):
         raise invalid(field, "must be base64 of an image file") from None

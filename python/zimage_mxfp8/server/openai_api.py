@@ -177,7 +177,7 @@ def _submitted(
     settings = service.settings(
         _FIELDS,
         prompt=body.prompt,
-        negative_prompt=body.negative_prompt,
+        negative_prompt=body.negative_prompt or None,
         steps=8 if body.num_inference_steps is None else body.num_inference_steps,
         width=width,
         height=height,

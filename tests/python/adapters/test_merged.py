@@ -301,6 +301,13 @@ def test_the_file_and_the_report_say_what_was_merged(
     assert f"{digest[:12]} at -0.5" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("call", [zm.convert, zm.merge_loras])
+def test_weights_that_are_no_numbers(call, source: Path, tmp_path: Path) -> None:
+    words = r"loras has a weight for a.safetensors that must be a finite number, not '0\.8'"
+    with pytest.raises(zm.UsageError, match=words):
+        call(source, tmp_path / "out.safetensors", loras=[("a.safetensors", "0.8")])
+
+
 def test_adapters_of_a_plain_file_stay_known(
     source: Path, several, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

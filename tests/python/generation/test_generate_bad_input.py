@@ -812,3 +812,9 @@ def test_as_a_process(zimage_folder: Path, tmp_path: Path) -> None:
     err = STAGES.sub("", result.stderr)
     fails((result.returncode, result.stdout, err), 1, "model/vae cannot be loaded: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_adapters_without_weights_count_once() -> None:
+    """As for `convert` and `merge_loras`."""
+    settings = zm.GenerationSettings("a", loras=["a.safetensors", (Path("b.safetensors"), 0.5)])  # type: ignore[arg-type]
+    assert settings.loras == ((Path("a.safetensors"), 1.0), (Path("b.safetensors"), 0.5))

@@ -23,7 +23,13 @@ from helpers.model_folder import make_pipeline
 from zimage_mxfp8.checkpoint import output as output_module
 from zimage_mxfp8.cli.generate import _peak_memory
 from zimage_mxfp8.generation import generator as generator_module
-from zimage_mxfp8.generation.images import free_path, name_from_prompt, preview_path, write_new
+from zimage_mxfp8.generation.images import (
+    free_path,
+    name_from_prompt,
+    preview_path,
+    preview_png_bytes,
+    write_new,
+)
 
 QUICK = ("--prompt", "a red fox, in SNOW!", "--steps", 1, "--seed", 1234, *SIZE)
 
@@ -258,6 +264,14 @@ def test_previews_spare_what_was_there(generate: Generate, tmp_path: Path) -> No
     assert generate(*options)[0] == 0
     assert (tmp_path / "o.preview.png").read_text() == "mine"
     fails(generate(*options, "--preview", 0), 2, "--preview")
+
+
+def test_previews_of_a_killed_program_are_replaced(generate: Generate, tmp_path: Path) -> None:
+    preview = tmp_path / "o.preview.png"
+    preview.write_bytes(preview_png_bytes(Image.new("RGB", (8, 8))))
+    options = ("--prompt", "a", "-o", "o.png", "--steps", 3, *SIZE)
+    assert generate(*options, "--preview", 2)[0] == 0
+    assert not preview.exists() and (tmp_path / "o.png").is_file()
 
 
 def test_previews_that_cannot_be_written_stop_nothing(

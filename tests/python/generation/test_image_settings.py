@@ -106,7 +106,8 @@ def test_infotext_says_what_was_asked_for(prompt: str, negative: str | None) -> 
     assert found["Prompt"] == prompt
     assert found["Negative prompt"] == (negative or "")
     read = infotext.read_infotext(text)
-    assert read == {
+    assert read.is_ours and not read.loras
+    assert read.values == {
         **{"prompt": prompt, "seed": 1234, "steps": 8, "width": 64, "height": 48},
         "guidance": changes["guidance"],
         **({} if negative is None else {"negative_prompt": negative}),
@@ -127,8 +128,8 @@ def test_numbers_come_back_from_infotext(guidance: float, seed: int) -> None:
     text = infotext.write_infotext({**METADATA, "guidance": guidance, "seed": seed})
     assert not re.search(r"CFG scale: \S*[eE]", text)
     read = infotext.read_infotext(text)
-    assert read["guidance"] == pytest.approx(guidance, rel=0, abs=1e-25)
-    assert read["seed"] == seed
+    assert read.values["guidance"] == pytest.approx(guidance, rel=0, abs=1e-25)
+    assert read.values["seed"] == seed
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -304,6 +305,46 @@ def test_settings_of_another_program(generate: Generate, tmp_path: Path) -> None
     }
 
 
+def image_with_infotext(path: Path, text: str) -> Path:
+    info = PngInfo()
+    info.add_itxt(infotext.KEY, text)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+MADE_FROM = {
+    "adapters": (
+        {"loras": [{"name": "ink.safetensors", "weight": 0.5}]},
+        "must be given: .* was made with ink:0.5",
+    ),
+    "image": ({"strength": 0.7}, "must be given: .* an image, which it does not name"),
+    "ControlNet": (
+        {"controlnet": "n", "control_strength": 1, "control_start": 0, "control_end": 1},
+        "must be given: .* an image, which it does not name",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), MADE_FROM.values(), ids=MADE_FROM)
+def test_our_infotext_alone_leaves_nothing_out(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    text = infotext.write_infotext({**METADATA, **changes})
+    stored = read_settings(image_with_infotext(tmp_path / "a.png", text))
+    with pytest.raises(zm.UsageError, match=words):
+        stored.with_options({})
+    assert not list(stored.warnings({}))
+
+
+def test_adapters_of_other_programs_are_named(tmp_path: Path) -> None:
+    text = "a <lora:ink:0.5> fox <lora:oil:1:0.2>\nSteps: 8, CFG scale: 1.0, Seed: 1, Size: 64x64"
+    stored = read_settings(image_with_infotext(tmp_path / "a.png", text))
+    assert stored.with_options({}).prompt == "a  fox"
+    _, adapters = stored.warnings({"loras": []})
+    assert "which are left out: ink:0.5, oil:1:0.2" in adapters
+    assert len([*stored.warnings({"loras": [{"name": "ink", "weight": 1}]})]) == 1
+
+
 def test_cfg_1_is_no_guidance(tmp_path: Path) -> None:
     text = "a\nNegative prompt: b\nSteps: 8, CFG scale: 1.0, Seed: 1"
     write_texts(tmp_path / "a.png", parameters=text)
@@ -399,7 +440,7 @@ def test_files_without_settings(
 def test_long_infotexts_end(last: str) -> None:
     """Backtracking would take minutes over these."""
     try:
-        assert infotext.read_infotext(f"prompt\n{last}")["prompt"] == "prompt"
+        assert infotext.read_infotext(f"prompt\n{last}").values["prompt"] == "prompt"
     except ValueError as error:
         assert "does not end with a line of settings" in str(error)
 

@@ -168,6 +168,19 @@ def test_refusals(serve: Serve, engine: StubEngine, fields: dict[str, Any], sent
     assert sentence in answer.json()["detail"] and not engine.drawn
 
 
+def test_base64_in_lines(serve: Serve, engine: StubEngine) -> None:
+    image = base64.encodebytes(image_file()).decode()
+    assert "\n" in image.strip()
+    assert serve().post(IMAGE, json={"prompt": "a", "init_images": [image]}).status_code == 200
+
+
+def test_the_largest_cfg_scale(serve: Serve) -> None:
+    client = serve()
+    assert client.post(TEXT, json={"prompt": "a", "cfg_scale": 101}).status_code == 200
+    answer = client.post(TEXT, json={"prompt": "a", "cfg_scale": 102})
+    assert answer.json()["detail"] == "cfg_scale must be at most 101, not 102"
+
+
 def test_progress_and_interrupt(serve: Serve, engine: StubEngine) -> None:
     client = serve()
     idle = client.get("/sdapi/v1/progress").json()

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import zimage_mxfp8 as zm
 from helpers.serving import Serve, StubEngine, decoded, events_of, image_file, wait_until
+from zimage_mxfp8.server.openai_api import ImageBody
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 
@@ -41,6 +43,17 @@ def test_defaults(serve: Serve, engine: StubEngine) -> None:
     settings = request.settings
     assert (settings.steps, settings.guidance, settings.batch, settings.seed) == (8, 0, 1, None)
     assert request.previews == 0
+
+
+def test_fields_of_null_or_nothing_are_not_given(serve: Serve, engine: StubEngine) -> None:
+    names = set(ImageBody.model_fields) - {"prompt"}
+    client = serve()
+    body = {"prompt": "a", **dict.fromkeys(names)}
+    assert client.post(GENERATIONS, json=body).status_code == 200
+    body = {"prompt": "a", "negative_prompt": "", "size": "", "lora": ""}
+    assert client.post(GENERATIONS, json=body).status_code == 200
+    plain = zm.GenerationSettings("a", width=64, height=48)
+    assert [each.settings for each in engine.drawn] == [plain, plain]
 
 
 def test_all_fields(serve: Serve, engine: StubEngine, tmp_path: Path) -> None:

@@ -138,6 +138,23 @@ def drop(tab: Tab, content: bytes) -> None:
     """)
 
 
+def test_the_same_file_can_be_chosen_again(browser: Browser, address: str) -> None:
+    choose = f"""
+        const bytes = Uint8Array.from(atob("{base64.b64encode(image_file()).decode()}"),
+            (c) => c.charCodeAt(0));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], "a.png", {{type: "image/png"}}));
+        $("file").files = transfer.files;
+        $("file").dispatchEvent(new Event("change"));
+    """
+    with browser.open(f"{address}/") as tab:
+        ready(tab)
+        tab.run(choose)
+        wait(tab, "!$('initial').hidden")
+        # A browser tells nothing if the same file is chosen as before.
+        assert tab.run("return $('file').value") == ""
+
+
 def test_image_to_image(browser: Browser, address: str, engine: StubEngine) -> None:
     with browser.open(f"{address}/") as tab:
         ready(tab)
@@ -180,11 +197,12 @@ def test_errors_are_shown(browser: Browser, address: str, engine: StubEngine) ->
 def test_the_key_is_asked_for(browser: Browser, engine: StubEngine) -> None:
     with serving(engine, api_key="s3cret") as address, browser.open(f"{address}/") as tab:
         wait(tab, "$('ask').open")
-        for key in ("wrong", "s3cret"):
+        unusable = "s3cret\u200b"  # which fetch cannot send
+        for key, problem in (("wrong", "wrong"), (unusable, "characters"), ("s3cret", "")):
             fill(tab, key=key)
             tab.run("$('login').requestSubmit()")
-            if key == "wrong":
-                wait(tab, "$('ask').open")
+            if problem:
+                wait(tab, f"$('ask').open && $('wrong').textContent.includes('{problem}')")
         ready(tab)
         fill(tab, prompt="a")
         draw(tab)

@@ -171,6 +171,20 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+def test_an_address_in_brackets_is_that_of_urls(
+    loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts: list[str] = []
+
+    def listener(host: str, _port: int) -> None:
+        hosts.append(host)
+        raise zm.UnsupportedError("enough is known")
+
+    monkeypatch.setattr(command, "_listener", listener)
+    assert main(["serve", "--host", "[::1]"]) == 1
+    assert hosts == ["::1"] and not loads
+
+
 def test_other_hosts_need_a_key(loads: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.com"):
         fails(
