@@ -19,6 +19,11 @@ _NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(r'(\w[\w \-/]{1,40}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _MIN_PAIRS = 3  # of a last line that is not part of the prompt
 _PROGRAM = "zimage-mxfp8"
+_CONTROL = {
+    "control_strength": "Weight",
+    "control_start": "Guidance Start",
+    "control_end": "Guidance End",
+}
 _LORA = re.compile(r"<lora:([^:<>]{1,255}(?::[^:<>]{0,100}){0,2})>")  # in prompts of other programs
 
 
@@ -29,13 +34,13 @@ class Infotext:
     Attributes:
         values: arguments of `GenerationSettings`.
         loras: names of the adapters, most with their weights.
-        controlnet: description of the ControlNet; None without one.
+        images: arguments of `GenerationSettings` for the images that it was made from.
         is_ours: whether this package wrote it.
     """
 
     values: Mapping[str, Any]
     loras: tuple[str, ...]
-    controlnet: str | None
+    images: tuple[str, ...]
     is_ours: bool
 
 
@@ -55,13 +60,14 @@ def write_infotext(metadata: Mapping[str, Any]) -> str:
     }
     if metadata["strength"] is not None:
         pairs["Denoising strength"] = metadata["strength"]
+    if metadata.get("mask_image") is not None:
+        pairs["Mask"] = "yes"
     if metadata["loras"]:
         loras = (f"{Path(x['name']).stem}:{x['weight']}" for x in metadata["loras"])
         pairs["Loras"] = ", ".join(loras)
     if metadata.get("controlnet") is not None:
-        pairs["ControlNet 0"] = (
-            f"Model: {Path(metadata['controlnet']).stem}, Weight: {metadata['control_strength']}, "
-            f"Guidance Start: {metadata['control_start']}, Guidance End: {metadata['control_end']}"
+        pairs["ControlNet 0"] = f"Model: {Path(metadata['controlnet']).stem}, " + ", ".join(
+            f"{key}: {metadata[name]}" for name, key in _CONTROL.items()
         )
     pairs["Version"] = f"{_PROGRAM} {metadata['version']}"
     lines = [metadata["prompt"]]
@@ -104,11 +110,18 @@ def read_infotext(text: str) -> Infotext:
             values["width"], values["height"] = map(int, pairs["Size"].split("x"))
         if "CFG scale" in pairs:
             values["guidance"] = float(Decimal(pairs["CFG scale"]) - 1)
+        images = []
         if is_ours and "Denoising strength" in pairs:
             values["strength"] = float(pairs["Denoising strength"])
-    except (ValueError, ArithmeticError):
+            images = ["init_image", "mask_image"] if "Mask" in pairs else ["init_image"]
+        if is_ours and "ControlNet 0" in pairs:
+            control = dict(_PAIR.findall(pairs["ControlNet 0"]))
+            for name, key in _CONTROL.items():
+                values[name] = float(control[key])
+            images.append("control_image")
+    except (KeyError, ValueError, ArithmeticError):
         raise ValueError(f'has a number that cannot be read in "{last.strip()[:200]}"') from None
-    return Infotext(values, tuple(loras), pairs.get("ControlNet 0"), is_ours)
+    return Infotext(values, tuple(loras), tuple(images), is_ours)
 
 
 def _model_name(metadata: Mapping[str, Any]) -> str:

@@ -99,6 +99,8 @@ class StoredSettings:
             if self.loras and not metadata.get("loras"):
                 named = ", ".join(self.loras)[:200]
                 yield f"{self.path} was made with adapters, which are left out: {named}"
+        elif not self.circumstances:
+            yield f"{self.path} does not tell the compute mode and dtype: the image may differ"
         changes = [
             f"{name} {str(self.circumstances[name])[:80]} (now {metadata.get(name)})"
             for name in _CIRCUMSTANCES
@@ -133,9 +135,7 @@ def read_settings(path: Path) -> StoredSettings:
             f"{path} has a CFG scale below 1, which has no counterpart here",
             "`guidance` is the CFG scale minus 1, and at least 0",
         )
-    images = {"init_image": ""} if "strength" in read.values else {}
-    if read.is_ours and read.controlnet is not None:
-        images["control_image"] = ""
+    images = dict.fromkeys(read.images, "")
     return StoredSettings(path, read.values, images, read.loras, {}, read.is_ours)
 
 

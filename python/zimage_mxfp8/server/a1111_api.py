@@ -84,7 +84,11 @@ class _Jobs:
         try:
             yield
         except ClientGoneError:
-            self._gone[address] = time.monotonic()
+            now = time.monotonic()
+            late = [x for x, then in self._gone.items() if now - then > _SECONDS_TO_INTERRUPT]
+            for each in late:
+                del self._gone[each]
+            self._gone[address] = now
             raise
         finally:
             del self._jobs[job]
@@ -123,7 +127,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/img2img")
     async def image_to_image(body: ImageToImageBody, http: Request) -> Response:
-        async with service.room_for_images():
+        async with service.room_for_images(http):
             job = _submitted(service, http, body, await _images(service, body))
         return await _response(service, jobs, http, body, job)
 

@@ -33,9 +33,10 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close the connection, after the response if there is one to come.
+        """Close the connection at once, or after its response if its request has come in whole.
 
-        Uvicorn would wait for the rest of a body, too.
+        Uvicorn would wait for the rest of other requests. A client that is told of an error while
+        it still sends may lose that answer.
         """
         if self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete:
             self.transport.close()

@@ -149,7 +149,7 @@ def router(service: Service) -> APIRouter:
         check_content_type(http, *_FORMS)
         async with received_form(http, _MAX_FILES, _MAX_FIELDS) as form:
             body = _checked(text_fields(form))
-            async with service.room_for_images():
+            async with service.room_for_images(http):
                 image = await service.decode(await one_file(form, "image", "image[]"), "image")
                 mask = None
                 if "mask" in form:

@@ -21,6 +21,8 @@ from .options import ServerOptions
 from .request_log import LogWriter, log_into
 
 _MAX_CONNECTIONS = 128  # more are answered with 503
+_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_TO_ANSWER = 1.0  # to clients whose drawing was stopped
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOGGERS = ("uvicorn", "python_multipart")  # of what serves and parses requests
 
@@ -130,15 +132,22 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End, and then the connections that were not waited for."""
-        await super().shutdown(sockets)
+        """Wait for what is left of responses, and after a second signal no longer."""
+        aborting = asyncio.ensure_future(self._abort_connections())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            aborting.cancel()
+
+    async def _abort_connections(self) -> None:
+        while self._signals < 2:
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+        await asyncio.sleep(_SECONDS_TO_ANSWER)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
     def _count(self, number: int, _frame: FrameType | None) -> None:
         self._signals += 1
-        if self.should_exit:  # only responses are left, which slow clients read
-            self.force_exit = True
         if self._signals == 3:
             # In a thread: this one may hold the lock of the log.
             threading.Thread(target=self._end_process, args=(number,), daemon=True).start()

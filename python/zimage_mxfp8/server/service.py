@@ -17,7 +17,7 @@ from ..generation.images import decode_image, open_image
 from ..generation.limits import MAX_PIXELS, PIXELS_PER_TOKEN
 from ..generation.settings import GenerationSettings
 from .engine import Drawing, DrawRequest, Engine, Progress
-from .jobs import Done, Event, Failed, Job, JobQueue, is_of_request
+from .jobs import DeadlineError, Done, Event, Failed, Job, JobQueue, is_of_request
 from .loras import LoraFolder
 from .middleware import notes_of
 from .options import ServerOptions
@@ -101,15 +101,36 @@ class Service:
         return settings
 
     @asynccontextmanager
-    async def room_for_images(self) -> AsyncIterator[None]:
-        """Let few requests at a time decode images and submit them, for others' memory.
+    async def room_for_images(self, http: Request) -> AsyncIterator[None]:
+        """Let few requests at a time decode images and submit them: decoding takes much memory.
+
+        Args:
+            http: a request whose body is complete.
 
         Raises:
             QueueFullError, StoppingError: there is no room in the queue.
+            ClientGoneError: the client has closed its connection meanwhile.
+            DeadlineError: the others took too long.
         """
-        async with self._decoding:
+        self.queue.check_room()
+        gone = asyncio.ensure_future(_gone(http))
+        place = asyncio.ensure_future(self._decoding.acquire())
+        either: list[asyncio.Future[Any]] = [gone, place]
+        try:
+            seconds = self.options.timeout
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise ClientGoneError
+            if not place.done():
+                raise DeadlineError(seconds)
             self.queue.check_room()
             yield
+        finally:
+            for each in either:
+                each.cancel()
+            await asyncio.wait(either)
+            if not place.cancelled():
+                self._decoding.release()
 
     async def decode(self, content: bytes, param: str) -> Image:
         """Return the image of a file that a client sent, upright and in any mode.

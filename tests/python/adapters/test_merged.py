@@ -331,6 +331,9 @@ def test_adapters_of_a_plain_file_stay_known(
         assert not [note for note in report.notes if "not the adapters" in note]
     with pytest.raises(zm.CheckpointError, match="with 1 adapter merged in"):
         zm.validate(files[2], files[1])
+    zm.convert(source, files[2], overwrite=True)
+    notes = zm.validate(files[2], files[0]).notes
+    assert any("merged in that the file's header does not name" in note for note in notes)
     zm.convert(files[1], files[2], overwrite=True)
     assert zm.validate(files[2], files[1]).ok
     capsys.readouterr()

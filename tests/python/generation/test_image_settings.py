@@ -318,6 +318,7 @@ MADE_FROM = {
         "must be given: .* was made with ink:0.5",
     ),
     "image": ({"strength": 0.7}, "must be given: .* an image, which it does not name"),
+    "mask": ({"strength": 0.7, "mask_image": "m.png"}, "must be given"),
     "ControlNet": (
         {"controlnet": "n", "control_strength": 1, "control_start": 0, "control_end": 1},
         "must be given: .* an image, which it does not name",
@@ -333,7 +334,19 @@ def test_our_infotext_alone_leaves_nothing_out(
     stored = read_settings(image_with_infotext(tmp_path / "a.png", text))
     with pytest.raises(zm.UsageError, match=words):
         stored.with_options({})
-    assert not list(stored.warnings({}))
+    (warning,) = stored.warnings({})
+    assert "does not tell the compute mode" in warning
+
+
+def test_our_infotext_alone_has_all_numbers(tmp_path: Path) -> None:
+    control = {"control_strength": 0.4, "control_start": 0.1, "control_end": 0.9}
+    changes = {"strength": 0.7, "mask_image": "m.png", "controlnet": "n", **control}
+    text = infotext.write_infotext({**METADATA, **changes})
+    stored = read_settings(image_with_infotext(tmp_path / "a.png", text))
+    assert set(stored.images) == {"init_image", "mask_image", "control_image"}
+    settings = stored.with_options({name: Image.new("RGB", (64, 48)) for name in stored.images})
+    assert settings.strength == 0.7
+    assert {name: getattr(settings, name) for name in control} == control
 
 
 def test_adapters_of_other_programs_are_named(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,8 @@ import pytest
 import zimage_mxfp8 as zm
 from helpers.documents import GUIDE, text_of
 from helpers.serving import Log, StubEngine, decoded, image_file, noisy, serving, wait_until
+from zimage_mxfp8.generation.images import decode_image
+from zimage_mxfp8.server import a1111_api, service
 from zimage_mxfp8.server.options import ServerOptions
 
 
@@ -266,10 +270,17 @@ def test_a_client_that_goes_away_while_it_sends(
     assert b"zimage_refusals_total{" not in metrics_of(address)
 
 
+@pytest.mark.parametrize(("seconds", "status"), [(60.0, 200), (0.0, 409)])
 def test_an_interrupt_after_its_client_has_gone_stops_no_other(
-    address: str, engine: StubEngine, log: Log
+    address: str,
+    engine: StubEngine,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    status: int,
 ) -> None:
-    """As SillyTavern sends it: it closes the connection of the drawing, too."""
+    """As SillyTavern sends it, which closes the connection of the drawing, too; later it may."""
+    monkeypatch.setattr(a1111_api, "_SECONDS_TO_INTERRUPT", seconds)
     engine.pause_at = 2
     path = "/sdapi/v1/txt2img"
     first, second = connect(address), connect(address)
@@ -280,13 +291,46 @@ def test_an_interrupt_after_its_client_has_gone_stops_no_other(
         wait_until(lambda: b"zimage_queue_length 1.0" in metrics_of(address))
         first.close()
         wait_until(lambda: [line for line in log.lines() if line["status"] == 499])
-        engine.pause_at = None
         engine.gate.set()
-        wait_until(lambda: len(engine.drawn) == 2)
+        wait_until(lambda: engine.steps == 3)  # the second one waits at its second step
         with connect(address) as other:
             other.sendall(request_of({}, "/sdapi/v1/interrupt"))
             assert other.recv(10_000).startswith(b"HTTP/1.1 200 ")
-        assert second.recv(10_000).startswith(b"HTTP/1.1 200 ")
+        engine.pause_at = None
+        engine.gate.set()
+        assert second.recv(10_000).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_clients_that_go_away_before_their_images_are_decoded(
+    address: str, engine: StubEngine, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_decode = threading.Event()
+    decoded: list[str] = []
+
+    def decode(content: bytes, what: str, pixels: int) -> Any:
+        decoded.append(what)
+        assert may_decode.wait(30)
+        return decode_image(content, what, pixels)
+
+    monkeypatch.setattr(service, "decode_image", decode)
+    sent = request_of(
+        {"prompt": "a", "steps": 1, "init_images": [base64.b64encode(image_file()).decode()]},
+        "/sdapi/v1/img2img",
+    )
+    with contextlib.ExitStack() as stack:
+        staying = [stack.enter_context(connect(address)) for _ in range(2)]
+        for each in staying:
+            each.sendall(sent)
+        wait_until(lambda: len(decoded) == 2)
+        leaving = [stack.enter_context(connect(address)) for _ in range(5)]
+        for each in leaving:
+            each.sendall(sent)
+            each.close()
+        wait_until(lambda: [line["status"] for line in log.lines()] == [499] * 5)
+        may_decode.set()
+        for each in staying:
+            assert each.recv(10_000).startswith(b"HTTP/1.1 200 ")
+    assert len(decoded) == len(engine.drawn) == 2
 
 
 def test_slow_clients_do_not_keep_others_waiting(engine: StubEngine, log: Log) -> None:

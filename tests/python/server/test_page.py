@@ -198,7 +198,7 @@ def test_the_key_is_asked_for(browser: Browser, engine: StubEngine) -> None:
     with serving(engine, api_key="s3cret") as address, browser.open(f"{address}/") as tab:
         wait(tab, "$('ask').open")
         unusable = "s3cret\u200b"  # which fetch cannot send
-        for key, problem in (("wrong", "wrong"), (unusable, "characters"), ("s3cret", "")):
+        for key, problem in (("wrong", "wrong"), (unusable, "copy it again"), ("s3cret", "")):
             fill(tab, key=key)
             tab.run("$('login').requestSubmit()")
             if problem:

@@ -402,67 +402,98 @@ def test_a_device_that_breaks_ends_the_server(engine: StubEngine, log: Log) -> N
     assert statuses == [500]
 
 
+def serve_and(
+    ask: Callable[[tuple[str, int], threading.Event], None],
+    engine: StubEngine,
+    log: Log,
+    seconds: float,
+) -> None:
+    """Serve until the signals that `ask` raises in a thread.
+
+    Args:
+        ask: gets the address, and an event that is set when the server has ended.
+        engine: draws.
+        log: of the server.
+        seconds: that transfers may take.
+    """
+    ended = threading.Event()
+    writer = LogWriter(log)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=ask, args=[listener.getsockname(), ended])
+        run_server(engine, ServerOptions(transfer_timeout=seconds), listener, writer, thread.start)
+        ended.set()
+        thread.join(30)
+    writer.close()
+
+
+def post(address: tuple[str, int], fields: dict[str, Any]) -> socket.socket:
+    body = json.dumps(fields).encode()
+    connection = socket.create_connection(address)
+    connection.sendall(
+        b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
+    return connection
+
+
 def test_a_stop_does_not_wait_for_requests_that_are_sent_slowly(
     engine: StubEngine, log: Log
 ) -> None:
-    writer = LogWriter(log)
     ends: list[bytes] = []
 
-    def ask(address: tuple[str, int]) -> None:
+    def ask(address: tuple[str, int], _: threading.Event) -> None:
         with socket.create_connection(address) as connection:
             connection.sendall(
                 b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
-                b'Content-Type: application/json\r\nContent-Length: 5000\r\n\r\n{"prompt":'
+                b"Content-Type: application/json\r\nContent-Length: 5000\r\n"
+                b"Expect: 100-continue\r\n\r\n"
             )
-            time.sleep(0.1)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
             signal.raise_signal(signal.SIGTERM)
             ends.append(connection.recv(100))
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=ask, args=[listener.getsockname()])
-        run_server(engine, ServerOptions(transfer_timeout=3), listener, writer, thread.start)
-        thread.join(30)
-    writer.close()
+    serve_and(ask, engine, log, seconds=3)
     assert ends == [b""]
     # After the timeout there would be a 408.
     assert [line.get("status", line.get("event")) for line in log.lines()] == ["stopping", 499]
 
 
-def test_second_signal_does_not_wait_for_readers(engine: StubEngine, log: Log) -> None:
+@pytest.mark.parametrize("is_drawing", [False, True])
+def test_second_signal_does_not_wait_for_readers(
+    engine: StubEngine, log: Log, is_drawing: bool
+) -> None:
     engine.draw = noisy(engine)  # type: ignore[method-assign]
-    writer = LogWriter(log)
-    body = json.dumps({"prompt": "a", "n": 10, "size": "1024x1024", "stream": True}).encode()
+    answers: list[bytes] = []
 
-    def ask(address: tuple[str, int]) -> None:
-        with socket.create_connection(address) as connection:
-            connection.sendall(
-                b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
-                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-            )
+    def ask(address: tuple[str, int], ended: threading.Event) -> None:
+        large = {"prompt": "a", "n": 10, "size": "1024x1024", "stream": True, "steps": 1}
+        with post(address, large) as reader:
             found = b""
             while b"b64_json" not in found:  # an image begins, and is not read
-                found += connection.recv(1000)
-            signal.raise_signal(signal.SIGTERM)
-            wait_until(lambda: not accepts(address))
-            signal.raise_signal(signal.SIGTERM)
+                found += reader.recv(1000)
+            if is_drawing:
+                engine.pause_at = 2
+                other = post(address, {"prompt": "b", "steps": 1000})
+                wait_until(lambda: engine.steps == 2)
+            for count in (1, 2):
+                signal.raise_signal(signal.SIGTERM)
+                if is_drawing:
+                    wait_until(lambda count=count: log.getvalue().count('"stopping"') == count)
+                else:
+                    wait_until(lambda: '"stopping"' in log.getvalue())
+            if is_drawing:
+                engine.pause_at = None
+                engine.gate.set()
+                with other:
+                    answers.append(other.recv(10_000)[:12])
             ended.wait(30)
 
-    def accepts(address: tuple[str, int]) -> bool:
-        try:
-            socket.create_connection(address).close()
-        except OSError:
-            return False
-        return True
-
-    ended = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=ask, args=[listener.getsockname()])
-        run_server(engine, ServerOptions(transfer_timeout=20), listener, writer, thread.start)
-        ended.set()
-        thread.join(30)
-    writer.close()
-    # The client that does not read would be a 499 after the timeout.
-    assert not [line for line in log.lines() if line.get("status") == 499]
+    serve_and(ask, engine, log, seconds=20)
+    # After the timeout the client that does not read would be a 499.
+    statuses = [line["status"] for line in log.lines() if "status" in line]
+    assert sorted(statuses) == ([200, 409] if is_drawing else [200])
+    assert answers == ([b"HTTP/1.1 409"] if is_drawing else [])
+    assert {line["event"] for line in log.lines() if "event" in line} == {"stopping"}
 
 
 def test_second_signal_stops_what_is_drawn(engine: StubEngine, log: Log) -> None:

@@ -134,6 +134,11 @@ def _original(
     before = merged_loras(found.checkpoint.metadata)
     if merged[: len(before)] == before:
         merged = merged[len(before) :]
+    else:
+        report.notes.append(
+            "the original has adapters merged in that the file's header does not name, so "
+            "differences may come from that"
+        )
     if not adapters:
         if merged:
             raise CheckpointError(
