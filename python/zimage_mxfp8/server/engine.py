@@ -185,6 +185,7 @@ class GeneratorEngine:
             import torch
 
             try:
+                torch.cuda.synchronize(self._device)  # for its errors
                 torch.cuda.empty_cache()
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]

@@ -182,3 +182,18 @@ def test_the_server_draws_on_after_a_forward_without_memory(
     made = client.images.generate(prompt=PROMPT, extra_body={"seed": 7, "steps": 2})
     want = generator.generate(zm.GenerationSettings(PROMPT, steps=2, width=128, height=128, seed=7))
     assert files_of(made) == [png_bytes(want.images[0], want.metadata(0))]
+
+
+def test_a_device_that_is_broken_is_told(
+    generator: zm.ZImageGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    engine = GeneratorEngine(generator, "small", (64, 64), "cuda:0")
+    words = (
+        "cuda:0 cannot be used any more: CUDA error: an illegal memory access was encountered; s"
+    )
+    with pytest.raises(zm.CudaError, match=words):
+        engine.free_memory()
