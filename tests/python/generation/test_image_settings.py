@@ -305,13 +305,6 @@ def test_settings_of_another_program(generate: Generate, tmp_path: Path) -> None
     }
 
 
-def image_with_infotext(path: Path, text: str) -> Path:
-    info = PngInfo()
-    info.add_itxt(infotext.KEY, text)
-    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
-    return path
-
-
 MADE_FROM = {
     "adapters": (
         {"loras": [{"name": "ink.safetensors", "weight": 0.5}]},
@@ -331,7 +324,8 @@ def test_our_infotext_alone_leaves_nothing_out(
     tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     text = infotext.write_infotext({**METADATA, **changes})
-    stored = read_settings(image_with_infotext(tmp_path / "a.png", text))
+    write_texts(tmp_path / "a.png", parameters=text)
+    stored = read_settings(tmp_path / "a.png")
     with pytest.raises(zm.UsageError, match=words):
         stored.with_options({})
     (warning,) = stored.warnings({})
@@ -342,7 +336,8 @@ def test_our_infotext_alone_has_all_numbers(tmp_path: Path) -> None:
     control = {"control_strength": 0.4, "control_start": 0.1, "control_end": 0.9}
     changes = {"strength": 0.7, "mask_image": "m.png", "controlnet": "n", **control}
     text = infotext.write_infotext({**METADATA, **changes})
-    stored = read_settings(image_with_infotext(tmp_path / "a.png", text))
+    write_texts(tmp_path / "a.png", parameters=text)
+    stored = read_settings(tmp_path / "a.png")
     assert set(stored.images) == {"init_image", "mask_image", "control_image"}
     settings = stored.with_options({name: Image.new("RGB", (64, 48)) for name in stored.images})
     assert settings.strength == 0.7
@@ -351,7 +346,8 @@ def test_our_infotext_alone_has_all_numbers(tmp_path: Path) -> None:
 
 def test_adapters_of_other_programs_are_named(tmp_path: Path) -> None:
     text = "a <lora:ink:0.5> fox <lora:oil:1:0.2>\nSteps: 8, CFG scale: 1.0, Seed: 1, Size: 64x64"
-    stored = read_settings(image_with_infotext(tmp_path / "a.png", text))
+    write_texts(tmp_path / "a.png", parameters=text)
+    stored = read_settings(tmp_path / "a.png")
     assert stored.with_options({}).prompt == "a  fox"
     _, adapters = stored.warnings({"loras": []})
     assert "which are left out: ink:0.5, oil:1:0.2" in adapters

@@ -58,6 +58,13 @@ def decoded(text: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
 
 
+def request_of(fields: dict[str, Any], path: str = "/v1/images/generations") -> bytes:
+    """An HTTP request with a JSON body."""
+    body = json.dumps(fields).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
 def events_of(text: str) -> list[dict[str, Any]]:
     """The events of a stream, which must have their types as names."""
     found = []

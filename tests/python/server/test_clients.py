@@ -19,7 +19,16 @@ import pytest
 
 import zimage_mxfp8 as zm
 from helpers.documents import GUIDE, text_of
-from helpers.serving import Log, StubEngine, decoded, image_file, noisy, serving, wait_until
+from helpers.serving import (
+    Log,
+    StubEngine,
+    decoded,
+    image_file,
+    noisy,
+    request_of,
+    serving,
+    wait_until,
+)
 from zimage_mxfp8.generation.images import decode_image
 from zimage_mxfp8.server import a1111_api, service
 from zimage_mxfp8.server.options import ServerOptions
@@ -196,12 +205,6 @@ def connect(address: str) -> socket.socket:
     return socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), 30)
 
 
-def request_of(fields: dict[str, Any], path: str = "/v1/images/generations") -> bytes:
-    body = json.dumps(fields).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("is_half", [False, True])
 def test_a_client_that_goes_away_stops_its_drawing_within_a_step(
@@ -259,7 +262,7 @@ UNFINISHED = {
 def test_a_client_that_goes_away_while_it_sends(
     address: str, log: Log, path: str, kind: str, begin: bytes
 ) -> None:
-    """It is nobody's failure, and no refusal."""
+    """It is logged as 499, and counts neither as a failure nor as a refusal."""
     with connect(address) as connection:
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
         connection.sendall(f"{head}Content-Length: 5000\r\n\r\n".encode() + begin)

@@ -127,23 +127,27 @@ def test_previews_progress_and_stop(
         assert engine.steps == 3 + 1 + 1
 
 
-def drop(tab: Tab, content: bytes) -> None:
-    """Drop a file on the page."""
-    tab.run(f"""
+def transfer_of(content: bytes) -> str:
+    """JavaScript that makes `transfer`, which holds a file."""
+    return f"""
         const bytes = Uint8Array.from(atob("{base64.b64encode(content).decode()}"),
             (c) => c.charCodeAt(0));
         const transfer = new DataTransfer();
         transfer.items.add(new File([bytes], "a.png", {{type: "image/png"}}));
+    """
+
+
+def drop(tab: Tab, content: bytes) -> None:
+    """Drop a file on the page."""
+    tab.run(f"""
+        {transfer_of(content)}
         $("drop").dispatchEvent(new DragEvent("drop", {{dataTransfer: transfer}}));
     """)
 
 
 def test_the_same_file_can_be_chosen_again(browser: Browser, address: str) -> None:
     choose = f"""
-        const bytes = Uint8Array.from(atob("{base64.b64encode(image_file()).decode()}"),
-            (c) => c.charCodeAt(0));
-        const transfer = new DataTransfer();
-        transfer.items.add(new File([bytes], "a.png", {{type: "image/png"}}));
+        {transfer_of(image_file())}
         $("file").files = transfer.files;
         $("file").dispatchEvent(new Event("change"));
     """

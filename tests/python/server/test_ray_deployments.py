@@ -1,4 +1,4 @@
-"""What Ray Serve is told about replicas, by configs and by the command; no Ray is started."""
+"""Settings of replicas in Ray Serve, from configs and from the command; no Ray is started."""
 
 from __future__ import annotations
 

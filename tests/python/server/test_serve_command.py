@@ -25,7 +25,7 @@ import pytest
 import zimage_mxfp8 as zm
 from helpers.commands import Run
 from helpers.images import fails
-from helpers.serving import Log, StubEngine, noisy, wait_until
+from helpers.serving import Log, StubEngine, noisy, request_of, wait_until
 from zimage_mxfp8.cli import serve as command
 from zimage_mxfp8.cli.main import main
 from zimage_mxfp8.server.options import ServerOptions
@@ -427,12 +427,8 @@ def serve_and(
 
 
 def post(address: tuple[str, int], fields: dict[str, Any]) -> socket.socket:
-    body = json.dumps(fields).encode()
     connection = socket.create_connection(address)
-    connection.sendall(
-        b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\n"
-        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    )
+    connection.sendall(request_of(fields))
     return connection
 
 
