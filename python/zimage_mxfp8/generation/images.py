@@ -103,29 +103,26 @@ def png_bytes(image: Image, metadata: Mapping[str, Any]) -> bytes:
         image: the image.
         metadata: see `Generation.metadata`.
     """
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text(METADATA_KEY, json.dumps(metadata))
-    info.add_text(infotext.KEY, infotext.write_infotext(metadata))  # iTXt if it is not Latin-1
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
+    texts = {METADATA_KEY: json.dumps(metadata), infotext.KEY: infotext.write_infotext(metadata)}
+    return _png_bytes(image, texts)
 
 
 def plain_png_bytes(image: Image) -> bytes:
     """Return a PNG file without metadata."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return _png_bytes(image, {})
 
 
 def preview_png_bytes(image: Image) -> bytes:
     """Return a PNG file that says that it is a preview, and nothing else."""
+    return _png_bytes(image, {_PREVIEW_KEY: "preview"})
+
+
+def _png_bytes(image: Image, texts: Mapping[str, str]) -> bytes:
     from PIL.PngImagePlugin import PngInfo
 
     info, buffer = PngInfo(), io.BytesIO()
-    info.add_text(_PREVIEW_KEY, "preview")
+    for key, text in texts.items():
+        info.add_text(key, text)  # iTXt if it is not Latin-1
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
