@@ -368,24 +368,13 @@ def _requests_per_second(rows: Rows) -> str:
 
 def serving() -> str:
     columns = [
-        Column("load", _load_label, right=False),
-        Column("requests/s", _requests_per_second),
-        Column("median (s)", label("{p50:.2f}")),
-        Column("99th percentile (s)", label("{p99:.1f}")),
-        Column("refused", lambda rows: f"{100 * rows[0]['refused']:.0f} %"),
-        Column("requests", label("{requests}")),
-    ]
-    return table(rows_of("serving-minute-h200"), ["load"], columns)
-
-
-def replicas() -> str:
-    columns = [
         Column("replicas", label("{replicas}")),
         Column("load", _load_label, right=False),
         Column("requests/s", _requests_per_second),
         Column("per replica / of one", cell("{per_replica:.2f}", load="two clients per replica")),
         Column("median (s)", label("{p50:.2f}")),
-        Column("99th percentile (s)", label("{p99:.2f}")),
+        Column("99th percentile (s)", label("{p99:.1f}")),
+        Column("refused", lambda rows: f"{100 * rows[0]['refused']:.0f} %"),
         Column("requests", label("{requests}")),
     ]
     return table(rows_of("serving-h200"), ["replicas", "load"], columns)
@@ -486,6 +475,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "ranks": ranks,
     "rank-exchanges": rank_exchanges,
     "serving": serving,
-    "replicas": replicas,
     "lora": lora,
 }
