@@ -19,11 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import request_errors
 from .metrics import Metrics
 from .options import is_loopback
-from .request_errors import ClientGoneError, RequestError, request_error
+from .request_errors import ClientGoneError, RequestError, is_json, request_error
 from .request_log import LogWriter
 
 _OPEN = ("/", "/healthz", "/readyz")  # to everyone: they tell nothing, and draw nothing
 _CLIENT_GONE = 499  # in the log, as nginx has it
+_MAX_VALUES = 100_000  # of JSON: while it is parsed, nothing else is answered
+_BEFORE_VALUES = (b",", b"[", b"{")
 
 
 @dataclass
@@ -215,7 +217,7 @@ class Access(_Layer):
 
 
 class Limits(_Layer):
-    """Bounds a request's body in bytes and time, and the time that a client takes to read.
+    """Bounds a request's body in bytes, values and time, and the time that a client takes to read.
 
     Args:
         app: the layers inside.
@@ -229,15 +231,17 @@ class Limits(_Layer):
         self._seconds = seconds
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        length = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_bytes:
-            raise self._too_large()
+            raise _too_large(self._max_bytes, "bytes")
+        has_values = is_json(headers.get("content-type", ""))
         deadline = time.monotonic() + self._seconds
-        count, is_complete = 0, False
+        count, values, is_complete = 0, 0, False
         breach: RequestError | ClientGoneError | None = None
 
         async def bounded_receive() -> Message:
-            nonlocal count, is_complete, breach
+            nonlocal count, values, is_complete, breach
             if is_complete:  # from now on only the end of the connection can come
                 return await receive()
             try:
@@ -248,10 +252,16 @@ class Limits(_Layer):
             if message["type"] == "http.disconnect":
                 breach = ClientGoneError()
                 raise breach
-            count += len(message.get("body", b""))
+            body = message.get("body", b"")
+            count += len(body)
+            if has_values:
+                values += sum(map(body.count, _BEFORE_VALUES))
             is_complete = not message.get("more_body", False)
             if count > self._max_bytes:
-                breach = self._too_large()
+                breach = _too_large(self._max_bytes, "bytes")
+                raise breach
+            if values > _MAX_VALUES:
+                breach = _too_large(_MAX_VALUES, "values")
                 raise breach
             return message
 
@@ -268,10 +278,9 @@ class Limits(_Layer):
                 raise breach from None
             raise
 
-    def _too_large(self) -> RequestError:
-        return RequestError(
-            413, "request_too_large", f"the request has more than {self._max_bytes:,} bytes"
-        )
+
+def _too_large(limit: int, units: str) -> RequestError:
+    return RequestError(413, "request_too_large", f"the request has more than {limit:,} {units}")
 
 
 def _check_origin(headers: Headers) -> None:

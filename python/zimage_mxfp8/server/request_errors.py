@@ -79,20 +79,31 @@ def invalid(param: str, problem: str) -> RequestError:
     return RequestError(400, "invalid_value", f"{param} {problem}", param)
 
 
+def media_type(content_type: str) -> str:
+    """Return the media type of a header Content-Type, without parameters, in lower case."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def is_json(content_type: str) -> bool:
+    """Return whether a header Content-Type names JSON or a type built on it (RFC 6839)."""
+    given = media_type(content_type)
+    return given == JSON_TYPE or (given.startswith("application/") and given.endswith("+json"))
+
+
 def check_content_type(http: Request, *accepted: str) -> None:
     """Check what a request says its body is.
 
     Args:
         http: the request.
         accepted: media types; the first is advised. JSON includes types that are built on it, such
-            as application/vnd.api+json (RFC 6839).
+            as application/vnd.api+json.
 
     Raises:
         RequestError: it says nothing, or something else.
     """
-    given = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_json = given.startswith("application/") and given.endswith("+json")
-    if given in accepted or (is_json and JSON_TYPE in accepted):
+    header = http.headers.get("content-type", "")
+    given = media_type(header)
+    if given in accepted or (JSON_TYPE in accepted and is_json(header)):
         return
     said = f'is "{given[:80]}"' if given else "is not given"
     raise RequestError(
