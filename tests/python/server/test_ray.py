@@ -241,7 +241,7 @@ def test_requests_go_where_their_adapters_are_loaded(running: Running, notes: Pa
     settings = request(0).settings
     with_ink = DrawRequest(replace(settings, loras=((Path("ink.safetensors"), 1.0),)))
     running.engine.draw(with_ink, lambda _: None)
-    time.sleep(1)  # Ray learns about what is loaded after a while
+    time.sleep(3)  # Ray learns about what is loaded after a while
     for _ in range(5):
         running.engine.draw(with_ink, lambda _: None)
     assert len({process for process, _ in running.model.noted("end")}) == 1
