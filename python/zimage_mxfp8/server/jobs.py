@@ -101,7 +101,7 @@ class Observer(Protocol):
     def job_ended(self, outcome: Outcome) -> None:
         """Note the end of a job that was drawn, or begun."""
 
-    def failed(self, detail: str) -> None:
+    def failed(self, detail: str, request_id: str = "") -> None:
         """Note a failed drawing or warm-up: a sentence, or the traceback of an unforeseen error."""
 
 
@@ -110,12 +110,16 @@ class Job:
 
     Attributes:
         request: what to draw.
+        request_id: for the log.
         progress: the latest progress; None before the first.
         is_waiting: whether the engine has it and cannot begin yet, see `Waiting`.
     """
 
-    def __init__(self, queue: JobQueue, request: DrawRequest, seconds: float) -> None:
+    def __init__(
+        self, queue: JobQueue, request: DrawRequest, seconds: float, request_id: str
+    ) -> None:
         self.request = request
+        self.request_id = request_id
         self.progress: Progress | None = None
         self.is_waiting = False
         self._queue = queue
@@ -209,12 +213,13 @@ class JobQueue:
         self._on_broken = on_broken
         self._thread.start()
 
-    def submit(self, request: DrawRequest, seconds: float) -> Job:
+    def submit(self, request: DrawRequest, seconds: float, request_id: str = "") -> Job:
         """Append a job. Call it in an event loop.
 
         Args:
             request: what to draw.
             seconds: time for waiting and drawing together.
+            request_id: for the observer, if the drawing fails.
 
         Raises:
             QueueFullError: too many jobs wait.
@@ -222,7 +227,7 @@ class JobQueue:
         """
         with self._changed:
             ahead = self.check_room()
-            job = Job(self, request, seconds)
+            job = Job(self, request, seconds, request_id)
             self._waiting.append(job)
             if ahead:
                 job.tell(Queued(ahead))
@@ -348,7 +353,7 @@ class JobQueue:
             if is_of_request(error, job.request):
                 outcome = "refused"
             else:
-                self._observer.failed(_detail(error))
+                self._observer.failed(_detail(error), job.request_id)
             end = Failed(without_frames(error))
         stages.end()
         if outcome == "done":

@@ -82,9 +82,10 @@ class Metrics:
         """Count a drawing."""
         self._jobs.labels(outcome).inc()
 
-    def failed(self, detail: str) -> None:
-        """Log a failure."""
-        self._log.write({"event": "failure", "detail": detail})
+    def failed(self, detail: str, request_id: str = "") -> None:
+        """Log a failure, of a request if it has an id."""
+        of_request = {"id": request_id} if request_id else {}
+        self._log.write({"event": "failure", **of_request, "detail": detail})
 
     def _gauge(self, name: str, help_text: str, value: Callable[[], float]) -> None:
         Gauge(name, help_text, registry=self._registry).set_function(value)

@@ -111,8 +111,8 @@ class Boundary(_Layer):
             status = _CLIENT_GONE
         except Exception as error:
             known = request_error(error)
-            if known.code == "internal_error":
-                self._metrics.failed(f"{notes.request_id}: {error!r:.2000}")
+            if known.code == "internal_error" and known is not error:  # not of a drawing
+                self._metrics.failed(f"{error!r:.2000}", notes.request_id)
             notes.fields["error"] = known.code
             if not status:
                 answer = request_errors.response(known, scope["path"])

@@ -17,6 +17,7 @@ from ..errors import (
     CudaError,
     Error,
     GenerationError,
+    RankError,
     UnsupportedError,
     UsageError,
 )
@@ -141,7 +142,7 @@ def request_error(error: Exception, fields: Mapping[str, str] | None = None) -> 
             "the server is stopping; try again later",
             headers={"Retry-After": _RETRY_AFTER_LOSS},
         )
-    if isinstance(error, EngineLostError):
+    if isinstance(error, (EngineLostError, RankError)):
         return RequestError(
             503,
             "engine_lost",

@@ -149,9 +149,10 @@ class Service:
         Raises:
             QueueFullError, StoppingError: there is no room.
         """
-        job = self.queue.submit(request, self.options.timeout)
+        notes = notes_of(http.scope)
+        job = self.queue.submit(request, self.options.timeout, notes.request_id)
         settings = request.settings
-        notes_of(http.scope).fields |= {
+        notes.fields |= {
             "size": f"{settings.width}x{settings.height}",
             "steps": settings.steps,
             "n": settings.batch,

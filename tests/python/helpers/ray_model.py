@@ -19,6 +19,7 @@ ERRORS = {
     "nan": zm.GenerationError("the image is NaN", 1, "use another seed"),
     "memory": zm.CudaError("cuda:0 ran out of memory"),
     "defect": KeyError("a defect"),
+    "rank": zm.RankError("rank 1 was ended by signal 9"),
 }
 
 

@@ -248,6 +248,15 @@ def check_application(cluster: Cluster) -> None:
         return len(replicas(cluster, "Replica")) == 2
 
     wait_for("a second replica under load", is_larger)
+
+    def delete() -> None:
+        time.sleep(0.5)
+        serve.delete("default", _blocking=False)
+
+    counts = answers.together(10, delete)
+    check("an application that is deleted", counts, {200, 503})
+    assert counts[503], "nothing waited when the application was deleted"
+    wait_for("the end of the front", lambda: not replicas(cluster, "Front"))
     serve.shutdown()
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
 
 import zimage_mxfp8 as zm
 from helpers.commands import Run
 from helpers.images import SIZE, Generate, levels
+from helpers.ranks import pids
+from helpers.serving import decoded, serving
 from zimage_mxfp8.generation import generator as generator_module
 from zimage_mxfp8.generation.small_model import FOLDER, TRANSFORMER
 from zimage_mxfp8.server.engine import DrawRequest
@@ -68,6 +73,29 @@ def test_the_model_of_a_server(given: list[Any]) -> None:
         images.append(levels(engine.draw(request, lambda _: None).images[0]))
     assert given == [None, [CPU, CPU]]
     assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_server_draws_on_after_the_loss_of_a_rank(given: list[Any]) -> None:
+    how = {"device": "cuda", "dtype": "float32", "gpus": 2}
+    engine = ServedModel("small", 64, FOLDER, TRANSFORMER, **how).load()
+    with (
+        serving(engine) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+
+        def draw() -> bytes:
+            made = client.images.generate(prompt="a fox", extra_body={"seed": 1, "steps": 2})
+            return decoded(made.data[0].b64_json).tobytes()
+
+        want = draw()
+        (rank,) = pids(engine._generator._kept["transformer"])
+        os.kill(rank, signal.SIGKILL)
+        with pytest.raises(openai.APIStatusError, match="is gone; try again later") as error:
+            draw()
+        assert (error.value.status_code, error.value.code) == (503, "engine_lost")
+        assert error.value.response.headers["Retry-After"] == "5"
+        assert draw() == want
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--gpus-per-replica"])

@@ -40,6 +40,7 @@ from helpers.diffusers_reference import (
     relative_error,
 )
 from helpers.model_folder import make_folder
+from helpers.ranks import pids
 from zimage_mxfp8.transformer.ranks.other_ranks import OtherRanks
 
 pytestmark = pytest.mark.slow
@@ -73,11 +74,6 @@ def load(
 ) -> zm.ZImageTransformer:
     devices = ["cpu"] * ranks
     return zm.ZImageTransformer.from_checkpoint(file, compute=compute, dtype=dtype, devices=devices)
-
-
-def pids(model: zm.ZImageTransformer) -> list[int]:
-    assert model._other_ranks is not None
-    return [process.program.pid for process in model._other_ranks._parts.processes]
 
 
 def is_running(pid: int) -> bool:

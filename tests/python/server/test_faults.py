@@ -413,8 +413,29 @@ def test_failing_drawings(
     assert error["code"] == code and error["type"] == "server_error"
     assert "secret" not in answer.text and "Traceback" not in answer.text
     wait_until(lambda: any(line.get("error") == code for line in log.lines()))
-    assert any(line.get("event") == "failure" for line in log.lines())
+    failures = [line for line in log.lines() if line.get("event") == "failure"]
+    assert [line["id"] for line in failures] == [answer.headers["x-request-id"]]
+    assert failures[0]["detail"].strip().endswith(str(failure))
     engine.failure = None
+    assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 200
+
+
+def test_a_defect_of_the_server_itself(
+    serve: Serve, engine: StubEngine, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("/srv/secret/path")
+
+    client = serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(service.Service, "settings", fail)
+        answer = client.post(GENERATIONS, json={"prompt": "a"})
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.json()["error"]["code"] == "internal_error"
+    wait_until(lambda: any(line.get("error") == "internal_error" for line in log.lines()))
+    (failure,) = (line for line in log.lines() if line.get("event") == "failure")
+    assert failure["id"] == answer.headers["x-request-id"]
+    assert "KeyError('/srv/secret/path')" in failure["detail"]
     assert client.post(GENERATIONS, json={"prompt": "a"}).status_code == 200
 
 

@@ -47,7 +47,7 @@ class Notes:
     def job_ended(self, outcome: str) -> None:
         self.outcomes.append(outcome)
 
-    def failed(self, detail: str) -> None:
+    def failed(self, detail: str, request_id: str = "") -> None:
         self.details.append(detail)
 
 

@@ -144,10 +144,11 @@ def test_images_go_to_replicas_and_back(running: Running) -> None:
         ("nan", 500, "the image is NaN"),
         ("memory", 500, "the server has too little memory"),
         ("defect", 500, "the server failed"),
+        ("rank", 503, "the machine or process that drew this is gone"),
     ],
 )
 def test_errors_of_replicas_keep_their_kind(
-    running: Running, prompt: str, status: int, words: str
+    running: Running, notes: Path, prompt: str, status: int, words: str
 ) -> None:
     async def work() -> None:
         async with running.client() as client:
@@ -156,6 +157,7 @@ def test_errors_of_replicas_keep_their_kind(
             assert error.value.status_code == status
 
     asyncio.run(work())
+    assert len(running.model.noted("begin")) == (2 if prompt == "rank" else 1)
     if prompt == "defect":
         wait_until(lambda: "a defect" in running.log.getvalue())
         assert "ray_model.py" in running.log.getvalue()  # of the replica's traceback

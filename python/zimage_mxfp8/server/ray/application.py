@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from ...errors import UsageError
 from ..app import create_app
@@ -32,6 +37,7 @@ from .replica import Replica
 
 _TRIES = 2  # to start a first replica: the memory of a GPU may not be free yet
 _MAX_REQUESTS = 1000  # of the front at a time; its queue refuses what is too much to draw
+_SECONDS_BETWEEN_LOOKS = 1.0  # at the state of the application
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,33 @@ class Front:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app. Ray Serve calls this in the front's process."""
-        return create_app(self._engine, self._options, LogWriter(sys.stderr), self._break)
+        app = create_app(self._engine, self._options, LogWriter(sys.stderr), self._break)
+        # Ray Serve lets the front answer what it has, but the replicas begin nothing more.
+        call_when_deleted(app.state.queue.stop)
+        return app
 
     def _break(self, error: Exception) -> None:
         self._broken = f"the replicas cannot draw: {error}"
+
+
+def call_when_deleted(call: Callable[[], object]) -> None:
+    """Call something from a thread once Ray Serve begins to delete this process's application."""
+    name = serve.get_replica_context().app_name
+
+    def watch() -> None:
+        while not _is_deleted(name):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        call()
+
+    threading.Thread(target=watch, name="watching the application", daemon=True).start()
+
+
+def _is_deleted(application: str) -> bool:
+    try:
+        overview = serve.status().applications.get(application)
+    except (RayError, RayServeException):  # the controller is being replaced
+        return False
+    return overview is None or overview.status == ApplicationStatus.DELETING
 
 
 def build(args: Mapping[str, Any] | BuildArguments) -> Application:

@@ -11,18 +11,26 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, Worker
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from ...errors import RankError
 from ...generation.settings import draw_seed
 from ..engine import Drawing, DrawRequest, EngineLostError, Preview, Progress, Report, Waiting
 from .replica import Failure
 
 _POLL = 0.2  # seconds between two reports that a drawing waits
-_LOST = (NodeDiedError, ObjectLostError, RayActorError, RayServeException, WorkerCrashedError)
+_LOST = (
+    NodeDiedError,
+    ObjectLostError,
+    RankError,  # of a replica with several GPUs, which starts its ranks again
+    RayActorError,
+    RayServeException,
+    WorkerCrashedError,
+)
 
 
 class RayEngine:
     """An engine that draws each request on a replica that is free.
 
-    A request whose replica dies is drawn once more by another one, with the same seed.
+    A request whose replica dies, or loses a rank, is drawn once more, with the same seed.
 
     Args:
         handle: of the replicas.
