@@ -123,6 +123,13 @@ def test_cfg_scales_that_are_no_numbers(serve: Serve, engine: StubEngine, scale:
     assert not engine.drawn
 
 
+def test_large_sizes_by_two_fields(serve: Serve, engine: StubEngine) -> None:
+    answer = serve().post(TEXT, json={"prompt": "a", "width": 10_000, "height": 10_000})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].endswith("must be a multiple of 16 up to 8192, not 10000")
+    assert not engine.drawn
+
+
 def test_many_large_images(serve: Serve, engine: StubEngine) -> None:
     client = serve()
     body = {"prompt": "a", "n": 10, "size": "1024x1024"}
@@ -193,7 +200,12 @@ def test_huge_bodies(serve: Serve, engine: StubEngine, is_declared: bool) -> Non
     for path, kind in ((GENERATIONS, JSON), (EDITS, form), (TEXT, JSON)):
         answer = client.post(path, content=pieces(), headers={**kind, **length})
         assert answer.status_code == 413, answer.text
-        assert "more than 100,000 bytes" in answer.text
+        document = answer.json()
+        said = document["detail"] if path == TEXT else document["error"]["message"]
+        assert said == "the request has more than 100,000 bytes"
+        assert (document["error"] if path == TEXT else document["error"]["code"]) == (
+            "request_too_large"
+        )
     multipart = {"image": ("a.png", b"x" * 200_000)}
     assert client.post(EDITS, data={"prompt": "a"}, files=multipart).status_code == 413
     assert not engine.drawn

@@ -175,15 +175,35 @@ def test_exceptions(address: str, kind: str, engine: StubEngine, more: dict[str,
     assert len(engine.drawn) == 1  # it would fail again
 
 
-def test_refusals_of_a_full_queue(address: str, kind: str, engine: StubEngine) -> None:
+def test_stream(address: str, engine: StubEngine) -> None:
+    """As the guide says: it fails after the image was drawn."""
+    with pytest.raises(litellm.InternalServerError, match="model_dump"):
+        ask(address, stream=True)
+    assert engine.drawn
+
+
+def test_the_seed_is_in_the_file(address: str) -> None:
+    made = ask(address)
+    image = decoded(made.data[0].b64_json)
+    assert isinstance(json.loads(image.text["zimage-mxfp8"])["seed"], int)
+    assert "seed" not in made.model_dump_json()
+
+
+def test_refusals_of_a_full_queue(address: str, kind: str, engine: StubEngine, log: Log) -> None:
     engine.gate.clear()
+
+    def refusals() -> int:
+        return sum(line["status"] == 429 for line in log.lines())
+
     with ThreadPoolExecutor(1) as others:
         running = others.submit(ask, address)
         wait_until(lambda: engine.drawn)
         with pytest.raises(litellm.RateLimitError, match="too many requests wait"):
-            ask(address, kind, max_retries=0)
+            ask(address, kind)
+        wait_until(lambda: refusals() == 3)  # it tries again twice
         with pytest.raises(litellm.RateLimitError, match="too many requests wait"):
             ask(address, kind, image=image_file())
+        wait_until(lambda: refusals() == 4)
         engine.gate.set()
         assert running.result(30).data
 

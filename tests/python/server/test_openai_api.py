@@ -50,10 +50,26 @@ def test_fields_of_null_or_nothing_are_not_given(serve: Serve, engine: StubEngin
     client = serve()
     body = {"prompt": "a", **dict.fromkeys(names)}
     assert client.post(GENERATIONS, json=body).status_code == 200
-    body = {"prompt": "a", "negative_prompt": "", "size": "", "lora": ""}
-    assert client.post(GENERATIONS, json=body).status_code == 200
+    for size in ("", "auto"):
+        body = {"prompt": "a", "negative_prompt": "", "size": size, "lora": ""}
+        assert client.post(GENERATIONS, json=body).status_code == 200
     plain = zm.GenerationSettings("a", width=64, height=48)
-    assert [each.settings for each in engine.drawn] == [plain, plain]
+    assert [each.settings for each in engine.drawn] == [plain] * 3
+
+
+def test_ten_images(serve: Serve, engine: StubEngine) -> None:
+    client = serve()
+    data = client.post(GENERATIONS, json={"prompt": "a", "n": 10, "seed": 3}).json()["data"]
+    assert [decoded(item["b64_json"]).getpixel((0, 0))[0] for item in data] == list(range(3, 13))
+    assert client.post(GENERATIONS, json={"prompt": "a", "n": 11}).status_code == 400
+    assert len(engine.drawn) == 1
+
+
+def test_other_methods(serve: Serve) -> None:
+    for path in (GENERATIONS, EDITS):
+        answer = serve().get(path)
+        assert answer.status_code == 405 and answer.headers["Allow"] == "POST"
+        assert answer.json()["error"]["code"] == "method_not_allowed"
 
 
 def test_all_fields(serve: Serve, engine: StubEngine, tmp_path: Path) -> None:
@@ -381,6 +397,7 @@ def test_full_queue(serve: Serve, engine: StubEngine) -> None:
     with ThreadPoolExecutor(1) as others:
         running = others.submit(client.post, GENERATIONS, json={"prompt": "a"})
         wait_until(lambda: engine.drawn)
+        assert "\nzimage_running 1.0\n" in client.get("/metrics").text
         sent = {"image": ("a.png", image_file())}
         for answer in (
             client.post(GENERATIONS, json={"prompt": "a"}),

@@ -1,4 +1,7 @@
-"""The calls of Open WebUI and SillyTavern, in the order and with the fields of their sources."""
+"""The calls of Open WebUI and SillyTavern, in the order and with the fields of their sources.
+
+Open WebUI at commit 02530d5, SillyTavern at 02903fd.
+"""
 
 from __future__ import annotations
 
@@ -94,22 +97,26 @@ def test_open_webui_by_openai(serve: Serve, engine: StubEngine) -> None:
     (image,) = answer.json()["data"]
     assert image.get("url") is None
     assert decoded(image["b64_json"]).size == (64, 64)
-    answer = client.post(
-        "/v1/images/edits",
-        data={"model": "stub", "prompt": "a fox", "n": "1", "response_format": "b64_json"},
-        files={"image": ("3f.png", image_file(), "image/png")},
-        headers=headers,
-    )
-    assert decoded(answer.json()["data"][0]["b64_json"]).size == (64, 48)
+    for name in ("image", "image[]"):  # the latter if its own client gave a list
+        answer = client.post(
+            "/v1/images/edits",
+            data={"model": "stub", "prompt": "a fox", "n": "1", "response_format": "b64_json"},
+            files={name: ("3f.png", image_file(), "image/png")},
+            headers=headers,
+        )
+        assert decoded(answer.json()["data"][0]["b64_json"]).size == (64, 48)
     assert engine.drawn[0].settings.steps == 4
 
 
 def test_open_webui_by_a1111(serve: Serve, engine: StubEngine) -> None:
     client = serve(api_key=KEY)
+    models = client.get("/sdapi/v1/sd-models", headers=BASIC).json()
+    assert [(each["title"], each["model_name"]) for each in models] == [("stub", "stub")]
     options = client.get("/sdapi/v1/options", headers=BASIC).json()
     options["sd_model_checkpoint"] = "other"
     assert client.post("/sdapi/v1/options", json=options, headers=BASIC).status_code == 200
     fields = {"prompt": "a fox", "batch_size": 2, "width": 64, "height": 64, "steps": 50}
+    fields["negative_prompt"] = "lowres"
     answer = client.post("/sdapi/v1/txt2img", json=fields, headers=BASIC).json()
     assert [decoded(image).size for image in answer["images"]] == [(64, 64)] * 2
     assert isinstance(answer["info"], str)
