@@ -107,7 +107,15 @@ class CudaError(Error, RuntimeError):
 
 
 class RankError(Error, RuntimeError):
-    """A process of a transformer on several devices that has ended, and with it all others."""
+    """A process of a transformer on several devices that has ended, and with it all others.
+
+    Attributes:
+        was_killed: whether the process ended without an error of its own, as by a signal.
+    """
+
+    def __init__(self, problem: str, hint: str = "", was_killed: bool = False) -> None:
+        super().__init__(problem, hint)
+        self.was_killed = was_killed
 
 
 class NonFiniteError(Error, ValueError):

@@ -83,7 +83,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser], li
         "--compute",
         choices=("auto", *COMPUTE_MODES),
         default="auto",
-        help="how quantised layers of A are multiplied (default: the fastest that the device has)",
+        help="how quantised layers of A are multiplied (default: chosen for the device)",
     )
     parser.add_argument(
         "--against-compute",

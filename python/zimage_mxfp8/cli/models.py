@@ -111,7 +111,7 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
         "--compute",
         choices=("auto", *COMPUTE_MODES),
         default="auto",
-        help="how quantised layers are multiplied (default: the fastest that the device has)",
+        help="how quantised layers are multiplied (default: chosen for the device)",
     )
 
 

@@ -32,7 +32,7 @@ def speed_up(model: Any, compute: str = "auto") -> Any:
 
     Args:
         model: a ModelPatcher of Z-Image.
-        compute: one of `IN_PLACE_MODES`, or "auto" for the device's fastest of them.
+        compute: one of `IN_PLACE_MODES`, or "auto" for the one chosen for the device.
 
     Raises:
         ValueError: the MODEL is not Z-Image.

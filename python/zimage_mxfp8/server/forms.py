@@ -14,6 +14,7 @@ from starlette.requests import Request
 from .request_errors import RequestError, invalid
 
 _LORA_PART = re.compile(r"lora\[(\w+)\]")
+_MAX_JSON = 16_384  # characters: while JSON is parsed, nothing else is answered
 
 
 @asynccontextmanager
@@ -44,7 +45,7 @@ def text_fields(form: FormData) -> dict[str, Any]:
     `lora[scale]`.
 
     Raises:
-        RequestError: `lora` is written in a way that leaves open which scale has which name.
+        RequestError: `lora` is too long, or leaves open which scale has which name.
     """
     texts = [(name, text) for name, text in form.multi_items() if isinstance(text, str) and text]
     fields: dict[str, Any] = dict(texts)
@@ -85,6 +86,8 @@ async def one_file(form: FormData, *names: str) -> bytes:
 def _parsed(text: str) -> Any:
     """Return the value of a field that holds JSON; other text stays."""
     if text[0] in "{[":
+        if len(text) > _MAX_JSON:
+            raise invalid("lora", f"must have at most {_MAX_JSON:,} characters of JSON")
         try:
             return json.loads(text)
         except (ValueError, RecursionError):

@@ -335,6 +335,8 @@ class JobQueue:
                 raise StoppedError
             job.is_waiting = isinstance(update, Waiting)
             if isinstance(update, Waiting):
+                if self._is_stopping:  # nobody may be left to draw it
+                    raise StoppingError
                 stages.end()
                 begin, stages = time.monotonic(), _Stages(self._observer)
                 return
@@ -347,7 +349,7 @@ class JobQueue:
         try:
             drawing = self._engine.draw(job.request, report)
             end, outcome = Done(drawing), "done"
-        except StoppedError as error:
+        except (StoppedError, StoppingError) as error:
             end, outcome = Failed(without_frames(error)), "stopped"
         except Exception as error:  # of the engine; other requests are none the worse
             if is_of_request(error, job.request):

@@ -25,7 +25,7 @@ from .request_log import LogWriter
 _OPEN = ("/", "/healthz", "/readyz")  # to everyone: they tell nothing, and draw nothing
 _CLIENT_GONE = 499  # in the log, as nginx has it
 _MAX_VALUES = 100_000  # of JSON: while it is parsed, nothing else is answered
-_BEFORE_VALUES = (b",", b"[", b"{")
+_BEFORE_VALUES = (b",", b"[", b"{")  # those in texts count too: there are at most so many values
 
 
 @dataclass
@@ -111,7 +111,8 @@ class Boundary(_Layer):
             status = _CLIENT_GONE
         except Exception as error:
             known = request_error(error)
-            if known.code == "internal_error" and known is not error:  # not of a drawing
+            if known.code == "internal_error" and known is not error:
+                # The queue has logged failed drawings, whose errors are requests' errors by now.
                 self._metrics.failed(f"{error!r:.2000}", notes.request_id)
             notes.fields["error"] = known.code
             if not status:
@@ -234,8 +235,9 @@ class Limits(_Layer):
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_bytes:
-            raise _too_large(self._max_bytes, "bytes")
-        has_values = is_json(headers.get("content-type", ""))
+            raise _too_large("the request", self._max_bytes, "bytes")
+        content_type = headers.get("content-type", "")
+        has_values = not content_type or is_json(content_type)  # older FastAPI parses it anyway
         deadline = time.monotonic() + self._seconds
         count, values, is_complete = 0, 0, False
         breach: RequestError | ClientGoneError | None = None
@@ -258,10 +260,10 @@ class Limits(_Layer):
                 values += sum(map(body.count, _BEFORE_VALUES))
             is_complete = not message.get("more_body", False)
             if count > self._max_bytes:
-                breach = _too_large(self._max_bytes, "bytes")
+                breach = _too_large("the request", self._max_bytes, "bytes")
                 raise breach
             if values > _MAX_VALUES:
-                breach = _too_large(_MAX_VALUES, "values")
+                breach = _too_large("the JSON", _MAX_VALUES, "commas and brackets")
                 raise breach
             return message
 
@@ -279,8 +281,8 @@ class Limits(_Layer):
             raise
 
 
-def _too_large(limit: int, units: str) -> RequestError:
-    return RequestError(413, "request_too_large", f"the request has more than {limit:,} {units}")
+def _too_large(what: str, limit: int, units: str) -> RequestError:
+    return RequestError(413, "request_too_large", f"{what} has more than {limit:,} {units}")
 
 
 def _check_origin(headers: Headers) -> None:

@@ -175,7 +175,7 @@ def choose(
     """Return the mode to run in.
 
     Args:
-        compute: "auto" (the fastest that the device has) or a mode.
+        compute: "auto" (chosen for the device) or a mode.
         device: where the model will be: index of a CUDA device, or -1 for the CPU.
         weights: what the layers are stored in.
         among: the modes that "auto" may choose.

@@ -19,7 +19,8 @@ ERRORS = {
     "nan": zm.GenerationError("the image is NaN", 1, "use another seed"),
     "memory": zm.CudaError("cuda:0 ran out of memory"),
     "defect": KeyError("a defect"),
-    "rank": zm.RankError("rank 1 was ended by signal 9"),
+    "rank": zm.RankError("rank 1 was ended by signal 9", was_killed=True),
+    "error of a rank": zm.RankError("rank 1 failed: out of memory"),
 }
 
 

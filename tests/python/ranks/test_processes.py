@@ -280,8 +280,9 @@ def test_an_error_of_a_rank_is_told(file: Path) -> None:
     change = model._other_ranks.change_adapters("unload", "nobody")
     with pytest.raises(zm.UsageError, match='"nobody" is no adapter that is loaded'), change:
         pass
-    with pytest.raises(zm.RankError, match=r"rank 1 \(cpu\) failed: .*nobody"):
+    with pytest.raises(zm.RankError, match=r"rank 1 \(cpu\) failed: .*nobody") as error:
         model(*random_inputs([(4, 4)], [3]))
+    assert not error.value.was_killed
 
 
 def test_an_error_of_rank_0_ends_the_others(file: Path) -> None:
@@ -381,8 +382,9 @@ def test_images_and_a_new_start_after_a_loss(tmp_path: Path) -> None:
     check()
     for pid in pids(shared._kept["transformer"]):
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(zm.RankError, match="was ended by signal 9"):
+    with pytest.raises(zm.RankError, match="was ended by signal 9") as error:
         shared.generate(settings)
+    assert error.value.was_killed
     check()
 
 

@@ -179,6 +179,29 @@ class BusyEngine(StubEngine):
         return super().draw(request, report)
 
 
+def test_a_drawing_that_has_to_wait_again_after_a_stop(notes: Notes) -> None:
+    """As if its replica died and none were to come."""
+    engine = BusyEngine()
+    queue = JobQueue(engine, 1, notes)
+    draw = engine.draw
+
+    def begin(request: DrawRequest, report: Report) -> Drawing:
+        report(Progress("denoising", 1, 3))
+        queue.stop()
+        engine.gate.clear()
+        return draw(request, report)
+
+    engine.draw = begin  # type: ignore[method-assign]
+    queue.start()
+
+    async def work() -> Event:
+        return (await all_of(queue.submit(request(), 30).events()))[-1]
+
+    end = run(work())
+    assert isinstance(end, Failed) and isinstance(end.error, StoppingError)
+    assert queue.join(30) and notes.outcomes == ["stopped"] and notes.details == []
+
+
 @pytest.mark.parametrize("how", ["drawn", "stopped", "the queue stops"])
 def test_a_job_that_waits_at_the_engine(notes: Notes, how: str) -> None:
     engine = BusyEngine()

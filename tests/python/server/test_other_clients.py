@@ -120,4 +120,7 @@ def test_open_webui_by_a1111(serve: Serve, engine: StubEngine) -> None:
     answer = client.post("/sdapi/v1/txt2img", json=fields, headers=BASIC).json()
     assert [decoded(image).size for image in answer["images"]] == [(64, 64)] * 2
     assert isinstance(answer["info"], str)
-    assert engine.drawn[0].settings.steps == 50
+    assert client.post("/sdapi/v1/txt2img", json={**fields, "cfg_scale": 4}, headers=BASIC).json()
+    settings = [each.settings for each in engine.drawn]
+    assert [each.steps for each in settings] == [50, 50]
+    assert [each.negative_prompt for each in settings] == [None, "lowres"]

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -24,6 +25,7 @@ with warnings.catch_warnings():  # Ray uses what its own requirements deprecate
     warnings.simplefilter("ignore")
     from ray.exceptions import RayActorError
     from ray.serve import Application, Deployment
+    from ray.serve.schema import ApplicationStatus
 
     from zimage_mxfp8.server.ray import BuildArguments, application, build, cluster
     from zimage_mxfp8.server.ray.application import Front, Replicas, drawing_application
@@ -108,6 +110,37 @@ def test_a_front_whose_replicas_cannot_draw_asks_to_be_replaced(
         wait_until(is_unhealthy)
     with pytest.raises(RuntimeError, match="the replicas cannot draw"):
         front.check_health()
+
+
+def test_the_front_is_told_once_its_application_is_deleted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def overview(status: ApplicationStatus | None) -> SimpleNamespace:
+        found = {"zimage": SimpleNamespace(status=status)} if status else {}
+        return SimpleNamespace(applications=found)
+
+    looks: list[SimpleNamespace | Exception] = [
+        overview(ApplicationStatus.RUNNING),
+        RuntimeError("no controller"),
+        overview(None),  # of a controller that has just started
+        overview(ApplicationStatus.DEPLOYING),
+        overview(ApplicationStatus.DELETING),
+    ]
+
+    def status() -> SimpleNamespace:
+        look = looks.pop(0)
+        if isinstance(look, Exception):
+            raise look
+        return look
+
+    context = SimpleNamespace(app_name="zimage")
+    monkeypatch.setattr(application.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(application.serve, "status", status)
+    monkeypatch.setattr(application, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    calls: list[int] = []
+    application.call_when_deleted(lambda: calls.append(len(looks)))
+    wait_until(lambda: calls)
+    assert calls == [0]
 
 
 @pytest.fixture

@@ -14,9 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
@@ -172,9 +170,9 @@ def call_when_deleted(call: Callable[[], object]) -> None:
 def _is_deleted(application: str) -> bool:
     try:
         overview = serve.status().applications.get(application)
-    except (RayError, RayServeException):  # the controller is being replaced
+    except Exception:  # the controller is being replaced
         return False
-    return overview is None or overview.status == ApplicationStatus.DELETING
+    return overview is not None and overview.status == ApplicationStatus.DELETING
 
 
 def build(args: Mapping[str, Any] | BuildArguments) -> Application:

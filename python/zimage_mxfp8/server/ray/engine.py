@@ -17,20 +17,13 @@ from ..engine import Drawing, DrawRequest, EngineLostError, Preview, Progress, R
 from .replica import Failure
 
 _POLL = 0.2  # seconds between two reports that a drawing waits
-_LOST = (
-    NodeDiedError,
-    ObjectLostError,
-    RankError,  # of a replica with several GPUs, which starts its ranks again
-    RayActorError,
-    RayServeException,
-    WorkerCrashedError,
-)
+_LOST = (NodeDiedError, ObjectLostError, RayActorError, RayServeException, WorkerCrashedError)
 
 
 class RayEngine:
     """An engine that draws each request on a replica that is free.
 
-    A request whose replica dies, or loses a rank, is drawn once more, with the same seed.
+    A request whose replica dies, or loses one of its ranks, is drawn once more with the same seed.
 
     Args:
         handle: of the replicas.
@@ -57,14 +50,20 @@ class RayEngine:
         if settings.seed is None:
             request = replace(request, settings=replace(settings, seed=draw_seed()))
         report = _without_repetition(report)
+        made = self._drawn_or_lost(request, report)
+        if isinstance(made, EngineLostError):
+            made = self._drawn_or_lost(request, report)
+        if isinstance(made, EngineLostError):
+            raise made
+        return made
+
+    def _drawn_or_lost(self, request: DrawRequest, report: Report) -> Drawing | EngineLostError:
         try:
             return asyncio.run(self._draw(request, report))
-        except _LOST:
-            pass
-        try:
-            return asyncio.run(self._draw(request, report))
-        except _LOST as error:
-            raise EngineLostError(f"two replicas were lost: {error}") from None
+        except Exception as error:
+            if not _is_loss(error):
+                raise
+            return EngineLostError(f"two replicas were lost: {error}")
 
     def free_memory(self) -> None:
         """Do nothing: replicas do it themselves."""
@@ -104,6 +103,10 @@ async def _next(events: AsyncIterator[Any], report: Report | None) -> Any:
         if not coming.done():
             coming.cancel()
             await asyncio.wait([coming])
+
+
+def _is_loss(error: Exception) -> bool:
+    return isinstance(error, _LOST) or (isinstance(error, RankError) and error.was_killed)
 
 
 def _without_repetition(report: Report) -> Report:

@@ -280,7 +280,7 @@ class OtherRanks:
         self._watch.noticed.wait()
         if self._parts.graphs is not None:
             self._parts.graphs.clear()  # exchanges end when no graph holds them
-        return RankError(self._watch.failure, "load it again")
+        return self._watch.rank_error()
 
 
 def check_shared(controls: Sequence[Control]) -> None:
@@ -404,6 +404,7 @@ class _Watch:
         self._devices = devices
         self._is_ending = False
         self._error: Exception | None = None
+        self._was_killed = False
         self._lock = threading.RLock()  # `end` may come from a finalizer at any time
 
     def run(self) -> None:
@@ -432,20 +433,32 @@ class _Watch:
         """Return the error of the rank that failed first, if it is one of this package's."""
         self.noticed.wait()
         if self._error is None:
-            return RankError(self.failure, "load it again")
+            return self.rank_error()
         return copy.copy(self._error)  # raising one adds frames to it, which hold the model
+
+    def rank_error(self) -> RankError:
+        """Return the error that tells of the failure."""
+        return RankError(self.failure, "load it again", self._was_killed)
 
     def fail(self, problem: str) -> None:
         """Remember an error of rank 0, and end the others."""
         self._fail(problem, None, of_others=False)
 
-    def _fail(self, problem: str, error: Exception | None, *, of_others: bool = True) -> None:
+    def _fail(
+        self,
+        problem: str,
+        error: Exception | None,
+        *,
+        of_others: bool = True,
+        was_killed: bool = False,
+    ) -> None:
         with self._lock:
             if self.failure or self._is_ending:
                 return
             devices = len(self._devices)
             self.failure = f"the transformer on {devices} devices has stopped: {problem}"
             self.failure_of_others, self._error = of_others, error
+            self._was_killed = was_killed
         try:
             for process in self._parts.processes:
                 process.program.kill()
@@ -458,7 +471,7 @@ class _Watch:
     def _ended(self, process: _Process) -> None:
         code = process.program.wait()
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        self._fail(f"{self._name(process)} {how}", None)
+        self._fail(f"{self._name(process)} {how}", None, was_killed=True)
 
     def _name(self, process: _Process) -> str:
         return f"rank {process.rank} ({self._devices[process.rank]})"
