@@ -172,10 +172,8 @@ def test_many_values(serve: Serve, engine: StubEngine, path: str, kind: str) -> 
     drawn = len(engine.drawn)
     answer = ask(51_000)
     assert answer.status_code == 413
-    assert (
-        "the JSON has more than 100,000 commas and brackets" in answer.text
-        and len(engine.drawn) == drawn
-    )
+    assert "the JSON has more than 100,000 commas and brackets" in answer.text
+    assert len(engine.drawn) == drawn
 
 
 def test_ten_thousand_fields(serve: Serve) -> None:
