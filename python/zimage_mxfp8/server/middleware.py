@@ -24,6 +24,8 @@ from .request_log import LogWriter
 
 _OPEN = ("/", "/healthz", "/readyz")  # to everyone: they tell nothing, and draw nothing
 _CLIENT_GONE = 499  # in the log, as nginx has it
+_RETRY_AFTER_UPLOADS = "5"  # seconds
+_MAX_BODIES = 16  # of the largest size that are in memory at a time
 _MAX_VALUES = 100_000  # of JSON: while it is parsed, nothing else is answered
 _BEFORE_VALUES = (b",", b"[", b"{")  # those in texts count too: there are at most so many values
 
@@ -220,9 +222,11 @@ class Access(_Layer):
 class Limits(_Layer):
     """Bounds a request's body in bytes, values and time, and the time that a client takes to read.
 
+    All bodies together are bounded too: each stays in memory until its request is answered.
+
     Args:
         app: the layers inside.
-        max_bytes: of the body, which are counted while they come in.
+        max_bytes: of a body, which are counted while they come in; all may have 16 times as many.
         seconds: for the whole body, and for each piece of the response.
     """
 
@@ -230,6 +234,7 @@ class Limits(_Layer):
         super().__init__(app)
         self._max_bytes = max_bytes
         self._seconds = seconds
+        self._held = 0  # bytes of all bodies
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -256,6 +261,7 @@ class Limits(_Layer):
                 raise breach
             body = message.get("body", b"")
             count += len(body)
+            self._held += len(body)
             if has_values:
                 values += sum(map(body.count, _BEFORE_VALUES))
             is_complete = not message.get("more_body", False)
@@ -264,6 +270,14 @@ class Limits(_Layer):
                 raise breach
             if values > _MAX_VALUES:
                 breach = _too_large("the JSON", _MAX_VALUES, "commas and brackets")
+                raise breach
+            if self._held > _MAX_BODIES * self._max_bytes:
+                breach = RequestError(
+                    503,
+                    "too_many_uploads",
+                    "too many large requests at a time; try again later",
+                    headers={"Retry-After": _RETRY_AFTER_UPLOADS},
+                )
                 raise breach
             return message
 
@@ -279,6 +293,8 @@ class Limits(_Layer):
             if breach is not None:  # parsers turn it into an error of their own
                 raise breach from None
             raise
+        finally:
+            self._held -= count
 
 
 def _too_large(what: str, limit: int, units: str) -> RequestError:

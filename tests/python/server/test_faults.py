@@ -9,6 +9,8 @@ import os
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ import pytest
 from PIL import Image
 
 import zimage_mxfp8 as zm
-from helpers.serving import Log, Serve, StubEngine, image_file, wait_until
+from helpers.serving import Log, Serve, StubEngine, image_file, serving, wait_until
 from zimage_mxfp8.generation.images import decode_image
 from zimage_mxfp8.server import service
 
@@ -155,6 +157,37 @@ def test_many_large_images(serve: Serve, engine: StubEngine) -> None:
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith("batch_size times the pixels")
     assert len(engine.drawn) == 2
+
+
+def test_many_large_bodies_at_a_time(engine: StubEngine) -> None:
+    """Seventeen of these have 1.53 MB, and 1.6 may be held."""
+    body = json.dumps({"prompt": "a", "unknown": "x" * 90_000}).encode()
+    engine.gate.clear()
+    with (
+        serving(engine, queue=20, max_body_bytes=100_000) as address,
+        ThreadPoolExecutor(20) as clients,
+    ):
+
+        def ask() -> tuple[int, str | None, bytes]:
+            request = urllib.request.Request(f"{address}{GENERATIONS}", body, JSON)
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.status, None, answer.read()
+            except urllib.error.HTTPError as error:
+                return error.code, error.headers["Retry-After"], error.read()
+
+        asked = [clients.submit(ask) for _ in range(20)]
+        try:
+            wait_until(lambda: sum(each.done() for each in asked) == 3)
+        finally:
+            engine.gate.set()
+        answers = [each.result() for each in asked]
+        assert [status for status, *_ in answers].count(200) == 17
+        for status, retry_after, content in answers:
+            if status != 200:
+                assert (status, retry_after) == (503, "5")
+                assert json.loads(content)["error"]["code"] == "too_many_uploads"
+        assert ask()[0] == 200
 
 
 @pytest.mark.parametrize("kind", ["application/json", "Application/Problem+JSON; charset=utf-8"])
