@@ -209,7 +209,8 @@ def _upright(image: Image) -> Image:
 
     try:
         return ImageOps.exif_transpose(image)
-    except (TypeError, struct.error):  # Pillow writes the tags again
+    except (TypeError, AttributeError, LookupError, OverflowError, struct.error):
+        # Pillow writes the tags again, of which it checks nothing.
         raise ValueError("its EXIF data is damaged") from None
 
 

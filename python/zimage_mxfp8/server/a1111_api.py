@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from fastapi import APIRouter
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -33,6 +33,7 @@ from .service import Service
 
 _LORA = re.compile(r"<lora:([^:<>]{1,255})(?::([^:<>]{0,100}))?(?::[^<>]{0,100})?>")
 _SAMPLER, _SCHEDULER = "Euler", "Simple"
+_WHITE_SPACE = b" \t\r\n\v\f"
 _STRENGTH = 0.75  # of image to image, as there
 _SECONDS_TO_INTERRUPT = 2.0  # after closing a connection
 # Of arguments of `GenerationSettings`.
@@ -180,18 +181,26 @@ def router(service: Service) -> APIRouter:
 
 async def _images(service: Service, body: ImageToImageBody) -> dict[str, Any]:
     """Return the arguments of `GenerationSettings` for image to image."""
-    image = await service.decode(_bytes(body.init_images[0], "init_images"), "init_images")
+    content = await run_in_threadpool(_bytes, body.init_images[0], "init_images")
+    image = await service.decode(content, "init_images", "init image")
     strength = body.denoising_strength
     images: dict[str, Any] = {
         "init_image": image,
         "strength": _STRENGTH if strength is None else strength,
     }
     if body.mask:
-        mask = await service.decode(_bytes(body.mask, "mask"), "mask")
-        mask = eight_bits(mask).convert("L")
-        mask = mask if mask.size == image.size else mask.resize(image.size)
-        images["mask_image"] = ImageOps.invert(mask) if body.inpainting_mask_invert else mask
+        content = await run_in_threadpool(_bytes, body.mask, "mask")
+        mask = await service.decode(content, "mask")
+        inverted = bool(body.inpainting_mask_invert)
+        images["mask_image"] = await run_in_threadpool(_mask, mask, image.size, inverted)
     return images
+
+
+def _mask(mask: Image.Image, size: tuple[int, int], inverted: bool) -> Image.Image:
+    """Return a mask in shades of grey, of the init image's size."""
+    mask = eight_bits(mask).convert("L")
+    mask = mask if mask.size == size else mask.resize(size)
+    return ImageOps.invert(mask) if inverted else mask
 
 
 def _submitted(service: Service, http: Request, body: TextBody, images: dict[str, Any]) -> Job:
@@ -311,6 +320,7 @@ def _bytes(text: str, field: str) -> bytes:
     """Return the bytes of base64, or of a data URL."""
     data = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode("".join(data.split()), validate=True)  # lines of 76 characters too
+        # Lines of 76 characters too.
+        return base64.b64decode(data.encode("ascii").translate(None, _WHITE_SPACE), validate=True)
     except (binascii.Error, ValueError):
         raise invalid(field, "must be base64 of an image file") from None

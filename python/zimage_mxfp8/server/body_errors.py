@@ -8,7 +8,7 @@ from typing import Any
 from ..text import plural
 from .request_errors import RequestError, invalid
 
-_OBJECT = "must be a JSON object"
+OBJECT = "must be a JSON object"
 # By pydantic's type of error, with its context.
 _PROBLEMS = {
     "missing": "is missing",
@@ -24,9 +24,9 @@ _PROBLEMS = {
     "string_type": "must be a string",
     "string_unicode": "must be valid Unicode",
     "list_type": "must be a list",
-    "dict_type": _OBJECT,
-    "model_type": _OBJECT,
-    "model_attributes_type": _OBJECT,
+    "dict_type": OBJECT,
+    "model_type": OBJECT,
+    "model_attributes_type": OBJECT,
     "literal_error": "must be {expected}",
     "greater_than_equal": "must be {ge:g} or more",
     "less_than_equal": "must be {le:g} or less",
@@ -71,7 +71,7 @@ def _problem(error: Any) -> str:
 
 def _about_body(error: Any) -> str:
     """Return the sentence for a body that cannot be used as a whole."""
-    wanted = f"it {_OBJECT}"
+    wanted = f"it {OBJECT}"
     if error["type"] == "json_invalid":
         place = f" at character {error['loc'][-1]}" if isinstance(error["loc"][-1], int) else ""
         return f"the body is not valid JSON{place} ({error['ctx']['error']}); {wanted}"

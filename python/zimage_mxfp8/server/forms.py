@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from .request_errors import RequestError, invalid
 
 _LORA_PART = re.compile(r"lora\[(\w+)\]")
+_CHARSETS = (b"", b"utf-8", b"utf8", b"us-ascii")  # Python's codecs for others can take minutes
 _MAX_JSON = 16_384  # characters: while JSON is parsed, nothing else is answered
 
 
@@ -22,18 +24,13 @@ async def received_form(http: Request, max_files: int, max_fields: int) -> Async
     """Yield the form that a request sends; its files are closed with the block.
 
     Raises:
-        RequestError: its text cannot be decoded.
+        RequestError: it names another charset than UTF-8.
         HTTPException: of starlette, for other forms that cannot be read.
     """
-    async with AsyncExitStack() as stack:
-        try:
-            form = await stack.enter_async_context(
-                http.form(max_files=max_files, max_fields=max_fields)
-            )
-        except UnicodeError:
-            raise RequestError(
-                400, "invalid_value", "the form's text does not fit its charset; send UTF-8"
-            ) from None
+    _, options = parse_options_header(http.headers.get("content-type", ""))
+    if options.get(b"charset", b"").lower() not in _CHARSETS:
+        raise RequestError(400, "invalid_value", "the form's charset must be UTF-8")
+    async with http.form(max_files=max_files, max_fields=max_fields) as form:
         yield form
 
 

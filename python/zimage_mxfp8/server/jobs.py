@@ -408,6 +408,13 @@ def _detail(error: Exception) -> str:
 
 
 def without_frames(error: Exception) -> Exception:
-    """Return an error without the frames that it passed, and their tensors."""
-    error.__traceback__ = error.__context__ = error.__cause__ = None
+    """Return an error without its causes and the frames that they passed, and their tensors.
+
+    A frame that holds its own error would wait for a collection of garbage.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        cause = each.__cause__ or each.__context__
+        each.__traceback__ = each.__context__ = each.__cause__ = None
+        each = cause
     return error

@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 import time
+import traceback
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import request_errors
+from .jobs import without_frames
 from .metrics import Metrics
 from .options import is_loopback
 from .request_errors import ClientGoneError, RequestError, is_json, request_error
@@ -25,7 +27,10 @@ from .request_log import LogWriter
 _OPEN = ("/", "/healthz", "/readyz")  # to everyone: they tell nothing, and draw nothing
 _CLIENT_GONE = 499  # in the log, as nginx has it
 _RETRY_AFTER_UPLOADS = "5"  # seconds
+_MAX_DETAIL = 4000  # characters of a traceback in the log
+_MAX_METHOD = 16  # characters in the log
 _MAX_BODIES = 16  # of the largest size that are in memory at a time
+_SMALL_PART = 64  # of the largest size: a body that counts for nothing there
 _MAX_VALUES = 100_000  # of JSON: while it is parsed, nothing else is answered
 _BEFORE_VALUES = (b",", b"[", b"{")  # those in texts count too: there are at most so many values
 
@@ -109,13 +114,15 @@ class Boundary(_Layer):
 
         try:
             await self._app(scope, body.receive, noting)
-        except ClientGoneError:
+        except ClientGoneError as error:
             status = _CLIENT_GONE
+            without_frames(error)  # with which the body would wait for a collection of garbage
         except Exception as error:
             known = request_error(error)
             if known.code == "internal_error" and known is not error:
                 # The queue has logged failed drawings, whose errors are requests' errors by now.
-                self._metrics.failed(f"{error!r:.2000}", notes.request_id)
+                detail = "".join(traceback.format_exception(error))
+                self._metrics.failed(detail[-_MAX_DETAIL:], notes.request_id)
             notes.fields["error"] = known.code
             if not status:
                 answer = request_errors.response(known, scope["path"])
@@ -130,12 +137,13 @@ class Boundary(_Layer):
                     await noting({"type": "http.response.body", "body": b""})
 
                 await answer(scope, receive, reading_the_rest)
+            without_frames(error)
         if "error" in notes.fields:
             self._metrics.refused(notes.fields["error"])
         self._log.write(
             {
                 "id": notes.request_id,
-                "method": scope["method"],
+                "method": scope["method"][:_MAX_METHOD],
                 "route": _route(scope),
                 "status": status,
                 "seconds": round(time.monotonic() - begin, 3),
@@ -271,7 +279,8 @@ class Limits(_Layer):
             if values > _MAX_VALUES:
                 breach = _too_large("the JSON", _MAX_VALUES, "commas and brackets")
                 raise breach
-            if self._held > _MAX_BODIES * self._max_bytes:
+            is_small = count <= self._max_bytes // _SMALL_PART
+            if self._held > _MAX_BODIES * self._max_bytes and not is_small:
                 breach = RequestError(
                     503,
                     "too_many_uploads",
@@ -289,12 +298,14 @@ class Limits(_Layer):
 
         try:
             await self._app(scope, bounded_receive, bounded_send)
-        except Exception:
+        except Exception as error:
             if breach is not None:  # parsers turn it into an error of their own
+                without_frames(error)
                 raise breach from None
             raise
         finally:
             self._held -= count
+            breach = None  # whose traceback holds this frame, and with it the body
 
 
 def _too_large(what: str, limit: int, units: str) -> RequestError:

@@ -153,8 +153,9 @@ def router(service: Service) -> APIRouter:
                 image = await service.decode(await one_file(form, "image", "image[]"), "image")
                 mask = None
                 if "mask" in form:
-                    mask = _white_where_transparent(
-                        await service.decode(await one_file(form, "mask"), "mask")
+                    mask = await run_in_threadpool(
+                        _white_where_transparent,
+                        await service.decode(await one_file(form, "mask"), "mask"),
                     )
                 answer = _submitted(service, http, body, "image_edit", image, mask)
         return await _response(service, http, answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -24,7 +25,8 @@ _MAX_CONNECTIONS = 128  # more are answered with 503
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_ANSWER = 1.0  # to clients whose drawing was stopped
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_LOGGERS = ("uvicorn", "python_multipart")  # of what serves and parses requests
+# Of what serves and parses requests, and for Pillow's warnings about images.
+_LOGGERS = ("uvicorn", "python_multipart", "py.warnings")
 
 
 def run_server(
@@ -54,12 +56,14 @@ def run_server(
     app = create_app(engine, options, log, broken.append)
     for name in _LOGGERS:
         log_into(log, name)
+    logging.captureWarnings(True)
     server = _Server(config_of(app, options), log, lambda: bool(broken), on_ready)
     try:
         asyncio.run(server.serve([listener]))
     finally:  # an engine that still draws would end the interpreter with an abort
         app.state.queue.stop(now=True)
         app.state.queue.join()
+        logging.captureWarnings(False)
     if broken:
         raise broken[0]
 

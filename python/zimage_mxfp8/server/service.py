@@ -132,14 +132,20 @@ class Service:
             if not place.cancelled():
                 self._decoding.release()
 
-    async def decode(self, content: bytes, param: str) -> Image:
+    async def decode(self, content: bytes, param: str, what: str = "") -> Image:
         """Return the image of a file that a client sent, upright and in any mode.
+
+        Args:
+            content: the file.
+            param: the field that it came in.
+            what: the image, for the sentences of errors; "" for the field's name.
 
         Raises:
             RequestError: it is not an image, or too large.
         """
         try:
-            return await run_in_threadpool(_decoded, content, param, self.options.max_sent_pixels)
+            max_pixels = self.options.max_sent_pixels
+            return await run_in_threadpool(_decoded, content, what or param, max_pixels)
         except CheckpointError as error:
             raise RequestError(400, "invalid_image", str(error), param) from None
 

@@ -156,7 +156,7 @@ def test_a_mask_of_16_bits_is_scaled(serve: Serve, engine: StubEngine) -> None:
     [
         ({"init_images": ["%%%"]}, "init_images must be base64 of an image file"),
         ({"init_images": []}, "init_images must have at least 1 element"),
-        ({"init_images": [text_of(b"x")]}, "the init_images must be a PNG, JPEG, WebP, GIF"),
+        ({"init_images": [text_of(b"x")]}, "the init image must be a PNG, JPEG, WebP, GIF"),
         ({"init_images": [text_of(image_file())], "steps": 0}, "steps must be 1 to 1000, not 0"),
         ({"init_images": [text_of(image_file())], "denoising_strength": 0}, "denoising_strength"),
         ({"init_images": [text_of(image_file())], "batch_size": 4, "n_iter": 4}, "batch_size"),

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import zimage_mxfp8 as zm
 from helpers.documents import GUIDE, text_of
@@ -351,6 +352,40 @@ def test_slow_clients_do_not_keep_others_waiting(engine: StubEngine, log: Log) -
         wait_until(lambda: sorted(x["status"] for x in log.lines()) == [200, 408, 499])
         sender.close()
         reader.close()
+
+
+def is_established(server: str, client: socket.socket) -> bool:
+    """Whether the server's side of a connection is open (proc_net_tcp.txt of Linux)."""
+    ports = urlsplit(server).port, client.getsockname()[1]
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, state, *_ = line.split()
+        if tuple(int(each.rpartition(":")[2], 16) for each in (local, remote)) == ports:
+            return state == "01"
+    return False
+
+
+def test_clients_that_read_nothing_are_cut_off(engine: StubEngine) -> None:
+    with serving(engine, transfer_timeout=0.5) as address, connect(address) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400)
+        assert is_established(address, connection)
+        wait_until(lambda: not is_established(address, connection))
+
+
+def test_little_is_received_at_a_time(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a body of small chunks leaves time for others."""
+    received: list[int] = []
+    receive = H11Protocol.data_received
+
+    def noting(self: H11Protocol, data: bytes) -> None:
+        received.append(len(data))
+        receive(self, data)
+
+    monkeypatch.setattr(H11Protocol, "data_received", noting)
+    body = request_of({"prompt": "a", "unknown": "x" * 2_000_000})
+    with connect(address) as connection:
+        connection.sendall(body)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+    assert sum(received) == len(body) and max(received) <= 16_384
 
 
 def test_requests_whose_headers_never_end_do_not_use_up_the_connections(
