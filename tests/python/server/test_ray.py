@@ -242,18 +242,19 @@ def test_a_stopped_drawing_frees_its_replica(running: Running, notes: Path) -> N
 
 def test_requests_go_where_their_adapters_are_loaded(running: Running, notes: Path) -> None:
     settings = request(0).settings
-    processes: set[int] = set()
+    most = 0
     for seconds in (1, 3, 9):  # until Ray knows what is loaded where
         file = Path(f"after {seconds} s.safetensors")
         with_it = DrawRequest(replace(settings, loras=((file, 1.0),)))
         running.engine.draw(with_it, lambda _: None)
         time.sleep(seconds)
-        for _ in range(11):  # by one process: by chance in one of 2,048 times
+        for _ in range(23):
             running.engine.draw(with_it, lambda _: None)
-        processes = {process for process, _ in running.model.noted("end")[-12:]}
-        if len(processes) == 1:
+        processes = Counter(process for process, _ in running.model.noted("end")[-24:])
+        most = max(processes.values())
+        if most >= 20:  # by chance in one of 650 times
             break
-    assert len(processes) == 1
+    assert most >= 20
 
 
 def impatient_application(*arguments: object) -> Application:
