@@ -210,7 +210,7 @@ def _upright(image: Image) -> Image:
     try:
         return ImageOps.exif_transpose(image)
     except (TypeError, AttributeError, LookupError, OverflowError, struct.error):
-        # Pillow writes the tags again, of which it checks nothing.
+        # Pillow writes the tags again and does not check them.
         raise ValueError("its EXIF data is damaged") from None
 
 

@@ -14,14 +14,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from . import a1111_api, openai_api
-from .body_errors import OBJECT, body_error
+from .body_errors import body_error, unreadable_body
 from .engine import Engine
 from .jobs import JobQueue
 from .loras import LoraFolder
 from .metrics import Metrics
 from .middleware import Access, Boundary, Limits
 from .options import ServerOptions
-from .request_errors import JSON_TYPE, RequestError, check_content_type, request_error
+from .request_errors import JSON_TYPE, check_content_type, request_error
 from .request_log import LogWriter
 from .service import Service
 
@@ -95,7 +95,7 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
         if error.status_code == 400 and error.__cause__ is not None:  # of FastAPI's parsing
-            raise RequestError(400, "invalid_value", f"the body is not JSON in UTF-8; it {OBJECT}")
+            raise unreadable_body()
         raise request_error(error)
 
     @app.exception_handler(RequestValidationError)

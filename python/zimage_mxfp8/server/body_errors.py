@@ -8,7 +8,7 @@ from typing import Any
 from ..text import plural
 from .request_errors import RequestError, invalid
 
-OBJECT = "must be a JSON object"
+_OBJECT = "must be a JSON object"
 # By pydantic's type of error, with its context.
 _PROBLEMS = {
     "missing": "is missing",
@@ -24,9 +24,9 @@ _PROBLEMS = {
     "string_type": "must be a string",
     "string_unicode": "must be valid Unicode",
     "list_type": "must be a list",
-    "dict_type": OBJECT,
-    "model_type": OBJECT,
-    "model_attributes_type": OBJECT,
+    "dict_type": _OBJECT,
+    "model_type": _OBJECT,
+    "model_attributes_type": _OBJECT,
     "literal_error": "must be {expected}",
     "greater_than_equal": "must be {ge:g} or more",
     "less_than_equal": "must be {le:g} or less",
@@ -59,6 +59,11 @@ def body_error(errors: Sequence[Any]) -> RequestError:
     return RequestError(400, "invalid_value", f"{param}{part} {_problem(first)}", param)
 
 
+def unreadable_body() -> RequestError:
+    """Return the error for a body that cannot be decoded as JSON at all."""
+    return RequestError(400, "invalid_value", f"the body is not JSON in UTF-8; it {_OBJECT}")
+
+
 def _problem(error: Any) -> str:
     if length := _LENGTHS.get(error["type"]):
         bound, key, what = length
@@ -71,7 +76,7 @@ def _problem(error: Any) -> str:
 
 def _about_body(error: Any) -> str:
     """Return the sentence for a body that cannot be used as a whole."""
-    wanted = f"it {OBJECT}"
+    wanted = f"it {_OBJECT}"
     if error["type"] == "json_invalid":
         place = f" at character {error['loc'][-1]}" if isinstance(error["loc"][-1], int) else ""
         return f"the body is not valid JSON{place} ({error['ctx']['error']}); {wanted}"

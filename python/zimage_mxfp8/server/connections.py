@@ -25,7 +25,7 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.max_size = _MAX_RECEIVED  # type: ignore[attr-defined]
-        transport.set_write_buffer_limits(0)  # so that `pause_writing` tells of all that is unread
+        transport.set_write_buffer_limits(0)  # `pause_writing` is to come as soon as data is unread
         self._start_timer()
 
     def pause_writing(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import CudaError
+from ..errors import CudaError, RankError
 from ..generation.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -162,12 +162,17 @@ class GeneratorEngine:
             report(Progress(progress.stage, progress.done, progress.total))
 
         every = math.ceil(settings.steps * (settings.strength or 1) / (request.previews + 1))
-        made = self._generator.generate(
-            settings,
-            tell,
-            preview=show if request.previews else None,
-            preview_every=max(1, every),
-        )
+        try:
+            made = self._generator.generate(
+                settings,
+                tell,
+                preview=show if request.previews else None,
+                preview_every=max(1, every),
+            )
+        except RankError as error:
+            if error.was_killed:
+                raise EngineLostError(str(error)) from None
+            raise
         return Drawing(
             made.images,
             tuple(made.metadata(i) for i in range(len(made.images))),

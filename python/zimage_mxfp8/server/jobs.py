@@ -14,7 +14,7 @@ from statistics import median
 from typing import Literal, Protocol
 
 from ..errors import CheckpointError, Error, UsageError
-from .engine import Drawing, DrawRequest, Engine, Preview, Progress, Waiting
+from .engine import Drawing, DrawRequest, Engine, EngineLostError, Preview, Progress, Waiting
 
 _FIRST_GUESS = 5.0  # seconds of a drawing, before any has ended
 _REMEMBERED = 16  # drawings, for the guess
@@ -335,7 +335,7 @@ class JobQueue:
                 raise StoppedError
             job.is_waiting = isinstance(update, Waiting)
             if isinstance(update, Waiting):
-                if self._is_stopping:  # nobody may be left to draw it
+                if self._is_stopping:  # the engine may have nothing left that can draw it
                     raise StoppingError
                 stages.end()
                 begin, stages = time.monotonic(), _Stages(self._observer)
@@ -404,13 +404,15 @@ def is_of_request(error: Exception, request: DrawRequest) -> bool:
 
 
 def _detail(error: Exception) -> str:
-    return str(error) if isinstance(error, Error) else "".join(traceback.format_exception(error))
+    if isinstance(error, (EngineLostError, Error)):
+        return str(error)
+    return "".join(traceback.format_exception(error))
 
 
 def without_frames(error: Exception) -> Exception:
     """Return an error without its causes and the frames that they passed, and their tensors.
 
-    A frame that holds its own error would wait for a collection of garbage.
+    A frame that refers to its own error is freed only when garbage is collected.
     """
     each: BaseException | None = error
     while each is not None:

@@ -30,9 +30,9 @@ _RETRY_AFTER_UPLOADS = "5"  # seconds
 _MAX_DETAIL = 4000  # characters of a traceback in the log
 _MAX_METHOD = 16  # characters in the log
 _MAX_BODIES = 16  # of the largest size that are in memory at a time
-_SMALL_PART = 64  # of the largest size: a body that counts for nothing there
+_SMALL_PART = 64  # of the largest size: smaller bodies are not refused for what others hold
 _MAX_VALUES = 100_000  # of JSON: while it is parsed, nothing else is answered
-_BEFORE_VALUES = (b",", b"[", b"{")  # those in texts count too: there are at most so many values
+_BEFORE_VALUES = (b",", b"[", b"{")  # an upper bound: strings may have them too
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Boundary(_Layer):
             await self._app(scope, body.receive, noting)
         except ClientGoneError as error:
             status = _CLIENT_GONE
-            without_frames(error)  # with which the body would wait for a collection of garbage
+            without_frames(error)  # or the body stays until garbage is collected
         except Exception as error:
             known = request_error(error)
             if known.code == "internal_error" and known is not error:
@@ -305,7 +305,7 @@ class Limits(_Layer):
             raise
         finally:
             self._held -= count
-            breach = None  # whose traceback holds this frame, and with it the body
+            breach = None  # its traceback refers to this frame, and so to the body
 
 
 def _too_large(what: str, limit: int, units: str) -> RequestError:

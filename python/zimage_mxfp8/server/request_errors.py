@@ -17,7 +17,6 @@ from ..errors import (
     CudaError,
     Error,
     GenerationError,
-    RankError,
     UnsupportedError,
     UsageError,
 )
@@ -142,7 +141,7 @@ def request_error(error: Exception, fields: Mapping[str, str] | None = None) -> 
             "the server is stopping; try again later",
             headers={"Retry-After": _RETRY_AFTER_LOSS},
         )
-    if isinstance(error, EngineLostError) or (isinstance(error, RankError) and error.was_killed):
+    if isinstance(error, EngineLostError):
         return RequestError(
             503,
             "engine_lost",

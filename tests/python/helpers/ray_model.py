@@ -11,7 +11,7 @@ from PIL import Image
 
 import zimage_mxfp8 as zm
 from helpers.serving import StubEngine
-from zimage_mxfp8.server.engine import Drawing, DrawRequest, Report
+from zimage_mxfp8.server.engine import Drawing, DrawRequest, EngineLostError, Report
 
 STEP = 0.05  # seconds
 ERRORS = {
@@ -19,7 +19,7 @@ ERRORS = {
     "nan": zm.GenerationError("the image is NaN", 1, "use another seed"),
     "memory": zm.CudaError("cuda:0 ran out of memory"),
     "defect": KeyError("a defect"),
-    "rank": zm.RankError("rank 1 was ended by signal 9", was_killed=True),
+    "rank": EngineLostError("rank 1 was ended by signal 9"),
     "error of a rank": zm.RankError("rank 1 failed: out of memory"),
 }
 

@@ -11,13 +11,19 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, Worker
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ...errors import RankError
 from ...generation.settings import draw_seed
 from ..engine import Drawing, DrawRequest, EngineLostError, Preview, Progress, Report, Waiting
 from .replica import Failure
 
 _POLL = 0.2  # seconds between two reports that a drawing waits
-_LOST = (NodeDiedError, ObjectLostError, RayActorError, RayServeException, WorkerCrashedError)
+_LOST = (
+    EngineLostError,  # told by a replica that has lost a rank
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayServeException,
+    WorkerCrashedError,
+)
 
 
 class RayEngine:
@@ -50,20 +56,14 @@ class RayEngine:
         if settings.seed is None:
             request = replace(request, settings=replace(settings, seed=draw_seed()))
         report = _without_repetition(report)
-        made = self._drawn_or_lost(request, report)
-        if isinstance(made, EngineLostError):
-            made = self._drawn_or_lost(request, report)
-        if isinstance(made, EngineLostError):
-            raise made
-        return made
-
-    def _drawn_or_lost(self, request: DrawRequest, report: Report) -> Drawing | EngineLostError:
         try:
             return asyncio.run(self._draw(request, report))
-        except Exception as error:
-            if not _is_loss(error):
-                raise
-            return EngineLostError(f"two replicas were lost: {error}")
+        except _LOST:
+            pass
+        try:
+            return asyncio.run(self._draw(request, report))
+        except _LOST as error:
+            raise EngineLostError(f"two replicas were lost: {error}") from None
 
     def free_memory(self) -> None:
         """Do nothing: replicas do it themselves."""
@@ -103,10 +103,6 @@ async def _next(events: AsyncIterator[Any], report: Report | None) -> Any:
         if not coming.done():
             coming.cancel()
             await asyncio.wait([coming])
-
-
-def _is_loss(error: Exception) -> bool:
-    return isinstance(error, _LOST) or (isinstance(error, RankError) and error.was_killed)
 
 
 def _without_repetition(report: Report) -> Report:

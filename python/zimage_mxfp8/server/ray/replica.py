@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ray import serve
 
 from ...errors import Error
-from ..engine import Drawing, DrawRequest, Preview, Progress, Waiting
+from ..engine import Drawing, DrawRequest, EngineLostError, Preview, Progress, Waiting
 from ..jobs import StoppedError, is_of_request, without_frames
 from ..model import ServedModel
 
@@ -112,6 +112,6 @@ class Replica:
 
 def _portable(error: Exception) -> Exception:
     """Return an error that processes without torch can read."""
-    if isinstance(error, (Error, MemoryError, StoppedError)):
+    if isinstance(error, (EngineLostError, Error, MemoryError, StoppedError)):
         return error
     return DefectError("".join(traceback.format_exception(error)))
